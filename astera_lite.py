@@ -1,0 +1,7586 @@
+"""Astera Lite: publish small API flows over HTTP, synchronously or as jobs that are polled or called back.
+
+One module, the standard library and SQLite. Run it (`python astera_lite.py --help`) or embed it:
+
+    with AsteraLite(database="jobs.db") as app, Server(app) as server:
+        print(server.url)
+
+The rooms of the module, bottom up; each uses only what stands above it:
+
+     1 Errors and tools    one root error, files shipped with the module, ids, times, JSON
+     2 Settings            one frozen dataclass: flags, environment, TOML keys and help follow from it
+     3 Records             Job, Delivery, Answer, Outcome and the status document
+     4 Expressions         `${...}` compiled to code objects that reach nothing of Python's own
+     5 Outbound            the one HTTP client: resolve, judge, connect to the judged address, deadline
+     6 Flows               validation with places, STEP_KINDS, run_flow
+     7 Store               the storage contract and SqliteStore: all SQL, one writer thread
+     8 Engine              the thread pool that runs jobs and synchronous flows
+     9 Courier             one callback delivery: signature, outcome, next try
+    10 Housekeeper         the background thread: purge, callbacks due, jobs due
+    11 Service             AsteraLite: the application without HTTP
+    12 Access              token, Host and Origin rules
+    13 Wire                bytes <-> requests and responses, strict, without sockets
+    14 Documents           texts made from the deployments: the endpoint list, a starter flow
+    15 Routes              the ROUTES table and its functions
+    16 Loop                Handler and Server: every socket, every deadline of a connection
+    17 Command line        subcommands, signals, logging, main()
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # run as a script: hand over to the one importable copy, so that plugins share it
+    import astera_lite
+
+    raise SystemExit(astera_lite.main())
+
+import ast
+import base64
+import binascii
+import dataclasses
+import datetime
+import difflib
+import hashlib
+import heapq
+import hmac
+import http.client
+import io
+import ipaddress
+import itertools
+import json
+import keyword
+import logging
+import math
+import operator
+import os
+import pkgutil
+import queue
+import random
+import re
+import selectors
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import types
+import urllib.parse
+import warnings
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import lru_cache, partial
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self
+
+if TYPE_CHECKING:
+    import argparse
+    import ssl
+
+__all__ = [
+    "AsteraError",
+    "AsteraLite",
+    "ConfigError",
+    "Conflict",
+    "FlowError",
+    "InputError",
+    "NotFound",
+    "Outcome",
+    "Server",
+    "Settings",
+    "Status",
+    "StoreError",
+    "main",
+]
+__version__ = "0.1.0"
+
+log = logging.getLogger("astera_lite")
+
+# ======================================================================================================================
+# 1 Errors and tools
+# To add an error: a subclass here and its HTTP status in PROBLEM_STATUS (room 15).
+# ======================================================================================================================
+
+
+class Fault(NamedTuple):
+    """One thing wrong with what somebody wrote: where it is, what is wrong, what would be right."""
+
+    where: str  # a file or a setting
+    place: str  # a JSON Pointer or a line inside it; may be empty
+    message: str  # the fault and its cure
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in self if part)
+
+
+class AsteraError(Exception):
+    """Root of every error that this module raises on purpose."""
+
+
+class _FaultyError(AsteraError):
+    """An error that lists everything that is wrong at once."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__("\n".join(map(str, faults)))
+        self.faults = list(faults)
+
+
+class ConfigError(_FaultyError):
+    """A setting cannot be used."""
+
+
+class FlowError(_FaultyError):
+    """A flow file cannot be deployed."""
+
+
+class InputError(AsteraError):
+    """A request's input was refused; `errors` are `{"in", "name", "message"}` objects, `status` is a 4xx code."""
+
+    def __init__(self, errors: Sequence[dict[str, str]], detail: str = "", status: int = 400) -> None:
+        self.errors = list(errors)
+        self.status = status
+        super().__init__(detail or "; ".join(f"{e['in']} {e['name']}: {e['message']}".strip() for e in errors))
+
+
+class NotFound(AsteraError):
+    """No such resource, job or deployment."""
+
+
+class Conflict(AsteraError):
+    """The job is not in a state that allows this; `status` is 409, or 422 for a reused idempotency key."""
+
+    def __init__(self, detail: str, status: int = 409) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
+class Busy(AsteraError):
+    """Nothing is wrong with the request, but it cannot be taken now; `retry_after` is in whole seconds."""
+
+    def __init__(self, detail: str, retry_after: int, status: int = 503) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+        self.status = status
+
+
+class StoreError(AsteraError):
+    """The database cannot be used: locked by another server, full, read-only, damaged, or of a newer version."""
+
+
+class Clock:
+    """Where time comes from; a test passes its own."""
+
+    def now(self) -> int:
+        """Milliseconds since the epoch."""
+        return time.time_ns() // 1_000_000
+
+    def monotonic(self) -> float:
+        """Seconds that only ever grow; for deadlines."""
+        return time.monotonic()
+
+
+def resource(name: str) -> bytes:
+    """A file shipped beside the module: in a checkout, in a zipapp, or in a wheel's `astera_lite/` folder."""
+    for candidate in (name, f"astera_lite/{name}"):
+        try:
+            data = pkgutil.get_data("astera_lite", candidate)
+        except OSError:
+            continue
+        if data is not None:
+            return data
+    raise ConfigError([Fault(name, "", "is missing: it belongs beside astera_lite.py, copy both")])
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`; did you mean "x"?` where a known word is near, else an empty string."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+_SALT_BITS = 62
+_ID = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7([0-9a-f]{3})-([89ab][0-9a-f]{3})-([0-9a-f]{12})")
+
+
+class JobKey(NamedTuple):
+    """A job's id as the two integers that the store keeps (RFC 9562, version 7).
+
+    `seq` is the 48 bits of time and the 12 bits that follow, used as a counter; `salt` the 62 random bits.
+    """
+
+    seq: int
+    salt: int
+
+    def __str__(self) -> str:
+        head = f"{self.seq:015x}"
+        tail = f"{self.salt | 1 << 63:016x}"
+        return f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
+
+    @property
+    def time_ms(self) -> int:
+        """The time inside the id, in milliseconds since the epoch."""
+        return self.seq >> 12
+
+    @classmethod
+    def parse(cls, text: str) -> JobKey | None:
+        """The key of a well-formed UUIDv7 in either case, else None."""
+        match = _ID.fullmatch(text.lower()) if len(text) == 36 and text.isascii() else None
+        if match is None:
+            return None
+        high, middle, counter, variant, tail = match.groups()
+        return cls(int(high + middle + counter, 16), int(variant + tail, 16) & (1 << _SALT_BITS) - 1)
+
+
+class JobKeys:
+    """Makes keys that grow, also when the clock does not; `last` is the greatest one already stored."""
+
+    def __init__(self, last: int = 0) -> None:
+        self._last = last
+        self._lock = threading.Lock()
+
+    def new(self, now_ms: int) -> JobKey:
+        """A key for a job created at `now_ms`."""
+        with self._lock:
+            self._last = max(self._last + 1, now_ms << 12)
+            return JobKey(self._last, int.from_bytes(os.urandom(8)) >> 2)
+
+
+def timestamp(ms: int | None) -> str | None:
+    """RFC 3339 UTC with milliseconds, or None for None."""
+    if ms is None:
+        return None
+    seconds, rest = divmod(ms, 1000)
+    return f"{_second(seconds)}.{rest:03d}Z"
+
+
+def _second(seconds: int, _cache: dict[int, str] = {}) -> str:  # noqa: B006 (the last few seconds, formatted)
+    text = _cache.get(seconds)
+    if text is None:
+        if len(_cache) > 64:
+            _cache.clear()
+        text = _cache[seconds] = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return text
+
+
+_DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)?")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
+_SIZE = re.compile(r"([0-9]{1,15})(B|KiB|MiB|GiB)?")
+_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, None: 1}
+
+
+def parse_duration(value: Any) -> float:
+    """Seconds from `250ms`, `30s`, `5m`, `24h`, `7d` or a number of seconds; ValueError says what is right."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e11:
+        return float(value)
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{shown(value)} is not a duration: write 250ms, 30s, 5m, 24h or a number of seconds")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def parse_size(value: Any) -> int:
+    """Bytes from `64KiB`, `10MiB`, `1GiB` or a number of bytes; ValueError says what is right."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{shown(value)} is not a size: write 64KiB, 10MiB, 1GiB or a number of bytes")
+    return int(match[1]) * _BYTES[match[2]]
+
+
+def show_duration(seconds: float) -> str:
+    """The shortest spelling that `parse_duration` reads back."""
+    for unit in ("h", "m", "s"):
+        if seconds >= _SECONDS[unit] and seconds % _SECONDS[unit] == 0:
+            return f"{seconds / _SECONDS[unit]:.0f}{unit}"
+    return f"{seconds * 1000:g}ms" if seconds else "0s"
+
+
+def show_size(size: int) -> str:
+    """The shortest spelling that `parse_size` reads back."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if size and size % _BYTES[unit] == 0:
+            return f"{size // _BYTES[unit]}{unit}"
+    return str(size)
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value as one short line of JSON for a message; control characters come out escaped."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=lambda odd: f"<{type(odd).__name__}>")
+    except (TypeError, ValueError, RecursionError):
+        text = f"<{type(value).__name__}>"
+    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[: limit + 1])
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def _not_json(value: Any) -> NoReturn:
+    raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
+
+
+_encode_json = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False, default=_not_json
+).encode
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON; ValueError or TypeError for what JSON cannot say (NaN, bytes, endless nesting)."""
+    try:
+        return _encode_json(value)
+    except RecursionError:
+        raise ValueError("the value is nested too deeply to be written as JSON") from None
+
+
+def json_body(value: Any) -> bytes:
+    """JSON as the bytes of a body, ended by a line feed so that a terminal's prompt starts on its own line."""
+    return to_json(value).encode() + b"\n"
+
+
+MAX_JSON_DEPTH = 100
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|([\[{])|([\]}])')
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for at, name in enumerate(names) if name in names[:at])
+        raise ValueError(f"the member {shown(twice)} is there twice")
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {shown(text, 20)} is too large")
+    return number
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > 400:
+        raise ValueError("a number has more than 400 digits")
+    return int(text)
+
+
+_decoder = json.JSONDecoder(
+    object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded_int
+)
+
+
+_lenient_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded_int)
+
+
+def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
+    """A JSON text (RFC 8259) as a value.
+
+    ValueError (json.JSONDecodeError, with line and column, for the grammar) for invalid UTF-8, NaN, numbers beyond a
+    double, lone surrogates, nesting deeper than MAX_JSON_DEPTH and, unless `_lenient_decoder` is given, for a member
+    that stands twice.
+    """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"byte {error.start} is not valid UTF-8") from None
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
+        _check_depth(text)
+    value = decoder.decode(text)
+    if ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("a string has half of a surrogate pair")
+    return value
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for match in _BRACKETS.finditer(text):
+        if match[1]:
+            depth += 1
+            if depth > MAX_JSON_DEPTH:
+                raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH} levels")
+        elif match[2]:
+            depth -= 1
+
+
+def problem(status: int, detail: str = "", **members: Any) -> dict[str, Any]:
+    """A problem document (RFC 9457) with `type`, `title`, `status`, `detail` and further members."""
+    title = http.client.responses.get(status, "Error")
+    return {"type": "about:blank", "title": title, "status": status, "detail": detail or title} | members
+
+
+# ======================================================================================================================
+# 2 Settings
+# To add a setting: a field of Settings. Flag, environment variable, TOML key, --help and the README's table follow.
+# ======================================================================================================================
+
+
+def _parse_text(value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{shown(value)} is not text")
+    return os.fspath(value)
+
+
+def _parse_int(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value):
+        return int(value)
+    raise ValueError(f"{shown(value)} is not a whole number")
+
+
+def _parse_bool(value: Any) -> bool:
+    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    raise ValueError(f"{shown(value)} is neither true nor false")
+
+
+def _parse_durations(value: Any) -> tuple[float, ...]:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError(f"{shown(value)} is not a list of durations: write 5s,5m,2h")
+    return tuple(parse_duration(item.strip() if isinstance(item, str) else item) for item in items if item != "")
+
+
+class _SettingKind(NamedTuple):
+    parse: Callable[[Any], Any]
+    placeholder: str
+    show: Callable[[Any], str]
+
+
+SETTING_KINDS = {
+    "text": _SettingKind(_parse_text, "TEXT", str),
+    "int": _SettingKind(_parse_int, "N", str),
+    "bool": _SettingKind(_parse_bool, "", lambda value: "true" if value else "false"),
+    "duration": _SettingKind(parse_duration, "TIME", show_duration),
+    "durations": _SettingKind(_parse_durations, "TIME,…", lambda value: ",".join(map(show_duration, value))),
+    "size": _SettingKind(parse_size, "SIZE", show_size),
+}
+
+
+def _setting(default: Any, kind: str, text: str, **rules: Any) -> Any:
+    """A field of Settings; rules: `low`, `high`, `choices`, `secret` (no flag: it would show in `ps`)."""
+    return field(default=default, metadata={"kind": kind, "help": text, **rules})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every setting, by its one name. Durations are seconds, sizes are bytes, None means unset.
+
+    Keywords of the constructor take the parsed values; `Settings.load` reads files, environment, flags and spelled-out
+    values such as "24h".
+    """
+
+    host: str = _setting("127.0.0.1", "text", "address to listen on")
+    port: int = _setting(9261, "int", "port to listen on; 0 picks a free one", high=65535)
+    flows: str = _setting("flows", "text", "folder of flow files")
+    database: str = _setting("astera_lite.db", "text", "path of the SQLite database")
+    data: str = _setting("data", "text", "folder that sql steps may reach")
+    workers: int = _setting(32, "int", "threads that run jobs", low=1, high=1024)
+    retention: float = _setting(86400.0, "duration", "how long a result is kept", low=1)
+    job_timeout: float = _setting(3600.0, "duration", "longest run of a job whose flow says nothing", low=0.001)
+    sync_timeout: float = _setting(60.0, "duration", "longest synchronous run", low=0.001)
+    max_wait: float = _setting(60.0, "duration", "cap of Prefer: wait")
+    max_queue: int = _setting(100_000, "int", "accepted jobs not yet started; one more is refused (503)", low=1)
+    max_connections: int = _setting(1000, "int", "open connections; one more is refused (503)", low=1)
+    max_header: int = _setting(64 << 10, "size", "longest header block of a request (431)", low=1024)
+    max_url: int = _setting(16 << 10, "size", "longest URL of a request (414)", low=256)
+    max_body: int = _setting(10 << 20, "size", "longest body of a request (413)")
+    max_result: int = _setting(50 << 20, "size", "longest body of a flow's response", low=1024)
+    max_step_response: int = _setting(50 << 20, "size", "longest response that an http step reads", low=1024)
+    request_timeout: float = _setting(30.0, "duration", "time to send a request (408), and to read its answer", low=0.1)
+    idle_timeout: float = _setting(60.0, "duration", "time that an idle connection is kept open", low=0.1)
+    shutdown_timeout: float = _setting(30.0, "duration", "time that running jobs are given when the server stops")
+    callback_secret: str | None = _setting(None, "text", "key that signs callbacks (whsec_…)", secret=True)
+    callback_allow: str = _setting(
+        "auto", "text", "private addresses that callbacks may go to: auto, none, or hosts and networks"
+    )
+    callback_timeout: float = _setting(15.0, "duration", "time that one delivery may take in all", low=0.1)
+    callback_retries: tuple[float, ...] = _setting(
+        (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0), "durations", "pauses between the attempts of a callback"
+    )
+    public_url: str | None = _setting(None, "text", "base of all URLs handed out, for a server behind a proxy")
+    insecure_open: bool = _setting(False, "bool", "listen beyond loopback, or have a public_url, without a token")
+    cors_origins: str | None = _setting(None, "text", "origins of web pages that may call, comma-separated")
+    env_allow: str = _setting("ASTERA_FLOW_*", "text", "environment variables that flows may read, comma-separated")
+    secrets: str | None = _setting(
+        None, "text", "what flows read as secrets: names of environment variables, or a TOML file of mode 600"
+    )
+    token: str | None = _setting(None, "text", "the one admin token of a small set-up", secret=True)
+    tls_cert: str | None = _setting(None, "text", "certificate chain (PEM) to serve https with")
+    tls_key: str | None = _setting(None, "text", "private key (PEM) of tls_cert, unless it is in the same file")
+    durability: str = _setting(
+        "full",
+        "text",
+        "full: an accepted job survives power loss; normal: survives a killed process",
+        choices=("full", "normal"),
+    )
+    max_database: int | None = _setting(None, "size", "database size at which new jobs are refused (503)", low=1 << 20)
+    log: str = _setting("text", "text", "form of the log on stderr", choices=("text", "json", "off"))
+    log_level: str = _setting(
+        "info", "text", "least level that is logged", choices=("debug", "info", "warning", "error")
+    )
+
+    @classmethod
+    def load(
+        cls,
+        config: str | None = None,
+        environ: Mapping[str, str] | None = None,
+        flags: Mapping[str, str] | None = None,
+        **keywords: Any,
+    ) -> Settings:
+        """Settings from a TOML file, the environment, flags and keywords, the later winning.
+
+        A keyword may be spelled out ("24h") or be the value itself (86400). Raises ConfigError with every fault.
+        """
+        values: dict[str, Any] = {}
+        faults: list[Fault] = []
+        sources: list[tuple[str, Mapping[str, Any]]] = []
+        if config is not None:
+            sources.append((config, _read_toml(config, faults)))
+        prefix = "ASTERA_LITE_"
+        named = {key: text for key, text in (environ or {}).items() if key.startswith(prefix)}
+        sources.append((prefix, {key[len(prefix) :].lower(): text for key, text in named.items()}))
+        sources += [("--", flags or {}), ("", keywords)]
+        for where, given in sources:
+            for name, value in given.items():
+                spelled = where + name.upper() if where == prefix else where + name.replace("_", "-")
+                label = Fault(spelled, "", "") if where in (prefix, "--", "") else Fault(where, name, "")
+                if name not in SETTING_FIELDS:
+                    message = "is no setting" + suggest(name, SETTING_FIELDS)
+                    if where == prefix:  # container platforms put variables of their own under a service's name
+                        log.warning("%s %s", spelled, message)
+                    else:
+                        faults.append(label._replace(message=message))
+                    continue
+                try:
+                    values[name] = _checked_setting(name, value)
+                except ValueError as error:
+                    faults.append(label._replace(message=str(error)))
+        if faults:
+            raise ConfigError(faults)
+        return cls(**values)
+
+
+SETTING_FIELDS = {item.name: item for item in dataclasses.fields(Settings)}
+
+
+def _read_toml(path: str, faults: list[Fault]) -> dict[str, Any]:
+    import tomllib  # noqa: PLC0415 (half of all starts have no TOML to read)
+
+    try:
+        return tomllib.loads(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        faults.append(Fault(path, "", f"cannot be read: {_reason(error)}"))
+    except tomllib.TOMLDecodeError as error:
+        faults.append(Fault(path, "", f"is not TOML: {error}"))
+    return {}
+
+
+def _reason(error: Exception) -> str:
+    """What the system says, without the path that the caller names anyway."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def _checked_setting(name: str, value: Any) -> Any:
+    item = SETTING_FIELDS[name]
+    rules = item.metadata
+    if value is None and item.default is None:
+        return None
+    parsed = SETTING_KINDS[rules["kind"]].parse(value)
+    show = SETTING_KINDS[rules["kind"]].show
+    if "choices" in rules and parsed not in rules["choices"]:
+        raise ValueError(f"{shown(parsed)} is not one of {', '.join(rules['choices'])}")
+    if "low" in rules and parsed < rules["low"]:
+        raise ValueError(f"must be at least {show(rules['low'])}")
+    if "high" in rules and parsed > rules["high"]:
+        raise ValueError(f"must be at most {show(rules['high'])}")
+    return parsed
+
+
+def settings_table() -> list[tuple[str, str, str]]:
+    """Rows of name, default and explanation, for --help and the README."""
+    return [
+        (name, "none" if item.default is None else SETTING_KINDS[item.metadata["kind"]].show(item.default),
+         item.metadata["help"])
+        for name, item in SETTING_FIELDS.items()
+    ]  # fmt: skip
+
+
+# ======================================================================================================================
+# 3 Records
+# To add something a job remembers: a field here, a column in schema.sql, a row in the store's column table (room 7).
+# ======================================================================================================================
+
+
+class Status(StrEnum):
+    """The four words of the status document."""
+
+    RUNNING = "Running"
+    COMPLETED = "Completed"
+    ERROR = "Error"
+    UNKNOWN = "Unknown"
+
+
+#: The state moves that the store makes; anything else is refused by its conditional UPDATEs.
+MOVES: dict[str, dict[str, frozenset[str]]] = {
+    "job": {"Running": frozenset({"Completed", "Error"}), "Completed": frozenset(), "Error": frozenset()},
+    "callback": {
+        "pending": frozenset({"delivered", "failed", "gone"}),
+        "delivered": frozenset({"pending"}),
+        "failed": frozenset({"pending"}),
+        "gone": frozenset({"pending"}),
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An HTTP response that a flow gives: status code, header pairs, body."""
+
+    code: int
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. `error` is the problem with its `code`; None when the flow answered."""
+
+    answer: Answer
+    error: dict[str, Any] | None = None
+    reason: str = ""  # for the log only: what the client is not told
+
+    @property
+    def status(self) -> Status:
+        """Completed, or Error."""
+        return Status.COMPLETED if self.error is None else Status.ERROR
+
+    @classmethod
+    def failed(cls, code: str, status: int, detail: str, reason: str = "", **members: Any) -> Outcome:
+        """An Error whose response is the problem document that says so."""
+        error = problem(status, detail, code=code, **members)
+        answer = Answer(status, (("Content-Type", "application/problem+json"),), json_body(error))
+        return cls(answer, error, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """The callback of a job: where it goes and how far it got. Times are milliseconds since the epoch."""
+
+    url: str
+    state: str = "pending"
+    attempts: int = 0
+    last_status: int | None = None
+    next_at: int | None = None
+    body: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try to deliver a callback; `status` is the receiver's, or None with an `error`."""
+
+    at: int
+    duration_ms: int
+    status: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRequest:
+    """What a client sent, as the job keeps it: enough to bind it to the flow again."""
+
+    method: str
+    path: str  # raw, behind the prefix: "/weather/Berlin"
+    query: str = ""  # raw, without callbackUrl
+    headers: dict[str, str] = field(default_factory=dict)  # declared ones and the content type, lower case
+    body: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One asynchronous call. Times are milliseconds since the epoch."""
+
+    key: JobKey
+    flow: str
+    version: int  # the deployed text's hash, a key of the table `flows`
+    status: Status
+    created: int
+    base: str  # base of the URLs, as the submitter saw the server
+    token: str = ""  # name of the token that submitted it
+    attempt: int = 0  # runs begun
+    due: int | None = None  # waits until then
+    started: int | None = None
+    finished: int | None = None
+    expires: int | None = None
+    error: dict[str, Any] | None = None
+    callback: Delivery | None = None
+
+    @property
+    def id(self) -> str:
+        """The UUID that clients see."""
+        return str(self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is: the step it is in, steps done and steps in all."""
+
+    step: str | None
+    done: int
+    total: int
+
+
+def status_document(
+    job: Job, base: str, progress: Progress | None = None, with_callback: bool = True
+) -> dict[str, Any]:
+    """The status document of http-api.md; `base` is the base of its URLs."""
+    url = f"{base}/api/jobs/{job.id}"
+    finished = job.status is not Status.RUNNING
+    document: dict[str, Any] = {
+        "id": job.id,
+        "status": job.status.value,
+        "flow": job.flow,
+        "createdAt": timestamp(job.created),
+        "startedAt": timestamp(job.started),
+        "finishedAt": timestamp(job.finished),
+        "expiresAt": timestamp(job.expires),
+        "attempt": job.attempt,
+        "progress": progress and {"step": progress.step, "done": progress.done, "total": progress.total},
+        "statusUrl": f"{url}/status",
+        "resultUrl": f"{url}/result" if finished else None,
+        "error": job.error,
+    }
+    if with_callback:
+        document["callback"] = job.callback and {
+            "url": job.callback.url,
+            "state": job.callback.state,
+            "attempts": job.callback.attempts,
+            "lastStatus": job.callback.last_status,
+            "nextAttemptAt": timestamp(job.callback.next_at),
+        }
+    return document
+
+
+# ======================================================================================================================
+# 4 Expressions
+# To add a function: a row in FUNCTIONS. To add a method: a row in METHODS. Neither may mutate, call back or escape.
+#
+# An expression is parsed by Python's own parser, every node is looked up in a table of what is allowed, and rewritten
+# so that no attribute is ever read: `a.b` becomes `a["b"]`, `a.f(x)` a call of the table's own function, a name an item
+# of the scope. What then runs is plain bytecode over JSON values. Loops, calls and growth are paid for from a budget.
+# ======================================================================================================================
+
+MAX_EXPRESSION = 4000  # characters
+MAX_NESTING = 60  # of syntax inside one template
+MAX_WORK = 20_000_000  # items looped over or characters made, in one evaluation
+MAX_INT_BITS = 4096
+_SOURCE = "<flow expression>"
+
+
+class ExpressionError(AsteraError):
+    """An expression could not be evaluated; the message names the place and the part of it."""
+
+
+class _Work:
+    """What one evaluation may still spend."""
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = MAX_WORK
+
+    def spend(self, amount: int) -> None:
+        self.left -= amount
+        if self.left < 0:
+            raise ExpressionError(f"it does too much work (more than {MAX_WORK:,} items or characters)")
+
+
+def _kind(value: Any) -> str:
+    names: dict[Any, str] = {
+        type(None): "null",
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        list: "a list",
+    }
+    names |= {dict: "an object", tuple: "a list", bytes: "bytes"}
+    return names.get(type(value), "a value")
+
+
+def as_text(value: Any) -> str:
+    """How a value reads inside a text: text as it is, everything else as JSON."""
+    return value if type(value) is str else to_json(value)
+
+
+def _each(work: _Work, values: Any) -> Any:
+    if type(values) not in (list, dict, tuple, str):
+        raise ExpressionError(f"{_kind(values)} cannot be looped over")
+    work.spend(len(values))
+    return values
+
+
+def _join(work: _Work, parts: tuple[Any, ...]) -> str:
+    text = "".join(map(as_text, parts))
+    work.spend(len(text))
+    return text
+
+
+def _grown(work: _Work, value: Any) -> Any:
+    """Pay for a result by its size."""
+    if type(value) in (str, list, tuple, dict, bytes):
+        work.spend(len(value))
+    elif type(value) is int and value.bit_length() > MAX_INT_BITS:
+        raise ExpressionError("the number grows too large")
+    return value
+
+
+def _add(work: _Work, a: Any, b: Any) -> Any:
+    return _grown(work, a + b)
+
+
+def _multiply(work: _Work, a: Any, b: Any) -> Any:
+    for sized, times in ((a, b), (b, a)):
+        if type(sized) in (str, list, tuple, bytes) and type(times) is int:
+            work.spend(len(sized) * max(times, 0))
+    if type(a) is int and type(b) is int and a.bit_length() + b.bit_length() > MAX_INT_BITS:
+        raise ExpressionError("the number grows too large")
+    return a * b
+
+
+def _power(work: _Work, a: Any, b: Any) -> Any:
+    if type(a) is int and type(b) is int and a.bit_length() * abs(b) > MAX_INT_BITS:
+        raise ExpressionError("the number grows too large")
+    result = a**b
+    if type(result) is complex:
+        raise ExpressionError("the root of a negative number is not a number")
+    return result
+
+
+def _modulo(work: _Work, a: Any, b: Any) -> Any:
+    if type(a) in (str, bytes):
+        raise ExpressionError("% does not format text: write ${…} inside the text")
+    return a % b
+
+
+def _contains(work: _Work, item: Any, values: Any) -> bool:
+    if type(values) not in (list, dict, tuple, str):
+        raise ExpressionError(f"{_kind(values)} has nothing in it")
+    if type(values) is not dict:
+        work.spend(len(values))
+    return item in values
+
+
+def _slice(work: _Work, values: Any, low: Any, high: Any, step: Any) -> Any:
+    if type(values) not in (list, tuple, str, bytes):
+        raise ExpressionError(f"{_kind(values)} cannot be sliced")
+    return _grown(work, values[low:high:step])
+
+
+def _int(value: Any) -> int:
+    if type(value) is str:
+        if not re.fullmatch(r"\s*-?[0-9]{1,400}\s*", value, re.ASCII):
+            raise ExpressionError(f"{shown(value)} is not a whole number")
+        return int(value)
+    if type(value) in (int, float, bool):
+        return int(value)
+    raise ExpressionError(f"{_kind(value)} is not a number")
+
+
+def _float(value: Any) -> float:
+    if type(value) is str and not re.fullmatch(r"\s*-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?\s*", value):
+        raise ExpressionError(f"{shown(value)} is not a number")
+    if type(value) not in (int, float, bool, str):
+        raise ExpressionError(f"{_kind(value)} is not a number")
+    return float(value)
+
+
+def _round(value: Any, digits: int = 0) -> Any:
+    if not -400 < digits < 400:
+        raise ExpressionError("round() takes fewer than 400 digits")
+    return round(value, digits) if digits else round(value)
+
+
+def _sum(values: Any, start: int | float = 0) -> Any:
+    return math.fsum(values) + start if any(type(v) is float for v in values) else sum(values, start + 0)
+
+
+def _extreme(choose: Callable[..., Any]) -> Callable[..., Any]:
+    def extreme(*values: Any, default: Any = None) -> Any:
+        candidates = values[0] if len(values) == 1 else values
+        return choose(candidates, default=default)
+
+    return extreme
+
+
+def _range(start: int, stop: int | None = None, step: int = 1) -> list[int]:
+    numbers = range(start) if stop is None else range(start, stop, step)
+    if len(numbers) > MAX_WORK // 10:
+        raise ExpressionError(f"the range has more than {MAX_WORK // 10:,} numbers")
+    return list(numbers)
+
+
+def _rows(rows: Any) -> list[Any]:
+    if type(rows) is not list:
+        raise ExpressionError(f"{_kind(rows)} is not a list of rows")
+    return rows
+
+
+def _field_of(rows: list[Any], name: str) -> list[Any]:
+    try:
+        return list(map(operator.itemgetter(name), rows))
+    except (KeyError, TypeError, IndexError):
+        at = next(i for i, row in enumerate(rows) if type(row) is not dict or name not in row)
+        raise ExpressionError(f'row {at} has no field "{name}"') from None
+
+
+def sort_by(rows: Any, *fields: str) -> list[Any]:
+    """Rows sorted by the fields named, a leading "-" for descending; rows whose field is null come last."""
+    result = list(_rows(rows))
+    for name in reversed(fields):
+        descending, name = name.startswith("-"), name.removeprefix("-")
+        values = _field_of(result, name)
+        try:
+            result.sort(key=operator.itemgetter(name), reverse=descending)
+        except TypeError:
+            if None not in values:
+                raise ExpressionError(f'the field "{name}" has values that cannot be compared') from None
+            known = [row for row in result if row[name] is not None]
+            known.sort(key=operator.itemgetter(name), reverse=descending)
+            result = known + [row for row in result if row[name] is None]
+    return result
+
+
+def group_by(rows: Any, name: str) -> dict[Any, list[Any]]:
+    """Object of lists: the rows that share a value of the field, under that value."""
+    groups: dict[Any, list[Any]] = {}
+    for value, row in zip(_field_of(_rows(rows), name), rows, strict=True):
+        groups.setdefault(value, []).append(row)
+    return groups
+
+
+def index_by(rows: Any, name: str) -> dict[Any, Any]:
+    """Object of rows by the value of the field; of rows that share it, the last one stays."""
+    return dict(zip(_field_of(_rows(rows), name), rows, strict=True))
+
+
+def _unique(values: Any) -> list[Any]:
+    try:
+        return list(dict.fromkeys(values))
+    except TypeError:
+        return list({to_json(value): value for value in values}.values())
+
+
+def _merge(*objects: dict[str, Any]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for each in objects:
+        merged.update(each)
+    return merged
+
+
+def _as_bytes(value: Any) -> bytes:
+    return value if type(value) is bytes else as_text(value).encode()
+
+
+def _now() -> str:
+    return str(timestamp(time.time_ns() // 1_000_000))
+
+
+#: Functions of the language. The free ones (True) cost nothing worth counting; the others pay for arguments and result.
+_GROUPS: dict[bool, dict[str, Callable[..., Any]]] = {
+    True: {
+        "len": len,
+        "abs": abs,
+        "round": _round,
+        "int": _int,
+        "float": _float,
+        "bool": bool,
+        "now": _now,
+        "today": lambda: _now()[:10],
+        "uuid": lambda: str(JobKeys().new(time.time_ns() // 1_000_000)),
+    },
+    False: {
+        "min": _extreme(min),
+        "max": _extreme(max),
+        "sum": _sum,
+        "sorted": lambda values, reverse=False: sorted(values, reverse=reverse),
+        "reversed": lambda values: list(values)[::-1],
+        "any": any,
+        "all": all,
+        "zip": lambda *lists: list(zip(*lists, strict=False)),
+        "enumerate": lambda values, start=0: list(enumerate(values, start)),
+        "range": _range,
+        "str": as_text,
+        "list": lambda values=(): list(values),
+        "json": to_json,
+        "parse_json": from_json,
+        "base64": lambda value: base64.b64encode(_as_bytes(value)).decode(),
+        "sha256": lambda value: hashlib.sha256(_as_bytes(value)).hexdigest(),
+        "urlencode": lambda value: (
+            urllib.parse.urlencode(value, doseq=True)
+            if type(value) is dict
+            else urllib.parse.quote(as_text(value), safe="")
+        ),
+        "sort_by": sort_by,
+        "group_by": group_by,
+        "index_by": index_by,
+        "unique": _unique,
+        "merge": _merge,
+    },
+}
+#: Functions that answer differently each time: what they gave is saved with the job, for a resumed run to see the same.
+VOLATILE = frozenset({"now", "today", "uuid"})
+FUNCTIONS = {name: (function, free) for free, group in _GROUPS.items() for name, function in group.items()}
+
+
+def _charged(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(work: _Work, *args: Any, **named: Any) -> Any:
+        for value in args:
+            if type(value) in (list, tuple, dict, str):
+                work.spend(len(value))
+        return _grown(work, function(*args, **named))
+
+    return call
+
+
+def _replace(text: str, old: str, new: str, count: int = -1) -> str:
+    times = text.count(old) if count < 0 else min(count, text.count(old))
+    if times * len(new) > MAX_WORK:
+        raise ExpressionError("the text grows too long")
+    return text.replace(old, new, count)
+
+
+def _padded(name: str) -> Callable[..., str]:
+    def pad(text: str, width: int, fill: str = " ") -> str:
+        if width > 10_000:
+            raise ExpressionError(f".{name}() pads to 10000 characters at most")
+        return str(getattr(text, name)(width, fill))
+
+    return pad
+
+
+def _text_join(text: str, values: Any) -> str:
+    return text.join(values)
+
+
+_STR_METHODS = (
+    "upper lower title capitalize casefold strip lstrip rstrip split rsplit splitlines partition rpartition startswith "
+    "endswith find rfind index count removeprefix removesuffix isdigit isalpha isalnum isspace islower isupper"
+)
+#: Methods of the language by name, then by the type of the value they are called on.
+METHODS: dict[str, dict[type, Callable[..., Any]]] = {name: {str: getattr(str, name)} for name in _STR_METHODS.split()}
+METHODS |= {name: {str: _padded(name)} for name in ("ljust", "rjust", "center")}
+METHODS |= {"join": {str: _text_join}, "replace": {str: _replace}}
+METHODS |= {
+    "get": {dict: dict.get},
+    "keys": {dict: lambda value: list(value)},
+    "values": {dict: lambda value: list(value.values())},
+    "items": {dict: lambda value: list(value.items())},
+}
+for _name in ("index", "count"):
+    METHODS[_name][list] = getattr(list, _name)
+
+
+def _method(name: str) -> Callable[..., Any]:
+    table = METHODS[name]
+    free = name == "get"
+
+    def call(work: _Work, value: Any, *args: Any, **named: Any) -> Any:
+        function = table.get(type(value))
+        if function is None:
+            raise ExpressionError(f"{_kind(value)} has no .{name}()")
+        if free:
+            return function(value, *args, **named)
+        work.spend(len(value))
+        if name == "join":
+            work.spend(sum(map(len, args[0])) + len(value) * len(args[0]))
+        return _grown(work, function(value, *args, **named))
+
+    return call
+
+
+_HELPERS = {"_each": _each, "_join": _join, "_add": _add, "_multiply": _multiply, "_power": _power}
+_HELPERS |= {"_modulo": _modulo, "_contains": _contains, "_slice": _slice}
+_GLOBALS: dict[str, Any] = {"__builtins__": {}, **_HELPERS}
+_GLOBALS |= {f"_f_{name}": function if free else _charged(function) for name, (function, free) in FUNCTIONS.items()}
+_GLOBALS |= {f"_m_{name}": _method(name) for name in METHODS}
+
+_JSON_NAMES = {"true": True, "false": False, "null": None}
+_REFUSED = {
+    ast.Lambda: "there is no lambda: sort_by, group_by and index_by take the name of a field",
+    ast.JoinedStr: "there are no f-strings: write ${…} inside the text",
+    ast.NamedExpr: "nothing can be assigned: add a `set` step",
+    ast.Starred: "there is no `*`: join lists with +",
+    ast.Set: "there are no sets: use unique([…])",
+    ast.SetComp: "there are no sets: use unique([… for …])",
+    ast.Await: "there is no await",
+    ast.Yield: "there is no yield",
+    ast.YieldFrom: "there is no yield",
+}
+_MUTATORS = frozenset("append extend insert remove pop clear sort reverse update setdefault popitem".split())
+
+
+class _Refused(Exception):
+    """What the checker does not let through."""
+
+
+class _Checker:
+    """Rewrites one checked expression; every node kind that it knows is a method named after it."""
+
+    def __init__(self, names: Collection[str], line: int, hints: Mapping[str, str]) -> None:
+        self.names, self.line, self.hints = names, line, hints
+        self.members = names if isinstance(names, Mapping) else {}
+        self.used: set[str] = set()
+        self.volatile = False
+        self.depth = 0
+
+    def visit(self, node: ast.expr, bound: frozenset[str] = frozenset()) -> ast.expr:
+        method = getattr(self, "on_" + type(node).__name__, None)
+        if method is None:
+            raise _Refused(_REFUSED.get(type(node), f"{type(node).__name__} is not part of the language"))
+        self.depth += 1
+        if self.depth > MAX_NESTING:
+            raise _Refused(f"it is nested deeper than {MAX_NESTING} levels: split it over several steps")
+        result: ast.expr = ast.copy_location(method(node, bound), node)
+        self.depth -= 1
+        return result
+
+    def helper(self, name: str, *args: ast.expr, keywords: list[ast.keyword] | None = None) -> ast.expr:
+        work = ast.Name("_b", ast.Load())
+        return ast.Call(ast.Name(name, ast.Load()), [work, *args], keywords or [])
+
+    def on_Constant(self, node: ast.Constant, bound: frozenset[str]) -> ast.expr:  # noqa: N802 (named after the node)
+        if node.value is not None and type(node.value) not in (bool, int, float, str):
+            raise _Refused(f"a literal of type {type(node.value).__name__} is not part of the language")
+        if type(node.value) is int and node.value.bit_length() > MAX_INT_BITS:
+            raise _Refused("the number is too large")
+        return ast.Constant(node.value)
+
+    def on_Name(self, node: ast.Name, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        name = node.id
+        if name in bound:
+            return ast.Name(name, ast.Load())
+        if name in self.names:
+            self.used.add(name)
+            return ast.Subscript(ast.Name("_s", ast.Load()), ast.Constant(name), ast.Load())
+        if name in _JSON_NAMES:
+            return ast.Constant(_JSON_NAMES[name])
+        if name in self.hints:
+            raise _Refused(self.hints[name])
+        if name in FUNCTIONS:
+            raise _Refused(f"{name} is a function: write {name}(…)")
+        raise _Refused(f'there is nothing named "{name}"{suggest(name, [*self.names, *FUNCTIONS, *bound])}')
+
+    def on_Attribute(self, node: ast.Attribute, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        value = node.value
+        known = self.members.get(value.id) if isinstance(value, ast.Name) and value.id not in bound else None
+        if known is not None and node.attr not in known:
+            raise _Refused(f'there is no "{ast.unparse(value)}.{node.attr}"{suggest(node.attr, known)}')
+        return ast.Subscript(self.visit(value, bound), ast.Constant(node.attr), ast.Load())
+
+    def on_Subscript(self, node: ast.Subscript, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        value = self.visit(node.value, bound)
+        if isinstance(node.slice, ast.Slice):
+            ends = (node.slice.lower, node.slice.upper, node.slice.step)
+            return self.helper("_slice", value, *(self.visit(e, bound) if e else ast.Constant(None) for e in ends))
+        return ast.Subscript(value, self.visit(node.slice, bound), ast.Load())
+
+    def on_Call(self, node: ast.Call, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        args = [self.visit(arg, bound) for arg in node.args]
+        keywords = []
+        for word in node.keywords:
+            if word.arg is None or word.arg.startswith("_"):
+                raise _Refused("an argument is either a value or name=value")
+            keywords.append(ast.keyword(word.arg, self.visit(word.value, bound)))
+        if isinstance(node.func, ast.Attribute):
+            name = node.func.attr
+            if name not in METHODS:
+                hint = ": nothing changes a value in place" if name in _MUTATORS else suggest(name, METHODS)
+                raise _Refused(f"there is no method .{name}(){hint}")
+            return self.helper(f"_m_{name}", self.visit(node.func.value, bound), *args, keywords=keywords)
+        if not isinstance(node.func, ast.Name):
+            raise _Refused("only functions and methods by their name can be called")
+        name = node.func.id
+        if name not in FUNCTIONS or name in bound or name in self.names:
+            raise _Refused(f"there is no function {name}(){suggest(name, FUNCTIONS)}")
+        function, free = FUNCTIONS[name]
+        self.volatile = self.volatile or name in VOLATILE
+        _check_arguments(name, function, len(args), [word.arg or "" for word in keywords])
+        if free:
+            return ast.Call(ast.Name(f"_f_{name}", ast.Load()), args, keywords)
+        return self.helper(f"_f_{name}", *args, keywords=keywords)
+
+    def on_BinOp(self, node: ast.BinOp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        left, right = self.visit(node.left, bound), self.visit(node.right, bound)
+        constants = [side.value for side in (left, right) if isinstance(side, ast.Constant)]
+        if isinstance(node.op, ast.Sub | ast.Div | ast.FloorDiv):
+            return ast.BinOp(left, node.op, right)
+        if isinstance(node.op, ast.Add):  # a literal operand cannot make a value explode
+            return ast.BinOp(left, node.op, right) if constants else self.helper("_add", left, right)
+        if isinstance(node.op, ast.Mult):
+            plain = any(type(value) is float for value in constants)
+            return ast.BinOp(left, node.op, right) if plain else self.helper("_multiply", left, right)
+        if isinstance(node.op, ast.Mod):
+            return self.helper("_modulo", left, right)
+        if isinstance(node.op, ast.Pow):
+            return self.helper("_power", left, right)
+        raise _Refused("the operators are + - * / // % ** and the comparisons")
+
+    def on_UnaryOp(self, node: ast.UnaryOp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        if isinstance(node.op, ast.Invert):
+            raise _Refused("there is no ~")
+        return ast.UnaryOp(node.op, self.visit(node.operand, bound))
+
+    def on_BoolOp(self, node: ast.BoolOp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        return ast.BoolOp(node.op, [self.visit(value, bound) for value in node.values])
+
+    def on_Compare(self, node: ast.Compare, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        left = self.visit(node.left, bound)
+        others = [self.visit(other, bound) for other in node.comparators]
+        if not any(isinstance(op, ast.In | ast.NotIn) for op in node.ops):
+            return ast.Compare(left, node.ops, others)
+        if len(node.ops) > 1:
+            raise _Refused("`in` cannot be chained with another comparison: join them with `and`")
+        inside = self.helper("_contains", left, others[0])
+        return inside if isinstance(node.ops[0], ast.In) else ast.UnaryOp(ast.Not(), inside)
+
+    def on_IfExp(self, node: ast.IfExp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        return ast.IfExp(*(self.visit(part, bound) for part in (node.test, node.body, node.orelse)))
+
+    def on_List(self, node: ast.List, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        return ast.List([self.visit(item, bound) for item in node.elts], ast.Load())
+
+    def on_Tuple(self, node: ast.Tuple, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        return ast.Tuple([self.visit(item, bound) for item in node.elts], ast.Load())
+
+    def on_Dict(self, node: ast.Dict, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        keys = [self.visit(key, bound) for key in node.keys if key is not None]
+        if len(keys) < len(node.values):
+            raise _Refused("there is no `**`: use merge(a, b)")
+        return ast.Dict(list(keys), [self.visit(value, bound) for value in node.values])
+
+    def on_ListComp(self, node: ast.ListComp | ast.GeneratorExp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        generators, bound = self.loops(node.generators, bound)
+        return ast.ListComp(self.visit(node.elt, bound), generators)
+
+    on_GeneratorExp = on_ListComp  # noqa: N815 (a generator would keep a frame; a list has the same items)
+
+    def on_DictComp(self, node: ast.DictComp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
+        generators, bound = self.loops(node.generators, bound)
+        return ast.DictComp(self.visit(node.key, bound), self.visit(node.value, bound), generators)
+
+    def loops(
+        self, generators: list[ast.comprehension], bound: frozenset[str]
+    ) -> tuple[list[ast.comprehension], frozenset[str]]:
+        """The `for … in … if …` parts, and the names bound behind them."""
+        checked = []
+        for loop in generators:
+            if loop.is_async:
+                raise _Refused("there is no async")
+            values = ast.copy_location(self.helper("_each", self.visit(loop.iter, bound)), loop.iter)
+            parts = loop.target.elts if isinstance(loop.target, ast.Tuple) else [loop.target]
+            names = [part.id for part in parts if isinstance(part, ast.Name)]
+            if len(names) != len(parts) or any(name.startswith("_") for name in names):
+                raise _Refused("a loop binds plain names that do not begin with an underscore")
+            bound |= set(names)
+            checked.append(ast.comprehension(loop.target, values, [self.visit(i, bound) for i in loop.ifs], 0))
+        return checked, bound
+
+
+def _check_arguments(name: str, function: Callable[..., Any], count: int, words: list[str]) -> None:
+    import inspect  # noqa: PLC0415 (loaded by dataclasses anyway)
+
+    try:
+        inspect.signature(function).bind(*[None] * count, **dict.fromkeys(words))
+    except TypeError as error:
+        raise _Refused(f"{name}(): {error}") from None
+    except ValueError:
+        return  # a builtin without a signature
+
+
+_KEYWORD_FIELD = re.compile(rf"\.({'|'.join(keyword.kwlist)})\b")
+_OPEN = re.compile(r"\$\$\{|\$\{")
+_TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|[\[({]|[\])}]""")
+
+
+def split_template(text: str) -> list[tuple[bool, str]]:
+    """Parts of a text: (False, literal) and (True, expression source). ValueError if a `${` is never closed."""
+    parts: list[tuple[bool, str]] = []
+    literal, at = "", 0
+    while match := _OPEN.search(text, at):
+        literal += text[at : match.start()]
+        if match[0] == "$${":
+            literal, at = literal + "${", match.end()
+            continue
+        end = _closing_brace(text, match.end())
+        parts += [(False, literal), (True, " ".join(text[match.end() : end].split("\n")))]
+        literal, at = "", end + 1
+    parts.append((False, literal + text[at:]))
+    return [part for part in parts if part[1] or part[0]]
+
+
+def _closing_brace(text: str, at: int) -> int:
+    depth = 0
+    for token in _TOKEN.finditer(text, at):
+        if token[0] in "[({":
+            depth += 1
+        elif token[0] in "])}":
+            if depth == 0:
+                if token[0] == "}":
+                    return token.start()
+                break
+            depth -= 1
+    raise ValueError("the ${ is never closed by a } (a literal ${ is written $${)")
+
+
+class Template:
+    """A JSON tree with `${…}` in its strings, compiled. Call it with a scope to get the value.
+
+    `constant` says that it holds no expression, `volatile` that it may give another value each time, `names` are the
+    scope's names that it reads.
+    """
+
+    __slots__ = ("_run", "_sources", "constant", "names", "volatile")
+
+    def __init__(
+        self, run: Callable[..., Any], sources: list[tuple[str, str]], names: frozenset[str], volatile: bool
+    ) -> None:
+        self._run, self._sources = run, sources
+        self.names, self.volatile = names, volatile
+        self.constant = not sources
+
+    def __call__(self, scope: Mapping[str, Any]) -> Any:
+        """The value; raises ExpressionError, which names the place and the part of the expression."""
+        try:
+            return self._run(scope, _Work())
+        except (ExpressionError, ArithmeticError, LookupError, TypeError, ValueError, MemoryError, RecursionError) as e:
+            raise ExpressionError(self._explain(e)) from None
+
+    def _explain(self, error: Exception) -> str:
+        place = part = source = ""
+        trace = error.__traceback__
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            if code.co_filename == _SOURCE:
+                line, _, start, end = next(itertools.islice(code.co_positions(), trace.tb_lasti // 2, None))
+                if line and line <= len(self._sources) and start is not None and end is not None:
+                    place, source = self._sources[line - 1]
+                    part = f"({source})".encode()[start:end].decode(errors="replace")
+            trace = trace.tb_next
+        message = str(error)
+        if isinstance(error, KeyError):
+            message = f'there is no "{error.args[0]}"'
+        elif isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:
+            message = "what stands before it is null"
+        elif isinstance(error, MemoryError | RecursionError):
+            message = "it is too large or nested too deeply"
+        return f"{place}: {part or source}: {message}" if place else message
+
+
+class _Compiler:
+    """Turns one tree into one syntax tree; remembers which line stands for which expression."""
+
+    def __init__(self, names: Collection[str], faults: list[Fault], where: str, hints: Mapping[str, str]) -> None:
+        self.names, self.faults, self.where, self.hints = names, faults, where, hints
+        self.sources: list[tuple[str, str]] = []
+        self.used: set[str] = set()
+        self.volatile = False
+
+    def tree(self, value: Any, place: str, depth: int = 0) -> ast.expr:
+        if depth > MAX_NESTING:
+            self.faults.append(Fault(self.where, place, f"is nested deeper than {MAX_NESTING} levels"))
+            return ast.Constant(None)
+        if isinstance(value, str):
+            return self.text(value, place)
+        if isinstance(value, dict):
+            keys: list[ast.expr | None] = [ast.Constant(key) for key in value]
+            return ast.Dict(keys, [self.tree(item, f"{place}/{key}", depth + 1) for key, item in value.items()])
+        if isinstance(value, list):
+            items = [self.tree(item, f"{place}/{at}", depth + 1) for at, item in enumerate(value)]
+            return ast.List(items, ast.Load())
+        if isinstance(value, datetime.date | datetime.time):  # TOML has these
+            return ast.Constant(value.isoformat())
+        return ast.Constant(value)
+
+    def text(self, text: str, place: str) -> ast.expr:
+        if "${" not in text:
+            return ast.Constant(text)
+        try:
+            parts = [self.expression(t, place) if is_code else ast.Constant(t) for is_code, t in split_template(text)]
+        except ValueError as error:
+            self.faults.append(Fault(self.where, place, str(error)))
+            return ast.Constant(None)
+        if len(parts) == 1:
+            return parts[0]
+        return ast.Call(
+            ast.Name("_join", ast.Load()), [ast.Name("_b", ast.Load()), ast.Tuple(list(parts), ast.Load())], []
+        )
+
+    def expression(self, source: str, place: str) -> ast.expr:
+        source = source.strip()
+        self.sources.append((place, source))
+        line = len(self.sources)
+        try:
+            if not source:
+                raise _Refused("there is nothing inside ${}")
+            if len(source) > MAX_EXPRESSION:
+                raise _Refused(f"it is longer than {MAX_EXPRESSION} characters: split it over several steps")
+            node = ast.parse(f"({source})", mode="eval").body
+            checker = _Checker(self.names, line, self.hints)
+            checked = checker.visit(node)
+            self.used |= checker.used
+            self.volatile = self.volatile or checker.volatile
+        except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
+            message = error.msg if isinstance(error, SyntaxError) else str(error) or "it is nested too deeply"
+            if isinstance(error, SyntaxError) and (word := _KEYWORD_FIELD.search(source)):
+                message = f'{word[1]} is a word of the language: write ["{word[1]}"] for the field of that name'
+            self.faults.append(Fault(self.where, place, f"${{{source[:120]}}}: {message}"))
+            return ast.Constant(None)
+        for part in ast.walk(checked):
+            if hasattr(part, "lineno"):
+                part.lineno = part.end_lineno = line  # type: ignore[attr-defined]
+        return checked
+
+
+def compile_template(
+    value: Any,
+    names: Collection[str],
+    place: str = "",
+    faults: list[Fault] | None = None,
+    where: str = "",
+    hints: Mapping[str, str] | None = None,
+) -> Template:
+    """Compile every `${…}` in a JSON tree.
+
+    `names` are those that a scope will hold (a mapping says which members each has, None if any), `hints` messages for
+    names that it will not. Faults are appended to `faults` (the template then gives null in their place); without a
+    list they are raised as FlowError.
+    """
+    found: list[Fault] = [] if faults is None else faults
+    compiler = _Compiler(names, found, where, hints or {})
+    before = len(found)
+    body = compiler.tree(value, place)
+    if faults is None and len(found) > before:
+        raise FlowError(found)
+    arguments = ast.arguments([], [ast.arg("_s"), ast.arg("_b")], None, [], [], None, [])
+    lambda_node = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))
+    try:
+        with warnings.catch_warnings():  # such as "perhaps you missed a comma": it is said when it is evaluated
+            warnings.simplefilter("ignore")
+            run = eval(compile(lambda_node, _SOURCE, "eval"), _GLOBALS)  # noqa: S307 (a checked tree, no builtins)
+    except (RecursionError, MemoryError, ValueError):
+        found.append(Fault(where, place, "is too large or nested too deeply"))
+        run = _GLOBALS["_f_bool"]
+    return Template(run, compiler.sources, frozenset(compiler.used), compiler.volatile)
+
+
+# ======================================================================================================================
+# 5 Outbound
+# To add a refused network: a row in _REFUSED_V4 or _REFUSED_V6, with its registry entry (IANA special-purpose).
+# ======================================================================================================================
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# Written out, for `ipaddress.is_global` takes multicast, NAT64 and 6to4 addresses for public ones.
+_REFUSED_V4 = [
+    ipaddress.IPv4Network(text)
+    for text in (
+        "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 "
+        "192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 "
+        "224.0.0.0/4 240.0.0.0/4"
+    ).split()
+]
+_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
+_REFUSED_V6 = [ipaddress.IPv6Network(text) for text in ["2001::/23", "2001:db8::/32", "3fff::/20"]]
+#: IPv6 networks that carry an IPv4 address, and how far right that address stands in the 128 bits.
+_CARRIERS = [
+    (ipaddress.IPv6Network("::ffff:0:0/96"), 0),
+    (ipaddress.IPv6Network("::/96"), 0),
+    (ipaddress.IPv6Network("64:ff9b::/96"), 0),
+    (ipaddress.IPv6Network("2002::/16"), 80),
+]
+_METADATA = frozenset(
+    map(ipaddress.ip_address, ["169.254.169.254", "169.254.170.2", "100.100.100.200", "192.0.0.192", "168.63.129.16"])
+) | {ipaddress.ip_address("fd00:ec2::254")}
+
+
+class AddressRefused(AsteraError):
+    """The address policy does not let a request go there."""
+
+
+class OutboundError(AsteraError):
+    """A request got no usable answer; `kind` is transport, timeout, too_large or invalid."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def carried_address(address: IPAddress) -> IPAddress:
+    """The IPv4 address that an IPv6 one carries (mapped, compatible, NAT64, 6to4), else the address itself."""
+    if isinstance(address, ipaddress.IPv6Address):
+        for network, shift in _CARRIERS:
+            if address in network and int(address) > 1:  # :: and ::1 are addresses of their own
+                return ipaddress.IPv4Address(int(address) >> shift & 0xFFFFFFFF)
+    return address
+
+
+def is_public(address: IPAddress) -> bool:
+    """Whether an address is reachable in the public internet, by the IANA special-purpose registries."""
+    address = carried_address(address)
+    if isinstance(address, ipaddress.IPv4Address):
+        return not any(address in network for network in _REFUSED_V4)
+    return address in _PUBLIC_V6 and not any(address in network for network in _REFUSED_V6)
+
+
+class AddressPolicy:
+    """Which addresses an outgoing request may reach: public ones, and the hosts and networks that are named.
+
+    `allow` is `none`, `auto`, or hosts and networks, comma-separated; `loopback` says what `auto` means.
+    Raises ConfigError for what is neither a host name nor a network.
+    """
+
+    def __init__(self, allow: str = "none", loopback: bool = False) -> None:
+        self.hosts: set[str] = set()
+        self.networks: list[IPNetwork] = []
+        words = [word.strip().lower() for word in allow.split(",") if word.strip()]
+        if words in (["none"], ["auto"]):
+            words = ["localhost", "127.0.0.0/8", "::1/128"] if words == ["auto"] and loopback else []
+        for word in words:
+            try:
+                self.networks.append(ipaddress.ip_network(word.strip("[]"), strict=False))
+            except ValueError:
+                if not _HOST_NAME.fullmatch(word) or word in ("auto", "none"):
+                    message = f"{shown(word)} is neither a host name nor a network such as 10.0.0.0/8"
+                    raise ConfigError([Fault("callback_allow", "", message)]) from None
+                self.hosts.add(word)
+
+    def refusal(self, host: str, address: IPAddress) -> str | None:
+        """Why a connection to this address, found under this host name, is refused; None if it is allowed."""
+        real = carried_address(address)
+        exact = any(n.num_addresses == 1 and a in n for a in (address, real) for n in self.networks)
+        if real in _METADATA or address in _METADATA:
+            return None if exact else f"{address} is a cloud metadata address"
+        if host.lower().rstrip(".") in self.hosts or any(a in n for a in (address, real) for n in self.networks):
+            return None
+        return None if is_public(address) else f"{address} is not a public address"
+
+
+class Target(NamedTuple):
+    """A URL taken apart by `parse_target`."""
+
+    scheme: str
+    host: str  # without brackets
+    port: int
+    path: str  # with the query, as it goes on the wire
+
+    @property
+    def receiver(self) -> str:
+        """`host:port`, to tell receivers apart."""
+        return f"{self.host}:{self.port}"
+
+
+_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.[A-Za-z0-9_-]{1,63})*\.?")
+_URL = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?"
+    r"(?P<path>/[^#?\s]*)?(?P<query>\?[^#\s]*)?",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+def parse_target(url: str) -> Target:
+    """Take an absolute http or https URL apart; ValueError says what is wrong with it.
+
+    Strict on purpose: no userinfo, no fragment, no blanks or control characters, ASCII only, as RFC 3986 has it.
+    """
+    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
+        raise ValueError("has characters that a URL does not have: percent-encode them")
+    match = _URL.fullmatch(url)
+    if match is None:
+        if "@" in url.partition("//")[2].partition("/")[0]:
+            raise ValueError("must not carry a user name or password")
+        raise ValueError("must not have a fragment" if "#" in url else "must be one absolute http or https URL")
+    scheme, host = match["scheme"].lower(), match["host"].lower()
+    port = int(match["port"]) if match["port"] else {"http": 80, "https": 443}[scheme]
+    if not 0 < port < 65536:
+        raise ValueError("has a port that does not exist")
+    if host.startswith("["):
+        host = host[1:-1]
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise ValueError("has a malformed IPv6 address") from None
+    elif len(host) > 253 or not _HOST_NAME.fullmatch(host):
+        raise ValueError("has a malformed host name")
+    return Target(scheme, host, port, (match["path"] or "/") + (match["query"] or ""))
+
+
+def literal_addresses(host: str) -> list[IPAddress]:
+    """The addresses of a host that needs no look-up: every form that the system takes (127.1, 0x7f.1), localhost."""
+    if host.rstrip(".") == "localhost" or host.rstrip(".").endswith(".localhost"):
+        return [ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")]
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return []
+    return [_address(entry[4]) for entry in found]
+
+
+def _address(name: Any) -> IPAddress:
+    return ipaddress.ip_address(str(name[0]).partition("%")[0])
+
+
+class Fetched(NamedTuple):
+    """An answer to an outgoing request: status code, header pairs as they came, body."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+
+class _DeadlineReader(io.RawIOBase):
+    """Reads a socket under one deadline and one byte limit for all reads together.
+
+    urllib's own timeout is for each recv, so a server that drips could hold a client for ever.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float, max_bytes: int) -> None:
+        self._sock, self._deadline, self._left = sock, deadline, max_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(_left(self._deadline))
+        count = self._sock.recv_into(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise OutboundError("too_large", "the answer is larger than the limit")
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._sock.close()
+        super().close()
+
+
+class _DeadlineSocket:
+    """What http.client needs of a socket: sendall, makefile, close."""
+
+    def __init__(self, sock: socket.socket, deadline: float, max_bytes: int) -> None:
+        self._sock, self._deadline, self._max_bytes = sock, deadline, max_bytes
+        self._reader: _DeadlineReader | None = None
+
+    def sendall(self, data: Any) -> None:
+        self._sock.settimeout(_left(self._deadline))
+        self._sock.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        self._reader = _DeadlineReader(self._sock, self._deadline, self._max_bytes)
+        return io.BufferedReader(self._reader)
+
+    def close(self) -> None:
+        if self._reader is None:  # else the reader, which outlives this object, closes it
+            self._sock.close()
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+def resolve(host: str, port: int, deadline: float) -> list[IPAddress]:
+    """Addresses of a host, in the system's order. OutboundError if there are none in time.
+
+    The system's look-up cannot be interrupted, so it has a thread of its own that is left behind at the deadline.
+    """
+    literal = literal_addresses(host) if host.rstrip(".").rpartition(".")[2] != "localhost" else []
+    if literal:
+        return literal
+    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            found.put(error)
+
+    threading.Thread(target=look_up, name="astera-resolve", daemon=True).start()
+    try:
+        answer = found.get(timeout=_left(deadline))
+    except queue.Empty:
+        raise OutboundError("timeout", "the host name could not be resolved in time") from None
+    if isinstance(answer, Exception):
+        raise OutboundError("transport", "the host name cannot be resolved")
+    return list(dict.fromkeys(_address(entry[4]) for entry in answer))
+
+
+def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> socket.socket:
+    """A connection to an address that was judged: the name is not looked up a second time."""
+    addresses = resolve(target.host, target.port, deadline)
+    for address in addresses:  # all of them, before any: a mixed answer is refused whole
+        refusal = policy.refusal(target.host, address) if policy else None
+        if refusal:
+            raise AddressRefused(refusal)
+    failure: Exception = OSError("no address")
+    for position, address in enumerate(addresses):
+        share = _left(deadline) / (len(addresses) - position)
+        try:
+            sock = socket.create_connection((str(address), target.port), timeout=share)
+        except OSError as error:
+            failure = error
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+    raise failure
+
+
+class Outbound:
+    """The HTTP client. Uses urllib with just the two handlers that are wanted: no proxies, no file:, no cookies."""
+
+    def __init__(self) -> None:
+        self._context: ssl.SSLContext | None = None
+        self._lock = threading.Lock()
+
+    def _tls(self) -> ssl.SSLContext:
+        import ssl  # noqa: PLC0415 (3 MB that a server without https calls never needs)
+
+        with self._lock:
+            if self._context is None:
+                self._context = ssl.create_default_context()
+            return self._context
+
+    def fetch(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        *,
+        timeout: float,
+        max_bytes: int,
+        policy: AddressPolicy | None = None,
+    ) -> Fetched:
+        """One request, one answer, whatever its status; redirects are not followed.
+
+        `timeout` (seconds) bounds everything from the name's look-up to the last byte, `max_bytes` the body, which is
+        not read at all for 0. Raises OutboundError, AddressRefused.
+        """
+        import urllib.request  # noqa: PLC0415 (1 MB that a server without calls to the outside never needs)
+
+        try:
+            target = parse_target(url)
+        except ValueError as error:
+            raise OutboundError("invalid", f"the URL {error}") from None
+        deadline = time.monotonic() + timeout
+        outbound = self
+
+        class Connection(http.client.HTTPConnection):
+            def connect(self) -> None:
+                sock = _connect(target, policy, deadline)
+                if target.scheme == "https":
+                    sock.settimeout(_left(deadline))
+                    sock = outbound._tls().wrap_socket(sock, server_hostname=target.host)
+                self.sock = _DeadlineSocket(sock, deadline, max_bytes + (256 << 10))
+
+        class Opener(urllib.request.AbstractHTTPHandler):
+            def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+                return self.do_open(Connection, request)
+
+            https_open = http_open
+            http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+        opener = urllib.request.OpenerDirector()
+        opener.addheaders = []
+        opener.add_handler(Opener())
+        try:
+            request = urllib.request.Request(url, body, dict(headers), method=method)  # noqa: S310 (parse_target)
+            with opener.open(request) as response:
+                data = response.read(max_bytes + 1) if max_bytes else b""
+                if len(data) > max_bytes:
+                    raise OutboundError("too_large", f"the answer is larger than {show_size(max_bytes)}")
+                if max_bytes and response.length:
+                    raise OutboundError("transport", "the answer was cut short")
+                return Fetched(response.status, response.getheaders(), data)
+        except (AddressRefused, OutboundError):
+            raise
+        except TimeoutError:
+            raise OutboundError("timeout", f"no answer within {show_duration(timeout)}") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise self._translated(error, timeout) from None
+
+    def _translated(self, error: Exception, timeout: float) -> AsteraError:
+        """urllib wraps what happened in a URLError; tell time-outs from the rest."""
+        cause = getattr(error, "reason", None)
+        for layer in (cause, error):
+            if isinstance(layer, AddressRefused | OutboundError):
+                return layer
+            if isinstance(layer, TimeoutError):
+                return OutboundError("timeout", f"no answer within {show_duration(timeout)}")
+        layer = cause if isinstance(cause, Exception) else error
+        if isinstance(layer, http.client.HTTPException | ValueError):
+            return OutboundError("transport", f"the answer is not HTTP ({type(layer).__name__})")
+        return OutboundError("transport", f"the connection failed: {_reason(layer)}")
+
+
+def header_value(headers: Iterable[tuple[str, str]], name: str) -> str | None:
+    """The first value of a header, whatever its case."""
+    return next((value for key, value in headers if key.lower() == name), None)
+
+
+# ======================================================================================================================
+# 6 Flows
+# To add a step kind: a function that checks its spec and returns a runner, and a row in STEP_KINDS.
+# To add a parameter type: a row in PARAMETER_TYPES and one in SCHEMA_TYPES.
+# ======================================================================================================================
+
+Scope = dict[str, Any]
+Runner = Callable[["Run", Scope, str], Any]  # (run, scope, path of the step) -> the step's value
+
+_INTEGER = re.compile(r"-?[0-9]{1,19}")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,308})(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?")
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_DATE_TIME = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+_INT64 = range(-(1 << 63), 1 << 63)
+
+
+def _integer_text(text: str) -> int:
+    if not text.isascii() or not _INTEGER.fullmatch(text) or int(text) not in _INT64:
+        raise ValueError("must be an integer such as 3 or -12, in 64 bits")
+    return int(text)
+
+
+def _number_text(text: str) -> float | int:
+    if not text.isascii() or not _NUMBER.fullmatch(text) or math.isinf(float(text)):
+        raise ValueError("must be a number such as 2.5 or -1e3")
+    return int(text) if _INTEGER.fullmatch(text) and int(text) in _INT64 else float(text)
+
+
+def _boolean_text(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError("must be true or false")
+    return text == "true"
+
+
+def _date_text(text: str) -> str:
+    try:
+        if _DATE.fullmatch(text):
+            datetime.date.fromisoformat(text)
+            return text
+    except ValueError:
+        pass
+    raise ValueError("must be a date such as 2026-11-23")
+
+
+def _date_time_text(text: str) -> str:
+    try:
+        if text.isascii() and _DATE_TIME.fullmatch(text):
+            datetime.datetime.fromisoformat(text.upper())
+            return text
+    except ValueError:
+        pass
+    raise ValueError("must be a date and time with a zone such as 2026-11-23T20:31:05Z")
+
+
+#: How the text of a path, query or header parameter becomes a value; ValueError says what it must be.
+PARAMETER_TYPES: dict[str, Callable[[str], Any]] = {
+    "string": str,
+    "integer": _integer_text,
+    "number": _number_text,
+    "boolean": _boolean_text,
+    "date": _date_text,
+    "date-time": _date_time_text,
+}
+
+
+def _is_integer(value: Any) -> bool:
+    return (type(value) is int or (type(value) is float and value.is_integer())) and int(value) in _INT64
+
+
+#: Whether a JSON value is of a type (in JSON `true` is no integer, `1.0` is one).
+SCHEMA_TYPES: dict[str, Callable[[Any], bool]] = {
+    "string": lambda value: type(value) is str,
+    "integer": _is_integer,
+    "number": lambda value: type(value) in (int, float),
+    "boolean": lambda value: type(value) is bool,
+    "date": lambda value: type(value) is str and _accepts(_date_text, value),
+    "date-time": lambda value: type(value) is str and _accepts(_date_time_text, value),
+    "array": lambda value: type(value) is list,
+    "object": lambda value: type(value) is dict,
+    "null": lambda value: value is None,
+}
+
+
+def _accepts(parse: Callable[[str], Any], text: str) -> bool:
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _bound(holds: Callable[[Any, Any], bool], sized: bool, message: str) -> Callable[[Any, Any], str | None]:
+    def check(value: Any, limit: Any) -> str | None:
+        if sized != (type(value) in (str, list)) or (not sized and type(value) not in (int, float)):
+            return None
+        return None if holds(len(value) if sized else value, limit) else message.format(limit)
+
+    return check
+
+
+def _check_pattern(value: Any, pattern: re.Pattern[str]) -> str | None:
+    if type(value) is not str or pattern.search(value):
+        return None
+    return f"must match the pattern {pattern.pattern}"
+
+
+def _check_enum(value: Any, allowed: list[Any]) -> str | None:
+    same = any(value == item and type(value) is type(item) for item in allowed)
+    return None if same else "must be one of " + ", ".join(map(shown, allowed))
+
+
+#: Rules of a schema: how to check a value against the rule's own value, and the type that the rule's value has.
+SCHEMA_RULES: dict[str, tuple[Callable[[Any, Any], str | None], str]] = {
+    "enum": (_check_enum, "array"),
+    "pattern": (_check_pattern, "string"),
+    "minimum": (_bound(operator.ge, False, "must be at least {}"), "number"),
+    "maximum": (_bound(operator.le, False, "must be at most {}"), "number"),
+    "minLength": (_bound(operator.ge, True, "must have at least {} characters"), "integer"),
+    "maxLength": (_bound(operator.le, True, "must have at most {} characters"), "integer"),
+    "minItems": (_bound(operator.ge, True, "must have at least {} items"), "integer"),
+    "maxItems": (_bound(operator.le, True, "must have at most {} items"), "integer"),
+}
+_SCHEMA_MEMBERS = ("type", "items", "properties", "required", "additionalProperties", "default", *SCHEMA_RULES)
+_NOTES = ("description", "example")
+
+
+class Schema:
+    """A compiled schema: the subset of JSON Schema that parameters and bodies share."""
+
+    __slots__ = ("additional", "default", "has_default", "items", "properties", "required", "rules", "types")
+
+    def __init__(self) -> None:
+        self.types: tuple[str, ...] = ()
+        self.rules: list[tuple[Callable[[Any, Any], str | None], Any]] = []
+        self.items: Schema | None = None
+        self.properties: dict[str, Schema] = {}
+        self.required: tuple[str, ...] = ()
+        self.additional: bool | Schema = True
+        self.has_default = False
+        self.default: Any = None
+
+    def check(self, value: Any, place: str, errors: list[dict[str, str]], where: str = "body") -> Any:
+        """The value with defaults filled in; faults are appended to `errors` under the JSON Pointer `place`."""
+
+        def refuse(message: str, at: str = place) -> None:
+            errors.append({"in": where, "name": at, "message": message})
+
+        if self.types and not any(SCHEMA_TYPES[name](value) for name in self.types):
+            refuse("must be " + " or ".join(_TYPE_WORDS[name] for name in self.types))
+            return value
+        if type(value) is float and self.types == ("integer",):
+            value = int(value)
+        for rule, limit in self.rules:
+            message = rule(value, limit)
+            if message:
+                refuse(message)
+        if type(value) is list and self.items is not None:
+            return [self.items.check(item, f"{place}/{at}", errors, where) for at, item in enumerate(value)]
+        if type(value) is dict:
+            return self._object(value, place, errors, where)
+        return value
+
+    def _object(self, value: dict[str, Any], place: str, errors: list[dict[str, str]], where: str) -> dict[str, Any]:
+        result = {}
+        for name, item in value.items():
+            at = f"{place}/{pointer(name)}"
+            schema = self.properties.get(name, self.additional)
+            if schema is False:
+                message = "is not a member of this object" + suggest(name, self.properties)
+                errors.append({"in": where, "name": at, "message": message})
+            result[name] = schema.check(item, at, errors, where) if isinstance(schema, Schema) else item
+        for name in self.required:
+            if name not in value:
+                errors.append({"in": where, "name": f"{place}/{pointer(name)}", "message": "is missing"})
+        for name, schema in self.properties.items():
+            if schema.has_default and name not in value:
+                result[name] = schema.default
+        return result
+
+
+_TYPE_WORDS = {
+    "string": "text",
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "date": "a date such as 2026-11-23",
+    "date-time": "a date and time with a zone such as 2026-11-23T20:31:05Z",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def pointer(name: str) -> str:
+    """A member's name as a token of a JSON Pointer (RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A declared parameter. `parse` reads one text; for an array each item."""
+
+    name: str
+    where: str  # path, query or header
+    parse: Callable[[str], Any]
+    array: bool
+    text: bool  # an empty text is a value
+    required: bool
+    schema: Schema
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A request's input, checked: what expressions see as `params` and `request`."""
+
+    params: dict[str, Any]
+    request: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """When and how often a step is tried again. Times are seconds."""
+
+    attempts: int = 1
+    delay: float = 1.0
+    backoff: float = 2.0
+    max_delay: float = 30.0
+    on: frozenset[str] | None = None  # None: whatever is safe
+
+    def pause(self, failed: int) -> float:
+        """Seconds to wait after the n-th failure (from 1): exponential, always with jitter."""
+        longest = min(self.delay * self.backoff ** (failed - 1), self.max_delay)
+        return longest * (0.5 + random.random() / 2)  # noqa: S311 (spreads load, guards nothing)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One compiled step. `effect`: it may act on the world outside; `save`: its output is kept with the job."""
+
+    name: str
+    kind: str
+    run: Runner
+    effect: bool
+    save: bool
+    when: Template | None = None
+    timeout: float | None = None
+    retry: Retry = Retry()
+    on_error: Template | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One of a flow's responses: the first whose `when` holds answers."""
+
+    when: Template | None
+    status: Template
+    headers: Template
+    body: Template
+    has_body: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """A deployed flow, compiled. `tree` is what its author wrote, `version` the hash that pins jobs to it."""
+
+    name: str
+    description: str
+    method: str
+    resource: str
+    modes: frozenset[str]  # synchronous, asynchronous
+    strict: bool
+    parameters: tuple[Parameter, ...]
+    body: Schema | None
+    content_types: tuple[str, ...]
+    body_required: bool
+    steps: tuple[Step, ...]
+    responses: tuple[Response, ...]
+    timeout: float | None
+    restart: str  # resume, rerun or fail
+    tree: dict[str, Any]
+    text: str
+    version: int
+    source: str  # the file's name, for people
+
+    @property
+    def segments(self) -> list[str]:
+        """The resource's raw path segments."""
+        return self.resource.split("/")[1:]
+
+    def bind(self, request: StoredRequest, segments: Mapping[str, str], request_id: str = "") -> Input:
+        """Check a request against the declaration; raises InputError with every fault at once."""
+        errors: list[dict[str, str]] = []
+        query = parse_query(request.query)
+        params: dict[str, Any] = {}
+        for item in self.parameters:
+            if item.where == "path":
+                given = [segments[item.name]]
+            elif item.where == "query":
+                given = query.get(item.name, [])
+            else:
+                given = [request.headers[item.name.lower()]] if item.name.lower() in request.headers else []
+            params[item.name] = _bind_parameter(item, given, errors)
+        if self.strict:
+            known = [item.name for item in self.parameters if item.where == "query"]
+            for name in query.keys() - set(known):
+                errors.append({"in": "query", "name": name, "message": "is not declared" + suggest(name, known)})
+        body = self._bind_body(request, errors)
+        if errors:
+            raise InputError(errors)
+        plain = {name: values[0] if len(values) == 1 else values for name, values in query.items()}
+        return Input(
+            params,
+            {
+                "method": request.method,
+                "path": request.path,
+                "query": plain,
+                "headers": request.headers,
+                "body": body,
+                "id": request_id,
+            },
+        )
+
+    def _bind_body(self, request: StoredRequest, errors: list[dict[str, str]]) -> Any:
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not request.body:
+            if self.body_required:
+                errors.append({"in": "body", "name": "", "message": "is missing: send " + self.content_types[0]})
+            return None
+        if self.content_types and not any(_same_media(media, accepted) for accepted in self.content_types):
+            accepted = " or ".join(self.content_types)
+            message = f"must be {accepted}, and the Content-Type must say so"
+            raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
+        try:
+            value = _read_body(request.body, media)
+        except ValueError as error:
+            errors.append({"in": "body", "name": "", "message": f"is not valid {media or 'JSON'}: {error}"})
+            return None
+        return self.body.check(value, "", errors) if self.body else value
+
+
+#: Short names of content types in a flow file.
+CONTENT_TYPES = {
+    "json": "application/json",
+    "form": "application/x-www-form-urlencoded",
+    "text": "text/plain",
+    "binary": "application/octet-stream",
+}
+
+
+def _is_json(media: str) -> bool:
+    return media == "application/json" or media.endswith("+json")
+
+
+def _same_media(media: str, accepted: str) -> bool:
+    return media == accepted or (accepted == "application/json" and _is_json(media))
+
+
+def _read_body(body: bytes, media: str) -> Any:
+    if _is_json(media):
+        return from_json(body)
+    if media == CONTENT_TYPES["form"]:
+        pairs = parse_query(body.decode("ascii", "strict"))
+        return {name: values[0] if len(values) == 1 else values for name, values in pairs.items()}
+    if media.startswith("text/"):
+        return body.decode()
+    return body
+
+
+def _bind_parameter(item: Parameter, given: list[str], errors: list[dict[str, str]]) -> Any:
+    def refuse(message: str) -> None:
+        errors.append({"in": item.where, "name": item.name, "message": message})
+
+    if not given:
+        if item.required:
+            refuse("is missing")
+        return item.schema.default
+    if not item.array and len(given) > 1:
+        refuse("must be given once")
+        return None
+    texts = given if not item.array else [part for text in given for part in text.split(",")] if given != [""] else []
+    values = []
+    for text in texts:
+        if not text and not item.text:
+            refuse("must not be empty")
+            return None
+        try:
+            values.append(item.parse(text))
+        except ValueError as error:
+            refuse(str(error))
+            return None
+    before = len(errors)
+    value = item.schema.check(values if item.array else values[0], "", errors, item.where)
+    for found in errors[before:]:
+        found["name"] = item.name + found["name"]
+    return value
+
+
+_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
+
+
+def unquote(text: str, plus: bool = False) -> str:
+    """Percent-decode once, strictly; ValueError for a stray %, invalid UTF-8 or a NUL."""
+    if plus:
+        text = text.replace("+", " ")
+    if "%" in text:
+        if _PERCENT.search(text):
+            raise ValueError("a % is not followed by two hexadecimal digits")
+        try:
+            text = urllib.parse.unquote_to_bytes(text).decode()
+        except UnicodeDecodeError:
+            raise ValueError("its percent-encoded bytes are not UTF-8") from None
+        if "\0" in text:
+            raise ValueError("it has a NUL character")
+    return text
+
+
+def parse_query(query: str) -> dict[str, list[str]]:
+    """Names and values of a query; raises InputError for what does not decode."""
+    result: dict[str, list[str]] = {}
+    for pair in query.split("&"):
+        if pair:
+            name, _, value = pair.partition("=")
+            try:
+                result.setdefault(unquote(name, plus=True), []).append(unquote(value, plus=True))
+            except ValueError as error:
+                raise InputError([{"in": "query", "name": shown(name), "message": str(error)}]) from None
+    return result
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+class _Signal(Exception):
+    """Ends a run on purpose; not a failure of a step."""
+
+
+class _Answered(_Signal):
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+
+class _Suspend(_Signal):
+    def __init__(self, until: int) -> None:
+        self.until = until
+
+
+class _Cancelled(_Signal):
+    pass
+
+
+class _TimedOut(_Signal):
+    pass
+
+
+class _Failed(_Signal):
+    """What a `fail` step says."""
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status, self.message = status, message
+
+
+class StepError(AsteraError):
+    """A step failed. `detail` may be told to the client; `status` is the response's code, `kinds` are for retry."""
+
+    def __init__(self, status: int, detail: str, reason: str, kinds: Collection[str] = ()) -> None:
+        super().__init__(reason)
+        self.status, self.detail, self.kinds = status, detail, frozenset(kinds)
+
+
+class Suspended(NamedTuple):
+    """A run that waits until a time (milliseconds since the epoch) without holding a thread."""
+
+    until: int
+
+
+class Cancel:
+    """A request to stop, set by any thread and seen by one run."""
+
+    __slots__ = ("_event", "is_set")
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._event: threading.Event | None = None
+
+    def set(self) -> None:
+        self.is_set = True
+        if self._event is not None:
+            self._event.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for so long, or until set; whether it is set. Only the run's own thread calls this."""
+        if self._event is None:
+            self._event = threading.Event()
+        return self.is_set or self._event.wait(seconds)
+
+
+class Journal:
+    """What outlives a run's thread: saved outputs and begun waits, by step path. This one keeps nothing."""
+
+    suspendable = False
+
+    def __init__(self) -> None:
+        self.saved: Mapping[str, Any] = {}
+        self.waits: Mapping[str, int] = {}
+
+    def record(self, path: str, value: Any) -> int | None:
+        """Save a finished step's output; the size in bytes of what was saved."""
+        return None
+
+    def begin_wait(self, path: str, until: int) -> None:
+        """Remember until when (milliseconds since the epoch) a step waits."""
+
+    def barrier(self) -> None:
+        """Return when all that was recorded is committed; called before each side effect."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every run needs of the outside."""
+
+    clock: Clock
+    outbound: Outbound
+    policy: AddressPolicy
+    env: dict[str, str]
+    secrets: dict[str, str]
+    max_result: int
+    max_step_response: int
+
+    def masked(self, text: str) -> str:
+        """The text with every secret's value replaced."""
+        for value in self.secrets.values():
+            if value:
+                text = text.replace(value, "***")
+        return text
+
+
+_WORTH_SUSPENDING_MS = 250  # a shorter wait costs less than two commits
+
+
+class Run:
+    """One run of a flow: its input, what it knows, and when it must end."""
+
+    __slots__ = ("cancel", "deadline", "flow", "input", "journal", "outside", "progress", "step_deadline", "trace")
+
+    def __init__(
+        self,
+        flow: Flow,
+        given: Input,
+        outside: Surroundings,
+        deadline: float,
+        journal: Journal | None = None,
+        trace: list[dict[str, Any]] | None = None,
+        cancel: Cancel | None = None,
+    ) -> None:
+        self.flow, self.input, self.outside = flow, given, outside
+        self.deadline = self.step_deadline = deadline  # on the monotonic clock, seconds
+        self.journal = journal or Journal()
+        self.trace = trace
+        self.cancel = cancel or Cancel()
+        self.progress = Progress(None, 0, len(flow.steps))
+
+    def scope(self) -> Scope:
+        """The names that expressions see before the first step."""
+        given, outside = self.input, self.outside
+        return {"params": given.params, "request": given.request, "env": outside.env, "secrets": outside.secrets}
+
+    def check(self) -> None:
+        """Raise if the run was cancelled or is over its time."""
+        if self.cancel.is_set:
+            raise _Cancelled
+        if self.outside.clock.monotonic() >= self.deadline:
+            raise _TimedOut
+
+    def left(self) -> float:
+        """Seconds until the step or the run must end; raises _TimedOut if there are none."""
+        left = self.step_deadline - self.outside.clock.monotonic()
+        if left <= 0:
+            self.check()
+            raise StepError(504, "a step took longer than its timeout", "timeout", {"timeout"})
+        return left
+
+    def sleep(self, seconds: float) -> None:
+        """Hold the thread for so long; ends early, with an error, at the deadline or on cancel."""
+        left = self.left()
+        if self.cancel.wait(min(seconds, left)):
+            raise _Cancelled
+        if seconds > left:
+            self.left()
+
+    def wait_until(self, until: int, path: str) -> None:
+        """Wait until a time, without the thread where the run can be suspended."""
+        clock = self.outside.clock
+        wait_ms = until - clock.now()
+        if wait_ms <= 0:
+            return
+        if wait_ms <= _WORTH_SUSPENDING_MS or not self.journal.suspendable:
+            self.sleep(wait_ms / 1000)
+            return
+        self.journal.begin_wait(path, until)
+        raise _Suspend(min(until, clock.now() + math.ceil(self.left() * 1000)))
+
+
+def run_flow(run: Run) -> Outcome | Suspended:
+    """Run a flow to its outcome, or until it waits. Never raises: the door behind which everything is caught."""
+    flow = run.flow
+    scope = run.scope()
+    try:
+        value = run_steps(flow.steps, run, scope, "")
+        run.progress = Progress(None, len(flow.steps), len(flow.steps))
+        return Outcome(_respond(flow, run, scope, value))
+    except _Answered as answered:
+        return Outcome(answered.answer)
+    except _Suspend as suspend:
+        return Suspended(suspend.until)
+    except _Cancelled:
+        return Outcome.failed("cancelled", 409, "The job was cancelled.")
+    except _TimedOut:
+        return Outcome.failed("timeout", 504, "The flow took longer than it may.", "timeout")
+    except _Failed as failed:
+        return Outcome.failed("failed", failed.status, failed.message)
+    except StepError as error:
+        code = "timeout" if error.status == 504 else "failed"
+        return Outcome.failed(code, error.status, error.detail, run.outside.masked(str(error)))
+    except ExpressionError as error:
+        return _broken(run, str(error))
+    except Exception as error:
+        log.debug("flow %s", flow.name, exc_info=True)
+        return _broken(run, f"{type(error).__name__}: {error}")
+
+
+def _broken(run: Run, reason: str) -> Outcome:
+    detail = "The flow failed. The server's log has the reason under this id."
+    return Outcome.failed("failed", 500, detail, run.outside.masked(reason), requestId=run.input.request["id"])
+
+
+def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any:
+    """Run steps in order, each result going into the scope; the value of the last one that was not skipped."""
+    value = None
+    for position, step in enumerate(steps):
+        path = prefix + step.name
+        run.check()
+        if not prefix:
+            run.progress = Progress(step.name, position, len(steps))
+        if path in run.journal.saved:
+            value = scope[step.name] = run.journal.saved[path]
+            if run.trace is not None and not any(entry["path"] == path for entry in run.trace):
+                _note(run, step, path, "resumed", run.outside.clock.now(), None, value)
+            continue
+        if step.when is not None and not step.when(scope):
+            scope[step.name] = None
+            _note(run, step, path, "skipped", run.outside.clock.now(), None)
+            continue
+        value = scope[step.name] = _run_step(step, run, scope, path)
+    return value
+
+
+def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
+    began = run.outside.clock.now()
+    try:
+        value = _attempts(step, run, scope, path)
+        state = "finished"
+    except _Signal as signal_:
+        if not isinstance(signal_, _Suspend):
+            _note(run, step, path, "answered" if isinstance(signal_, _Answered) else "failed", began, None)
+        raise
+    except Exception as error:
+        _note(run, step, path, "failed", began, None)
+        if step.on_error is None:
+            if isinstance(error, StepError):
+                raise StepError(error.status, f'step "{step.name}": {error.detail}', f"step {path}: {error}") from error
+            raise
+        log.info("flow %s: step %s failed, going on: %s", run.flow.name, path, run.outside.masked(str(error)))
+        value, state = step.on_error(scope), "failed"
+    size = run.journal.record(path, value) if step.save else None
+    if state == "finished":
+        _note(run, step, path, state, began, size, value)
+    return value
+
+
+def _attempts(step: Step, run: Run, scope: Scope, path: str) -> Any:
+    retry = step.retry
+    for attempt in itertools.count(1):
+        now = run.outside.clock.monotonic()
+        run.step_deadline = min(run.deadline, now + step.timeout) if step.timeout else run.deadline
+        if step.effect:
+            run.journal.barrier()
+        try:
+            return step.run(run, scope, path)
+        except _Signal:
+            raise
+        except Exception as error:
+            kinds = error.kinds if isinstance(error, StepError) else {"error"}
+            wanted = retry.on is None or retry.on & set(kinds)
+            if attempt >= retry.attempts or not wanted or (retry.on is None and "unsafe" in kinds):
+                raise
+        run.check()
+        run.step_deadline = run.deadline
+        run.sleep(retry.pause(attempt))
+    raise AssertionError  # the loop does not end
+
+
+def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | None, value: Any = None) -> None:
+    """Put a line into the trace, which is what people see of the steps."""
+    if run.trace is None:
+        return
+    preview = None if value is None else run.outside.masked(shown(_outline(value), 200))
+    run.trace.append(
+        {
+            "path": path,
+            "name": step.name,
+            "kind": step.kind,
+            "state": state,
+            "startedAt": timestamp(began),
+            "finishedAt": timestamp(run.outside.clock.now()),
+            "size": size,
+            "preview": preview,
+        }
+    )
+
+
+def _outline(value: Any, depth: int = 3) -> Any:
+    """The beginning of a value, so that a preview costs the same for a large one."""
+    if isinstance(value, str):
+        return value[:200]
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, dict):
+        return {key: _outline(value[key], depth - 1) if depth else "…" for key in itertools.islice(value, 8)}
+    if isinstance(value, list | tuple):
+        return [_outline(item, depth - 1) if depth else "…" for item in value[:5]]
+    return value
+
+
+def _respond(flow: Flow, run: Run, scope: Scope, value: Any) -> Answer:
+    if not flow.responses:
+        return make_answer(200, {}, value, run.outside.max_result)
+    for response in flow.responses:
+        if response.when is None or response.when(scope):
+            return evaluate_response(response, run, scope)
+    raise ExpressionError("/response: no response's `when` held: add a last one without `when`")
+
+
+def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
+    """The answer that a response gives in a scope."""
+    status, headers = response.status(scope), response.headers(scope)
+    if not response.has_body:
+        return make_answer(status, headers, None, run.outside.max_result, empty=True)
+    return make_answer(status, headers, response.body(scope), run.outside.max_result)
+
+
+_TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+#: Headers that the server alone sets: framing (RFC 9112), hop-by-hop ones, and our own.
+RESERVED_HEADERS = frozenset(
+    (
+        "connection content-length date keep-alive proxy-authenticate te trailer transfer-encoding "
+        "upgrade job-status x-request-id content-security-policy x-content-type-options"
+    ).split()
+)
+
+
+def make_answer(status: Any, headers: Mapping[str, Any], body: Any, max_bytes: int, *, empty: bool = False) -> Answer:
+    """A flow's values as a response; ExpressionError if they are none."""
+    if type(status) is not int or not 200 <= status <= 599:
+        raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
+    pairs = [(name, as_text(value)) for name, value in headers.items() if value is not None]
+    for name, text in pairs:
+        if not _FIELD_VALUE.fullmatch(text) or text != text.strip():
+            raise ExpressionError(f"/response/headers/{name}: the value has characters that no header may have")
+    media = next(
+        (value.partition(";")[0].strip().lower() for name, value in pairs if name.lower() == "content-type"), ""
+    )
+    if empty or status in (204, 304):
+        return Answer(status, tuple(pairs))
+    if type(body) is bytes:
+        data, default = body, "application/octet-stream"
+    elif media and not _is_json(media):
+        data, default = as_text(body).encode(), ""
+        if media.startswith("text/"):
+            pairs = [(n, v + "; charset=utf-8" if v.strip().lower() == media else v) for n, v in pairs]
+    else:
+        data, default = json_body(body), "application/json"
+    if len(data) > max_bytes:
+        raise ExpressionError(f"/response/body: it is larger than max_result ({show_size(max_bytes)})")
+    if not media:
+        pairs.append(("Content-Type", default))
+    return Answer(status, tuple(pairs), data)
+
+
+# --- step kinds -----------------------------------------------------------------------------------------------------
+
+
+class Build:
+    """What a step kind's check has at hand: where faults go, and the names known so far."""
+
+    def __init__(
+        self,
+        where: str,
+        kinds: Mapping[str, StepKind],
+        functions: Functions,
+    ) -> None:
+        self.where, self.kinds, self.functions = where, kinds, functions
+        self.faults: list[Fault] = []
+        self.names: dict[str, Collection[str] | None] = {}
+        self.hints: dict[str, str] = {}
+        self.volatile = False  # whether a template compiled since this was cleared is
+
+    def fault(self, place: str, message: str) -> None:
+        """Report a fault and its cure."""
+        self.faults.append(Fault(self.where, place, message))
+
+    def template(self, value: Any, place: str) -> Template:
+        """Compile a value that may hold expressions."""
+        template = compile_template(value, self.names, place, self.faults, self.where, self.hints)
+        self.volatile = self.volatile or template.volatile
+        return template
+
+    def members(self, spec: Any, place: str, allowed: Collection[str], required: Collection[str] = ()) -> bool:
+        """Whether `spec` is an object; unknown and missing members are faults."""
+        if not isinstance(spec, dict):
+            self.fault(place, f"must be an object with {', '.join(allowed)}, not {_kind(spec)}")
+            return False
+        for name in spec:
+            if name not in allowed:
+                known = ", ".join(allowed)
+                self.fault(f"{place}/{pointer(name)}", f"is not known here (known: {known}){suggest(name, allowed)}")
+        for name in required:
+            if name not in spec:
+                self.fault(place, f'needs a member "{name}"')
+        return True
+
+    def checked(self, spec: Mapping[str, Any], name: str, place: str, parse: Callable[[Any], Any], default: Any) -> Any:
+        """A member read by `parse`, whose ValueError becomes a fault; `default` if it is absent or faulty."""
+        if name not in spec:
+            return default
+        try:
+            return parse(spec[name])
+        except ValueError as error:
+            self.fault(f"{place}/{name}", str(error))
+            return default
+
+
+class StepKind(NamedTuple):
+    """A row of STEP_KINDS: `check(build, spec, place)` returns the runner; `effect`: it may act on the outside."""
+
+    check: Callable[[Build, Any, str], Runner]
+    effect: bool
+    help: str
+
+
+def _is_status(value: Any) -> int:
+    if type(value) is not int or not 200 <= value <= 599:
+        raise ValueError(f"{shown(value)} is not a status from 200 to 599")
+    return value
+
+
+def check_response(build: Build, spec: Any, place: str, with_when: bool) -> Response | None:
+    """Compile `{"status", "headers", "body"}`, with `when` if it stands in a list of responses."""
+    allowed = ["status", "headers", "body"] + ["when"] * with_when
+    if not build.members(spec, place, allowed):
+        return None
+    status = spec.get("status", 200)
+    if not (isinstance(status, str) and "${" in status):
+        build.checked(spec, "status", place, _is_status, None)
+    headers = spec.get("headers", {})
+    if not isinstance(headers, dict):
+        build.fault(f"{place}/headers", 'must be an object such as {"Cache-Control": "no-store"}')
+        headers = {}
+    for name in headers:
+        if not _TOKEN_TEXT.fullmatch(name):
+            build.fault(f"{place}/headers", f"{shown(name)} is not the name of a header")
+        elif name.lower() in RESERVED_HEADERS:
+            build.fault(f"{place}/headers/{name}", "is set by the server: leave it out")
+    if status in (204, 304) and spec.get("body") is not None:
+        build.fault(f"{place}/body", f"a response of status {status} has no body: leave it out")
+    return Response(
+        build.template(spec["when"], f"{place}/when") if "when" in spec else None,
+        build.template(status, f"{place}/status"),
+        build.template(headers, f"{place}/headers"),
+        build.template(spec.get("body"), f"{place}/body"),
+        "body" in spec,
+    )
+
+
+def _check_set(build: Build, spec: Any, place: str) -> Runner:
+    template = build.template(spec, place)
+    return lambda run, scope, path: template(scope)
+
+
+def _check_respond(build: Build, spec: Any, place: str) -> Runner:
+    response = check_response(build, spec, place, with_when=False)
+
+    def respond(run: Run, scope: Scope, path: str) -> NoReturn:
+        assert response is not None
+        raise _Answered(evaluate_response(response, run, scope))
+
+    return respond
+
+
+def _check_fail(build: Build, spec: Any, place: str) -> Runner:
+    if not build.members(spec, place, ("status", "message"), ("message",)):
+        spec = {}
+    status = build.checked(spec, "status", place, _is_status, 500)
+    if status < 400:
+        build.fault(f"{place}/status", "must be from 400 to 599: it is an error")
+    message = build.template(spec.get("message", ""), f"{place}/message")
+
+    def fail(run: Run, scope: Scope, path: str) -> NoReturn:
+        raise _Failed(status, as_text(message(scope)))
+
+    return fail
+
+
+def _check_wait(build: Build, spec: Any, place: str) -> Runner:
+    until = isinstance(spec, dict)
+    if until and not build.members(spec, place, ("until",), ("until",)):
+        spec = {}
+    value = spec.get("until") if until else spec
+    if not until and not (isinstance(value, str) and "${" in value):
+        build.checked({"wait": value}, "wait", place.removesuffix("/wait"), parse_duration, 0)
+    template = build.template(value, f"{place}/until" if until else place)
+
+    def wait(run: Run, scope: Scope, path: str) -> None:
+        end = run.journal.waits.get(path)
+        if end is None:
+            given = template(scope)
+            try:
+                end = _parse_time(given) if until else run.outside.clock.now() + round(parse_duration(given) * 1000)
+            except ValueError as error:
+                raise ExpressionError(f"{place}: {error}") from None
+        run.wait_until(end, path)
+
+    return wait
+
+
+def _parse_time(value: Any) -> int:
+    """Milliseconds since the epoch from an RFC 3339 text or a number of seconds."""
+    if isinstance(value, int | float):
+        return round(value * 1000)
+    try:
+        return round(datetime.datetime.fromisoformat(_date_time_text(str(value)).upper()).timestamp() * 1000)
+    except ValueError:
+        raise ValueError(f"{shown(value)} is not a time such as 2026-11-23T20:31:05Z") from None
+
+
+class Context:
+    """What a `python` step's function gets first: the run as it may see and tell it."""
+
+    def __init__(self, run: Run, scope: Scope, path: str) -> None:
+        self._run = run
+        self.params: dict[str, Any] = scope["params"]
+        self.request: dict[str, Any] = scope["request"]
+        self.steps: dict[str, Any] = {k: v for k, v in scope.items() if k not in _BASE_NAMES}
+        self.secrets: dict[str, str] = run.outside.secrets
+        self.log = logging.LoggerAdapter(log, {"flow": run.flow.name, "step": path})
+        self._path = path
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the run should stop; a long function looks now and then."""
+        return self._run.cancel.is_set or self._run.outside.clock.monotonic() >= self._run.step_deadline
+
+    def progress(self, done: int, total: int) -> None:
+        """Show in the status document how far the step is."""
+        self._run.progress = Progress(self._path, done, total)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait; ends with an exception when the run is cancelled or over its time."""
+        self._run.sleep(seconds)
+
+
+class Functions:
+    """Finds the functions of `python` steps: in the flows folder, or in an installed module."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._modules: dict[tuple[str, int], types.ModuleType] = {}
+
+    def load(self, name: str) -> Callable[..., Any]:
+        """The function `module:function`; ValueError says what is missing."""
+        module_name, _, function_name = name.partition(":")
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name, re.ASCII):
+            raise ValueError(f'{shown(name)} is not of the form "module:function"')
+        try:
+            module = self._module(module_name)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f'there is no module "{error.name}": put {error.name}.py into the flows folder, or install it'
+            ) from None
+        except Exception as error:
+            raise ValueError(f'the module "{module_name}" cannot be loaded: {type(error).__name__}: {error}') from error
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            near = suggest(function_name, [n for n, v in vars(module).items() if callable(v)])
+            raise ValueError(f'the module "{module_name}" has no function "{function_name}"{near}')
+        return function  # type: ignore[no-any-return]
+
+    def _module(self, name: str) -> types.ModuleType:
+        import importlib.util  # noqa: PLC0415 (flows without Python do without it)
+
+        path = self._folder / f"{name}.py" if self._folder and "." not in name else None
+        if path is None or not path.is_file():
+            return importlib.import_module(name)
+        key = (str(path), path.stat().st_mtime_ns)
+        if key not in self._modules:  # by its place, so that it can be loaded anew, and two servers do not mix theirs
+            spec = importlib.util.spec_from_file_location(f"astera_flow_{name}_{len(self._modules)}", path)
+            if spec is None or spec.loader is None:
+                raise ModuleNotFoundError(name=name)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            self._modules[key] = module
+        return self._modules[key]
+
+
+def _check_python(build: Build, spec: Any, place: str) -> Runner:
+    if not isinstance(spec, dict):
+        spec = {"call": spec}
+    build.members(spec, place, ("call", "args"), ("call",))
+    args = spec.get("args", {})
+    if not isinstance(args, dict):
+        build.fault(f"{place}/args", "must be an object of the function's arguments by name")
+        args = {}
+    template = build.template(args, f"{place}/args")
+    function = spec.get("call")
+    if isinstance(function, str):
+        function = build.checked(spec, "call", place, build.functions.load, None)
+    elif not callable(function) and "call" in spec:
+        build.fault(f"{place}/call", 'must be of the form "module:function"')
+
+    def call(run: Run, scope: Scope, path: str) -> Any:
+        assert callable(function)
+        value = function(Context(run, scope, path), **template(scope))
+        run.check()
+        run.left()
+        if isinstance(value, bytes):
+            return value
+        try:
+            return json.loads(to_json(value))  # as it will be when it is read back: tuples are lists, keys are text
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{getattr(function, '__name__', 'the function')}() did not return JSON: {error}") from None
+
+    return call
+
+
+_HTTP_MEMBERS = ("method", "url", "query", "headers", "json", "form", "body", "timeout", "expect", "follow")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, section 9.2.2
+_WORTH_RETRYING = frozenset({"transport", "timeout", "408", "429", "500", "502", "503", "504"})
+_AUTHORITY = re.compile(r"https?://[^/?#]+[/?#]", re.IGNORECASE)
+_TRUSTED = frozenset({"env", "secrets"})
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+def _check_url(build: Build, url: Any, place: str) -> tuple[Template, bool]:
+    """The URL's template, and whether its scheme, host and port are the author's own.
+
+    A value that stands behind the authority is percent-encoded, so that it cannot leave its place.
+    """
+    if not isinstance(url, str):
+        build.fault(place, "must be text: an absolute http or https URL")
+        return build.template("", place), True
+    try:
+        parts = split_template(url)
+    except ValueError as error:
+        build.fault(place, str(error))
+        return build.template("", place), True
+    before, rewritten, fixed = "", "", True
+    for is_code, text in parts:
+        if not is_code:
+            before += text
+            rewritten += text.replace("${", "$${")
+            continue
+        names = compile_template(f"${{{text}}}", build.names, place, [], build.where).names
+        if _AUTHORITY.match(before):
+            rewritten += f"${{urlencode({text})}}"
+            continue
+        fixed = fixed and names <= _TRUSTED
+        before += "x" if before else "http://x"
+        rewritten += f"${{{text}}}"
+    if parts and not parts[0][0]:
+        start = parts[0][1]
+        if not re.match(r"https?://", start, re.IGNORECASE):
+            build.fault(place, f"{shown(url)} must begin with http:// or https://")
+    if not any(is_code for is_code, _ in parts):
+        try:
+            parse_target(url)
+        except ValueError as error:
+            build.fault(place, f"the URL {error}")
+    return build.template(rewritten, place), fixed
+
+
+def _parse_expect(value: Any) -> frozenset[str]:
+    items = value if isinstance(value, list) else [value]
+    words = {str(item) for item in items if type(item) in (int, str)}
+    if not words or len(words) < len(items) or not all(re.fullmatch("[1-5]([0-9]{2}|xx)", word) for word in words):
+        raise ValueError('must be a status or a list of them, such as 200, "2xx" or [200, 404]')
+    return frozenset(words)
+
+
+def _matches(status: int, words: Collection[str]) -> bool:
+    return str(status) in words or f"{status // 100}xx" in words
+
+
+def _check_http(build: Build, spec: Any, place: str) -> Runner:
+    if isinstance(spec, str):
+        spec = {"url": spec}
+    if not build.members(spec, place, _HTTP_MEMBERS, ("url",)):
+        spec = {}
+    bodies = [name for name in ("json", "form", "body") if name in spec]
+    if len(bodies) > 1:
+        build.fault(place, f"has {' and '.join(bodies)}: a request has one body")
+    method = spec.get("method", "POST" if bodies else "GET")
+    if method not in _METHODS:
+        build.fault(f"{place}/method", f"{shown(method)} is not one of {', '.join(_METHODS)}")
+    url, fixed = _check_url(build, spec.get("url", "http://x/"), f"{place}/url")
+    for name in ("query", "headers"):
+        if not isinstance(spec.get(name, {}), dict):
+            build.fault(f"{place}/{name}", "must be an object")
+    query = build.template(spec.get("query", {}), f"{place}/query")
+    headers = build.template(spec.get("headers", {}), f"{place}/headers")
+    body_kind = bodies[0] if bodies else ""
+    body = build.template(spec.get(body_kind), f"{place}/{body_kind}")
+    timeout = build.checked(spec, "timeout", place, parse_duration, None)
+    expect = build.checked(spec, "expect", place, _parse_expect, frozenset({"2xx"}))
+    follow = spec.get("follow", method in ("GET", "HEAD"))
+    if type(follow) is not bool:
+        build.fault(f"{place}/follow", "must be true or false")
+
+    def call(run: Run, scope: Scope, path: str) -> dict[str, Any]:
+        request = _OutgoingRequest(method, _with_query(as_text(url(scope)), query(scope)), {}, None)
+        request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
+        request.set_body(body_kind, body(scope))
+        request.headers |= {name: as_text(value) for name, value in headers(scope).items() if value is not None}
+        if timeout:
+            run.step_deadline = min(run.step_deadline, run.outside.clock.monotonic() + timeout)
+        answer = _call_out(run, request, fixed, follow)
+        if not _matches(answer.status, expect):
+            raise _http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status))
+        return {
+            "status": answer.status,
+            "headers": {name.lower(): value for name, value in answer.headers},
+            "body": _response_body(answer, method),
+        }
+
+    return call
+
+
+@dataclass(slots=True)
+class _OutgoingRequest:
+    method: str
+    url: str
+    headers: dict[str, str]
+    body: bytes | None
+
+    def set_body(self, kind: str, value: Any) -> None:
+        if kind == "json":
+            self.body, media = to_json(value).encode(), "application/json"
+        elif kind == "form":
+            self.body, media = _encode_query(value).encode(), CONTENT_TYPES["form"]
+        elif kind:
+            self.body = _as_bytes(value)
+            media = "application/octet-stream" if type(value) is bytes else "text/plain; charset=utf-8"
+        else:
+            return
+        self.headers["Content-Type"] = media
+
+
+def _encode_query(values: Any) -> str:
+    if type(values) is not dict:
+        raise ExpressionError("query and form are objects")
+    pairs = []
+    for name, value in values.items():
+        items = value if type(value) in (list, tuple) else [value]
+        pairs += [(name, as_text(item)) for item in items if item is not None]
+    return urllib.parse.urlencode(pairs)
+
+
+def _with_query(url: str, values: Any) -> str:
+    query = _encode_query(values)
+    if not query:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}{query}"
+
+
+def _http_failure(method: str, status: int, detail: str, *kinds: str) -> StepError:
+    found = {*kinds, "5xx" if kinds[0].startswith("5") else kinds[0]}
+    if method not in _IDEMPOTENT or not found & _WORTH_RETRYING:
+        found.add("unsafe")  # is repeated only where `retry.on` asks for it
+    return StepError(status, detail, detail, found)
+
+
+def _call_out(run: Run, request: _OutgoingRequest, fixed: bool, follow: bool) -> Fetched:
+    """Send a request, follow its redirects where wanted; addresses that the flow's author did not fix are judged."""
+    outside = run.outside
+    for _ in range(6):
+        try:
+            answer = outside.outbound.fetch(
+                request.method,
+                request.url,
+                request.headers,
+                request.body,
+                timeout=run.left(),
+                max_bytes=outside.max_step_response,
+                policy=None if fixed else outside.policy,
+            )
+        except AddressRefused as error:
+            raise StepError(502, f"the API's address is refused: {error}", str(error), {"refused", "unsafe"}) from None
+        except OutboundError as error:
+            run.check()
+            status = 504 if error.kind == "timeout" else 502
+            raise _http_failure(
+                request.method, status, f"the API it calls gave no answer: {error}", error.kind
+            ) from None
+        location = header_value(answer.headers, "location")
+        if not follow or answer.status not in _REDIRECTS or not location:
+            return answer
+        url = urllib.parse.urljoin(request.url, location)
+        if urllib.parse.urlsplit(url)[:2] != urllib.parse.urlsplit(request.url)[:2]:
+            fixed = False
+            request.headers = {
+                name: value
+                for name, value in request.headers.items()
+                if name.lower() not in ("authorization", "cookie")
+            }
+        request.url = url
+        if answer.status == 303 or (answer.status in (301, 302) and request.method == "POST"):
+            request.method, request.body = "GET", None
+    raise _http_failure(request.method, 502, "the API it calls redirects without end", "redirect")
+
+
+def _response_body(answer: Fetched, method: str) -> Any:
+    content_type = (header_value(answer.headers, "content-type") or "").lower()
+    media = content_type.partition(";")[0].strip()
+    if not answer.body:
+        return None
+    if _is_json(media):
+        try:
+            return from_json(answer.body, _lenient_decoder)
+        except ValueError as error:
+            raise _http_failure(method, 502, f"the API it calls answered with invalid JSON: {error}", "body") from None
+    charset = re.search(r"charset=\"?([\w-]+)", content_type)
+    if media.startswith("text/") or charset or media.endswith(("+xml", "/xml")):
+        try:
+            return answer.body.decode(charset[1] if charset else "utf-8")
+        except (LookupError, UnicodeDecodeError):
+            return answer.body.decode("latin-1")
+    return answer.body
+
+
+#: Every kind of step. To add one: a check function as above, and a row here.
+STEP_KINDS: dict[str, StepKind] = {
+    "http": StepKind(_check_http, True, "calls an API"),
+    "python": StepKind(_check_python, True, "calls a Python function: module:function"),
+    "set": StepKind(_check_set, False, "computes a value"),
+    "wait": StepKind(_check_wait, False, "waits for a time"),
+    "respond": StepKind(_check_respond, False, "answers at once; the steps after it do not run"),
+    "fail": StepKind(_check_fail, False, "ends as an error"),
+}
+
+
+# --- validation -----------------------------------------------------------------------------------------------------
+
+_BASE_NAMES = ("params", "request", "env", "secrets")
+_REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
+_FLOW_MEMBERS = ("description", "request", "steps", "response", "timeout", "restart")
+_STEP_OPTIONS = ("name", "when", "timeout", "retry", "onError", "description")
+_MODES = ("synchronous", "asynchronous")
+_FLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_STEP_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+_SEGMENT = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+")
+_PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z][A-Za-z0-9_-]*)\}")
+
+
+def parse_flow_text(text: str, file_name: str) -> dict[str, Any]:
+    """The tree of a flow file, JSON or TOML by its name; FlowError with line and column for a slip of grammar."""
+    try:
+        if file_name.endswith(".toml"):
+            import tomllib  # noqa: PLC0415 (most flows are JSON)
+
+            return tomllib.loads(text)
+        tree = from_json(text)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise FlowError([Fault(file_name, place, f"is not JSON: {error.msg}{_json_cure(error)}")]) from None
+    except ValueError as error:  # TOMLDecodeError is one; it names line and column itself
+        raise FlowError([Fault(file_name, "", str(error))]) from None
+    if not isinstance(tree, dict):
+        raise FlowError([Fault(file_name, "", f"must be an object with request, steps, response, not {_kind(tree)}")])
+    return tree
+
+
+def _json_cure(error: json.JSONDecodeError) -> str:
+    before, at = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
+    if "delimiter" in error.msg:
+        return ": a comma or a closing bracket is missing before this place"
+    if before.endswith(","):
+        return ": there is a comma after the last item"
+    if at == "'":
+        return ': JSON has "double" quotes'
+    if error.doc[error.pos : error.pos + 2] in ("//", "/*") or at == "#":
+        return ": JSON has no comments; use a description, or write the flow as TOML"
+    return ""
+
+
+def build_flow(
+    tree: dict[str, Any],
+    name: str,
+    *,
+    source: str = "",
+    kinds: Mapping[str, StepKind] = STEP_KINDS,
+    functions: Functions | None = None,
+) -> Flow:
+    """Check a flow's tree and compile it; raises FlowError with every fault, each with its place and cure."""
+    where = source or name
+    build = Build(where, kinds, functions or Functions())
+    if not _FLOW_NAME.fullmatch(name):
+        build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _")
+    build.members(tree, "", _FLOW_MEMBERS, ("request",))
+    request = tree.get("request", {})
+    if not build.members(
+        request,
+        "/request",
+        ("method", "resource", "processing", "parameters", "strict", "body", "contentTypes"),
+        ("method", "resource"),
+    ):
+        request = {}
+    method = request.get("method", "GET")
+    if method not in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+        build.fault("/request/method", f"{shown(method)} is not one of GET, POST, PUT, PATCH, DELETE")
+    resource_path = _check_resource(build, request.get("resource", "/x"))
+    parameters = _check_parameters(build, request.get("parameters", {}), resource_path)
+    body, content_types = _check_body(build, request)
+    build.names = dict.fromkeys(_BASE_NAMES)
+    build.names["params"] = [item.name for item in parameters]
+    build.names["request"] = _REQUEST_MEMBERS
+    steps = check_steps(build, tree.get("steps", []), "/steps")
+    responses = _check_responses(build, tree.get("response", []))
+    description = tree.get("description", "")
+    if not isinstance(description, str):
+        build.fault("/description", "must be text")
+    restart = tree.get("restart", "resume")
+    if restart not in ("resume", "rerun", "fail"):
+        build.fault(
+            "/restart", f"{shown(restart)} is not one of resume, rerun, fail{suggest(str(restart), ('resume',))}"
+        )
+    timeout = build.checked(tree, "timeout", "", parse_duration, None)
+    strict = request.get("strict", False)
+    if type(strict) is not bool:
+        build.fault("/request/strict", "must be true or false")
+    modes = _check_processing(build, request.get("processing", ["synchronous"]))
+    if build.faults:
+        raise FlowError(build.faults)
+    text = json.dumps(tree, ensure_ascii=False, separators=(",", ":"), default=_function_name)
+    return Flow(
+        name=name,
+        description=description,
+        method=method,
+        resource=resource_path,
+        modes=modes,
+        strict=strict,
+        parameters=parameters,
+        body=body,
+        content_types=content_types,
+        body_required=bool(isinstance(request.get("body"), dict) and request["body"].get("required", True)),
+        steps=tuple(steps),
+        responses=tuple(responses),
+        timeout=timeout,
+        restart=restart,
+        tree=tree,
+        text=text,
+        version=int.from_bytes(hashlib.sha256(f"{name}\n{text}".encode()).digest()[:8]) >> 1,
+        source=where,
+    )
+
+
+def _function_name(value: Any) -> str:
+    if isinstance(value, datetime.date | datetime.time):  # TOML has these
+        return value.isoformat()
+    return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', repr(type(value)))}"
+
+
+def _check_processing(build: Build, modes: Any) -> frozenset[str]:
+    modes = [modes] if isinstance(modes, str) else modes
+    if not isinstance(modes, list) or not modes:
+        build.fault("/request/processing", 'must be a list such as ["synchronous", "asynchronous"]')
+        return frozenset()
+    for mode in modes:
+        if mode not in _MODES:
+            build.fault(
+                "/request/processing", f"{shown(mode)} is not one of {', '.join(_MODES)}{suggest(str(mode), _MODES)}"
+            )
+    return frozenset(map(str, modes))
+
+
+def _check_resource(build: Build, path: Any) -> str:
+    if not isinstance(path, str) or not path.startswith("/") or path == "/":
+        build.fault(
+            "/request/resource", f"{shown(path)} must begin with / and name something, such as /weather/{{city}}"
+        )
+        return "/x"
+    for segment in path.split("/")[1:]:
+        if not segment:
+            build.fault("/request/resource", "has an empty segment: write it without // and without a / at the end")
+        elif not (_SEGMENT.fullmatch(segment) or _PARAMETER_SEGMENT.fullmatch(segment)):
+            message = f"{shown(segment)} is neither a plain path segment nor a {{parameter}}: percent-encode the rest"
+            build.fault("/request/resource", message)
+        elif segment in (".", ".."):
+            build.fault("/request/resource", "must not have . or .. as a segment: clients take them away")
+    return path
+
+
+def _check_parameters(build: Build, specs: Any, path: str) -> tuple[Parameter, ...]:
+    if not isinstance(specs, dict):
+        build.fault("/request/parameters", 'must be an object such as {"city": {"in": "path"}}')
+        return ()
+    in_path = [match[1] for segment in path.split("/") if (match := _PARAMETER_SEGMENT.fullmatch(segment))]
+    for name in {name for name in in_path if in_path.count(name) > 1}:
+        build.fault("/request/resource", f"has {{{name}}} twice")
+    specs = {**{name: {"in": "path"} for name in in_path if name not in specs}, **specs}
+    parameters = []
+    for name, spec in specs.items():
+        place = f"/request/parameters/{pointer(name)}"
+        if not build.members(spec, place, ("in", "required", *_SCHEMA_MEMBERS[:2], "default", *SCHEMA_RULES, *_NOTES)):
+            continue
+        where = spec.get("in")
+        if where not in ("path", "query", "header"):
+            cure = ' (its name stands in the resource: "in": "path")' if name in in_path else ""
+            build.fault(place, f'needs "in": "path", "query" or "header"{cure}')
+        elif where == "path" and name not in in_path:
+            build.fault(place, f'is in "path", but the resource has no {{{name}}}{suggest(name, in_path)}')
+        elif where != "path" and name in in_path:
+            build.fault(place, f'stands in the resource as {{{name}}}: write "in": "path"')
+        elif where == "header" and not _TOKEN_TEXT.fullmatch(name):
+            build.fault(place, "is not the name of a header")
+        if name == "callbackUrl" and where == "query":
+            build.fault(place, "is a parameter of every asynchronous request and does not reach the flow: rename it")
+        parameters.append(_check_parameter(build, name, spec, place))
+    return tuple(parameters)
+
+
+def _check_parameter(build: Build, name: str, spec: dict[str, Any], place: str) -> Parameter:
+    kind = spec.get("type", "string")
+    array = kind == "array"
+    item_spec = spec.get("items", {"type": "string"}) if array else spec
+    item_kind = item_spec.get("type", "string") if isinstance(item_spec, dict) else None
+    if (array and item_kind not in PARAMETER_TYPES) or (not array and kind not in PARAMETER_TYPES):
+        allowed = [*PARAMETER_TYPES, "array"]
+        build.fault(f"{place}/type", f"{shown(kind)} is not one of {', '.join(allowed)}{suggest(str(kind), allowed)}")
+        kind = item_kind = "string"
+    schema_spec = {key: value for key, value in spec.items() if key not in ("in", "required")}
+    if array and "items" not in spec:
+        schema_spec["items"] = item_spec
+    schema = check_schema(build, {"type": "string", **schema_spec}, place)
+    required = spec.get("required", spec.get("in") == "path")
+    if type(required) is not bool:
+        build.fault(f"{place}/required", "must be true or false")
+    elif required and schema.has_default:
+        build.fault(
+            f"{place}/default", 'a required parameter has no use for a default: leave out "required" or "default"'
+        )
+    elif not required and spec.get("in") == "path":
+        build.fault(f"{place}/required", "a path parameter is always there: leave it out")
+    return Parameter(
+        name,
+        str(spec.get("in")),
+        PARAMETER_TYPES.get(str(item_kind), str),
+        array,
+        item_kind == "string" and not array,
+        bool(required),
+        schema,
+    )
+
+
+def check_schema(build: Build, spec: Any, place: str) -> Schema:
+    """Compile a schema of the vocabulary that parameters and bodies share."""
+    schema = Schema()
+    if not build.members(spec, place, (*_SCHEMA_MEMBERS, *_NOTES)):
+        return schema
+    kinds = spec.get("type", [])
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    for kind in kinds:
+        if kind not in SCHEMA_TYPES:
+            allowed = ", ".join(SCHEMA_TYPES)
+            build.fault(f"{place}/type", f"{shown(kind)} is not one of {allowed}{suggest(str(kind), SCHEMA_TYPES)}")
+    schema.types = tuple(kind for kind in kinds if kind in SCHEMA_TYPES)
+    for name, (rule, kind) in SCHEMA_RULES.items():
+        if name in spec:
+            value = spec[name]
+            if not SCHEMA_TYPES[kind](value):
+                build.fault(f"{place}/{name}", f"must be {_TYPE_WORDS[kind]}, not {shown(value)}")
+                continue
+            if name == "pattern":
+                try:
+                    value = re.compile(value)
+                except re.error as error:
+                    build.fault(f"{place}/pattern", f"is not a regular expression: {error}")
+                    continue
+            schema.rules.append((rule, value))
+    if "items" in spec:
+        schema.items = check_schema(build, spec["items"], f"{place}/items")
+    properties = spec.get("properties", {})
+    if build.members(properties, f"{place}/properties", properties if isinstance(properties, dict) else ()):
+        for name, item in properties.items():
+            schema.properties[name] = check_schema(build, item, f"{place}/properties/{pointer(name)}")
+    required = spec.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        build.fault(f"{place}/required", "must be a list of member names")
+    else:
+        schema.required = tuple(required)
+        for name in set(required) - set(properties) if properties and isinstance(properties, dict) else ():
+            build.fault(f"{place}/required", f"names {shown(name)}, which properties lacks{suggest(name, properties)}")
+    additional = spec.get("additionalProperties", True)
+    schema.additional = (
+        additional if type(additional) is bool else check_schema(build, additional, f"{place}/additionalProperties")
+    )
+    if "default" in spec:
+        errors: list[dict[str, str]] = []
+        schema.default, schema.has_default = schema.check(spec["default"], "", errors), True
+        for found in errors:
+            build.fault(f"{place}/default{found['name']}", found["message"])
+    return schema
+
+
+def _check_body(build: Build, request: dict[str, Any]) -> tuple[Schema | None, tuple[str, ...]]:
+    spec = request.get("body")
+    types_given = request.get("contentTypes", ["json"] if spec is not None else [])
+    if not isinstance(types_given, list) or not all(isinstance(item, str) for item in types_given):
+        build.fault("/request/contentTypes", f"must be a list of {', '.join(CONTENT_TYPES)} or of media types")
+        types_given = []
+    content_types = []
+    for item in types_given:
+        media = CONTENT_TYPES.get(item, item.lower())
+        if "/" not in media:
+            build.fault("/request/contentTypes", f"{shown(item)} is no media type{suggest(item, CONTENT_TYPES)}")
+        content_types.append(media)
+    if spec is None:
+        return None, tuple(content_types)
+    if request.get("method") == "GET":
+        build.fault("/request/body", "a GET request has no body: use parameters, or another method")
+    if not isinstance(spec, dict):
+        build.fault("/request/body", 'must be an object such as {"type": "object", "properties": {…}}')
+        return None, tuple(content_types)
+    schema_spec = {key: value for key, value in spec.items() if key != "required" or isinstance(value, list)}
+    return check_schema(build, schema_spec, "/request/body"), tuple(content_types)
+
+
+def check_steps(build: Build, specs: Any, place: str) -> list[Step]:
+    """Compile a list of steps; each sees the names of those before it."""
+    if not isinstance(specs, list):
+        build.fault(place, f"must be a list of steps, not {_kind(specs)}")
+        return []
+    names = [spec.get("name") for spec in specs if isinstance(spec, dict)]
+    build.hints |= {str(name): f'step "{name}" comes later: move it up' for name in names if name not in build.names}
+    steps = []
+    for position, spec in enumerate(specs):
+        step = _check_step(build, spec, f"{place}/{position}")
+        if step is not None:
+            steps.append(step)
+            build.names[step.name] = None
+    return steps
+
+
+def _check_step(build: Build, spec: Any, place: str) -> Step | None:
+    kinds = build.kinds
+    if not build.members(spec, place, (*_STEP_OPTIONS, *kinds), ("name",)):
+        return None
+    name = spec.get("name", "")
+    if not isinstance(name, str) or not _STEP_NAME.fullmatch(name) or keyword.iskeyword(name):
+        if "name" in spec:
+            build.fault(
+                f"{place}/name", f"{shown(name)} must be a word of letters, digits and _ that expressions can use"
+            )
+        name = ""
+    elif name in _BASE_NAMES or name in FUNCTIONS or name in _JSON_NAMES:
+        build.fault(f"{place}/name", f'"{name}" has a meaning in expressions already: choose another name')
+    elif name in build.names:
+        build.fault(f"{place}/name", f'there is another step "{name}": names are unique')
+    used = [kind for kind in kinds if kind in spec]
+    if len(used) != 1:
+        found = f"has {' and '.join(used)}" if used else "has no kind"
+        build.fault(place, f"{found}: a step has exactly one of {', '.join(kinds)}")
+        return None
+    kind = kinds[used[0]]
+    build.volatile = False
+    run = kind.check(build, spec[used[0]], f"{place}/{used[0]}")
+    save = kind.effect or build.volatile
+    on_error = spec.get("onError")
+    return Step(
+        name=name,
+        kind=used[0],
+        run=run,
+        effect=kind.effect,
+        save=save,
+        when=build.template(spec["when"], f"{place}/when") if "when" in spec else None,
+        timeout=build.checked(spec, "timeout", place, parse_duration, None),
+        retry=_check_retry(build, spec["retry"], f"{place}/retry") if "retry" in spec else Retry(),
+        on_error=build.template(None if on_error == "continue" else on_error, f"{place}/onError")
+        if "onError" in spec
+        else None,
+    )
+
+
+def _parse_attempts(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 100:
+        raise ValueError(f"{shown(value)} is not a number of attempts from 1 to 100")
+    return value
+
+
+def _parse_backoff(value: Any) -> float:
+    if type(value) not in (int, float) or not 1 <= value <= 10:
+        raise ValueError(f"{shown(value)} is not a factor from 1 to 10")
+    return float(value)
+
+
+def _parse_retry_on(value: Any) -> frozenset[str]:
+    words = {str(item) for item in value} if isinstance(value, list) else set()
+    named = ("transport", "timeout", "error", "too_large", "body")
+    if not words or not all(word in named or re.fullmatch("[1-5]([0-9]{2}|xx)", word) for word in words):
+        raise ValueError(f'must be a list of {", ".join(named)} and statuses, such as ["transport", 429, "5xx"]')
+    return frozenset(words)
+
+
+def _check_retry(build: Build, spec: Any, place: str) -> Retry:
+    if not build.members(spec, place, ("attempts", "delay", "backoff", "maxDelay", "on"), ("attempts",)):
+        return Retry()
+    return Retry(
+        build.checked(spec, "attempts", place, _parse_attempts, 1),
+        build.checked(spec, "delay", place, parse_duration, 1.0),
+        build.checked(spec, "backoff", place, _parse_backoff, 2.0),
+        build.checked(spec, "maxDelay", place, parse_duration, 30.0),
+        build.checked(spec, "on", place, _parse_retry_on, None),
+    )
+
+
+def _check_responses(build: Build, specs: Any) -> list[Response]:
+    listed = isinstance(specs, list)
+    responses = []
+    for position, spec in enumerate(specs if listed else [specs]):
+        place = f"/response/{position}" if listed else "/response"
+        response = check_response(build, spec, place, with_when=True)
+        if response is not None:
+            responses.append(response)
+            if response.when is None and listed and position < len(specs) - 1:
+                build.fault(place, "has no `when`, so the responses behind it can never answer: put it last")
+    return responses
+
+
+class Deployments:
+    """The flows in service: an immutable set, replaced as a whole. Routes by raw path segments."""
+
+    def __init__(self, flows: Iterable[Flow] = (), faults: Sequence[Fault] = ()) -> None:
+        self.by_name: dict[str, Flow] = {}
+        self.by_version: dict[int, Flow] = {}
+        self.faults = list(faults)
+        self._exact: dict[str, dict[str, Flow]] = {}
+        self._patterns: dict[int, list[tuple[list[str], dict[str, Flow]]]] = {}
+        claims: dict[tuple[str, str], Flow] = {}
+        for flow in flows:
+            shape = re.sub(r"\{[^}]*\}", "{}", flow.resource)
+            other = claims.setdefault((flow.method, shape), flow)
+            if other is not flow:
+                message = f'{flow.method} {flow.resource} is claimed by "{other.name}" ({other.source}) too: change one'
+                self.faults.append(Fault(flow.source, "/request/resource", message))
+                continue
+            self.by_name[flow.name] = flow
+            self.by_version[flow.version] = flow
+            self._route(flow)
+        for patterns in self._patterns.values():  # a literal beats a parameter, from the left
+            patterns.sort(key=lambda pattern: [segment.startswith("{") for segment in pattern[0]])
+
+    def _route(self, flow: Flow) -> None:
+        if "{" not in flow.resource:
+            self._exact.setdefault(flow.resource, {})[flow.method] = flow
+            return
+        patterns = self._patterns.setdefault(len(flow.segments), [])
+        for segments, methods in patterns:
+            if [s if s[0] != "{" else "{" for s in segments] == [s if s[0] != "{" else "{" for s in flow.segments]:
+                methods[flow.method] = flow
+                return
+        patterns.append((flow.segments, {flow.method: flow}))
+
+    def match(self, path: str) -> list[dict[str, Flow]]:
+        """Flows by method for every resource that a raw path matches, the most literal first."""
+        found = [self._exact[path]] if path in self._exact else []
+        segments = path.split("/")[1:]
+        for pattern, methods in self._patterns.get(len(segments), ()):
+            if all(want == got or (want[0] == "{" and got) for want, got in zip(pattern, segments, strict=True)):
+                found.append(methods)
+        return found
+
+
+def path_values(flow: Flow, path: str) -> dict[str, str]:
+    """The path parameters of a raw path that matches the flow's resource, decoded once; raises InputError."""
+    values = {}
+    for want, got in zip(flow.segments, path.split("/")[1:], strict=True):
+        if want[0] == "{":
+            try:
+                values[want[1:-1]] = unquote(got)
+            except ValueError as error:
+                raise InputError([{"in": "path", "name": want[1:-1], "message": str(error)}]) from None
+    return values
+
+
+def load_flows(
+    folder: Path, kinds: Mapping[str, StepKind], functions: Functions, previous: Deployments | None = None
+) -> tuple[list[Flow], list[Fault]]:
+    """Flows of a folder and the faults of its files; for a faulty file the flow deployed before stays in service."""
+    flows: dict[str, Flow] = {}
+    faults: list[Fault] = []
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".toml"))
+    for path in files:
+        if path.name == "connections.json":
+            continue
+        try:
+            if path.stem in flows:
+                taken = flows[path.stem].source
+                raise FlowError([Fault(path.name, "", f'"{path.stem}" is deployed from {taken} already: rename one')])
+            text = path.read_text("utf-8")
+            tree = parse_flow_text(text, path.name)
+            flows[path.stem] = build_flow(tree, path.stem, source=path.name, kinds=kinds, functions=functions)
+        except FlowError as error:
+            faults += error.faults
+        except (OSError, UnicodeDecodeError) as error:
+            faults.append(Fault(path.name, "", f"cannot be read: {_reason(error)}"))
+        if path.stem not in flows and previous is not None and path.stem in previous.by_name:
+            flows[path.stem] = previous.by_name[path.stem]
+    return list(flows.values()), faults
+
+
+# ======================================================================================================================
+# 7 Store
+# To add a column: schema.sql, a script in UPGRADES from the version before, _JOB_COLUMNS and _job().
+# All SQL of the module stands in this room. Rows do not leave it; records do.
+# ======================================================================================================================
+
+PIECE = 256 << 10  # bytes; a larger value is written in pieces, so that it does not hold up the writes behind it
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x41535431  # marks the file as ours (PRAGMA application_id)
+#: Scripts that lead from a version of the schema to the next one, by the version they start from.
+UPGRADES: dict[int, str] = {}
+
+Done = Callable[[Any, AsteraError | None], None]  # (result, error), called by the store's writer thread
+
+
+def _ignore(result: Any, error: AsteraError | None) -> None:
+    """For a write whose result nobody waits for."""
+
+
+class Added(NamedTuple):
+    """What became of a new job: it, or the one that its idempotency key belongs to already."""
+
+    job: Job
+    replayed: bool
+
+
+class Loaded(NamedTuple):
+    """A stored job as the engine needs it to run it."""
+
+    job: Job
+    request: StoredRequest
+    saved: dict[str, Any]  # outputs of finished steps by path
+    waits: dict[str, int]  # begun waits by path: until when
+    trace: list[dict[str, Any]]  # what became of the steps before it was suspended
+
+
+class StoredResult(NamedTuple):
+    """A finished job's response. `body` is None where it is read by pieces."""
+
+    code: int
+    headers: list[tuple[str, str]]
+    size: int
+    body: bytes | None
+    attempt: int
+
+
+class Submission(NamedTuple):
+    """A new job and what is stored with it only once."""
+
+    job: Job
+    request: StoredRequest
+    flow_text: str
+    idempotency_key: str | None = None
+    fingerprint: bytes = b""
+
+
+class Suspension(NamedTuple):
+    """A run that waits: due when, in which step, and until when that step waits; the steps so far as JSON."""
+
+    key: JobKey
+    attempt: int
+    started: int
+    due: int
+    path: str
+    until: int
+    trace: str
+
+
+class Finish(NamedTuple):
+    """The end of a run. `callback` is the receiver and the body to post, if one is owed."""
+
+    key: JobKey
+    attempt: int
+    outcome: Outcome
+    started: int | None
+    finished: int
+    expires: int
+    trace: str | None = None
+    callback: tuple[str, str] | None = None
+
+
+class Store(Protocol):
+    """The storage contract. Everything is durable once `done` is called; a write's `done` runs on the store's thread.
+
+    Reads may be called from any thread, also the loop: they do not wait for writes. A failed write or read is a
+    StoreError. Times are milliseconds since the epoch.
+    """
+
+    fault: str | None  # why the last write failed; None when the store is well
+
+    def add(self, submission: Submission, done: Done) -> None:
+        """Store a new job; `done` gets Added, or Conflict if its key was used with another fingerprint."""
+
+    def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
+        """Put on record that a run began."""
+
+    def save_step(self, key: JobKey, path: str, output: str, done: Done = _ignore) -> None:
+        """Save the output (JSON) of a finished step."""
+
+    def suspend(self, suspension: Suspension, done: Done) -> None:
+        """Put on record that a job waits, in which step, and until when; `done` gets whether it is Running."""
+
+    def requeue(self, key: JobKey, attempt: int) -> None:
+        """Take back that a run began: it was stopped with the server and is not to count as interrupted."""
+
+    def barrier(self, done: Done) -> None:
+        """Call `done` when everything written before is committed."""
+
+    def finish(self, finish: Finish, done: Done) -> None:
+        """End a job that is Running, at this attempt or before; `done` gets whether it was. Not lost by a full disk."""
+
+    def delete(self, key: JobKey, done: Done) -> None:
+        """Forget a finished job; `done` gets deleted, running, owed or absent."""
+
+    def resend(self, key: JobKey, now: int, done: Done) -> None:
+        """Make the callback of a finished job due; `done` gets whether there is one."""
+
+    def record_delivery(self, key: JobKey, attempt: Attempt, state: str, next_at: int | None, done: Done) -> None:
+        """Keep an attempt to deliver a callback, and what follows from it."""
+
+    def purge(self, now: int, limit: int, done: Done) -> None:
+        """Forget up to `limit` expired jobs and give their space back; `done` gets how many they were."""
+
+    def get(self, key: JobKey) -> Job | None:
+        """A job."""
+
+    def find_key(self, flow: str, token: str, idempotency_key: str, now: int) -> tuple[Job, bytes] | None:
+        """The job that a key belongs to, and its fingerprint."""
+
+    def load(self, seq: int) -> Loaded | None:
+        """A Running job with all that a run of it needs."""
+
+    def request(self, key: JobKey) -> StoredRequest | None:
+        """What was sent."""
+
+    def result(self, key: JobKey) -> StoredResult | None:
+        """The response of a finished job."""
+
+    def result_pieces(self, key: JobKey, attempt: int) -> Iterator[bytes]:
+        """The body of a large result; ends early if the job is deleted meanwhile."""
+
+    def trace(self, key: JobKey) -> list[dict[str, Any]]:
+        """What became of each step, of a job that is finished or waits."""
+
+    def attempts(self, key: JobKey) -> list[Attempt]:
+        """Every attempt to deliver a job's callback."""
+
+    def page(
+        self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
+    ) -> list[Job]:
+        """Unexpired jobs, newest first, of `seq` below `before`."""
+
+    def unfinished(self) -> Iterator[tuple[int, int | None]]:
+        """`seq` and `due` of every Running job, oldest first."""
+
+    def flow_text(self, version: int) -> tuple[str, str] | None:
+        """Name and text of a flow that stored jobs were accepted with."""
+
+    def due_deliveries(
+        self, now: int, limit: int, busy: Collection[str], under_way: Collection[JobKey]
+    ) -> list[tuple[Job, Delivery]]:
+        """Callbacks to send now, but for busy receivers and those under way."""
+
+    def next_delivery(self, now: int) -> int | None:
+        """When the next callback that is not due yet will be."""
+
+    def last_seq(self) -> int:
+        """The greatest `seq` stored; 0 if there is none."""
+
+    def size(self) -> int:
+        """Bytes on disk, with the write-ahead log."""
+
+    def close(self, timeout_s: float) -> None:
+        """Finish what is queued, and let go of the database."""
+
+
+class _Write(NamedTuple):
+    run: Callable[[sqlite3.Connection], Any]
+    done: Done
+    keep: bool  # an environment's failure (disk full) puts it off instead of failing it
+
+
+_JOB_COLUMNS = (
+    "seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, "
+    "callback_url"
+)
+_CALLBACK_COLUMNS = "c.state, c.attempts, c.last_status, c.next, c.body"
+_SELECT_JOB = f"SELECT {_JOB_COLUMNS}, {_CALLBACK_COLUMNS} FROM jobs LEFT JOIN callbacks c ON c.job = seq"  # noqa: S608
+_CHILD_TABLES = ("pieces", "steps", "callbacks", "attempts")
+_BATCH = 512  # writes committed together at the most; more would make the first of them wait
+_RETRY_S = 0.5
+_FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_BUSY", "SQLITE_LOCKED"})
+
+
+def _job(row: Sequence[Any]) -> Job:
+    """The one place where a row becomes a record."""
+    (seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, url) = (
+        row[:15]
+    )
+    callback = None
+    if url is not None:
+        state, attempts, last_status, next_at, body = row[15:20]
+        callback = Delivery(url, state or "pending", attempts or 0, last_status, next_at, body or "")
+    return Job(
+        JobKey(seq, salt), flow, version, Status(status), created, base, token, attempt, due, started, finished,
+        expires, error and json.loads(error), callback,
+    )  # fmt: skip
+
+
+def _store_error(error: Exception) -> StoreError:
+    """What went wrong, in words; the statement and the path stay inside."""
+    name = getattr(error, "sqlite_errorname", "")
+    words = {
+        "SQLITE_FULL": "the disk is full",
+        "SQLITE_BUSY": "the database is locked by another process",
+        "SQLITE_READONLY": "the database is read-only",
+        "SQLITE_CORRUPT": "the database is damaged: restore a backup",
+        "SQLITE_NOTADB": "the file is not a database",
+        "SQLITE_CANTOPEN": "the database cannot be opened",
+    }
+    found = next((text for code, text in words.items() if name.startswith(code)), None)
+    return StoreError(found or f"the database failed ({name or type(error).__name__})")
+
+
+def _environmental(error: Exception) -> bool:
+    """Whether the fault lies with disk or lock, and so with every write alike, not with one row."""
+    name = getattr(error, "sqlite_errorname", "")
+    return isinstance(error, sqlite3.Error) and any(name.startswith(code) for code in _FULL)
+
+
+def _cells(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple[int, str, int, int, bytes]]:
+    return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(range(0, len(value), PIECE))]
+
+
+class SqliteStore:
+    """The Store on SQLite: one writer thread that commits together whatever waits, and a few read connections.
+
+    One owner for each database: a lock on a file beside it, which the system releases when the process dies, so every
+    Running row that is found at start belongs to a run that is dead. Raises StoreError.
+    """
+
+    def __init__(self, path: str, durability: str = "full", read_only: bool = False) -> None:
+        self.fault: str | None = None
+        self.path = os.path.realpath(path)
+        self._durability = durability
+        self._read_only = read_only
+        self._readers: list[sqlite3.Connection] = []
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._versions: set[int] = set()
+        self._owner: sqlite3.Connection | None = None
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
+        if read_only:
+            if not os.path.exists(self.path):
+                raise StoreError(f"there is no database {self.path}: a server makes it when it starts")
+            with self._reader() as reader:
+                self._check_format(reader)
+            return
+        self._owner = self._own()
+        try:
+            self._writer = self._open()
+        except BaseException:
+            self._owner.close()
+            raise
+        self._thread = threading.Thread(target=self._write, name="astera-store", daemon=True)
+        self._thread.start()
+
+    # --- opening ---
+
+    def _own(self) -> sqlite3.Connection:
+        try:
+            owner = sqlite3.connect(f"{self.path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
+            owner.execute("PRAGMA locking_mode = EXCLUSIVE")
+            owner.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname == "SQLITE_BUSY":
+                raise StoreError(
+                    f"another server uses {self.path}: stop it, or set `database` to another path"
+                ) from None
+            raise StoreError(f"{self.path}.lock: {_store_error(error)}; the folder must be writable") from None
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}.lock: {_store_error(error)}; it is not ours: move it away") from None
+        return owner
+
+    def _open(self) -> sqlite3.Connection:
+        try:
+            connection = sqlite3.connect(self.path, timeout=1, isolation_level=None, check_same_thread=False)
+            self._check_format(connection)
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only heeded before the first table
+            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            if mode != "wal":
+                raise StoreError(f"{self.path}: write-ahead logging cannot be used here (journal mode {mode})")
+            connection.execute(f"PRAGMA synchronous = {'FULL' if self._durability == 'full' else 'NORMAL'}")
+            self._upgrade(connection)
+            connection.execute("BEGIN IMMEDIATE")  # a database that cannot be written is to be found now
+            connection.execute("DELETE FROM pieces WHERE job NOT IN (SELECT seq FROM jobs)")
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: {_store_error(error)}") from None
+        return connection
+
+    def _check_format(self, connection: sqlite3.Connection) -> None:
+        try:
+            tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+            ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: {_store_error(error)}") from None
+        if tables and not ours:
+            raise StoreError(f"{self.path} is a database of another program: set `database` to another path")
+        if version > SCHEMA_VERSION:
+            raise StoreError(f"{self.path} was made by a newer version ({version}): use that one; nothing was changed")
+
+    def _upgrade(self, connection: sqlite3.Connection) -> None:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            script = resource("schema.sql").decode() + f"\nPRAGMA application_id = {APPLICATION_ID};"
+            steps = [(SCHEMA_VERSION, script)]
+        else:
+            steps = [(old + 1, UPGRADES[old]) for old in range(version, SCHEMA_VERSION)]
+        for new, script in steps:
+            connection.executescript(f"BEGIN EXCLUSIVE;\n{script}\nPRAGMA user_version = {new};\nCOMMIT;")
+
+    # --- writing ---
+
+    def _put(self, run: Callable[[sqlite3.Connection], Any], done: Done = _ignore, keep: bool = False) -> None:
+        self._queue.put(_Write(run, done, keep))
+
+    def _write(self) -> None:
+        """The writer thread: commit together whatever waits."""
+        kept: deque[_Write] = deque()
+        stopping = False
+        while not stopping or kept:
+            batch = list(kept)
+            kept.clear()
+            try:
+                first = self._queue.get(timeout=_RETRY_S if batch else None)
+                while first is not None:
+                    batch.append(first)
+                    if len(batch) >= _BATCH:
+                        break
+                    first = self._queue.get_nowait()
+                else:
+                    stopping = True
+            except queue.Empty:
+                pass
+            if batch:
+                self._commit(batch, kept)
+            if stopping and kept:
+                log.error("%d writes could not be made: %s", len(kept), self.fault)
+                break
+
+    def _commit(self, batch: list[_Write], kept: deque[_Write]) -> None:
+        writer = self._writer
+        try:
+            writer.execute("BEGIN IMMEDIATE")
+            results = [write.run(writer) for write in batch]
+            writer.execute("COMMIT")
+        except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
+            if writer.in_transaction:
+                writer.execute("ROLLBACK")
+            if _environmental(error):
+                self._put_off(batch, kept, error)
+            elif len(batch) > 1:  # one bad row must not fail the others
+                for write in batch:
+                    self._commit([write], kept)
+            else:
+                log.error("a write failed: %s", error, exc_info=not isinstance(error, AsteraError))
+                self._tell(batch[0], None, error if isinstance(error, AsteraError) else _store_error(error))
+            return
+        if self.fault is not None:
+            log.info("the database can be written again")
+            self.fault = None
+        for write, result in zip(batch, results, strict=True):
+            self._tell(write, result, None)
+
+    def _put_off(self, batch: list[_Write], kept: deque[_Write], error: Exception) -> None:
+        failure = _store_error(error)
+        if self.fault is None:
+            log.error("%s; new jobs are refused until that is mended", failure)
+        self.fault = str(failure)
+        for write in batch:
+            if write.keep:
+                kept.append(write)
+            else:
+                self._tell(write, None, failure)
+
+    def _tell(self, write: _Write, result: Any, error: AsteraError | None) -> None:
+        try:
+            write.done(result, error)
+        except Exception:  # a listener's fault must not end the thread that all writes depend on
+            log.exception("after a write")
+
+    def add(self, submission: Submission, done: Done) -> None:
+        job, request = submission.job, submission.request
+        cells = _cells(job.key, "request_body", 0, request.body) if len(request.body) > PIECE else []
+        self._put_pieces(cells, keep=False)
+        sent = to_json(
+            {"method": request.method, "path": request.path, "query": request.query, "headers": request.headers}
+        )
+        values = (
+            *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
+            submission.fingerprint, job.callback.url if job.callback else None, sent, None if cells else request.body,
+        )  # fmt: skip
+
+        def run(db: sqlite3.Connection) -> Added | Conflict:
+            if submission.idempotency_key is not None:
+                known = self._of_key(db, job.flow, job.token, submission.idempotency_key, job.created)
+                if known is not None:
+                    db.execute("DELETE FROM pieces WHERE job = ?", (job.key.seq,))
+                    return Added(known[0], True) if known[1] == submission.fingerprint else key_conflict()
+                db.execute(
+                    "UPDATE jobs SET idempotency_key = NULL WHERE flow = ? AND token = ? AND idempotency_key = ?",
+                    (job.flow, job.token, submission.idempotency_key),
+                )
+            if cells:
+                count = "SELECT count(*) FROM pieces WHERE job = ? AND part = 'request_body'"
+                if db.execute(count, (job.key.seq,)).fetchone()[0] != len(cells):
+                    raise StoreError("a part of the request could not be stored")
+            if job.version not in self._versions:
+                db.execute(
+                    "INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text)
+                )
+            db.execute(
+                "INSERT INTO jobs (seq, salt, flow, version, status, created, token, base, idempotency_key,"
+                " fingerprint, callback_url, request, request_body)"
+                " VALUES (?, ?, ?, ?, 'Running', ?, ?, ?, ?, ?, ?, ?, ?)",
+                values,
+            )
+            return Added(job, False)
+
+        def stored(result: Any, error: AsteraError | None) -> None:
+            if error is None:
+                self._versions.add(job.version)
+            done(result, error)
+
+        self._put(run, stored)
+
+    def _put_pieces(self, cells: list[tuple[int, str, int, int, bytes]], keep: bool) -> None:
+        for cell in cells:
+            self._put(partial(_execute, "INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?, ?)", cell), keep=keep)
+
+    def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
+        sql = "UPDATE jobs SET attempt = ?, started = ?, due = NULL WHERE seq = ? AND status = 'Running'"
+        self._put(partial(_execute, sql, (attempt, started, key.seq)), done, keep=True)
+
+    def save_step(self, key: JobKey, path: str, output: str, done: Done = _ignore) -> None:
+        self._put(partial(_execute, _SAVE_STEP, (key.seq, path, None, output, key.seq)), done, keep=True)
+
+    def suspend(self, suspension: Suspension, done: Done) -> None:
+        key, attempt, started, due, path, until, trace = suspension
+
+        def run(db: sqlite3.Connection) -> bool:
+            db.execute(_SAVE_STEP, (key.seq, path, until, None, key.seq))
+            sql = "UPDATE jobs SET attempt = ?, started = ?, due = ?, trace = ? WHERE seq = ? AND status = 'Running'"
+            return db.execute(sql, (attempt, started, due, trace, key.seq)).rowcount == 1
+
+        self._put(run, done, keep=True)
+
+    def requeue(self, key: JobKey, attempt: int) -> None:
+        sql = "UPDATE jobs SET attempt = ?, started = NULL WHERE seq = ? AND status = 'Running' AND attempt > ?"
+        self._put(partial(_execute, sql, (attempt - 1, key.seq, attempt - 1)))
+
+    def barrier(self, done: Done) -> None:
+        self._put(lambda db: None, done, keep=True)
+
+    def finish(self, finish: Finish, done: Done) -> None:
+        answer, seq = finish.outcome.answer, finish.key.seq
+        cells = _cells(finish.key, "result", finish.attempt, answer.body) if len(answer.body) > PIECE else []
+        self._put_pieces(cells, keep=True)
+        error = finish.outcome.error
+        values = (
+            finish.outcome.status.value, finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
+            len(answer.body), to_json(answer.headers), error and to_json(error), finish.trace,
+            None if cells else answer.body, seq, finish.attempt,
+        )  # fmt: skip
+
+        def run(db: sqlite3.Connection) -> bool:
+            moved = db.execute(
+                "UPDATE jobs SET status = ?, attempt = ?, started = ?, due = NULL, finished = ?, expires = ?, code = ?,"
+                " size = ?, headers = ?, error = ?, trace = ?, result = ?"
+                " WHERE seq = ? AND status = 'Running' AND attempt <= ?",
+                values,
+            ).rowcount
+            if not moved:
+                if cells:
+                    db.execute(
+                        "DELETE FROM pieces WHERE job = ? AND part = 'result' AND attempt = ?", (seq, finish.attempt)
+                    )
+                return False
+            db.execute("DELETE FROM steps WHERE job = ?", (seq,))
+            if finish.attempt > 1:
+                db.execute(
+                    "DELETE FROM pieces WHERE job = ? AND part = 'result' AND attempt <> ?", (seq, finish.attempt)
+                )
+            if finish.callback is not None:
+                receiver, body = finish.callback
+                db.execute(
+                    "INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)",
+                    (seq, receiver, finish.finished, body),
+                )
+            return True
+
+        self._put(run, done, keep=True)
+
+    def delete(self, key: JobKey, done: Done) -> None:
+        def run(db: sqlite3.Connection) -> str:
+            row = db.execute(f"{_SELECT_JOB} WHERE seq = ? AND salt = ?", key).fetchone()
+            if row is None:
+                return "absent"
+            job = _job(row)
+            if job.status is Status.RUNNING:
+                return "running"
+            if job.callback is not None and job.callback.state == "pending":
+                return "owed"
+            _forget(db, [key.seq])
+            return "deleted"
+
+        self._put(run, done)
+
+    def resend(self, key: JobKey, now: int, done: Done) -> None:
+        sql = "UPDATE callbacks SET state = 'pending', next = ? WHERE job = ?"
+        self._put(partial(_execute, sql, (now, key.seq)), done)
+
+    def record_delivery(self, key: JobKey, attempt: Attempt, state: str, next_at: int | None, done: Done) -> None:
+        def run(db: sqlite3.Connection) -> None:
+            db.execute(
+                "INSERT OR REPLACE INTO attempts SELECT job, attempts + 1, ?, ?, ?, ? FROM callbacks WHERE job = ?",
+                (attempt.at, attempt.duration_ms, attempt.status, attempt.error, key.seq),
+            )
+            db.execute(
+                "UPDATE callbacks SET attempts = attempts + 1, state = ?, last_status = ?, next = ? WHERE job = ?",
+                (state, attempt.status, next_at, key.seq),
+            )
+
+        self._put(run, done, keep=True)
+
+    def purge(self, now: int, limit: int, done: Done) -> None:
+        def run(db: sqlite3.Connection) -> int:
+            sql = "SELECT seq FROM jobs WHERE expires <= ? ORDER BY expires LIMIT ?"
+            expired = [row[0] for row in db.execute(sql, (now, limit))]
+            _forget(db, expired)
+            if expired:
+                db.execute("PRAGMA incremental_vacuum(256)").fetchall()
+            return len(expired)
+
+        self._put(run, done)
+
+    # --- reading ---
+
+    def _connect_reader(self) -> sqlite3.Connection:
+        quoted = urllib.parse.quote(self.path)
+        reader = sqlite3.connect(
+            f"file:{quoted}?mode=ro", uri=True, timeout=1, isolation_level=None, check_same_thread=False
+        )
+        reader.execute("PRAGMA query_only = ON")
+        return reader
+
+    def _reader(self) -> _Reading:
+        return _Reading(self)
+
+    def get(self, key: JobKey) -> Job | None:
+        with self._reader() as db:
+            row = db.execute(f"{_SELECT_JOB} WHERE seq = ? AND salt = ?", key).fetchone()
+            return row and _job(row)
+
+    @staticmethod
+    def _of_key(db: sqlite3.Connection, flow: str, token: str, key: str, now: int) -> tuple[Job, bytes] | None:
+        row = db.execute(
+            f"SELECT {_JOB_COLUMNS}, {_CALLBACK_COLUMNS}, fingerprint FROM jobs LEFT JOIN callbacks c ON c.job = seq"  # noqa: S608
+            " WHERE flow = ? AND token = ? AND idempotency_key = ? AND (expires IS NULL OR expires > ?)",
+            (flow, token, key, now),
+        ).fetchone()
+        return row and (_job(row), row[20])
+
+    def find_key(self, flow: str, token: str, idempotency_key: str, now: int) -> tuple[Job, bytes] | None:
+        with self._reader() as db:
+            return self._of_key(db, flow, token, idempotency_key, now)
+
+    def load(self, seq: int) -> Loaded | None:
+        with self._reader() as db:
+            row = db.execute(f"{_SELECT_JOB} WHERE seq = ? AND status = 'Running'", (seq,)).fetchone()
+            if row is None:
+                return None
+            job = _job(row)
+            saved, waits = {}, {}
+            for path, until, output in db.execute("SELECT path, until, output FROM steps WHERE job = ?", (seq,)):
+                if until is None:
+                    saved[path] = _from_saved(output)
+                else:
+                    waits[path] = until
+            request = self._request(db, job.key)
+            assert request is not None
+            trace = db.execute("SELECT trace FROM jobs WHERE seq = ?", (seq,)).fetchone()[0]
+            return Loaded(job, request, saved, waits, json.loads(trace) if trace else [])
+
+    def _request(self, db: sqlite3.Connection, key: JobKey) -> StoredRequest | None:
+        row = db.execute("SELECT request, request_body FROM jobs WHERE seq = ? AND salt = ?", key).fetchone()
+        if row is None:
+            return None
+        sent, body = json.loads(row[0]), row[1]
+        if body is None:
+            sql = "SELECT data FROM pieces WHERE job = ? AND part = 'request_body' ORDER BY n"
+            body = b"".join(piece for (piece,) in db.execute(sql, (key.seq,)))
+        return StoredRequest(sent["method"], sent["path"], sent["query"], sent["headers"], body)
+
+    def request(self, key: JobKey) -> StoredRequest | None:
+        with self._reader() as db:
+            return self._request(db, key)
+
+    def result(self, key: JobKey) -> StoredResult | None:
+        with self._reader() as db:
+            row = db.execute(
+                "SELECT code, headers, size, result, attempt FROM jobs"
+                " WHERE seq = ? AND salt = ? AND status <> 'Running'",
+                key,
+            ).fetchone()
+            if row is None:
+                return None
+            code, headers, size, body, attempt = row
+            return StoredResult(code, [(name, value) for name, value in json.loads(headers)], size, body, attempt)
+
+    def result_pieces(self, key: JobKey, attempt: int) -> Iterator[bytes]:
+        sql = "SELECT data FROM pieces WHERE job = ? AND part = 'result' AND attempt = ? AND n = ?"
+        for n in itertools.count():
+            with self._reader() as db:
+                row = db.execute(sql, (key.seq, attempt, n)).fetchone()
+            if row is None:
+                return
+            yield row[0]
+
+    def trace(self, key: JobKey) -> list[dict[str, Any]]:
+        with self._reader() as db:
+            row = db.execute("SELECT trace FROM jobs WHERE seq = ? AND salt = ?", key).fetchone()
+            return json.loads(row[0]) if row and row[0] else []
+
+    def attempts(self, key: JobKey) -> list[Attempt]:
+        with self._reader() as db:
+            sql = "SELECT at, duration, status, error FROM attempts WHERE job = ? ORDER BY n"
+            return [Attempt(*row) for row in db.execute(sql, (key.seq,))]
+
+    def page(
+        self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
+    ) -> list[Job]:
+        conditions: dict[str, Any] = {"(expires IS NULL OR expires > ?)": now}
+        for condition, value in (("seq < ?", before), ("flow = ?", flow), ("token = ?", token)):
+            if value is not None:
+                conditions[condition] = value
+        if status is not None:  # written out, for the planner to see that a partial index serves
+            conditions[f"status = '{status.value}' AND ?"] = 1
+        sql = f"{_SELECT_JOB} WHERE {' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?"
+        with self._reader() as db:
+            return [_job(row) for row in db.execute(sql, (*conditions.values(), limit))]
+
+    def unfinished(self) -> Iterator[tuple[int, int | None]]:
+        with self._reader() as db:
+            yield from db.execute("SELECT seq, due FROM jobs WHERE status = 'Running' ORDER BY seq")
+
+    def flow_text(self, version: int) -> tuple[str, str] | None:
+        with self._reader() as db:
+            row = db.execute("SELECT name, text FROM flows WHERE version = ?", (version,)).fetchone()
+            return row and (row[0], row[1])
+
+    def due_deliveries(
+        self, now: int, limit: int, busy: Collection[str], under_way: Collection[JobKey]
+    ) -> list[tuple[Job, Delivery]]:
+        marks = ",".join("?" * len(busy))
+        sql = f"SELECT job FROM callbacks WHERE state = 'pending' AND next <= ? AND receiver NOT IN ({marks})"  # noqa: S608
+        skip = {key.seq for key in under_way}
+        with self._reader() as db:
+            found = db.execute(f"{sql} ORDER BY next LIMIT ?", (now, *busy, limit + len(skip))).fetchall()
+            wanted = [seq for (seq,) in found if seq not in skip][:limit]
+            rows = [db.execute(f"{_SELECT_JOB} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
+        jobs = [_job(row) for row in rows if row is not None]
+        return [(job, job.callback) for job in jobs if job.callback is not None]
+
+    def next_delivery(self, now: int) -> int | None:
+        with self._reader() as db:
+            sql = "SELECT min(next) FROM callbacks WHERE state = 'pending' AND next > ?"
+            found: int | None = db.execute(sql, (now,)).fetchone()[0]
+            return found
+
+    def last_seq(self) -> int:
+        with self._reader() as db:
+            return db.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
+
+    def size(self) -> int:
+        total = 0
+        for suffix in ("", "-wal"):
+            try:  # by name only: opening the file here would drop SQLite's own locks on it
+                total += os.stat(self.path + suffix).st_size
+            except OSError:
+                continue
+        return total
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        if self._owner is not None:
+            self._queue.put(None)
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                log.error("the database did not take the last writes within %s", show_duration(timeout_s))
+                return
+        while self._readers:
+            self._readers.pop().close()
+        if self._owner is not None:
+            self._writer.close()  # the last one: it folds the write-ahead log into the file
+            self._owner.close()
+
+
+_SAVE_STEP = (
+    "INSERT OR REPLACE INTO steps (job, path, until, output) SELECT ?, ?, ?, ?"
+    " WHERE EXISTS (SELECT 1 FROM jobs WHERE seq = ? AND status = 'Running')"
+)
+
+
+class _Reading:
+    """Borrows a read connection; its faults become StoreErrors."""
+
+    __slots__ = ("_connection", "_store")
+
+    def __init__(self, store: SqliteStore) -> None:
+        self._store = store
+
+    def __enter__(self) -> sqlite3.Connection:
+        try:
+            self._connection = self._store._readers.pop()
+        except IndexError:
+            try:
+                self._connection = self._store._connect_reader()
+            except sqlite3.Error as error:
+                raise _store_error(error) from None
+        return self._connection
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._store._readers.append(self._connection)
+        if isinstance(error, sqlite3.Error):
+            raise _store_error(error) from None
+
+
+def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
+    return db.execute(sql, values).rowcount > 0
+
+
+def _forget(db: sqlite3.Connection, seqs: Iterable[int]) -> None:
+    rows = [(seq,) for seq in seqs]
+    for table in _CHILD_TABLES:
+        db.executemany(f"DELETE FROM {table} WHERE job = ?", rows)  # noqa: S608 (a table of ours)
+    db.executemany("DELETE FROM jobs WHERE seq = ?", rows)
+
+
+def key_conflict() -> Conflict:
+    """The answer to an idempotency key that comes back with another request."""
+    return Conflict("This Idempotency-Key was used with another request: use a new key for a new request.", 422)
+
+
+def _to_saved(value: Any) -> str:
+    """A step's output as the journal keeps it; bytes are marked, for JSON has none."""
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":"), default=_save_bytes)
+
+
+def _save_bytes(value: Any) -> dict[str, str]:
+    if not isinstance(value, bytes):
+        _not_json(value)
+    return {"\0bytes": base64.b64encode(value).decode()}
+
+
+def _from_saved(text: str) -> Any:
+    return json.loads(
+        text, object_hook=lambda o: base64.b64decode(o["\0bytes"]) if "\0bytes" in o and len(o) == 1 else o
+    )
+
+
+# ======================================================================================================================
+# 8 Engine
+# The threads are a ThreadPoolExecutor's, but a task of it takes many jobs, one after the other, from the engine's own
+# heap: handing each job over singly would cost a third of the throughput.
+# ======================================================================================================================
+
+MAX_ATTEMPTS = 3  # interrupted so often, a job is given up: it may be what brings the server down
+_KEEP_READY = 1000  # queued jobs whose input stays in memory; those behind them are read again when their turn comes
+_MAX_UNRECORDED = 2000  # outcomes on their way to the disk, above which a worker waits for its own
+
+
+class Prepared(NamedTuple):
+    """A job that can run. `interrupted` says that a run of it died with its server."""
+
+    job: Job
+    flow: Flow
+    input: Input
+    saved: Mapping[str, Any] = types.MappingProxyType({})
+    waits: Mapping[str, int] = types.MappingProxyType({})
+    trace: Sequence[dict[str, Any]] = ()
+    interrupted: bool = False
+
+
+class _Live:
+    """A job that has a thread, or whose outcome is on its way to the disk."""
+
+    __slots__ = ("abandoned", "attempt", "cancel", "job", "overdue", "run", "started")
+
+    def __init__(self) -> None:
+        self.cancel = Cancel()
+        self.job: Job | None = None
+        self.run: Run | None = None
+        self.attempt = 0
+        self.started: int | None = None
+        self.overdue = False  # ended by its deadline while its thread goes on
+        self.abandoned = False  # left to the next start of the server
+
+
+class JobJournal(Journal):
+    """The journal of an asynchronous job: outputs are saved, and a long wait gives its thread back."""
+
+    suspendable = True
+
+    def __init__(self, store: Store, prepared: Prepared, attempt: int, started: int, left: Callable[[], float]) -> None:
+        super().__init__()
+        self._store, self._key, self._attempt, self._started = store, prepared.job.key, attempt, started
+        self._left = left
+        self._begun = self._dirty = False
+        self.saved, self.waits = prepared.saved, prepared.waits
+        self.waiting: tuple[str, int] = ("", 0)
+
+    def record(self, path: str, value: Any) -> int:
+        """Save a step's output; it is waited for only before the next side effect."""
+        text = _to_saved(value)
+        self._store.save_step(self._key, path, text)
+        self._dirty = True
+        return len(text)
+
+    def begin_wait(self, path: str, until: int) -> None:
+        """Remember until when a step waits; it goes to the disk when the job is suspended."""
+        self.waiting = (path, until)
+
+    def barrier(self) -> None:
+        """Wait until the beginning of this attempt, and all outputs so far, are on disk."""
+        if self._begun and not self._dirty:
+            return
+        write = self._store.barrier if self._begun else partial(
+            self._store.start, self._key, self._attempt, self._started
+        )  # fmt: skip
+        try:
+            _await(write, self._left())
+        except TimeoutError:
+            raise _TimedOut from None
+        self._begun, self._dirty = True, False
+
+
+def _await(write: Callable[[Done], None], timeout_s: float) -> Any:
+    """Make a write and wait for it; raises its error, or TimeoutError."""
+    answer: list[tuple[Any, AsteraError | None]] = []
+    waiting = threading.Lock()
+    waiting.acquire()
+
+    def done(result: Any, error: AsteraError | None) -> None:
+        answer.append((result, error))
+        waiting.release()
+
+    write(done)
+    if not waiting.acquire(timeout=timeout_s):
+        raise TimeoutError("the database did not take a write in time")
+    result, error = answer[0]
+    if error is not None:
+        raise error
+    return result
+
+
+class Engine:
+    """Runs jobs and synchronous flows on a pool of threads, and records what came of the jobs.
+
+    `prepare(seq)` makes a stored job ready to run, None if it is not Running any more; `finished(key)` is called, on
+    the store's thread, when a job's end is committed. Some threads are kept for synchronous runs, or slow jobs would
+    starve them. Durations are seconds.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        outside: Surroundings,
+        *,
+        workers: int,
+        retention: float,
+        job_timeout: float,
+        prepare: Callable[[int], Prepared | Outcome | None],
+        finished: Callable[[JobKey], None],
+    ) -> None:
+        self._store, self._outside, self._clock = store, outside, outside.clock
+        self._prepare, self._tell = prepare, finished
+        self._workers, self._retention_ms, self._job_timeout = workers, round(retention * 1000), job_timeout
+        self._threads = workers + max(1, workers // 4)
+        self._pool = ThreadPoolExecutor(self._threads, "astera-worker")
+        self._lock = threading.Lock()  # guards what follows
+        self._ready: list[int] = []  # heap of seq: jobs that can run
+        self._waiting: list[tuple[int, int]] = []  # heap of (due, seq): jobs that wait for a time
+        self._sync: deque[Callable[[], None]] = deque()
+        self._inputs: dict[int, Prepared] = {}
+        self._dropped: set[int] = set()  # cancelled while queued
+        self._live: dict[int, _Live] = {}
+        self._draining = self._busy = self._unrecorded = 0
+        self._stopping = False
+        self._idle = threading.Condition(self._lock)
+        self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
+
+    # --- queue ---
+
+    @property
+    def queued(self) -> int:
+        """Jobs that have not begun to run."""
+        return len(self._ready)
+
+    def counts(self) -> dict[str, int]:
+        """What the engine has in hand, for people."""
+        return {"queued": len(self._ready), "running": self._busy, "waiting": len(self._waiting)}
+
+    def put(self, seq: int, prepared: Prepared | None = None) -> None:
+        """Queue a stored job; what is prepared already is kept in memory as long as the queue is short."""
+        with self._lock:
+            if prepared is not None and len(self._inputs) < _KEEP_READY and len(prepared.input.request) < PIECE:
+                self._inputs[seq] = prepared
+            heapq.heappush(self._ready, seq)
+            self._call_threads()
+
+    def later(self, due: int, seq: int) -> None:
+        """Queue a stored job when its time comes."""
+        with self._lock:
+            heapq.heappush(self._waiting, (due, seq))
+
+    def release(self, now: int) -> int | None:
+        """Make jobs ready whose time has come; when the next one is due."""
+        with self._lock:
+            while self._waiting and self._waiting[0][0] <= now:
+                heapq.heappush(self._ready, heapq.heappop(self._waiting)[1])
+            self._call_threads()
+            return self._waiting[0][0] if self._waiting else None
+
+    def run_sync(self, run: Run, done: Callable[[Outcome], None]) -> None:
+        """Run a flow for a caller who waits; `done` is called by the thread that ran it."""
+
+        def task() -> None:
+            began = self._clock.monotonic()
+            outcome = run_flow(run)
+            assert isinstance(outcome, Outcome)
+            self._measure(run.flow, self._clock.monotonic() - began)
+            _log_outcome("request", str(run.input.request["id"]), run.flow, outcome)
+            done(outcome)
+
+        with self._lock:
+            self._sync.append(task)
+            self._call_threads()
+
+    def _call_threads(self) -> None:
+        """With the lock held: let another thread drain if there is work for it."""
+        wanted = len(self._sync) + min(len(self._ready), self._workers - self._busy)
+        if wanted > 0 and self._draining < self._threads and not self._stopping:
+            self._draining += 1
+            self._pool.submit(self._drain)
+
+    def _drain(self) -> None:
+        """A pool task: take work until there is none."""
+        while True:
+            with self._lock:
+                task = self._next()
+                if task is None:
+                    self._draining -= 1
+                    self._idle.notify_all()
+                    return
+                self._call_threads()
+            task()
+
+    def _next(self) -> Callable[[], None] | None:
+        if self._sync:
+            return self._sync.popleft()
+        while self._ready and self._busy < self._workers and not self._stopping:
+            seq = heapq.heappop(self._ready)
+            if seq in self._dropped:
+                continue
+            self._busy += 1
+            live = self._live[seq] = _Live()
+            return partial(self._run_job, seq, live, self._inputs.pop(seq, None))
+        return None
+
+    # --- one job ---
+
+    def _run_job(self, seq: int, live: _Live, prepared: Prepared | None) -> None:
+        try:
+            ready = prepared or self._prepare(seq)
+            if isinstance(ready, Prepared):
+                self._run(ready, live)
+            else:
+                with self._lock:
+                    self._live.pop(seq, None)
+        except AsteraError as error:  # the database failed while the job was read: it is tried again
+            log.error("job %s could not be begun: %s", JobKey(seq, 0), error)
+            with self._lock:
+                self._live.pop(seq, None)
+                heapq.heappush(self._waiting, (self._clock.now() + 1000, seq))
+        except Exception:  # the door of a job's run: a fault of ours must not cost the thread
+            log.exception("job %s", JobKey(seq, 0))
+        finally:
+            with self._lock:
+                self._busy -= 1
+
+    def _run(self, prepared: Prepared, live: _Live) -> None:
+        job, flow = prepared.job, prepared.flow
+        resumed = job.due is not None  # its wait is over: the attempt goes on
+        live.attempt = job.attempt if resumed and job.attempt else job.attempt + 1
+        live.started = job.started if resumed and job.started else self._clock.now()
+        live.job = dataclasses.replace(job, attempt=live.attempt, started=live.started)
+        if prepared.interrupted and (job.attempt >= MAX_ATTEMPTS or flow.restart == "fail"):
+            times = f"{job.attempt} times" if job.attempt > 1 else "once"
+            detail = f"The server stopped {times} while the job ran; it is not tried again."
+            self._record(live, flow, Outcome.failed("interrupted", 500, detail), [])
+            return
+        if prepared.interrupted and flow.restart == "rerun":
+            prepared = prepared._replace(saved={}, waits={}, trace=())
+        began = self._clock.monotonic()
+        spent = (self._clock.now() - live.started) / 1000
+        deadline = began + (flow.timeout or self._job_timeout) - spent
+        journal = JobJournal(
+            self._store, prepared, live.attempt, live.started, lambda: max(deadline - self._clock.monotonic(), 0.0)
+        )
+        trace = list(prepared.trace)
+        live.run = Run(flow, prepared.input, self._outside, deadline, journal, trace, live.cancel)
+        outcome = run_flow(live.run)
+        if live.abandoned:
+            return
+        if isinstance(outcome, Suspended):
+            self._suspend(live, journal, outcome.until, trace)
+            return
+        self._measure(flow, self._clock.monotonic() - began)
+        self._record(live, flow, outcome, trace)
+
+    def _suspend(self, live: _Live, journal: JobJournal, due: int, trace: list[dict[str, Any]]) -> None:
+        job = live.job
+        assert job is not None and live.started is not None
+
+        def suspended(kept: Any, error: AsteraError | None) -> None:
+            with self._lock:
+                self._live.pop(job.key.seq, None)
+            if kept:
+                self.later(due, job.key.seq)
+                self._tell(job.key)
+
+        suspension = Suspension(job.key, live.attempt, live.started, due, *journal.waiting, to_json(trace))
+        self._store.suspend(suspension, suspended)
+
+    def _record(self, live: _Live, flow: Flow, outcome: Outcome, trace: list[dict[str, Any]]) -> None:
+        job = live.job
+        assert job is not None
+        finish = self._finish(job, outcome, trace)
+        _log_outcome("job", job.id, flow, outcome)
+        with self._lock:
+            self._unrecorded += 1
+            crowded = self._unrecorded > _MAX_UNRECORDED
+        if crowded:
+            _await(lambda done: self._store.finish(finish, self._finished(job, done)), threading.TIMEOUT_MAX)
+        else:
+            self._store.finish(finish, self._finished(job, _ignore))
+
+    def end(self, job: Job, outcome: Outcome) -> None:
+        """Record the end of a job that did not run."""
+        with self._lock:
+            self._unrecorded += 1
+        self._store.finish(self._finish(job, outcome, []), self._finished(job, _ignore))
+
+    def _finish(self, job: Job, outcome: Outcome, trace: list[dict[str, Any]]) -> Finish:
+        now = self._clock.now()
+        expires = now + self._retention_ms
+        callback = None
+        if job.callback is not None:
+            after = dataclasses.replace(
+                job, status=outcome.status, finished=now, expires=expires, due=None, error=outcome.error
+            )
+            body = to_json(status_document(after, job.base, with_callback=False))
+            callback = (parse_target(job.callback.url).receiver, body)
+        return Finish(
+            job.key,
+            max(job.attempt, 1),
+            outcome,
+            job.started,
+            now,
+            expires,
+            to_json(trace) if trace else None,
+            callback,
+        )
+
+    def _finished(self, job: Job, done: Done) -> Done:
+        def recorded(moved: Any, error: AsteraError | None) -> None:
+            with self._lock:
+                self._unrecorded -= 1
+                self._live.pop(job.key.seq, None)
+                self._dropped.discard(job.key.seq)
+            if error is not None:
+                log.error("the end of job %s could not be recorded: %s", job.id, error)
+            self._tell(job.key)
+            done(moved, error)
+
+        return recorded
+
+    def _measure(self, flow: Flow, seconds: float) -> None:
+        mean = self._mean_s.get(flow.name, seconds)
+        self._mean_s[flow.name] = mean + 0.2 * (seconds - mean)
+
+    # --- what others ask ---
+
+    def peek(self, key: JobKey) -> tuple[Job, Progress | None] | None:
+        """A job that is in memory, with its progress; None says nothing about the store."""
+        live = self._live.get(key.seq)
+        if live is not None and live.job is not None:
+            return (live.job, live.run.progress if live.run else None) if live.job.key == key else None
+        prepared = self._inputs.get(key.seq)
+        return (prepared.job, None) if prepared is not None and prepared.job.key == key else None
+
+    def trace(self, key: JobKey) -> list[dict[str, Any]] | None:
+        """The steps so far of a job that runs."""
+        live = self._live.get(key.seq)
+        return list(live.run.trace) if live is not None and live.run is not None and live.run.trace else None
+
+    def retry_after(self, flow: str) -> int:
+        """Whole seconds, at least 1, after which a new job of this flow is likely to be finished."""
+        mean = self._mean_s.get(flow, 0.5)
+        return min(max(1, math.ceil(mean * (1 + len(self._ready) / self._workers))), 3600)
+
+    def cancel(self, job: Job) -> bool:
+        """Cancel a Running job; True if it had not begun or waits, and so is ended now, False if it ends by itself."""
+        seq = job.key.seq
+        with self._lock:
+            live = self._live.get(seq)
+            if live is not None:
+                live.cancel.set()
+                return False
+            self._dropped.add(seq)
+            self._inputs.pop(seq, None)
+        self.end(job, Outcome.failed("cancelled", 409, "The job was cancelled."))
+        return True
+
+    def overdue(self) -> None:
+        """End jobs whose thread did not end at its deadline; what the thread brings later changes nothing."""
+        now = self._clock.monotonic()
+        with self._lock:
+            late = [
+                live for live in self._live.values() if live.run and not live.overdue and live.run.deadline + 1 < now
+            ]
+        for live in late:
+            live.overdue = True
+            live.cancel.set()
+            assert live.run is not None
+            outcome = Outcome.failed("timeout", 504, "The flow took longer than it may.", "its thread does not end")
+            self._record(live, live.run.flow, outcome, list(live.run.trace or []))
+
+    def stop(self, timeout_s: float) -> int:
+        """Begin nothing more, give what runs so many seconds, leave the rest to the next start; how many those are."""
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            self._stopping = True
+            while self._draining and (left := deadline - time.monotonic()) > 0:
+                self._idle.wait(left)
+            left_over = [live for live in self._live.values() if live.run and not live.overdue and self._draining]
+            for live in left_over:
+                live.abandoned = True
+        for live in left_over:
+            assert live.job is not None
+            self._store.requeue(live.job.key, live.attempt)
+            live.cancel.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        return len(left_over)
+
+
+def _log_outcome(what: str, its_id: str, flow: Flow, outcome: Outcome) -> None:
+    if outcome.error is None:
+        log.debug("%s %s: flow %s answered %d", what, its_id, flow.name, outcome.answer.code)
+    else:
+        reason = outcome.reason or outcome.error["detail"]
+        log.warning(
+            "%s %s: flow %s ended as %s: %s", what, its_id, flow.name, outcome.error["code"], shown(reason, 500)
+        )
+
+
+# ======================================================================================================================
+# 9 Courier
+# ======================================================================================================================
+
+_COURIER_THREADS = 64  # each is taken only while a receiver is slow
+_MAX_WINDOW = 8  # deliveries at one time to a receiver that answers
+
+
+def signing_key(secret: str | None) -> bytes | None:
+    """The key in a Standard Webhooks secret (`whsec_` and base64); ConfigError if it is none."""
+    if secret is None:
+        return None
+    try:
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+        if secret.startswith("whsec_") and 24 <= len(key) <= 64:
+            return key
+    except (binascii.Error, ValueError):
+        pass
+    message = "must be whsec_ and the base64 of 24 to 64 random bytes, as `openssl rand -base64 32` gives them"
+    raise ConfigError([Fault("callback_secret", "", message)])
+
+
+def sign(key: bytes, message_id: str, timestamp_s: int, body: bytes) -> str:
+    """A signature of Standard Webhooks 1.0: `v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`."""
+    signed = f"{message_id}.{timestamp_s}.".encode() + body
+    return "v1," + base64.b64encode(hmac.digest(key, signed, "sha256")).decode()
+
+
+def next_try(
+    attempt: Attempt, number: int, retry_after_s: float, retries: Sequence[float], now: int, expires: int
+) -> tuple[str, int | None]:
+    """What follows from the n-th attempt (from 1): the callback's state, and when it is tried next (ms).
+
+    All attempts lie inside the life of the result.
+    """
+    if attempt.status is not None and 200 <= attempt.status < 300:
+        return "delivered", None
+    if attempt.status == 410:
+        return "gone", None
+    if number > len(retries) or attempt.error == "refused":
+        return "failed", None
+    pause_s = max(retries[number - 1] * random.uniform(0.9, 1.1), retry_after_s)  # noqa: S311 (spreads load)
+    next_at = now + round(pause_s * 1000)
+    return ("pending", next_at) if next_at < expires else ("failed", None)
+
+
+def parse_retry_after(value: str | None, now: int) -> float:
+    """Seconds from a Retry-After header, a number or a date (RFC 9110, section 10.2.3); 0 if there is none."""
+    if value is None:
+        return 0.0
+    if re.fullmatch("[0-9]{1,9}", value.strip()):
+        return float(value)
+    from email.utils import parsedate_to_datetime  # noqa: PLC0415 (hardly anybody sends a date)
+
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - now / 1000, 0.0)
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+class Courier:
+    """Delivers callbacks on threads of its own; one slow or dead receiver delays nobody else.
+
+    A receiver that is not known yet gets one delivery at a time, and more as it answers.
+    """
+
+    def __init__(
+        self,
+        outbound: Outbound,
+        policy: AddressPolicy,
+        clock: Clock,
+        *,
+        key: bytes | None = None,
+        timeout: float = 15.0,
+        retries: Sequence[float] = (),
+    ) -> None:
+        self._outbound, self._policy, self._clock = outbound, policy, clock
+        self._key, self._timeout, self._retries = key, timeout, retries
+        self._pool = ThreadPoolExecutor(_COURIER_THREADS, "astera-courier")
+        self._lock = threading.Lock()
+        self._under_way: dict[JobKey, str] = {}
+        self._windows: dict[str, int] = {}
+
+    def under_way(self) -> list[JobKey]:
+        """Deliveries that have not ended."""
+        with self._lock:
+            return list(self._under_way)
+
+    def busy(self) -> list[str]:
+        """Receivers that get no more at this time."""
+        with self._lock:
+            counts: dict[str, int] = {}
+            for receiver in self._under_way.values():
+                counts[receiver] = counts.get(receiver, 0) + 1
+            return [receiver for receiver, count in counts.items() if count >= self._windows.get(receiver, 1)]
+
+    def room(self) -> int:
+        """Deliveries that can begin at once."""
+        return _COURIER_THREADS - len(self._under_way)
+
+    def send(self, job: Job, delivery: Delivery, done: Callable[[Attempt, str, int | None], None]) -> bool:
+        """Begin a delivery unless its receiver is busy; the courier's thread calls `done(attempt, state, next_at)`.
+
+        The delivery counts as under way until `settled`.
+        """
+        receiver = parse_target(delivery.url).receiver
+        with self._lock:
+            count = sum(1 for other in self._under_way.values() if other == receiver)
+            if count >= self._windows.get(receiver, 1):
+                return False
+            self._under_way[job.key] = receiver
+        try:
+            self._pool.submit(self._send, job, delivery, receiver, done)
+        except RuntimeError:  # it was stopped meanwhile
+            return False
+        return True
+
+    def settled(self, key: JobKey) -> None:
+        """A delivery's outcome is on record."""
+        with self._lock:
+            self._under_way.pop(key, None)
+
+    def _send(self, job: Job, delivery: Delivery, receiver: str, done: Callable[..., None]) -> None:
+        attempt, retry_after_s = self.deliver(job, delivery)
+        answered = attempt.status is not None
+        with self._lock:
+            if len(self._windows) > 10_000:
+                self._windows.clear()
+            self._windows[receiver] = min(self._windows.get(receiver, 1) + 1, _MAX_WINDOW) if answered else 1
+        now = self._clock.now()
+        number, expires = delivery.attempts + 1, job.expires or now
+        state, next_at = next_try(attempt, number, retry_after_s, self._retries, now, expires)
+        words = f"answered {attempt.status}" if answered else f"gave no answer: {attempt.error}"
+        level = logging.DEBUG if state == "delivered" else logging.WARNING
+        log.log(level, "callback of job %s: %s %s; it is %s", job.id, receiver, words, state)
+        done(attempt, state, next_at)
+
+    def deliver(self, job: Job, delivery: Delivery) -> tuple[Attempt, float]:
+        """One attempt, now; with it the seconds that the receiver asked to be left alone."""
+        body, began = delivery.body.encode(), self._clock.now()
+        message_id = f"msg_{job.id}"
+        headers = {
+            "Content-Type": "application/json",
+            "User-Agent": f"astera-lite/{__version__}",
+            "Location": f"{job.base}/api/jobs/{job.id}/result",
+            "webhook-id": message_id,
+            "webhook-timestamp": str(began // 1000),
+        }
+        if self._key is not None:
+            headers["webhook-signature"] = sign(self._key, message_id, began // 1000, body)
+        status, error, retry_after_s = None, None, 0.0
+        started = self._clock.monotonic()
+        try:
+            answer = self._outbound.fetch(
+                "POST", delivery.url, headers, body, timeout=self._timeout, max_bytes=0, policy=self._policy
+            )
+            status = answer.status
+            retry_after_s = parse_retry_after(header_value(answer.headers, "retry-after"), began)
+        except AddressRefused as refused:
+            log.warning("callback of job %s: %s", job.id, refused)
+            error = "refused"
+        except OutboundError as failed:
+            error = str(failed)
+        except Exception as odd:  # the door of a delivery: whatever it is, the debt stays
+            log.exception("callback of job %s", job.id)
+            error = type(odd).__name__
+        return Attempt(began, round((self._clock.monotonic() - started) * 1000), status, error), retry_after_s
+
+    def stop(self) -> None:
+        """Begin no more deliveries; those under way end by their deadline, or are made again after the next start."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ======================================================================================================================
+# 10 Housekeeper
+# To add a chore: a method that does one piece of it and says when it wants to be called again, and a row in `tick`.
+# ======================================================================================================================
+
+_PURGE_BATCH = 200
+_CHORES_EVERY_MS = 1000
+
+
+class Housekeeper:
+    """The background thread. `tick(now)` does what is due; `run` is only the loop around it."""
+
+    def __init__(self, store: Store, engine: Engine, courier: Courier, clock: Clock) -> None:
+        self._store, self._engine, self._courier, self._clock = store, engine, courier, clock
+        self._wake = threading.Event()
+        self._stopping = False
+        self._purging = False
+        self._purge_at = 0
+        self._thread = threading.Thread(target=self.run, name="astera-housekeeper", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Something may be due now."""
+        self._wake.set()
+
+    def stop(self, timeout_s: float) -> None:
+        """Stop the thread."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+
+    def run(self) -> None:
+        """Tick until stopped."""
+        while not self._stopping:
+            self._wake.clear()
+            now = self._clock.now()
+            try:
+                next_at = self.tick(now)
+            except StoreError as error:
+                log.error("housekeeping: %s", error)
+                next_at = now + _CHORES_EVERY_MS
+            self._wake.wait(max(next_at - now, 0) / 1000)
+
+    def tick(self, now: int) -> int:
+        """Do what is due at `now` (milliseconds since the epoch); when to come again at the latest."""
+        self._engine.overdue()
+        wanted = [now + _CHORES_EVERY_MS, self._engine.release(now), self._purge(now), self._deliver(now)]
+        return min(moment for moment in wanted if moment is not None)
+
+    def _purge(self, now: int) -> int | None:
+        if self._purging or now < self._purge_at:
+            return None
+        self._purging = True
+        self._purge_at = now + _CHORES_EVERY_MS
+
+        def purged(count: Any, error: AsteraError | None) -> None:
+            self._purging = False
+            if count:
+                log.debug("purged %d jobs", count)
+            if count == _PURGE_BATCH:  # there are more: the writes that came meanwhile go first
+                self._purge_at = 0
+                self.wake()
+
+        self._store.purge(now, _PURGE_BATCH, purged)
+        return None
+
+    def _deliver(self, now: int) -> int | None:
+        room = self._courier.room()
+        if room <= 0:
+            return None
+        due = self._store.due_deliveries(now, room, self._courier.busy(), self._courier.under_way())
+        for job, delivery in due:
+            self._courier.send(job, delivery, partial(self._delivered, job))
+        return self._store.next_delivery(now)
+
+    def _delivered(self, job: Job, attempt: Attempt, state: str, next_at: int | None) -> None:
+        def recorded(result: Any, error: AsteraError | None) -> None:
+            self._courier.settled(job.key)
+            self.wake()
+
+        self._store.record_delivery(job.key, attempt, state, next_at, recorded)
+
+
+# ======================================================================================================================
+# 11 Service
+# ======================================================================================================================
+
+
+class Principal(NamedTuple):
+    """Who calls: the token's name, and whether it is of role admin. A token sees its own jobs, admin sees all."""
+
+    name: str = ""
+    admin: bool = True
+
+
+class Limits(NamedTuple):
+    """What the wire and the loop need to know. Sizes are bytes, durations seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    max_connections: int = 1000
+    max_header: int = 64 << 10
+    max_url: int = 16 << 10
+    max_body: int = 10 << 20
+    request_timeout: float = 30.0
+    idle_timeout: float = 60.0
+    tls_cert: str | None = None
+    tls_key: str | None = None
+
+
+class Call(NamedTuple):
+    """An asynchronous call that was checked and can be accepted. `key` is the new job's."""
+
+    key: JobKey
+    flow: Flow
+    request: StoredRequest
+    input: Input
+    base: str
+    callback_url: str | None = None
+    idempotency_key: str | None = None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a listener on this host is reached from this machine only."""
+    addresses = literal_addresses(host)
+    return bool(addresses) and all(address.is_loopback for address in addresses)
+
+
+def read_secrets(setting: str | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """The secrets that flows may read: from the environment variables that are named, or from a TOML file."""
+    if setting is None:
+        return {}
+    if not setting.endswith(".toml"):
+        names = [name.strip() for name in setting.split(",") if name.strip()]
+        missing = [
+            Fault("secrets", "", f"there is no environment variable {name}") for name in names if name not in environ
+        ]
+        if missing:
+            raise ConfigError(missing)
+        return {name: environ[name] for name in names}
+    faults: list[Fault] = []
+    try:
+        if os.name == "posix" and os.stat(setting).st_mode & 0o077:
+            faults.append(Fault(setting, "", "can be read by others: chmod 600 it"))
+    except OSError as error:
+        faults.append(Fault(setting, "", f"cannot be read: {_reason(error)}"))
+    values = {} if faults else _read_toml(setting, faults)
+    faults += [Fault(setting, name, "must be text") for name, value in values.items() if not isinstance(value, str)]
+    if faults:
+        raise ConfigError(faults)
+    return values
+
+
+class AsteraLite:
+    """The application without HTTP: flows, jobs, results, callbacks. `Server(app)` puts it on a socket.
+
+    A context manager; nothing starts before it is entered. Keywords are settings: AsteraLite(workers=4,
+    retention="1h"). Raises ConfigError at once, StoreError on entering.
+
+        with AsteraLite(database="jobs.db") as app:
+            job = app.submit("hello", {"name": "Ada"})
+            print(app.wait(job.id).status, app.result(job.id).json())
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        clock: Clock | None = None,
+        environ: Mapping[str, str] | None = None,
+        **keywords: Any,
+    ) -> None:
+        if settings is None:
+            settings = Settings.load(**{"flows": "", **keywords})
+        elif keywords:
+            known = {name: getattr(settings, name) for name in SETTING_FIELDS}
+            settings = Settings.load(**{**known, **keywords})
+        self.settings = settings
+        self.clock = clock or Clock()
+        environ = os.environ if environ is None else environ
+        local = is_loopback(settings.host) and settings.public_url is None
+        self.policy = AddressPolicy(settings.callback_allow, loopback=local)
+        self._signing_key = signing_key(settings.callback_secret)
+        patterns = [re.escape(p.strip()).replace(r"\*", ".*") for p in settings.env_allow.split(",") if p.strip()]
+        allowed = re.compile("|".join(patterns) or "(?!)")
+        self.outside = Surroundings(
+            self.clock,
+            Outbound(),
+            self.policy,
+            {name: value for name, value in environ.items() if allowed.fullmatch(name)},
+            read_secrets(settings.secrets, environ),
+            settings.max_result,
+            settings.max_step_response,
+        )
+        self._folder = Path(settings.flows) if settings.flows else None
+        self._functions = Functions(self._folder)
+        self._own_flows: dict[str, Flow] = {}
+        self._old_flows: dict[int, Flow] = {}
+        self._watchers: dict[int, list[Callable[[], None]]] = {}
+        self._kinds = dict(STEP_KINDS)
+        self.deployments = Deployments()
+        self._running = False
+        self._size_at, self._size = -1.0, 0
+        self._keys = JobKeys()
+
+    # --- life ---
+
+    @property
+    def limits(self) -> Limits:
+        """The settings of the wire and the loop."""
+        return Limits(*(getattr(self.settings, name) for name in Limits._fields))
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Open the database, load the flows, take up what was left, and start the threads."""
+        settings = self.settings
+        self.store: Store = SqliteStore(settings.database, settings.durability)
+        self.reload()
+        self.engine = Engine(
+            self.store,
+            self.outside,
+            workers=settings.workers,
+            retention=settings.retention,
+            job_timeout=settings.job_timeout,
+            prepare=self._prepare,
+            finished=self._finished,
+        )
+        self.courier = Courier(
+            self.outside.outbound,
+            self.policy,
+            self.clock,
+            key=self._signing_key,
+            timeout=settings.callback_timeout,
+            retries=settings.callback_retries,
+        )
+        self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock)
+        self._keys = JobKeys(self.store.last_seq())
+        taken_up = 0
+        for seq, due in self.store.unfinished():
+            taken_up += 1
+            if due is None:
+                self.engine.put(seq)
+            else:
+                self.engine.later(due, seq)
+        if taken_up:
+            log.info("took up %d jobs that were not finished when the server stopped", taken_up)
+        self.housekeeper.start()
+        self._running = True
+
+    def stop(self) -> int:
+        """Finish what runs, within `shutdown_timeout`, and close; how many jobs were left to the next start."""
+        if not self._running:
+            return 0
+        self._running = False
+        left = self.engine.stop(self.settings.shutdown_timeout)
+        if left:
+            log.warning(
+                "%d jobs still ran after %gs; they run again after the next start", left, self.settings.shutdown_timeout
+            )
+        self.courier.stop()
+        self.housekeeper.stop(5.0)
+        self.store.close(10.0)
+        return left
+
+    # --- flows ---
+
+    def reload(self) -> list[Fault]:
+        """Read the flow files again; running jobs keep the flow they have. The faults, which are also logged."""
+        flows = list(self._own_flows.values())
+        faults: list[Fault] = []
+        if self._folder is not None:
+            if self._folder.is_dir():
+                read, faults = load_flows(self._folder, self._kinds, self._functions, self.deployments)
+                flows += read
+            else:
+                faults = [
+                    Fault(str(self._folder), "", "there is no such folder: `new NAME` makes it with a first flow")
+                ]
+        self.deployments = Deployments(flows, faults)
+        for fault in self.deployments.faults:
+            log.error("%s", fault)
+        return self.deployments.faults
+
+    def deploy(self, name: str, tree: dict[str, Any]) -> Flow:
+        """Deploy a flow that is in no file, replacing one of the same name; raises FlowError."""
+        flow = build_flow(tree, name, kinds=self._kinds, functions=self._functions)
+        others = [other for other in self.deployments.by_name.values() if other.name != name]
+        deployments = Deployments([*others, flow], [])
+        if deployments.faults:
+            raise FlowError(deployments.faults)
+        self._own_flows[name] = flow
+        self.deployments = deployments
+        return flow
+
+    def flow(
+        self, route: str, *, name: str = "", processing: Sequence[str] = _MODES, **options: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Publish a Python function as a flow: `@app.flow("GET /greet/{name}")`.
+
+        The function gets a Context and, by name, the parameters of its signature: those named in the resource from the
+        path, the rest from the query, typed by their annotation (str, int, float, bool), optional if they have a
+        default. It returns a JSON value. `options` are members of a flow file: description, timeout, response,
+        `parameters` to describe parameters further, `body` for a schema of the body, which is passed as `body`.
+        """
+
+        def publish(function: Callable[..., Any]) -> Callable[..., Any]:
+            tree = function_flow(function, route, list(processing), options)
+            self.deploy(name or function.__name__.replace("_", "-"), tree)
+            return function
+
+        return publish
+
+    def _flow_of(self, job: Job) -> Flow | None:
+        """The flow that a job was accepted with; where that cannot be had, the one of its name."""
+        flow = self.deployments.by_version.get(job.version) or self._old_flows.get(job.version)
+        if flow is None:
+            stored = self.store.flow_text(job.version)
+            try:
+                if stored is not None:
+                    flow = build_flow(json.loads(stored[1]), stored[0], kinds=self._kinds, functions=self._functions)
+                    self._old_flows[job.version] = flow
+            except FlowError as error:
+                log.warning("job %s: the flow it was accepted with cannot be deployed any more: %s", job.id, error)
+        return flow or self.deployments.by_name.get(job.flow)
+
+    # --- accepting ---
+
+    def new_key(self) -> JobKey:
+        """A key for a job that is created now."""
+        return self._keys.new(self.clock.now())
+
+    def check_callback(self, url: str) -> None:
+        """Raise InputError unless a callback may be sent to this URL, as far as can be said without a look-up."""
+        try:
+            target = parse_target(url)
+            for address in literal_addresses(target.host):
+                refusal = self.policy.refusal(target.host, address)
+                if refusal:
+                    raise ValueError(f"is refused: {refusal}; the setting callback_allow names those that are allowed")
+        except ValueError as error:
+            raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
+
+    def accept(self, call: Call, caller: Principal, done: Done) -> None:
+        """Store a job; `done` gets Added or Conflict on the store's thread, once it is on disk, and the job then runs.
+
+        Raises Busy when nothing more can be taken.
+        """
+        now = self.clock.now()
+        fingerprint = _fingerprint(call) if call.idempotency_key is not None else b""
+        full = self._full(call.flow.name)
+        if full is not None:
+            known = call.idempotency_key and self.store.find_key(call.flow.name, caller.name, call.idempotency_key, now)
+            if not known:
+                raise full
+            done(Added(known[0], True) if known[1] == fingerprint else key_conflict(), None)
+            return
+        callback = Delivery(call.callback_url) if call.callback_url else None
+        job = Job(
+            call.key, call.flow.name, call.flow.version, Status.RUNNING, now, call.base, caller.name, callback=callback
+        )
+
+        def stored(result: Any, error: AsteraError | None) -> None:
+            if isinstance(result, Added) and not result.replayed:
+                self.engine.put(job.key.seq, Prepared(job, call.flow, call.input))
+            done(result, error)
+
+        self.store.add(Submission(job, call.request, call.flow.text, call.idempotency_key, fingerprint), stored)
+
+    def _full(self, flow: str) -> Busy | None:
+        settings = self.settings
+        if self.engine.queued >= settings.max_queue:
+            return Busy("The queue of jobs is full.", self.engine.retry_after(flow))
+        if settings.max_database is not None:
+            now = self.clock.monotonic()
+            if now - self._size_at > 1:
+                self._size_at, self._size = now, self.store.size()
+            if self._size >= settings.max_database:
+                return Busy("The database has reached its greatest size.", 60)
+        return None
+
+    def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:
+        """Run a flow for a caller who waits; `done` gets the outcome on the thread that ran it."""
+        limit = min(flow.timeout or self.settings.sync_timeout, self.settings.sync_timeout)
+        self.engine.run_sync(Run(flow, given, self.outside, self.clock.monotonic() + limit), done)
+
+    def _prepare(self, seq: int) -> Prepared | Outcome | None:
+        """A stored job, ready to run; what cannot be run any more is ended here."""
+        loaded = self.store.load(seq)
+        if loaded is None:
+            return None
+        job = loaded.job
+        flow = self._flow_of(job)
+        try:
+            if flow is None:
+                raise NotFound(f"the flow {job.flow} is not deployed any more")
+            given = flow.bind(loaded.request, path_values(flow, loaded.request.path), job.id)
+        except (NotFound, InputError, ValueError) as error:
+            log.warning("job %s cannot be run: %s", job.id, error)
+            outcome = Outcome.failed("interrupted", 500, "The flow that was called is not there any more.")
+            self.engine.end(job, outcome)
+            return outcome
+        interrupted = job.attempt > 0 and job.due is None and job.started is not None
+        return Prepared(job, flow, given, loaded.saved, loaded.waits, loaded.trace, interrupted)
+
+    def _finished(self, key: JobKey) -> None:
+        for watcher in self._watchers.pop(key.seq, ()):
+            watcher()
+        self.housekeeper.wake()
+
+    # --- jobs ---
+
+    def look(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
+        """A job, and how far it is; None if it is unknown, expired, or another token's."""
+        found = self.engine.peek(key) or ((job, None) if (job := self.store.get(key)) else None)
+        if found is None or not (caller.admin or found[0].token == caller.name):
+            return None
+        expires = found[0].expires
+        return found if expires is None or expires > self.clock.now() else None
+
+    def expired(self, key: JobKey | None) -> bool:
+        """Whether an unknown job's id is older than results are kept."""
+        return key is not None and key.time_ms < self.clock.now() - self.settings.retention * 1000
+
+    def watch(self, key: JobKey, watcher: Callable[[], None]) -> None:
+        """Call `watcher` once, on the store's thread, when the job's state changes. Watch first, then look."""
+        self._watchers.setdefault(key.seq, []).append(watcher)
+
+    def unwatch(self, key: JobKey, watcher: Callable[[], None]) -> None:
+        """Forget a watcher."""
+        watchers = self._watchers.get(key.seq)
+        if watchers is not None and watcher in watchers:
+            watchers.remove(watcher)
+            if not watchers:
+                self._watchers.pop(key.seq, None)
+
+    def cancel_job(self, job: Job) -> bool:
+        """Cancel a Running job; True if it had not begun, and so ends now, False if it stops at its next step."""
+        return self.engine.cancel(job)
+
+    def rerun(self, job: Job, base: str, caller: Principal, done: Done) -> None:
+        """Submit a finished job's input again, to the flow as it is now; raises Conflict, InputError, Busy."""
+        request = self.store.request(job.key)
+        flow = self.deployments.by_name.get(job.flow)
+        if request is None or flow is None:
+            raise Conflict(f'The flow "{job.flow}" is not deployed any more.')
+        if flow not in [match.get(request.method) for match in self.deployments.match(request.path)]:
+            raise Conflict(f'The flow "{job.flow}" has another method or resource now.')
+        key = self.new_key()
+        given = flow.bind(request, path_values(flow, request.path), str(key))
+        self.accept(Call(key, flow, request, given, base, job.callback.url if job.callback else None), caller, done)
+
+    def resend(self, job: Job, done: Done) -> None:
+        """Make a finished job's callback due now."""
+
+        def stored(result: Any, error: AsteraError | None) -> None:
+            self.housekeeper.wake()
+            done(result, error)
+
+        self.store.resend(job.key, self.clock.now(), stored)
+
+    def list_jobs(
+        self, caller: Principal, flow: str | None, status: Status | None, limit: int, before: int | None
+    ) -> tuple[list[Job], int | None]:
+        """Jobs that the caller may see, newest first, and the `before` of the next page."""
+        token = None if caller.admin else caller.name
+        jobs = self.store.page(self.clock.now(), limit + 1, before, flow, status, token)
+        live = [(found[0] if (found := self.engine.peek(job.key)) else job) for job in jobs[:limit]]
+        return live, jobs[limit - 1].key.seq if len(jobs) > limit else None
+
+    def health(self) -> dict[str, Any]:
+        """What /health says; `status` is ok, or why not."""
+        fault = self.store.fault
+        return {
+            "status": "ok" if fault is None and self._running else "unavailable",
+            "reason": fault or (None if self._running else "the server is stopping"),
+            "version": __version__,
+            "jobs": self.engine.counts(),
+            "database": {"bytes": self.store.size()},
+            "deployments": {"published": len(self.deployments.by_name), "faults": len(self.deployments.faults)},
+        }
+
+    # --- for an embedding program: the same, waiting ---
+
+    def submit(
+        self,
+        flow: str,
+        params: Mapping[str, Any] | None = None,
+        body: Any = None,
+        *,
+        callback_url: str | None = None,
+        idempotency_key: str | None = None,
+        base: str = "",
+    ) -> Job:
+        """Submit a job and return once it is on disk. Raises NotFound, InputError, Conflict, Busy, StoreError."""
+        target, request, values = self._request(flow, params, body)
+        if callback_url is not None:
+            self.check_callback(callback_url)
+        key = self.new_key()
+        given = target.bind(request, values, str(key))
+        base = base or self.settings.public_url or f"http://{self.settings.host}:{self.settings.port}"
+        call = Call(key, target, request, given, base, callback_url, idempotency_key)
+        result = _await(partial(self.accept, call, Principal()), threading.TIMEOUT_MAX)
+        if isinstance(result, Conflict):
+            raise result
+        return result.job  # type: ignore[no-any-return]
+
+    def run(self, flow: str, params: Mapping[str, Any] | None = None, body: Any = None) -> Result:
+        """Run a flow and return its response, as a synchronous call gets it. Raises NotFound, InputError."""
+        target, request, values = self._request(flow, params, body)
+        given = target.bind(request, values, str(self.new_key()))
+        answers: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self.run_sync(target, given, answers.put)
+        return Result(answers.get().answer)
+
+    def status(self, job_id: str) -> Job | None:
+        """A job by its id; None if it is unknown or expired."""
+        key = JobKey.parse(job_id)
+        found = self.look(key, Principal()) if key else None
+        return found and found[0]
+
+    def wait(self, job_id: str, timeout: float | None = None) -> Job:
+        """Wait until a job is finished, `timeout` seconds at the most; the job as it then is. Raises NotFound."""
+        key = JobKey.parse(job_id)
+        deadline = time.monotonic() + timeout if timeout is not None else threading.TIMEOUT_MAX
+        while key is not None:
+            changed = threading.Event()
+            self.watch(key, changed.set)
+            try:
+                found = self.look(key, Principal())
+                if found is None:
+                    break
+                left = deadline - time.monotonic() if timeout is not None else threading.TIMEOUT_MAX
+                if found[0].status is not Status.RUNNING or left <= 0:
+                    return found[0]
+                changed.wait(left)
+            finally:
+                self.unwatch(key, changed.set)
+        raise NotFound(f"there is no job {shown(job_id)}")
+
+    def result(self, job_id: str) -> Result:
+        """The response of a finished job. Raises NotFound, and Conflict while it runs."""
+        job = self.status(job_id)
+        if job is None:
+            raise NotFound(f"there is no job {shown(job_id)}")
+        stored = self.store.result(job.key)
+        if stored is None:
+            raise Conflict("The job is not finished.")
+        body = stored.body if stored.body is not None else b"".join(self.store.result_pieces(job.key, stored.attempt))
+        return Result(Answer(stored.code, tuple(stored.headers), body))
+
+    def cancel(self, job_id: str) -> bool:
+        """Cancel a job; True if it ends now, False if it stops at its next step. Raises NotFound, Conflict."""
+        job = self.status(job_id)
+        if job is None:
+            raise NotFound(f"there is no job {shown(job_id)}")
+        if job.status is not Status.RUNNING:
+            raise Conflict("The job is finished.")
+        return self.cancel_job(job)
+
+    def _request(
+        self, name: str, params: Mapping[str, Any] | None, body: Any
+    ) -> tuple[Flow, StoredRequest, dict[str, str]]:
+        flow = self.deployments.by_name.get(name)
+        if flow is None:
+            raise NotFound(f'there is no flow "{name}"{suggest(name, self.deployments.by_name)}')
+        request = request_for(flow, params or {}, body)
+        return flow, request, path_values(flow, request.path)
+
+
+class Result:
+    """A flow's response for an embedding program: `status_code`, `headers`, `content`, `text`, `json()`."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.status_code = answer.code
+        self.headers = dict(answer.headers)
+        self.content = answer.body
+
+    @property
+    def text(self) -> str:
+        """The body as text."""
+        return self.content.decode(errors="replace")
+
+    def json(self) -> Any:
+        """The body as a JSON value."""
+        return json.loads(self.content)
+
+
+def _fingerprint(call: Call) -> bytes:
+    """What makes two requests under one idempotency key the same."""
+    request = call.request
+    query = [part.partition("=")[::2] for part in request.query.split("&") if part]
+    decoded = [(unquote(name, plus=True), unquote(value, plus=True)) for name, value in query]
+    values = [request.method, unquote(request.path), decoded, call.callback_url, request.headers]
+    return hashlib.sha256(to_json(values).encode() + b"\0" + request.body).digest()
+
+
+def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
+    """The request that a client would send to call a flow with these parameters; InputError for unknown ones."""
+    known = {item.name: item for item in flow.parameters}
+    errors = [
+        {"in": "query", "name": name, "message": "is no parameter" + suggest(name, known)}
+        for name in params
+        if name not in known
+    ]
+    if errors:
+        raise InputError(errors)
+    path, query, headers = flow.resource, [], {}
+    for name, value in params.items():
+        where = known[name].where
+        texts = [as_text(item) for item in (value if isinstance(value, list | tuple) else [value])]
+        if where == "path":
+            path = path.replace(f"{{{name}}}", urllib.parse.quote(texts[0], safe=""))
+        elif where == "query":
+            query += [(name, text) for text in texts]
+        else:
+            headers[name.lower()] = ",".join(texts)
+    missing = [match[1] for segment in path.split("/") if (match := _PARAMETER_SEGMENT.fullmatch(segment))]
+    if missing:
+        raise InputError([{"in": "path", "name": name, "message": "is missing"} for name in missing])
+    data = b""
+    if body is not None:
+        data = body if isinstance(body, bytes) else to_json(body).encode()
+        headers["content-type"] = flow.content_types[0] if flow.content_types else CONTENT_TYPES["json"]
+    return StoredRequest(flow.method, path, urllib.parse.urlencode(query), headers, data)
+
+
+_ANNOTATIONS = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}
+_ANNOTATIONS_BY_NAME: dict[Any, str] = {kind.__name__: name for kind, name in _ANNOTATIONS.items()}
+
+
+def function_flow(
+    function: Callable[..., Any], route: str, processing: list[str], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The tree of a flow that calls one Python function; its parameters follow from the signature."""
+    import inspect  # noqa: PLC0415 (loaded by dataclasses anyway)
+
+    method, _, resource_path = route.partition(" ")
+    described = dict(options.get("parameters", {}))
+    parameters: dict[str, Any] = {}
+    args: dict[str, str] = {}
+    for item in list(inspect.signature(function).parameters.values())[1:]:
+        if item.name == "body" and "body" in options:
+            args["body"] = "${request.body}"
+            continue
+        kind = _ANNOTATIONS_BY_NAME.get(getattr(item.annotation, "__name__", item.annotation), "string")
+        in_path = f"{{{item.name}}}" in resource_path
+        spec: dict[str, Any] = {"in": "path" if in_path else "query", "type": kind}
+        if item.default is not item.empty and item.default is not None:
+            spec["default"] = item.default
+        elif item.default is item.empty and not in_path:
+            spec["required"] = True
+        parameters[item.name] = spec | described.pop(item.name, {})
+        args[item.name] = f"${{params.{item.name}}}"
+    request: dict[str, Any] = {"method": method, "resource": resource_path.strip(), "processing": processing}
+    request["parameters"] = parameters | described
+    if "body" in options:
+        request["body"] = options["body"]
+    rest = {name: value for name, value in options.items() if name not in ("parameters", "body")}
+    description = " ".join((function.__doc__ or "").split())
+    step = {"name": "result", "python": {"call": function, "args": args}}
+    return {"description": description, **rest, "request": request, "steps": [step]}
+
+
+# ======================================================================================================================
+# 12 Access
+# ======================================================================================================================
+
+
+class AccessError(AsteraError):
+    """The caller may not do this; `status` is 401, 403 or 421."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
+_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]{1,5}))?")
+
+
+class Access:
+    """Who may call: the token, and the rules that keep other web pages away (Host, Origin, Sec-Fetch-Site)."""
+
+    def __init__(self, token: str | None, loopback: bool, public_url: str | None, cors_origins: str | None) -> None:
+        self._digest = hashlib.sha256(token.encode()).digest() if token is not None else None
+        self._hosts: set[str] | None = None
+        if loopback:
+            self._hosts = {*_LOOPBACK_HOSTS}
+            if public_url is not None:
+                self._hosts.add(parse_target(public_url).host)
+        self.origins = {origin.strip().rstrip("/") for origin in (cors_origins or "").split(",") if origin.strip()}
+        if public_url is not None:
+            self._own = public_url.rstrip("/")
+
+    _own: str | None = None
+
+    def check_origin(self, headers: Mapping[str, str], base: str, navigation: bool) -> str | None:
+        """Raise AccessError for a name not ours, or a page of another origin; the origin to answer, if allowed."""
+        host = headers.get("host", "").lower()
+        if self._hosts is not None and host:
+            match = _HOST.fullmatch(host)
+            if match is None or match[1] not in self._hosts:
+                raise AccessError(421, f"This server is not {shown(host)}: call it as localhost or 127.0.0.1.")
+        origin = headers.get("origin")
+        if origin is not None and origin in self.origins:
+            return origin
+        if origin is not None and origin not in (base, self._own):
+            raise AccessError(
+                403, f"Pages of {shown(origin)} may not call this server; cors_origins names those that may."
+            )
+        if headers.get("sec-fetch-site") == "cross-site" and not navigation:
+            raise AccessError(403, "Pages of other sites may not call this server.")
+        return None
+
+    def principal(self, authorization: str | None) -> Principal:
+        """Who the bearer token stands for; raises AccessError (RFC 6750)."""
+        if self._digest is None:
+            return Principal()
+        scheme, _, given = (authorization or "").partition(" ")
+        digest = hashlib.sha256(given.strip().encode("latin-1", "replace")).digest()
+        if scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._digest):
+            raise AccessError(401, "This needs a token: send Authorization: Bearer …")
+        return Principal("token", True)
+
+
+# ======================================================================================================================
+# 13 Wire
+# ======================================================================================================================
+
+
+class WireError(AsteraError):
+    """A request that is refused as it stands, after which its connection is closed; `status` is the code to answer."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
+class Head(NamedTuple):
+    """The head of a request (RFC 9112). `headers` are by lower-case name; repeated ones are joined by commas."""
+
+    method: str
+    path: str  # raw
+    query: str  # raw
+    version: int  # 10 or 11
+    headers: Mapping[str, str]
+    length: int  # of the body; 0 if it is chunked
+    chunked: bool
+    expects_continue: bool
+    keep_alive: bool
+
+
+class Reply(NamedTuple):
+    """A response to write. `stream` gives the body in pieces where it is too large for one."""
+
+    status: int
+    headers: Sequence[tuple[str, str]] = ()
+    body: bytes = b""
+    stream: Iterator[bytes] | None = None
+    length: int = 0  # of the stream
+
+
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+# Possessive, so that a hostile line costs no backtracking.
+_FIELDS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+")
+_STRAY = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+_LENGTH = re.compile("[0-9]{1,18}")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?")
+_ORIGIN_FORM = re.compile(r"(/[^?#]*)(?:\?([^#]*))?")
+_ABSOLUTE_FORM = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(?:\?([^#]*))?", re.IGNORECASE)
+_KNOWN_METHODS = frozenset({*_METHODS, "TRACE", "CONNECT"})
+_MAX_CHUNK_LINE = 4096
+
+
+class _Fields(NamedTuple):
+    headers: dict[str, str]
+    length: int
+    chunked: bool
+    expects_continue: bool
+    connection: frozenset[str]
+
+
+def _parse_fields(block: bytes) -> _Fields:
+    """A header block, every line ended by CRLF; raises WireError."""
+    if not _FIELDS.fullmatch(block):
+        raise WireError(400, "A header line is malformed.")
+    headers: dict[str, str] = {}
+    for line in block.decode("latin-1").split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            if name in ("host", "content-length"):
+                raise WireError(400, f"The header {name} is there twice.")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    length = 0
+    if "content-length" in headers:
+        if not _LENGTH.fullmatch(headers["content-length"]):
+            raise WireError(400, "Content-Length is not a number.")
+        length = int(headers["content-length"])
+    coding = headers.get("transfer-encoding")
+    if coding is not None:
+        if "content-length" in headers:
+            raise WireError(400, "Content-Length and Transfer-Encoding exclude each other.")
+        if coding.lower() != "chunked":
+            repeated = coding.lower().replace(" ", "").split(",").count("chunked") > 1
+            raise WireError(400 if repeated else 501, "The only transfer coding is chunked, once.")
+    if "host" in headers and not _HOST.fullmatch(headers["host"]):
+        raise WireError(400, "The header host is malformed.")
+    expect = headers.get("expect")
+    if expect is not None and expect.lower() != "100-continue":
+        raise WireError(417, "The only expectation is 100-continue.")
+    connection = frozenset(word.strip().lower() for word in headers.get("connection", "").split(","))
+    return _Fields(headers, length, coding is not None, expect is not None, connection)
+
+
+_fields_of_short_block = lru_cache(maxsize=512)(_parse_fields)  # a client's headers hardly change between its requests
+
+
+def parse_head(block: bytes, max_url: int) -> Head:
+    """The head of a request, without the empty line that ends it; raises WireError."""
+    line, _, rest = block.partition(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise WireError(400, "The request line is malformed.")
+    method, target = match[1].decode(), match[2].decode()
+    if match[3] != b"1":
+        raise WireError(505, "The protocol is HTTP/1.1.")
+    version = 10 if match[4] == b"0" else 11
+    if len(target) > max_url:
+        raise WireError(414, f"The URL is longer than {show_size(max_url)}.")
+    if method not in _KNOWN_METHODS:
+        raise WireError(501, "The method is not known.")
+    fields = _fields_of_short_block(rest) if len(rest) <= 1024 else _parse_fields(rest)
+    headers: Mapping[str, str] = fields.headers
+    if version == 11 and "host" not in headers:
+        raise WireError(400, "The header host is missing.")
+    if version == 10 and fields.chunked:
+        raise WireError(400, "HTTP/1.0 has no transfer codings.")
+    form = _ORIGIN_FORM.fullmatch(target)
+    if form is not None:
+        path, query = form[1], form[2] or ""
+    elif (form := _ABSOLUTE_FORM.fullmatch(target)) is not None and _HOST.fullmatch(form[1]):
+        path, query = form[2] or "/", form[3] or ""
+        headers = {**headers, "host": form[1]}  # RFC 9112, section 3.2.2: it replaces the header
+    elif target == "*" and method == "OPTIONS":
+        path, query = "*", ""
+    else:
+        raise WireError(400, "The request target is malformed.")
+    keep_alive = "close" not in fields.connection and (version == 11 or "keep-alive" in fields.connection)
+    expects_continue = fields.expects_continue and version == 11
+    return Head(method, path, query, version, headers, fields.length, fields.chunked, expects_continue, keep_alive)
+
+
+class RequestParser:
+    """Cuts the bytes of a connection into requests, however they are cut into packets.
+
+    `feed` bytes, then ask for `head()`, then for `body()`; each is None until it is complete. Raises WireError, after
+    which nothing more is read from the connection.
+    """
+
+    __slots__ = (
+        "_body",
+        "_buffer",
+        "_chunk_left",
+        "_head",
+        "_max_body",
+        "_max_header",
+        "_max_url",
+        "_seen",
+        "_trailer",
+    )
+
+    def __init__(self, max_header: int, max_url: int, max_body: int) -> None:
+        self._max_header, self._max_url, self._max_body = max_header, max_url, max_body
+        self._buffer = bytearray()
+        self._seen = 0  # bytes searched for the end of the head
+        self._head: Head | None = None
+        self._body: bytearray | None = None  # of a chunked request, as far as it came
+        self._chunk_left = 0
+        self._trailer = -1  # bytes of trailer lines so far; -1 before the last chunk
+
+    @property
+    def buffered(self) -> int:
+        """Bytes held."""
+        return len(self._buffer) + (len(self._body) if self._body is not None else 0)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a part of a request is there."""
+        return self._head is not None or len(self._buffer) > 0
+
+    def feed(self, data: bytes) -> None:
+        """More bytes from the connection."""
+        self._buffer += data
+
+    def head(self) -> Head | None:
+        """The head of the next request."""
+        buffer = self._buffer
+        if self._seen == 0 and buffer[:2] == b"\r\n":  # one empty line before a request is ignored (RFC 9112, 2.2)
+            del buffer[:2]
+        end = buffer.find(b"\r\n\r\n", max(self._seen - 3, 0))
+        if end < 0:
+            self._check_partial()
+            self._seen = max(len(buffer), self._seen) if len(buffer) > 2 else 0
+            return None
+        if end > self._max_header + self._max_url:
+            raise WireError(431, f"The header block is longer than {show_size(self._max_header)}.")
+        block = bytes(buffer[: end + 2])
+        line = block.find(b"\r\n")
+        if len(block) - line > self._max_header:
+            raise WireError(431, f"The header block is longer than {show_size(self._max_header)}.")
+        head = self._head = parse_head(block, self._max_url)
+        del buffer[: end + 4]
+        self._seen = 0
+        if head.length > self._max_body:
+            raise WireError(413, f"The body is larger than {show_size(self._max_body)}.")
+        if head.chunked:
+            self._body, self._chunk_left, self._trailer = bytearray(), 0, -1
+        return head
+
+    def _check_partial(self) -> None:
+        """Refuse what cannot become a head any more, instead of waiting for its end."""
+        buffer = self._buffer
+        if _STRAY.search(buffer, max(self._seen - 1, 0)):
+            raise WireError(400, "Lines end with CR LF.")
+        line = buffer.find(b"\r\n", 0, self._max_url + 128)
+        if line < 0 and len(buffer) > self._max_url + 128:
+            raise WireError(414, f"The URL is longer than {show_size(self._max_url)}.")
+        if line > 0 and not _REQUEST_LINE.fullmatch(buffer, 0, line):
+            raise WireError(400, "The request line is malformed.")
+        if len(buffer) > self._max_header + max(line, 0):
+            raise WireError(431, f"The header block is longer than {show_size(self._max_header)}.")
+
+    def body(self) -> bytes | None:
+        """The body of the request whose head was given; empty if it has none. Then comes the next head."""
+        head = self._head
+        assert head is not None
+        if self._body is not None:
+            if not self._dechunk(self._body):
+                return None
+            body, self._body = bytes(self._body), None
+        elif len(self._buffer) < head.length:
+            return None
+        elif head.length:
+            body = bytes(self._buffer[: head.length])
+            del self._buffer[: head.length]
+        else:
+            body = b""
+        self._head = None
+        return body
+
+    def _dechunk(self, body: bytearray) -> bool:
+        """Decode chunks (RFC 9112, section 7.1) as far as they came; whether the last one and the trailer are there."""
+        buffer, at = self._buffer, 0
+        try:
+            while True:
+                if self._chunk_left:  # data, and the CR LF behind it
+                    data = min(self._chunk_left - 2, len(buffer) - at)
+                    if data > 0:
+                        body += buffer[at : at + data]
+                        at += data
+                        self._chunk_left -= data
+                    if self._chunk_left > 2 or len(buffer) - at < self._chunk_left:
+                        if self._chunk_left == 2 and not b"\r\n".startswith(buffer[at : at + 2]):
+                            raise WireError(400, "A chunk is longer than it says.")
+                        return False
+                    if buffer[at : at + 2] != b"\r\n":
+                        raise WireError(400, "A chunk is longer than it says.")
+                    at, self._chunk_left = at + 2, 0
+                end = buffer.find(b"\r\n", at, at + _MAX_CHUNK_LINE)
+                if end < 0:
+                    if len(buffer) - at >= _MAX_CHUNK_LINE or _STRAY.search(buffer, at):
+                        raise WireError(400, "A line of the chunked body is malformed.")
+                    return False
+                line, at = bytes(buffer[at:end]), end + 2
+                if self._trailer >= 0:
+                    if not line:
+                        return True
+                    self._trailer += len(line) + 2
+                    if self._trailer > self._max_header or not _FIELDS.fullmatch(line + b"\r\n"):
+                        raise WireError(400, "The trailer of the chunked body is malformed or too long.")
+                    continue
+                match = _CHUNK_SIZE.fullmatch(line)
+                if match is None:
+                    raise WireError(400, "The size of a chunk is malformed.")
+                size = int(match[1], 16)
+                if len(body) + size > self._max_body:
+                    raise WireError(413, f"The body is larger than {show_size(self._max_body)}.")
+                if size:
+                    self._chunk_left = size + 2
+                else:
+                    self._trailer = 0
+        finally:
+            del buffer[:at]
+
+
+_STATUS_LINES = {code: f"HTTP/1.1 {code} {phrase}\r\n" for code, phrase in http.client.responses.items()}
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def _http_date(_cache: list[Any] = [0, ""]) -> str:  # noqa: B006 (the date of this second)
+    now = int(time.time())
+    if _cache[0] != now:
+        from email.utils import formatdate  # noqa: PLC0415 (http.client has loaded it)
+
+        _cache[:] = [now, formatdate(now, usegmt=True)]
+    return str(_cache[1])
+
+
+def response_head(response: Reply, request_id: str, keep_alive: bool, version: int = 11) -> bytes:
+    """Status line and headers, with the framing that RFC 9112 asks for."""
+    status = response.status
+    lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n", "Date: ", _http_date(), "\r\n"]
+    for name, value in response.headers:
+        lines += (name, ": ", value, "\r\n")
+    if status != 204 and status != 304:
+        lines.append(f"Content-Length: {len(response.body) or response.length}\r\n")
+    if not keep_alive:
+        lines.append("Connection: close\r\n")
+    elif version == 10:
+        lines.append("Connection: keep-alive\r\n")
+    lines += ("X-Request-Id: ", request_id, "\r\n\r\n")
+    return "".join(lines).encode("latin-1")
+
+
+# ======================================================================================================================
+# 14 Documents
+# To add a document: a pure function of the deployments here, and a row in ROUTES or a subcommand.
+# ======================================================================================================================
+
+
+def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
+    """A published flow, as /api/deployments shows it."""
+    urls = {mode: f"{base}{PREFIXES[mode]}{flow.resource}" for mode in _MODES if mode in flow.modes}
+    request = flow.tree["request"]
+    return {
+        "name": flow.name,
+        "description": flow.description,
+        "method": flow.method,
+        "resource": flow.resource,
+        "processing": list(urls),
+        "urls": urls,
+        "parameters": {
+            item.name: request.get("parameters", {}).get(item.name) or {"in": item.where} for item in flow.parameters
+        },
+        "body": request.get("body"),
+        "contentTypes": list(flow.content_types),
+        "source": flow.source,
+    }
+
+
+#: Where each mode of a flow is published.
+PREFIXES = {"synchronous": "/api/publishing", "asynchronous": "/api/publishingAsync"}
+
+
+def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
+    """Every published endpoint with its mode, ready to paste behind curl."""
+    rows = []
+    for flow in sorted(deployments.by_name.values(), key=lambda flow: flow.name):
+        for mode in _MODES:
+            if mode in flow.modes:
+                parts = [_example(flow, part[1:-1]) if part[0] == "{" else part for part in flow.segments]
+                path = "/" + "/".join(parts)
+                method = "" if flow.method == "GET" else f"-X {flow.method} "
+                query = _example_query(flow)
+                rows.append((flow.name, mode, f"{method}'{base}{PREFIXES[mode]}{path}{query}'"))
+    width = max((len(name) for name, _, _ in rows), default=0)
+    return [f"  {name:<{width}}  {mode:<12}  {url}" for name, mode, url in rows]
+
+
+def _example(flow: Flow, name: str) -> str:
+    spec = flow.tree["request"].get("parameters", {}).get(name, {})
+    return urllib.parse.quote(as_text(spec.get("example", spec.get("default", name))), safe="")
+
+
+def _example_query(flow: Flow) -> str:
+    needed = [item.name for item in flow.parameters if item.where == "query" and item.required]
+    return "?" + "&".join(f"{name}={_example(flow, name)}" for name in needed) if needed else ""
+
+
+def starter_flow(name: str) -> str:
+    """The text of a first flow."""
+    tree = {
+        "description": f"What {name} is for, in a sentence",
+        "request": {
+            "method": "GET",
+            "resource": f"/{name}/{{id}}",
+            "processing": ["synchronous", "asynchronous"],
+            "parameters": {
+                "id": {"in": "path", "type": "integer", "example": 7},
+                "note": {"in": "query", "type": "string", "maxLength": 100},
+            },
+        },
+        "steps": [{"name": "double", "set": "${params.id * 2}"}],
+        "response": [
+            {"when": "${params.id < 0}", "status": 404, "body": {"error": "there is no ${params.id}"}},
+            {"status": 200, "body": {"id": "${params.id}", "double": "${double}", "note": "${params.note}"}},
+        ],
+    }
+    return json.dumps(tree, indent=2) + "\n"
+
+
+# ======================================================================================================================
+# 15 Routes
+# To add a route: a function of an Exchange and a row in ROUTES.
+# ======================================================================================================================
+
+_NO_STORE = ("Cache-Control", "no-store")
+_JSON = ("Content-Type", "application/json")
+_PROBLEM = ("Content-Type", "application/problem+json")
+_FLOW_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "sandbox"))
+_DEFAULT_LIST, _MAX_LIST = 50, 1000
+
+#: The status of each error that a request may end in; errors with a `status` of their own say it themselves.
+PROBLEM_STATUS: dict[type[AsteraError], int] = {NotFound: 404, StoreError: 503, FlowError: 400, ConfigError: 400}
+
+
+class Exchange:
+    """One request and the way to its answer.
+
+    A route returns its response, or None and gives it to `answer` later, on the loop: other threads use `post`.
+    """
+
+    __slots__ = (
+        "answer", "answered", "app", "base", "body", "caller", "cors_origin", "head", "post", "request_id", "route",
+        "timer", "values",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        app: AsteraLite,
+        head: Head,
+        request_id: str,
+        base: str,
+        answer: Callable[[Exchange, Reply], None],
+        post: Callable[[Callable[[], None]], None],
+        timer: Callable[[float, Callable[[], None], bool], None],
+    ) -> None:
+        self.app, self.head, self.request_id, self.base = app, head, request_id, base
+        self.answer, self.post, self.timer = partial(answer, self), post, timer
+        self.body = b""
+        self.caller = Principal()
+        self.cors_origin: str | None = None
+        self.route: Route | None = None
+        self.values: dict[str, str] = {}
+        self.answered = False
+
+    def fail(self, error: Exception) -> None:
+        """Answer with an error."""
+        self.answer(error_response(self, error))
+
+    def query(self) -> dict[str, list[str]]:
+        """The query, decoded; raises InputError."""
+        return parse_query(self.head.query)
+
+
+class Route(NamedTuple):
+    """A row of ROUTES. `{name}` in the path matches one segment; a path that ends in /* everything behind it."""
+
+    method: str
+    path: str
+    handle: Callable[[Exchange], Reply | None]
+    is_open: bool = False  # needs no token
+
+
+def begin(x: Exchange, access: Access) -> None:
+    """Let a request in: origin, token, route. Raises the error that refuses it, before its body is read."""
+    head = x.head
+    x.cors_origin = access.check_origin(head.headers, x.base, navigation=head.method == "GET" and head.path == "/")
+    if head.method == "OPTIONS":
+        x.route = Route("OPTIONS", head.path, options, True)
+        return
+    routes = find_routes(head.path, x.values)
+    route = routes.get(head.method) or (routes.get("GET") if head.method == "HEAD" else None) or routes.get("*")
+    if route is None or not route.is_open:
+        x.caller = access.principal(head.headers.get("authorization"))
+    if not routes:
+        raise NotFound(f"There is nothing at {shown(head.path, 200)}. The endpoints are listed at /api/deployments.")
+    if route is None:
+        raise MethodNotAllowed(sorted(routes))
+    x.route = route
+
+
+class MethodNotAllowed(AsteraError):
+    """The resource exists, but not this method."""
+
+    def __init__(self, allowed: Collection[str]) -> None:
+        self.allowed = ", ".join(sorted(allowed))
+        super().__init__(f"The method is not allowed here; allowed: {self.allowed}.")
+
+
+def error_response(x: Exchange, error: Exception) -> Reply:
+    """The problem document (RFC 9457) for an error; an unforeseen one is a 500 that tells nothing of our inside."""
+    headers = [_PROBLEM, _NO_STORE]
+    if not isinstance(error, AsteraError):
+        log.error("request %s: %s %s", x.request_id, x.head.method, shown(x.head.path, 200), exc_info=error)
+        detail = "The server failed. Its log has the reason under this request id."
+        return Reply(500, headers, json_body(problem(500, detail, requestId=x.request_id)))
+    status = getattr(error, "status", PROBLEM_STATUS.get(type(error), 500))
+    members: dict[str, Any] = {}
+    detail = str(error)
+    if isinstance(error, InputError):
+        members["errors"] = error.errors
+    elif isinstance(error, Busy):
+        headers.append(("Retry-After", str(error.retry_after)))
+    elif isinstance(error, StoreError):
+        headers.append(("Retry-After", "5"))
+        detail = f"Nothing can be stored at this time: {error}."
+    elif isinstance(error, MethodNotAllowed):
+        status = 405
+        headers.append(("Allow", error.allowed))
+    if status == 401:
+        headers.append(("WWW-Authenticate", 'Bearer realm="astera-lite"'))
+    return Reply(status, headers, json_body(problem(status, detail, **members)))
+
+
+# --- publishing ---
+
+
+def parse_prefer(value: str | None) -> dict[str, str]:
+    """Preferences (RFC 7240) by lower-case name; of a repeated one the first counts, what is malformed is ignored."""
+    found: dict[str, str] = {}
+    for part in (value or "").split(","):
+        name, _, text = part.partition(";")[0].partition("=")
+        found.setdefault(name.strip().lower(), text.strip().strip('"'))
+    return found
+
+
+def _wait_of(x: Exchange, preferences: Mapping[str, str]) -> int | None:
+    text = preferences.get("wait", "")
+    if not text.isascii() or not re.fullmatch("[0-9]{1,9}", text):
+        return None
+    return min(int(text), int(x.app.settings.max_wait))
+
+
+def _applied(names: Iterable[str]) -> list[tuple[str, str]]:
+    text = ", ".join(names)
+    return [("Preference-Applied", text)] if text else []
+
+
+def publish_sync(x: Exchange) -> Reply | None:
+    """METHOD /api/publishing{resource}"""
+    flow, path = _published(x, "synchronous")
+    preferences = parse_prefer(x.head.headers.get("prefer"))
+    if "respond-async" in preferences and "asynchronous" in flow.modes and x.head.method != "HEAD":
+        _submit(x, flow, path, preferences, ["respond-async"])
+        return None
+    if "callbackUrl" in x.query():
+        message = "is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async"
+        raise InputError([{"in": "query", "name": "callbackUrl", "message": message}])
+    request = _stored_request(x, flow, path, x.head.query)
+    given = flow.bind(request, path_values(flow, path), x.request_id)
+    limit = min(flow.timeout or x.app.settings.sync_timeout, x.app.settings.sync_timeout)
+    late = Outcome.failed("timeout", 504, "The flow took longer than it may.")
+    x.timer(limit + 0.25, lambda: x.answer(_flow_response(late.answer, _VARY)), False)
+    x.app.run_sync(flow, given, lambda outcome: x.post(lambda: x.answer(_flow_response(outcome.answer, _VARY))))
+    return None
+
+
+_VARY = (("Vary", "Prefer"),)
+
+
+def _flow_response(answer: Answer, more: Iterable[tuple[str, str]] = ()) -> Reply:
+    headers = [*answer.headers, *_FLOW_HEADERS, *more]
+    names = {name.lower() for name, _ in answer.headers}
+    if "cache-control" not in names:
+        headers.append(_NO_STORE if answer.headers[:1] == (_PROBLEM,) else ("Cache-Control", "private, no-store"))
+    return Reply(answer.code, headers, answer.body)
+
+
+def publish_async(x: Exchange) -> None:
+    """METHOD /api/publishingAsync{resource}"""
+    flow, path = _published(x, "asynchronous")
+    _submit(x, flow, path, parse_prefer(x.head.headers.get("prefer")), [])
+
+
+def _published(x: Exchange, mode: str) -> tuple[Flow, str]:
+    """The flow that is called, and the raw path behind the prefix; raises NotFound, MethodNotAllowed."""
+    path = x.head.path[len(PREFIXES[mode]) :]
+    matches = x.app.deployments.match(path)
+    if not matches:
+        raise NotFound(f"No flow publishes {shown(path, 200)}. The endpoints are listed at /api/deployments.")
+    method = "GET" if x.head.method == "HEAD" and mode == "synchronous" else x.head.method
+    flow = next((methods[method] for methods in matches if method in methods), None)
+    if flow is None:
+        raise MethodNotAllowed(_allowed(matches, mode))
+    if mode not in flow.modes:
+        (other,) = flow.modes
+        raise NotFound(f"This flow is published {other}ly only: call {PREFIXES[other]}{flow.resource}")
+    return flow, path
+
+
+def _allowed(matches: list[dict[str, Flow]], mode: str) -> set[str]:
+    names = {name for methods in matches for name, flow in methods.items() if mode in flow.modes}
+    if "GET" in names and mode == "synchronous":
+        names.add("HEAD")
+    return names | {"OPTIONS"}
+
+
+def options(x: Exchange) -> Reply:
+    """OPTIONS: which methods a path takes."""
+    path = x.head.path
+    names: set[str] = {"OPTIONS"}
+    for mode, prefix in PREFIXES.items():
+        if path.startswith(prefix + "/"):
+            names |= _allowed(x.app.deployments.match(path[len(prefix) :]), mode)
+    if path == "*":
+        names |= set(_METHODS)
+    elif len(names) == 1:
+        names |= {name for name in find_routes(path, {}) if name != "*"}
+    headers = [("Allow", ", ".join(sorted(names))), _NO_STORE]
+    if x.cors_origin is not None:
+        wanted = x.head.headers.get("access-control-request-headers", "")
+        headers += [("Access-Control-Allow-Methods", headers[0][1]), ("Access-Control-Max-Age", "600")]
+        headers += [("Access-Control-Allow-Headers", wanted)] if _FIELD_VALUE.fullmatch(wanted) and wanted else []
+    return Reply(204, headers)
+
+
+def _stored_request(x: Exchange, flow: Flow, path: str, query: str) -> StoredRequest:
+    sent = x.head.headers
+    names = [item.name.lower() for item in flow.parameters if item.where == "header"] + ["content-type"]
+    return StoredRequest(flow.method, path, query, {name: sent[name] for name in names if name in sent}, x.body)
+
+
+def _take_callback(x: Exchange) -> tuple[str | None, str]:
+    """The callbackUrl of a request, judged, and the rest of the raw query; raises InputError."""
+    query = x.head.query
+    if "callbackUrl" not in query and "%" not in query:
+        return None, query
+    urls, rest = [], []
+    for part in query.split("&"):
+        name, _, value = part.partition("=")
+        if (unquote(name, plus=True) if not _PERCENT.search(name) else name) == "callbackUrl":
+            urls.append(value)
+        else:
+            rest.append(part)
+    if not urls:
+        return None, query
+    try:
+        if len(urls) > 1:
+            raise ValueError("must be given once")
+        url = unquote(urls[0], plus=False)
+    except ValueError as error:
+        raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
+    x.app.check_callback(url)
+    return url, "&".join(rest)
+
+
+def _take_key(x: Exchange) -> str | None:
+    value = x.head.headers.get("idempotency-key")
+    if value is None:
+        return None
+    bare = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
+    if not re.fullmatch(r"[\x21-\x7e]{1,255}", bare):
+        message = "must be 1 to 255 visible ASCII characters, quoted or bare"
+        raise InputError([{"in": "header", "name": "Idempotency-Key", "message": message}])
+    return bare
+
+
+def _submit(x: Exchange, flow: Flow, path: str, preferences: Mapping[str, str], applied: list[str]) -> None:
+    callback_url, query = _take_callback(x)
+    idempotency_key = _take_key(x)
+    request = _stored_request(x, flow, path, query)
+    key = x.app.new_key()
+    given = flow.bind(request, path_values(flow, path), str(key))
+    wait_s = _wait_of(x, preferences)
+    if wait_s is not None:
+        applied = [*applied, f"wait={wait_s}"]
+    headers = [*_VARY, *_applied(applied)]
+
+    def accepted(result: Any, error: AsteraError | None) -> None:
+        x.post(lambda: _accepted(x, result, error, wait_s, headers))
+
+    x.app.accept(Call(key, flow, request, given, x.base, callback_url, idempotency_key), x.caller, accepted)
+
+
+def _accepted(
+    x: Exchange, result: Any, error: AsteraError | None, wait_s: int | None, headers: Sequence[tuple[str, str]]
+) -> None:
+    """On the loop, once the job is on disk: 202, or the result if the client waits for it."""
+    refusal = error or (result if isinstance(result, Conflict) else None)
+    if refusal is not None:
+        x.fail(refusal)
+        return
+    job, replayed = result
+    more = [*headers, ("Idempotency-Replayed", "true")] if replayed else headers
+
+    def answer(found: tuple[Job, Progress | None] | None) -> Reply:
+        present = found or (job, None)
+        if wait_s is not None and present[0].status is not Status.RUNNING:
+            where = ("Content-Location", f"{x.base}/api/jobs/{job.id}/result")
+            return _result_response(x, present[0], [where, *more])
+        return _status_response(x, present, 202, [("Location", f"{x.base}/api/jobs/{job.id}/status"), *more])
+
+    if wait_s:
+        _when_finished(x, job.key, wait_s, answer)
+    elif replayed:
+        x.answer(answer(x.app.look(job.key, x.caller)))
+    else:
+        x.answer(answer(None))
+
+
+def _when_finished(
+    x: Exchange, key: JobKey, seconds: float, answer: Callable[[tuple[Job, Progress | None] | None], Reply]
+) -> None:
+    """Answer when the job is finished, or after so many seconds as it then is."""
+
+    def changed() -> None:
+        x.post(look)
+
+    def look(final: bool = False) -> None:
+        if x.answered:
+            return
+        if not final:
+            x.app.watch(key, changed)  # first watch, then look: nothing can happen unseen in between
+        try:
+            found = x.app.look(key, x.caller)
+            if final or found is None or found[0].status is not Status.RUNNING:
+                x.app.unwatch(key, changed)
+                x.answer(answer(found))
+        except AsteraError as error:
+            x.fail(error)
+
+    x.timer(seconds, lambda: look(final=True), True)
+    look()
+
+
+# --- jobs ---
+
+
+def _job_headers(job: Job) -> list[tuple[str, str]]:
+    return [("Job-Status", job.status.value), _NO_STORE]
+
+
+def _status_response(
+    x: Exchange, found: tuple[Job, Progress | None], code: int = 200, more: Iterable[tuple[str, str]] = ()
+) -> Reply:
+    job, progress = found
+    headers = [_JSON, *_job_headers(job), *more]
+    if job.status is Status.RUNNING:
+        headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
+    elif code == 200:
+        headers.append(("Location", f"{x.base}/api/jobs/{job.id}/result"))
+    return Reply(code, headers, json_body(status_document(job, x.base, progress)))
+
+
+def _unknown(x: Exchange) -> Reply:
+    """404 for a job that is not there; the status route speaks the status document, the others a problem."""
+    text = x.values["id"]
+    expired = x.app.expired(JobKey.parse(text))
+    detail = "Its result was kept for its time and is forgotten." if expired else "There is no such job."
+    document = {
+        "id": text[:100],
+        "status": Status.UNKNOWN.value,
+        "reason": "expired" if expired else "not-found",
+        "detail": detail,
+    }
+    headers = [("Job-Status", Status.UNKNOWN.value), _NO_STORE]
+    if x.head.path.endswith("/status"):
+        return Reply(404, [_JSON, *headers], json_body(document))
+    members = {name: value for name, value in document.items() if name not in ("status", "detail")}
+    return Reply(404, [_PROBLEM, *headers], json_body(problem(404, detail, jobStatus="Unknown", **members)))
+
+
+def _find(x: Exchange) -> tuple[Job, Progress | None] | None:
+    key = JobKey.parse(x.values["id"])
+    return x.app.look(key, x.caller) if key is not None else None
+
+
+def _answer_when_asked(
+    x: Exchange, respond: Callable[[tuple[Job, Progress | None], list[tuple[str, str]]], Reply]
+) -> Reply | None:
+    """Answer at once, or with `Prefer: wait=N` when the job is finished."""
+    found = _find(x)
+    wait_s = _wait_of(x, parse_prefer(x.head.headers.get("prefer"))) if "prefer" in x.head.headers else None
+    applied = _applied([f"wait={wait_s}"] if wait_s is not None else [])
+    if found is None:
+        return _unknown(x)
+    if not wait_s or found[0].status is not Status.RUNNING:
+        return respond(found, applied)
+    _when_finished(x, found[0].key, wait_s, lambda found: respond(found, applied) if found else _unknown(x))
+    return None
+
+
+def job_status(x: Exchange) -> Reply | None:
+    """GET /api/jobs/{id}/status"""
+    return _answer_when_asked(x, lambda found, more: _status_response(x, found, 200, more))
+
+
+def job_result(x: Exchange) -> Reply | None:
+    """GET /api/jobs/{id}/result"""
+
+    def respond(found: tuple[Job, Progress | None], more: list[tuple[str, str]]) -> Reply:
+        job = found[0]
+        if job.status is Status.RUNNING:
+            return _status_response(x, found, 202, [("Location", f"{x.base}/api/jobs/{job.id}/status"), *more])
+        return _result_response(x, job, more)
+
+    return _answer_when_asked(x, respond)
+
+
+def _result_response(x: Exchange, job: Job, more: Iterable[tuple[str, str]]) -> Reply:
+    stored = x.app.store.result(job.key)
+    if stored is None:
+        return _unknown(x)
+    answer = Answer(stored.code, tuple(stored.headers), stored.body or b"")
+    response = _flow_response(answer, [("Job-Status", job.status.value), *more])
+    if stored.body is None:
+        pieces = x.app.store.result_pieces(job.key, stored.attempt)
+        response = response._replace(stream=pieces, length=stored.size)
+    return response
+
+
+def job_details(x: Exchange) -> Reply:
+    """GET /api/jobs/{id}"""
+    found = _find(x)
+    if found is None:
+        return _unknown(x)
+    job, progress = found
+    app = x.app
+    document = status_document(job, x.base, progress)
+    document["request"] = _request_document(app, job)
+    document["steps"] = app.engine.trace(job.key) or app.store.trace(job.key)
+    if document["callback"] is not None:
+        document["callback"]["history"] = [
+            {
+                "at": timestamp(attempt.at),
+                "status": attempt.status,
+                "error": attempt.error,
+                "durationMs": attempt.duration_ms,
+            }
+            for attempt in app.store.attempts(job.key)
+        ]
+    return Reply(200, [_JSON, *_job_headers(job)], json_body(document))
+
+
+def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
+    """What was sent, secrets masked; a long body only by its beginning."""
+    request = app.store.request(job.key)
+    if request is None:
+        return None
+    masked = app.outside.masked
+    text = request.body[:4096].decode(errors="replace")
+    return {
+        "method": request.method,
+        "path": masked(request.path),
+        "query": masked(request.query),
+        "headers": {name: masked(value) for name, value in request.headers.items()},
+        "body": masked(text) if request.body else None,
+        "bodySize": len(request.body),
+    }
+
+
+def job_list(x: Exchange) -> Reply:
+    """GET /api/jobs"""
+    errors: list[dict[str, str]] = []
+    query = {name: values[-1] for name, values in x.query().items()}
+
+    def refuse(name: str, message: str) -> None:
+        errors.append({"in": "query", "name": name, "message": message})
+
+    limit_text = query.get("limit", str(_DEFAULT_LIST))
+    if not re.fullmatch("[0-9]{1,6}", limit_text, re.ASCII) or not 1 <= int(limit_text) <= _MAX_LIST:
+        refuse("limit", f"must be an integer from 1 to {_MAX_LIST}")
+        limit_text = "1"
+    words = [status.value for status in Status if status is not Status.UNKNOWN]
+    if query.get("status", "Running") not in words:
+        refuse("status", "must be one of " + ", ".join(words))
+    cursor = query.get("cursor")
+    if cursor is not None and not re.fullmatch("[0-9a-f]{15}", cursor):
+        refuse("cursor", "is not one that this server gave: begin without a cursor")
+    if errors:
+        raise InputError(errors)
+    jobs, before = x.app.list_jobs(
+        x.caller,
+        query.get("flow"),
+        Status(query["status"]) if "status" in query else None,
+        int(limit_text),
+        int(cursor, 16) if cursor is not None else None,
+    )
+    document = {
+        "jobs": [status_document(job, x.base) for job in jobs],
+        "next": None if before is None else f"{before:015x}",
+    }
+    return Reply(200, [_JSON, _NO_STORE], json_body(document))
+
+
+def job_cancel(x: Exchange) -> Reply | None:
+    """POST /api/jobs/{id}/cancel"""
+    found = _find(x)
+    if found is None:
+        return _unknown(x)
+    job = found[0]
+    if job.status is not Status.RUNNING:
+        raise Conflict(f"The job is finished: {job.status.value}.")
+    if not x.app.cancel_job(job):
+        return _status_response(x, found, 202, [("Location", f"{x.base}/api/jobs/{job.id}/status")])
+
+    def answer(found: tuple[Job, Progress | None] | None) -> Reply:
+        if found is None:
+            return _unknown(x)
+        return _status_response(x, found, 200 if found[0].status is not Status.RUNNING else 202)
+
+    _when_finished(x, job.key, 30, answer)
+    return None
+
+
+def job_rerun(x: Exchange) -> Reply | None:
+    """POST /api/jobs/{id}/rerun"""
+    found = _find(x)
+    if found is None:
+        return _unknown(x)
+    job = found[0]
+    if job.status is Status.RUNNING:
+        raise Conflict("The job still runs.")
+    x.app.rerun(job, x.base, x.caller, lambda result, error: x.post(lambda: _accepted(x, result, error, None, ())))
+    return None
+
+
+def job_callback(x: Exchange) -> Reply | None:
+    """POST /api/jobs/{id}/callback"""
+    found = _find(x)
+    if found is None:
+        return _unknown(x)
+    job = found[0]
+    if job.callback is None:
+        raise Conflict("The job was submitted without a callbackUrl.")
+    if job.status is Status.RUNNING:
+        raise Conflict("The job still runs: its callback is sent when it is finished.")
+
+    def stored(result: Any, error: AsteraError | None) -> None:
+        x.post(lambda: answer(error))
+
+    def answer(error: AsteraError | None) -> None:
+        found = x.app.look(job.key, x.caller)
+        if error is not None or found is None:
+            x.answer(error_response(x, error) if error else _unknown(x))
+        else:
+            x.answer(_status_response(x, found, 202, [("Location", f"{x.base}/api/jobs/{job.id}/status")]))
+
+    x.app.resend(job, stored)
+    return None
+
+
+def job_delete(x: Exchange) -> Reply | None:
+    """DELETE /api/jobs/{id}"""
+    found = _find(x)
+    if found is None:
+        return _unknown(x)
+    job = found[0]
+
+    def done(result: Any, error: AsteraError | None) -> None:
+        x.post(lambda: answer(result, error))
+
+    def answer(result: Any, error: AsteraError | None) -> None:
+        if error is not None:
+            x.fail(error)
+        elif result == "deleted":
+            x.answer(Reply(204, [_NO_STORE]))
+        elif result == "absent":
+            x.answer(_unknown(x))
+        else:
+            owed = "Its callback is still owed." if result == "owed" else "The job still runs: cancel it first."
+            x.fail(Conflict(owed))
+
+    x.app.store.delete(job.key, done)
+    return None
+
+
+# --- the rest ---
+
+
+def deployment_list(x: Exchange) -> Reply:
+    """GET /api/deployments"""
+    deployments = x.app.deployments
+    document = {
+        "deployments": [deployment_document(flow, x.base) for flow in deployments.by_name.values()],
+        "faults": [
+            {"file": fault.where, "place": fault.place, "message": fault.message} for fault in deployments.faults
+        ],
+    }
+    return Reply(200, [_JSON, _NO_STORE], json_body(document))
+
+
+def deployment_one(x: Exchange) -> Reply:
+    """GET /api/deployments/{name}"""
+    flow = x.app.deployments.by_name.get(x.values["name"])
+    if flow is None:
+        known = suggest(x.values["name"], x.app.deployments.by_name)
+        raise NotFound(f"There is no deployment {shown(x.values['name'])}{known}.")
+    return Reply(200, [_JSON, _NO_STORE], json_body(deployment_document(flow, x.base)))
+
+
+def health(x: Exchange) -> Reply:
+    """GET /health"""
+    document = x.app.health()
+    well = document["status"] == "ok"
+    more = [] if well else [("Retry-After", "5")]
+    return Reply(200 if well else 503, [_JSON, _NO_STORE, *more], json_body(document))
+
+
+ROUTES = [
+    Route("*", "/api/publishing/*", publish_sync),
+    Route("*", "/api/publishingAsync/*", publish_async),
+    Route("GET", "/api/jobs/{id}/status", job_status),
+    Route("GET", "/api/jobs/{id}/result", job_result),
+    Route("GET", "/api/jobs/{id}", job_details),
+    Route("DELETE", "/api/jobs/{id}", job_delete),
+    Route("POST", "/api/jobs/{id}/cancel", job_cancel),
+    Route("POST", "/api/jobs/{id}/rerun", job_rerun),
+    Route("POST", "/api/jobs/{id}/callback", job_callback),
+    Route("GET", "/api/jobs", job_list),
+    Route("GET", "/api/deployments", deployment_list),
+    Route("GET", "/api/deployments/{name}", deployment_one),
+    Route("GET", "/health", health, is_open=True),
+]
+
+_PREFIX_ROUTES = {row.path[:-1]: {row.method: row} for row in ROUTES if row.path.endswith("/*")}
+_SHAPES: dict[int, dict[str, dict[str, Route]]] = {}
+for _row in ROUTES:
+    if not _row.path.endswith("/*"):
+        _SHAPES.setdefault(_row.path.count("/"), {}).setdefault(_row.path, {})[_row.method] = _row
+
+
+def find_routes(path: str, values: dict[str, str]) -> dict[str, Route]:
+    """Routes of a raw path by method, empty if there are none; what placeholders match goes into `values`."""
+    for prefix, methods in _PREFIX_ROUTES.items():
+        if path.startswith(prefix):
+            return methods
+    segments = path.split("/")
+    for pattern, methods in _SHAPES.get(len(segments) - 1, {}).items():
+        wanted = pattern.split("/")
+        if all(want == got or (want[:1] == "{" and got) for want, got in zip(wanted, segments, strict=True)):
+            values.update({want[1:-1]: got for want, got in zip(wanted, segments, strict=True) if want[:1] == "{"})
+            return methods
+    return {}
+
+
+# ======================================================================================================================
+# 16 Loop
+# One thread serves every socket. Others hand their answers over by `Server.post`, which wakes the selector.
+# ======================================================================================================================
+
+_READ = 64 << 10  # bytes taken from a socket at once
+_AHEAD = 256 << 10  # bytes of further requests that are buffered while one is answered
+_LINGER_S = 2.0  # for a client to read a refusal before its connection is reset under it
+_SLOWEST_READER = 64 << 10  # bytes a second that a client must take of a long answer
+_MAX_BUFFERED = 256 << 20  # bytes of requests in all connections together
+_ACCEPTS_A_TURN = 64
+
+
+class Handler(BaseRequestHandler):
+    """One connection: its bytes in and out, and the one request that is in flight. Lives on the loop's thread."""
+
+    def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
+        # not the base class's, which would serve the connection to its end here and now
+        self.sock, self.client_address, self.loop = request, client_address, server
+        limits = server.limits
+        self.parser = RequestParser(limits.max_header, limits.max_url, limits.max_body)
+        self.exchange: Exchange | None = None
+        self.in_flight = False
+        self.refusal: Exception | None = None
+        self.out: deque[bytes | memoryview | Iterator[bytes]] = deque()
+        self.ending = False  # close when everything is written
+        self.lingering = False
+        self.at_end = False  # the client sends nothing more
+        self.closed = False
+        self.advancing = False
+        self.counted = 0  # bytes buffered, as the server counts them
+        self.events = selectors.EVENT_READ
+        self.deadline = time.monotonic() + limits.idle_timeout
+        server.selector.register(request, self.events, self)
+
+    # --- reading ---
+
+    def on_events(self, mask: int) -> None:
+        """The selector says that something can be done."""
+        if mask & selectors.EVENT_READ or self.loop.tls is not None:
+            self.on_readable()
+        if mask & selectors.EVENT_WRITE and not self.closed:
+            self.flush()
+
+    def on_readable(self) -> None:
+        """Take what the client sent."""
+        for _ in range(8 if self.loop.tls is not None else 1):  # TLS: decrypted bytes wake no selector
+            try:
+                data = self.sock.recv(_READ)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if self.loop.tls is not None and self.loop.tls_waits(error):
+                    self.want_write = self.loop.tls_wants_write(error)
+                    self.update_interest()
+                    return
+                self.close()
+                return
+            self.want_write = False
+            if not data:
+                self.at_end = True
+                if self.lingering or not (self.in_flight or self.out):
+                    self.close()
+                else:
+                    self.update_interest()
+                return
+            if self.lingering:
+                continue
+            if not self.parser.begun and not self.in_flight:
+                self.deadline = time.monotonic() + self.loop.limits.request_timeout
+            self.parser.feed(data)
+            self.advance()
+            if self.closed:
+                return
+        if self.loop.tls is not None:
+            self.loop.post(self.on_readable_again)
+
+    want_write = False
+
+    def on_readable_again(self) -> None:
+        """There may be decrypted bytes left."""
+        if not self.closed:
+            self.on_readable()
+
+    def advance(self) -> None:
+        """Take requests from the buffer, one at a time, until one is in flight or nothing is complete."""
+        if self.advancing:
+            return
+        self.advancing = True
+        try:
+            while not (self.in_flight or self.ending or self.closed) and self.take_request():
+                pass
+        except WireError as error:
+            self.refuse(error)
+        finally:
+            self.advancing = False
+        if not self.closed:
+            self.count_buffered()
+            self.update_interest()
+
+    def take_request(self) -> bool:
+        """Take one step with the request at hand; False if more bytes are needed."""
+        x = self.exchange
+        if x is None:
+            head = self.parser.head()
+            if head is None:
+                return False
+            x = self.exchange = self.loop.exchange(self, head)
+            self.refusal = None
+            try:
+                begin(x, self.loop.access)
+            except AsteraError as error:
+                self.refusal = error
+            if head.expects_continue and not self.parser.buffered:
+                if self.refusal is not None:
+                    self.ending = True  # the body is not sent, or if it is, not read
+                    self.in_flight = True
+                    x.fail(self.refusal)
+                    return False
+                self.write(_CONTINUE)
+        body = self.parser.body()
+        if body is None:
+            return False
+        x.body = body
+        self.in_flight = True
+        self.deadline = math.inf
+        if self.refusal is not None:
+            x.fail(self.refusal)
+        else:
+            self.loop.handle(x)
+        return True
+
+    def refuse(self, error: WireError) -> None:
+        """Answer a request that cannot be read any further, and close."""
+        x = self.exchange or self.loop.exchange(self, _NO_HEAD)
+        self.exchange, self.in_flight, self.ending = x, True, True
+        x.answered = False
+        x.fail(error)
+
+    def count_buffered(self) -> None:
+        """Keep the server's account of buffered bytes; over the limit the newest comer is refused."""
+        held = self.parser.buffered
+        self.loop.buffered += held - self.counted
+        self.counted = held
+        if self.loop.buffered > _MAX_BUFFERED and held > _AHEAD and not self.ending:
+            x = self.exchange or self.loop.exchange(self, _NO_HEAD)
+            self.exchange, self.in_flight, self.ending = x, True, True
+            x.fail(Busy("The server holds as many bytes of requests as it can.", 5))
+
+    # --- writing ---
+
+    def respond(self, x: Exchange, reply: Reply) -> None:
+        """Write the answer to the request in flight, and go on with the next."""
+        if self.closed or x is not self.exchange:
+            return
+        head = x.head
+        if not head.keep_alive or self.loop.stopping:
+            self.ending = True
+        data = response_head(reply, x.request_id, not self.ending, head.version)
+        self.exchange, self.in_flight = None, False
+        self.deadline = time.monotonic() + self.loop.limits.request_timeout + reply.length / _SLOWEST_READER
+        if head.method == "HEAD" or reply.status in (204, 304):
+            self.write(data)
+        elif reply.stream is not None:
+            self.out += (data, reply.stream)
+            self.flush()
+        elif len(reply.body) <= _READ:
+            self.write(data + reply.body)
+        else:
+            self.deadline += len(reply.body) / _SLOWEST_READER
+            self.out += (data, memoryview(reply.body))
+            self.flush()
+        if not self.closed:
+            self.advance()
+
+    def write(self, data: bytes) -> None:
+        """Write bytes behind what is being written."""
+        self.out.append(data)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send as much as the client takes; a long body is fetched piece by piece as it goes."""
+        try:
+            while self.out:
+                first = self.out[0]
+                if not isinstance(first, bytes | memoryview):
+                    piece = next(first, None)
+                    if piece is None:
+                        self.out.popleft()
+                    else:
+                        self.out.appendleft(memoryview(piece))
+                    continue
+                sent = self.sock.send(first[:_AHEAD] if len(first) > _AHEAD else first)
+                if sent == len(first):
+                    self.out.popleft()
+                else:
+                    self.out[0] = memoryview(first)[sent:]
+        except (BlockingIOError, InterruptedError):
+            self.update_interest()
+            return
+        except OSError as error:
+            if self.loop.tls is not None and self.loop.tls_waits(error):
+                self.update_interest()
+            else:
+                self.close()
+            return
+        except StoreError as error:  # a piece of a result cannot be read: a short answer is better than a wrong one
+            log.error("a result could not be read to its end: %s", error)
+            self.close()
+            return
+        if self.in_flight:
+            return
+        if self.ending or self.at_end:
+            self.finish()
+        else:
+            self.deadline = time.monotonic() + (
+                self.loop.limits.request_timeout if self.parser.begun else self.loop.limits.idle_timeout
+            )
+            self.update_interest()
+
+    def finish(self) -> None:
+        """Everything is written: close, but not under a client that still sends and has not read its answer."""
+        if self.at_end or self.loop.tls is not None:
+            self.close()
+            return
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close()
+            return
+        self.lingering = True
+        self.deadline = time.monotonic() + _LINGER_S
+        self.update_interest()
+
+    def update_interest(self) -> None:
+        """Tell the selector what this connection waits for."""
+        if self.closed:
+            return
+        full = self.in_flight and self.parser.buffered > _AHEAD
+        events = 0 if self.at_end or full else selectors.EVENT_READ
+        if self.out or self.want_write:
+            events |= selectors.EVENT_WRITE
+        if events == self.events:
+            return
+        if not events:
+            self.loop.selector.unregister(self.sock)
+        elif not self.events:
+            self.loop.selector.register(self.sock, events, self)
+        else:
+            self.loop.selector.modify(self.sock, events, self)
+        self.events = events
+
+    def overdue(self, now: float) -> None:
+        """The deadline has passed: say so if a request was begun, then close."""
+        if self.out or self.lingering or not self.parser.begun or self.in_flight:
+            self.close()
+        else:
+            self.refuse(WireError(408, "The request was not complete in time."))
+
+    def close(self) -> None:
+        """Let go of the socket; an answer that comes later goes nowhere."""
+        if self.closed:
+            return
+        self.closed = True
+        self.exchange = None
+        self.out.clear()
+        self.loop.buffered -= self.counted
+        self.loop.handlers.discard(self)
+        if self.events:
+            self.loop.selector.unregister(self.sock)
+        self.loop.shutdown_request(self.sock)
+
+
+_NO_HEAD = Head("", "", "", 11, {}, 0, False, False, False)
+
+
+class Server(ThreadingHTTPServer):
+    """Puts an AsteraLite on a socket: http.server's classes and hooks, served by one selector loop.
+
+    `serve_forever` runs in the calling thread, `start` (or the context manager) in one of its own. `host` and `port`
+    are the settings' unless given; `url` is the address once the constructor returns. Raises OSError if it cannot
+    listen, ConfigError if settings forbid it.
+    """
+
+    request_queue_size = 1024
+    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers share a port
+
+    def __init__(self, app: AsteraLite, *, host: str | None = None, port: int | None = None) -> None:
+        self.app, self.limits = app, app.limits
+        settings = app.settings
+        host = self.limits.host if host is None else host
+        port = self.limits.port if port is None else port
+        loopback = is_loopback(host)
+        check_exposure(settings, host, loopback)
+        self.access = Access(settings.token, loopback, settings.public_url, settings.cors_origins)
+        self.tls = self._tls_context() if settings.tls_cert else None
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.selector = selectors.DefaultSelector()
+        self.handlers: set[Handler] = set()
+        self.buffered = 0
+        self.stopping = False
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._awake = False
+        self._timers: list[tuple[float, int, Callable[[], None], bool]] = []
+        self._timer_count = itertools.count()
+        self._request_count = itertools.count(1)
+        self._request_prefix = os.urandom(5).hex()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        super().__init__((host, port), Handler)
+        self.socket.setblocking(False)
+        scheme = "http" if self.tls is None else "https"
+        shown_host = f"[{host}]" if ":" in host else host
+        self.url = f"{scheme}://{shown_host}:{self.server_address[1]}"
+        self.scheme = scheme
+        self.base = (settings.public_url or "").rstrip("/") or None
+
+    def server_bind(self) -> None:
+        """Bind, without the look-up of our own name that http.server makes, which can wait for DNS."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def _tls_context(self) -> ssl.SSLContext:
+        import ssl  # noqa: PLC0415 (3 MB that a server without TLS never needs)
+
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self.limits.tls_cert or "", self.limits.tls_key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError([Fault("tls_cert", "", f"cannot be used: {_reason(error)}")]) from None
+        self._waits: tuple[type[OSError], ...] = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+        return context
+
+    def tls_waits(self, error: OSError) -> bool:
+        """Whether TLS only wants the socket to become ready."""
+        return isinstance(error, self._waits)
+
+    def tls_wants_write(self, error: OSError) -> bool:
+        """Whether it wants to write while reading (a handshake)."""
+        return isinstance(error, self._waits[1])
+
+    # --- other threads ---
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Run a function on the loop's thread, soon. May be called from anywhere."""
+        self._inbox.append(function)
+        if not self._awake:
+            self._awake = True
+            try:
+                self._wake_out.send(b"\0")
+            except (BlockingIOError, OSError):
+                pass  # it is awake, or has ended
+
+    def start(self) -> Self:
+        """Serve in a thread of its own."""
+        self._thread = threading.Thread(target=self.serve_forever, name="astera-loop", daemon=True)
+        self._thread.start()
+        return self
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def request_stop(self) -> None:
+        """Begin to stop: no new connection, open requests are answered. May be called by a signal handler."""
+        self.post(self._stop_accepting)
+
+    def shutdown(self) -> None:
+        """Stop serving and wait until the loop has ended."""
+        self.request_stop()
+        self._ended.wait(self.app.settings.shutdown_timeout + 5)
+
+    def stop(self) -> None:
+        """Stop serving, and close."""
+        self.shutdown()
+        if self._thread is not None:
+            self._thread.join(5)
+        self.server_close()
+
+    # --- the loop ---
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until stopped."""
+        selector = self.selector
+        selector.register(self.socket, selectors.EVENT_READ, self._accept)
+        selector.register(self._wake_in, selectors.EVENT_READ, self._woken)
+        self._stop_at = math.inf
+        self.timer(1.0, self._sweep, early=False)
+        try:
+            while not (self.stopping and not self.handlers) and time.monotonic() < self._stop_at:
+                timeout = max(self._timers[0][0] - time.monotonic(), 0) if self._timers else poll_interval
+                for key, mask in selector.select(0 if self._inbox else timeout):
+                    if isinstance(key.data, Handler):
+                        key.data.on_events(mask)
+                    else:
+                        key.data()
+                self._awake = False
+                for _ in range(len(self._inbox)):
+                    self._inbox.popleft()()
+                now = time.monotonic()
+                while self._timers and self._timers[0][0] <= now:
+                    heapq.heappop(self._timers)[2]()
+        finally:
+            for handler in list(self.handlers):
+                handler.close()
+            selector.close()
+            self._wake_in.close()
+            self._wake_out.close()
+            self._ended.set()
+
+    def _woken(self) -> None:
+        try:
+            while self._wake_in.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTS_A_TURN):
+            try:
+                request, address = self.socket.accept()
+            except (BlockingIOError, ConnectionError):
+                return
+            except OSError as error:  # out of descriptors: leave the listener alone until some are back
+                log.error("connections are not accepted for a moment: %s", _reason(error))
+                self.selector.unregister(self.socket)
+                self.timer(0.5, self._accept_again, early=False)
+                return
+            self.process_request(request, address)
+
+    def _accept_again(self) -> None:
+        if not self.stopping:
+            self.selector.register(self.socket, selectors.EVENT_READ, self._accept)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Register a new connection with the selector; http.server's hook."""
+        request.setblocking(False)
+        try:
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if len(self.handlers) >= self.limits.max_connections:
+                self._turn_away(request)
+                return
+            if self.tls is not None:
+                request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        except OSError:
+            self.shutdown_request(request)
+            return
+        self.handlers.add(Handler(request, client_address, self))
+
+    def _turn_away(self, request: socket.socket) -> None:
+        error = Busy("The server has as many connections as it can.", 5)
+        reply = Reply(503, [_PROBLEM, _NO_STORE, ("Retry-After", "5")], json_body(problem(503, str(error))))
+        if self.tls is None:
+            request.send(response_head(reply, self._next_request_id(), False) + reply.body)
+            request.shutdown(socket.SHUT_WR)
+        request.close()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection; http.server's hook."""
+        request.close()
+
+    def _sweep(self) -> None:
+        """Once a second: end connections whose deadline has passed."""
+        now = time.monotonic()
+        for handler in [handler for handler in self.handlers if handler.deadline < now]:
+            handler.overdue(now)
+        self.timer(1.0, self._sweep, early=False)
+
+    def timer(self, seconds: float, function: Callable[[], None], early: bool) -> None:
+        """Call a function on the loop after so many seconds; one that may be early is called at once on stopping."""
+        if early and self.stopping:
+            seconds = 0
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_count), function, early))
+
+    def _stop_accepting(self) -> None:
+        if self.stopping:
+            return
+        self.stopping = True
+        self._stop_at = time.monotonic() + self.app.settings.shutdown_timeout
+        if self.socket.fileno() in self.selector.get_map():
+            self.selector.unregister(self.socket)
+        self.socket.close()
+        early = [entry for entry in self._timers if entry[3]]  # who waits for a job gets its state as it is
+        self._timers = [entry for entry in self._timers if not entry[3]]
+        heapq.heapify(self._timers)
+        for entry in early:
+            entry[2]()
+        for handler in list(self.handlers):
+            if not (handler.in_flight or handler.out or handler.parser.begun):
+                handler.close()
+
+    # --- requests ---
+
+    def _next_request_id(self) -> str:
+        return f"{self._request_prefix}{next(self._request_count):06x}"
+
+    def exchange(self, handler: Handler, head: Head) -> Exchange:
+        """A new exchange on a connection."""
+        base = self.base or f"{self.scheme}://{head.headers.get('host') or self.url.partition('//')[2]}"
+        return Exchange(
+            self.app, head, self._next_request_id(), base, partial(self._answer, handler), self.post, self.timer
+        )
+
+    def handle(self, x: Exchange) -> None:
+        """Call the route; its errors become problem documents here."""
+        assert x.route is not None
+        try:
+            reply = x.route.handle(x)
+        except Exception as error:  # the door of a request
+            x.fail(error)
+            return
+        if reply is not None:
+            x.answer(reply)
+
+    def _answer(self, handler: Handler, x: Exchange, reply: Reply) -> None:
+        if x.answered:
+            return
+        x.answered = True
+        if x.cors_origin is not None:
+            exposed = "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location"
+            cors = [("Access-Control-Allow-Origin", x.cors_origin), ("Vary", "Origin")]
+            reply = reply._replace(headers=[*reply.headers, *cors, ("Access-Control-Expose-Headers", exposed)])
+        log.debug("%s %s %s %d", x.request_id, x.head.method, x.head.path, reply.status)
+        handler.respond(x, reply)
+
+
+def check_exposure(settings: Settings, host: str, loopback: bool) -> None:
+    """Raise ConfigError for a server that anybody could reach and nobody needs a token for."""
+    if settings.token is not None or settings.insecure_open:
+        return
+    cure = "set ASTERA_LITE_TOKEN, or insecure_open to let everybody in"
+    if not loopback:
+        raise ConfigError(
+            [Fault("host", "", f"{host} can be reached from other machines, and there is no token: {cure}")]
+        )
+    if settings.public_url is not None:
+        raise ConfigError([Fault("public_url", "", f"makes the server public, and there is no token: {cure}")])
+
+
+# ======================================================================================================================
+# 17 Command line
+# To add a command: a function of the parsed arguments and a row in COMMANDS.
+# ======================================================================================================================
+
+_EPILOG = """\
+Every setting has one name in four spellings, the later wins: a key of the TOML file given by --config (astera_lite.toml
+if there is one), the environment variable ASTERA_LITE_<NAME>, the flag, the keyword of the embedding constructor.
+TIME is 250ms, 30s, 5m, 24h; SIZE is 64KiB, 10MiB.
+
+examples:
+  python astera_lite.py                             serve ./flows on http://127.0.0.1:9261
+  python astera_lite.py --port 8080 --retention 1h  the same, otherwise
+  python astera_lite.py new lookup                  write flows/lookup.json, to begin with
+  python astera_lite.py check                       say what is wrong with the flows
+  python astera_lite.py try lookup id=7             run a flow here and show its steps
+
+exit codes: 0 stopped; 1 a fault in settings or in what was checked; 2 usage; 3 cannot listen; 4 database unusable
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse  # noqa: PLC0415 (an embedding program has no command line of ours)
+
+    parser = argparse.ArgumentParser(
+        prog="astera_lite",
+        description="Publish API flows over HTTP: call them synchronously, or as jobs to poll or be called back for.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"Astera Lite {__version__}")
+    _add_settings(parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name, (_, text, arguments) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        for argument, options_ in arguments:
+            command.add_argument(argument, **options_)
+        _add_settings(command)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    import argparse  # noqa: PLC0415
+
+    group = parser.add_argument_group("settings")
+    group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="TOML file of settings")
+    for name, default, text in settings_table():
+        metadata = SETTING_FIELDS[name].metadata
+        if metadata.get("secret"):
+            continue
+        kind = metadata["kind"]
+        text = text.replace("%", "%%") + f" (default: {default})"
+        flag = "--" + name.replace("_", "-")
+        if kind == "bool":
+            group.add_argument(flag, dest=f"set_{name}", nargs="?", const="true", default=argparse.SUPPRESS, help=text,
+                               metavar="true|false")  # fmt: skip
+        else:
+            choices = metadata.get("choices")
+            placeholder = "|".join(choices) if choices else SETTING_KINDS[kind].placeholder
+            group.add_argument(flag, dest=f"set_{name}", metavar=placeholder, default=argparse.SUPPRESS, help=text)
+    secrets = ", ".join(
+        f"ASTERA_LITE_{name.upper()}" for name, item in SETTING_FIELDS.items() if item.metadata.get("secret")
+    )
+    group.description = f"Not as flags, which would show in `ps`: {secrets}."
+
+
+def _load_settings(args: argparse.Namespace) -> Settings:
+    given = vars(args)
+    config = given.get("config")
+    if config is None and os.path.exists("astera_lite.toml"):
+        config = "astera_lite.toml"
+    flags = {name.removeprefix("set_"): value for name, value in given.items() if name.startswith("set_")}
+    return Settings.load(config, os.environ, flags)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; the exit code."""
+    args = _parser().parse_args(argv)
+    command = COMMANDS[args.command or "serve"][0]
+    try:
+        return command(args, _load_settings(args))
+    except (ConfigError, FlowError) as error:
+        for fault in error.faults:
+            print(f"{fault}", file=sys.stderr)
+        return 1
+    except StoreError as error:
+        print(error, file=sys.stderr)
+        return 4
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the interpreter's last flush)
+        return 0
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
+        entry["message"] = record.getMessage()
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
+
+
+class _TextLines(logging.Formatter):
+    """Time, level and message; what came from outside cannot begin a line of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in record.getMessage())
+        text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {message}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def _set_up_logging(settings: Settings) -> None:
+    if settings.log == "off":
+        log.addHandler(logging.NullHandler())
+        log.propagate = False
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonLines() if settings.log == "json" else _TextLines())
+    log.addHandler(handler)
+    log.setLevel(settings.log_level.upper())
+    log.propagate = False
+
+
+def serve(args: argparse.Namespace, settings: Settings) -> int:
+    """serve: until SIGTERM or SIGINT."""
+    _set_up_logging(settings)
+    sys.setswitchinterval(0.0005)  # threads that compute would otherwise hold up the loop for 5 ms each
+    _raise_descriptor_limit(settings.max_connections)
+    app = AsteraLite(settings)
+    check_exposure(settings, settings.host, is_loopback(settings.host))
+    app.start()
+    try:
+        server = Server(app)
+    except OSError as error:
+        print(
+            f"cannot listen on {settings.host}:{settings.port}: {_reason(error)}; choose another --port",
+            file=sys.stderr,
+        )
+        app.stop()
+        return 3
+    except ConfigError:
+        app.stop()
+        raise
+    _install_signals(app, server)
+    lines = endpoint_lines(app.deployments, server.base or server.url)
+    if lines:
+        print("published:", *lines, sep="\n", file=sys.stderr)
+    print(f"listening on {server.url}", file=sys.stderr, flush=True)
+    server.serve_forever()
+    server.server_close()
+    left = app.stop()
+    logging.shutdown()
+    if left:  # threads that do not end would hold the interpreter for ever
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
+
+
+def _install_signals(app: AsteraLite, server: Server) -> None:
+    def stop(number: int, frame: object) -> None:
+        if server.stopping:
+            os._exit(0)  # asked twice: what is on disk is safe
+        server.request_stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda number, frame: server.post(lambda: _reload(app)))
+
+
+def _reload(app: AsteraLite) -> None:
+    faults = app.reload()
+    log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
+
+
+def _raise_descriptor_limit(connections: int) -> None:
+    """Let the process have as many descriptors as it may need, where the system allows it."""
+    try:
+        import resource as limits  # noqa: PLC0415 (not on Windows)
+    except ImportError:
+        return
+    soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
+    wanted = connections + 256
+    if soft < wanted:
+        limits.setrlimit(limits.RLIMIT_NOFILE, (wanted if hard == limits.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def check(args: argparse.Namespace, settings: Settings) -> int:
+    """check: validate flows and settings, a line for each fault."""
+    folder = Path(settings.flows)
+    AsteraLite(settings)  # its faults are ConfigErrors
+    check_exposure(settings, settings.host, is_loopback(settings.host))
+    if args.file:
+        flows, faults = [], []
+        for name in args.file:
+            path = Path(name)
+            try:
+                tree = parse_flow_text(path.read_text("utf-8"), path.name)
+                flows.append(build_flow(tree, path.stem, source=name, functions=Functions(path.parent)))
+            except FlowError as error:
+                faults += [fault._replace(where=name) for fault in error.faults]
+            except (OSError, UnicodeDecodeError) as error:
+                faults.append(Fault(name, "", f"cannot be read: {_reason(error)}"))
+    elif folder.is_dir():
+        flows, faults = load_flows(folder, STEP_KINDS, Functions(folder))
+    else:
+        flows, faults = [], [Fault(str(folder), "", "there is no such folder: `new NAME` makes it with a first flow")]
+    faults = Deployments(flows, faults).faults
+    for fault in faults:
+        print(fault)
+    print(f"{len(flows)} flows are well, {len(faults)} faults", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def try_flow(args: argparse.Namespace, settings: Settings) -> int:
+    """try: run one flow here, with a trace of its steps."""
+    _set_up_logging(dataclasses.replace(settings, log_level="warning"))
+    app = AsteraLite(settings)
+    app.reload()
+    flow = app.deployments.by_name.get(args.name)
+    if flow is None:
+        print(f'there is no flow "{args.name}"{suggest(args.name, app.deployments.by_name)}', file=sys.stderr)
+        return 1
+    params: dict[str, Any] = {}
+    body: Any = None
+    for pair in args.values:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            print(f"{shown(pair)} is not of the form name=value", file=sys.stderr)
+            return 2
+        if name == "body":
+            body = Path(value[1:]).read_bytes() if value.startswith("@") else value.encode()
+        else:
+            params[name] = [*params[name], value] if name in params else [value]
+    try:
+        request = request_for(flow, params, body)
+        given = flow.bind(request, path_values(flow, request.path), "try")
+    except InputError as error:
+        for item in error.errors:
+            print(f"{item['in']} {item['name']}: {item['message']}", file=sys.stderr)
+        return 1
+    trace: list[dict[str, Any]] = []
+    limit = flow.timeout or settings.job_timeout
+    outcome = run_flow(Run(flow, given, app.outside, app.clock.monotonic() + limit, trace=trace))
+    assert isinstance(outcome, Outcome)
+    _print_trace(trace)
+    if outcome.reason:
+        print(f"reason: {outcome.reason}", file=sys.stderr)
+    answer = outcome.answer
+    print(f"{outcome.status.value} {answer.code} {http.client.responses.get(answer.code, '')}", file=sys.stderr)
+    for name, value in answer.headers:
+        print(f"{name}: {value}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.stdout.buffer.write(answer.body)
+    sys.stdout.buffer.flush()
+    return 0 if outcome.error is None else 1
+
+
+def _print_trace(trace: list[dict[str, Any]]) -> None:
+    for step in trace:
+        began, ended = (datetime.datetime.fromisoformat(step[name]) for name in ("startedAt", "finishedAt"))
+        took = f"{(ended - began).total_seconds() * 1000:.0f} ms"
+        print(
+            f"{step['path']:<20} {step['kind']:<8} {step['state']:<9} {took:>8}  {step['preview'] or ''}",
+            file=sys.stderr,
+        )
+
+
+def new(args: argparse.Namespace, settings: Settings) -> int:
+    """new: write a starter flow."""
+    if not _FLOW_NAME.fullmatch(args.name):
+        print(f"{shown(args.name)} must consist of letters, digits, - and _", file=sys.stderr)
+        return 1
+    path = Path(settings.flows) / f"{args.name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(starter_flow(args.name))
+    except OSError as error:
+        print(f"{path}: {_reason(error)}", file=sys.stderr)
+        return 1
+    print(f"wrote {path}; run it with: try {args.name} id=7", file=sys.stderr)
+    return 0
+
+
+def jobs(args: argparse.Namespace, settings: Settings) -> int:
+    """jobs: list the jobs in the database, newest first."""
+    store = SqliteStore(settings.database, read_only=True)
+    status = Status(args.status) if args.status else None
+    found = store.page(Clock().now(), args.limit, None, args.flow, status, None)
+    print(f"{'id':<36}  {'flow':<16}  {'status':<9}  {'created':<24}  {'finished':<24}  callback")
+    for job in found:
+        callback = f"{job.callback.state} ({job.callback.attempts})" if job.callback else ""
+        finished = timestamp(job.finished) or ("waiting" if job.due else "")
+        print(
+            f"{job.id}  {job.flow:<16}  {job.status.value:<9}  {timestamp(job.created)}"
+            f"  {finished:<24}  {callback}".rstrip()
+        )
+    store.close()
+    return 0
+
+
+def show_job(args: argparse.Namespace, settings: Settings) -> int:
+    """job: one job, its callback attempts and its result."""
+    store = SqliteStore(settings.database, read_only=True)
+    key = JobKey.parse(args.id)
+    job = store.get(key) if key else None
+    if job is None:
+        print(f"there is no job {shown(args.id)}", file=sys.stderr)
+        return 1
+    document = status_document(job, job.base)
+    document["steps"] = store.trace(job.key)
+    if job.callback is not None:
+        document["callback"]["history"] = [
+            {"at": timestamp(a.at), "status": a.status, "error": a.error, "durationMs": a.duration_ms}
+            for a in store.attempts(job.key)
+        ]
+    print(json.dumps(document, indent=2, ensure_ascii=False), file=sys.stderr if args.result else sys.stdout)
+    stored = store.result(job.key)
+    if args.result and stored is not None:
+        pieces = [stored.body] if stored.body is not None else store.result_pieces(job.key, stored.attempt)
+        for piece in pieces:
+            sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+    store.close()
+    return 0
+
+
+_Command = Callable[["argparse.Namespace", Settings], int]
+#: The commands: function, help, arguments.
+COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]]]] = {
+    "serve": (serve, "serve the flows (the default)", []),
+    "check": (
+        check,
+        "validate flows and settings",
+        [("file", {"nargs": "*", "help": "flow files; all if none is named"})],
+    ),
+    "try": (
+        try_flow,
+        "run one flow here, with a trace of its steps",
+        [
+            ("name", {"help": "name of the flow"}),
+            ("values", {"nargs": "*", "metavar": "key=value", "help": "parameters; body=TEXT or body=@FILE"}),
+        ],
+    ),
+    "new": (new, "write a starter flow", [("name", {"help": "name of the flow"})]),
+    "jobs": (
+        jobs,
+        "list the jobs in the database",
+        [
+            ("--flow", {"help": "of this flow only"}),
+            ("--status", {"choices": ["Running", "Completed", "Error"], "help": "of this status only"}),
+            ("--limit", {"type": int, "default": 50, "help": "so many at the most (default: 50)"}),
+        ],
+    ),
+    "job": (
+        show_job,
+        "show one job, its steps and its callback attempts",
+        [
+            ("id", {"help": "id of the job"}),
+            ("--result", {"action": "store_true", "help": "print its result to stdout, the rest to stderr"}),
+        ],
+    ),
+}

@@ -1,0 +1,201 @@
+"""What the tests share: a server on a free port, a clock that ticks when told, a receiver of callbacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import requests
+
+from astera_lite import AsteraLite, Clock, Server
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class FakeClock(Clock):
+    """A clock that stands still until it is told to tick."""
+
+    def __init__(self, now_ms: int = 1_790_000_000_000) -> None:
+        self.ms = now_ms
+        self.seconds = 1000.0
+
+    def now(self) -> int:
+        return self.ms
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def tick(self, seconds: float) -> int:
+        self.ms += round(seconds * 1000)
+        self.seconds += seconds
+        return self.ms
+
+
+ECHO: dict[str, Any] = {
+    "request": {
+        "method": "POST",
+        "resource": "/echo",
+        "processing": ["synchronous", "asynchronous"],
+        "parameters": {"a": {"in": "query", "type": "integer"}, "b": {"in": "query"}},
+    },
+    "response": {"body": {"params": "${params}", "body": "${request.body}"}},
+}
+
+
+def get_flow(resource: str, *, steps: list[Any] | None = None, response: Any = None, **more: Any) -> dict[str, Any]:
+    """A GET flow in both modes."""
+    request = {"method": "GET", "resource": resource, "processing": ["synchronous", "asynchronous"]}
+    request |= more.pop("request", {})
+    tree: dict[str, Any] = {"request": request, **more}
+    if steps is not None:
+        tree["steps"] = steps
+    if response is not None:
+        tree["response"] = response
+    return tree
+
+
+class Client:
+    """requests against one server: paths instead of URLs, no redirects, a deadline."""
+
+    def __init__(self, server: Server) -> None:
+        self.url = server.url
+        self.session = requests.Session()
+        self.session.trust_env = False
+
+    def __call__(self, method: str, path: str, **more: Any) -> requests.Response:
+        url = path if path.startswith("http") else self.url + path
+        return self.session.request(method, url, timeout=more.pop("timeout", 20), allow_redirects=False, **more)
+
+    def get(self, path: str, **more: Any) -> requests.Response:
+        return self("GET", path, **more)
+
+    def post(self, path: str, **more: Any) -> requests.Response:
+        return self("POST", path, **more)
+
+    def finished(self, accepted: requests.Response) -> dict[str, Any]:
+        """The status document once the job is finished, by long poll."""
+        assert accepted.status_code == 202, accepted.text
+        for _ in range(10):
+            answer = self.get(accepted.json()["statusUrl"], headers={"Prefer": "wait=10"})
+            document: dict[str, Any] = answer.json()
+            if document["status"] != "Running":
+                return document
+        raise AssertionError("the job does not finish")
+
+
+class Running(NamedTuple):
+    app: AsteraLite
+    server: Server
+    client: Client
+
+
+@contextmanager
+def running(folder: Path, flows: dict[str, Any] | None = None, **settings: Any) -> Iterator[Running]:
+    """A server in this process, on a free port, with these flows and a database in `folder`."""
+    settings = {"database": str(folder / "jobs.db"), "shutdown_timeout": 5, **settings}
+    app = AsteraLite(**settings)
+    with app:
+        for name, tree in (flows or {}).items():
+            app.deploy(name, tree)
+        with Server(app, port=0) as server:
+            client = Client(server)
+            try:
+                yield Running(app, server, client)
+            finally:
+                client.session.close()
+
+
+@contextmanager
+def process(
+    folder: Path, *arguments: str, env: dict[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """`python astera_lite.py` as a user starts it, in `folder`: the process, its URL, and the lines it printed before."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("ASTERA_")} | (env or {})
+    command = [sys.executable, str(ROOT / "astera_lite.py"), "--port", "0", *arguments]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environ) as started:
+        lines: list[str] = []
+        try:
+            assert started.stderr is not None
+            for line in started.stderr:
+                lines.append(line.rstrip("\n"))
+                if line.startswith("listening on "):
+                    break
+            else:
+                raise AssertionError("\n".join(lines))
+            drain = threading.Thread(target=lambda: [lines.append(text) for text in started.stderr or ()], daemon=True)
+            drain.start()
+            yield started, lines[-1].removeprefix("listening on "), lines
+        finally:
+            if started.poll() is None:
+                started.kill()
+            started.wait(10)
+            drain.join(5)
+
+
+class Sink:
+    """A receiver of callbacks: `got` has what came, `answers` (status codes) are given in turn, then 204."""
+
+    def __init__(self) -> None:
+        self.got: queue.Queue[tuple[dict[str, str], bytes]] = queue.Queue()
+        self.answers: list[int] = []
+        sink = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                code = sink.answers.pop(0) if sink.answers else 204
+                sink.got.put(({name.lower(): value for name, value in self.headers.items()}, body))
+                self.send_response(code)
+                if 300 <= code < 400:
+                    self.send_header("Location", sink.url + "/elsewhere")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
+
+    def __enter__(self) -> Sink:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join(5)
+
+    def next(self, timeout: float = 10) -> tuple[dict[str, str], Any]:
+        headers, body = self.got.get(timeout=timeout)
+        return headers, json.loads(body)
+
+
+def talk(server: Server, *packets: bytes, end: bool = False, timeout: float = 10) -> bytes:
+    """Send raw bytes, each as a packet of its own, and read until the server closes."""
+    host, port = server.server_address[:2]
+    with socket.create_connection((str(host), int(port)), timeout=timeout) as sock:
+        for packet in packets:
+            sock.sendall(packet)
+        if end:
+            sock.shutdown(socket.SHUT_WR)
+        data = b""
+        while True:
+            try:
+                piece = sock.recv(65536)
+            except ConnectionResetError:
+                return data
+            if not piece:
+                return data
+            data += piece
