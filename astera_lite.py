@@ -4612,7 +4612,9 @@ class Engine:
         def suspended(kept: Any, error: AsteraError | None) -> None:
             with self._lock:
                 self._live.pop(job.key.seq, None)
-            if kept:
+            if kept and live.cancel.is_set:  # it came while the wait was put on record
+                self.end(job, Outcome.failed("cancelled", 409, "The job was cancelled."))
+            elif kept:
                 self.later(due, job.key.seq)
                 self._tell(job.key)
 
