@@ -6017,26 +6017,32 @@ def _example_query(flow: Flow) -> str:
     return "?" + "&".join(f"{name}={_example(flow, name)}" for name in needed) if needed else ""
 
 
+_STARTER = """\
+{
+  "description": "What NAME is for, in a sentence",
+  "request": {
+    "method": "GET",
+    "resource": "/NAME/{id}",
+    "processing": ["synchronous", "asynchronous"],
+    "parameters": {
+      "id": {"in": "path", "type": "integer", "example": 7},
+      "note": {"in": "query", "type": "string", "maxLength": 100}
+    }
+  },
+  "steps": [
+    {"name": "double", "set": "${params.id * 2}"}
+  ],
+  "response": [
+    {"when": "${params.id < 0}", "status": 404, "body": {"error": "there is no ${params.id}"}},
+    {"status": 200, "body": {"id": "${params.id}", "double": "${double}", "note": "${params.note}"}}
+  ]
+}
+"""
+
+
 def starter_flow(name: str) -> str:
     """The text of a first flow."""
-    tree = {
-        "description": f"What {name} is for, in a sentence",
-        "request": {
-            "method": "GET",
-            "resource": f"/{name}/{{id}}",
-            "processing": ["synchronous", "asynchronous"],
-            "parameters": {
-                "id": {"in": "path", "type": "integer", "example": 7},
-                "note": {"in": "query", "type": "string", "maxLength": 100},
-            },
-        },
-        "steps": [{"name": "double", "set": "${params.id * 2}"}],
-        "response": [
-            {"when": "${params.id < 0}", "status": 404, "body": {"error": "there is no ${params.id}"}},
-            {"status": 200, "body": {"id": "${params.id}", "double": "${double}", "note": "${params.note}"}},
-        ],
-    }
-    return json.dumps(tree, indent=2) + "\n"
+    return _STARTER.replace("NAME", name)
 
 
 # ======================================================================================================================
@@ -7503,7 +7509,7 @@ def new(args: argparse.Namespace, settings: Settings) -> int:
     except OSError as error:
         print(f"{path}: {_reason(error)}", file=sys.stderr)
         return 1
-    print(f"wrote {path}; run it with: try {args.name} id=7", file=sys.stderr)
+    print(f"wrote {path}; run it with: python astera_lite.py try {args.name} id=7", file=sys.stderr)
     return 0
 
 

@@ -119,7 +119,7 @@ def running(folder: Path, flows: dict[str, Any] | None = None, **settings: Any) 
 def process(
     folder: Path, *arguments: str, env: dict[str, str] | None = None
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """`python astera_lite.py` as a user starts it, in `folder`: the process, its URL, and the lines it printed before."""
+    """`python astera_lite.py` as a user starts it, in `folder`: the process, its URL, and the lines it printed."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("ASTERA_")} | (env or {})
     command = [sys.executable, str(ROOT / "astera_lite.py"), "--port", "0", *arguments]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environ) as started:
