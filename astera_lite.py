@@ -4005,8 +4005,8 @@ class SqliteStore:
             return Added(job, False)
 
         def stored(result: Any, error: AsteraError | None) -> None:
-            if error is None:
-                self._versions.add(job.version)
+            if isinstance(result, Added) and not result.replayed:
+                self._versions.add(job.version)  # its text is on disk now
             done(result, error)
 
         self._put(run, stored)
@@ -6064,11 +6064,13 @@ class Exchange:
     """One request and the way to its answer.
 
     A route returns its response, or None and gives it to `answer` later, on the loop: other threads use `post`.
+    `later(seconds, function, early)` calls a function on the loop unless the answer was given by then; one that may be
+    early is called at once when the server stops.
     """
 
     __slots__ = (
-        "answer", "answered", "app", "base", "body", "caller", "cors_origin", "head", "post", "request_id", "route",
-        "timer", "values",
+        "answer", "answered", "app", "base", "body", "caller", "cors_origin", "flow", "head", "later", "path", "post",
+        "request_id", "route", "values",
     )  # fmt: skip
 
     def __init__(
@@ -6079,15 +6081,17 @@ class Exchange:
         base: str,
         answer: Callable[[Exchange, Reply], None],
         post: Callable[[Callable[[], None]], None],
-        timer: Callable[[float, Callable[[], None], bool], None],
+        later: Callable[[float, Callable[[], None], bool], None],
     ) -> None:
         self.app, self.head, self.request_id, self.base = app, head, request_id, base
-        self.answer, self.post, self.timer = partial(answer, self), post, timer
+        self.answer, self.post, self.later = partial(answer, self), post, later
         self.body = b""
         self.caller = Principal()
         self.cors_origin: str | None = None
         self.route: Route | None = None
         self.values: dict[str, str] = {}
+        self.flow: Flow | None = None
+        self.path = ""  # raw, behind the prefix of a publishing route
         self.answered = False
 
     def fail(self, error: Exception) -> None:
@@ -6106,6 +6110,7 @@ class Route(NamedTuple):
     path: str
     handle: Callable[[Exchange], Reply | None]
     is_open: bool = False  # needs no token
+    check: Callable[[Exchange], None] | None = None  # raises what refuses the request before its body is read
 
 
 def begin(x: Exchange, access: Access) -> None:
@@ -6124,6 +6129,8 @@ def begin(x: Exchange, access: Access) -> None:
     if route is None:
         raise MethodNotAllowed(sorted(routes))
     x.route = route
+    if route.check is not None:
+        route.check(x)
 
 
 class MethodNotAllowed(AsteraError):
@@ -6185,7 +6192,8 @@ def _applied(names: Iterable[str]) -> list[tuple[str, str]]:
 
 def publish_sync(x: Exchange) -> Reply | None:
     """METHOD /api/publishing{resource}"""
-    flow, path = _published(x, "synchronous")
+    flow, path = x.flow, x.path
+    assert flow is not None
     preferences = parse_prefer(x.head.headers.get("prefer"))
     if "respond-async" in preferences and "asynchronous" in flow.modes and x.head.method != "HEAD":
         _submit(x, flow, path, preferences, ["respond-async"])
@@ -6197,7 +6205,7 @@ def publish_sync(x: Exchange) -> Reply | None:
     given = flow.bind(request, path_values(flow, path), x.request_id)
     limit = min(flow.timeout or x.app.settings.sync_timeout, x.app.settings.sync_timeout)
     late = Outcome.failed("timeout", 504, "The flow took longer than it may.")
-    x.timer(limit + 0.25, lambda: x.answer(_flow_response(late.answer, _VARY)), False)
+    x.later(limit + 0.25, lambda: x.answer(_flow_response(late.answer, _VARY)), False)
     x.app.run_sync(flow, given, lambda outcome: x.post(lambda: x.answer(_flow_response(outcome.answer, _VARY))))
     return None
 
@@ -6215,12 +6223,12 @@ def _flow_response(answer: Answer, more: Iterable[tuple[str, str]] = ()) -> Repl
 
 def publish_async(x: Exchange) -> None:
     """METHOD /api/publishingAsync{resource}"""
-    flow, path = _published(x, "asynchronous")
-    _submit(x, flow, path, parse_prefer(x.head.headers.get("prefer")), [])
+    assert x.flow is not None
+    _submit(x, x.flow, x.path, parse_prefer(x.head.headers.get("prefer")), [])
 
 
-def _published(x: Exchange, mode: str) -> tuple[Flow, str]:
-    """The flow that is called, and the raw path behind the prefix; raises NotFound, MethodNotAllowed."""
+def find_flow(mode: str, x: Exchange) -> None:
+    """Find the flow that is called, and the raw path behind the prefix; raises NotFound, MethodNotAllowed."""
     path = x.head.path[len(PREFIXES[mode]) :]
     matches = x.app.deployments.match(path)
     if not matches:
@@ -6232,7 +6240,7 @@ def _published(x: Exchange, mode: str) -> tuple[Flow, str]:
     if mode not in flow.modes:
         (other,) = flow.modes
         raise NotFound(f"This flow is published {other}ly only: call {PREFIXES[other]}{flow.resource}")
-    return flow, path
+    x.flow, x.path = flow, path
 
 
 def _allowed(matches: list[dict[str, Flow]], mode: str) -> set[str]:
@@ -6366,7 +6374,7 @@ def _when_finished(
         except AsteraError as error:
             x.fail(error)
 
-    x.timer(seconds, lambda: look(final=True), True)
+    x.later(seconds, lambda: look(final=True), True)
     look()
 
 
@@ -6645,8 +6653,8 @@ def health(x: Exchange) -> Reply:
 
 
 ROUTES = [
-    Route("*", "/api/publishing/*", publish_sync),
-    Route("*", "/api/publishingAsync/*", publish_async),
+    Route("*", "/api/publishing/*", publish_sync, check=partial(find_flow, "synchronous")),
+    Route("*", "/api/publishingAsync/*", publish_async, check=partial(find_flow, "asynchronous")),
     Route("GET", "/api/jobs/{id}/status", job_status),
     Route("GET", "/api/jobs/{id}/result", job_result),
     Route("GET", "/api/jobs/{id}", job_details),
@@ -6692,6 +6700,7 @@ _LINGER_S = 2.0  # for a client to read a refusal before its connection is reset
 _SLOWEST_READER = 64 << 10  # bytes a second that a client must take of a long answer
 _MAX_BUFFERED = 256 << 20  # bytes of requests in all connections together
 _ACCEPTS_A_TURN = 64
+_SWEEP_S = 0.02  # seconds between sweeps at the least
 
 
 class Handler(BaseRequestHandler):
@@ -6714,6 +6723,7 @@ class Handler(BaseRequestHandler):
         self.counted = 0  # bytes buffered, as the server counts them
         self.events = selectors.EVENT_READ
         self.deadline = time.monotonic() + limits.idle_timeout
+        self.at_deadline: tuple[Callable[[], None], bool] | None = None  # of the request in flight, and may it be early
         server.selector.register(request, self.events, self)
 
     # --- reading ---
@@ -6840,7 +6850,7 @@ class Handler(BaseRequestHandler):
         if not head.keep_alive or self.loop.stopping:
             self.ending = True
         data = response_head(reply, x.request_id, not self.ending, head.version)
-        self.exchange, self.in_flight = None, False
+        self.exchange, self.in_flight, self.at_deadline = None, False, None
         self.deadline = time.monotonic() + self.loop.limits.request_timeout + reply.length / _SLOWEST_READER
         if head.method == "HEAD" or reply.status in (204, 304):
             self.write(data)
@@ -6933,9 +6943,23 @@ class Handler(BaseRequestHandler):
             self.loop.selector.modify(self.sock, events, self)
         self.events = events
 
-    def overdue(self, now: float) -> None:
+    def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
+        """Call a function after so many seconds, unless the request in flight was answered by then."""
+        self.at_deadline = (function, early)
+        self.deadline = time.monotonic() + (0 if early and self.loop.stopping else seconds)
+        self.loop.sweep_by(self.deadline)
+
+    def call_deadline(self) -> None:
+        """The request in flight has waited long enough."""
+        if self.at_deadline is not None:
+            function, self.at_deadline, self.deadline = self.at_deadline[0], None, math.inf
+            function()
+
+    def overdue(self) -> None:
         """The deadline has passed: say so if a request was begun, then close."""
-        if self.out or self.lingering or not self.parser.begun or self.in_flight:
+        if self.in_flight and self.at_deadline is not None:
+            self.call_deadline()
+        elif self.out or self.lingering or not self.parser.begun or self.in_flight:
             self.close()
         else:
             self.refuse(WireError(408, "The request was not complete in time."))
@@ -6984,8 +7008,8 @@ class Server(ThreadingHTTPServer):
         self.stopping = False
         self._inbox: deque[Callable[[], None]] = deque()
         self._awake = False
-        self._timers: list[tuple[float, int, Callable[[], None], bool]] = []
-        self._timer_count = itertools.count()
+        self._sweep_at = 0.0
+        self._accept_at = math.inf  # when accepting goes on after descriptors ran out
         self._request_count = itertools.count(1)
         self._request_prefix = os.urandom(5).hex()
         self._ended = threading.Event()
@@ -7073,11 +7097,10 @@ class Server(ThreadingHTTPServer):
         selector.register(self.socket, selectors.EVENT_READ, self._accept)
         selector.register(self._wake_in, selectors.EVENT_READ, self._woken)
         self._stop_at = math.inf
-        self.timer(1.0, self._sweep, early=False)
         try:
             while not (self.stopping and not self.handlers) and time.monotonic() < self._stop_at:
-                timeout = max(self._timers[0][0] - time.monotonic(), 0) if self._timers else poll_interval
-                for key, mask in selector.select(0 if self._inbox else timeout):
+                timeout = 0 if self._inbox else max(self._sweep_at - time.monotonic(), 0)
+                for key, mask in selector.select(timeout):
                     if isinstance(key.data, Handler):
                         key.data.on_events(mask)
                     else:
@@ -7085,9 +7108,8 @@ class Server(ThreadingHTTPServer):
                 self._awake = False
                 for _ in range(len(self._inbox)):
                     self._inbox.popleft()()
-                now = time.monotonic()
-                while self._timers and self._timers[0][0] <= now:
-                    heapq.heappop(self._timers)[2]()
+                if time.monotonic() >= self._sweep_at:
+                    self._sweep()
         finally:
             for handler in list(self.handlers):
                 handler.close()
@@ -7112,13 +7134,9 @@ class Server(ThreadingHTTPServer):
             except OSError as error:  # out of descriptors: leave the listener alone until some are back
                 log.error("connections are not accepted for a moment: %s", _reason(error))
                 self.selector.unregister(self.socket)
-                self.timer(0.5, self._accept_again, early=False)
+                self._accept_at = time.monotonic() + 0.5
                 return
             self.process_request(request, address)
-
-    def _accept_again(self) -> None:
-        if not self.stopping:
-            self.selector.register(self.socket, selectors.EVENT_READ, self._accept)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Register a new connection with the selector; http.server's hook."""
@@ -7148,17 +7166,20 @@ class Server(ThreadingHTTPServer):
         request.close()
 
     def _sweep(self) -> None:
-        """Once a second: end connections whose deadline has passed."""
+        """Once a second, or when somebody waits for less: see to connections whose deadline has passed."""
         now = time.monotonic()
-        for handler in [handler for handler in self.handlers if handler.deadline < now]:
-            handler.overdue(now)
-        self.timer(1.0, self._sweep, early=False)
+        for handler in [handler for handler in self.handlers if handler.deadline <= now]:
+            handler.overdue()
+        waiting = [handler.deadline for handler in self.handlers if handler.at_deadline is not None]
+        self._sweep_at = max(min([now + 1, *waiting]), now + _SWEEP_S)
+        if now >= self._accept_at:
+            self._accept_at = math.inf
+            if not self.stopping:
+                self.selector.register(self.socket, selectors.EVENT_READ, self._accept)
 
-    def timer(self, seconds: float, function: Callable[[], None], early: bool) -> None:
-        """Call a function on the loop after so many seconds; one that may be early is called at once on stopping."""
-        if early and self.stopping:
-            seconds = 0
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_count), function, early))
+    def sweep_by(self, moment: float) -> None:
+        """Sweep no later than at a moment on the monotonic clock."""
+        self._sweep_at = min(self._sweep_at, max(moment, time.monotonic() + _SWEEP_S))
 
     def _stop_accepting(self) -> None:
         if self.stopping:
@@ -7168,13 +7189,10 @@ class Server(ThreadingHTTPServer):
         if self.socket.fileno() in self.selector.get_map():
             self.selector.unregister(self.socket)
         self.socket.close()
-        early = [entry for entry in self._timers if entry[3]]  # who waits for a job gets its state as it is
-        self._timers = [entry for entry in self._timers if not entry[3]]
-        heapq.heapify(self._timers)
-        for entry in early:
-            entry[2]()
         for handler in list(self.handlers):
-            if not (handler.in_flight or handler.out or handler.parser.begun):
+            if handler.at_deadline is not None and handler.at_deadline[1]:
+                handler.call_deadline()  # who waits for a job gets its state as it is
+            elif not (handler.in_flight or handler.out or handler.parser.begun):
                 handler.close()
 
     # --- requests ---
@@ -7186,7 +7204,7 @@ class Server(ThreadingHTTPServer):
         """A new exchange on a connection."""
         base = self.base or f"{self.scheme}://{head.headers.get('host') or self.url.partition('//')[2]}"
         return Exchange(
-            self.app, head, self._next_request_id(), base, partial(self._answer, handler), self.post, self.timer
+            self.app, head, self._next_request_id(), base, partial(self._answer, handler), self.post, handler.later
         )
 
     def handle(self, x: Exchange) -> None:
