@@ -2441,7 +2441,7 @@ class Run:
         if wait_ms <= _WORTH_SUSPENDING_MS or not self.journal.suspendable:
             self.sleep(wait_ms / 1000)
             return
-        self.journal.begin_wait(path, until)
+        self.journal.begin_wait(path, min(until, (1 << 63) - 1))  # what the database can keep
         raise _Suspend(min(until, clock.now() + math.ceil(self.left() * 1000)))
 
 
@@ -2468,7 +2468,7 @@ def run_flow(run: Run) -> Outcome | Suspended:
         return Outcome.failed(code, error.status, error.detail, run.outside.masked(str(error)))
     except ExpressionError as error:
         return _broken(run, str(error))
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a step's sys.exit() is to end its run, not a thread of the pool
         log.debug("flow %s", flow.name, exc_info=True)
         return _broken(run, f"{type(error).__name__}: {error}")
 
@@ -2491,12 +2491,25 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
             if run.trace is not None and not any(entry["path"] == path for entry in run.trace):
                 _note(run, step, path, "resumed", run.outside.clock.now(), None, value)
             continue
-        if step.when is not None and not step.when(scope):
+        if not _wanted(step, run, scope, path):
             scope[step.name] = None
             _note(run, step, path, "skipped", run.outside.clock.now(), None)
             continue
         value = scope[step.name] = _run_step(step, run, scope, path)
     return value
+
+
+def _wanted(step: Step, run: Run, scope: Scope, path: str) -> bool:
+    """Whether a step's `when` holds; what may turn out otherwise the next time is saved, for a resumed run."""
+    if step.when is None:
+        return True
+    if not step.when.volatile:
+        return bool(step.when(scope))
+    decided = run.journal.saved.get(f"{path}?")
+    if decided is None:
+        decided = bool(step.when(scope))
+        run.journal.record(f"{path}?", decided)
+    return bool(decided)
 
 
 def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
@@ -2751,7 +2764,8 @@ def _check_fail(build: Build, spec: Any, place: str) -> Runner:
     message = build.template(spec.get("message", ""), f"{place}/message")
 
     def fail(run: Run, scope: Scope, path: str) -> NoReturn:
-        raise _Failed(status, as_text(message(scope)))
+        text = as_text(message(scope))
+        raise _Failed(status, text.encode("utf-8", "replace").decode())  # a lone surrogate cannot be sent
 
     return fail
 
@@ -3763,6 +3777,7 @@ _SELECT_JOB = f"SELECT {_JOB_COLUMNS}, {_CALLBACK_COLUMNS} FROM jobs LEFT JOIN c
 _CHILD_TABLES = ("pieces", "steps", "callbacks", "attempts")
 _BATCH = 512  # writes committed together at the most; more would make the first of them wait
 _RETRY_S = 0.5
+_GIVE_BACK = 1024  # pages (of 4 KiB) that a purge gives back to the system at the most, so that no write waits long
 _FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_BUSY", "SQLITE_LOCKED"})
 
 
@@ -3815,6 +3830,7 @@ class SqliteStore:
 
     def __init__(self, path: str, durability: str = "full", read_only: bool = False) -> None:
         self.fault: str | None = None
+        self._closed = False
         self.path = os.path.realpath(path)
         self._durability = durability
         self._read_only = read_only
@@ -3828,8 +3844,12 @@ class SqliteStore:
         if read_only:
             if not os.path.exists(self.path):
                 raise StoreError(f"there is no database {self.path}: a server makes it when it starts")
-            with self._reader() as reader:
-                self._check_format(reader)
+            try:
+                with self._reader() as reader:
+                    self._check_format(reader)
+            except BaseException:
+                self.close()
+                raise
             return
         self._owner = self._own()
         try:
@@ -3843,21 +3863,26 @@ class SqliteStore:
     # --- opening ---
 
     def _own(self) -> sqlite3.Connection:
+        owner = None
         try:
             owner = sqlite3.connect(f"{self.path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
             owner.execute("PRAGMA locking_mode = EXCLUSIVE")
             owner.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorname == "SQLITE_BUSY":
-                raise StoreError(
-                    f"another server uses {self.path}: stop it, or set `database` to another path"
-                ) from None
-            raise StoreError(f"{self.path}.lock: {_store_error(error)}; the folder must be writable") from None
         except sqlite3.Error as error:
-            raise StoreError(f"{self.path}.lock: {_store_error(error)}; it is not ours: move it away") from None
+            if owner is not None:
+                owner.close()
+            raise self._not_owned(error) from None
         return owner
 
+    def _not_owned(self, error: sqlite3.Error) -> StoreError:
+        if isinstance(error, sqlite3.OperationalError):
+            if error.sqlite_errorname == "SQLITE_BUSY":
+                return StoreError(f"another server uses {self.path}: stop it, or set `database` to another path")
+            return StoreError(f"{self.path}.lock: {_store_error(error)}; the folder must be writable")
+        return StoreError(f"{self.path}.lock: {_store_error(error)}; it is not ours: move it away")
+
     def _open(self) -> sqlite3.Connection:
+        connection = None
         try:
             connection = sqlite3.connect(self.path, timeout=1, isolation_level=None, check_same_thread=False)
             self._check_format(connection)
@@ -3870,8 +3895,12 @@ class SqliteStore:
             connection.execute("BEGIN IMMEDIATE")  # a database that cannot be written is to be found now
             connection.execute("DELETE FROM pieces WHERE job NOT IN (SELECT seq FROM jobs)")
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: {_store_error(error)}") from None
+        except BaseException as error:
+            if connection is not None:
+                connection.close()  # or it keeps its locks as long as the exception lives
+            if isinstance(error, sqlite3.Error):
+                raise StoreError(f"{self.path}: {_store_error(error)}") from None
+            raise
         return connection
 
     def _check_format(self, connection: sqlite3.Connection) -> None:
@@ -3900,6 +3929,18 @@ class SqliteStore:
 
     def _put(self, run: Callable[[sqlite3.Connection], Any], done: Done = _ignore, keep: bool = False) -> None:
         self._queue.put(_Write(run, done, keep))
+        if self._closed:
+            self._refuse()
+
+    def _refuse(self) -> None:
+        """Tell writes that came after the end, or their callers would wait for ever."""
+        try:
+            while True:
+                write = self._queue.get_nowait()
+                if write is not None:
+                    self._tell(write, None, StoreError("the database is closed"))
+        except queue.Empty:
+            pass
 
     def _write(self) -> None:
         """The writer thread: commit together whatever waits."""
@@ -3923,7 +3964,11 @@ class SqliteStore:
                 self._commit(batch, kept)
             if stopping and kept:
                 log.error("%d writes could not be made: %s", len(kept), self.fault)
+                for write in kept:
+                    self._tell(write, None, StoreError(self.fault or ""))
                 break
+        self._closed = True
+        self._refuse()
 
     def _commit(self, batch: list[_Write], kept: deque[_Write]) -> None:
         writer = self._writer
@@ -4104,7 +4149,8 @@ class SqliteStore:
                 (attempt.at, attempt.duration_ms, attempt.status, attempt.error, key.seq),
             )
             db.execute(
-                "UPDATE callbacks SET attempts = attempts + 1, state = ?, last_status = ?, next = ? WHERE job = ?",
+                "UPDATE callbacks SET attempts = attempts + 1, state = ?, last_status = ?, next = ?"
+                " WHERE job = ? AND state = 'pending'",
                 (state, attempt.status, next_at, key.seq),
             )
 
@@ -4115,8 +4161,9 @@ class SqliteStore:
             sql = "SELECT seq FROM jobs WHERE expires <= ? ORDER BY expires LIMIT ?"
             expired = [row[0] for row in db.execute(sql, (now, limit))]
             _forget(db, expired)
-            if expired:
-                db.execute("PRAGMA incremental_vacuum(256)").fetchall()
+            free = db.execute("PRAGMA freelist_count").fetchone()[0]
+            for _ in range(min(free, _GIVE_BACK)):  # one by one: before CPython 3.13 only the first step is made
+                db.execute("PRAGMA incremental_vacuum(1)")
             return len(expired)
 
         self._put(run, done)
@@ -4330,7 +4377,20 @@ def key_conflict() -> Conflict:
 
 def _to_saved(value: Any) -> str:
     """A step's output as the journal keeps it; bytes are marked, for JSON has none."""
-    return json.dumps(value, ensure_ascii=True, separators=(",", ":"), default=_save_bytes)
+    text = _dump_saved(value)
+    return _dump_saved(_escaped(value)) if _MARK in text else text
+
+
+_MARK = '{"\\u0000bytes":'
+_dump_saved = partial(json.dumps, ensure_ascii=True, separators=(",", ":"), default=lambda value: _save_bytes(value))
+
+
+def _escaped(value: Any) -> Any:
+    """The value with objects that look like marked bytes told apart from them: their member is put into a list."""
+    if isinstance(value, dict):
+        escaped = {name: _escaped(member) for name, member in value.items()}
+        return {"\0bytes": [escaped["\0bytes"]]} if escaped.keys() == {"\0bytes"} else escaped
+    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _save_bytes(value: Any) -> dict[str, str]:
@@ -4340,9 +4400,14 @@ def _save_bytes(value: Any) -> dict[str, str]:
 
 
 def _from_saved(text: str) -> Any:
-    return json.loads(
-        text, object_hook=lambda o: base64.b64decode(o["\0bytes"]) if "\0bytes" in o and len(o) == 1 else o
-    )
+    return json.loads(text, object_hook=_from_mark)
+
+
+def _from_mark(value: dict[str, Any]) -> Any:
+    if value.keys() != {"\0bytes"}:
+        return value
+    marked = value["\0bytes"]
+    return base64.b64decode(marked) if isinstance(marked, str) else {"\0bytes": marked[0]}
 
 
 # ======================================================================================================================
@@ -4520,6 +4585,8 @@ class Engine:
             done(outcome)
 
         with self._lock:
+            if self._stopping:
+                raise Busy("The server is stopping.", 5)
             self._sync.append(task)
             self._call_threads()
 
@@ -4571,6 +4638,10 @@ class Engine:
                 heapq.heappush(self._waiting, (self._clock.now() + 1000, seq))
         except Exception:  # the door of a job's run: a fault of ours must not cost the thread
             log.exception("job %s", JobKey(seq, 0))
+            if live.job is not None:
+                self.end(live.job, Outcome.failed("failed", 500, "The server failed to run the job."))
+            with self._lock:
+                self._live.pop(seq, None)
         finally:
             with self._lock:
                 self._busy -= 1
@@ -4617,6 +4688,8 @@ class Engine:
             elif kept:
                 self.later(due, job.key.seq)
                 self._tell(job.key)
+            elif error is not None:
+                self.end(job, Outcome.failed("failed", 500, "The job's wait could not be stored."))
 
         suspension = Suspension(job.key, live.attempt, live.started, due, *journal.waiting, to_json(trace))
         self._store.suspend(suspension, suspended)

@@ -68,7 +68,7 @@ CREATE TABLE steps (
 CREATE TABLE callbacks (
     job         INTEGER PRIMARY KEY, -- jobs.seq
     receiver    TEXT    NOT NULL,    -- host:port, so that one receiver does not hold up the others
-    state       TEXT    NOT NULL CHECK (state IN ('pending', 'delivered', 'failed', 'gone')),
+    state       TEXT    NOT NULL CHECK (state IN ('pending', 'delivered', 'failed', 'gone')), -- how far it got
     attempts    INTEGER NOT NULL DEFAULT 0, -- deliveries tried
     last_status INTEGER,             -- status code of the last answer; NULL: no answer
     next        INTEGER,             -- when it is tried next; NULL unless pending

@@ -1,0 +1,270 @@
+"""What a killed, a stopped and a second server leave: real processes, one database."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from support import ROOT, Sink, get_flow, process
+
+WORK = '''
+import os, time
+
+def mark(context, n, pause=0.0):
+    """A side effect that can be counted: one line for each time it happens."""
+    with open("marks", "ab", 0) as file:
+        file.write(b"%d\\n" % n)
+    time.sleep(pause)
+    return n * 2
+
+def held(context):
+    """Runs until a file is there."""
+    mark(context, 7)
+    while not os.path.exists("go") and not context.cancelled:
+        time.sleep(0.005)
+    return "through"
+'''
+N = {"request": {"parameters": {"n": {"in": "query", "type": "integer", "required": True}}}}
+MARK = {"name": "twice", "python": {"call": "work:mark", "args": {"n": "${params.n}", "pause": 0.004}}}
+FLOWS = {
+    "work": get_flow("/work", steps=[MARK], response={"body": {"n": "${params.n}", "twice": "${twice}"}}, **N),
+    "late": get_flow(
+        "/late",
+        steps=[MARK, {"name": "id", "set": "${uuid()}"}, {"name": "w", "wait": "1500ms"}],
+        response={"body": {"n": "${params.n}", "twice": "${twice}"}},
+        **N,
+    ),
+    "held": get_flow("/held", steps=[{"name": "h", "python": "work:held"}], response={"body": "${h}"}),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "work.py").write_text(WORK)
+    for name, tree in FLOWS.items():
+        write(tmp_path, name, tree)
+    return tmp_path
+
+
+def write(folder: Path, name: str, tree: dict[str, Any]) -> None:
+    (folder / "flows" / f"{name}.json").write_text(json.dumps(tree))
+
+
+def marks(folder: Path) -> Counter[int]:
+    file = folder / "marks"
+    return Counter(map(int, file.read_text().split())) if file.exists() else Counter()
+
+
+class Api:
+    """Requests to the server that is up now; a client of its own for each thread."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.session = url, requests.Session()
+        self.session.trust_env = False
+
+    def submit(self, path: str, **query: Any) -> str:
+        answer = self.session.get(f"{self.url}/api/publishingAsync{path}", params=query, timeout=10)
+        assert answer.status_code == 202, answer.text
+        job_id: str = answer.json()["id"]
+        return job_id
+
+    def job(self, job_id: str, wait: int = 0) -> dict[str, Any]:
+        headers = {"Prefer": f"wait={wait}"} if wait else {}
+        answer = self.session.get(f"{self.url}/api/jobs/{job_id}/status", headers=headers, timeout=30)
+        document: dict[str, Any] = answer.json()
+        return document
+
+    def finished(self, job_id: str) -> dict[str, Any]:
+        document = self.job(job_id, wait=15)
+        assert document["status"] == "Completed", document
+        return document
+
+    def result(self, job_id: str) -> Any:
+        answer = self.session.get(f"{self.url}/api/jobs/{job_id}/result", timeout=10)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def counts(self) -> dict[str, int]:
+        counts: dict[str, int] = self.session.get(f"{self.url}/health", timeout=10).json()["jobs"]
+        return counts
+
+
+def until(holds: Callable[[], Any], seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.01)
+
+
+def test_a_kill_loses_no_job_and_repeats_no_finished_one(folder: Path) -> None:
+    accepted: dict[str, int] = {}
+    half = threading.Event()
+    numbers = iter(range(300))
+    lock = threading.Lock()
+
+    def submit(url: str) -> None:
+        api = Api(url)
+        while True:
+            with lock:
+                n = next(numbers, None)
+            if n is None:
+                return
+            try:
+                job_id = api.submit("/work", n=n)
+            except requests.RequestException:
+                return  # the server is dead: nothing was promised
+            with lock:
+                accepted[job_id] = n
+                if len(accepted) == 200:
+                    half.set()
+
+    with process(folder, "--workers", "2") as (server, url, _):
+        api = Api(url)
+        waiting = {api.submit("/late", n=1000 + n): 1000 + n for n in range(5)}
+        until(lambda: api.counts()["waiting"] == 5)
+        first = api.submit("/work", n=999)
+        threads = [threading.Thread(target=submit, args=(url,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        assert half.wait(20)
+        before = {first: api.finished(first)}
+        before |= {j: d for j in list(accepted)[:60] if (d := api.job(j))["status"] == "Completed"}
+        server.kill()
+        for thread in threads:
+            thread.join(20)
+    accepted[first] = 999
+    assert len(before) > 1
+    already = marks(folder)
+    assert len(already) < len(accepted), "the kill came too late: nothing was left to do"
+    with process(folder, "--workers", "8") as (_, url, lines):
+        api = Api(url)
+        for job_id, n in (accepted | waiting).items():
+            document = api.finished(job_id)
+            assert api.result(job_id) == {"n": n, "twice": 2 * n}
+            if job_id in before:
+                assert (document["finishedAt"], document["attempt"]) == (before[job_id]["finishedAt"], 1)
+        assert any("took up" in line for line in lines)
+    counts = marks(folder)
+    assert {counts[accepted[job_id]] for job_id in before} == {1}
+    assert {counts[n] for n in waiting.values()} == {1}  # done before the wait, so not again behind it
+    assert {counts[n] for n in accepted.values() if n not in already} == {1}
+    twice = [n for n in accepted.values() if counts[n] > 1]
+    assert max(counts.values()) <= 2
+    assert len(twice) <= 50  # only runs that were under way, or whose end was not on disk yet
+
+
+def test_a_run_that_was_killed_is_attempted_again_and_at_last_given_up(folder: Path) -> None:
+    job_id = ""
+    for attempt in range(1, 4):
+        with process(folder) as (server, url, _):
+            api = Api(url)
+            job_id = job_id or api.submit("/held")
+            until(lambda attempt=attempt: marks(folder)[7] == attempt)  # type: ignore[misc]
+            assert api.job(job_id)["attempt"] == attempt
+            server.kill()
+    with process(folder) as (_, url, _lines):
+        api = Api(url)
+        document = api.job(job_id, wait=10)
+        assert (document["status"], document["error"]["code"]) == ("Error", "interrupted")
+        assert api.session.get(document["resultUrl"], timeout=10).status_code == 500
+    assert marks(folder)[7] == 3
+
+
+def test_a_callback_owed_at_the_kill_is_delivered_after_the_restart(folder: Path, sink: Sink) -> None:
+    sink.answers = [503]
+    with process(folder, "--callback-retries", "1s,1s") as (server, url, _):
+        api = Api(url)
+        job_id = api.submit("/work", n=1, callbackUrl=f"{sink.url}/hook")
+        headers, body = sink.next()
+        server.kill()
+    with process(folder, "--callback-retries", "1s,1s") as (_, url, _lines):
+        again, same = sink.next()
+        assert (again["webhook-id"], same) == (headers["webhook-id"], body)
+        assert (same["id"], same["status"]) == (job_id, "Completed")
+        api = Api(url)
+        until(lambda: api.job(job_id)["callback"]["state"] == "delivered")
+    assert sink.got.empty()
+    assert marks(folder) == {1: 1}
+
+
+def test_sigterm_lets_running_jobs_end_and_leaves_the_queue_to_the_next_start(folder: Path) -> None:
+    with process(folder, "--workers", "1") as (server, url, _):
+        api = Api(url)
+        running = api.submit("/held")
+        until(lambda: marks(folder)[7] == 1)
+        queued = [api.submit("/work", n=n) for n in (100, 101)]
+        server.send_signal(signal.SIGTERM)
+        (folder / "go").touch()
+        assert server.wait(10) == 0
+    assert not (folder / "astera_lite.db-wal").exists()
+    with process(folder) as (server, url, _):
+        api = Api(url)
+        assert api.finished(running)["attempt"] == 1
+        assert api.result(running) == "through"
+        assert [api.finished(job_id)["attempt"] for job_id in queued] == [1, 1]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(10) == 0
+    assert marks(folder) == {7: 1, 100: 1, 101: 1}
+
+
+def test_a_job_that_outlasts_the_shutdown_runs_again_and_was_not_interrupted(folder: Path) -> None:
+    with process(folder, "--shutdown-timeout", "50ms") as (server, url, lines):
+        job_id = Api(url).submit("/held")
+        until(lambda: marks(folder)[7] == 1)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0
+        until(lambda: any("still ran" in line for line in lines))
+    (folder / "go").touch()
+    with process(folder) as (_, url, _lines):
+        assert Api(url).finished(job_id)["attempt"] == 1
+
+
+def test_a_second_server_on_the_database_exits_4_and_the_first_is_unharmed(folder: Path) -> None:
+    with process(folder) as (_, url, _lines):
+        api = Api(url)
+        held = api.submit("/held")
+        until(lambda: marks(folder)[7] == 1)
+        command = [sys.executable, str(ROOT / "astera_lite.py"), "--port", "0"]
+        second = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=False)
+        assert second.returncode == 4
+        assert "another server uses" in second.stderr
+        assert "Traceback" not in second.stderr
+        (folder / "go").touch()
+        assert api.finished(held)["attempt"] == 1
+        assert api.finished(api.submit("/work", n=5))["status"] == "Completed"
+    assert marks(folder) == {7: 1, 5: 1}
+
+
+@pytest.mark.parametrize("edited", ["changed", "gone", "faulty"])
+def test_a_job_keeps_its_flow_when_the_file_is_edited_while_the_server_is_down(folder: Path, edited: str) -> None:
+    write(folder, "t", get_flow("/t", steps=[{"name": "w", "wait": "600ms"}], response={"body": "old"}))
+    with process(folder) as (server, url, _):
+        api = Api(url)
+        job_id = api.submit("/t")
+        until(lambda: api.counts()["waiting"] == 1)
+        server.kill()
+    if edited == "changed":
+        write(folder, "t", get_flow("/elsewhere", steps=[], response={"body": "new"}))
+    elif edited == "gone":
+        (folder / "flows" / "t.json").unlink()
+    else:
+        (folder / "flows" / "t.json").write_text("{")
+    with process(folder) as (_, url, _lines):
+        api = Api(url)
+        api.finished(job_id)
+        assert api.result(job_id) == "old"
+        if edited == "changed":
+            new = api.submit("/elsewhere")
+            api.finished(new)
+            assert api.result(new) == "new"

@@ -1,0 +1,564 @@
+"""Room 8, the engine: when, how often and in which order jobs run, and how they end."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import FakeClock, get_flow
+
+from astera_lite import MAX_ATTEMPTS, AsteraLite, Clock, Conflict, Context, Job, NotFound, Result, Status
+
+
+@contextmanager
+def serving(folder: Path, flows: dict[str, Any], clock: Clock | None = None, **settings: Any) -> Iterator[AsteraLite]:
+    app = AsteraLite(clock=clock, **{"database": str(folder / "jobs.db"), "shutdown_timeout": 5, **settings})
+    for name, tree in flows.items():
+        app.deploy(name, tree)
+    with app:
+        yield app
+
+
+def python(function: Callable[..., Any], name: str = "p", **more: Any) -> dict[str, Any]:
+    return {"name": name, "python": {"call": function}, **more}
+
+
+def until(holds: Callable[[], Any], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.002)
+
+
+def suspended(app: AsteraLite, count: int = 1) -> None:
+    until(lambda: app.engine.counts() == {"queued": 0, "running": 0, "waiting": count})
+
+
+def finished(app: AsteraLite, job: Job) -> Job:
+    found = app.wait(job.id, 10)
+    assert found.status is not Status.RUNNING, "the job does not finish"
+    return found
+
+
+def code_of(app: AsteraLite, job: Job) -> str | None:
+    found = finished(app, job)
+    return found.error and found.error["code"]
+
+
+class Gate:
+    """A python step that says that it began, and goes on when told, whether it was cancelled or not."""
+
+    def __init__(self) -> None:
+        self.begun, self.open = threading.Semaphore(0), threading.Event()
+        self.runs = 0
+
+    def __call__(self, context: Context) -> str:
+        self.runs += 1
+        self.begun.release()
+        self.open.wait(20)
+        return "through"
+
+    def entered(self) -> None:
+        assert self.begun.acquire(timeout=10)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    made = Gate()
+    yield made
+    made.open.set()
+
+
+# ---- Running ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_job_runs_once(tmp_path: Path) -> None:
+    ran: list[str] = []
+    flow = get_flow("/f", steps=[python(lambda context: ran.append(context.request["id"]))])
+    with serving(tmp_path, {"f": flow}, workers=4) as app:
+        jobs: list[Job] = []
+        threads = [threading.Thread(target=lambda: jobs.extend(app.submit("f") for _ in range(25))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {finished(app, job).status for job in jobs} == {Status.COMPLETED}
+    assert sorted(ran) == sorted(job.id for job in jobs)
+    assert len(set(ran)) == 200
+
+
+def test_jobs_begin_in_the_order_in_which_they_came(tmp_path: Path, gate: Gate) -> None:
+    ran: list[str] = []
+    flows = {
+        "gate": get_flow("/g", steps=[python(gate)]),
+        "f": get_flow("/f", steps=[python(lambda context: ran.append(context.request["id"]))]),
+    }
+    with serving(tmp_path, flows, workers=1) as app:
+        app.submit("gate")
+        gate.entered()
+        jobs = [app.submit("f") for _ in range(50)]
+        assert app.engine.queued == 50
+        gate.open.set()
+        finished(app, jobs[-1])
+    assert ran == [job.id for job in jobs]
+
+
+def test_a_job_counts_its_attempt_and_tells_its_times(tmp_path: Path, gate: Gate) -> None:
+    clock = FakeClock()
+    with serving(tmp_path, {"gate": get_flow("/g", steps=[python(gate)])}, clock) as app:
+        job = app.submit("gate")
+        assert (job.attempt, job.started, job.created) == (0, None, clock.now())
+        gate.entered()
+        running = app.status(job.id)
+        assert running is not None and (running.attempt, running.started) == (1, clock.now())
+        clock.tick(5)
+        gate.open.set()
+        done = finished(app, job)
+        assert (done.started, done.finished) == (job.created, job.created + 5000)
+        assert done.expires == job.created + 5000 + 24 * 3600 * 1000
+
+
+def test_slow_jobs_do_not_starve_synchronous_runs(tmp_path: Path, gate: Gate) -> None:
+    flows = {"gate": get_flow("/g", steps=[python(gate)]), "f": get_flow("/f", steps=[], response={"body": "now"})}
+    with serving(tmp_path, flows, workers=2) as app:
+        for _ in range(6):
+            app.submit("gate")
+        for _ in range(2):
+            gate.entered()
+        answers: list[Result] = []
+        for _ in range(3):
+            caller = threading.Thread(target=lambda: answers.append(app.run("f")), daemon=True)
+            caller.start()
+            caller.join(5)
+        assert [answer.json() for answer in answers] == ["now"] * 3
+        assert gate.runs == 2
+        gate.open.set()
+
+
+def leave(context: Context) -> None:
+    raise SystemExit(3)
+
+
+ODD = {
+    "leaves": [python(leave)],
+    "fails with a surrogate": [python(lambda context: "\ud800"), {"name": "x", "fail": {"message": "${p}"}}],
+    "answers a surrogate": [python(lambda context: "\ud800")],
+    "answers what is no JSON": [python(lambda context: object())],
+    "answers infinity": [python(lambda context: 1e308 * 10)],
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_whatever_a_step_does_its_job_ends(tmp_path: Path, case: str) -> None:
+    with serving(tmp_path, {"odd": get_flow("/odd", steps=ODD[case])}, shutdown_timeout=0.1) as app:
+        job = app.wait(app.submit("odd").id, 1)
+        assert job.error is not None and job.error["code"] == "failed"
+        until(lambda: app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0})
+
+
+@pytest.mark.parametrize("until_s", ["${10**17}", "${1e300}"])
+def test_a_wait_beyond_all_times_ends_no_later_than_the_flow(tmp_path: Path, until_s: str) -> None:
+    clock = FakeClock()
+    flow = get_flow("/w", steps=[{"name": "w", "wait": {"until": until_s}}], timeout=60)
+    with serving(tmp_path, {"w": flow}, clock) as app:
+        job = app.submit("w")
+        until(lambda: app.engine.counts()["running"] == 0)
+        end = time.monotonic() + 1
+        while app.wait(job.id, 0.02).status is Status.RUNNING and time.monotonic() < end:
+            app.housekeeper.tick(clock.tick(70))
+        assert app.wait(job.id, 0).status is Status.ERROR
+
+
+def test_a_synchronous_caller_gets_an_answer_whatever_the_step_does(tmp_path: Path) -> None:
+    with serving(tmp_path, {"odd": get_flow("/odd", steps=[python(leave)])}, shutdown_timeout=0.1) as app:
+        answers: list[Result] = []
+        caller = threading.Thread(target=lambda: answers.append(app.run("odd")), daemon=True)
+        caller.start()
+        caller.join(1)
+        assert [answer.status_code for answer in answers] == [500]
+
+
+# ---- Cancel ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_queued_job_is_cancelled_at_once_and_never_runs(tmp_path: Path, gate: Gate) -> None:
+    with serving(tmp_path, {"gate": get_flow("/g", steps=[python(gate)])}, workers=1) as app:
+        first, second, third = (app.submit("gate") for _ in range(3))
+        gate.entered()
+        assert app.cancel(second.id) is True
+        done = finished(app, second)
+        assert (done.attempt, done.started) == (1, None) or (done.attempt, done.started) == (0, None)
+        assert code_of(app, second) == "cancelled"
+        assert app.result(second.id).status_code == 409
+        gate.open.set()
+        assert [finished(app, job).status for job in (first, third)] == [Status.COMPLETED] * 2
+        assert gate.runs == 2
+        with pytest.raises(Conflict):
+            app.cancel(second.id)
+        with pytest.raises(NotFound):
+            app.cancel("0192f0c1-0000-7000-8000-000000000000")
+
+
+def test_a_running_job_stops_at_its_next_step(tmp_path: Path, gate: Gate) -> None:
+    after: list[int] = []
+    flow = get_flow("/g", steps=[python(gate), python(lambda context: after.append(1), "q")])
+    with serving(tmp_path, {"gate": flow}) as app:
+        job = app.submit("gate")
+        gate.entered()
+        assert app.cancel(job.id) is False
+        assert app.cancel(job.id) is False
+        gate.open.set()
+        assert code_of(app, job) == "cancelled"
+    assert after == []
+
+
+def test_a_step_that_sleeps_is_cancelled_in_its_sleep(tmp_path: Path) -> None:
+    begun = threading.Event()
+
+    def sleep(context: Context) -> None:
+        begun.set()
+        context.sleep(60)
+
+    with serving(tmp_path, {"f": get_flow("/f", steps=[python(sleep)])}) as app:
+        job = app.submit("f")
+        assert begun.wait(10)
+        assert app.cancel(job.id) is False
+        assert code_of(app, job) == "cancelled"
+
+
+def test_a_waiting_job_is_cancelled_at_once(tmp_path: Path) -> None:
+    clock = FakeClock()
+    flow = get_flow("/w", steps=[{"name": "w", "wait": 60}, python(lambda context: 1)])
+    with serving(tmp_path, {"w": flow}, clock) as app:
+        job = app.submit("w")
+        suspended(app)
+        assert app.cancel(job.id) is True
+        assert code_of(app, job) == "cancelled"
+        app.housekeeper.tick(clock.tick(100))  # its time comes: nothing happens
+        until(lambda: app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0})
+        assert code_of(app, job) == "cancelled"
+
+
+def test_a_cancel_that_meets_the_suspension_ends_the_job(tmp_path: Path) -> None:
+    clock = FakeClock()
+    flow = get_flow("/w", steps=[{"name": "w", "wait": 3000}], timeout=7200)
+    with serving(tmp_path, {"w": flow}, clock) as app:
+        begun, go_on = threading.Event(), threading.Event()
+
+        def hold(result: Any, error: Exception | None) -> None:
+            begun.set()
+            go_on.wait(10)
+
+        job = app.submit("w")
+        suspended(app)
+        app.cancel(job.id)
+        finished(app, job)
+        asked: list[bool] = []
+        suspend = app.store.suspend
+
+        def hooked(suspension: Any, done: Any) -> None:  # the thread has let go, its wait is not on record yet
+            app.store.barrier(hold)
+            assert begun.wait(10)
+            suspend(suspension, done)
+            asked.append(app.cancel(str(suspension.key)))
+            go_on.set()
+
+        app.store.suspend = hooked  # type: ignore[method-assign]
+        job = app.submit("w")
+        assert code_of(app, job) == "cancelled"
+        assert asked == [False]
+        assert app.engine.counts()["waiting"] <= 1
+
+
+def test_cancel_at_any_moment_ends_every_job(tmp_path: Path) -> None:
+    flow = get_flow("/w", steps=[python(lambda context: 1), {"name": "w", "wait": 60}])
+    with serving(tmp_path, {"w": flow}, workers=4) as app:
+        jobs = [app.submit("w") for _ in range(40)]
+        for job in jobs:
+            app.cancel(job.id)
+        assert {code_of(app, job) for job in jobs} == {"cancelled"}
+
+
+# ---- Timeouts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flow", "settings"), [({"timeout": 5}, {}), ({}, {"job_timeout": 5})], ids=["flow", "setting"]
+)
+def test_a_run_over_its_time_is_a_timeout(
+    tmp_path: Path, gate: Gate, flow: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    clock = FakeClock()
+    tree = get_flow("/g", steps=[python(gate)], **flow)
+    with serving(tmp_path, {"gate": tree}, clock, **settings) as app:
+        job = app.submit("gate")
+        gate.entered()
+        clock.tick(5)
+        gate.open.set()
+        assert code_of(app, job) == "timeout"
+        assert app.result(job.id).status_code == 504
+
+
+def test_a_step_that_does_not_end_is_ended_for_it_and_its_late_result_changes_nothing(
+    tmp_path: Path, gate: Gate
+) -> None:
+    clock = FakeClock()
+    after: list[int] = []
+    flow = get_flow("/g", steps=[python(gate), python(lambda context: after.append(1), "q")], timeout=5)
+    with serving(tmp_path, {"gate": flow}, clock) as app:
+        job = app.submit("gate")
+        gate.entered()
+        app.housekeeper.tick(clock.tick(5.5))
+        found = app.status(job.id)
+        assert found is not None and found.status is Status.RUNNING  # a thread that looks ends it by itself
+        app.housekeeper.tick(clock.tick(1))
+        assert code_of(app, job) == "timeout"
+        before, document = app.status(job.id), app.result(job.id).json()
+        assert (document["status"], document["code"]) == (504, "timeout")
+        gate.open.set()
+        until(lambda: app.engine.counts()["running"] == 0)
+        done = threading.Event()
+        app.store.barrier(lambda result, error: done.set())
+        assert done.wait(10)
+        assert (app.status(job.id), app.result(job.id).json()) == (before, document)
+    assert after == []
+
+
+def test_a_wait_counts_as_time_of_the_run(tmp_path: Path) -> None:
+    clock = FakeClock()
+    flow = get_flow("/w", steps=[{"name": "w", "wait": 60}], timeout=10)
+    with serving(tmp_path, {"w": flow}, clock) as app:
+        job = app.submit("w")
+        suspended(app)
+        app.housekeeper.tick(clock.tick(9.9))
+        assert app.engine.counts()["waiting"] == 1
+        app.housekeeper.tick(clock.tick(0.2))
+        assert code_of(app, job) == "timeout"
+
+
+# ---- Waiting ---------------------------------------------------------------------------------------------------------
+
+
+def test_waiting_jobs_hold_no_thread(tmp_path: Path) -> None:
+    clock = FakeClock()
+    flows = {
+        "w": get_flow("/w", steps=[{"name": "w", "wait": 60}], response={"body": "waited"}),
+        "f": get_flow("/f", steps=[python(lambda context: 1)]),
+    }
+    with serving(tmp_path, flows, clock, workers=1) as app:
+        waiting = [app.submit("w") for _ in range(30)]
+        assert finished(app, app.submit("f")).status is Status.COMPLETED
+        suspended(app, 30)
+        assert {app.status(job.id).status for job in waiting} == {Status.RUNNING}  # type: ignore[union-attr]
+        app.housekeeper.tick(clock.tick(59))
+        assert app.engine.counts()["waiting"] == 30
+        app.housekeeper.tick(clock.tick(1))
+        assert {finished(app, job).status for job in waiting} == {Status.COMPLETED}
+        assert {finished(app, job).attempt for job in waiting} == {1}
+
+
+def test_a_resumed_run_sees_what_it_saw_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(time, "time_ns", lambda: clock.ms * 1_000_000)  # what now() reads
+    ran: list[str] = []
+    steps = [
+        {"name": "id", "set": "${uuid()}"},
+        {"name": "at", "set": "${now()}"},
+        python(lambda context: ran.append("p") or {"id": context.steps["id"], "at": context.steps["at"]}),
+        {"name": "w", "wait": 60},
+        {"name": "w2", "wait": 60},
+    ]
+    flow = get_flow("/w", steps=steps, response={"body": "${[p, {'id': id, 'at': at}]}"})
+    with serving(tmp_path, {"w": flow}, clock) as app:
+        job = app.submit("w")
+        for _ in range(2):
+            suspended(app)
+            app.housekeeper.tick(clock.tick(60))
+        assert finished(app, job).status is Status.COMPLETED
+        before, after = app.result(job.id).json()
+    assert before == after
+    assert ran == ["p"]
+
+
+def test_a_step_that_was_skipped_stays_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(time, "time_ns", lambda: clock.ms * 1_000_000)  # what now() reads
+    ran: list[str] = []
+    steps = [
+        {"name": "start", "set": "${now()}"},
+        python(lambda context: ran.append("late"), when="${now() > start}"),
+        {"name": "w", "wait": 60},
+    ]
+    with serving(tmp_path, {"w": get_flow("/w", steps=steps, response={"body": "${p}"})}, clock) as app:
+        job = app.submit("w")
+        suspended(app)
+        app.housekeeper.tick(clock.tick(60))
+        assert finished(app, job).status is Status.COMPLETED
+    assert ran == []
+
+
+def test_a_short_wait_keeps_its_thread(tmp_path: Path) -> None:
+    with serving(tmp_path, {"w": get_flow("/w", steps=[{"name": "w", "wait": "20ms"}])}) as app:
+        assert finished(app, app.submit("w")).status is Status.COMPLETED
+
+
+def test_a_waiting_job_resumes_after_a_restart(tmp_path: Path) -> None:
+    clock = FakeClock()
+    ran: list[int] = []
+    steps = [python(lambda context: ran.append(1) or len(ran)), {"name": "w", "wait": 60}]
+    flows = {"w": get_flow("/w", steps=steps, response={"body": "${p}"})}
+    with serving(tmp_path, flows, clock) as app:
+        job = app.submit("w")
+        suspended(app)
+    clock.tick(30)
+    with serving(tmp_path, flows, clock) as app:
+        assert app.engine.counts()["waiting"] == 1
+        app.housekeeper.tick(clock.tick(30))
+        done = finished(app, job)
+        assert (done.status, done.attempt) == (Status.COMPLETED, 1)
+        assert app.result(job.id).json() == 1
+    assert ran == [1]
+
+
+# ---- Restart ---------------------------------------------------------------------------------------------------------
+
+
+def interrupt(path: Path, job: Job, attempt: int) -> None:
+    """Put on record what a killed server leaves of a run: it began, and there is no end."""
+    with closing(sqlite3.connect(path / "jobs.db")) as database:
+        database.execute(
+            "UPDATE jobs SET attempt = ?, started = created WHERE seq = ? AND status = 'Running'",
+            (attempt, job.key.seq),
+        )
+        database.commit()
+
+
+def left_behind(folder: Path, flow: dict[str, Any], gate: Gate) -> Job:
+    """A job whose first step is finished, and which was in its second one when the server stopped."""
+    with serving(folder, {"f": flow}, shutdown_timeout=0) as app:
+        job = app.submit("f")
+        gate.entered()
+        return job
+
+
+@pytest.mark.parametrize(
+    ("restart", "firsts", "code"), [("resume", 1, None), ("rerun", 2, None), ("fail", 1, "interrupted")]
+)
+def test_an_interrupted_job_restarts_as_its_flow_says(
+    tmp_path: Path, gate: Gate, restart: str, firsts: int, code: str | None
+) -> None:
+    ran: list[int] = []
+    steps = [python(lambda context: ran.append(1)), python(gate, "q")]
+    flow = get_flow("/f", steps=steps, restart=restart, response={"body": "${q}"})
+    job = left_behind(tmp_path, flow, gate)
+    interrupt(tmp_path, job, 1)
+    gate.open.set()
+    with serving(tmp_path, {"f": flow}) as app:
+        assert code_of(app, job) == code
+        assert app.result(job.id).status_code == (500 if code else 200)
+    assert len(ran) == firsts
+
+
+@pytest.mark.parametrize(("before", "code"), [(MAX_ATTEMPTS - 1, None), (MAX_ATTEMPTS, "interrupted")])
+def test_a_job_interrupted_too_often_is_given_up(tmp_path: Path, gate: Gate, before: int, code: str | None) -> None:
+    flow = get_flow("/f", steps=[python(gate)])
+    job = left_behind(tmp_path, flow, gate)
+    interrupt(tmp_path, job, before)
+    gate.open.set()
+    with serving(tmp_path, {"f": flow}) as app:
+        assert code_of(app, job) == code
+        assert finished(app, job).attempt == before + 1
+    assert gate.runs == (2 if code is None else 1)
+
+
+def test_stop_waits_for_what_runs(tmp_path: Path) -> None:
+    begun = threading.Event()
+
+    def work(context: Context) -> str:
+        begun.set()
+        time.sleep(0.1)
+        return "done"
+
+    with serving(tmp_path, {"f": get_flow("/f", steps=[python(work)])}) as app:
+        job = app.submit("f")
+        assert begun.wait(10)
+        assert app.stop() == 0
+    with serving(tmp_path, {}) as app:
+        assert app.result(job.id).json() == "done"
+
+
+def test_stop_leaves_the_rest_to_the_next_start_and_that_is_no_interruption(tmp_path: Path, gate: Gate) -> None:
+    flow = get_flow("/f", steps=[python(gate)], restart="fail")  # one interruption would end it
+    with serving(tmp_path, {"f": flow}, workers=1, shutdown_timeout=0.05) as app:
+        jobs = [app.submit("f") for _ in range(3)]
+        gate.entered()
+        assert app.stop() == 1
+        assert app.stop() == 0
+    gate.open.set()
+    with serving(tmp_path, {"f": flow}, workers=1) as app:
+        done = [finished(app, job) for job in jobs]
+        assert [(job.status, job.attempt) for job in done] == [(Status.COMPLETED, 1)] * 3
+    assert gate.runs == 4
+
+
+def test_a_job_keeps_the_flow_it_was_accepted_with(tmp_path: Path, gate: Gate) -> None:
+    with serving(tmp_path, {"f": get_flow("/f", steps=[{"name": "w", "wait": 60}], response={"body": "old"})}) as app:
+        job = app.submit("f")
+        suspended(app)
+        app.deploy("f", get_flow("/f", steps=[], response={"body": "new"}))
+        new = app.submit("f")
+        finished(app, new)
+        assert app.result(new.id).json() == "new"
+    clock = FakeClock(job.created + 61_000)
+    with serving(tmp_path, {"f": get_flow("/f", steps=[], response={"body": "newer"})}, clock) as app:
+        finished(app, job)
+        assert app.result(job.id).json() == "old"
+
+
+def test_an_app_that_was_stopped_refuses_instead_of_waiting_for_ever(tmp_path: Path) -> None:
+    with serving(tmp_path, {"f": get_flow("/f", steps=[], response={"body": 1})}) as app:
+        pass
+    ended: list[str] = []
+
+    def call(method: Callable[[str], object]) -> None:
+        try:
+            method("f")
+        except Exception as error:
+            ended.append(type(error).__name__)
+
+    callers = [threading.Thread(target=call, args=(method,), daemon=True) for method in (app.submit, app.run)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(0.5)
+    assert len(ended) == 2
+
+
+# ---- Retry-After -----------------------------------------------------------------------------------------------------
+
+
+def test_retry_after_grows_with_the_queue_and_the_time_of_a_run(tmp_path: Path, gate: Gate) -> None:
+    clock = FakeClock()
+    flows = {"gate": get_flow("/g", steps=[python(gate)]), "f": get_flow("/f", steps=[python(lambda context: 1)])}
+    with serving(tmp_path, flows, clock, workers=1) as app:
+        assert app.engine.retry_after("f") == 1
+        first = app.submit("gate")
+        gate.entered()
+        clock.tick(10)
+        gate.open.set()
+        finished(app, first)
+        assert app.engine.retry_after("gate") == 10
+        gate.open.clear()
+        app.submit("gate")
+        gate.entered()
+        for _ in range(5):
+            app.submit("f")
+        assert app.engine.retry_after("gate") == 60
+        assert 1 <= app.engine.retry_after("f") <= 10
+        gate.open.set()

@@ -1,0 +1,190 @@
+"""Room 10, the housekeeper: what is done when its time comes, with a clock that is told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import FakeClock, Sink, get_flow, running
+
+from astera_lite import AsteraLite, Housekeeper, Job, Status, StoreError
+
+FLOWS = {
+    "f": get_flow("/f", steps=[], response={"body": "x"}),
+    "w": get_flow("/w", steps=[{"name": "w", "wait": 60}], response={"body": "waited"}, timeout=10**6),
+}
+
+
+@contextmanager
+def serving(folder: Path, clock: FakeClock, **settings: Any) -> Iterator[AsteraLite]:
+    """An app whose own housekeeper rests, so that nothing is done but by tick()."""
+    app = AsteraLite(clock=clock, database=str(folder / "jobs.db"), shutdown_timeout=5, **settings)
+    for name, tree in FLOWS.items():
+        app.deploy(name, tree)
+    with app:
+        app.housekeeper.stop(5)
+        app.housekeeper = Housekeeper(app.store, app.engine, app.courier, clock)
+        yield app
+
+
+def until(holds: Callable[[], Any], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.002)
+
+
+def done(app: AsteraLite, flow: str = "f", **more: Any) -> Job:
+    job = app.wait(app.submit(flow, **more).id, 10)
+    assert job.status is not Status.RUNNING
+    return job
+
+
+def tick(app: AsteraLite, now: int) -> int:
+    """A tick, and what it wrote is on disk."""
+    next_at = app.housekeeper.tick(now)
+    written = threading.Event()
+    app.store.barrier(lambda result, error: written.set())
+    assert written.wait(10)
+    return next_at
+
+
+def stored(app: AsteraLite, job: Job) -> bool:
+    return app.store.get(job.key) is not None
+
+
+def test_only_what_has_expired_is_purged(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with serving(tmp_path, clock, retention="1h") as app:
+        old = done(app)
+        waiting = app.submit("w")
+        until(lambda: app.engine.counts()["waiting"] == 1)
+        clock.tick(1800)
+        young = done(app)
+        tick(app, clock.tick(1799.999))
+        assert app.status(old.id) is not None
+        clock.tick(0.001)
+        assert app.status(old.id) is None  # from this instant, purged or not
+        tick(app, clock.tick(1))
+        assert not stored(app, old)
+        assert stored(app, young) and stored(app, waiting)
+
+
+def test_a_running_job_is_never_purged_and_expires_counts_from_its_end(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with serving(tmp_path, clock, retention="1s") as app:
+        job = app.submit("w")
+        until(lambda: app.engine.counts()["waiting"] == 1)
+        for _ in range(5):
+            tick(app, clock.tick(10))
+        assert app.status(job.id) is not None
+        tick(app, clock.tick(10))
+        found = app.wait(job.id, 10)
+        assert (found.status, found.finished) == (Status.COMPLETED, job.created + 60_000)
+        assert found.expires == job.created + 61_000
+        tick(app, clock.tick(0.999))
+        assert app.result(job.id).json() == "waited"
+        tick(app, clock.tick(1))
+        assert not stored(app, job)
+
+
+def test_many_expired_jobs_go_in_small_batches(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with serving(tmp_path, clock, retention="1h") as app:
+        jobs = [app.submit("f") for _ in range(450)]
+        for job in jobs:
+            app.wait(job.id, 10)
+        clock.tick(3600)
+        batches: list[int] = []
+        purge = app.store.purge
+
+        def counted(now: int, limit: int, end: Any) -> None:
+            def ended(count: Any, error: Any) -> None:
+                end(count, error)
+                batches.append(count)
+
+            purge(now, limit, ended)
+
+        app.store.purge = counted  # type: ignore[method-assign]
+        for _ in range(3):
+            tick(app, clock.now())  # no tick of the clock between: while there are more, it goes on
+        assert batches == [200, 200, 50]
+        tick(app, clock.now())
+        assert len(batches) == 3
+        assert app.store.page(0, 10, None, None, None, None) == []
+
+
+def test_a_purge_that_fails_is_tried_again(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with serving(tmp_path, clock, retention="1h") as app:
+        job = done(app)
+        purge = app.store.purge
+        app.store.purge = lambda now, limit, end: end(None, StoreError("full"))  # type: ignore[method-assign]
+        tick(app, clock.tick(3600))
+        app.store.purge = purge  # type: ignore[method-assign]
+        tick(app, clock.tick(1))
+        assert not stored(app, job)
+
+
+def test_due_waits_are_released_and_the_next_one_is_announced(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with serving(tmp_path, clock, retention="10h") as app:
+        jobs = []
+        for n in range(20):
+            jobs.append(app.submit("w"))
+            until(lambda n=n: app.engine.counts()["waiting"] == n + 1)  # type: ignore[misc]
+            clock.tick(0.1)
+        first = jobs[0].created + 60_000
+        assert tick(app, first - 300) == first
+        assert tick(app, first - 5000) == first - 4000  # chores want it once a second
+        clock.ms = first + 950
+        tick(app, clock.now())
+        assert [app.wait(job.id, 10).status for job in jobs[:10]] == [Status.COMPLETED] * 10
+        assert {app.wait(job.id, 0).status for job in jobs[10:]} == {Status.RUNNING}
+        tick(app, clock.tick(60))
+        assert {app.wait(job.id, 10).status for job in jobs} == {Status.COMPLETED}
+
+
+def test_a_callback_is_delivered_and_retried_when_due(tmp_path: Path, sink: Sink) -> None:
+    clock = FakeClock()
+    with serving(tmp_path, clock) as app:
+        sink.answers = [500]
+        job = done(app, callback_url=sink.url)
+        tick(app, clock.now())
+        first = sink.next()
+        until(lambda: app.courier.under_way() == [])
+        next_at = app.status(job.id).callback.next_at  # type: ignore[union-attr]
+        assert next_at is not None
+        assert 4500 <= next_at - clock.now() <= 5500
+        assert tick(app, next_at - 10) == next_at
+        assert sink.got.empty()
+        clock.ms = next_at
+        tick(app, next_at)
+        second = sink.next()
+        until(lambda: app.courier.under_way() == [])
+        assert second[0]["webhook-id"] == first[0]["webhook-id"]
+        assert app.status(job.id).callback.state == "delivered"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("failing", ["due_deliveries", "next_delivery"])
+def test_the_thread_survives_a_database_that_cannot_be_read(tmp_path: Path, failing: str, sink: Sink) -> None:
+    with running(tmp_path, FLOWS) as (app, _, client):
+        method = getattr(app.store, failing)
+        failed: list[int] = []
+
+        def fail(*arguments: Any) -> Any:
+            failed.append(1)
+            raise StoreError("damaged")
+
+        setattr(app.store, failing, fail)
+        app.housekeeper.wake()
+        until(lambda: failed)
+        setattr(app.store, failing, method)
+        app.housekeeper.wake()
+        client.finished(client.get("/api/publishingAsync/f", params={"callbackUrl": sink.url}))
+        sink.next()

@@ -1,0 +1,760 @@
+"""Room 7, the store: the contract of SqliteStore, on real files."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import ROOT
+
+import astera_lite
+from astera_lite import (
+    MOVES,
+    PIECE,
+    Added,
+    Answer,
+    AsteraLite,
+    Attempt,
+    Conflict,
+    Delivery,
+    Finish,
+    Job,
+    JobKey,
+    JobKeys,
+    Outcome,
+    SqliteStore,
+    Status,
+    StoredRequest,
+    StoreError,
+    Submission,
+    Suspension,
+)
+
+T = 1_790_000_000_000
+LARGE = [PIECE + 1, 3 * PIECE, 3 * PIECE + 17]
+keys = JobKeys()
+
+
+class Written:
+    """What became of a write: its result, or the error raised."""
+
+    def __init__(self, write: Callable[..., None], *arguments: Any) -> None:
+        self._answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        write(*arguments, lambda result, error: self._answers.put((result, error)))
+
+    def get(self, timeout: float = 10) -> Any:
+        result, error = self._answers.get(timeout=timeout)
+        if error is not None:
+            raise error
+        return result
+
+
+def done(write: Callable[..., None], *arguments: Any) -> Any:
+    return Written(write, *arguments).get()
+
+
+def job(flow: str = "f", callback: str | None = None, **more: Any) -> Job:
+    created = more.pop("created", T)
+    delivery = Delivery(callback) if callback else None
+    return Job(keys.new(created), flow, 7, Status.RUNNING, created, "http://here", callback=delivery, **more)
+
+
+def submission(new: Job, body: bytes = b"", key: str | None = None, fingerprint: bytes = b"") -> Submission:
+    sent = StoredRequest("POST", "/f", "a=1", {"content-type": "application/json"}, body)
+    return Submission(new, sent, '{"the": "flow"}', key, fingerprint)
+
+
+def finish(of: Job, body: bytes = b"{}", attempt: int = 1, expires: int = T + 1000, **more: Any) -> Finish:
+    outcome = more.pop("outcome", Outcome(Answer(200, (("Content-Type", "application/json"),), body)))
+    return Finish(of.key, attempt, outcome, T, T + 10, expires, **more)
+
+
+def added(store: SqliteStore, **more: Any) -> Job:
+    new = job(**more)
+    assert done(store.add, submission(new)) == Added(new, False)
+    return new
+
+
+def owing(store: SqliteStore, expires: int = T + 1000, receiver: str = "r:80") -> Job:
+    new = added(store, callback=f"http://{receiver}/x")
+    assert done(store.finish, finish(new, callback=(receiver, "the body"), expires=expires))
+    return new
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "jobs.db")
+
+
+@pytest.fixture
+def store(path: str) -> Iterator[SqliteStore]:
+    with closing(SqliteStore(path)) as opened:
+        yield opened
+
+
+@contextmanager
+def held(store: SqliteStore) -> Iterator[None]:
+    """Hold the writer, so that what is written in the block is committed together."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(result: Any, error: Exception | None) -> None:
+        begun.set()
+        go_on.wait(10)
+
+    store.barrier(hold)
+    assert begun.wait(10)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+def look(path: str, sql: str) -> Any:
+    with closing(sqlite3.connect(path)) as other:
+        return other.execute(sql).fetchall()
+
+
+# ---- Jobs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_job_is_found_by_its_whole_id_only(store: SqliteStore) -> None:
+    new = added(store, token="ada", callback="http://r/x")
+    assert store.get(new.key) == new
+    assert store.get(JobKey(new.key.seq, new.key.salt ^ 1)) is None
+    assert store.get(JobKey(new.key.seq + 1, new.key.salt)) is None
+    assert store.last_seq() == new.key.seq
+    assert store.flow_text(7) == ("f", '{"the": "flow"}')
+    assert store.flow_text(8) is None
+    assert store.result(new.key) is None
+
+
+def test_an_empty_store_answers_that_there_is_nothing(store: SqliteStore) -> None:
+    key = keys.new(T)
+    assert store.last_seq() == 0
+    assert (store.get(key), store.load(key.seq), store.request(key), store.result(key)) == (None, None, None, None)
+    assert (store.trace(key), store.attempts(key), list(store.unfinished())) == ([], [], [])
+    assert store.page(T, 10, None, None, None, None) == []
+    assert (store.due_deliveries(T, 10, [], []), store.next_delivery(T)) == ([], None)
+    assert done(store.delete, key) == "absent"
+    assert done(store.resend, key, T) is False
+    assert done(store.finish, Finish(key, 1, Outcome(Answer(200)), T, T, T)) is False
+    assert done(store.purge, T, 10) == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE, *LARGE])
+def test_request_and_result_come_back_byte_for_byte(store: SqliteStore, size: int) -> None:
+    sent, given = os.urandom(size), os.urandom(size)
+    new = job()
+    done(store.add, submission(new, sent))
+    request = store.request(new.key)
+    assert request is not None
+    assert request == replace(submission(new).request, body=sent)
+    loaded = store.load(new.key.seq)
+    assert loaded is not None and loaded.request.body == sent
+    assert done(store.finish, finish(new, given)) is True
+    result = store.result(new.key)
+    assert result is not None
+    assert (result.code, result.headers, result.size) == (200, [("Content-Type", "application/json")], size)
+    if size <= PIECE:
+        assert result.body == given
+    else:
+        pieces = list(store.result_pieces(new.key, result.attempt))
+        assert (result.body, b"".join(pieces)) == (None, given)
+        assert max(map(len, pieces)) <= PIECE
+
+
+def test_values_in_pieces_are_forgotten_with_their_job(store: SqliteStore, path: str) -> None:
+    new = job()
+    done(store.add, submission(new, b"x" * LARGE[1]))
+    done(store.finish, finish(new, b"y" * LARGE[2]))
+    pieces = store.result_pieces(new.key, 1)
+    assert len(next(pieces)) == PIECE
+    assert done(store.delete, new.key) == "deleted"
+    assert list(pieces) == []
+    assert look(path, "SELECT count(*) FROM pieces") == [(0,)]
+
+
+def test_a_large_request_that_is_a_replay_leaves_no_pieces(store: SqliteStore, path: str) -> None:
+    body = b"x" * LARGE[0]
+    for fingerprint in (b"1", b"1", b"2"):
+        done(store.add, submission(job(), body, "k", fingerprint))
+    assert look(path, "SELECT count(*), count(DISTINCT job) FROM pieces") == [(2, 1)]
+
+
+def test_a_finished_job_tells_its_end(store: SqliteStore) -> None:
+    new = added(store)
+    failed = Outcome.failed("failed", 422, "No.")
+    assert done(store.finish, finish(new, outcome=failed, trace='[{"path": "a"}]')) is True
+    found = store.get(new.key)
+    assert found is not None
+    assert (found.status, found.attempt, found.started) == (Status.ERROR, 1, T)
+    assert (found.finished, found.expires, found.error) == (T + 10, T + 1000, failed.error)
+    assert store.trace(new.key) == [{"path": "a"}]
+    assert store.load(new.key.seq) is None
+    assert list(store.unfinished()) == []
+
+
+def test_a_late_result_changes_nothing(store: SqliteStore, path: str) -> None:
+    new = added(store)
+    assert done(store.finish, finish(new, b"first", attempt=2)) is True
+    before = store.get(new.key)
+    for attempt in (1, 2, 3):
+        assert done(store.finish, finish(new, b"late" * PIECE, attempt=attempt, callback=("r:1", "x"))) is False
+    assert store.get(new.key) == before
+    result = store.result(new.key)
+    assert result is not None and result.body == b"first"
+    assert look(path, "SELECT (SELECT count(*) FROM pieces) + (SELECT count(*) FROM callbacks)") == [(0,)]
+
+
+def test_the_end_of_an_earlier_attempt_does_not_end_a_later_one(store: SqliteStore) -> None:
+    new = added(store)
+    done(store.start, new.key, 2, T)
+    assert done(store.finish, finish(new, attempt=1)) is False
+    assert done(store.finish, finish(new, attempt=2)) is True
+
+
+@pytest.mark.parametrize("state", sorted(MOVES["job"]))
+@pytest.mark.parametrize("to", ["Completed", "Error"])
+def test_a_job_makes_the_moves_of_the_table_and_no_other(store: SqliteStore, state: str, to: str) -> None:
+    outcomes = {"Completed": Outcome(Answer(200)), "Error": Outcome.failed("failed", 500, "x")}
+    new = added(store)
+    if state != "Running":
+        done(store.finish, finish(new, outcome=outcomes[state]))
+    assert done(store.finish, finish(new, outcome=outcomes[to])) is (to in MOVES["job"][state])
+    found = store.get(new.key)
+    assert found is not None and found.status == (to if to in MOVES["job"][state] else state)
+
+
+def test_nothing_is_recorded_of_a_job_that_is_finished(store: SqliteStore, path: str) -> None:
+    new = added(store)
+    done(store.finish, finish(new))
+    before = store.get(new.key)
+    assert done(store.start, new.key, 2, T) is False
+    assert done(store.save_step, new.key, "a", "1") is False
+    assert done(store.suspend, Suspension(new.key, 2, T, T, "w", T, "[]")) is False
+    store.requeue(new.key, 1)
+    done(store.barrier)
+    assert store.get(new.key) == before
+    assert look(path, "SELECT count(*) FROM steps") == [(0,)]
+
+
+def test_a_run_is_loaded_with_its_outputs_waits_and_trace(store: SqliteStore) -> None:
+    new = added(store)
+    done(store.start, new.key, 1, T + 1)
+    outputs: dict[str, Any] = {
+        "a": {"x": [1, 2.5, None, "é\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")]},
+        "b": b"\x00\xff",
+        "c": {"body": b"", "n": "\ud800"},
+        "each/3/fetch": None,
+        "odd": {"\0bytes": "QQ=="},
+        "odder": {"\0bytes": "a"},
+        "oddest": [{"\0bytes": None}],
+    }
+    for place, value in outputs.items():
+        assert done(store.save_step, new.key, place, astera_lite._to_saved(value)) is True
+    assert done(store.suspend, Suspension(new.key, 1, T + 1, T + 500, "w", T + 900, '[{"path": "a"}]')) is True
+    loaded = store.load(new.key.seq)
+    assert loaded is not None
+    assert loaded.saved == outputs
+    assert loaded.waits == {"w": T + 900}
+    assert loaded.trace == [{"path": "a"}]
+    assert (loaded.job.attempt, loaded.job.started, loaded.job.due) == (1, T + 1, T + 500)
+    assert list(store.unfinished()) == [(new.key.seq, T + 500)]
+
+
+def test_a_requeued_run_does_not_count(store: SqliteStore) -> None:
+    new = added(store)
+    done(store.start, new.key, 1, T)
+    store.requeue(new.key, 1)
+    done(store.barrier)
+    assert store.get(new.key) == new
+    store.requeue(new.key, 1)  # its beginning was not on record: there is nothing to take back
+    done(store.barrier)
+    assert store.get(new.key) == new
+
+
+@pytest.mark.parametrize(
+    ("state", "outcome"), [("running", "running"), ("finished", "deleted"), ("owed", "owed"), ("delivered", "deleted")]
+)
+def test_only_a_finished_job_that_owes_nothing_is_deleted(store: SqliteStore, state: str, outcome: str) -> None:
+    new = added(store) if state in ("running", "finished") else owing(store)
+    if state == "finished":
+        done(store.finish, finish(new))
+    if state == "delivered":
+        done(store.record_delivery, new.key, Attempt(T, 1, 204), "delivered", None)
+    assert done(store.delete, JobKey(new.key.seq, new.key.salt ^ 1)) == "absent"
+    assert done(store.delete, new.key) == outcome
+    assert (store.get(new.key) is None) is (outcome == "deleted")
+    assert store.attempts(new.key) == [] or outcome != "deleted"
+
+
+def test_pages_are_newest_first_and_filtered(store: SqliteStore) -> None:
+    jobs = [added(store, flow="fg"[n % 2], token=("", "ada")[n % 3 == 0], created=T + n) for n in range(12)]
+    for old in jobs[::4]:
+        done(store.finish, finish(old, expires=T + 100))
+    done(store.finish, finish(jobs[1], outcome=Outcome.failed("failed", 500, "x"), expires=T + 50))
+
+    def numbers(now: int = T, limit: int = 100, before: int | None = None, *rest: Any) -> list[int]:
+        flow, status, token = rest or (None, None, None)
+        order = [each.key for each in jobs]
+        return [order.index(found.key) for found in store.page(now, limit, before, flow, status, token)]
+
+    assert numbers() == list(range(11, -1, -1))
+    assert numbers(T, 3) == [11, 10, 9]
+    assert numbers(T, 3, jobs[9].key.seq) == [8, 7, 6]
+    assert numbers(T, 100, None, "f", None, None) == [10, 8, 6, 4, 2, 0]
+    assert numbers(T, 100, None, None, Status.COMPLETED, None) == [8, 4, 0]
+    assert numbers(T, 100, None, None, Status.ERROR, None) == [1]
+    assert numbers(T, 100, None, None, None, "ada") == [9, 6, 3, 0]
+    assert numbers(T, 100, jobs[9].key.seq, "f", Status.RUNNING, "ada") == [6]
+    assert numbers(T + 50, 100, None, None, Status.ERROR, None) == []
+    assert numbers(T + 100) == [11, 10, 9, 7, 6, 5, 3, 2]
+
+
+# ---- Idempotency keys ------------------------------------------------------------------------------------------------
+
+
+def test_a_key_belongs_to_one_job_also_when_many_come_together(store: SqliteStore) -> None:
+    jobs = [job() for _ in range(20)]
+    with held(store):
+        writes = [Written(store.add, submission(new, b"", "k", b"same")) for new in jobs]
+    answers = [write.get() for write in writes]
+    assert answers == [Added(jobs[0], n > 0) for n in range(20)]
+    assert len(store.page(T, 100, None, None, None, None)) == 1
+    assert store.find_key("f", "", "k", T) == (jobs[0], b"same")
+
+
+def test_a_key_with_another_payload_is_a_conflict(store: SqliteStore) -> None:
+    first = job()
+    done(store.add, submission(first, b"", "k", b"1"))
+    answer = done(store.add, submission(job(), b"", "k", b"2"))
+    assert isinstance(answer, Conflict)
+    assert store.find_key("f", "", "k", T) == (first, b"1")
+
+
+def test_keys_are_scoped_to_flow_and_token(store: SqliteStore) -> None:
+    scopes = [("f", ""), ("g", ""), ("f", "ada")]
+    jobs = [job(flow, token=token) for flow, token in scopes]
+    for new in jobs:
+        assert done(store.add, submission(new, b"", "k", new.flow.encode())).replayed is False
+    found = [store.find_key(flow, token, "k", T) for flow, token in scopes]
+    assert [each and each[0].key for each in found] == [new.key for new in jobs]
+    assert store.find_key("g", "ada", "k", T) is None
+
+
+def test_an_expired_jobs_key_is_free_before_the_purge(store: SqliteStore) -> None:
+    old = job()
+    done(store.add, submission(old, b"", "k", b"1"))
+    done(store.finish, finish(old, expires=T + 100))
+    assert done(store.add, submission(job(created=T + 99), b"", "k", b"1")).job.key == old.key
+    assert store.find_key("f", "", "k", T + 100) is None
+    new = job(created=T + 100)
+    assert done(store.add, submission(new, b"", "k", b"2")) == Added(new, False)
+    assert store.find_key("f", "", "k", T + 100) == (new, b"2")
+
+
+# ---- Callbacks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_callback_is_owed_with_the_end_of_its_job(store: SqliteStore) -> None:
+    new = owing(store)
+    [(found, delivery)] = store.due_deliveries(T + 10, 10, [], [])
+    assert (found.key, found.status) == (new.key, Status.COMPLETED)
+    assert delivery == Delivery("http://r:80/x", "pending", 0, None, T + 10, "the body")
+    assert store.due_deliveries(T + 9, 10, [], []) == []
+    assert store.next_delivery(T + 9) == T + 10
+    assert store.next_delivery(T + 10) is None
+
+
+def test_every_attempt_is_kept(store: SqliteStore) -> None:
+    new = owing(store)
+    tries = [Attempt(T, 5, 500), Attempt(T + 5000, 15000, None, "timed out"), Attempt(T + 9000, 7, 204)]
+    states = [("pending", T + 5000), ("pending", T + 9000), ("delivered", None)]
+    for attempt, (state, next_at) in zip(tries, states, strict=True):
+        done(store.record_delivery, new.key, attempt, state, next_at)
+        found = store.get(new.key)
+        assert found is not None and found.callback is not None
+        assert (found.callback.state, found.callback.next_at) == (state, next_at)
+        assert found.callback.last_status == attempt.status
+    assert store.attempts(new.key) == tries
+    assert found.callback.attempts == 3
+    assert store.due_deliveries(T + 10**9, 10, [], []) == []
+
+
+def test_deliveries_to_busy_receivers_and_those_under_way_are_left_out(store: SqliteStore) -> None:
+    jobs = [owing(store, receiver=f"r{n}:80") for n in range(6)]
+    found = store.due_deliveries(T + 10, 3, ["r0:80", "r4:80"], [jobs[1].key])
+    assert [each.key for each, _ in found] == [jobs[n].key for n in (2, 3, 5)]
+    assert len(store.due_deliveries(T + 10, 2, [], [])) == 2
+
+
+@pytest.mark.parametrize("state", sorted(MOVES["callback"]))
+@pytest.mark.parametrize("to", sorted(MOVES["callback"]))
+def test_a_callback_makes_the_moves_of_the_table_and_no_other(store: SqliteStore, state: str, to: str) -> None:
+    new = owing(store)
+    if state != "pending":
+        done(store.record_delivery, new.key, Attempt(T, 1, 200), state, None)
+    if to == "pending":
+        assert done(store.resend, new.key, T + 77) is True
+    else:
+        done(store.record_delivery, new.key, Attempt(T, 1, 200), to, None)
+    found = store.get(new.key)
+    allowed = to == state or to in MOVES["callback"][state]
+    assert found is not None and found.callback is not None
+    assert found.callback.state == (to if allowed else state)
+
+
+def test_an_attempt_for_a_job_that_is_gone_is_dropped(store: SqliteStore, path: str) -> None:
+    new = owing(store, expires=T + 20)
+    assert done(store.purge, T + 20, 10) == 1
+    done(store.record_delivery, new.key, Attempt(T, 1, 204), "delivered", None)
+    assert look(path, "SELECT count(*) FROM attempts") == [(0,)]
+    assert store.due_deliveries(T + 10**9, 10, [], []) == []
+
+
+# ---- Purge -----------------------------------------------------------------------------------------------------------
+
+
+def test_expired_jobs_are_purged_in_batches_oldest_first(store: SqliteStore, path: str) -> None:
+    running = added(store)
+    jobs = [owing(store, expires=T + n) for n in range(5)]
+    kept = owing(store, expires=T + 11)
+    assert done(store.purge, T - 1, 3) == 0
+    assert done(store.purge, T + 10, 3) == 3
+    assert [store.get(each.key) is None for each in jobs] == [True] * 3 + [False] * 2
+    assert done(store.purge, T + 10, 3) == 2
+    assert done(store.purge, T + 10, 3) == 0
+    assert store.get(running.key) is not None and store.get(kept.key) is not None
+    assert look(path, "SELECT count(*) FROM callbacks") == [(1,)]
+
+
+def test_the_file_shrinks_after_a_purge(store: SqliteStore, path: str) -> None:
+    for _ in range(8):
+        new = added(store)
+        done(store.finish, finish(new, os.urandom(PIECE * 2), expires=T))
+    store.close()
+    full = os.stat(path).st_size
+    assert full > 16 * PIECE
+    with closing(SqliteStore(path)) as again:
+        for _ in range(20):  # a little each time, so that the writes behind it do not wait
+            done(again.purge, T, 200)
+    assert os.stat(path).st_size < full / 8
+
+
+# ---- Writes together -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["beyond 64 bits", "lone surrogate", "key taken"])
+def test_a_row_that_cannot_be_written_does_not_fail_its_neighbours(store: SqliteStore, bad: str) -> None:
+    jobs = [job() for _ in range(9)]
+    spoiled = {
+        "beyond 64 bits": submission(replace(job(), created=1 << 70)),
+        "lone surrogate": submission(replace(job(), base="\ud800")),
+        "key taken": submission(replace(jobs[0], flow="other")),
+    }[bad]
+    with held(store):
+        before = [Written(store.add, submission(new)) for new in jobs[:4]]
+        wrong = Written(store.add, spoiled)
+        after = [Written(store.add, submission(new)) for new in jobs[4:]]
+        ends = [Written(store.finish, finish(new)) for new in jobs]
+    assert [write.get() for write in before + after] == [Added(new, False) for new in jobs]
+    assert [write.get() for write in ends] == [True] * 9
+    with pytest.raises(StoreError):
+        wrong.get()
+    assert store.fault is None
+    assert [store.get(new.key).status for new in jobs] == [Status.COMPLETED] * 9  # type: ignore[union-attr]
+
+
+def test_a_listener_that_fails_does_not_end_the_writer(store: SqliteStore) -> None:
+    def fail(result: Any, error: Exception | None) -> None:
+        raise RuntimeError("a listener's fault")
+
+    store.add(submission(job()), fail)
+    added(store)
+
+
+def test_reads_do_not_wait_for_writes(store: SqliteStore) -> None:
+    new = added(store)
+    with held(store):
+        Written(store.finish, finish(new))
+        found = store.get(new.key)
+        assert found is not None and found.status is Status.RUNNING
+
+
+def test_what_was_queued_is_written_when_the_store_is_closed(path: str) -> None:
+    jobs = [job() for _ in range(2000)]
+    with closing(SqliteStore(path)) as first:
+        writes = [Written(first.add, submission(new)) for new in jobs]
+    assert all(write.get().replayed is False for write in writes)
+    with closing(SqliteStore(path)) as again:
+        assert [seq for seq, _ in again.unfinished()] == [new.key.seq for new in jobs]
+    assert not os.path.exists(path + "-wal")
+
+
+def test_a_write_to_a_closed_store_is_refused_not_forgotten(path: str) -> None:
+    store = SqliteStore(path)
+    store.close()
+    late = Written(store.add, submission(job()))
+    with pytest.raises(StoreError):
+        late.get(timeout=2)
+
+
+# ---- Disk full, locked -----------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_refuses_new_jobs_keeps_ends_and_mends(store: SqliteStore) -> None:
+    first, second = added(store), added(store)
+    store._writer.execute("PRAGMA max_page_count = 1").fetchone()  # SQLite takes the present size: the disk is full
+    large = os.urandom(200_000)
+    end = Written(store.finish, finish(first, large))
+    with pytest.raises(StoreError, match="the disk is full"):
+        done(store.add, submission(job(), large))
+    with pytest.raises(queue.Empty):
+        end.get(timeout=0.01)
+    assert store.fault == "the disk is full"
+    found = store.get(second.key)
+    assert found is not None and found.status is Status.RUNNING  # what is there can still be read
+    another = Written(store.finish, finish(second, large))
+    store._writer.execute("PRAGMA max_page_count = 1000000").fetchone()
+    assert (end.get(), another.get()) == (True, True)
+    assert store.fault is None
+    result = store.result(first.key)
+    assert result is not None and result.body == large
+    added(store)
+
+
+def test_a_locked_database_refuses_new_jobs_keeps_ends_and_mends(store: SqliteStore, path: str) -> None:
+    new = added(store)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        end = Written(store.finish, finish(new))
+        with pytest.raises(StoreError, match="locked by another process"):
+            done(store.add, submission(job()))
+        assert store.fault is not None and path not in store.fault
+        other.execute("COMMIT")
+    assert end.get() is True
+    assert store.fault is None
+
+
+# ---- Owning and opening ----------------------------------------------------------------------------------------------
+
+
+def test_a_second_owner_is_refused_and_touches_nothing(store: SqliteStore, path: str, tmp_path: Path) -> None:
+    new = added(store)
+    before = {file: os.stat(path + file) for file in ("", "-wal", "-shm")}
+    (tmp_path / "link.db").symlink_to(path)
+    for name in (path, str(tmp_path / "link.db"), f"{tmp_path}/../{tmp_path.name}/jobs.db"):
+        with pytest.raises(StoreError, match=r"another server uses .*jobs\.db: stop it, or set `database`"):
+            SqliteStore(name)
+    after = {file: os.stat(path + file) for file in before}
+    assert {f: (s.st_size, s.st_mtime_ns) for f, s in after.items()} == {
+        f: (s.st_size, s.st_mtime_ns) for f, s in before.items()
+    }
+    done(store.finish, finish(new))
+    with closing(SqliteStore(path, read_only=True)) as reader:
+        found = reader.get(new.key)
+        assert found is not None and found.status is Status.COMPLETED
+
+
+def test_the_lock_is_free_when_its_owner_is_killed(path: str) -> None:
+    code = (
+        "import astera_lite, sys; s = astera_lite.SqliteStore(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == b"open\n"
+        with pytest.raises(StoreError, match="another server"):
+            SqliteStore(path)
+        owner.kill()
+        owner.wait(10)
+    with closing(SqliteStore(path)) as store:
+        added(store)
+
+
+def test_the_lock_is_free_when_its_owner_closes_or_cannot_open(path: str) -> None:
+    for _ in range(2):
+        SqliteStore(path).close()
+    look(path, "PRAGMA user_version = 99")
+    for _ in range(2):
+        with pytest.raises(StoreError, match="newer"):
+            SqliteStore(path)
+
+
+def foreign(path: str) -> None:
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE theirs (a)")
+
+
+def newer(path: str) -> None:
+    SqliteStore(path).close()
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA user_version = 2")
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (foreign, "jobs.db is a database of another program: set `database` to another path"),
+        (newer, r"jobs.db was made by a newer version \(2\): use that one; nothing was changed"),
+        (lambda path: Path(path).write_bytes(b"no database, just text\n" * 99), "jobs.db: the file is not a database"),
+    ],
+    ids=["foreign", "newer", "text"],
+)
+def test_a_file_that_is_not_ours_is_refused_unchanged(
+    path: str, make: Callable[[str], None], message: str, read_only: bool
+) -> None:
+    make(path)
+    before = Path(path).read_bytes()
+    with pytest.raises(StoreError, match=message):
+        SqliteStore(path, read_only=read_only)
+    assert Path(path).read_bytes() == before
+    assert read_only or not os.path.exists(path + "-wal")  # a reader makes one, empty, and may not remove it
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"there is no folder .*nowhere: create it, or set `database`"):
+        SqliteStore(str(tmp_path / "nowhere" / "jobs.db"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "jobs.db").mkdir()
+    with pytest.raises(StoreError, match="cannot be opened"):
+        SqliteStore(str(tmp_path / "jobs.db"))
+
+
+def test_a_read_only_look_makes_no_database(path: str) -> None:
+    with pytest.raises(StoreError, match=r"there is no database .*: a server makes it when it starts"):
+        SqliteStore(path, read_only=True)
+    assert not os.path.exists(path)
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder of a user for whom file modes count: they do not for root, who becomes nobody meanwhile."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.chown(folder, 65534, 65534)
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if was_root:
+            os.seteuid(0)
+        folder.chmod(0o777)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="file modes are another matter there")
+def test_a_read_only_file_or_folder_is_refused_unchanged(unprivileged: Path) -> None:
+    path = unprivileged / "jobs.db"
+    SqliteStore(str(path)).close()
+    before = path.read_bytes()
+    path.chmod(0o444)
+    with pytest.raises(StoreError, match="the database is read-only"):
+        SqliteStore(str(path))
+    path.chmod(0o644)
+    (unprivileged / "jobs.db.lock").unlink()
+    unprivileged.chmod(0o555)
+    with pytest.raises(StoreError, match="the folder must be writable"):
+        SqliteStore(str(path))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("durability", "level"), [("full", 2), ("normal", 1)])
+def test_the_journal_is_ahead_and_synced_as_told(path: str, durability: str, level: int) -> None:
+    with closing(SqliteStore(path, durability)) as store:
+        assert store._writer.execute("PRAGMA synchronous").fetchone() == (level,)
+        assert look(path, "PRAGMA journal_mode") == [("wal",)]
+        assert look(path, "PRAGMA auto_vacuum") == [(2,)]  # incremental
+        assert store.size() == os.stat(path).st_size + os.stat(path + "-wal").st_size
+
+
+def test_full_durability_is_the_default(store: SqliteStore, tmp_path: Path) -> None:
+    assert store._writer.execute("PRAGMA synchronous").fetchone() == (2,)
+    with AsteraLite(database=str(tmp_path / "other.db")) as app:
+        assert app.store._writer.execute("PRAGMA synchronous").fetchone() == (2,)  # type: ignore[attr-defined]
+
+
+def test_pieces_without_a_job_are_gone_after_a_start(path: str) -> None:
+    SqliteStore(path).close()
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("INSERT INTO pieces VALUES (1, 'request_body', 0, 0, x'00')")
+        other.commit()
+    SqliteStore(path).close()
+    assert look(path, "SELECT count(*) FROM pieces") == [(0,)]
+
+
+# ---- Schema ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_older_database_is_upgraded_step_by_step(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(SqliteStore(path)) as old:
+        new = added(old)
+    scripts = {
+        1: "ALTER TABLE jobs ADD COLUMN colour TEXT; UPDATE jobs SET colour = 'red';",
+        2: "ALTER TABLE jobs ADD COLUMN shape TEXT; UPDATE jobs SET shape = colour || ' square';",
+    }
+    monkeypatch.setattr(astera_lite, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(astera_lite, "UPGRADES", scripts)
+    for _ in range(2):
+        with closing(SqliteStore(path)) as store:
+            assert store.get(new.key) == new
+            assert look(path, "PRAGMA user_version") == [(3,)]
+            assert look(path, "SELECT shape FROM jobs") == [("red square",)]
+    monkeypatch.undo()
+    with pytest.raises(StoreError, match=r"newer version \(3\)"):
+        SqliteStore(path)
+
+
+def test_an_upgrade_that_fails_changes_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(SqliteStore(path)) as old:
+        new = added(old)
+    columns = look(path, "PRAGMA table_info(jobs)")
+    with monkeypatch.context() as patched:
+        patched.setattr(astera_lite, "SCHEMA_VERSION", 2)
+        patched.setattr(astera_lite, "UPGRADES", {1: "ALTER TABLE jobs ADD COLUMN a; DROP TABLE nowhere;"})
+        with pytest.raises(StoreError):
+            SqliteStore(path)
+    with closing(SqliteStore(path)) as store:
+        assert store.get(new.key) == new
+        assert look(path, "PRAGMA table_info(jobs)") == columns
+
+
+def test_every_table_index_and_column_has_a_comment(store: SqliteStore, path: str) -> None:
+    lines = (ROOT / "schema.sql").read_text("utf-8").splitlines()
+    for n, line in enumerate(lines):
+        if line.startswith("CREATE"):
+            assert re.match("-- [A-Z].*[.]$", lines[n - 1]), line
+    tables = [name for (name,) in look(path, "SELECT name FROM sqlite_schema WHERE type = 'table'")]
+    assert sorted(tables) == ["attempts", "callbacks", "flows", "jobs", "pieces", "steps"]
+    for table in tables:
+        begin = lines.index(f"CREATE TABLE {table} (")
+        end = next(n for n in range(begin, len(lines)) if lines[n].startswith(")"))
+        for _, column, *_ in look(path, f"PRAGMA table_info({table})"):
+            [line] = [text for text in lines[begin:end] if text.split()[:1] == [column]]
+            assert re.search("-- .{5,}", line), line
+
+
+def test_the_schema_says_which_version_it_is(store: SqliteStore, path: str) -> None:
+    text = (ROOT / "schema.sql").read_text("utf-8")
+    assert f"version {astera_lite.SCHEMA_VERSION} of the schema" in text
+    assert look(path, "PRAGMA user_version") == [(astera_lite.SCHEMA_VERSION,)]
+    assert look(path, "PRAGMA application_id") == [(astera_lite.APPLICATION_ID,)]
