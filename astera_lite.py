@@ -153,9 +153,9 @@ class NotFound(AsteraError):
 class Conflict(AsteraError):
     """The job is not in a state that allows this; `status` is 409, or 422 for a reused idempotency key."""
 
-    def __init__(self, detail: str, status: int = 409) -> None:
+    def __init__(self, detail: str, status: int = 409, job: Status | None = None) -> None:
         super().__init__(detail)
-        self.status = status
+        self.status, self.job = status, job
 
 
 class Busy(AsteraError):
@@ -597,6 +597,8 @@ def _checked_setting(name: str, value: Any) -> Any:
     if value is None and item.default is None:
         return None
     parsed = SETTING_KINDS[rules["kind"]].parse(value)
+    if rules.get("secret") and not parsed.strip():
+        raise ValueError("is empty: leave it out, or give it a value")
     show = SETTING_KINDS[rules["kind"]].show
     if "choices" in rules and parsed not in rules["choices"]:
         raise ValueError(f"{shown(parsed)} is not one of {', '.join(rules['choices'])}")
@@ -2375,7 +2377,8 @@ class Surroundings:
         """The text with every secret's value replaced."""
         for value in self.secrets.values():
             if value:
-                text = text.replace(value, "***")
+                for form in (value, urllib.parse.quote(value, safe=""), urllib.parse.quote_plus(value)):
+                    text = text.replace(form, "***")
         return text
 
 
@@ -2462,7 +2465,7 @@ def run_flow(run: Run) -> Outcome | Suspended:
     except _TimedOut:
         return Outcome.failed("timeout", 504, "The flow took longer than it may.", "timeout")
     except _Failed as failed:
-        return Outcome.failed("failed", failed.status, failed.message)
+        return Outcome.failed("failed", failed.status, run.outside.masked(failed.message))
     except StepError as error:
         code = "timeout" if error.status == 504 else "failed"
         return Outcome.failed(code, error.status, error.detail, run.outside.masked(str(error)))
@@ -2561,7 +2564,7 @@ def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | N
     """Put a line into the trace, which is what people see of the steps."""
     if run.trace is None:
         return
-    preview = None if value is None else run.outside.masked(shown(_outline(value), 200))
+    preview = None if value is None else shown(_outline(value, run.outside.masked), 200)
     run.trace.append(
         {
             "path": path,
@@ -2576,16 +2579,17 @@ def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | N
     )
 
 
-def _outline(value: Any, depth: int = 3) -> Any:
-    """The beginning of a value, so that a preview costs the same for a large one."""
+def _outline(value: Any, masked: Callable[[str], str], depth: int = 3) -> Any:
+    """The beginning of a value, so that a preview costs the same for a large one; secrets go before the cut."""
     if isinstance(value, str):
-        return value[:200]
+        return masked(value[:8192])[:200]
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     if isinstance(value, dict):
-        return {key: _outline(value[key], depth - 1) if depth else "…" for key in itertools.islice(value, 8)}
+        beginning = itertools.islice(value.items(), 8)
+        return {masked(key): _outline(item, masked, depth - 1) if depth else "…" for key, item in beginning}
     if isinstance(value, list | tuple):
-        return [_outline(item, depth - 1) if depth else "…" for item in value[:5]]
+        return [_outline(item, masked, depth - 1) if depth else "…" for item in value[:5]]
     return value
 
 
@@ -4534,7 +4538,8 @@ class Engine:
         self._waiting: list[tuple[int, int]] = []  # heap of (due, seq): jobs that wait for a time
         self._sync: deque[Callable[[], None]] = deque()
         self._inputs: dict[int, Prepared] = {}
-        self._dropped: set[int] = set()  # cancelled while queued
+        self._dropped: set[int] = set()  # cancelled while queued or waiting, the end not on disk yet
+        self._gone: set[int] = set()  # cancelled, but still in the heap of ready jobs
         self._live: dict[int, _Live] = {}
         self._draining = self._busy = self._unrecorded = 0
         self._stopping = False
@@ -4546,11 +4551,11 @@ class Engine:
     @property
     def queued(self) -> int:
         """Jobs that have not begun to run."""
-        return len(self._ready)
+        return len(self._ready) - len(self._gone)
 
     def counts(self) -> dict[str, int]:
         """What the engine has in hand, for people."""
-        return {"queued": len(self._ready), "running": self._busy, "waiting": len(self._waiting)}
+        return {"queued": self.queued, "running": self._busy, "waiting": len(self._waiting)}
 
     def put(self, seq: int, prepared: Prepared | None = None) -> None:
         """Queue a stored job; what is prepared already is kept in memory as long as the queue is short."""
@@ -4614,7 +4619,8 @@ class Engine:
             return self._sync.popleft()
         while self._ready and self._busy < self._workers and not self._stopping:
             seq = heapq.heappop(self._ready)
-            if seq in self._dropped:
+            if seq in self._dropped or seq in self._gone:
+                self._gone.discard(seq)
                 continue
             self._busy += 1
             live = self._live[seq] = _Live()
@@ -4780,6 +4786,8 @@ class Engine:
                 live.cancel.set()
                 return False
             self._dropped.add(seq)
+            if seq in self._ready:
+                self._gone.add(seq)
             self._inputs.pop(seq, None)
         self.end(job, Outcome.failed("cancelled", 409, "The job was cancelled."))
         return True
@@ -5453,9 +5461,9 @@ class AsteraLite:
         request = self.store.request(job.key)
         flow = self.deployments.by_name.get(job.flow)
         if request is None or flow is None:
-            raise Conflict(f'The flow "{job.flow}" is not deployed any more.')
+            raise Conflict(f'The flow "{job.flow}" is not deployed any more.', job=job.status)
         if flow not in [match.get(request.method) for match in self.deployments.match(request.path)]:
-            raise Conflict(f'The flow "{job.flow}" has another method or resource now.')
+            raise Conflict(f'The flow "{job.flow}" has another method or resource now.', job=job.status)
         key = self.new_key()
         given = flow.bind(request, path_values(flow, request.path), str(key))
         self.accept(Call(key, flow, request, given, base, job.callback.url if job.callback else None), caller, done)
@@ -5692,16 +5700,24 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]
 class Access:
     """Who may call: the token, and the rules that keep other web pages away (Host, Origin, Sec-Fetch-Site)."""
 
-    def __init__(self, token: str | None, loopback: bool, public_url: str | None, cors_origins: str | None) -> None:
+    def __init__(
+        self,
+        token: str | None,
+        loopback: bool,
+        public_url: str | None,
+        cors_origins: str | None,
+        host: str = "localhost",
+    ) -> None:
         self._digest = hashlib.sha256(token.encode()).digest() if token is not None else None
         self._hosts: set[str] | None = None
         if loopback:
-            self._hosts = {*_LOOPBACK_HOSTS}
+            self._hosts = {*_LOOPBACK_HOSTS, f"[{host}]" if ":" in host else host}
             if public_url is not None:
-                self._hosts.add(parse_target(public_url).host)
+                host = parse_target(public_url).host
+                self._hosts.add(f"[{host}]" if ":" in host else host)
         self.origins = {origin.strip().rstrip("/") for origin in (cors_origins or "").split(",") if origin.strip()}
         if public_url is not None:
-            self._own = public_url.rstrip("/")
+            self._own = "/".join(public_url.lower().split("/")[:3])  # an origin has no path
 
     _own: str | None = None
 
@@ -6142,8 +6158,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "answer", "answered", "app", "base", "body", "caller", "cors_origin", "flow", "head", "later", "path", "post",
-        "request_id", "route", "values",
+        "answer", "answered", "app", "base", "body", "caller", "cors_origin", "flow", "head", "later", "origin", "path",
+        "post", "request_id", "route", "values",
     )  # fmt: skip
 
     def __init__(
@@ -6163,6 +6179,7 @@ class Exchange:
         self.cors_origin: str | None = None
         self.route: Route | None = None
         self.values: dict[str, str] = {}
+        self.origin = base  # as the request names the server, whatever public_url says
         self.flow: Flow | None = None
         self.path = ""  # raw, behind the prefix of a publishing route
         self.answered = False
@@ -6189,7 +6206,7 @@ class Route(NamedTuple):
 def begin(x: Exchange, access: Access) -> None:
     """Let a request in: origin, token, route. Raises the error that refuses it, before its body is read."""
     head = x.head
-    x.cors_origin = access.check_origin(head.headers, x.base, navigation=head.method == "GET" and head.path == "/")
+    x.cors_origin = access.check_origin(head.headers, x.origin, navigation=head.method == "GET" and head.path == "/")
     if head.method == "OPTIONS":
         x.route = Route("OPTIONS", head.path, options, True)
         return
@@ -6200,10 +6217,14 @@ def begin(x: Exchange, access: Access) -> None:
     if not routes:
         raise NotFound(f"There is nothing at {shown(head.path, 200)}. The endpoints are listed at /api/deployments.")
     if route is None:
-        raise MethodNotAllowed(sorted(routes))
+        raise MethodNotAllowed(_with_head(routes))
     x.route = route
     if route.check is not None:
         route.check(x)
+
+
+def _with_head(names: Iterable[str]) -> set[str]:
+    return {*names, "OPTIONS"} | ({"HEAD"} if "GET" in names else set())
 
 
 class MethodNotAllowed(AsteraError):
@@ -6231,6 +6252,8 @@ def error_response(x: Exchange, error: Exception) -> Reply:
     elif isinstance(error, StoreError):
         headers.append(("Retry-After", "5"))
         detail = f"Nothing can be stored at this time: {error}."
+    elif isinstance(error, Conflict) and error.job is not None:
+        headers.append(("Job-Status", error.job.value))
     elif isinstance(error, MethodNotAllowed):
         status = 405
         headers.append(("Allow", error.allowed))
@@ -6242,20 +6265,33 @@ def error_response(x: Exchange, error: Exception) -> Reply:
 # --- publishing ---
 
 
+_WORD = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_QUOTED = r'"(?:[^"\\]|\\.)*"'
+_PREFERENCE = re.compile(  # possessive: a hostile header costs no backtracking
+    rf"[ \t]*+({_WORD})[ \t]*+(?:=[ \t]*+({_WORD}|{_QUOTED})?[ \t]*+)?(?:;(?:[^\",]|{_QUOTED})*+)?(?:,|$)"
+)
+_LIST_ITEM = re.compile(rf'(?:[^",]|{_QUOTED}|".*)*+,?')
+
+
 def parse_prefer(value: str | None) -> dict[str, str]:
     """Preferences (RFC 7240) by lower-case name; of a repeated one the first counts, what is malformed is ignored."""
     found: dict[str, str] = {}
-    for part in (value or "").split(","):
-        name, _, text = part.partition(";")[0].partition("=")
-        found.setdefault(name.strip().lower(), text.strip().strip('"'))
+    at, text = 0, value or ""
+    while at < len(text):
+        match = _PREFERENCE.match(text, at)
+        if match is not None:
+            name, given = match[1].lower(), (match[2] or "").strip('"')
+            if (name == "wait" and re.fullmatch("[0-9]+", given)) or (name == "respond-async" and not given):
+                found.setdefault(name, given)  # a malformed one does not hide a good one
+        item = match or _LIST_ITEM.match(text, at)
+        assert item is not None  # it matches anything, and at least one character
+        at = item.end()
     return found
 
 
 def _wait_of(x: Exchange, preferences: Mapping[str, str]) -> int | None:
-    text = preferences.get("wait", "")
-    if not text.isascii() or not re.fullmatch("[0-9]{1,9}", text):
-        return None
-    return min(int(text), int(x.app.settings.max_wait))
+    text = preferences.get("wait")
+    return None if text is None else min(int(text[:9]) if len(text) < 10 else 10**9, int(x.app.settings.max_wait))
 
 
 def _applied(names: Iterable[str]) -> list[tuple[str, str]]:
@@ -6333,7 +6369,7 @@ def options(x: Exchange) -> Reply:
     if path == "*":
         names |= set(_METHODS)
     elif len(names) == 1:
-        names |= {name for name in find_routes(path, {}) if name != "*"}
+        names |= _with_head(find_routes(path, {})) - {"*"}
     headers = [("Allow", ", ".join(sorted(names))), _NO_STORE]
     if x.cors_origin is not None:
         wanted = x.head.headers.get("access-control-request-headers", "")
@@ -6384,11 +6420,25 @@ def _take_key(x: Exchange) -> str | None:
 
 
 def _submit(x: Exchange, flow: Flow, path: str, preferences: Mapping[str, str], applied: list[str]) -> None:
-    callback_url, query = _take_callback(x)
-    idempotency_key = _take_key(x)
-    request = _stored_request(x, flow, path, query)
     key = x.app.new_key()
-    given = flow.bind(request, path_values(flow, path), str(key))
+    errors: list[dict[str, str]] = []
+    callback_url, query, idempotency_key = None, x.head.query, None
+    try:
+        callback_url, query = _take_callback(x)
+    except InputError as error:
+        errors += error.errors
+        query = "&".join(part for part in query.split("&") if not part.startswith("callbackUrl="))
+    try:
+        idempotency_key = _take_key(x)
+    except InputError as error:
+        errors += error.errors
+    request = _stored_request(x, flow, path, query)
+    try:
+        given = flow.bind(request, path_values(flow, path), str(key))
+    except InputError as error:
+        raise InputError([*errors, *error.errors], status=error.status) from None
+    if errors:
+        raise InputError(errors)
     wait_s = _wait_of(x, preferences)
     if wait_s is not None:
         applied = [*applied, f"wait={wait_s}"]
@@ -6421,7 +6471,10 @@ def _accepted(
     if wait_s:
         _when_finished(x, job.key, wait_s, answer)
     elif replayed:
-        x.answer(answer(x.app.look(job.key, x.caller)))
+        try:
+            x.answer(answer(x.app.look(job.key, x.caller)))
+        except AsteraError as failed:
+            x.fail(failed)
     else:
         x.answer(answer(None))
 
@@ -6482,7 +6535,7 @@ def _unknown(x: Exchange) -> Reply:
         "detail": detail,
     }
     headers = [("Job-Status", Status.UNKNOWN.value), _NO_STORE]
-    if x.head.path.endswith("/status"):
+    if x.route is not None and x.route.handle is job_status:
         return Reply(404, [_JSON, *headers], json_body(document))
     members = {name: value for name, value in document.items() if name not in ("status", "detail")}
     return Reply(404, [_PROBLEM, *headers], json_body(problem(404, detail, jobStatus="Unknown", **members)))
@@ -6566,13 +6619,14 @@ def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
     if request is None:
         return None
     masked = app.outside.masked
-    text = request.body[:4096].decode(errors="replace")
+    longest = max((len(value.encode()) for value in app.outside.secrets.values()), default=0)
+    text = masked(request.body[: 4096 + longest].decode(errors="replace"))[:4096]  # masked before it is cut
     return {
         "method": request.method,
         "path": masked(request.path),
         "query": masked(request.query),
         "headers": {name: masked(value) for name, value in request.headers.items()},
-        "body": masked(text) if request.body else None,
+        "body": text if request.body else None,
         "bodySize": len(request.body),
     }
 
@@ -6618,7 +6672,7 @@ def job_cancel(x: Exchange) -> Reply | None:
         return _unknown(x)
     job = found[0]
     if job.status is not Status.RUNNING:
-        raise Conflict(f"The job is finished: {job.status.value}.")
+        raise Conflict(f"The job is finished: {job.status.value}.", job=job.status)
     if not x.app.cancel_job(job):
         return _status_response(x, found, 202, [("Location", f"{x.base}/api/jobs/{job.id}/status")])
 
@@ -6638,7 +6692,7 @@ def job_rerun(x: Exchange) -> Reply | None:
         return _unknown(x)
     job = found[0]
     if job.status is Status.RUNNING:
-        raise Conflict("The job still runs.")
+        raise Conflict("The job still runs.", job=job.status)
     x.app.rerun(job, x.base, x.caller, lambda result, error: x.post(lambda: _accepted(x, result, error, None, ())))
     return None
 
@@ -6650,15 +6704,19 @@ def job_callback(x: Exchange) -> Reply | None:
         return _unknown(x)
     job = found[0]
     if job.callback is None:
-        raise Conflict("The job was submitted without a callbackUrl.")
+        raise Conflict("The job was submitted without a callbackUrl.", job=job.status)
     if job.status is Status.RUNNING:
-        raise Conflict("The job still runs: its callback is sent when it is finished.")
+        raise Conflict("The job still runs: its callback is sent when it is finished.", job=job.status)
 
     def stored(result: Any, error: AsteraError | None) -> None:
         x.post(lambda: answer(error))
 
     def answer(error: AsteraError | None) -> None:
-        found = x.app.look(job.key, x.caller)
+        found = None
+        try:
+            found = x.app.look(job.key, x.caller)
+        except AsteraError as failed:
+            error = error or failed
         if error is not None or found is None:
             x.answer(error_response(x, error) if error else _unknown(x))
         else:
@@ -6687,7 +6745,7 @@ def job_delete(x: Exchange) -> Reply | None:
             x.answer(_unknown(x))
         else:
             owed = "Its callback is still owed." if result == "owed" else "The job still runs: cancel it first."
-            x.fail(Conflict(owed))
+            x.fail(Conflict(owed, job=job.status))
 
     x.app.store.delete(job.key, done)
     return None
@@ -7072,7 +7130,10 @@ class Server(ThreadingHTTPServer):
         port = self.limits.port if port is None else port
         loopback = is_loopback(host)
         check_exposure(settings, host, loopback)
-        self.access = Access(settings.token, loopback, settings.public_url, settings.cors_origins)
+        self.access = Access(settings.token, loopback, settings.public_url, settings.cors_origins, host)
+        if not loopback and settings.callback_allow.strip().lower() == "auto":
+            app.policy.hosts.clear()  # the courier and the http steps share it
+            app.policy.networks.clear()
         self.tls = self._tls_context() if settings.tls_cert else None
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.selector = selectors.DefaultSelector()
@@ -7180,7 +7241,7 @@ class Server(ThreadingHTTPServer):
                         key.data()
                 self._awake = False
                 for _ in range(len(self._inbox)):
-                    self._inbox.popleft()()
+                    self._guarded(self._inbox.popleft())
                 if time.monotonic() >= self._sweep_at:
                     self._sweep()
         finally:
@@ -7190,6 +7251,12 @@ class Server(ThreadingHTTPServer):
             self._wake_in.close()
             self._wake_out.close()
             self._ended.set()
+
+    def _guarded(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception:  # the door of the loop: one request's fault must not end the server
+            log.exception("the loop")
 
     def _woken(self) -> None:
         try:
@@ -7275,10 +7342,13 @@ class Server(ThreadingHTTPServer):
 
     def exchange(self, handler: Handler, head: Head) -> Exchange:
         """A new exchange on a connection."""
-        base = self.base or f"{self.scheme}://{head.headers.get('host') or self.url.partition('//')[2]}"
-        return Exchange(
+        origin = f"{self.scheme}://{head.headers.get('host') or self.url.partition('//')[2]}"
+        base = self.base or origin
+        x = Exchange(
             self.app, head, self._next_request_id(), base, partial(self._answer, handler), self.post, handler.later
         )
+        x.origin = origin
+        return x
 
     def handle(self, x: Exchange) -> None:
         """Call the route; its errors become problem documents here."""
@@ -7296,7 +7366,10 @@ class Server(ThreadingHTTPServer):
             return
         x.answered = True
         if x.cors_origin is not None:
-            exposed = "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location"
+            exposed = (
+                "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, "
+                "Idempotency-Replayed"
+            )
             cors = [("Access-Control-Allow-Origin", x.cors_origin), ("Vary", "Origin")]
             reply = reply._replace(headers=[*reply.headers, *cors, ("Access-Control-Expose-Headers", exposed)])
         log.debug("%s %s %s %d", x.request_id, x.head.method, x.head.path, reply.status)
