@@ -3446,8 +3446,10 @@ def _check_step(build: Build, spec: Any, place: str) -> Step | None:
     kind = kinds[used[0]]
     build.volatile = False
     run = kind.check(build, spec[used[0]], f"{place}/{used[0]}")
-    save = kind.effect or build.volatile
     on_error = spec.get("onError")
+    error_value = None if on_error == "continue" else on_error
+    instead = build.template(error_value, f"{place}/onError") if "onError" in spec else None
+    save = kind.effect or build.volatile
     return Step(
         name=name,
         kind=used[0],
@@ -3457,9 +3459,7 @@ def _check_step(build: Build, spec: Any, place: str) -> Step | None:
         when=build.template(spec["when"], f"{place}/when") if "when" in spec else None,
         timeout=build.checked(spec, "timeout", place, parse_duration, None),
         retry=_check_retry(build, spec["retry"], f"{place}/retry") if "retry" in spec else Retry(),
-        on_error=build.template(None if on_error == "continue" else on_error, f"{place}/onError")
-        if "onError" in spec
-        else None,
+        on_error=instead,
     )
 
 
@@ -3711,7 +3711,7 @@ class Store(Protocol):
         """Keep an attempt to deliver a callback, and what follows from it."""
 
     def purge(self, now: int, limit: int, done: Done) -> None:
-        """Forget up to `limit` expired jobs and give their space back; `done` gets how many they were."""
+        """Forget some expired jobs, `limit` at the most, and give their space back; `done` gets how many they were."""
 
     def get(self, key: JobKey) -> Job | None:
         """A job."""
@@ -3781,6 +3781,7 @@ _SELECT_JOB = f"SELECT {_JOB_COLUMNS}, {_CALLBACK_COLUMNS} FROM jobs LEFT JOIN c
 _CHILD_TABLES = ("pieces", "steps", "callbacks", "attempts")
 _BATCH = 512  # writes committed together at the most; more would make the first of them wait
 _RETRY_S = 0.5
+_PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
 _GIVE_BACK = 1024  # pages (of 4 KiB) that a purge gives back to the system at the most, so that no write waits long
 _FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_BUSY", "SQLITE_LOCKED"})
 
@@ -3835,6 +3836,7 @@ class SqliteStore:
     def __init__(self, path: str, durability: str = "full", read_only: bool = False) -> None:
         self.fault: str | None = None
         self._closed = False
+        self._give_up_at = math.inf  # when a closing store stops trying writes again, on the monotonic clock
         self.path = os.path.realpath(path)
         self._durability = durability
         self._read_only = read_only
@@ -3894,6 +3896,7 @@ class SqliteStore:
             mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
             if mode != "wal":
                 raise StoreError(f"{self.path}: write-ahead logging cannot be used here (journal mode {mode})")
+            connection.execute("PRAGMA journal_size_limit = 67108864")
             connection.execute(f"PRAGMA synchronous = {'FULL' if self._durability == 'full' else 'NORMAL'}")
             self._upgrade(connection)
             connection.execute("BEGIN IMMEDIATE")  # a database that cannot be written is to be found now
@@ -3966,7 +3969,7 @@ class SqliteStore:
                 pass
             if batch:
                 self._commit(batch, kept)
-            if stopping and kept:
+            if stopping and kept and time.monotonic() >= self._give_up_at:
                 log.error("%d writes could not be made: %s", len(kept), self.fault)
                 for write in kept:
                     self._tell(write, None, StoreError(self.fault or ""))
@@ -4162,8 +4165,13 @@ class SqliteStore:
 
     def purge(self, now: int, limit: int, done: Done) -> None:
         def run(db: sqlite3.Connection) -> int:
-            sql = "SELECT seq FROM jobs WHERE expires <= ? ORDER BY expires LIMIT ?"
-            expired = [row[0] for row in db.execute(sql, (now, limit))]
+            sql = "SELECT seq, size FROM jobs WHERE expires <= ? ORDER BY expires LIMIT ?"
+            expired, total = [], 0
+            for seq, size in db.execute(sql, (now, limit)):
+                expired.append(seq)
+                total += size or 0
+                if total > _PURGE_BYTES:
+                    break
             _forget(db, expired)
             free = db.execute("PRAGMA freelist_count").fetchone()[0]
             for _ in range(min(free, _GIVE_BACK)):  # one by one: before CPython 3.13 only the first step is made
@@ -4321,6 +4329,7 @@ class SqliteStore:
 
     def close(self, timeout_s: float = 10.0) -> None:
         if self._owner is not None:
+            self._give_up_at = time.monotonic() + timeout_s * 0.8
             self._queue.put(None)
             self._thread.join(timeout_s)
             if self._thread.is_alive():
@@ -4621,6 +4630,7 @@ class Engine:
             seq = heapq.heappop(self._ready)
             if seq in self._dropped or seq in self._gone:
                 self._gone.discard(seq)
+                self._inputs.pop(seq, None)
                 continue
             self._busy += 1
             live = self._live[seq] = _Live()
@@ -5070,7 +5080,7 @@ class Housekeeper:
             self._purging = False
             if count:
                 log.debug("purged %d jobs", count)
-            if count == _PURGE_BATCH:  # there are more: the writes that came meanwhile go first
+            if count:  # there may be more: the writes that came meanwhile go first
                 self._purge_at = 0
                 self.wake()
 
@@ -5830,8 +5840,9 @@ def _parse_fields(block: bytes) -> _Fields:
         if "content-length" in headers:
             raise WireError(400, "Content-Length and Transfer-Encoding exclude each other.")
         if coding.lower() != "chunked":
-            repeated = coding.lower().replace(" ", "").split(",").count("chunked") > 1
-            raise WireError(400 if repeated else 501, "The only transfer coding is chunked, once.")
+            codings = [word.strip(" \t") for word in coding.lower().split(",")]
+            unknown = codings[-1] == "chunked" and codings.count("chunked") == 1
+            raise WireError(501 if unknown else 400, "The only transfer coding is chunked, once.")
     if "host" in headers and not _HOST.fullmatch(headers["host"]):
         raise WireError(400, "The header host is malformed.")
     expect = headers.get("expect")
@@ -5844,20 +5855,24 @@ def _parse_fields(block: bytes) -> _Fields:
 _fields_of_short_block = lru_cache(maxsize=512)(_parse_fields)  # a client's headers hardly change between its requests
 
 
-def parse_head(block: bytes, max_url: int) -> Head:
-    """The head of a request, without the empty line that ends it; raises WireError."""
-    line, _, rest = block.partition(b"\r\n")
+def _parse_request_line(line: bytes, max_url: int) -> tuple[str, str, int]:
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         raise WireError(400, "The request line is malformed.")
     method, target = match[1].decode(), match[2].decode()
     if match[3] != b"1":
         raise WireError(505, "The protocol is HTTP/1.1.")
-    version = 10 if match[4] == b"0" else 11
     if len(target) > max_url:
         raise WireError(414, f"The URL is longer than {show_size(max_url)}.")
     if method not in _KNOWN_METHODS:
         raise WireError(501, "The method is not known.")
+    return method, target, 10 if match[4] == b"0" else 11
+
+
+def parse_head(block: bytes, max_url: int) -> Head:
+    """The head of a request, without the empty line that ends it; raises WireError."""
+    line, _, rest = block.partition(b"\r\n")
+    method, target, version = _parse_request_line(line, max_url)
     fields = _fields_of_short_block(rest) if len(rest) <= 1024 else _parse_fields(rest)
     headers: Mapping[str, str] = fields.headers
     if version == 11 and "host" not in headers:
@@ -5891,6 +5906,7 @@ class RequestParser:
         "_buffer",
         "_chunk_left",
         "_head",
+        "_led",
         "_max_body",
         "_max_header",
         "_max_url",
@@ -5901,6 +5917,7 @@ class RequestParser:
     def __init__(self, max_header: int, max_url: int, max_body: int) -> None:
         self._max_header, self._max_url, self._max_body = max_header, max_url, max_body
         self._buffer = bytearray()
+        self._led = False  # whether an empty line was ignored before the head
         self._seen = 0  # bytes searched for the end of the head
         self._head: Head | None = None
         self._body: bytearray | None = None  # of a chunked request, as far as it came
@@ -5924,39 +5941,40 @@ class RequestParser:
     def head(self) -> Head | None:
         """The head of the next request."""
         buffer = self._buffer
-        if self._seen == 0 and buffer[:2] == b"\r\n":  # one empty line before a request is ignored (RFC 9112, 2.2)
+        if not self._led and buffer[:2] == b"\r\n":  # one empty line before a request is ignored (RFC 9112, 2.2)
             del buffer[:2]
+            self._led, self._seen = True, 0
         end = buffer.find(b"\r\n\r\n", max(self._seen - 3, 0))
+        if end < 0 or end > min(self._max_header, self._max_url):
+            self._check(end)
         if end < 0:
-            self._check_partial()
-            self._seen = max(len(buffer), self._seen) if len(buffer) > 2 else 0
+            self._seen = len(buffer)
             return None
-        if end > self._max_header + self._max_url:
-            raise WireError(431, f"The header block is longer than {show_size(self._max_header)}.")
-        block = bytes(buffer[: end + 2])
-        line = block.find(b"\r\n")
-        if len(block) - line > self._max_header:
-            raise WireError(431, f"The header block is longer than {show_size(self._max_header)}.")
-        head = self._head = parse_head(block, self._max_url)
+        head = self._head = parse_head(bytes(buffer[: end + 2]), self._max_url)
         del buffer[: end + 4]
-        self._seen = 0
+        self._led, self._seen = False, 0
         if head.length > self._max_body:
             raise WireError(413, f"The body is larger than {show_size(self._max_body)}.")
         if head.chunked:
             self._body, self._chunk_left, self._trailer = bytearray(), 0, -1
         return head
 
-    def _check_partial(self) -> None:
-        """Refuse what cannot become a head any more, instead of waiting for its end."""
-        buffer = self._buffer
-        if _STRAY.search(buffer, max(self._seen - 1, 0)):
+    def _check(self, end: int) -> None:
+        """Refuse what cannot become a head any more, instead of waiting for its end.
+
+        The first byte that is wrong decides, so that it makes no difference how the bytes were cut.
+        """
+        buffer, longest = self._buffer, self._max_url + 128
+        line = buffer.find(b"\r\n", 0, longest)
+        if line >= 0:
+            _parse_request_line(bytes(buffer[:line]), self._max_url)
+            longest = line + self._max_header
+        stop = len(buffer) if end < 0 else end + 2
+        if _STRAY.search(buffer, max(self._seen - 1, 0), min(stop, longest)):
             raise WireError(400, "Lines end with CR LF.")
-        line = buffer.find(b"\r\n", 0, self._max_url + 128)
-        if line < 0 and len(buffer) > self._max_url + 128:
+        if line < 0 and len(buffer) > longest:
             raise WireError(414, f"The URL is longer than {show_size(self._max_url)}.")
-        if line > 0 and not _REQUEST_LINE.fullmatch(buffer, 0, line):
-            raise WireError(400, "The request line is malformed.")
-        if len(buffer) > self._max_header + max(line, 0):
+        if line >= 0 and stop - (end < 0) > longest:  # the last byte may be the CR of the empty line
             raise WireError(431, f"The header block is longer than {show_size(self._max_header)}.")
 
     def body(self) -> bytes | None:
@@ -6158,8 +6176,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "answer", "answered", "app", "base", "body", "caller", "cors_origin", "flow", "head", "later", "origin", "path",
-        "post", "request_id", "route", "values",
+        "_later", "answer", "answered", "app", "base", "body", "caller", "cors_origin", "flow", "head", "origin",
+        "path", "post", "request_id", "route", "values",
     )  # fmt: skip
 
     def __init__(
@@ -6173,7 +6191,8 @@ class Exchange:
         later: Callable[[float, Callable[[], None], bool], None],
     ) -> None:
         self.app, self.head, self.request_id, self.base = app, head, request_id, base
-        self.answer, self.post, self.later = partial(answer, self), post, later
+        self.answer, self._later = partial(answer, self), later
+        self.post: Callable[[Callable[[], None]], None] = lambda function: post(partial(self._call, function))
         self.body = b""
         self.caller = Principal()
         self.cors_origin: str | None = None
@@ -6183,6 +6202,16 @@ class Exchange:
         self.flow: Flow | None = None
         self.path = ""  # raw, behind the prefix of a publishing route
         self.answered = False
+
+    def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
+        """Call a function on the loop after so many seconds, unless the answer was given by then."""
+        self._later(seconds, partial(self._call, function), early)
+
+    def _call(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception as error:  # the door of a request, for what other threads hand over
+            self.fail(error)
 
     def fail(self, error: Exception) -> None:
         """Answer with an error."""
@@ -6471,10 +6500,7 @@ def _accepted(
     if wait_s:
         _when_finished(x, job.key, wait_s, answer)
     elif replayed:
-        try:
-            x.answer(answer(x.app.look(job.key, x.caller)))
-        except AsteraError as failed:
-            x.fail(failed)
+        x.answer(answer(x.app.look(job.key, x.caller)))
     else:
         x.answer(answer(None))
 
@@ -6492,13 +6518,10 @@ def _when_finished(
             return
         if not final:
             x.app.watch(key, changed)  # first watch, then look: nothing can happen unseen in between
-        try:
-            found = x.app.look(key, x.caller)
-            if final or found is None or found[0].status is not Status.RUNNING:
-                x.app.unwatch(key, changed)
-                x.answer(answer(found))
-        except AsteraError as error:
-            x.fail(error)
+        found = x.app.look(key, x.caller)
+        if final or found is None or found[0].status is not Status.RUNNING:
+            x.app.unwatch(key, changed)
+            x.answer(answer(found))
 
     x.later(seconds, lambda: look(final=True), True)
     look()
@@ -6712,11 +6735,7 @@ def job_callback(x: Exchange) -> Reply | None:
         x.post(lambda: answer(error))
 
     def answer(error: AsteraError | None) -> None:
-        found = None
-        try:
-            found = x.app.look(job.key, x.caller)
-        except AsteraError as failed:
-            error = error or failed
+        found = x.app.look(job.key, x.caller)
         if error is not None or found is None:
             x.answer(error_response(x, error) if error else _unknown(x))
         else:
@@ -6912,12 +6931,15 @@ class Handler(BaseRequestHandler):
             return
         self.advancing = True
         try:
-            while not (self.in_flight or self.ending or self.closed) and self.take_request():
+            # an answer that the client does not take holds up the next, or all would wait in memory
+            while not (self.in_flight or self.out or self.ending or self.closed) and self.take_request():
                 pass
         except WireError as error:
             self.refuse(error)
         finally:
             self.advancing = False
+        if self.at_end and not (self.in_flight or self.out or self.lingering):
+            self.close()  # what is left will never be a request
         if not self.closed:
             self.count_buffered()
             self.update_interest()
@@ -6986,7 +7008,7 @@ class Handler(BaseRequestHandler):
         if head.method == "HEAD" or reply.status in (204, 304):
             self.write(data)
         elif reply.stream is not None:
-            self.out += (data, reply.stream)
+            self.out += (data, _whole(reply.stream, reply.length))
             self.flush()
         elif len(reply.body) <= _READ:
             self.write(data + reply.body)
@@ -7034,12 +7056,13 @@ class Handler(BaseRequestHandler):
             return
         if self.in_flight:
             return
-        if self.ending or self.at_end:
+        if self.ending:
             self.finish()
         else:
             self.deadline = time.monotonic() + (
                 self.loop.limits.request_timeout if self.parser.begun else self.loop.limits.idle_timeout
             )
+            self.advance()
             self.update_interest()
 
     def finish(self) -> None:
@@ -7060,7 +7083,7 @@ class Handler(BaseRequestHandler):
         """Tell the selector what this connection waits for."""
         if self.closed:
             return
-        full = self.in_flight and self.parser.buffered > _AHEAD
+        full = (self.in_flight or bool(self.out)) and self.parser.buffered > _AHEAD
         events = 0 if self.at_end or full else selectors.EVENT_READ
         if self.out or self.want_write:
             events |= selectors.EVENT_WRITE
@@ -7109,6 +7132,15 @@ class Handler(BaseRequestHandler):
         self.loop.shutdown_request(self.sock)
 
 
+def _whole(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
+    """The pieces of a body; StoreError if they end early, or the next answer would be taken for the rest."""
+    for piece in pieces:
+        length -= len(piece)
+        yield piece
+    if length:
+        raise StoreError("a part of it is gone")
+
+
 _NO_HEAD = Head("", "", "", 11, {}, 0, False, False, False)
 
 
@@ -7147,6 +7179,7 @@ class Server(ThreadingHTTPServer):
         self._request_count = itertools.count(1)
         self._request_prefix = os.urandom(5).hex()
         self._ended = threading.Event()
+        self._serving = False
         self._thread: threading.Thread | None = None
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -7197,6 +7230,7 @@ class Server(ThreadingHTTPServer):
 
     def start(self) -> Self:
         """Serve in a thread of its own."""
+        self._serving = True  # or a stop that comes at once would not wait for it
         self._thread = threading.Thread(target=self.serve_forever, name="astera-loop", daemon=True)
         self._thread.start()
         return self
@@ -7214,7 +7248,8 @@ class Server(ThreadingHTTPServer):
     def shutdown(self) -> None:
         """Stop serving and wait until the loop has ended."""
         self.request_stop()
-        self._ended.wait(self.app.settings.shutdown_timeout + 5)
+        if self._serving:
+            self._ended.wait(self.app.settings.shutdown_timeout + 5)
 
     def stop(self) -> None:
         """Stop serving, and close."""
@@ -7228,6 +7263,7 @@ class Server(ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until stopped."""
         selector = self.selector
+        self._serving = True
         selector.register(self.socket, selectors.EVENT_READ, self._accept)
         selector.register(self._wake_in, selectors.EVENT_READ, self._woken)
         self._stop_at = math.inf
@@ -7236,7 +7272,7 @@ class Server(ThreadingHTTPServer):
                 timeout = 0 if self._inbox else max(self._sweep_at - time.monotonic(), 0)
                 for key, mask in selector.select(timeout):
                     if isinstance(key.data, Handler):
-                        key.data.on_events(mask)
+                        self._guarded(partial(key.data.on_events, mask), key.data)
                     else:
                         key.data()
                 self._awake = False
@@ -7247,16 +7283,28 @@ class Server(ThreadingHTTPServer):
         finally:
             for handler in list(self.handlers):
                 handler.close()
-            selector.close()
-            self._wake_in.close()
-            self._wake_out.close()
+            self._close_own()
             self._ended.set()
 
-    def _guarded(self, function: Callable[[], None]) -> None:
+    def server_close(self) -> None:
+        """Close the listener, and what the loop waits on; http.server's hook, called too where it cannot listen."""
+        super().server_close()
+        if not self._serving:  # else the loop does it as it ends
+            self._close_own()
+
+    def _close_own(self) -> None:
+        self.selector.close()
+        self._wake_in.close()
+        self._wake_out.close()
+
+    def _guarded(self, function: Callable[[], None], handler: Handler | None = None) -> None:
+        """Call a function whose fault must end no more than its own connection."""
         try:
             function()
-        except Exception:  # the door of the loop: one request's fault must not end the server
+        except Exception:  # the door of the loop
             log.exception("the loop")
+            if handler is not None:
+                handler.close()
 
     def _woken(self) -> None:
         try:
@@ -7309,7 +7357,7 @@ class Server(ThreadingHTTPServer):
         """Once a second, or when somebody waits for less: see to connections whose deadline has passed."""
         now = time.monotonic()
         for handler in [handler for handler in self.handlers if handler.deadline <= now]:
-            handler.overdue()
+            self._guarded(handler.overdue, handler)
         waiting = [handler.deadline for handler in self.handlers if handler.at_deadline is not None]
         self._sweep_at = max(min([now + 1, *waiting]), now + _SWEEP_S)
         if now >= self._accept_at:

@@ -124,6 +124,7 @@ def process(
     command = [sys.executable, str(ROOT / "astera_lite.py"), "--port", "0", *arguments]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environ) as started:
         lines: list[str] = []
+        drain = threading.Thread(target=lambda: lines.extend(text for text in started.stderr or ()), daemon=True)
         try:
             assert started.stderr is not None
             for line in started.stderr:
@@ -132,14 +133,14 @@ def process(
                     break
             else:
                 raise AssertionError("\n".join(lines))
-            drain = threading.Thread(target=lambda: [lines.append(text) for text in started.stderr or ()], daemon=True)
             drain.start()
             yield started, lines[-1].removeprefix("listening on "), lines
         finally:
             if started.poll() is None:
                 started.kill()
             started.wait(10)
-            drain.join(5)
+            if drain.ident is not None:
+                drain.join(5)
 
 
 class Sink:

@@ -1,0 +1,882 @@
+"""Room 16: the server on real sockets: connections, deadlines, limits, TLS, stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from support import ECHO, Client, Running, get_flow, running, talk
+
+from astera_lite import AsteraLite, ConfigError, Server, StoreError
+
+FLOWS = {
+    "echo": ECHO,
+    "hello": get_flow("/hello/{n}", response={"body": "${params.n}"}, request={"parameters": {"n": {"in": "path"}}}),
+}
+
+
+class Gate:
+    """A flow, GET /gate, that runs until it is opened; `entered` is set once it runs."""
+
+    def __init__(self, app: AsteraLite) -> None:
+        self.entered, self.opened = threading.Event(), threading.Event()
+
+        @app.flow("GET /gate")
+        def gate(context: Any) -> str:
+            self.entered.set()
+            assert self.opened.wait(20)
+            return "through"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One server for all that leave it as they found it."""
+    with running(tmp_path_factory.mktemp("loop"), FLOWS) as it:
+        yield it
+
+
+def request(
+    method: str, path: str, *headers: str, body: bytes = b"", version: str = "1.1", close: bool = False
+) -> bytes:
+    lines = [f"{method} {path} HTTP/{version}", "Host: localhost", *headers]
+    if body:
+        lines.append(f"Content-Length: {len(body)}")
+    if close:
+        lines.append("Connection: close")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode() + body
+
+
+def post_json(path: str, body: bytes, *headers: str, close: bool = False) -> bytes:
+    return request("POST", path, "Content-Type: application/json", *headers, body=body, close=close)
+
+
+class Answered:
+    """An answer read from raw bytes."""
+
+    def __init__(self, head: bytes, body: bytes) -> None:
+        line, *lines = head.decode("latin-1").split("\r\n")
+        self.status = int(line.split(" ")[1])
+        self.headers = {name.lower(): value for name, _, value in (item.partition(": ") for item in lines)}
+        self.body = body
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def answers(data: bytes, head_only: bool = False) -> list[Answered]:
+    """Every answer in the bytes; nothing may be left over."""
+    found = []
+    while data:
+        head, end, rest = data.partition(b"\r\n\r\n")
+        assert end, data
+        answered = Answered(head, b"")
+        size = 0 if head_only else int(answered.headers.get("content-length", "0"))
+        assert len(rest) >= size
+        answered.body, data = rest[:size], rest[size:]
+        found.append(answered)
+    return found
+
+
+@contextmanager
+def connected(server: Server, receive_buffer: int | None = None) -> Iterator[socket.socket]:
+    host, port = server.server_address[:2]
+    with socket.socket() as sock:
+        if receive_buffer is not None:  # before connecting, for the window to be as small
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        sock.settimeout(10)
+        sock.connect((str(host), int(port)))
+        yield sock
+
+
+def receive(sock: socket.socket, until: bytes) -> bytes:
+    data = b""
+    while until not in data:
+        piece = sock.recv(65536)
+        assert piece, data
+        data += piece
+    return data
+
+
+def one_answer(sock: socket.socket) -> Answered:
+    head, _, body = receive(sock, b"\r\n\r\n").partition(b"\r\n\r\n")
+    answered = Answered(head, body)
+    while len(answered.body) < int(answered.headers["content-length"]):
+        piece = sock.recv(65536)
+        assert piece
+        answered.body += piece
+    return answered
+
+
+def read_to_end(sock: socket.socket) -> bytes:
+    data = bytearray()
+    try:
+        while piece := sock.recv(1 << 20):
+            data += piece
+    except ConnectionResetError:
+        pass
+    return bytes(data)
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def sync(path: str) -> str:
+    return "/api/publishing" + path
+
+
+# --- connections ---
+
+
+def test_a_connection_is_kept_for_many_requests(server: Running) -> None:
+    with connected(server.server) as sock:
+        for n in range(5):
+            sock.sendall(request("GET", sync(f"/hello/{n}")))
+            answered = one_answer(sock)
+            assert (answered.status, answered.json) == (200, str(n))
+            assert "connection" not in answered.headers
+
+
+@pytest.mark.parametrize(
+    ("version", "headers", "connection"),
+    [
+        ("1.1", ["Connection: close"], "close"),
+        ("1.1", ["Connection: keep-alive, Close"], "close"),
+        ("1.0", [], "close"),
+        ("1.0", ["Connection: close"], "close"),
+    ],
+)
+def test_the_connection_is_closed_where_the_client_wants_it(
+    server: Running, version: str, headers: list[str], connection: str
+) -> None:
+    asked = request("GET", sync("/hello/1"), *headers, version=version)
+    (answered,) = answers(talk(server.server, asked + asked))
+    assert (answered.status, answered.headers["connection"]) == (200, connection)
+
+
+def test_http_1_0_keeps_the_connection_if_asked_to(server: Running) -> None:
+    kept = request("GET", sync("/hello/1"), "Connection: keep-alive", version="1.0")
+    found = answers(talk(server.server, kept, request("GET", sync("/hello/2"), version="1.0")))
+    assert [(item.json, item.headers["connection"]) for item in found] == [("1", "keep-alive"), ("2", "close")]
+
+
+def test_http_1_0_needs_no_host(server: Running) -> None:
+    (answered,) = answers(talk(server.server, b"GET /health HTTP/1.0\r\n\r\n"))
+    assert answered.status == 200
+
+
+def test_pipelined_requests_are_answered_in_order(server: Running) -> None:
+    paths = [sync("/hello/1"), "/nothing", "/health", sync("/hello/2"), "/api/jobs", sync("/nothing"), sync("/hello/3")]
+    wire = b"".join(request("GET", path, close=path == paths[-1]) for path in paths)
+    found = answers(talk(server.server, wire))
+    assert [item.status for item in found] == [200, 404, 200, 200, 200, 404, 200]
+    assert [found[n].json for n in (0, 3, 6)] == ["1", "2", "3"]
+    assert len({item.headers["x-request-id"] for item in found}) == len(paths)
+
+
+def test_a_slow_request_is_not_overtaken_by_the_next(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS) as it:
+        gate = Gate(it.app)
+        with connected(it.server) as sock:
+            sock.sendall(request("GET", sync("/gate")) + request("GET", "/nothing", close=True))
+            assert gate.entered.wait(5)
+            assert it.client.get("/health").status_code == 200  # others are served meanwhile
+            sock.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
+            sock.settimeout(10)
+            gate.opened.set()
+            assert [item.status for item in answers(read_to_end(sock))] == [200, 404]
+
+
+@pytest.mark.parametrize("path", ["/nothing", sync("/hello/7")])
+def test_two_thousand_pipelined_requests_are_all_answered(server: Running, path: str) -> None:
+    wire = request("GET", path) * 1999 + request("GET", path, close=True)
+    with connected(server.server) as sock:
+        sender = threading.Thread(target=sock.sendall, args=(wire,))
+        sender.start()
+        found = answers(read_to_end(sock))
+        sender.join(5)
+    assert len(found) == 2000
+    assert len({(item.status, item.body) for item in found}) == 1
+
+
+def test_many_connections_are_served_at_once(server: Running) -> None:
+    def ask(n: int) -> Any:
+        return answers(talk(server.server, request("GET", sync(f"/hello/{n}"), close=True)))[0].json
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(ask, range(200))) == [str(n) for n in range(200)]
+
+
+def test_a_request_may_come_byte_by_byte(server: Running) -> None:
+    wire = post_json(sync("/echo?a=1"), b'{"x": 1}', close=True)
+    (answered,) = answers(talk(server.server, *(wire[at : at + 1] for at in range(len(wire)))))
+    assert answered.json == {"params": {"a": 1, "b": None}, "body": {"x": 1}}
+
+
+def test_a_half_closed_client_still_gets_its_answer(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS) as it:
+        gate = Gate(it.app)
+        with connected(it.server) as sock:
+            sock.sendall(request("GET", sync("/gate")))
+            sock.shutdown(socket.SHUT_WR)
+            assert gate.entered.wait(5)
+            it.client.get("/health")  # by now the loop has seen the end
+            gate.opened.set()
+            (answered,) = answers(read_to_end(sock))
+            assert answered.json == "through"
+
+
+def test_a_half_closed_client_gets_every_answer_it_asked_for(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS) as it:
+        gate = Gate(it.app)
+        with connected(it.server) as sock:
+            sock.sendall(request("GET", sync("/gate")) + request("GET", sync("/hello/1")) + request("GET", "/nothing"))
+            sock.shutdown(socket.SHUT_WR)
+            assert gate.entered.wait(5)
+            it.client.get("/health")
+            gate.opened.set()
+            assert [item.status for item in answers(read_to_end(sock))] == [200, 200, 404]
+
+
+@pytest.mark.parametrize(
+    "wire", [b"", b"GET / HT", request("GET", "/health")[:-2], post_json(sync("/echo"), b"{}")[:-1]]
+)
+def test_a_client_that_ends_within_a_request_is_let_go_without_an_answer(server: Running, wire: bytes) -> None:
+    assert talk(server.server, wire, end=True) == b""
+
+
+def test_a_complete_request_is_answered_though_another_breaks_off(server: Running) -> None:
+    (answered,) = answers(talk(server.server, request("GET", sync("/hello/1")) + b"GET / HT", end=True))
+    assert answered.json == "1"
+
+
+def test_a_client_that_vanishes_harms_nobody(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS) as it:
+        gate = Gate(it.app)
+        with connected(it.server) as sock:
+            sock.sendall(request("GET", sync("/gate")))
+            assert gate.entered.wait(5)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close resets
+        eventually(lambda: not it.server.handlers)
+        gate.opened.set()
+        assert it.client.get(sync("/hello/1")).json() == "1"
+
+
+# --- bodies ---
+
+
+@pytest.mark.parametrize(
+    "chunks", [[b'{"x": 1}'], [b'{"x', b'": ', b"1}"], [bytes([byte]) for byte in b'{"x": 1}']], ids=len
+)
+def test_a_chunked_body_is_put_together(server: Running, chunks: list[bytes]) -> None:
+    def produce() -> Iterator[bytes]:
+        yield from chunks
+
+    answer = server.client.post(sync("/echo"), data=produce(), headers={"Content-Type": "application/json"})
+    assert answer.json()["body"] == {"x": 1}
+
+
+def test_extensions_and_trailers_of_a_chunked_body_are_ignored(server: Running) -> None:
+    head = request("POST", sync("/echo"), "Content-Type: application/json", "Transfer-Encoding: chunked")
+    wire = head + b'2;a="b"\r\n[1\r\n1\r\n]\r\n0\r\nX-Digest: y\r\n\r\n' + request("GET", "/nothing", close=True)
+    first, second = answers(talk(server.server, wire))
+    assert first.json["body"] == [1]
+    assert second.status == 404
+
+
+def test_the_body_of_a_refused_request_is_not_taken_for_the_next(server: Running) -> None:
+    smuggled = request("GET", sync("/hello/1"))
+    wire = request("POST", "/nothing", body=smuggled) + request("GET", sync("/hello/2"), close=True)
+    assert [item.status for item in answers(talk(server.server, wire))] == [404, 200]
+
+
+def test_a_head_request_is_answered_without_body(server: Running) -> None:
+    for path in (sync("/hello/1"), "/nothing", "/health"):
+        wire = request("HEAD", path) + request("HEAD", path, close=True)
+        first, second = answers(talk(server.server, wire), head_only=True)
+        assert first.status == second.status == (404 if path == "/nothing" else 200)
+        assert int(first.headers["content-length"]) > 0
+
+
+def test_an_answer_without_body_is_followed_by_the_next(tmp_path: Path) -> None:
+    flows = {"none": get_flow("/none", response={"status": 204}), **FLOWS}
+    with running(tmp_path, flows) as it:
+        wire = request("GET", sync("/none")) + request("GET", sync("/hello/1"), close=True)
+        first, second = answers(talk(it.server, wire))
+    assert (first.status, "content-length" in first.headers, second.json) == (204, False, "1")
+
+
+# --- Expect: 100-continue ---
+
+
+def test_the_body_is_asked_for_once_the_head_has_passed(server: Running) -> None:
+    wire = post_json(sync("/echo"), b"[1]", "Expect: 100-continue")
+    with connected(server.server) as sock:
+        for _ in range(2):
+            sock.sendall(wire[:-3])
+            assert receive(sock, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            sock.sendall(wire[-3:])
+            answered = one_answer(sock)
+            assert answered.json["body"] == [1]
+
+
+def test_a_chunked_body_is_asked_for_too(server: Running) -> None:
+    head = ["Content-Type: application/json", "Transfer-Encoding: chunked", "Expect: 100-continue"]
+    with connected(server.server) as sock:
+        sock.sendall(request("POST", sync("/echo"), *head))
+        assert receive(sock, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"3\r\n[1]\r\n0\r\n\r\n")
+        answered = one_answer(sock)
+        assert answered.json["body"] == [1]
+
+
+def test_a_body_that_is_there_already_is_not_asked_for(server: Running) -> None:
+    (answered,) = answers(talk(server.server, post_json(sync("/echo"), b"[1]", "Expect: 100-continue", close=True)))
+    assert answered.status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "length", "status"),
+    [("/nothing", 5, 404), (sync("/nothing"), 5, 404), (sync("/hello/1"), 5, 405), (sync("/echo"), 11 << 20, 413)],
+)
+def test_a_body_that_would_be_refused_is_not_asked_for(server: Running, path: str, length: int, status: int) -> None:
+    head = request("POST", path, f"Content-Length: {length}", "Expect: 100-continue")
+    (answered,) = answers(talk(server.server, head))
+    assert (answered.status, answered.headers["connection"]) == (status, "close")
+
+
+def test_a_body_without_the_token_is_not_asked_for(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, token="secret") as it:
+        (answered,) = answers(talk(it.server, post_json(sync("/echo"), b"[1]", "Expect: 100-continue")[:-3]))
+    assert (answered.status, answered.headers["connection"]) == (401, "close")
+
+
+def test_an_unknown_expectation_is_refused(server: Running) -> None:
+    (answered,) = answers(talk(server.server, request("POST", sync("/echo"), "Expect: a-miracle")))
+    assert answered.status == 417
+
+
+def test_an_expectation_of_http_1_0_is_not_answered(server: Running) -> None:
+    head = request(
+        "POST", sync("/echo"), "Content-Type: application/json", "Content-Length: 3", "Expect: 100-continue",
+        version="1.0",
+    )  # fmt: skip
+    with connected(server.server) as sock:
+        sock.sendall(head)
+        server.client.get("/health")  # the loop has had its turn
+        sock.sendall(b"[1]")
+        (answered,) = answers(read_to_end(sock))
+        assert answered.status == 200
+
+
+# --- refusals and limits ---
+
+
+@pytest.mark.parametrize(
+    ("wire", "status"),
+    [
+        (b"nonsense\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\n\r\n", 400),
+        (request("GET", "/health", "Host: localhost"), 400),
+        (request("GET", "/health").replace(b"\r\n", b"\n"), 400),
+        (request("GET", "/health", "X : y"), 400),
+        (request("GET", "/health", "X: y", " z"), 400),
+        (request("POST", sync("/echo"), "Content-Length: 1", "Content-Length: 1") + b"1", 400),
+        (request("POST", sync("/echo"), "Content-Length: 1", "Transfer-Encoding: chunked") + b"0\r\n\r\n", 400),
+        (request("POST", sync("/echo"), "Transfer-Encoding: chunked") + b"x\r\n\r\n", 400),
+        (request("BREW", "/health"), 501),
+        (request("GET", "/health", version="2.0"), 505),
+    ],
+)
+def test_bytes_behind_a_refused_request_are_never_answered(server: Running, wire: bytes, status: int) -> None:
+    (answered,) = answers(talk(server.server, wire + request("GET", sync("/hello/1")) * 3))
+    assert (answered.status, answered.headers["connection"]) == (status, "close")
+    assert answered.headers["content-type"] == "application/problem+json"
+    document = answered.json
+    assert document["status"] == status
+    assert document["title"]
+
+
+def test_what_came_before_a_refused_request_is_answered(server: Running) -> None:
+    found = answers(talk(server.server, request("GET", sync("/hello/1")) * 2 + b"nonsense\r\n\r\n"))
+    assert [item.status for item in found] == [200, 200, 400]
+
+
+@pytest.mark.parametrize(
+    ("wire", "status"),
+    [
+        (request("GET", "/" + "a" * 255), 404),
+        (request("GET", "/" + "a" * 256), 414),
+        (request("GET", "/" + "a" * 9000), 414),
+        (request("GET", "/health", "X: " + "a" * 900), 200),
+        (request("GET", "/health", "X: " + "a" * 1024), 431),
+        (request("GET", "/health", *["X: a"] * 5000), 431),
+        (post_json(sync("/echo"), b"[" + b" " * 98 + b"]"), 200),
+        (post_json(sync("/echo"), b"[" + b" " * 99 + b"]"), 413),
+        (request("POST", sync("/echo"), "Transfer-Encoding: chunked") + b"65\r\n", 413),
+        (request("POST", sync("/echo"), "Transfer-Encoding: chunked") + b"a\r\n0123456789\r\n" * 11, 413),
+    ],
+)
+def test_limits_of_url_header_and_body(limited: Running, wire: bytes, status: int) -> None:
+    refused = status in (413, 414, 431)
+    found = answers(talk(limited.server, wire + request("GET", "/health", close=True)))
+    assert [item.status for item in found] == ([status] if refused else [status, 200])
+    assert found[-1].headers["connection"] == "close"
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("limited"), FLOWS, max_url=256, max_header=1024, max_body=100) as it:
+        yield it
+
+
+def test_a_client_that_sends_too_much_can_read_why(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, max_body=1000) as it:
+        # without lingering the unread megabytes would reset the connection under the answer
+        answer = it.client.post(sync("/echo"), data=b" " * (4 << 20), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413
+
+
+def test_one_connection_too_many_is_turned_away(tmp_path: Path) -> None:
+    with (
+        running(tmp_path, FLOWS, max_connections=2) as it,
+        connected(it.server) as first,
+        connected(it.server) as second,
+    ):
+        for sock in (first, second):
+            sock.sendall(request("GET", "/nothing"))
+            one_answer(sock)
+        (answered,) = answers(talk(it.server))
+        assert (answered.status, answered.headers["connection"]) == (503, "close")
+        assert int(answered.headers["retry-after"]) >= 1
+        assert answered.json["status"] == 503
+        first.sendall(request("GET", sync("/hello/1"), close=True))  # who is in stays in
+        assert answers(read_to_end(first))[0].status == 200
+        first.close()
+        eventually(lambda: len(it.server.handlers) < 2)
+        assert answers(talk(it.server, request("GET", "/health", close=True)))[0].status == 200
+
+
+# --- deadlines ---
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [b"GET /hea", request("GET", "/health")[:-2], post_json(sync("/echo"), b"[1]")[:-1]],
+    ids=["line", "head", "body"],
+)
+def test_a_request_that_takes_too_long_is_408(tmp_path: Path, wire: bytes) -> None:
+    with running(tmp_path, FLOWS, request_timeout=0.1, idle_timeout=30) as it:
+        found = answers(talk(it.server, request("GET", sync("/hello/1")) + wire))
+    assert [item.status for item in found] == [200, 408]
+    assert found[1].headers["connection"] == "close"
+    assert found[1].json["status"] == 408
+
+
+def test_dripping_bytes_does_not_prolong_a_request(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, request_timeout=0.3, idle_timeout=30) as it, connected(it.server) as sock:
+        began, data = time.monotonic(), b""
+        sock.settimeout(0.02)
+        sock.sendall(b"GET / HTTP/1.1\r\nX: ")
+        while not data and time.monotonic() < began + 5:
+            sock.sendall(b"a")
+            try:
+                data = sock.recv(65536)
+            except TimeoutError:
+                pass
+        assert data.startswith(b"HTTP/1.1 408 ")
+
+
+def test_an_idle_connection_is_closed_without_a_word(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, idle_timeout=0.1, request_timeout=30) as it, connected(it.server) as silent:
+        (answered,) = answers(talk(it.server, request("GET", sync("/hello/1"))))
+        assert answered.status == 200
+        assert read_to_end(silent) == b""
+
+
+def test_a_request_in_flight_is_not_cut_by_the_deadlines(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, idle_timeout=0.1, request_timeout=0.1) as it:
+        gate = Gate(it.app)
+        with connected(it.server) as sock, connected(it.server) as idle:
+            sock.sendall(request("GET", sync("/gate"), close=True))
+            assert gate.entered.wait(5)
+            assert read_to_end(idle) == b""  # closed by a sweep that has seen the other too
+            gate.opened.set()
+            assert answers(read_to_end(sock))[0].status == 200
+
+
+def test_a_client_that_takes_nothing_of_its_answers_is_cut(tmp_path: Path) -> None:
+    flows = {"page": get_flow("/page", response={"body": "${'x' * 60000}"})}
+    with running(tmp_path, flows, request_timeout=0.2, idle_timeout=30) as it, connected(it.server, 4096) as sock:
+        sock.sendall(request("GET", sync("/page")) * 200)
+        eventually(lambda: bool(it.server.handlers))
+        eventually(lambda: not it.server.handlers)
+        assert len(read_to_end(sock)) < 200 * 60000
+
+
+# --- large results ---
+
+LARGE = 6 << 20
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Iterator[tuple[Running, str, bytes]]:
+    """A server with a finished job of some MB, whose result is stored in pieces."""
+    with running(tmp_path) as it:
+        text = random.Random(1).randbytes(LARGE // 2).hex()
+
+        @it.app.flow("GET /large", response={"headers": {"Content-Type": "text/plain"}, "body": "${result}"})
+        def large(context: Any) -> str:
+            return text
+
+        accepted = it.client.get("/api/publishingAsync/large")
+        assert it.client.finished(accepted)["status"] == "Completed"
+        path = "/api/jobs/" + accepted.json()["id"] + "/result"
+        yield it, path, text.encode()
+
+
+def test_a_large_result_is_read_slowly_and_exactly(large: tuple[Running, str, bytes]) -> None:
+    it, path, text = large
+    with connected(it.server, 4096) as sock:
+        sock.sendall(request("GET", path))
+        data = receive(sock, b"\r\n\r\n")
+        head, _, rest = data.partition(b"\r\n\r\n")
+        assert Answered(head, b"").headers["content-length"] == str(len(text))
+        assert it.client.get("/health").status_code == 200  # the loop does not wait for the slow reader
+        body = bytearray(rest)
+        while len(body) < len(text):
+            piece = sock.recv(7919)
+            assert piece
+            body += piece
+        assert body == text
+        sock.sendall(request("GET", "/nothing", close=True))
+        assert answers(read_to_end(sock))[0].status == 404
+
+
+def test_a_large_result_is_followed_by_the_next_answer(large: tuple[Running, str, bytes]) -> None:
+    it, path, text = large
+    wire = request("GET", path) * 2 + request("HEAD", path) + request("GET", "/nothing", close=True)
+    with connected(it.server) as sock:
+        sock.sendall(wire)
+        data = read_to_end(sock)
+    for _ in range(2):
+        head, _, data = data.partition(b"\r\n\r\n")
+        assert data[: len(text)] == text
+        data = data[len(text) :]
+    head, _, data = data.partition(b"\r\n\r\n")
+    assert Answered(head, b"").headers["content-length"] == str(len(text))
+    assert answers(data)[0].status == 404
+
+
+def test_a_result_that_is_forgotten_while_it_is_read_ends_the_connection(large: tuple[Running, str, bytes]) -> None:
+    it, path, text = large
+    with connected(it.server, 4096) as sock:
+        sock.sendall(request("GET", path) + request("GET", "/nothing"))
+        data = receive(sock, b"\r\n\r\n")
+        assert it.client("DELETE", path.removesuffix("/result")).status_code == 204
+        body = (data + read_to_end(sock)).partition(b"\r\n\r\n")[2]
+    assert len(body) < len(text)  # otherwise the system's buffers held it all, and nothing was tried
+    assert body == text[: len(body)]  # never filled up with the next answer
+
+
+def test_a_reader_that_takes_nothing_holds_up_the_answers_behind(large: tuple[Running, str, bytes]) -> None:
+    it, path, _ = large
+    calls: list[int] = []
+
+    @it.app.flow("GET /count")
+    def count(context: Any) -> int:
+        calls.append(1)
+        return len(calls)
+
+    with connected(it.server, 4096) as sock:
+        sock.sendall(request("GET", path) + request("GET", sync("/count")) * 500)
+        receive(sock, b"\r\n\r\n")
+        for _ in range(20):
+            it.client.get("/health")
+        assert len(calls) <= 1  # or every answer would wait in memory for a client that does not read
+
+
+# --- stopping ---
+
+
+def test_stopping_answers_open_requests_and_closes_idle_connections(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS) as it:
+        gate = Gate(it.app)
+        with connected(it.server) as idle, connected(it.server) as sock:
+            idle.sendall(request("GET", "/nothing"))
+            one_answer(idle)
+            sock.sendall(request("GET", sync("/gate")) + request("GET", "/nothing"))
+            assert gate.entered.wait(5)
+            it.server.request_stop()
+            assert read_to_end(idle) == b""
+            with pytest.raises(OSError, match=r"refused|reset"):
+                talk(it.server)
+            gate.opened.set()
+            (answered,) = answers(read_to_end(sock))
+            assert (answered.json, answered.headers["connection"]) == ("through", "close")
+        began = time.monotonic()
+        it.server.stop()
+        assert time.monotonic() - began < 1
+
+
+def test_stopping_answers_long_polls_at_once(tmp_path: Path) -> None:
+    with running(tmp_path, {"long": get_flow("/long", steps=[{"name": "w", "wait": 60}])}) as it:
+        job = it.client.get("/api/publishingAsync/long").json()["id"]
+        polls = [
+            request("GET", f"/api/jobs/{job}/status", "Prefer: wait=50"),
+            request("GET", f"/api/jobs/{job}/result", "Prefer: wait=50"),
+            request("GET", "/api/publishingAsync/long", "Prefer: wait=50"),
+        ]
+        with ThreadPoolExecutor(3) as pool:
+            waiting = [pool.submit(talk, it.server, poll) for poll in polls]
+            eventually(lambda: sum(item.at_deadline is not None for item in list(it.server.handlers)) == 3)
+            it.server.stop()
+            found = [answers(future.result(5))[0] for future in waiting]
+    assert [item.status for item in found] == [200, 202, 202]
+    for item in found:
+        assert item.json["status"] == "Running"
+        assert item.headers["connection"] == "close"
+
+
+def test_a_request_that_never_ends_does_not_hold_up_stopping_for_ever(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, shutdown_timeout=0.2) as it, connected(it.server) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\n")
+        eventually(lambda: any(item.parser.begun for item in list(it.server.handlers)))
+        began = time.monotonic()
+        it.server.stop()
+        assert time.monotonic() - began < 3
+        read_to_end(sock)  # it is closed
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="descriptors cannot be counted here")
+
+
+@needs_proc
+def test_stopping_gives_threads_and_descriptors_back(tmp_path: Path) -> None:
+    def cycle(n: int) -> None:
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        with running(folder, FLOWS) as it, connected(it.server) as idle:
+            idle.sendall(b"GET /he")
+            assert it.client.get(sync("/hello/1")).status_code == 200
+            job = it.client.get("/api/publishingAsync/hello/1")
+            assert it.client.finished(job)["status"] == "Completed"
+            idle.shutdown(socket.SHUT_WR)
+
+    cycle(0)  # what is loaded once
+    before = descriptors(), set(threading.enumerate())
+    for n in range(1, 4):
+        cycle(n)
+    assert (descriptors(), set(threading.enumerate())) == before
+
+
+@needs_proc
+def test_a_server_that_cannot_listen_gives_its_descriptors_back(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, AsteraLite(database=str(tmp_path / "jobs.db")) as app:
+        before = descriptors()
+        for _ in range(3):
+            with pytest.raises(OSError, match="in use"):
+                Server(app, port=taken.getsockname()[1])
+        assert descriptors() == before
+
+
+@needs_proc
+def test_a_server_that_never_served_can_be_closed(tmp_path: Path) -> None:
+    with AsteraLite(database=str(tmp_path / "jobs.db")) as app:
+        before = descriptors()
+        Server(app, port=0).server_close()
+        assert descriptors() == before
+
+
+def test_a_posted_function_that_fails_does_not_end_the_server(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS) as it:
+        it.server.post(lambda: json.loads("{"))
+        assert it.client.get(sync("/hello/1"), timeout=2).status_code == 200
+
+
+def test_what_fails_while_an_answer_is_handed_over_is_an_error_of_that_request_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*given: Any) -> None:
+        raise StoreError("disk I/O error")
+
+    with running(tmp_path, FLOWS) as it:
+        asked = {"headers": {"Idempotency-Key": "k"}, "timeout": 2}
+        assert it.client.get("/api/publishingAsync/hello/1", **asked).status_code == 202
+        with monkeypatch.context() as patch:
+            patch.setattr(it.app, "look", unreadable)
+            assert it.client.get("/api/publishingAsync/hello/1", **asked).status_code == 503
+        assert it.client.get("/api/publishingAsync/hello/1", **asked).headers["Idempotency-Replayed"] == "true"
+
+
+def test_serving_in_the_calling_thread_ends_on_request(tmp_path: Path) -> None:
+    with AsteraLite(database=str(tmp_path / "jobs.db")) as app:
+        server = Server(app, port=0)
+        server.post(server.request_stop)
+        server.serve_forever()
+        server.server_close()
+        with pytest.raises(ConnectionRefusedError):
+            talk(server)
+
+
+# --- addresses and TLS ---
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "192.0.2.1", "example.com"])
+def test_beyond_loopback_it_listens_only_with_a_token(tmp_path: Path, host: str) -> None:
+    app = AsteraLite(database=str(tmp_path / "jobs.db"))
+    with pytest.raises(ConfigError, match="token"):
+        Server(app, host=host, port=0)
+
+
+def test_a_public_url_is_refused_without_a_token(tmp_path: Path) -> None:
+    app = AsteraLite(database=str(tmp_path / "jobs.db"), public_url="https://api.example")
+    with pytest.raises(ConfigError, match="token"):
+        Server(app, port=0)
+
+
+@pytest.mark.parametrize("settings", [{"token": "secret"}, {"insecure_open": True}])
+def test_with_a_token_or_told_so_it_listens_everywhere(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with (
+        AsteraLite(database=str(tmp_path / "jobs.db"), **settings) as app,
+        Server(app, host="0.0.0.0", port=0) as server,
+    ):
+        assert talk(server, request("GET", "/health", close=True)).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "127.1"])
+def test_every_loopback_address_may_be_listened_on(tmp_path: Path, host: str) -> None:
+    with AsteraLite(database=str(tmp_path / "jobs.db")) as app:
+        try:
+            server = Server(app, host=host, port=0)
+        except OSError:
+            pytest.skip(f"{host} is no address of this machine")
+        with server:
+            assert talk(server, request("GET", "/health", close=True)).startswith(b"HTTP/1.1 200 ")
+
+
+def test_ipv6_loopback(tmp_path: Path) -> None:
+    with AsteraLite(database=str(tmp_path / "jobs.db")) as app:
+        app.deploy("hello", FLOWS["hello"])
+        try:
+            server = Server(app, host="::1", port=0)
+        except OSError:
+            pytest.skip("there is no IPv6 here")
+        with server:
+            assert server.url.startswith("http://[::1]:")
+            client = Client(server)
+            accepted = client.get("/api/publishingAsync/hello/1")
+            assert accepted.headers["Location"].startswith(server.url + "/api/jobs/")
+            assert client.finished(accepted)["status"] == "Completed"
+            client.session.close()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A self-signed certificate for 127.0.0.1 and its key."""
+    command = shutil.which("openssl")
+    if command is None:
+        pytest.skip("a certificate is made by the openssl command, which is not here")
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
+    made = subprocess.run(
+        [
+            command, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+            "-days", "2", "-keyout", key, "-out", cert, "-subj", "/CN=localhost",
+            "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost",
+        ],
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip(f"openssl makes no certificate: {made.stderr[-200:]}")
+    return cert, key
+
+
+@contextmanager
+def secured(server: Server, cert: str) -> Iterator[ssl.SSLSocket]:
+    context = ssl.create_default_context(cafile=cert)
+    with connected(server) as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as sock:
+        yield sock
+
+
+def test_tls(tmp_path: Path, certificate: tuple[str, str]) -> None:
+    cert, key = certificate
+    with running(tmp_path, FLOWS, tls_cert=cert, tls_key=key) as it:
+        assert it.server.url.startswith("https://")
+        it.client.session.verify = cert
+        accepted = it.client.get("/api/publishingAsync/hello/1")
+        assert accepted.headers["Location"].startswith(it.server.url)
+        assert it.client.finished(accepted)["status"] == "Completed"
+        for n in range(3):
+            assert it.client.get(sync(f"/hello/{n}")).json() == str(n)
+
+
+def test_tls_with_large_bodies_both_ways_and_pipelining(tmp_path: Path, certificate: tuple[str, str]) -> None:
+    cert, key = certificate
+    body = json.dumps("x" * (2 << 20)).encode()
+    wire = post_json(sync("/echo"), body) + request("GET", sync("/hello/1")) * 50
+    with running(tmp_path, FLOWS, tls_cert=cert, tls_key=key) as it, secured(it.server, cert) as sock:
+        sock.sendall(wire + request("GET", "/nothing", close=True))
+        first, *rest = answers(read_to_end(sock))
+    assert first.json["body"] == json.loads(body)
+    assert [item.status for item in rest] == [200] * 50 + [404]
+
+
+def test_tls_bytes_that_come_in_one_record_with_others_are_not_forgotten(
+    tmp_path: Path, certificate: tuple[str, str]
+) -> None:
+    cert, key = certificate
+    with running(tmp_path, FLOWS, tls_cert=cert, tls_key=key) as it, secured(it.server, cert) as sock:
+        for _ in range(5):
+            sock.sendall(request("GET", sync("/hello/1")) * 300)  # decrypted at once, more than one read's worth
+            data = b""
+            while data.count(b'\r\n\r\n"1"\n') < 300:
+                piece = sock.recv(1 << 20)
+                assert piece
+                data += piece
+
+
+def test_a_client_without_tls_harms_nobody(tmp_path: Path, certificate: tuple[str, str]) -> None:
+    cert, key = certificate
+    with running(tmp_path, FLOWS, tls_cert=cert, tls_key=key) as it:
+        assert b"HTTP/1.1" not in talk(it.server, request("GET", "/health"))
+        with connected(it.server):  # one that never shakes hands
+            it.client.session.verify = cert
+            assert it.client.get(sync("/hello/1")).status_code == 200
+        with pytest.raises(requests.exceptions.SSLError):
+            it.client.get(sync("/hello/1"), verify=True)  # it trusts nobody who signed for himself
+
+
+@pytest.mark.parametrize("text", [None, "no certificate"])
+def test_an_unusable_certificate_is_a_fault_of_the_settings(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "cert.pem"
+    if text is not None:
+        path.write_text(text)
+    app = AsteraLite(database=str(tmp_path / "jobs.db"), tls_cert=str(path))
+    with pytest.raises(ConfigError, match="tls_cert"):
+        Server(app, port=0)
