@@ -273,12 +273,15 @@ _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, None: 1}
 
 def parse_duration(value: Any) -> float:
     """Seconds from `250ms`, `30s`, `5m`, `24h`, `7d` or a number of seconds; ValueError says what is right."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e11:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e10:
         return float(value)
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f"{shown(value)} is not a duration: write 250ms, 30s, 5m, 24h or a number of seconds")
-    return float(match[1]) * _SECONDS[match[2]]
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if seconds >= 1e10:
+        raise ValueError(f"{shown(value)} is too long: at most 300 years")
+    return seconds
 
 
 def parse_size(value: Any) -> int:
@@ -296,7 +299,7 @@ def show_duration(seconds: float) -> str:
     for unit in ("h", "m", "s"):
         if seconds >= _SECONDS[unit] and seconds % _SECONDS[unit] == 0:
             return f"{seconds / _SECONDS[unit]:.0f}{unit}"
-    return f"{seconds * 1000:g}ms" if seconds else "0s"
+    return f"{seconds * 1000:.6f}".rstrip("0").rstrip(".") + "ms" if seconds else "0s"
 
 
 def show_size(size: int) -> str:
@@ -481,7 +484,7 @@ class Settings:
     """
 
     host: str = _setting("127.0.0.1", "text", "address to listen on")
-    port: int = _setting(9261, "int", "port to listen on; 0 picks a free one", high=65535)
+    port: int = _setting(9261, "int", "port to listen on; 0 picks a free one", low=0, high=65535)
     flows: str = _setting("flows", "text", "folder of flow files")
     database: str = _setting("astera_lite.db", "text", "path of the SQLite database")
     data: str = _setting("data", "text", "folder that sql steps may reach")
@@ -553,7 +556,7 @@ class Settings:
         sources += [("--", flags or {}), ("", keywords)]
         for where, given in sources:
             for name, value in given.items():
-                spelled = where + name.upper() if where == prefix else where + name.replace("_", "-")
+                spelled = where + (name.upper() if where == prefix else name.replace("_", "-") if where else name)
                 label = Fault(spelled, "", "") if where in (prefix, "--", "") else Fault(where, name, "")
                 if name not in SETTING_FIELDS:
                     message = "is no setting" + suggest(name, SETTING_FIELDS)
@@ -578,7 +581,7 @@ def _read_toml(path: str, faults: list[Fault]) -> dict[str, Any]:
     import tomllib  # noqa: PLC0415 (half of all starts have no TOML to read)
 
     try:
-        return tomllib.loads(Path(path).read_text("utf-8"))
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         faults.append(Fault(path, "", f"cannot be read: {_reason(error)}"))
     except tomllib.TOMLDecodeError as error:
@@ -825,6 +828,21 @@ def as_text(value: Any) -> str:
     return value if type(value) is str else to_json(value)
 
 
+def _deep(work: _Work, values: Iterable[Any]) -> None:
+    """Pay for everything inside, as often as it is reached: what writing or comparing it will cost."""
+    todo = list(values)
+    while todo:
+        value = todo.pop()
+        if type(value) is str:
+            work.spend(len(value) // 16 + 1)
+        elif type(value) in (list, tuple):
+            work.spend(8 * len(value))
+            todo += value
+        elif type(value) is dict:
+            work.spend(8 * len(value))
+            todo += value.values()
+
+
 def _each(work: _Work, values: Any) -> Any:
     if type(values) not in (list, dict, tuple, str):
         raise ExpressionError(f"{_kind(values)} cannot be looped over")
@@ -833,6 +851,7 @@ def _each(work: _Work, values: Any) -> Any:
 
 
 def _join(work: _Work, parts: tuple[Any, ...]) -> str:
+    _deep(work, parts)
     text = "".join(map(as_text, parts))
     work.spend(len(text))
     return text
@@ -873,6 +892,13 @@ def _modulo(work: _Work, a: Any, b: Any) -> Any:
     if type(a) in (str, bytes):
         raise ExpressionError("% does not format text: write ${…} inside the text")
     return a % b
+
+
+def _paid(work: _Work, value: Any) -> Any:
+    """An operand of a comparison, paid for."""
+    if type(value) in (str, list, tuple, dict):
+        _deep(work, [value])
+    return value
 
 
 def _contains(work: _Work, item: Any, values: Any) -> bool:
@@ -990,6 +1016,12 @@ def _merge(*objects: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _parse_json(text: str) -> Any:
+    if not isinstance(text, str | bytes):
+        raise ExpressionError(f"{_kind(text)} is not text")
+    return from_json(text)
+
+
 def _as_bytes(value: Any) -> bytes:
     return value if type(value) is bytes else as_text(value).encode()
 
@@ -1004,14 +1036,14 @@ _GROUPS: dict[bool, dict[str, Callable[..., Any]]] = {
         "len": len,
         "abs": abs,
         "round": _round,
-        "int": _int,
-        "float": _float,
         "bool": bool,
         "now": _now,
         "today": lambda: _now()[:10],
         "uuid": lambda: str(JobKeys().new(time.time_ns() // 1_000_000)),
     },
     False: {
+        "int": _int,
+        "float": _float,
         "min": _extreme(min),
         "max": _extreme(max),
         "sum": _sum,
@@ -1025,7 +1057,7 @@ _GROUPS: dict[bool, dict[str, Callable[..., Any]]] = {
         "str": as_text,
         "list": lambda values=(): list(values),
         "json": to_json,
-        "parse_json": from_json,
+        "parse_json": _parse_json,
         "base64": lambda value: base64.b64encode(_as_bytes(value)).decode(),
         "sha256": lambda value: hashlib.sha256(_as_bytes(value)).hexdigest(),
         "urlencode": lambda value: (
@@ -1045,8 +1077,13 @@ VOLATILE = frozenset({"now", "today", "uuid"})
 FUNCTIONS = {name: (function, free) for free, group in _GROUPS.items() for name, function in group.items()}
 
 
-def _charged(function: Callable[..., Any]) -> Callable[..., Any]:
+_WRITERS = frozenset({"str", "json", "base64", "sha256", "urlencode", "unique", "sorted", "min", "max"})
+
+
+def _charged(function: Callable[..., Any], deep: bool = False) -> Callable[..., Any]:
     def call(work: _Work, *args: Any, **named: Any) -> Any:
+        if deep:
+            _deep(work, (*args, *named.values()))
         for value in args:
             if type(value) in (list, tuple, dict, str):
                 work.spend(len(value))
@@ -1073,6 +1110,13 @@ def _padded(name: str) -> Callable[..., str]:
 
 def _text_join(text: str, values: Any) -> str:
     return text.join(values)
+
+
+def _join_cost(text: str, values: Any) -> int:
+    for at, value in enumerate(values):
+        if type(value) is not str:
+            raise ExpressionError(f"item {at} is {_kind(value)}, not text: join([str(x) for x in …])")
+    return sum(map(len, values)) + len(text) * len(values)
 
 
 _STR_METHODS = (
@@ -1105,16 +1149,19 @@ def _method(name: str) -> Callable[..., Any]:
             return function(value, *args, **named)
         work.spend(len(value))
         if name == "join":
-            work.spend(sum(map(len, args[0])) + len(value) * len(args[0]))
+            work.spend(_join_cost(value, *args, **named))
         return _grown(work, function(value, *args, **named))
 
     return call
 
 
 _HELPERS = {"_each": _each, "_join": _join, "_add": _add, "_multiply": _multiply, "_power": _power}
-_HELPERS |= {"_modulo": _modulo, "_contains": _contains, "_slice": _slice}
+_HELPERS |= {"_paid": _paid, "_modulo": _modulo, "_contains": _contains, "_slice": _slice}
 _GLOBALS: dict[str, Any] = {"__builtins__": {}, **_HELPERS}
-_GLOBALS |= {f"_f_{name}": function if free else _charged(function) for name, (function, free) in FUNCTIONS.items()}
+_GLOBALS |= {
+    f"_f_{name}": function if free else _charged(function, name in _WRITERS)
+    for name, (function, free) in FUNCTIONS.items()
+}
 _GLOBALS |= {f"_m_{name}": _method(name) for name in METHODS}
 
 _JSON_NAMES = {"true": True, "false": False, "null": None}
@@ -1227,8 +1274,9 @@ class _Checker:
         constants = [side.value for side in (left, right) if isinstance(side, ast.Constant)]
         if isinstance(node.op, ast.Sub | ast.Div | ast.FloorDiv):
             return ast.BinOp(left, node.op, right)
-        if isinstance(node.op, ast.Add):  # a literal operand cannot make a value explode
-            return ast.BinOp(left, node.op, right) if constants else self.helper("_add", left, right)
+        if isinstance(node.op, ast.Add):  # a number cannot make a value explode
+            plain = any(type(value) in (int, float) for value in constants)
+            return ast.BinOp(left, node.op, right) if plain else self.helper("_add", left, right)
         if isinstance(node.op, ast.Mult):
             plain = any(type(value) is float for value in constants)
             return ast.BinOp(left, node.op, right) if plain else self.helper("_multiply", left, right)
@@ -1250,6 +1298,8 @@ class _Checker:
         left = self.visit(node.left, bound)
         others = [self.visit(other, bound) for other in node.comparators]
         if not any(isinstance(op, ast.In | ast.NotIn) for op in node.ops):
+            if not any(isinstance(side, ast.Constant) for side in (left, *others)):
+                left, *others = [self.helper("_paid", side) for side in (left, *others)]
             return ast.Compare(left, node.ops, others)
         if len(node.ops) > 1:
             raise _Refused("`in` cannot be chained with another comparison: join them with `and`")
@@ -1365,7 +1415,16 @@ class Template:
         """The value; raises ExpressionError, which names the place and the part of the expression."""
         try:
             return self._run(scope, _Work())
-        except (ExpressionError, ArithmeticError, LookupError, TypeError, ValueError, MemoryError, RecursionError) as e:
+        except (
+            ExpressionError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            MemoryError,
+            RecursionError,
+        ) as e:
             raise ExpressionError(self._explain(e)) from None
 
     def _explain(self, error: Exception) -> str:
@@ -1952,7 +2011,7 @@ def _check_pattern(value: Any, pattern: re.Pattern[str]) -> str | None:
 
 
 def _check_enum(value: Any, allowed: list[Any]) -> str | None:
-    same = any(value == item and type(value) is type(item) for item in allowed)
+    same = any(value == item and (type(value) is bool) == (type(item) is bool) for item in allowed)
     return None if same else "must be one of " + ", ".join(map(shown, allowed))
 
 
@@ -2206,7 +2265,10 @@ def _read_body(body: bytes, media: str) -> Any:
     if _is_json(media):
         return from_json(body)
     if media == CONTENT_TYPES["form"]:
-        pairs = parse_query(body.decode("ascii", "strict"))
+        try:
+            pairs = parse_query(body.decode("ascii"))
+        except InputError as error:
+            raise ValueError(error.errors[0]["name"] + ": " + error.errors[0]["message"]) from None
         return {name: values[0] if len(values) == 1 else values for name, values in pairs.items()}
     if media.startswith("text/"):
         return body.decode()
@@ -2781,6 +2843,8 @@ def _check_wait(build: Build, spec: Any, place: str) -> Runner:
     value = spec.get("until") if until else spec
     if not until and not (isinstance(value, str) and "${" in value):
         build.checked({"wait": value}, "wait", place.removesuffix("/wait"), parse_duration, 0)
+    if until and "until" in spec and not (isinstance(value, str) and "${" in value):
+        build.checked(spec, "until", place, _parse_time, 0)
     template = build.template(value, f"{place}/until" if until else place)
 
     def wait(run: Run, scope: Scope, path: str) -> None:
@@ -2798,7 +2862,7 @@ def _check_wait(build: Build, spec: Any, place: str) -> Runner:
 
 def _parse_time(value: Any) -> int:
     """Milliseconds since the epoch from an RFC 3339 text or a number of seconds."""
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e10:
         return round(value * 1000)
     try:
         return round(datetime.datetime.fromisoformat(_date_time_text(str(value)).upper()).timestamp() * 1000)
@@ -2935,7 +2999,7 @@ def _check_url(build: Build, url: Any, place: str) -> tuple[Template, bool]:
             continue
         names = compile_template(f"${{{text}}}", build.names, place, [], build.where).names
         if _AUTHORITY.match(before):
-            rewritten += f"${{urlencode({text})}}"
+            rewritten += f"${{urlencode(str({text}))}}"
             continue
         fixed = fixed and names <= _TRUSTED
         before += "x" if before else "http://x"
@@ -2994,6 +3058,11 @@ def _check_http(build: Build, spec: Any, place: str) -> Runner:
         request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
         request.set_body(body_kind, body(scope))
         request.headers |= {name: as_text(value) for name, value in headers(scope).items() if value is not None}
+        for name, text in request.headers.items():
+            if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
+                raise ExpressionError(f"{place}/headers/{name}: it has characters that no header may have")
+        if {".", ".."} & set(request.url.partition("?")[0].split("/")):
+            raise ExpressionError(f"{place}/url: a value makes a segment . or .., which servers take for another path")
         if timeout:
             run.step_deadline = min(run.step_deadline, run.outside.clock.monotonic() + timeout)
         answer = _call_out(run, request, fixed, follow)
@@ -3046,7 +3115,7 @@ def _with_query(url: str, values: Any) -> str:
 
 
 def _http_failure(method: str, status: int, detail: str, *kinds: str) -> StepError:
-    found = {*kinds, "5xx" if kinds[0].startswith("5") else kinds[0]}
+    found = {*kinds, *(f"{kind[0]}xx" for kind in kinds if kind.isdigit())}
     if method not in _IDEMPOTENT or not found & _WORTH_RETRYING:
         found.add("unsafe")  # is repeated only where `retry.on` asks for it
     return StepError(status, detail, detail, found)
@@ -3054,7 +3123,7 @@ def _http_failure(method: str, status: int, detail: str, *kinds: str) -> StepErr
 
 def _call_out(run: Run, request: _OutgoingRequest, fixed: bool, follow: bool) -> Fetched:
     """Send a request, follow its redirects where wanted; addresses that the flow's author did not fix are judged."""
-    outside = run.outside
+    outside, asked = run.outside, request.method  # a POST stays unsafe to repeat behind its redirect
     for _ in range(6):
         try:
             answer = outside.outbound.fetch(
@@ -3071,13 +3140,11 @@ def _call_out(run: Run, request: _OutgoingRequest, fixed: bool, follow: bool) ->
         except OutboundError as error:
             run.check()
             status = 504 if error.kind == "timeout" else 502
-            raise _http_failure(
-                request.method, status, f"the API it calls gave no answer: {error}", error.kind
-            ) from None
+            raise _http_failure(asked, status, f"the API it calls gave no answer: {error}", error.kind) from None
         location = header_value(answer.headers, "location")
         if not follow or answer.status not in _REDIRECTS or not location:
             return answer
-        url = urllib.parse.urljoin(request.url, location)
+        url = urllib.parse.urldefrag(urllib.parse.urljoin(request.url, location)).url
         if urllib.parse.urlsplit(url)[:2] != urllib.parse.urlsplit(request.url)[:2]:
             fixed = False
             request.headers = {
@@ -3088,7 +3155,7 @@ def _call_out(run: Run, request: _OutgoingRequest, fixed: bool, follow: bool) ->
         request.url = url
         if answer.status == 303 or (answer.status in (301, 302) and request.method == "POST"):
             request.method, request.body = "GET", None
-    raise _http_failure(request.method, 502, "the API it calls redirects without end", "redirect")
+    raise _http_failure(asked, 502, "the API it calls redirects without end", "redirect")
 
 
 def _response_body(answer: Fetched, method: str) -> Any:
@@ -3105,7 +3172,7 @@ def _response_body(answer: Fetched, method: str) -> Any:
     if media.startswith("text/") or charset or media.endswith(("+xml", "/xml")):
         try:
             return answer.body.decode(charset[1] if charset else "utf-8")
-        except (LookupError, UnicodeDecodeError):
+        except (LookupError, UnicodeError):
             return answer.body.decode("latin-1")
     return answer.body
 
@@ -3140,16 +3207,33 @@ def parse_flow_text(text: str, file_name: str) -> dict[str, Any]:
         if file_name.endswith(".toml"):
             import tomllib  # noqa: PLC0415 (most flows are JSON)
 
-            return tomllib.loads(text)
+            tree = tomllib.loads(text)
+            _check_tree_depth(tree)
+            return tree
         tree = from_json(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise FlowError([Fault(file_name, place, f"is not JSON: {error.msg}{_json_cure(error)}")]) from None
+    except RecursionError:
+        raise FlowError([Fault(file_name, "", f"it is nested deeper than {MAX_JSON_DEPTH} levels")]) from None
     except ValueError as error:  # TOMLDecodeError is one; it names line and column itself
         raise FlowError([Fault(file_name, "", str(error))]) from None
     if not isinstance(tree, dict):
         raise FlowError([Fault(file_name, "", f"must be an object with request, steps, response, not {_kind(tree)}")])
     return tree
+
+
+def _check_tree_depth(tree: Any) -> None:
+    level = [tree]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            item
+            for node in level
+            if isinstance(node, dict | list)
+            for item in (node.values() if isinstance(node, dict) else node)
+        ]
+    if level:
+        raise RecursionError
 
 
 def _json_cure(error: json.JSONDecodeError) -> str:
@@ -3214,6 +3298,8 @@ def build_flow(
     if build.faults:
         raise FlowError(build.faults)
     text = json.dumps(tree, ensure_ascii=False, separators=(",", ":"), default=_function_name)
+    if _SURROGATE.search(text):
+        raise FlowError([Fault(where, "", "a string has half of a surrogate pair")])
     return Flow(
         name=name,
         description=description,
@@ -3306,7 +3392,7 @@ def _check_parameter(build: Build, name: str, spec: dict[str, Any], place: str) 
     array = kind == "array"
     item_spec = spec.get("items", {"type": "string"}) if array else spec
     item_kind = item_spec.get("type", "string") if isinstance(item_spec, dict) else None
-    if (array and item_kind not in PARAMETER_TYPES) or (not array and kind not in PARAMETER_TYPES):
+    if not isinstance(item_kind, str) or item_kind not in PARAMETER_TYPES:
         allowed = [*PARAMETER_TYPES, "array"]
         build.fault(f"{place}/type", f"{shown(kind)} is not one of {', '.join(allowed)}{suggest(str(kind), allowed)}")
         kind = item_kind = "string"
@@ -3342,10 +3428,10 @@ def check_schema(build: Build, spec: Any, place: str) -> Schema:
     kinds = spec.get("type", [])
     kinds = kinds if isinstance(kinds, list) else [kinds]
     for kind in kinds:
-        if kind not in SCHEMA_TYPES:
+        if not isinstance(kind, str) or kind not in SCHEMA_TYPES:
             allowed = ", ".join(SCHEMA_TYPES)
             build.fault(f"{place}/type", f"{shown(kind)} is not one of {allowed}{suggest(str(kind), SCHEMA_TYPES)}")
-    schema.types = tuple(kind for kind in kinds if kind in SCHEMA_TYPES)
+    schema.types = tuple(kind for kind in kinds if isinstance(kind, str) and kind in SCHEMA_TYPES)
     for name, (rule, kind) in SCHEMA_RULES.items():
         if name in spec:
             value = spec[name]
@@ -3412,8 +3498,8 @@ def check_steps(build: Build, specs: Any, place: str) -> list[Step]:
     if not isinstance(specs, list):
         build.fault(place, f"must be a list of steps, not {_kind(specs)}")
         return []
-    names = [spec.get("name") for spec in specs if isinstance(spec, dict)]
-    build.hints |= {str(name): f'step "{name}" comes later: move it up' for name in names if name not in build.names}
+    names = [str(spec.get("name")) for spec in specs if isinstance(spec, dict)]
+    build.hints |= {name: f'step "{name}" comes later: move it up' for name in names if name not in build.names}
     steps = []
     for position, spec in enumerate(specs):
         step = _check_step(build, spec, f"{place}/{position}")
@@ -3578,7 +3664,7 @@ def load_flows(
             if path.stem in flows:
                 taken = flows[path.stem].source
                 raise FlowError([Fault(path.name, "", f'"{path.stem}" is deployed from {taken} already: rename one')])
-            text = path.read_text("utf-8")
+            text = path.read_text("utf-8-sig")
             tree = parse_flow_text(text, path.name)
             flows[path.stem] = build_flow(tree, path.stem, source=path.name, kinds=kinds, functions=functions)
         except FlowError as error:
@@ -7637,7 +7723,7 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
         for name in args.file:
             path = Path(name)
             try:
-                tree = parse_flow_text(path.read_text("utf-8"), path.name)
+                tree = parse_flow_text(path.read_text("utf-8-sig"), path.name)
                 flows.append(build_flow(tree, path.stem, source=name, functions=Functions(path.parent)))
             except FlowError as error:
                 faults += [fault._replace(where=name) for fault in error.faults]
