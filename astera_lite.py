@@ -1622,10 +1622,10 @@ class AddressPolicy:
             try:
                 self.networks.append(ipaddress.ip_network(word.strip("[]"), strict=False))
             except ValueError:
-                if not _HOST_NAME.fullmatch(word) or word in ("auto", "none"):
+                if not _HOST_NAME.fullmatch(word) or word in ("auto", "none") or _NUMBERED.fullmatch(word):
                     message = f"{shown(word)} is neither a host name nor a network such as 10.0.0.0/8"
                     raise ConfigError([Fault("callback_allow", "", message)]) from None
-                self.hosts.add(word)
+                self.hosts.add(word.rstrip("."))
 
     def refusal(self, host: str, address: IPAddress) -> str | None:
         """Why a connection to this address, found under this host name, is refused; None if it is allowed."""
@@ -1652,6 +1652,7 @@ class Target(NamedTuple):
         return f"{self.host}:{self.port}"
 
 
+_NUMBERED = re.compile(r"(?:.*\.)?[0-9]+\.?")  # 10.0.0.256: no name ends in a number, so an address was meant
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.[A-Za-z0-9_-]{1,63})*\.?")
 _URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?"
@@ -1718,6 +1719,7 @@ class _DeadlineReader(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, deadline: float, max_bytes: int) -> None:
         self._sock, self._deadline, self._left = sock, deadline, max_bytes
+        self.ended = False
 
     def readable(self) -> bool:
         return True
@@ -1725,6 +1727,7 @@ class _DeadlineReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         self._sock.settimeout(_left(self._deadline))
         count = self._sock.recv_into(buffer)
+        self.ended = count == 0
         self._left -= count
         if self._left < 0:
             raise OutboundError("too_large", "the answer is larger than the limit")
@@ -1742,6 +1745,11 @@ class _DeadlineSocket:
     def __init__(self, sock: socket.socket, deadline: float, max_bytes: int) -> None:
         self._sock, self._deadline, self._max_bytes = sock, deadline, max_bytes
         self._reader: _DeadlineReader | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether all was read that there was."""
+        return self._reader is not None and self._reader.ended
 
     def sendall(self, data: Any) -> None:
         self._sock.settimeout(_left(self._deadline))
@@ -1848,6 +1856,7 @@ class Outbound:
             raise OutboundError("invalid", f"the URL {error}") from None
         deadline = time.monotonic() + timeout
         outbound = self
+        sockets: list[_DeadlineSocket] = []
 
         class Connection(http.client.HTTPConnection):
             def connect(self) -> None:
@@ -1856,6 +1865,7 @@ class Outbound:
                     sock.settimeout(_left(deadline))
                     sock = outbound._tls().wrap_socket(sock, server_hostname=target.host)
                 self.sock = _DeadlineSocket(sock, deadline, max_bytes + (256 << 10))
+                sockets.append(self.sock)
 
         class Opener(urllib.request.AbstractHTTPHandler):
             def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
@@ -1870,6 +1880,8 @@ class Outbound:
         try:
             request = urllib.request.Request(url, body, dict(headers), method=method)  # noqa: S310 (parse_target)
             with opener.open(request) as response:
+                if sockets[-1].ended:  # http.client takes the end of input for the end of the headers
+                    raise OutboundError("transport", "the answer was cut short")
                 data = response.read(max_bytes + 1) if max_bytes else b""
                 if len(data) > max_bytes:
                     raise OutboundError("too_large", f"the answer is larger than {show_size(max_bytes)}")
@@ -1892,7 +1904,9 @@ class Outbound:
             if isinstance(layer, TimeoutError):
                 return OutboundError("timeout", f"no answer within {show_duration(timeout)}")
         layer = cause if isinstance(cause, Exception) else error
-        if isinstance(layer, http.client.HTTPException | ValueError):
+        if isinstance(layer, http.client.IncompleteRead):
+            return OutboundError("transport", "the answer was cut short")
+        if not isinstance(layer, OSError):  # RemoteDisconnected and SSLCertVerificationError are of both kinds
             return OutboundError("transport", f"the answer is not HTTP ({type(layer).__name__})")
         return OutboundError("transport", f"the connection failed: {_reason(layer)}")
 
@@ -3934,7 +3948,7 @@ class SqliteStore:
         if not os.path.isdir(folder):
             raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
         if read_only:
-            if not os.path.exists(self.path):
+            if not os.path.isfile(self.path):
                 raise StoreError(f"there is no database {self.path}: a server makes it when it starts")
             try:
                 with self._reader() as reader:
@@ -4385,10 +4399,13 @@ class SqliteStore:
         self, now: int, limit: int, busy: Collection[str], under_way: Collection[JobKey]
     ) -> list[tuple[Job, Delivery]]:
         marks = ",".join("?" * len(busy))
-        sql = f"SELECT job FROM callbacks WHERE state = 'pending' AND next <= ? AND receiver NOT IN ({marks})"  # noqa: S608
+        sql = (
+            "SELECT job FROM callbacks JOIN jobs ON seq = job "  # noqa: S608 (question marks)
+            f"WHERE state = 'pending' AND next <= ? AND expires > ? AND receiver NOT IN ({marks})"
+        )
         skip = {key.seq for key in under_way}
         with self._reader() as db:
-            found = db.execute(f"{sql} ORDER BY next LIMIT ?", (now, *busy, limit + len(skip))).fetchall()
+            found = db.execute(f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, limit + len(skip))).fetchall()
             wanted = [seq for (seq,) in found if seq not in skip][:limit]
             rows = [db.execute(f"{_SELECT_JOB} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
         jobs = [_job(row) for row in rows if row is not None]
@@ -4985,7 +5002,10 @@ def parse_retry_after(value: str | None, now: int) -> float:
     from email.utils import parsedate_to_datetime  # noqa: PLC0415 (hardly anybody sends a date)
 
     try:
-        return max(parsedate_to_datetime(value).timestamp() - now / 1000, 0.0)
+        date = parsedate_to_datetime(value)
+        if date.tzinfo is None:  # the form of asctime has no zone and means UTC
+            date = date.replace(tzinfo=datetime.UTC)
+        return max(date.timestamp() - now / 1000, 0.0)
     except (ValueError, OverflowError):
         return 0.0
 
@@ -5235,6 +5255,27 @@ def is_loopback(host: str) -> bool:
     return bool(addresses) and all(address.is_loopback for address in addresses)
 
 
+def _all_checked(*makes: Callable[[], Any]) -> list[Any]:
+    """What the functions return; ConfigError with the faults of all of them."""
+    made, faults = [], []
+    for make in makes:
+        try:
+            made.append(make())
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+    return made
+
+
+def _check_public_url(url: str | None) -> None:
+    try:
+        if url is not None and "?" in parse_target(url).path:
+            raise ValueError("must not have a query")
+    except ValueError as error:
+        raise ConfigError([Fault("public_url", "", str(error))]) from None
+
+
 def read_secrets(setting: str | None, environ: Mapping[str, str]) -> dict[str, str]:
     """The secrets that flows may read: from the environment variables that are named, or from a TOML file."""
     if setting is None:
@@ -5288,8 +5329,12 @@ class AsteraLite:
         self.clock = clock or Clock()
         environ = os.environ if environ is None else environ
         local = is_loopback(settings.host) and settings.public_url is None
-        self.policy = AddressPolicy(settings.callback_allow, loopback=local)
-        self._signing_key = signing_key(settings.callback_secret)
+        self.policy, self._signing_key, secrets, _ = _all_checked(
+            partial(AddressPolicy, settings.callback_allow, loopback=local),
+            partial(signing_key, settings.callback_secret),
+            partial(read_secrets, settings.secrets, environ),
+            partial(_check_public_url, settings.public_url),
+        )
         patterns = [re.escape(p.strip()).replace(r"\*", ".*") for p in settings.env_allow.split(",") if p.strip()]
         allowed = re.compile("|".join(patterns) or "(?!)")
         self.outside = Surroundings(
@@ -5297,7 +5342,7 @@ class AsteraLite:
             Outbound(),
             self.policy,
             {name: value for name, value in environ.items() if allowed.fullmatch(name)},
-            read_secrets(settings.secrets, environ),
+            secrets,
             settings.max_result,
             settings.max_step_response,
         )
@@ -7603,8 +7648,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code."""
     args = _parser().parse_args(argv)
     command = COMMANDS[args.command or "serve"][0]
+    code = 0
     try:
-        return command(args, _load_settings(args))
+        code = command(args, _load_settings(args))
+        sys.stdout.flush()  # here, where its failure can be caught
     except (ConfigError, FlowError) as error:
         for fault in error.faults:
             print(f"{fault}", file=sys.stderr)
@@ -7614,7 +7661,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 4
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the interpreter's last flush)
-        return 0
+    return code
 
 
 class _JsonLines(logging.Formatter):
@@ -7757,7 +7804,11 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
             print(f"{shown(pair)} is not of the form name=value", file=sys.stderr)
             return 2
         if name == "body":
-            body = Path(value[1:]).read_bytes() if value.startswith("@") else value.encode()
+            try:
+                body = Path(value[1:]).read_bytes() if value.startswith("@") else value.encode()
+            except OSError as error:
+                print(f"{value[1:]}: cannot be read: {_reason(error)}", file=sys.stderr)
+                return 1
         else:
             params[name] = [*params[name], value] if name in params else [value]
     try:
@@ -7834,6 +7885,7 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
     key = JobKey.parse(args.id)
     job = store.get(key) if key else None
     if job is None:
+        store.close()
         print(f"there is no job {shown(args.id)}", file=sys.stderr)
         return 1
     document = status_document(job, job.base)

@@ -1,0 +1,657 @@
+"""Room 17: the program as its users start it, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipapp
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from support import ROOT, Sink, get_flow, process
+
+from astera_lite import COMMANDS, SETTING_FIELDS, AsteraLite, __version__, log, main, starter_flow
+
+PROGRAM = str(ROOT / "astera_lite.py")
+HELLO = get_flow("/hello", response={"body": {"hello": "world"}})
+POST = {
+    "request": {"method": "POST", "resource": "/sum/{a}", "parameters": {"a": {"in": "path", "type": "integer"}}},
+    "steps": [{"name": "total", "set": "${params.a + request.body.b}"}],
+    "response": {"status": 201, "headers": {"X-Total": "${total}"}, "body": {"total": "${total}"}},
+}
+
+
+def environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    # Without PYTHONUNBUFFERED, which users do not have either: it would hide what goes wrong in the last flush.
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("ASTERA_") and k != "PYTHONUNBUFFERED"}
+    return {**plain, "COLUMNS": "120", **(more or {})}
+
+
+def run(
+    folder: Path, *arguments: str, env: dict[str, str] | None = None, program: str = PROGRAM
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, program, *arguments]
+    more: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 30, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(command, cwd=folder, env=environment(env), check=False, **more)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+class Here:
+    """The command line in this process, for the many calls that only look at a message and an exit code."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+        monkeypatch.chdir(folder)
+        for name in os.environ:
+            if name.startswith("ASTERA_"):
+                monkeypatch.delenv(name)
+
+    def __call__(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        with self._monkeypatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            try:
+                code = main(arguments)
+            except SystemExit as leaving:  # argparse's way
+                code = int(leaving.code or 0)
+        said = self._capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, said.out, said.err)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Here]:
+    handlers, level, propagate = list(log.handlers), log.level, log.propagate
+    yield Here(tmp_path, monkeypatch, capsys)
+    log.handlers[:] = handlers
+    log.setLevel(level)
+    log.propagate = propagate
+
+
+def write(folder: Path, **flows: Any) -> Path:
+    (folder / "flows").mkdir(exist_ok=True)
+    for name, tree in flows.items():
+        (folder / "flows" / f"{name}.json").write_text(tree if isinstance(tree, str) else json.dumps(tree))
+    return folder
+
+
+def get(url: str, **more: Any) -> requests.Response:
+    with requests.Session() as session:
+        session.trust_env = False
+        return session.get(url, timeout=10, **more)
+
+
+def until(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def refuses(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) != 0
+
+
+# --- help ---
+
+
+@pytest.fixture(scope="module")
+def help_text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    done = run(tmp_path_factory.mktemp("help"), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", SETTING_FIELDS)
+def test_help_names_every_setting_and_its_default(help_text: str, name: str) -> None:
+    item = SETTING_FIELDS[name]
+    flag = "--" + name.replace("_", "-")
+    if item.metadata.get("secret"):
+        assert not re.search(rf"{flag}\b(?!-)", help_text)
+        assert f"ASTERA_LITE_{name.upper()}" in help_text
+        return
+    entry = re.search(rf"^  {flag} (.*?)(?=^  -|^\S)", help_text, re.MULTILINE | re.DOTALL)
+    assert entry is not None
+    text = " ".join(entry[1].split())
+    assert re.sub(r"\s", "", item.metadata["help"]) in re.sub(r"\s", "", text)
+    assert "(default: " in text
+    if isinstance(item.default, str):
+        assert f"(default: {item.default})" in text
+
+
+def test_help_names_every_command_and_exit_code(help_text: str) -> None:
+    for name, (_, text, _) in COMMANDS.items():
+        assert re.search(rf"^ +{name} +{re.escape(text)}", help_text, re.MULTILINE)
+    assert re.search("0 .*1 .*2 .*3 .*4 ", help_text[help_text.index("exit codes") :], re.DOTALL)
+
+
+def test_help_fits_a_wide_terminal(help_text: str) -> None:
+    assert max(map(len, help_text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(here: Here, name: str) -> None:
+    done = here(name, "--help")
+    assert done.returncode == 0
+    assert done.stdout.lower().count(COMMANDS[name][1]) == 1
+    for argument, _ in COMMANDS[name][2]:
+        assert argument in done.stdout or argument == "values"
+
+
+def test_version(tmp_path: Path) -> None:
+    done = run(tmp_path, "--version")
+    assert (done.returncode, done.stdout) == (0, f"Astera Lite {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["--nonsense"], ["--por", "0"], ["new"], ["job"], ["try"], ["jobs", "--limit", "x"],
+     ["jobs", "--status", "Done"], ["--token", "t"], ["--callback-secret", "s"], ["serve", "--token=t"]],
+)  # fmt: skip
+def test_wrong_usage_is_2(here: Here, tmp_path: Path, arguments: list[str]) -> None:
+    done = here(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- settings ---
+
+
+def test_the_later_spelling_of_a_setting_wins(here: Here, tmp_path: Path) -> None:
+    for folder in ("a", "b", "c", "d"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, **{folder: HELLO})
+    (tmp_path / "astera_lite.toml").write_text('flows = "a/flows"\n')
+    (tmp_path / "own.toml").write_text('flows = "b/flows"\n')
+    env = {"ASTERA_LITE_FLOWS": "c/flows"}
+    assert here("try", "a").returncode == 0
+    assert here("try", "b").returncode == 1
+    assert here("--config", "own.toml", "try", "b").returncode == 0
+    assert here("try", "b", "--config", "own.toml").returncode == 0
+    assert here("try", "c", "--config", "own.toml", **env).returncode == 0
+    assert here("try", "d", "--config", "own.toml", "--flows", "d/flows", **env).returncode == 0
+    assert here("--flows", "d/flows", "try", "d", **env).returncode == 0
+
+
+def test_faulty_settings_are_listed_all_at_once(here: Here, tmp_path: Path) -> None:
+    (tmp_path / "astera_lite.toml").write_text('retention = "soon"\nworkerz = 3\n')
+    done = here("--port", "99999", ASTERA_LITE_MAX_BODY="10 apples", ASTERA_LITE_LOG="xml")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    for part in (
+        "astera_lite.toml: retention",
+        "workerz",
+        "workers",
+        "--port",
+        "ASTERA_LITE_MAX_BODY",
+        "ASTERA_LITE_LOG",
+    ):
+        assert [line for line in lines if part in line], part
+    assert len(lines) == 5
+    assert not (tmp_path / "astera_lite.db").exists()
+
+
+IMPOSSIBLE = [
+    ({"ASTERA_LITE_CALLBACK_SECRET": "hunter2"}, "callback_secret"),
+    ({"ASTERA_LITE_CALLBACK_ALLOW": "10.0.0.0/99"}, "callback_allow"),
+    ({"ASTERA_LITE_SECRETS": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE"),
+    ({"ASTERA_LITE_SECRETS": "none.toml"}, "none.toml"),
+    ({"ASTERA_LITE_HOST": "0.0.0.0"}, "token"),
+    ({"ASTERA_LITE_PUBLIC_URL": "https://api.example"}, "token"),
+    ({"ASTERA_LITE_PUBLIC_URL": "api.example", "ASTERA_LITE_TOKEN": "t" * 32}, "public_url"),
+]
+
+
+@pytest.mark.parametrize(("env", "named"), IMPOSSIBLE)
+def test_check_tells_of_a_setting_that_cannot_work(here: Here, tmp_path: Path, env: dict[str, str], named: str) -> None:
+    write(tmp_path, hello=HELLO)
+    done = here("check", **env)
+    assert done.returncode == 1
+    assert named in done.stderr + done.stdout
+    assert "hunter2" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(("env", "named"), [*IMPOSSIBLE[4:], ({"ASTERA_LITE_TLS_CERT": "none.pem"}, "tls_cert")])
+def test_serve_does_not_start_with_a_setting_that_cannot_work(tmp_path: Path, env: dict[str, str], named: str) -> None:
+    done = run(write(tmp_path, hello=HELLO), "--port", "0", env=env)
+    assert done.returncode == 1
+    assert named in done.stderr
+
+
+def test_two_settings_that_cannot_work_are_both_told(here: Here) -> None:
+    env = {"ASTERA_LITE_CALLBACK_SECRET": "hunter2", "ASTERA_LITE_CALLBACK_ALLOW": "10.0.0.0/99"}
+    done = here("check", **env)
+    assert done.returncode == 1
+    assert "callback_secret" in done.stderr
+    assert "callback_allow" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["port = ", "port = 1\nport = 2", "\xff", None])
+def test_a_config_file_that_cannot_be_read_is_1(here: Here, tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "x.toml").write_bytes(text.encode("latin-1"))
+    done = here("check", "--config", "x.toml")
+    assert done.returncode == 1
+    assert done.stderr.startswith("x.toml: ")
+
+
+# --- serve ---
+
+
+def test_serve_prints_every_endpoint_ready_to_use(tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO, sum=POST, both=json.loads(starter_flow("both")))
+    with process(tmp_path) as (_, url, lines):
+        assert re.fullmatch(r"http://127\.0\.0\.1:[0-9]+", url)
+        printed = [line.split(maxsplit=2) for line in lines if "/api/publishing" in line]
+        assert [row[:2] for row in printed] == [
+            ["both", "synchronous"], ["both", "asynchronous"], ["hello", "synchronous"], ["hello", "asynchronous"],
+            ["sum", "synchronous"],
+        ]  # fmt: skip
+        assert printed[4][2] == f"-X POST '{url}/api/publishing/sum/a'"
+        for row in printed[:4]:
+            code = 200 if row[1] == "synchronous" else 202
+            assert get(row[2].strip("'")).status_code == code
+        assert lines[-1] == f"listening on {url}"
+
+
+def test_serve_works_without_a_flow(tmp_path: Path) -> None:
+    with process(tmp_path) as (_, url, lines):
+        assert get(url + "/health").status_code == 200
+        assert any("new NAME" in line for line in lines)
+
+
+def test_serve_tells_of_faulty_flows_and_serves_the_others(tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO, broken="{", wrong=get_flow("/wrong", response={"body": "${nothing}"}))
+    with process(tmp_path) as (_, url, lines):
+        for name in ("broken.json", "wrong.json"):
+            assert [line for line in lines if name in line]
+        assert get(url + "/api/publishing/hello").json() == {"hello": "world"}
+        assert get(url + "/health").json()["deployments"] == {"published": 1, "faults": 2}
+
+
+def test_a_port_that_is_taken_is_3(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = run(tmp_path, "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 3
+    assert "cannot listen on 127.0.0.1:" in done.stderr
+    assert "--port" in done.stderr
+
+
+def test_an_address_that_is_not_here_is_3(tmp_path: Path) -> None:
+    assert run(tmp_path, "--host", "192.0.2.1", "--port", "0", "--insecure-open").returncode == 3
+
+
+def test_a_database_that_is_in_use_is_4(tmp_path: Path) -> None:
+    with process(tmp_path):
+        done = run(tmp_path, "--port", "0")
+    assert done.returncode == 4
+    assert "astera_lite.db" in done.stderr
+
+
+UNUSABLE = ["nowhere/jobs.db", "text.db", "folder"]
+
+
+@pytest.fixture
+def unusable(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("this is no database, but long enough to be one\n" * 100)
+    (tmp_path / "folder").mkdir()
+
+
+@pytest.mark.parametrize("path", UNUSABLE)
+def test_serve_with_an_unusable_database_is_4(tmp_path: Path, unusable: None, path: str) -> None:
+    done = run(tmp_path, "--port", "0", "--database", path, "--log", "off")
+    assert done.returncode == 4
+    assert done.stderr.count("\n") == 1
+    assert path.partition("/")[0] in done.stderr
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["job", "0192f0c1-0000-7000-8000-000000000000"]])
+@pytest.mark.parametrize("path", UNUSABLE)
+def test_to_look_at_an_unusable_database_is_4(here: Here, unusable: None, command: list[str], path: str) -> None:
+    done = here(*command, "--database", path)
+    assert done.returncode == 4
+    assert done.stderr.count("\n") == 1
+    assert path.partition("/")[0] in done.stderr
+
+
+def test_a_missing_schema_says_what_to_do(tmp_path: Path) -> None:
+    shutil.copy(PROGRAM, tmp_path / "astera_lite.py")
+    done = run(tmp_path, "--port", "0", program="astera_lite.py")
+    assert done.returncode == 1
+    assert "schema.sql" in done.stderr
+    assert "beside astera_lite.py" in done.stderr
+
+
+# --- signals ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_gracefully(tmp_path: Path, sink: Sink, number: int) -> None:
+    call = {"name": "call", "http": {"method": "POST", "url": sink.url, "body": {}}}
+    steps = [call, {"name": "pause", "wait": 0.4}]
+    write(tmp_path, slow=get_flow("/slow", steps=steps, response={"body": "done"}))
+    answers: list[requests.Response] = []
+    with process(tmp_path) as (started, url, _):
+        job = get(url + "/api/publishingAsync/slow").json()
+        sink.next()
+        client = threading.Thread(target=lambda: answers.append(get(url + "/api/publishing/slow")))
+        client.start()
+        sink.next()  # the synchronous run is under way
+        started.send_signal(number)
+        client.join(10)
+        assert started.wait(10) == 0
+    assert answers[0].json() == "done"
+    shown = run(tmp_path, "job", job["id"])
+    assert shown.returncode == 0
+    assert json.loads(shown.stdout)["status"] in ("Running", "Completed")
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    steps = [{"name": "hold", "python": "hold:hold"}]
+    write(tmp_path, hold=get_flow("/hold", steps=steps, response={"body": 1}))
+    code = "import time\n\n\ndef hold(context):\n    time.sleep(20)\n"
+    (tmp_path / "flows" / "hold.py").write_text(code)
+    with process(tmp_path) as (started, url, _):
+        get(url + "/api/publishingAsync/hold")
+        until(lambda: get(url + "/health").json()["jobs"]["running"] >= 1, "the job does not begin")
+        started.send_signal(signal.SIGTERM)
+        # The listener closes when the first signal was taken.
+        port = int(url.rpartition(":")[2])
+        until(lambda: refuses(port), "the listener stays open")
+        began = time.monotonic()
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(10) == 0
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_sighup_reads_the_flows_again_and_goes_on_serving(tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO, old=get_flow("/old", response={"body": 1}))
+    with process(tmp_path) as (started, url, lines):
+        assert get(url + "/api/publishing/old").json() == 1
+        write(tmp_path, hello="{ broken", new=get_flow("/new", response={"body": 2}))
+        (tmp_path / "flows" / "old.json").unlink()
+        started.send_signal(signal.SIGHUP)
+        until(lambda: get(url + "/api/publishing/new").status_code == 200, "the new flow is not served")
+        assert get(url + "/api/publishing/old").status_code == 404
+        assert get(url + "/api/publishing/hello").json() == {"hello": "world"}  # what was there stays in service
+        until(lambda: [line for line in lines if "hello.json" in line], "the fault is not told")
+
+
+# --- the log ---
+
+
+def test_json_lines_are_json_lines(tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO, broken="{")
+    with process(tmp_path, "--log", "json", "--log-level", "debug") as (started, url, lines):
+        get(url + "/api/publishing/hello")
+        get(url + "/nowhere/%0a%22quoted%22%e2%80%a8?x=%0d%0a")
+        until(lambda: [line for line in lines if "nowhere" in line], "the request is not logged")
+        started.terminate()
+        assert started.wait(10) == 0
+    logged = [json.loads(line) for line in lines if line.startswith("{")]
+    after = lines[lines.index(f"listening on {url}") + 1 :]
+    assert after and all(line.startswith("{") for line in after)
+    assert all({"time", "level", "message"} <= set(entry) for entry in logged)
+    assert [entry for entry in logged if "broken.json" in entry["message"] and entry["level"] == "error"]
+
+
+def test_a_path_cannot_forge_a_line_of_the_log(tmp_path: Path) -> None:
+    with process(tmp_path, "--log-level", "debug") as (started, url, lines):
+        port = int(url.rpartition(":")[2])
+        for path in ("/x%0aERROR%20forged", "/x%0d%0aforged", "/x\x1b[2Jforged", "/x\x85forged", "/\x0bx"):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+                head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                sock.sendall(head.encode("latin-1"))
+                while sock.recv(65536):
+                    pass
+        started.terminate()
+        assert started.wait(10) == 0
+    after = [line.removesuffix("\n") for line in lines[lines.index(f"listening on {url}") + 1 :]]
+    assert [line for line in after if "forged" in line]
+    assert all(re.match(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z \w+ ", line) for line in after)
+    assert all(line.isprintable() for line in after)
+
+
+def test_the_log_can_be_off(tmp_path: Path) -> None:
+    write(tmp_path, broken="{")
+    with process(tmp_path, "--log", "off") as (_, url, lines):
+        get(url + "/nowhere")
+    assert lines == [f"listening on {url}"]
+
+
+# --- check ---
+
+
+def test_check_lists_every_fault_of_every_file(here: Here, tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        hello=HELLO,
+        syntax='{"request": ',
+        two={"request": {"method": "FLY", "resource": "no-slash"}, "response": {"body": 1}},
+        names=get_flow("/names", response={"body": "${nothing}"}),
+        twin=get_flow("/hello", response={"body": 1}),
+    )
+    done = here("check")
+    assert done.returncode == 1
+    faults = done.stdout.splitlines()
+    assert {line.partition(":")[0] for line in faults} == {"syntax.json", "two.json", "names.json", "twin.json"}
+    assert len([line for line in faults if line.startswith("two.json")]) == 2
+    assert any("hello" in line for line in faults if line.startswith("twin.json"))
+    assert f"{len(faults)} faults" in done.stderr
+    assert not (tmp_path / "astera_lite.db").exists()
+
+
+def test_check_of_named_files(here: Here, tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO, broken="{")
+    good = here("check", "flows/hello.json")
+    assert (good.returncode, good.stdout) == (0, "")
+    bad = here("check", "flows/hello.json", "flows/broken.json", "flows/missing.json")
+    assert bad.returncode == 1
+    assert [line.partition(":")[0] for line in bad.stdout.splitlines()] == ["flows/broken.json", "flows/missing.json"]
+
+
+def test_check_without_a_folder_names_the_cure(here: Here) -> None:
+    done = here("check")
+    assert done.returncode == 1
+    assert "new NAME" in done.stdout
+
+
+def test_the_flows_of_the_checkout_are_well() -> None:
+    done = run(ROOT, "check")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+# --- try ---
+
+
+def test_try_shows_the_steps_and_the_answer(tmp_path: Path) -> None:
+    write(tmp_path, sum=POST)
+    done = run(tmp_path, "try", "sum", "a=2", 'body={"b": 40}')
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == {"total": 42}
+    assert re.search(r"^total +set +\w+ +[0-9]+ ms +42$", done.stderr, re.MULTILINE)
+    assert "Completed 201 Created" in done.stderr
+    assert "X-Total: 42" in done.stderr
+    assert not (tmp_path / "astera_lite.db").exists()
+
+
+def test_try_reads_a_body_from_a_file(here: Here, tmp_path: Path) -> None:
+    write(tmp_path, sum=POST)
+    (tmp_path / "body.json").write_text('{"b": 1}')
+    assert json.loads(here("try", "sum", "a=-2", "body=@body.json").stdout) == {"total": -1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["summ", "a=1"], 1, 'did you mean "sum"'),
+        (["sum", "body={}"], 1, "path a"),
+        (["sum", "a=x", "body={}"], 1, "path a"),
+        (["sum", "a=1", "b=2", "body={}"], 1, "query b"),
+        (["sum", "a=1", "body={"], 1, "body"),
+        (["sum", "a"], 2, "name=value"),
+        (["sum", "a=1", "body=@missing.json"], 1, "missing.json"),
+        (["sum", "a=1", "body={}"], 1, "Error 500"),
+    ],
+)
+def test_try_tells_what_is_wrong(here: Here, tmp_path: Path, arguments: list[str], code: int, named: str) -> None:
+    write(tmp_path, sum=POST)
+    done = here("try", *arguments)
+    assert done.returncode == code
+    assert named in done.stderr
+
+
+def test_try_of_a_flow_that_waits(here: Here, tmp_path: Path) -> None:
+    write(tmp_path, slow=get_flow("/slow", steps=[{"name": "pause", "wait": 0.01}], response={"body": "done"}))
+    done = here("try", "slow")
+    assert (done.returncode, json.loads(done.stdout)) == (0, "done")
+
+
+# --- new ---
+
+
+def test_a_new_flow_is_well_and_runs_and_is_not_overwritten(here: Here, tmp_path: Path) -> None:
+    done = here("new", "look-up_2")
+    assert done.returncode == 0
+    assert "try look-up_2 id=7" in done.stderr
+    assert here("check").returncode == 0
+    tried = here("try", "look-up_2", "id=7")
+    assert json.loads(tried.stdout)["double"] == 14
+    path = tmp_path / "flows" / "look-up_2.json"
+    path.write_text("mine")
+    again = here("new", "look-up_2")
+    assert again.returncode == 1
+    assert "look-up_2.json" in again.stderr
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "a.b", "", " ", "a\nb", "é", "/tmp/x"])
+def test_a_new_flow_has_a_plain_name(here: Here, tmp_path: Path, name: str) -> None:
+    assert here("new", name).returncode == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+# --- jobs and job ---
+
+
+def test_jobs_and_job_look_at_a_running_servers_database(here: Here, tmp_path: Path, sink: Sink) -> None:
+    write(tmp_path, hello=HELLO, broken=get_flow("/broken", steps=[{"name": "no", "fail": {"message": "no"}}]))
+    with process(tmp_path) as (_, url, _):
+        callback = requests.utils.quote(sink.url, safe="")
+        first = get(f"{url}/api/publishingAsync/hello?callbackUrl={callback}").json()["id"]
+        sink.next()
+        second = get(url + "/api/publishingAsync/broken").json()["id"]
+        get(f"{url}/api/jobs/{second}/status", headers={"Prefer": "wait=5"})
+        until(lambda: "delivered" in get(f"{url}/api/jobs/{first}").text, "the callback is not on record")
+
+        listed = here("jobs")
+        assert listed.returncode == 0
+        head, *rows = listed.stdout.splitlines()
+        assert head.split() == ["id", "flow", "status", "created", "finished", "callback"]
+        assert [row.split()[:3] for row in rows] == [[second, "broken", "Error"], [first, "hello", "Completed"]]
+        assert rows[1].endswith("delivered (1)")
+        for more, wanted in ((["--flow", "hello"], first), (["--status", "Error"], second), (["--limit", "1"], second)):
+            found = here("jobs", *more).stdout.splitlines()[1:]
+            assert [row.split()[0] for row in found] == [wanted]
+
+        document = json.loads(here("job", first).stdout)
+        assert (document["id"], document["status"]) == (first, "Completed")
+        assert document["statusUrl"] == f"{url}/api/jobs/{first}/status"
+        assert [entry["status"] for entry in document["callback"]["history"]] == [204]
+        result = here("job", first, "--result")
+        assert json.loads(result.stdout) == {"hello": "world"}
+        assert json.loads(result.stderr)["id"] == first
+        assert json.loads(here("job", second).stdout)["error"]["code"] == "failed"
+        assert get(url + "/health").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["x", "", "0192f0c1-0000-7000-8000-000000000000", "' OR 1=1 --"])
+def test_a_job_that_is_not_there_is_1(here: Here, tmp_path: Path, name: str) -> None:
+    with AsteraLite(database=str(tmp_path / "astera_lite.db")):
+        pass
+    done = here("job", name)
+    assert done.returncode == 1
+    assert "there is no job" in done.stderr
+
+
+def test_jobs_without_a_database_is_4_and_makes_none(here: Here, tmp_path: Path) -> None:
+    done = here("jobs")
+    assert done.returncode == 4
+    assert "astera_lite.db" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["try", "big"], ["check"]])
+def test_a_reader_that_goes_away_is_no_fault(tmp_path: Path, command: list[str]) -> None:
+    write(tmp_path, big=get_flow("/big", response={"body": "${'x' * 200000}"}), faulty="{")
+    with AsteraLite(database=str(tmp_path / "astera_lite.db")) as app:
+        app.deploy("hello", HELLO)
+        app.wait(app.submit("hello").id)
+    read, wrote = os.pipe()
+    os.close(read)  # as `head` that has had enough
+    try:
+        done = subprocess.run(
+            [sys.executable, PROGRAM, *command], cwd=tmp_path, env=environment(), stdout=wrote, stderr=subprocess.PIPE,
+            text=True, timeout=30, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(wrote)
+    assert "BrokenPipe" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (1 if command == ["check"] else 0)
+
+
+# --- where it stands ---
+
+
+def test_the_program_in_a_zipapp(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("astera_lite.py", "schema.sql"):
+        shutil.copy(ROOT / name, source / name)
+    (source / "__main__.py").write_text("import astera_lite\n\nraise SystemExit(astera_lite.main())\n")
+    zipapp.create_archive(source, tmp_path / "astera.pyz")
+    work = tmp_path / "elsewhere"
+    work.mkdir()
+    assert run(work, "new", "first", program=str(tmp_path / "astera.pyz")).returncode == 0
+    command = [sys.executable, str(tmp_path / "astera.pyz"), "--port", "0"]
+    with subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True, env=environment()) as started:
+        try:
+            assert started.stderr is not None
+            lines = iter(started.stderr.readline, "")
+            url = next(line for line in lines if line.startswith("listening on ")).split()[-1]
+            assert get(url + "/api/publishing/first/7").json()["double"] == 14
+            job = get(url + "/api/publishingAsync/first/4", headers={"Prefer": "wait=5"})
+            assert job.json()["double"] == 8
+            started.terminate()
+            assert started.wait(10) == 0
+        finally:
+            started.kill()
+
+
+def test_files_are_found_from_the_working_directory(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, hello=HELLO)
+    with process(tmp_path) as (_, url, _):
+        assert get(url + "/api/publishing/hello").status_code == 200
+        assert (tmp_path / "astera_lite.db").exists()
+    below = tmp_path / "below"
+    below.mkdir()
+    monkeypatch.chdir(below)
+    assert here("check", "--flows", "../flows").returncode == 0
