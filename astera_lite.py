@@ -483,16 +483,16 @@ class Settings:
     values such as "24h".
     """
 
-    host: str = _setting("127.0.0.1", "text", "address to listen on")
+    host: str = _setting("127.0.0.1", "text", "address to listen on", placeholder="HOST")
     port: int = _setting(9261, "int", "port to listen on; 0 picks a free one", low=0, high=65535)
-    flows: str = _setting("flows", "text", "folder of flow files")
-    database: str = _setting("astera_lite.db", "text", "path of the SQLite database")
-    data: str = _setting("data", "text", "folder that sql steps may reach")
+    flows: str = _setting("flows", "text", "folder of flow files", placeholder="FOLDER")
+    database: str = _setting("astera_lite.db", "text", "path of the SQLite database", placeholder="FILE")
+    data: str = _setting("data", "text", "folder that sql steps may reach", placeholder="FOLDER")
     workers: int = _setting(32, "int", "threads that run jobs", low=1, high=1024)
     retention: float = _setting(86400.0, "duration", "how long a result is kept", low=1)
     job_timeout: float = _setting(3600.0, "duration", "longest run of a job whose flow says nothing", low=0.001)
     sync_timeout: float = _setting(60.0, "duration", "longest synchronous run", low=0.001)
-    max_wait: float = _setting(60.0, "duration", "cap of Prefer: wait")
+    max_wait: float = _setting(60.0, "duration", "longest wait that a client may ask for (Prefer: wait=N)")
     max_queue: int = _setting(100_000, "int", "accepted jobs not yet started; one more is refused (503)", low=1)
     max_connections: int = _setting(1000, "int", "open connections; one more is refused (503)", low=1)
     max_header: int = _setting(64 << 10, "size", "longest header block of a request (431)", low=1024)
@@ -505,22 +505,36 @@ class Settings:
     shutdown_timeout: float = _setting(30.0, "duration", "time that running jobs are given when the server stops")
     callback_secret: str | None = _setting(None, "text", "key that signs callbacks (whsec_…)", secret=True)
     callback_allow: str = _setting(
-        "auto", "text", "private addresses that callbacks may go to: auto, none, or hosts and networks"
+        "auto",
+        "text",
+        "private addresses that callbacks may go to: hosts and networks, comma-separated, none, or auto: loopback as"
+        " long as the server listens on loopback only",
+        placeholder="LIST",
     )
     callback_timeout: float = _setting(15.0, "duration", "time that one delivery may take in all", low=0.1)
     callback_retries: tuple[float, ...] = _setting(
-        (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0), "durations", "pauses between the attempts of a callback"
+        (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0),
+        "durations",
+        "pauses between the attempts of a callback, comma-separated",
     )
-    public_url: str | None = _setting(None, "text", "base of all URLs handed out, for a server behind a proxy")
+    public_url: str | None = _setting(
+        None, "text", "base of all URLs handed out, for a server behind a proxy", placeholder="URL"
+    )
     insecure_open: bool = _setting(False, "bool", "listen beyond loopback, or have a public_url, without a token")
-    cors_origins: str | None = _setting(None, "text", "origins of web pages that may call, comma-separated")
-    env_allow: str = _setting("ASTERA_FLOW_*", "text", "environment variables that flows may read, comma-separated")
+    cors_origins: str | None = _setting(
+        None, "text", "origins of web pages that may call, comma-separated", placeholder="LIST"
+    )
+    env_allow: str = _setting(
+        "ASTERA_FLOW_*", "text", "environment variables that flows may read, comma-separated", placeholder="LIST"
+    )
     secrets: str | None = _setting(
         None, "text", "what flows read as secrets: names of environment variables, or a TOML file of mode 600"
     )
     token: str | None = _setting(None, "text", "the one admin token of a small set-up", secret=True)
-    tls_cert: str | None = _setting(None, "text", "certificate chain (PEM) to serve https with")
-    tls_key: str | None = _setting(None, "text", "private key (PEM) of tls_cert, unless it is in the same file")
+    tls_cert: str | None = _setting(None, "text", "certificate chain (PEM) to serve https with", placeholder="FILE")
+    tls_key: str | None = _setting(
+        None, "text", "private key (PEM) of tls_cert, unless it is in the same file", placeholder="FILE"
+    )
     durability: str = _setting(
         "full",
         "text",
@@ -5346,6 +5360,7 @@ class AsteraLite:
             settings.max_result,
             settings.max_step_response,
         )
+        self.base = (settings.public_url or f"http://{settings.host}:{settings.port}").rstrip("/")
         self._folder = Path(settings.flows) if settings.flows else None
         self._functions = Functions(self._folder)
         self._own_flows: dict[str, Flow] = {}
@@ -5657,8 +5672,7 @@ class AsteraLite:
             self.check_callback(callback_url)
         key = self.new_key()
         given = target.bind(request, values, str(key))
-        base = base or self.settings.public_url or f"http://{self.settings.host}:{self.settings.port}"
-        call = Call(key, target, request, given, base, callback_url, idempotency_key)
+        call = Call(key, target, request, given, base or self.base, callback_url, idempotency_key)
         result = _await(partial(self.accept, call, Principal()), threading.TIMEOUT_MAX)
         if isinstance(result, Conflict):
             raise result
@@ -7322,6 +7336,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"{scheme}://{shown_host}:{self.server_address[1]}"
         self.scheme = scheme
         self.base = (settings.public_url or "").rstrip("/") or None
+        app.base = self.base or self.url  # for jobs that the embedding program submits
 
     def server_bind(self) -> None:
         """Bind, without the look-up of our own name that http.server makes, which can wait for DNS."""
@@ -7594,23 +7609,32 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="astera_lite",
+        usage="astera_lite.py [COMMAND] [settings]",
         description="Publish API flows over HTTP: call them synchronously, or as jobs to poll or be called back for.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"Astera Lite {__version__}")
-    _add_settings(parser)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name, (_, text, arguments) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands (`COMMAND --help` says more)", metavar="COMMAND", dest="command")
+    _add_settings(parser, SETTING_FIELDS)
+    for name, (_, text, arguments, shown_settings) in COMMANDS.items():
+        words = [argument if argument.startswith("--") else o.get("metavar", argument) for argument, o in arguments]
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            usage=" ".join(["astera_lite.py", name, *(f"[{w}]" if w[0] == "-" else w for w in words), "[settings]"]),
+            allow_abbrev=False,
+        )
         for argument, options_ in arguments:
             command.add_argument(argument, **options_)
-        _add_settings(command)
+        _add_settings(command, shown_settings)
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str]) -> None:
+    """Every setting as a flag; the help shows those that matter to the command."""
     import argparse  # noqa: PLC0415
 
     group = parser.add_argument_group("settings")
@@ -7619,20 +7643,21 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metadata = SETTING_FIELDS[name].metadata
         if metadata.get("secret"):
             continue
-        kind = metadata["kind"]
-        text = text.replace("%", "%%") + f" (default: {default})"
-        flag = "--" + name.replace("_", "-")
-        if kind == "bool":
-            group.add_argument(flag, dest=f"set_{name}", nargs="?", const="true", default=argparse.SUPPRESS, help=text,
-                               metavar="true|false")  # fmt: skip
-        else:
-            choices = metadata.get("choices")
-            placeholder = "|".join(choices) if choices else SETTING_KINDS[kind].placeholder
-            group.add_argument(flag, dest=f"set_{name}", metavar=placeholder, default=argparse.SUPPRESS, help=text)
-    secrets = ", ".join(
-        f"ASTERA_LITE_{name.upper()}" for name, item in SETTING_FIELDS.items() if item.metadata.get("secret")
-    )
-    group.description = f"Not as flags, which would show in `ps`: {secrets}."
+        choices = metadata.get("choices")
+        options_: dict[str, Any] = {
+            "dest": f"set_{name}",
+            "default": argparse.SUPPRESS,
+            "metavar": "|".join(choices)
+            if choices
+            else metadata.get("placeholder", SETTING_KINDS[metadata["kind"]].placeholder),
+            "help": f"{text.replace('%', '%%')} (default: {default})" if name in to_show else argparse.SUPPRESS,
+        }
+        if metadata["kind"] == "bool":
+            options_ |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+        group.add_argument("--" + name.replace("_", "-"), **options_)
+    if "token" in to_show:
+        names = [f"ASTERA_LITE_{name.upper()}" for name, item in SETTING_FIELDS.items() if item.metadata.get("secret")]
+        group.description = f"Not as flags, which would show in `ps`: {', '.join(names)}."
 
 
 def _load_settings(args: argparse.Namespace) -> Settings:
@@ -7659,6 +7684,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoreError as error:
         print(error, file=sys.stderr)
         return 4
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT, as shells have it
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the interpreter's last flush)
     return code
@@ -7783,7 +7810,7 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
     faults = Deployments(flows, faults).faults
     for fault in faults:
         print(fault)
-    print(f"{len(flows)} flows are well, {len(faults)} faults", file=sys.stderr)
+    print(f"flows that are well: {len(flows)}, faults: {len(faults)}", file=sys.stderr)
     return 1 if faults else 0
 
 
@@ -7907,38 +7934,54 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
 
 
 _Command = Callable[["argparse.Namespace", Settings], int]
-#: The commands: function, help, arguments.
-COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]]]] = {
-    "serve": (serve, "serve the flows (the default)", []),
+_RUNNING = ("flows", "data", "env_allow", "secrets", "callback_allow", "max_step_response", "max_result", "job_timeout")
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+#: The commands: function, help, arguments, and the settings that its help shows.
+COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Collection[str]]] = {
+    "serve": (serve, "serve the flows (the default)", [], SETTING_FIELDS),
     "check": (
         check,
         "validate flows and settings",
-        [("file", {"nargs": "*", "help": "flow files; all if none is named"})],
+        [("file", {"nargs": "*", "metavar": "[FILE …]", "help": "flow files; all if none is named"})],
+        SETTING_FIELDS,
     ),
     "try": (
         try_flow,
         "run one flow here, with a trace of its steps",
         [
-            ("name", {"help": "name of the flow"}),
-            ("values", {"nargs": "*", "metavar": "key=value", "help": "parameters; body=TEXT or body=@FILE"}),
+            ("name", {"metavar": "NAME", "help": "name of the flow"}),
+            ("values", {"nargs": "*", "metavar": "[key=value …]", "help": "parameters; body=TEXT or body=@FILE"}),
         ],
+        _RUNNING,
     ),
-    "new": (new, "write a starter flow", [("name", {"help": "name of the flow"})]),
+    "new": (new, "write a starter flow", [("name", {"metavar": "NAME", "help": "name of the flow"})], ("flows",)),
     "jobs": (
         jobs,
         "list the jobs in the database",
         [
-            ("--flow", {"help": "of this flow only"}),
+            ("--flow", {"metavar": "NAME", "help": "of this flow only"}),
             ("--status", {"choices": ["Running", "Completed", "Error"], "help": "of this status only"}),
-            ("--limit", {"type": int, "default": 50, "help": "so many at the most (default: 50)"}),
+            (
+                "--limit",
+                {"type": _positive, "metavar": "N", "default": 50, "help": "so many at the most (default: 50)"},
+            ),
         ],
+        ("database",),
     ),
     "job": (
         show_job,
         "show one job, its steps and its callback attempts",
         [
-            ("id", {"help": "id of the job"}),
+            ("id", {"metavar": "ID", "help": "id of the job"}),
             ("--result", {"action": "store_true", "help": "print its result to stdout, the rest to stderr"}),
         ],
+        ("database",),
     ),
 }

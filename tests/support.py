@@ -133,8 +133,9 @@ def process(
                     break
             else:
                 raise AssertionError("\n".join(lines))
+            url = lines[-1].removeprefix("listening on ")
             drain.start()
-            yield started, lines[-1].removeprefix("listening on "), lines
+            yield started, url, lines
         finally:
             if started.poll() is None:
                 started.kill()
