@@ -7747,6 +7747,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     lines = endpoint_lines(app.deployments, server.base or server.url)
     if lines:
         print("published:", *lines, sep="\n", file=sys.stderr)
+    _give_back_memory()
     print(f"listening on {server.url}", file=sys.stderr, flush=True)
     server.serve_forever()
     server.server_close()
@@ -7773,6 +7774,16 @@ def _install_signals(app: AsteraLite, server: Server) -> None:
 def _reload(app: AsteraLite) -> None:
     faults = app.reload()
     log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
+
+
+def _give_back_memory() -> None:
+    """Return to the system what compiling the script took: some 15 MB that would otherwise stay with the process."""
+    try:
+        import ctypes  # noqa: PLC0415
+
+        ctypes.CDLL(None).malloc_trim(0)  # glibc; elsewhere there is no such function
+    except (ImportError, OSError, AttributeError, TypeError):
+        pass
 
 
 def _raise_descriptor_limit(connections: int) -> None:
