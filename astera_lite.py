@@ -2478,7 +2478,18 @@ _WORTH_SUSPENDING_MS = 250  # a shorter wait costs less than two commits
 class Run:
     """One run of a flow: its input, what it knows, and when it must end."""
 
-    __slots__ = ("cancel", "deadline", "flow", "input", "journal", "outside", "progress", "step_deadline", "trace")
+    __slots__ = (
+        "blocking",
+        "cancel",
+        "deadline",
+        "flow",
+        "input",
+        "journal",
+        "outside",
+        "progress",
+        "step_deadline",
+        "trace",
+    )
 
     def __init__(
         self,
@@ -2496,6 +2507,7 @@ class Run:
         self.trace = trace
         self.cancel = cancel or Cancel()
         self.progress = Progress(None, 0, len(flow.steps))
+        self.blocking: Callable[[], None] | None = None  # called before the thread may wait for something
 
     def scope(self) -> Scope:
         """The names that expressions see before the first step."""
@@ -2520,6 +2532,8 @@ class Run:
     def sleep(self, seconds: float) -> None:
         """Hold the thread for so long; ends early, with an error, at the deadline or on cancel."""
         left = self.left()
+        if self.blocking is not None:
+            self.blocking()
         if self.cancel.wait(min(seconds, left)):
             raise _Cancelled
         if seconds > left:
@@ -2634,6 +2648,8 @@ def _attempts(step: Step, run: Run, scope: Scope, path: str) -> Any:
         now = run.outside.clock.monotonic()
         run.step_deadline = min(run.deadline, now + step.timeout) if step.timeout else run.deadline
         if step.effect:
+            if run.blocking is not None:
+                run.blocking()
             run.journal.barrier()
         try:
             return step.run(run, scope, path)
@@ -3821,8 +3837,13 @@ class Store(Protocol):
     def resend(self, key: JobKey, now: int, done: Done) -> None:
         """Make the callback of a finished job due; `done` gets whether there is one."""
 
-    def record_delivery(self, key: JobKey, attempt: Attempt, state: str, next_at: int | None, done: Done) -> None:
-        """Keep an attempt to deliver a callback, and what follows from it."""
+    def record_delivery(
+        self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
+    ) -> None:
+        """Keep an attempt to deliver a callback, and what follows from it.
+
+        Nothing follows if the callback was made due anew meanwhile: its `next` is not the one `seen` any more.
+        """
 
     def purge(self, now: int, limit: int, done: Done) -> None:
         """Forget some expired jobs, `limit` at the most, and give their space back; `done` gets how many they were."""
@@ -4263,16 +4284,19 @@ class SqliteStore:
         sql = "UPDATE callbacks SET state = 'pending', next = ? WHERE job = ?"
         self._put(partial(_execute, sql, (now, key.seq)), done)
 
-    def record_delivery(self, key: JobKey, attempt: Attempt, state: str, next_at: int | None, done: Done) -> None:
+    def record_delivery(
+        self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
+    ) -> None:
         def run(db: sqlite3.Connection) -> None:
             db.execute(
                 "INSERT OR REPLACE INTO attempts SELECT job, attempts + 1, ?, ?, ?, ? FROM callbacks WHERE job = ?",
                 (attempt.at, attempt.duration_ms, attempt.status, attempt.error, key.seq),
             )
             db.execute(
-                "UPDATE callbacks SET attempts = attempts + 1, state = ?, last_status = ?, next = ?"
-                " WHERE job = ? AND state = 'pending'",
-                (state, attempt.status, next_at, key.seq),
+                "UPDATE callbacks SET attempts = attempts + 1, last_status = ?1,"
+                " state = iif(next IS ?2, ?3, state), next = iif(next IS ?2, ?4, next)"
+                " WHERE job = ?5 AND state = 'pending'",
+                (attempt.status, seen, state, next_at, key.seq),
             )
 
         self._put(run, done, keep=True)
@@ -4549,6 +4573,7 @@ def _from_mark(value: dict[str, Any]) -> Any:
 MAX_ATTEMPTS = 3  # interrupted so often, a job is given up: it may be what brings the server down
 _KEEP_READY = 1000  # queued jobs whose input stays in memory; those behind them are read again when their turn comes
 _MAX_UNRECORDED = 2000  # outcomes on their way to the disk, above which a worker waits for its own
+_COMPUTING = 2  # threads that run Python at one time: more would only hand the interpreter's lock to and fro
 
 
 class Prepared(NamedTuple):
@@ -4566,10 +4591,11 @@ class Prepared(NamedTuple):
 class _Live:
     """A job that has a thread, or whose outcome is on its way to the disk."""
 
-    __slots__ = ("abandoned", "attempt", "cancel", "job", "overdue", "run", "started")
+    __slots__ = ("abandoned", "attempt", "blocking", "cancel", "job", "overdue", "run", "started")
 
     def __init__(self) -> None:
         self.cancel = Cancel()
+        self.blocking: Callable[[], None] | None = None
         self.job: Job | None = None
         self.run: Run | None = None
         self.attempt = 0
@@ -4635,12 +4661,16 @@ def _await(write: Callable[[Done], None], timeout_s: float) -> Any:
     return result
 
 
+_Task = Callable[[Callable[[], None]], None]  # takes what it calls before it may block
+
+
 class Engine:
     """Runs jobs and synchronous flows on a pool of threads, and records what came of the jobs.
 
     `prepare(seq)` makes a stored job ready to run, None if it is not Running any more; `finished(key)` is called, on
     the store's thread, when a job's end is committed. Some threads are kept for synchronous runs, or slow jobs would
-    starve them. Durations are seconds.
+    starve them. Only few threads compute at one time; a run that comes to what may block says so (`Run.blocking`), and
+    another thread takes its turn. Durations are seconds.
     """
 
     def __init__(
@@ -4662,12 +4692,15 @@ class Engine:
         self._lock = threading.Lock()  # guards what follows
         self._ready: list[int] = []  # heap of seq: jobs that can run
         self._waiting: list[tuple[int, int]] = []  # heap of (due, seq): jobs that wait for a time
-        self._sync: deque[Callable[[], None]] = deque()
+        self._sync: deque[_Task] = deque()
         self._inputs: dict[int, Prepared] = {}
         self._dropped: set[int] = set()  # cancelled while queued or waiting, the end not on disk yet
         self._gone: set[int] = set()  # cancelled, but still in the heap of ready jobs
+        self._to_cancel: set[int] = set()  # cancelled while they could not be read; they end when they can
         self._live: dict[int, _Live] = {}
         self._draining = self._busy = self._unrecorded = 0
+        self._computing, self._may_compute = 0, _COMPUTING  # of the draining threads, those in nothing that may block
+        self._taken = self._taken_before = 0
         self._stopping = False
         self._idle = threading.Condition(self._lock)
         self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
@@ -4707,7 +4740,8 @@ class Engine:
     def run_sync(self, run: Run, done: Callable[[Outcome], None]) -> None:
         """Run a flow for a caller who waits; `done` is called by the thread that ran it."""
 
-        def task() -> None:
+        def task(blocking: Callable[[], None]) -> None:
+            run.blocking = blocking
             began = self._clock.monotonic()
             outcome = run_flow(run)
             assert isinstance(outcome, Outcome)
@@ -4723,24 +4757,50 @@ class Engine:
 
     def _call_threads(self) -> None:
         """With the lock held: let another thread drain if there is work for it."""
-        wanted = len(self._sync) + min(len(self._ready), self._workers - self._busy)
-        if wanted > 0 and self._draining < self._threads and not self._stopping:
+        if self._work() and self._computing < self._may_compute and self._draining < self._threads:
             self._draining += 1
+            self._computing += 1
             self._pool.submit(self._drain)
 
+    def _work(self) -> bool:
+        ready = self._ready and self._busy < self._workers
+        return bool(self._sync or ready) and not self._stopping
+
     def _drain(self) -> None:
-        """A pool task: take work until there is none."""
+        """A pool task: take work until there is none, or until others who compute will take it."""
+        blocked = False
+
+        def blocking() -> None:
+            nonlocal blocked
+            if not blocked:
+                blocked = True
+                with self._lock:
+                    self._computing -= 1
+                    self._call_threads()
+
         while True:
             with self._lock:
-                task = self._next()
+                self._computing += blocked
+                blocked = False
+                task = self._next() if self._computing <= self._may_compute else None
                 if task is None:
+                    self._computing -= 1
                     self._draining -= 1
                     self._idle.notify_all()
                     return
+                self._taken += 1
                 self._call_threads()
-            task()
+            task(blocking)
 
-    def _next(self) -> Callable[[], None] | None:
+    def unstall(self) -> None:
+        """Called now and then: if those who compute take nothing new, another thread may join them."""
+        with self._lock:
+            stalled = self._work() and self._taken == self._taken_before
+            self._may_compute = self._may_compute + 1 if stalled else _COMPUTING
+            self._taken_before = self._taken
+            self._call_threads()
+
+    def _next(self) -> _Task | None:
         if self._sync:
             return self._sync.popleft()
         while self._ready and self._busy < self._workers and not self._stopping:
@@ -4751,12 +4811,16 @@ class Engine:
                 continue
             self._busy += 1
             live = self._live[seq] = _Live()
+            if seq in self._to_cancel:
+                self._to_cancel.discard(seq)
+                live.cancel.set()
             return partial(self._run_job, seq, live, self._inputs.pop(seq, None))
         return None
 
     # --- one job ---
 
-    def _run_job(self, seq: int, live: _Live, prepared: Prepared | None) -> None:
+    def _run_job(self, seq: int, live: _Live, prepared: Prepared | None, blocking: Callable[[], None]) -> None:
+        live.blocking = blocking
         try:
             ready = prepared or self._prepare(seq)
             if isinstance(ready, Prepared):
@@ -4768,6 +4832,8 @@ class Engine:
             log.error("job %s could not be begun: %s", JobKey(seq, 0), error)
             with self._lock:
                 self._live.pop(seq, None)
+                if live.cancel.is_set:
+                    self._to_cancel.add(seq)
                 heapq.heappush(self._waiting, (self._clock.now() + 1000, seq))
         except Exception:  # the door of a job's run: a fault of ours must not cost the thread
             log.exception("job %s", JobKey(seq, 0))
@@ -4800,6 +4866,7 @@ class Engine:
         )
         trace = list(prepared.trace)
         live.run = Run(flow, prepared.input, self._outside, deadline, journal, trace, live.cancel)
+        live.run.blocking = live.blocking
         outcome = run_flow(live.run)
         if live.abandoned:
             return
@@ -5154,7 +5221,7 @@ class Housekeeper:
         self._wake = threading.Event()
         self._stopping = False
         self._purging = False
-        self._purge_at = 0
+        self._purge_at = self._unstall_at = 0
         self._thread = threading.Thread(target=self.run, name="astera-housekeeper", daemon=True)
 
     def start(self) -> None:
@@ -5187,6 +5254,9 @@ class Housekeeper:
     def tick(self, now: int) -> int:
         """Do what is due at `now` (milliseconds since the epoch); when to come again at the latest."""
         self._engine.overdue()
+        if now >= self._unstall_at:
+            self._unstall_at = now + _CHORES_EVERY_MS
+            self._engine.unstall()
         wanted = [now + _CHORES_EVERY_MS, self._engine.release(now), self._purge(now), self._deliver(now)]
         return min(moment for moment in wanted if moment is not None)
 
@@ -5213,15 +5283,15 @@ class Housekeeper:
             return None
         due = self._store.due_deliveries(now, room, self._courier.busy(), self._courier.under_way())
         for job, delivery in due:
-            self._courier.send(job, delivery, partial(self._delivered, job))
+            self._courier.send(job, delivery, partial(self._delivered, job, delivery.next_at))
         return self._store.next_delivery(now)
 
-    def _delivered(self, job: Job, attempt: Attempt, state: str, next_at: int | None) -> None:
+    def _delivered(self, job: Job, seen: int | None, attempt: Attempt, state: str, next_at: int | None) -> None:
         def recorded(result: Any, error: AsteraError | None) -> None:
             self._courier.settled(job.key)
             self.wake()
 
-        self._store.record_delivery(job.key, attempt, state, next_at, recorded)
+        self._store.record_delivery(job.key, attempt, seen, state, next_at, recorded)
 
 
 # ======================================================================================================================

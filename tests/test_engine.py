@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support import FakeClock, get_flow
 
-from astera_lite import MAX_ATTEMPTS, AsteraLite, Clock, Conflict, Context, Job, NotFound, Result, Status
+from astera_lite import MAX_ATTEMPTS, AsteraLite, Clock, Conflict, Context, Job, NotFound, Result, Status, StepKind
 
 
 @contextmanager
@@ -76,6 +76,33 @@ def gate() -> Iterator[Gate]:
 
 
 # ---- Running ---------------------------------------------------------------------------------------------------------
+
+
+def holding(app: AsteraLite) -> tuple[threading.Semaphore, threading.Event]:
+    """Publishes `busy`, whose step computes (it does not say that it blocks) until the event is set."""
+    begun, end = threading.Semaphore(0), threading.Event()
+
+    def check(build: Any, spec: Any, place: str) -> Callable[..., None]:
+        def compute(run: Any, scope: Any, path: str) -> None:
+            begun.release()
+            assert end.wait(20)
+
+        return compute
+
+    app._kinds["compute"] = StepKind(check, False, "computes")
+    app.deploy("busy", get_flow("/busy", steps=[{"name": "c", "compute": {}}]))
+    return begun, end
+
+
+def test_few_threads_compute_at_one_time_and_one_that_does_not_end_holds_nobody_up(tmp_path: Path) -> None:
+    with serving(tmp_path, {"quick": get_flow("/quick")}) as app:
+        begun, end = holding(app)
+        jobs = [app.submit("busy") for _ in range(4)]
+        assert begun.acquire(timeout=10) and begun.acquire(timeout=10)
+        assert not begun.acquire(timeout=0.05)
+        assert app.run("quick").status_code == 200  # the housekeeper sees that nothing moves, and lets another join
+        end.set()
+        assert {finished(app, job).status for job in jobs} == {Status.COMPLETED}
 
 
 def test_every_job_runs_once(tmp_path: Path) -> None:

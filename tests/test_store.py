@@ -294,7 +294,7 @@ def test_only_a_finished_job_that_owes_nothing_is_deleted(store: SqliteStore, st
     if state == "finished":
         done(store.finish, finish(new))
     if state == "delivered":
-        done(store.record_delivery, new.key, Attempt(T, 1, 204), "delivered", None)
+        done(store.record_delivery, new.key, Attempt(T, 1, 204), T + 10, "delivered", None)
     assert done(store.delete, JobKey(new.key.seq, new.key.salt ^ 1)) == "absent"
     assert done(store.delete, new.key) == outcome
     assert (store.get(new.key) is None) is (outcome == "deleted")
@@ -383,8 +383,10 @@ def test_every_attempt_is_kept(store: SqliteStore) -> None:
     new = owing(store)
     tries = [Attempt(T, 5, 500), Attempt(T + 5000, 15000, None, "timed out"), Attempt(T + 9000, 7, 204)]
     states = [("pending", T + 5000), ("pending", T + 9000), ("delivered", None)]
+    seen: int | None = T + 10
     for attempt, (state, next_at) in zip(tries, states, strict=True):
-        done(store.record_delivery, new.key, attempt, state, next_at)
+        done(store.record_delivery, new.key, attempt, seen, state, next_at)
+        seen = next_at
         found = store.get(new.key)
         assert found is not None and found.callback is not None
         assert (found.callback.state, found.callback.next_at) == (state, next_at)
@@ -406,21 +408,30 @@ def test_deliveries_to_busy_receivers_and_those_under_way_are_left_out(store: Sq
 def test_a_callback_makes_the_moves_of_the_table_and_no_other(store: SqliteStore, state: str, to: str) -> None:
     new = owing(store)
     if state != "pending":
-        done(store.record_delivery, new.key, Attempt(T, 1, 200), state, None)
+        done(store.record_delivery, new.key, Attempt(T, 1, 200), T + 10, state, None)
     if to == "pending":
         assert done(store.resend, new.key, T + 77) is True
     else:
-        done(store.record_delivery, new.key, Attempt(T, 1, 200), to, None)
+        done(store.record_delivery, new.key, Attempt(T, 1, 200), T + 10, to, None)
     found = store.get(new.key)
     allowed = to == state or to in MOVES["callback"][state]
     assert found is not None and found.callback is not None
     assert found.callback.state == (to if allowed else state)
 
 
+def test_a_callback_asked_for_again_during_a_delivery_is_sent_again(store: SqliteStore) -> None:
+    new = owing(store)
+    assert done(store.resend, new.key, T + 77) is True
+    done(store.record_delivery, new.key, Attempt(T, 1, 204), T + 10, "delivered", None)
+    [(found, delivery)] = store.due_deliveries(T + 77, 10, [], [])
+    assert (found.key, delivery.attempts, delivery.last_status) == (new.key, 1, 204)
+    assert store.attempts(new.key) == [Attempt(T, 1, 204)]
+
+
 def test_an_attempt_for_a_job_that_is_gone_is_dropped(store: SqliteStore, path: str) -> None:
     new = owing(store, expires=T + 20)
     assert done(store.purge, T + 20, 10) == 1
-    done(store.record_delivery, new.key, Attempt(T, 1, 204), "delivered", None)
+    done(store.record_delivery, new.key, Attempt(T, 1, 204), T + 10, "delivered", None)
     assert look(path, "SELECT count(*) FROM attempts") == [(0,)]
     assert store.due_deliveries(T + 10**9, 10, [], []) == []
 
