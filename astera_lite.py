@@ -36,6 +36,7 @@ if __name__ == "__main__":  # run as a script: hand over to the one importable c
 import ast
 import base64
 import binascii
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -2413,22 +2414,34 @@ class Suspended(NamedTuple):
 class Cancel:
     """A request to stop, set by any thread and seen by one run."""
 
-    __slots__ = ("_event", "is_set")
+    __slots__ = ("_listeners", "is_set")
 
     def __init__(self) -> None:
         self.is_set = False
-        self._event: threading.Event | None = None
+        self._listeners: list[Callable[[], None]] = []
 
     def set(self) -> None:
         self.is_set = True
-        if self._event is not None:
-            self._event.set()
+        for listener in list(self._listeners):
+            listener()
+
+    @contextlib.contextmanager
+    def calling(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Have `listener` called, perhaps twice, by the thread that sets this; at once if it is set already."""
+        self._listeners.append(listener)
+        try:
+            if self.is_set:
+                listener()
+            yield
+        finally:
+            self._listeners.remove(listener)
 
     def wait(self, seconds: float) -> bool:
-        """Sleep for so long, or until set; whether it is set. Only the run's own thread calls this."""
-        if self._event is None:
-            self._event = threading.Event()
-        return self.is_set or self._event.wait(seconds)
+        """Sleep for so long, or until set; whether it is set."""
+        changed = threading.Event()
+        with self.calling(changed.set):
+            changed.wait(seconds)
+        return self.is_set
 
 
 class Journal:
@@ -2643,16 +2656,24 @@ def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
 
 
 def _attempts(step: Step, run: Run, scope: Scope, path: str) -> Any:
-    retry = step.retry
+    retry, outer = step.retry, run.step_deadline
+    left = run.journal.saved.get(f"{path}@")  # until when a step may go on that was suspended inside its timeout
     for attempt in itertools.count(1):
-        now = run.outside.clock.monotonic()
-        run.step_deadline = min(run.deadline, now + step.timeout) if step.timeout else run.deadline
-        if step.effect:
-            if run.blocking is not None:
-                run.blocking()
-            run.journal.barrier()
+        if step.timeout:
+            seconds = step.timeout if left is None else (left - run.outside.clock.now()) / 1000
+            run.step_deadline = min(outer, run.outside.clock.monotonic() + seconds)
+            left = None
         try:
+            if step.effect:
+                if run.blocking is not None:
+                    run.blocking()
+                run.journal.barrier()
             return step.run(run, scope, path)
+        except _Suspend:
+            if step.timeout:
+                until = run.outside.clock.now() + (run.step_deadline - run.outside.clock.monotonic()) * 1000
+                run.journal.record(f"{path}@", round(until))
+            raise
         except _Signal:
             raise
         except Exception as error:
@@ -2660,8 +2681,9 @@ def _attempts(step: Step, run: Run, scope: Scope, path: str) -> Any:
             wanted = retry.on is None or retry.on & set(kinds)
             if attempt >= retry.attempts or not wanted or (retry.on is None and "unsafe" in kinds):
                 raise
+        finally:
+            run.step_deadline = outer
         run.check()
-        run.step_deadline = run.deadline
         run.sleep(retry.pause(attempt))
     raise AssertionError  # the loop does not end
 
