@@ -37,6 +37,7 @@ import ast
 import base64
 import binascii
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -2212,6 +2213,9 @@ class Flow:
     responses: tuple[Response, ...]
     timeout: float | None
     restart: str  # resume, rerun or fail
+    limit: int | None  # runs at one time
+    when_full: str  # queue or refuse
+    calls: tuple[tuple[str, str], ...]  # flows that it calls, and the place where it does
     tree: dict[str, Any]
     text: str
     version: int
@@ -2280,6 +2284,36 @@ CONTENT_TYPES = {
     "text": "text/plain",
     "binary": "application/octet-stream",
 }
+
+
+def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
+    """The request that a client would send to call a flow with these parameters; InputError for unknown ones."""
+    known = {item.name: item for item in flow.parameters}
+    errors = [
+        {"in": "query", "name": name, "message": "is no parameter" + suggest(name, known)}
+        for name in params
+        if name not in known
+    ]
+    if errors:
+        raise InputError(errors)
+    path, query, headers = flow.resource, [], {}
+    for name, value in params.items():
+        where = known[name].where
+        texts = [as_text(item) for item in (value if isinstance(value, list | tuple) else [value])]
+        if where == "path":
+            path = path.replace(f"{{{name}}}", urllib.parse.quote(texts[0], safe=""))
+        elif where == "query":
+            query += [(name, text) for text in texts]
+        else:
+            headers[name.lower()] = ",".join(texts)
+    missing = [match[1] for segment in path.split("/") if (match := _PARAMETER_SEGMENT.fullmatch(segment))]
+    if missing:
+        raise InputError([{"in": "path", "name": name, "message": "is missing"} for name in missing])
+    data = b""
+    if body is not None:
+        data = body if isinstance(body, bytes) else to_json(body).encode()
+        headers["content-type"] = flow.content_types[0] if flow.content_types else CONTENT_TYPES["json"]
+    return StoredRequest(flow.method, path, urllib.parse.urlencode(query), headers, data)
 
 
 def _is_json(media: str) -> bool:
@@ -2475,6 +2509,8 @@ class Surroundings:
     secrets: dict[str, str]
     max_result: int
     max_step_response: int
+    flow_named: Callable[[str], Flow | None] = lambda name: None  # for `call`
+    helpers: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_EACH_HELPERS))
 
     def masked(self, text: str) -> str:
         """The text with every secret's value replaced."""
@@ -2485,6 +2521,8 @@ class Surroundings:
         return text
 
 
+_EACH_HELPERS = 64  # threads in all that help with the items of `each`
+_MAX_TRACE = 500  # lines, above which steps inside steps are left out
 _WORTH_SUSPENDING_MS = 250  # a shorter wait costs less than two commits
 
 
@@ -2496,6 +2534,7 @@ class Run:
         "cancel",
         "deadline",
         "flow",
+        "held",
         "input",
         "journal",
         "outside",
@@ -2520,12 +2559,35 @@ class Run:
         self.trace = trace
         self.cancel = cancel or Cancel()
         self.progress = Progress(None, 0, len(flow.steps))
-        self.blocking: Callable[[], None] | None = None  # called before the thread may wait for something
+        self.blocking: Callable[[], None] | None = None  # called by `may_block`
+        self.held = False  # waits with its thread, for it shares its run with others
 
     def scope(self) -> Scope:
         """The names that expressions see before the first step."""
         given, outside = self.input, self.outside
         return {"params": given.params, "request": given.request, "env": outside.env, "secrets": outside.secrets}
+
+    def branch(self, **changes: Any) -> Run:
+        """A run of a part of this one, under the same deadlines; `changes` are its attributes that differ."""
+        part = copy.copy(self)
+        for name, value in changes.items():
+            setattr(part, name, value)
+        return part
+
+    def may_block(self) -> None:
+        """Called before the thread may wait for something: another one can compute meanwhile."""
+        if self.blocking is not None:
+            self.blocking()
+
+    def settled(self, template: Template, scope: Scope, key: str) -> Any:
+        """The template's value; one that may turn out otherwise the next time is saved, for a resumed run."""
+        if not template.volatile:
+            return template(scope)
+        if key not in self.journal.saved:
+            value = template(scope)
+            self.journal.record(key, value)
+            return value
+        return self.journal.saved[key]
 
     def check(self) -> None:
         """Raise if the run was cancelled or is over its time."""
@@ -2545,8 +2607,7 @@ class Run:
     def sleep(self, seconds: float) -> None:
         """Hold the thread for so long; ends early, with an error, at the deadline or on cancel."""
         left = self.left()
-        if self.blocking is not None:
-            self.blocking()
+        self.may_block()
         if self.cancel.wait(min(seconds, left)):
             raise _Cancelled
         if seconds > left:
@@ -2558,7 +2619,7 @@ class Run:
         wait_ms = until - clock.now()
         if wait_ms <= 0:
             return
-        if wait_ms <= _WORTH_SUSPENDING_MS or not self.journal.suspendable:
+        if wait_ms <= _WORTH_SUSPENDING_MS or self.held or not self.journal.suspendable:
             self.sleep(wait_ms / 1000)
             return
         self.journal.begin_wait(path, min(until, (1 << 63) - 1))  # what the database can keep
@@ -2611,25 +2672,12 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
             if run.trace is not None and not any(entry["path"] == path for entry in run.trace):
                 _note(run, step, path, "resumed", run.outside.clock.now(), None, value)
             continue
-        if not _wanted(step, run, scope, path):
+        if step.when is not None and not run.settled(step.when, scope, f"{path}?"):
             scope[step.name] = None
             _note(run, step, path, "skipped", run.outside.clock.now(), None)
             continue
         value = scope[step.name] = _run_step(step, run, scope, path)
     return value
-
-
-def _wanted(step: Step, run: Run, scope: Scope, path: str) -> bool:
-    """Whether a step's `when` holds; what may turn out otherwise the next time is saved, for a resumed run."""
-    if step.when is None:
-        return True
-    if not step.when.volatile:
-        return bool(step.when(scope))
-    decided = run.journal.saved.get(f"{path}?")
-    if decided is None:
-        decided = bool(step.when(scope))
-        run.journal.record(f"{path}?", decided)
-    return bool(decided)
 
 
 def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
@@ -2656,24 +2704,14 @@ def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
 
 
 def _attempts(step: Step, run: Run, scope: Scope, path: str) -> Any:
-    retry, outer = step.retry, run.step_deadline
-    left = run.journal.saved.get(f"{path}@")  # until when a step may go on that was suspended inside its timeout
+    retry = step.retry
     for attempt in itertools.count(1):
-        if step.timeout:
-            seconds = step.timeout if left is None else (left - run.outside.clock.now()) / 1000
-            run.step_deadline = min(outer, run.outside.clock.monotonic() + seconds)
-            left = None
         try:
-            if step.effect:
-                if run.blocking is not None:
-                    run.blocking()
-                run.journal.barrier()
-            return step.run(run, scope, path)
-        except _Suspend:
-            if step.timeout:
-                until = run.outside.clock.now() + (run.step_deadline - run.outside.clock.monotonic()) * 1000
-                run.journal.record(f"{path}@", round(until))
-            raise
+            with _within(run, step.timeout, f"{path}@", resumed=attempt == 1):
+                if step.effect:
+                    run.may_block()
+                    run.journal.barrier()
+                return step.run(run, scope, path)
         except _Signal:
             raise
         except Exception as error:
@@ -2681,16 +2719,33 @@ def _attempts(step: Step, run: Run, scope: Scope, path: str) -> Any:
             wanted = retry.on is None or retry.on & set(kinds)
             if attempt >= retry.attempts or not wanted or (retry.on is None and "unsafe" in kinds):
                 raise
-        finally:
-            run.step_deadline = outer
         run.check()
         run.sleep(retry.pause(attempt))
     raise AssertionError  # the loop does not end
 
 
+@contextlib.contextmanager
+def _within(run: Run, timeout: float | None, key: str, resumed: bool = True) -> Iterator[None]:
+    """Bound what is done inside to so many seconds; the bound outlives a suspension, saved under `key`."""
+    if timeout is None:
+        yield
+        return
+    clock, outer = run.outside.clock, run.step_deadline
+    until = run.journal.saved.get(key) if resumed else None
+    seconds = timeout if until is None else (until - clock.now()) / 1000
+    run.step_deadline = min(outer, clock.monotonic() + seconds)
+    try:
+        yield
+    except _Suspend:
+        run.journal.record(key, clock.now() + round((run.step_deadline - clock.monotonic()) * 1000))
+        raise
+    finally:
+        run.step_deadline = outer
+
+
 def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | None, value: Any = None) -> None:
     """Put a line into the trace, which is what people see of the steps."""
-    if run.trace is None:
+    if run.trace is None or (len(run.trace) >= _MAX_TRACE and "/" in path):
         return
     preview = None if value is None else shown(_outline(value, run.outside.masked), 200)
     run.trace.append(
@@ -2794,6 +2849,7 @@ class Build:
         self.names: dict[str, Collection[str] | None] = {}
         self.hints: dict[str, str] = {}
         self.volatile = False  # whether a template compiled since this was cleared is
+        self.calls: list[tuple[str, str]] = []  # flows that are called, and where
 
     def fault(self, place: str, message: str) -> None:
         """Report a fault and its cure."""
@@ -2804,6 +2860,16 @@ class Build:
         template = compile_template(value, self.names, place, self.faults, self.where, self.hints)
         self.volatile = self.volatile or template.volatile
         return template
+
+    @contextlib.contextmanager
+    def block(self, *names: str) -> Iterator[None]:
+        """A part of the flow with further names; those that it adds are unknown behind it."""
+        outer = dict(self.names)
+        self.names |= dict.fromkeys(names)
+        yield
+        inside = [name for name in self.names if name not in outer]
+        self.hints |= {name: f'"{name}" is known only inside the step that it belongs to' for name in inside}
+        self.names = outer
 
     def members(self, spec: Any, place: str, allowed: Collection[str], required: Collection[str] = ()) -> bool:
         """Whether `spec` is an object; unknown and missing members are faults."""
@@ -3243,11 +3309,175 @@ def _response_body(answer: Fetched, method: str) -> Any:
     return answer.body
 
 
+_MAX_CONCURRENCY = 64
+
+
+def _check_steps_inside(build: Build, spec: Any, place: str, *names: str) -> Callable[[Run, Scope, str], Any]:
+    """Compile the `steps` of a step, and its `result`; what runs them takes the prefix of their paths."""
+    with build.block(*names):
+        steps = check_steps(build, spec.get("steps", []), f"{place}/steps")
+        result = build.template(spec["result"], f"{place}/result") if "result" in spec else None
+    if not steps and "steps" in spec:
+        build.fault(f"{place}/steps", "needs at least one step")
+
+    def inside(run: Run, scope: Scope, prefix: str) -> Any:
+        value = run_steps(steps, run, scope, prefix)
+        return result(scope) if result else value
+
+    return inside
+
+
+def _parse_concurrency(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= _MAX_CONCURRENCY:
+        raise ValueError(f"{shown(value)} is not a number from 1 to {_MAX_CONCURRENCY}")
+    return value
+
+
+def _check_each(build: Build, spec: Any, place: str) -> Runner:
+    if not build.members(spec, place, ("of", "as", "concurrency", "steps", "result"), ("of", "steps")):
+        spec = {}
+    name = spec.get("as", "item")
+    _check_name(build, name, f"{place}/as")
+    of = build.template(spec.get("of"), f"{place}/of")
+    width = build.checked(spec, "concurrency", place, _parse_concurrency, 1)
+    inside = _check_steps_inside(build, spec, place, str(name))
+
+    def each(run: Run, scope: Scope, path: str) -> list[Any]:
+        items = run.settled(of, scope, f"{path}/of")
+        if type(items) not in (list, tuple):
+            raise ExpressionError(f"{place}/of: {_kind(items)} is not a list")
+        done = itertools.count(1)
+
+        def one(part: Run, at: int) -> Any:
+            part.left()
+            value = inside(part, {**scope, name: items[at]}, f"{path}/{at}/")
+            if "/" not in path:
+                run.progress = Progress(path, next(done), len(items))
+            return value
+
+        if width == 1 or len(items) < 2:
+            return [one(run, at) for at in range(len(items))]
+        return _concurrently(run, one, len(items), width)
+
+    return each
+
+
+def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: int) -> list[Any]:
+    """The values of `one` for 0, 1, 2 …, in this order; the first error stops the rest.
+
+    The caller's thread does its share, and helpers do as far as there are any: nobody waits for a thread.
+    """
+    results: list[Any] = [None] * count
+    errors: list[BaseException] = []
+    turns, stop = itertools.count(), Cancel()
+    run.may_block()
+
+    def work() -> None:
+        part = run.branch(cancel=stop, held=True, blocking=None)
+        while not stop.is_set and (at := next(turns)) < count:
+            try:
+                results[at] = one(part, at)
+            except BaseException as error:  # it is raised by the thread that runs the flow
+                errors.append(error)
+                stop.set()
+
+    def help_out() -> None:
+        try:
+            work()
+        finally:
+            run.outside.helpers.release()
+
+    helpers: list[threading.Thread] = []
+    with run.cancel.calling(stop.set):
+        while len(helpers) < min(width, count) - 1 and run.outside.helpers.acquire(blocking=False):
+            helpers.append(threading.Thread(target=help_out, name="astera-helper", daemon=True))
+            helpers[-1].start()
+        work()
+        for helper in helpers:
+            helper.join()
+    if errors:
+        raise errors[0]
+    run.check()
+    return results
+
+
+def _check_choose(build: Build, spec: Any, place: str) -> Runner:
+    if not isinstance(spec, list) or not spec:
+        build.fault(place, 'must be a list such as [{"when": "${…}", "steps": […]}, {"steps": […]}]')
+        spec = []
+    branches: list[tuple[Template | None, Runner]] = []
+    for position, branch in enumerate(spec):
+        at = f"{place}/{position}"
+        if not build.members(branch, at, ("when", "steps", "result"), ("steps",)):
+            continue
+        when = build.template(branch["when"], f"{at}/when") if "when" in branch else None
+        if when is None and position < len(spec) - 1:
+            build.fault(at, "has no `when`, so the branches behind it are never taken: put it last")
+        branches.append((when, _check_steps_inside(build, branch, at)))
+
+    def choose(run: Run, scope: Scope, path: str) -> Any:
+        for position, (when, inside) in enumerate(branches):
+            if when is None or run.settled(when, scope, f"{path}/{position}?"):
+                return inside(run, dict(scope), f"{path}/{position}/")
+        return None
+
+    return choose
+
+
+def _check_call(build: Build, spec: Any, place: str) -> Runner:
+    spec = {"flow": spec} if isinstance(spec, str) else spec
+    if not build.members(spec, place, ("flow", "params", "body"), ("flow",)):
+        spec = {}
+    name = spec.get("flow", "")
+    if not isinstance(name, str) or "${" in name:
+        build.fault(f"{place}/flow", "must be the name of a flow: which one is called is not computed")
+    else:
+        build.calls.append((name, f"{place}/flow"))
+    if not isinstance(spec.get("params", {}), dict):
+        build.fault(f"{place}/params", "must be an object of the flow's parameters by name")
+    params = build.template(spec.get("params", {}), f"{place}/params")
+    body = build.template(spec.get("body"), f"{place}/body")
+
+    def call(run: Run, scope: Scope, path: str) -> dict[str, Any]:
+        flow = run.outside.flow_named(name)
+        if flow is None:
+            raise StepError(500, "the flow that it calls is not deployed", f'"{name}" is not deployed', {"missing"})
+        given = {key: value for key, value in params(scope).items() if value is not None}
+        try:
+            request = request_for(flow, given, body(scope))
+            bound = flow.bind(request, path_values(flow, request.path), str(run.input.request["id"]))
+        except InputError as error:
+            raise StepError(500, "the flow that it calls refused its input", f'"{name}": {error}', {"input"}) from None
+        part = run.branch(flow=flow, input=bound)
+        with _within(part, flow.timeout, f"{path}/@"):
+            answer = _answer_of(flow, part, f"{path}/")
+        run.progress = part.progress
+        headers = {key.lower(): value for key, value in answer.headers}
+        fetched = Fetched(answer.code, list(answer.headers), answer.body)
+        return {"status": answer.code, "headers": headers, "body": _response_body(fetched, "GET")}
+
+    return call
+
+
+def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
+    """What a called flow answers; its `fail` is a failure of the step that calls it."""
+    scope = run.scope()
+    try:
+        return _respond(flow, run, scope, run_steps(flow.steps, run, scope, prefix))
+    except _Answered as answered:
+        return answered.answer
+    except _Failed as failed:
+        raise StepError(failed.status, failed.message, failed.message, {"failed"}) from None
+
+
 #: Every kind of step. To add one: a check function as above, and a row here.
 STEP_KINDS: dict[str, StepKind] = {
     "http": StepKind(_check_http, True, "calls an API"),
     "python": StepKind(_check_python, True, "calls a Python function: module:function"),
     "set": StepKind(_check_set, False, "computes a value"),
+    "each": StepKind(_check_each, False, "runs steps for every item of a list"),
+    "choose": StepKind(_check_choose, False, "runs the steps of the first branch whose `when` holds"),
+    "call": StepKind(_check_call, False, "runs another flow"),
     "wait": StepKind(_check_wait, False, "waits for a time"),
     "respond": StepKind(_check_respond, False, "answers at once; the steps after it do not run"),
     "fail": StepKind(_check_fail, False, "ends as an error"),
@@ -3258,7 +3488,7 @@ STEP_KINDS: dict[str, StepKind] = {
 
 _BASE_NAMES = ("params", "request", "env", "secrets")
 _REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
-_FLOW_MEMBERS = ("description", "request", "steps", "response", "timeout", "restart")
+_FLOW_MEMBERS = ("description", "request", "steps", "response", "timeout", "restart", "concurrency")
 _STEP_OPTIONS = ("name", "when", "timeout", "retry", "onError", "description")
 _MODES = ("synchronous", "asynchronous")
 _FLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -3357,6 +3587,7 @@ def build_flow(
             "/restart", f"{shown(restart)} is not one of resume, rerun, fail{suggest(str(restart), ('resume',))}"
         )
     timeout = build.checked(tree, "timeout", "", parse_duration, None)
+    limit, when_full = _check_concurrency(build, tree.get("concurrency"))
     strict = request.get("strict", False)
     if type(strict) is not bool:
         build.fault("/request/strict", "must be true or false")
@@ -3381,11 +3612,31 @@ def build_flow(
         responses=tuple(responses),
         timeout=timeout,
         restart=restart,
+        limit=limit,
+        when_full=when_full,
+        calls=tuple(build.calls),
         tree=tree,
         text=text,
         version=int.from_bytes(hashlib.sha256(f"{name}\n{text}".encode()).digest()[:8]) >> 1,
         source=where,
     )
+
+
+def _parse_limit(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{shown(value)} is not a number of runs, 1 or more")
+    return value
+
+
+def _check_concurrency(build: Build, spec: Any) -> tuple[int | None, str]:
+    spec = {"limit": spec} if type(spec) is int else spec
+    if spec is None or not build.members(spec, "/concurrency", ("limit", "whenFull"), ("limit",)):
+        return None, "queue"
+    when_full = spec.get("whenFull", "queue")
+    if when_full not in ("queue", "refuse"):
+        cure = suggest(str(when_full), ("queue", "refuse"))
+        build.fault("/concurrency/whenFull", f"{shown(when_full)} is neither queue nor refuse{cure}")
+    return build.checked(spec, "limit", "/concurrency", _parse_limit, None), str(when_full)
 
 
 def _function_name(value: Any) -> str:
@@ -3575,35 +3826,37 @@ def check_steps(build: Build, specs: Any, place: str) -> list[Step]:
     return steps
 
 
+def _check_name(build: Build, name: Any, place: str) -> None:
+    if not isinstance(name, str) or not _STEP_NAME.fullmatch(name) or keyword.iskeyword(name):
+        build.fault(place, f"{shown(name)} must be a word of letters, digits and _ that expressions can use")
+    elif name in _BASE_NAMES or name in FUNCTIONS or name in _JSON_NAMES:
+        build.fault(place, f'"{name}" has a meaning in expressions already: choose another name')
+    elif name in build.names:
+        build.fault(place, f'there is another step "{name}": names are unique')
+
+
 def _check_step(build: Build, spec: Any, place: str) -> Step | None:
     kinds = build.kinds
     if not build.members(spec, place, (*_STEP_OPTIONS, *kinds), ("name",)):
         return None
     name = spec.get("name", "")
-    if not isinstance(name, str) or not _STEP_NAME.fullmatch(name) or keyword.iskeyword(name):
-        if "name" in spec:
-            build.fault(
-                f"{place}/name", f"{shown(name)} must be a word of letters, digits and _ that expressions can use"
-            )
-        name = ""
-    elif name in _BASE_NAMES or name in FUNCTIONS or name in _JSON_NAMES:
-        build.fault(f"{place}/name", f'"{name}" has a meaning in expressions already: choose another name')
-    elif name in build.names:
-        build.fault(f"{place}/name", f'there is another step "{name}": names are unique')
+    if "name" in spec:
+        _check_name(build, name, f"{place}/name")
     used = [kind for kind in kinds if kind in spec]
     if len(used) != 1:
         found = f"has {' and '.join(used)}" if used else "has no kind"
         build.fault(place, f"{found}: a step has exactly one of {', '.join(kinds)}")
         return None
     kind = kinds[used[0]]
-    build.volatile = False
+    outer_volatile, build.volatile = build.volatile, False  # a step inside a step counts for itself
     run = kind.check(build, spec[used[0]], f"{place}/{used[0]}")
     on_error = spec.get("onError")
     error_value = None if on_error == "continue" else on_error
     instead = build.template(error_value, f"{place}/onError") if "onError" in spec else None
     save = kind.effect or build.volatile
+    build.volatile = outer_volatile
     return Step(
-        name=name,
+        name=str(name),
         kind=used[0],
         run=run,
         effect=kind.effect,
@@ -3663,25 +3916,32 @@ def _check_responses(build: Build, specs: Any) -> list[Response]:
 class Deployments:
     """The flows in service: an immutable set, replaced as a whole. Routes by raw path segments."""
 
-    def __init__(self, flows: Iterable[Flow] = (), faults: Sequence[Fault] = ()) -> None:
-        self.by_name: dict[str, Flow] = {}
-        self.by_version: dict[int, Flow] = {}
+    def __init__(
+        self, flows: Iterable[Flow] = (), faults: Sequence[Fault] = (), previous: Mapping[str, Flow] | None = None
+    ) -> None:
+        """`previous` are the flows in service so far: one of them stays where its new text cannot take its place."""
         self.faults = list(faults)
         self._exact: dict[str, dict[str, Flow]] = {}
         self._patterns: dict[int, list[tuple[list[str], dict[str, Flow]]]] = {}
-        claims: dict[tuple[str, str], Flow] = {}
-        for flow in flows:
-            shape = re.sub(r"\{[^}]*\}", "{}", flow.resource)
-            other = claims.setdefault((flow.method, shape), flow)
-            if other is not flow:
-                message = f'{flow.method} {flow.resource} is claimed by "{other.name}" ({other.source}) too: change one'
-                self.faults.append(Fault(flow.source, "/request/resource", message))
-                continue
-            self.by_name[flow.name] = flow
-            self.by_version[flow.version] = flow
+        self.by_name = self._agreeing({flow.name: flow for flow in flows}, dict(previous or {}))
+        self.by_version = {flow.version: flow for flow in self.by_name.values()}
+        for flow in self.by_name.values():
             self._route(flow)
         for patterns in self._patterns.values():  # a literal beats a parameter, from the left
             patterns.sort(key=lambda pattern: [segment.startswith("{") for segment in pattern[0]])
+
+    def _agreeing(self, flows: dict[str, Flow], previous: dict[str, Flow]) -> dict[str, Flow]:
+        """The flows but for those that cannot be in service beside the others, each of which is a fault."""
+        flows = dict(sorted(flows.items(), key=lambda item: previous.get(item[0]) is not item[1]))
+        while found := next(itertools.chain(_claimed_twice(flows), _calling_wrongly(flows)), None):
+            flow, place, message = found
+            self.faults.append(Fault(flow.source, place, message))
+            older = previous.pop(flow.name, None)
+            if older is None or older is flow:
+                del flows[flow.name]
+            else:
+                flows[flow.name] = older
+        return flows
 
     def _route(self, flow: Flow) -> None:
         if "{" not in flow.resource:
@@ -3702,6 +3962,41 @@ class Deployments:
             if all(want == got or (want[0] == "{" and got) for want, got in zip(pattern, segments, strict=True)):
                 found.append(methods)
         return found
+
+
+_Wrong = tuple[Flow, str, str]  # a flow, the place in it, and what is wrong there
+
+
+def _claimed_twice(flows: Mapping[str, Flow]) -> Iterator[_Wrong]:
+    claims: dict[tuple[str, str], Flow] = {}
+    for flow in flows.values():
+        other = claims.setdefault((flow.method, re.sub(r"\{[^}]*\}", "{}", flow.resource)), flow)
+        if other is not flow:
+            message = f'{flow.method} {flow.resource} is claimed by "{other.name}" ({other.source}) too: change one'
+            yield flow, "/request/resource", message
+
+
+def _calling_wrongly(flows: Mapping[str, Flow]) -> Iterator[_Wrong]:
+    for flow in flows.values():
+        for name, place in flow.calls:
+            if name not in flows:
+                yield flow, place, f'there is no flow "{name}"{suggest(name, flows)}'
+            elif way := _way(flows, name, flow.name):
+                circle = " calls ".join(f'"{each}"' for each in [flow.name, *way])
+                yield flow, place, f"it would never end: {circle}"
+
+
+def _way(flows: Mapping[str, Flow], start: str, end: str) -> list[str]:
+    """The names by which `start` comes to call `end`, both included; empty if it does not."""
+    ways, seen = [[start]], {start}
+    while ways:
+        way = ways.pop()
+        if way[-1] == end:
+            return way
+        called = {name for name, _ in flows[way[-1]].calls if name in flows} - seen
+        seen |= called
+        ways += [[*way, name] for name in sorted(called)]
+    return []
 
 
 def path_values(flow: Flow, path: str) -> dict[str, str]:
@@ -3773,7 +4068,7 @@ class Loaded(NamedTuple):
 
     job: Job
     request: StoredRequest
-    saved: dict[str, Any]  # outputs of finished steps by path
+    saved: dict[str, str]  # outputs of finished steps by path, as `to_saved` wrote them
     waits: dict[str, int]  # begun waits by path: until when
     trace: list[dict[str, Any]]  # what became of the steps before it was suspended
 
@@ -3899,8 +4194,8 @@ class Store(Protocol):
     ) -> list[Job]:
         """Unexpired jobs, newest first, of `seq` below `before`."""
 
-    def unfinished(self) -> Iterator[tuple[int, int | None]]:
-        """`seq` and `due` of every Running job, oldest first."""
+    def unfinished(self) -> Iterator[tuple[int, int | None, str]]:
+        """`seq`, `due` and flow of every Running job, oldest first."""
 
     def flow_text(self, version: int) -> tuple[str, str] | None:
         """Name and text of a flow that stored jobs were accepted with."""
@@ -4380,7 +4675,7 @@ class SqliteStore:
             saved, waits = {}, {}
             for path, until, output in db.execute("SELECT path, until, output FROM steps WHERE job = ?", (seq,)):
                 if until is None:
-                    saved[path] = _from_saved(output)
+                    saved[path] = output
                 else:
                     waits[path] = until
             request = self._request(db, job.key)
@@ -4446,9 +4741,9 @@ class SqliteStore:
         with self._reader() as db:
             return [_job(row) for row in db.execute(sql, (*conditions.values(), limit))]
 
-    def unfinished(self) -> Iterator[tuple[int, int | None]]:
+    def unfinished(self) -> Iterator[tuple[int, int | None, str]]:
         with self._reader() as db:
-            yield from db.execute("SELECT seq, due FROM jobs WHERE status = 'Running' ORDER BY seq")
+            yield from db.execute("SELECT seq, due, flow FROM jobs WHERE status = 'Running' ORDER BY seq")
 
     def flow_text(self, version: int) -> tuple[str, str] | None:
         with self._reader() as db:
@@ -4551,22 +4846,48 @@ def key_conflict() -> Conflict:
     return Conflict("This Idempotency-Key was used with another request: use a new key for a new request.", 422)
 
 
-def _to_saved(value: Any) -> str:
-    """A step's output as the journal keeps it; bytes are marked, for JSON has none."""
+def to_saved(value: Any, secrets: Mapping[str, str] = types.MappingProxyType({})) -> str:
+    """A step's output as the journal keeps it: JSON in which bytes, which it lacks, and secrets are marked.
+
+    A mark begins with NUL, and a NUL of the value itself is doubled.
+    """
     text = _dump_saved(value)
-    return _dump_saved(_escaped(value)) if _MARK in text else text
+    spelled = [_dump_saved(secret)[1:-1] for secret in secrets.values() if secret]
+    if "\\u0000" in text or any(secret in text for secret in spelled):
+        names = {secret: name for name, secret in secrets.items() if secret}
+        longest_first = sorted(names, key=len, reverse=True)
+        found = re.compile("|".join(map(re.escape, ["\0", *longest_first])))
+        text = _dump_saved(_mapped(value, lambda text: found.sub(lambda match: _mark(match[0], names), text)))
+    return text
 
 
-_MARK = '{"\\u0000bytes":'
+def from_saved(text: str, secrets: Mapping[str, str] = types.MappingProxyType({})) -> Any:
+    """What `to_saved` wrote; a secret that is not there any more reads as ***."""
+    value = json.loads(text, object_hook=_bytes_from_mark)
+    if "\\u0000" not in text:
+        return value
+
+    def unmarked(match: re.Match[str]) -> str:
+        return "\0" if match[1] is None else secrets.get(urllib.parse.unquote(match[1]), "***")
+
+    return _mapped(value, lambda text: _SAVED_MARK.sub(unmarked, text))
+
+
+_SAVED_MARK = re.compile("\0\0|\0([^\0;]+);")
 _dump_saved = partial(json.dumps, ensure_ascii=True, separators=(",", ":"), default=lambda value: _save_bytes(value))
 
 
-def _escaped(value: Any) -> Any:
-    """The value with objects that look like marked bytes told apart from them: their member is put into a list."""
+def _mark(found: str, names: Mapping[str, str]) -> str:
+    return "\0\0" if found == "\0" else f"\0{urllib.parse.quote(names[found], safe='')};"
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with every text in it changed, the names of members too."""
+    if isinstance(value, str):
+        return change(value)
     if isinstance(value, dict):
-        escaped = {name: _escaped(member) for name, member in value.items()}
-        return {"\0bytes": [escaped["\0bytes"]]} if escaped.keys() == {"\0bytes"} else escaped
-    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
+        return {change(name) if isinstance(name, str) else name: _mapped(item, change) for name, item in value.items()}
+    return [_mapped(item, change) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _save_bytes(value: Any) -> dict[str, str]:
@@ -4575,15 +4896,8 @@ def _save_bytes(value: Any) -> dict[str, str]:
     return {"\0bytes": base64.b64encode(value).decode()}
 
 
-def _from_saved(text: str) -> Any:
-    return json.loads(text, object_hook=_from_mark)
-
-
-def _from_mark(value: dict[str, Any]) -> Any:
-    if value.keys() != {"\0bytes"}:
-        return value
-    marked = value["\0bytes"]
-    return base64.b64decode(marked) if isinstance(marked, str) else {"\0bytes": marked[0]}
+def _bytes_from_mark(value: dict[str, Any]) -> Any:
+    return base64.b64decode(value["\0bytes"]) if value.keys() == {"\0bytes"} else value
 
 
 # ======================================================================================================================
@@ -4631,17 +4945,27 @@ class JobJournal(Journal):
 
     suspendable = True
 
-    def __init__(self, store: Store, prepared: Prepared, attempt: int, started: int, left: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        secrets: Mapping[str, str],
+        prepared: Prepared,
+        attempt: int,
+        started: int,
+        left: Callable[[], float],
+    ) -> None:
         super().__init__()
+        self._secrets = secrets
         self._store, self._key, self._attempt, self._started = store, prepared.job.key, attempt, started
         self._left = left
         self._begun = self._dirty = False
+        self._lock = threading.Lock()  # the steps of a concurrent `each` share the journal
         self.saved, self.waits = prepared.saved, prepared.waits
         self.waiting: tuple[str, int] = ("", 0)
 
     def record(self, path: str, value: Any) -> int:
         """Save a step's output; it is waited for only before the next side effect."""
-        text = _to_saved(value)
+        text = to_saved(value, self._secrets)
         self._store.save_step(self._key, path, text)
         self._dirty = True
         return len(text)
@@ -4652,16 +4976,16 @@ class JobJournal(Journal):
 
     def barrier(self) -> None:
         """Wait until the beginning of this attempt, and all outputs so far, are on disk."""
-        if self._begun and not self._dirty:
-            return
-        write = self._store.barrier if self._begun else partial(
-            self._store.start, self._key, self._attempt, self._started
-        )  # fmt: skip
-        try:
-            _await(write, self._left())
-        except TimeoutError:
-            raise _TimedOut from None
-        self._begun, self._dirty = True, False
+        with self._lock:
+            if self._begun and not self._dirty:
+                return
+            start = partial(self._store.start, self._key, self._attempt, self._started)
+            self._dirty = False  # what is recorded from now on is behind this barrier
+            try:
+                _await(self._store.barrier if self._begun else start, self._left())
+            except TimeoutError:
+                raise _TimedOut from None
+            self._begun = True
 
 
 def _await(write: Callable[[Done], None], timeout_s: float) -> Any:
@@ -4684,6 +5008,11 @@ def _await(write: Callable[[Done], None], timeout_s: float) -> Any:
 
 
 _Task = Callable[[Callable[[], None]], None]  # takes what it calls before it may block
+
+
+class _SyncRun(NamedTuple):
+    run: Run
+    done: Callable[[Outcome], None]
 
 
 class Engine:
@@ -4720,6 +5049,11 @@ class Engine:
         self._gone: set[int] = set()  # cancelled, but still in the heap of ready jobs
         self._to_cancel: set[int] = set()  # cancelled while they could not be read; they end when they can
         self._live: dict[int, _Live] = {}
+        self._paused: dict[int, Progress] = {}  # how far jobs are that wait for a time
+        self._running: dict[str, int] = {}  # runs of each flow that has a limit
+        self._held: dict[str, list[int]] = {}  # heap of seq by flow: jobs for which its limit leaves no room
+        self._held_sync: dict[str, deque[_SyncRun]] = {}
+        self._admitted: dict[str, set[int]] = {}  # by flow that refuses when full: unfinished jobs and calls
         self._draining = self._busy = self._unrecorded = 0
         self._computing, self._may_compute = 0, _COMPUTING  # of the draining threads, those in nothing that may block
         self._taken = self._taken_before = 0
@@ -4732,7 +5066,7 @@ class Engine:
     @property
     def queued(self) -> int:
         """Jobs that have not begun to run."""
-        return len(self._ready) - len(self._gone)
+        return len(self._ready) + sum(map(len, self._held.values())) - len(self._gone)
 
     def counts(self) -> dict[str, int]:
         """What the engine has in hand, for people."""
@@ -4762,19 +5096,68 @@ class Engine:
     def run_sync(self, run: Run, done: Callable[[Outcome], None]) -> None:
         """Run a flow for a caller who waits; `done` is called by the thread that ran it."""
 
-        def task(blocking: Callable[[], None]) -> None:
-            run.blocking = blocking
-            began = self._clock.monotonic()
-            outcome = run_flow(run)
-            assert isinstance(outcome, Outcome)
-            self._measure(run.flow, self._clock.monotonic() - began)
-            _log_outcome("request", str(run.input.request["id"]), run.flow, outcome)
-            done(outcome)
-
         with self._lock:
             if self._stopping:
                 raise Busy("The server is stopping.", 5)
-            self._sync.append(task)
+            self._sync.append(partial(self._run_sync, _SyncRun(run, done)))
+            self._call_threads()
+
+    def _run_sync(self, sync: _SyncRun, blocking: Callable[[], None]) -> None:
+        run = sync.run
+        with self._lock:
+            if not self._enter(run.flow):
+                self._held_sync.setdefault(run.flow.name, deque()).append(sync)
+                return
+        run.blocking = blocking
+        began = self._clock.monotonic()
+        outcome = run_flow(run)
+        assert isinstance(outcome, Outcome)
+        self._measure(run.flow, self._clock.monotonic() - began)
+        self._leave(run.flow)
+        _log_outcome("request", str(run.input.request["id"]), run.flow, outcome)
+        sync.done(outcome)
+
+    # --- limits of flows ---
+
+    def admit(self, flow: Flow, ticket: int, although_full: bool = False) -> None:
+        """Count a job, or a call, in for a flow that refuses when it is full; raises Busy then."""
+        if flow.limit is None or flow.when_full != "refuse":
+            return
+        with self._lock:
+            admitted = self._admitted.setdefault(flow.name, set())
+            if len(admitted) >= flow.limit and not although_full:
+                message = f"The flow runs {flow.limit} times at one time, and no more."
+                raise Busy(message, self.retry_after(flow.name), 429)
+            admitted.add(ticket)
+
+    def dismiss(self, flow: str, ticket: int) -> None:
+        """What was admitted has ended."""
+        if flow in self._admitted:
+            with self._lock:
+                self._admitted[flow].discard(ticket)
+
+    def _enter(self, flow: Flow) -> bool:
+        """With the lock held: whether the flow's limit lets another run of it begin, which then counts."""
+        if flow.limit is None:
+            return True
+        if self._running.get(flow.name, 0) >= flow.limit:
+            return False
+        self._running[flow.name] = self._running.get(flow.name, 0) + 1
+        return True
+
+    def _leave(self, flow: Flow) -> None:
+        """A run of a flow has ended: another one that was held may begin."""
+        if flow.limit is None:
+            return
+        with self._lock:
+            self._running[flow.name] -= 1
+            syncs, jobs = self._held_sync.get(flow.name), self._held.get(flow.name)
+            while jobs and not syncs and jobs[0] in self._gone:
+                self._gone.discard(heapq.heappop(jobs))
+            if syncs:
+                self._sync.appendleft(partial(self._run_sync, syncs.popleft()))
+            elif jobs:
+                heapq.heappush(self._ready, heapq.heappop(jobs))
             self._call_threads()
 
     def _call_threads(self) -> None:
@@ -4832,6 +5215,7 @@ class Engine:
                 self._inputs.pop(seq, None)
                 continue
             self._busy += 1
+            self._paused.pop(seq, None)
             live = self._live[seq] = _Live()
             if seq in self._to_cancel:
                 self._to_cancel.discard(seq)
@@ -4846,7 +5230,7 @@ class Engine:
         try:
             ready = prepared or self._prepare(seq)
             if isinstance(ready, Prepared):
-                self._run(ready, live)
+                self._run_within_limit(ready, live)
             else:
                 with self._lock:
                     self._live.pop(seq, None)
@@ -4867,6 +5251,22 @@ class Engine:
             with self._lock:
                 self._busy -= 1
 
+    def _run_within_limit(self, prepared: Prepared, live: _Live) -> None:
+        flow, seq = prepared.flow, prepared.job.key.seq
+        with self._lock:
+            if not self._enter(flow):
+                if live.cancel.is_set:
+                    self._to_cancel.add(seq)
+                self._live.pop(seq, None)
+                if len(self._inputs) < _KEEP_READY:
+                    self._inputs[seq] = prepared
+                heapq.heappush(self._held.setdefault(flow.name, []), seq)
+                return
+        try:
+            self._run(prepared, live)
+        finally:
+            self._leave(flow)
+
     def _run(self, prepared: Prepared, live: _Live) -> None:
         job, flow = prepared.job, prepared.flow
         resumed = job.due is not None  # its wait is over: the attempt goes on
@@ -4884,7 +5284,12 @@ class Engine:
         spent = (self._clock.now() - live.started) / 1000
         deadline = began + (flow.timeout or self._job_timeout) - spent
         journal = JobJournal(
-            self._store, prepared, live.attempt, live.started, lambda: max(deadline - self._clock.monotonic(), 0.0)
+            self._store,
+            self._outside.secrets,
+            prepared,
+            live.attempt,
+            live.started,
+            lambda: max(deadline - self._clock.monotonic(), 0.0),
         )
         trace = list(prepared.trace)
         live.run = Run(flow, prepared.input, self._outside, deadline, journal, trace, live.cancel)
@@ -4908,6 +5313,8 @@ class Engine:
             if kept and live.cancel.is_set:  # it came while the wait was put on record
                 self.end(job, Outcome.failed("cancelled", 409, "The job was cancelled."))
             elif kept:
+                assert live.run is not None
+                self._paused[job.key.seq] = live.run.progress
                 self.later(due, job.key.seq)
                 self._tell(job.key)
             elif error is not None:
@@ -4961,7 +5368,9 @@ class Engine:
             with self._lock:
                 self._unrecorded -= 1
                 self._live.pop(job.key.seq, None)
+                self._paused.pop(job.key.seq, None)
                 self._dropped.discard(job.key.seq)
+            self.dismiss(job.flow, job.key.seq)
             if error is not None:
                 log.error("the end of job %s could not be recorded: %s", job.id, error)
             self._tell(job.key)
@@ -4983,6 +5392,10 @@ class Engine:
         prepared = self._inputs.get(key.seq)
         return (prepared.job, None) if prepared is not None and prepared.job.key == key else None
 
+    def progress(self, key: JobKey) -> Progress | None:
+        """How far a job is that waits for a time."""
+        return self._paused.get(key.seq)
+
     def trace(self, key: JobKey) -> list[dict[str, Any]] | None:
         """The steps so far of a job that runs."""
         live = self._live.get(key.seq)
@@ -5002,7 +5415,7 @@ class Engine:
                 live.cancel.set()
                 return False
             self._dropped.add(seq)
-            if seq in self._ready:
+            if seq in self._ready or seq in self._held.get(job.flow, ()):
                 self._gone.add(seq)
             self._inputs.pop(seq, None)
         self.end(job, Outcome.failed("cancelled", 409, "The job was cancelled."))
@@ -5011,6 +5424,8 @@ class Engine:
     def overdue(self) -> None:
         """End jobs whose thread did not end at its deadline; what the thread brings later changes nothing."""
         now = self._clock.monotonic()
+        for sync in self._overdue_calls(now):
+            sync.done(Outcome.failed("timeout", 504, "The flow had no room for this call in time.", "its limit"))
         with self._lock:
             late = [
                 live for live in self._live.values() if live.run and not live.overdue and live.run.deadline + 1 < now
@@ -5022,9 +5437,19 @@ class Engine:
             outcome = Outcome.failed("timeout", 504, "The flow took longer than it may.", "its thread does not end")
             self._record(live, live.run.flow, outcome, list(live.run.trace or []))
 
+    def _overdue_calls(self, now: float) -> list[_SyncRun]:
+        """Synchronous calls that were held until their time was over; they are held no more."""
+        with self._lock:
+            late = [sync for held in self._held_sync.values() for sync in held if sync.run.deadline <= now]
+            for sync in late:
+                self._held_sync[sync.run.flow.name].remove(sync)
+        return late
+
     def stop(self, timeout_s: float) -> int:
         """Begin nothing more, give what runs so many seconds, leave the rest to the next start; how many those are."""
         deadline = time.monotonic() + timeout_s
+        for sync in self._overdue_calls(math.inf):
+            sync.done(Outcome.failed("interrupted", 503, "The server is stopping."))
         with self._lock:
             self._stopping = True
             while self._draining and (left := deadline - time.monotonic()) > 0:
@@ -5451,6 +5876,7 @@ class AsteraLite:
             secrets,
             settings.max_result,
             settings.max_step_response,
+            lambda name: self.deployments.by_name.get(name),
         )
         self.base = (settings.public_url or f"http://{settings.host}:{settings.port}").rstrip("/")
         self._folder = Path(settings.flows) if settings.flows else None
@@ -5503,8 +5929,11 @@ class AsteraLite:
         self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock)
         self._keys = JobKeys(self.store.last_seq())
         taken_up = 0
-        for seq, due in self.store.unfinished():
+        for seq, due, name in self.store.unfinished():
             taken_up += 1
+            flow = self.deployments.by_name.get(name)
+            if flow is not None:
+                self.engine.admit(flow, seq, although_full=True)
             if due is None:
                 self.engine.put(seq)
             else:
@@ -5543,7 +5972,7 @@ class AsteraLite:
                 faults = [
                     Fault(str(self._folder), "", "there is no such folder: `new NAME` makes it with a first flow")
                 ]
-        self.deployments = Deployments(flows, faults)
+        self.deployments = Deployments(flows, faults, self.deployments.by_name)
         for fault in self.deployments.faults:
             log.error("%s", fault)
         return self.deployments.faults
@@ -5552,7 +5981,7 @@ class AsteraLite:
         """Deploy a flow that is in no file, replacing one of the same name; raises FlowError."""
         flow = build_flow(tree, name, kinds=self._kinds, functions=self._functions)
         others = [other for other in self.deployments.by_name.values() if other.name != name]
-        deployments = Deployments([*others, flow], [])
+        deployments = Deployments([*others, flow], [], {each.name: each for each in others})
         if deployments.faults:
             raise FlowError(deployments.faults)
         self._own_flows[name] = flow
@@ -5614,7 +6043,7 @@ class AsteraLite:
         """
         now = self.clock.now()
         fingerprint = _fingerprint(call) if call.idempotency_key is not None else b""
-        full = self._full(call.flow.name)
+        full = self._full(call)
         if full is not None:
             known = call.idempotency_key and self.store.find_key(call.flow.name, caller.name, call.idempotency_key, now)
             if not known:
@@ -5629,26 +6058,44 @@ class AsteraLite:
         def stored(result: Any, error: AsteraError | None) -> None:
             if isinstance(result, Added) and not result.replayed:
                 self.engine.put(job.key.seq, Prepared(job, call.flow, call.input))
+            else:
+                self.engine.dismiss(job.flow, job.key.seq)
             done(result, error)
 
         self.store.add(Submission(job, call.request, call.flow.text, call.idempotency_key, fingerprint), stored)
 
-    def _full(self, flow: str) -> Busy | None:
+    def _full(self, call: Call) -> Busy | None:
+        """Why no more can be taken; None if there is room, and the job then is admitted to its flow."""
         settings = self.settings
         if self.engine.queued >= settings.max_queue:
-            return Busy("The queue of jobs is full.", self.engine.retry_after(flow))
+            return Busy("The queue of jobs is full.", self.engine.retry_after(call.flow.name))
         if settings.max_database is not None:
             now = self.clock.monotonic()
             if now - self._size_at > 1:
                 self._size_at, self._size = now, self.store.size()
             if self._size >= settings.max_database:
                 return Busy("The database has reached its greatest size.", 60)
+        try:
+            self.engine.admit(call.flow, call.key.seq)
+        except Busy as busy:
+            return busy
         return None
 
     def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:
         """Run a flow for a caller who waits; `done` gets the outcome on the thread that ran it."""
         limit = min(flow.timeout or self.settings.sync_timeout, self.settings.sync_timeout)
-        self.engine.run_sync(Run(flow, given, self.outside, self.clock.monotonic() + limit), done)
+        ticket = self.new_key().seq
+        self.engine.admit(flow, ticket)
+
+        def ended(outcome: Outcome) -> None:
+            self.engine.dismiss(flow.name, ticket)
+            done(outcome)
+
+        try:
+            self.engine.run_sync(Run(flow, given, self.outside, self.clock.monotonic() + limit), ended)
+        except Busy:
+            self.engine.dismiss(flow.name, ticket)
+            raise
 
     def _prepare(self, seq: int) -> Prepared | Outcome | None:
         """A stored job, ready to run; what cannot be run any more is ended here."""
@@ -5667,7 +6114,8 @@ class AsteraLite:
             self.engine.end(job, outcome)
             return outcome
         interrupted = job.attempt > 0 and job.due is None and job.started is not None
-        return Prepared(job, flow, given, loaded.saved, loaded.waits, loaded.trace, interrupted)
+        saved = {path: from_saved(text, self.outside.secrets) for path, text in loaded.saved.items()}
+        return Prepared(job, flow, given, saved, loaded.waits, loaded.trace, interrupted)
 
     def _finished(self, key: JobKey) -> None:
         for watcher in self._watchers.pop(key.seq, ()):
@@ -5678,7 +6126,7 @@ class AsteraLite:
 
     def look(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
         """A job, and how far it is; None if it is unknown, expired, or another token's."""
-        found = self.engine.peek(key) or ((job, None) if (job := self.store.get(key)) else None)
+        found = self.engine.peek(key) or ((job, self.engine.progress(key)) if (job := self.store.get(key)) else None)
         if found is None or not (caller.admin or found[0].token == caller.name):
             return None
         expires = found[0].expires
@@ -5858,36 +6306,6 @@ def _fingerprint(call: Call) -> bytes:
     decoded = [(unquote(name, plus=True), unquote(value, plus=True)) for name, value in query]
     values = [request.method, unquote(request.path), decoded, call.callback_url, request.headers]
     return hashlib.sha256(to_json(values).encode() + b"\0" + request.body).digest()
-
-
-def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
-    """The request that a client would send to call a flow with these parameters; InputError for unknown ones."""
-    known = {item.name: item for item in flow.parameters}
-    errors = [
-        {"in": "query", "name": name, "message": "is no parameter" + suggest(name, known)}
-        for name in params
-        if name not in known
-    ]
-    if errors:
-        raise InputError(errors)
-    path, query, headers = flow.resource, [], {}
-    for name, value in params.items():
-        where = known[name].where
-        texts = [as_text(item) for item in (value if isinstance(value, list | tuple) else [value])]
-        if where == "path":
-            path = path.replace(f"{{{name}}}", urllib.parse.quote(texts[0], safe=""))
-        elif where == "query":
-            query += [(name, text) for text in texts]
-        else:
-            headers[name.lower()] = ",".join(texts)
-    missing = [match[1] for segment in path.split("/") if (match := _PARAMETER_SEGMENT.fullmatch(segment))]
-    if missing:
-        raise InputError([{"in": "path", "name": name, "message": "is missing"} for name in missing])
-    data = b""
-    if body is not None:
-        data = body if isinstance(body, bytes) else to_json(body).encode()
-        headers["content-type"] = flow.content_types[0] if flow.content_types else CONTENT_TYPES["json"]
-    return StoredRequest(flow.method, path, urllib.parse.urlencode(query), headers, data)
 
 
 _ANNOTATIONS = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}

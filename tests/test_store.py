@@ -264,15 +264,15 @@ def test_a_run_is_loaded_with_its_outputs_waits_and_trace(store: SqliteStore) ->
         "oddest": [{"\0bytes": None}],
     }
     for place, value in outputs.items():
-        assert done(store.save_step, new.key, place, astera_lite._to_saved(value)) is True
+        assert done(store.save_step, new.key, place, astera_lite.to_saved(value)) is True
     assert done(store.suspend, Suspension(new.key, 1, T + 1, T + 500, "w", T + 900, '[{"path": "a"}]')) is True
     loaded = store.load(new.key.seq)
     assert loaded is not None
-    assert loaded.saved == outputs
+    assert {place: astera_lite.from_saved(text) for place, text in loaded.saved.items()} == outputs
     assert loaded.waits == {"w": T + 900}
     assert loaded.trace == [{"path": "a"}]
     assert (loaded.job.attempt, loaded.job.started, loaded.job.due) == (1, T + 1, T + 500)
-    assert list(store.unfinished()) == [(new.key.seq, T + 500)]
+    assert list(store.unfinished()) == [(new.key.seq, T + 500, new.flow)]
 
 
 def test_a_requeued_run_does_not_count(store: SqliteStore) -> None:
@@ -511,7 +511,7 @@ def test_what_was_queued_is_written_when_the_store_is_closed(path: str) -> None:
         writes = [Written(first.add, submission(new)) for new in jobs]
     assert all(write.get().replayed is False for write in writes)
     with closing(SqliteStore(path)) as again:
-        assert [seq for seq, _ in again.unfinished()] == [new.key.seq for new in jobs]
+        assert [seq for seq, *_ in again.unfinished()] == [new.key.seq for new in jobs]
     assert not os.path.exists(path + "-wal")
 
 
