@@ -1932,6 +1932,23 @@ def header_value(headers: Iterable[tuple[str, str]], name: str) -> str | None:
     return next((value for key, value in headers if key.lower() == name), None)
 
 
+def parse_retry_after(value: str | None, now: int) -> float:
+    """Seconds from a Retry-After header, a number or a date (RFC 9110, section 10.2.3); 0 if there is none."""
+    if value is None:
+        return 0.0
+    if re.fullmatch("[0-9]{1,9}", value.strip()):
+        return float(value)
+    from email.utils import parsedate_to_datetime  # noqa: PLC0415 (hardly anybody sends a date)
+
+    try:
+        date = parsedate_to_datetime(value)
+        if date.tzinfo is None:  # the form of asctime has no zone and means UTC
+            date = date.replace(tzinfo=datetime.UTC)
+        return max(date.timestamp() - now / 1000, 0.0)
+    except (ValueError, OverflowError):
+        return 0.0
+
+
 # ======================================================================================================================
 # 6 Flows
 # To add a step kind: a function that checks its spec and returns a runner, and a row in STEP_KINDS.
@@ -2145,12 +2162,115 @@ class Parameter:
     schema: Schema
 
 
+class Selection(NamedTuple):
+    """What a caller may ask of a response's rows: the next page, some rows by a field's value, an order."""
+
+    page: bool = False
+    filters: frozenset[str] = frozenset()
+    sort: bool | frozenset[str] = False  # True: by any field
+
+    @property
+    def names(self) -> list[str]:
+        """The query parameters that say so."""
+        return ["cursor"] * self.page + ["sort_by"] * bool(self.sort) + sorted(self.filters)
+
+    def read(self, path: str, query: Mapping[str, list[str]], errors: list[dict[str, str]]) -> Selected:
+        """What a request asks for; faults are appended to `errors`."""
+
+        def refuse(name: str, message: str) -> None:
+            errors.append({"in": "query", "name": name, "message": message})
+
+        for name in ("cursor", "sort_by"):
+            if name in self.names and len(query.get(name, [])) > 1:
+                refuse(name, "must be given once")
+        given = ",".join(query.get("sort_by", []) if self.sort else [])
+        fields = tuple(part for part in given.split(",") if part)
+        for name in [part.removeprefix("-") for part in fields]:
+            if not name or (isinstance(self.sort, frozenset) and name not in self.sort):
+                known = sorted(self.sort) if isinstance(self.sort, frozenset) else []
+                refuse("sort_by", f"knows no field {shown(name)}{suggest(name, known)}")
+        filters = {name: tuple(query[name]) for name in self.filters if name in query}
+        if not self.page:
+            return Selected(0, fields, filters)
+        stamp = _cursor_stamp(path, query)
+        offset = _read_cursor(query.get("cursor", [""])[0], stamp)
+        if offset is None:
+            refuse("cursor", "is none that this endpoint gave for this request: begin again without it")
+        return Selected(offset or 0, fields, filters, stamp)
+
+
+class Selected(NamedTuple):
+    """What a request asks of the rows."""
+
+    offset: int = 0
+    sort: tuple[str, ...] = ()
+    filters: Mapping[str, tuple[str, ...]] = types.MappingProxyType({})
+    stamp: str = ""  # ties a cursor to the request
+
+    def cursor(self, offset: int) -> str:
+        """What asks for the rows from here on."""
+        return base64.urlsafe_b64encode(f"{offset}.{self.stamp}".encode()).decode().rstrip("=")
+
+    def rows(self, rows: Any, place: str) -> list[Any]:
+        """The rows that were asked for, in the order that was asked for."""
+        if type(rows) not in (list, tuple) or not all(type(row) is dict for row in rows):
+            raise ExpressionError(f"{place}: filter and sort need a list of objects")
+        for name, texts in self.filters.items():
+            wanted = [_filter_value(text) for text in texts]
+            rows = [row for row in rows if _selects(wanted, row.get(name))]
+        for name in reversed(self.sort):
+            rows = _sorted_rows(rows, name.removeprefix("-"), name.startswith("-"))
+        return list(rows)
+
+
+_NO_SELECTION, _ALL_ROWS = Selection(), Selected()
+
+
+def _cursor_stamp(path: str, query: Mapping[str, list[str]]) -> str:
+    rest = sorted((name, values) for name, values in query.items() if name != "cursor")
+    return hashlib.sha256(to_json([path, rest]).encode()).hexdigest()[:16]
+
+
+def _read_cursor(text: str, stamp: str) -> int | None:
+    """The offset that a cursor stands for, 0 for none; None if it is not one of this request."""
+    if not text:
+        return 0
+    try:
+        offset, _, given = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode("ascii").partition(".")
+    except ValueError:
+        return None
+    return int(offset) if given == stamp and re.fullmatch("[0-9]{1,15}", offset) else None
+
+
+def _filter_value(text: str) -> tuple[str, float | None]:
+    """A filter's text, and the number that it may mean."""
+    return text, float(text) if _NUMBER.fullmatch(text) else None
+
+
+def _selects(wanted: Sequence[tuple[str, float | None]], value: Any) -> bool:
+    if type(value) in (int, float):
+        return any(number == value for _, number in wanted)
+    return value is not None and any(text == as_text(value) for text, _ in wanted)
+
+
+def _sorted_rows(rows: list[Any], name: str, descending: bool) -> list[Any]:
+    known = [row for row in rows if row.get(name) is not None]
+    if rows and not any(name in row for row in rows):
+        raise _Failed(400, f"sort_by knows no field {shown(name)}")
+    try:
+        known.sort(key=operator.itemgetter(name), reverse=descending)
+    except TypeError:  # of several kinds
+        known.sort(key=lambda row: as_text(row[name]), reverse=descending)
+    return known + [row for row in rows if row.get(name) is None]
+
+
 @dataclass(frozen=True, slots=True)
 class Input:
     """A request's input, checked: what expressions see as `params` and `request`."""
 
     params: dict[str, Any]
     request: dict[str, Any]
+    selected: Selected = _ALL_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -2193,6 +2313,9 @@ class Response:
     headers: Template
     body: Template
     has_body: bool
+    selection: Selection = _NO_SELECTION
+    items: Template | None = None  # the rows that are given a page at a time
+    page_size: Template | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -2211,6 +2334,7 @@ class Flow:
     body_required: bool
     steps: tuple[Step, ...]
     responses: tuple[Response, ...]
+    selection: Selection  # of all responses together
     timeout: float | None
     restart: str  # resume, rerun or fail
     limit: int | None  # runs at one time
@@ -2240,10 +2364,11 @@ class Flow:
                 given = [request.headers[item.name.lower()]] if item.name.lower() in request.headers else []
             params[item.name] = _bind_parameter(item, given, errors)
         if self.strict:
-            known = [item.name for item in self.parameters if item.where == "query"]
+            known = [item.name for item in self.parameters if item.where == "query"] + self.selection.names
             for name in query.keys() - set(known):
                 errors.append({"in": "query", "name": name, "message": "is not declared" + suggest(name, known)})
         body = self._bind_body(request, errors)
+        selected = self.selection.read(request.path, query, errors) if self.selection.names else _ALL_ROWS
         if errors:
             raise InputError(errors)
         plain = {name: values[0] if len(values) == 1 else values for name, values in query.items()}
@@ -2257,6 +2382,7 @@ class Flow:
                 "body": body,
                 "id": request_id,
             },
+            selected,
         )
 
     def _bind_body(self, request: StoredRequest, errors: list[dict[str, str]]) -> Any:
@@ -2510,11 +2636,24 @@ class Surroundings:
     max_result: int
     max_step_response: int
     flow_named: Callable[[str], Flow | None] = lambda name: None  # for `call`
+    data: str = "data"  # folder that sql steps may reach
+    own_database: str = "\0"  # path that they may not
+    folder: str | None = None  # of the flows; programs run there
+    isolated: Isolated | None = None
+    connections: dict[str, Connection] = field(default_factory=dict)  # as they are now: a reload replaces them
+    hidden: set[str] = field(default_factory=set)  # credentials that are masked like secrets
+
+    def hide(self, values: Iterable[str]) -> None:
+        """Mask these values from now on."""
+        if len(self.hidden) > 1000:  # tokens that have passed
+            self.hidden.clear()
+        self.hidden.update(values)
+
     helpers: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_EACH_HELPERS))
 
     def masked(self, text: str) -> str:
         """The text with every secret's value replaced."""
-        for value in self.secrets.values():
+        for value in (*self.secrets.values(), *self.hidden):
             if value:
                 for form in (value, urllib.parse.quote(value, safe=""), urllib.parse.quote_plus(value)):
                     text = text.replace(form, "***")
@@ -2787,10 +2926,44 @@ def _respond(flow: Flow, run: Run, scope: Scope, value: Any) -> Answer:
 
 def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
     """The answer that a response gives in a scope."""
+    selected, limit = run.input.selected, run.outside.max_result
+    page = None
+    if response.items is not None:
+        page = _page(response, selected, scope)
+        scope = {**scope, "page": page}
     status, headers = response.status(scope), response.headers(scope)
-    if not response.has_body:
-        return make_answer(status, headers, None, run.outside.max_result, empty=True)
-    return make_answer(status, headers, response.body(scope), run.outside.max_result)
+    if page is None and not response.has_body:
+        return make_answer(status, headers, None, limit, empty=True)
+    body = (
+        response.body(scope)
+        if response.has_body
+        else {name: page[name] for name in ("items", "cursor")}
+        if page
+        else None
+    )
+    if page is None and response.selection.names:
+        body = selected.rows(body, "/response/body")
+    elif page is not None and type(body) is dict and "cursor" not in body:
+        body = {**body, "cursor": page["cursor"]}
+    return make_answer(status, headers, body, limit)
+
+
+_MAX_PAGE = 10_000
+
+
+def _page(response: Response, selected: Selected, scope: Scope) -> dict[str, Any]:
+    """What expressions see as `page`: its items, the cursor of the next one, and the number of rows in all."""
+    assert response.items is not None and response.page_size is not None
+    rows, size = response.items(scope), response.page_size(scope)
+    if type(size) is not int or not 1 <= size <= _MAX_PAGE:
+        raise ExpressionError(f"/response/page/size: {shown(size)} is not a number from 1 to {_MAX_PAGE}")
+    if selected.filters or selected.sort:
+        rows = selected.rows(rows, "/response/page/items")
+    if type(rows) not in (list, tuple):
+        raise ExpressionError(f"/response/page/items: {_kind(rows)} is not a list")
+    end = selected.offset + size
+    cursor = selected.cursor(end) if end < len(rows) else None
+    return {"items": rows[selected.offset : end], "cursor": cursor, "total": len(rows)}
 
 
 _TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -2843,8 +3016,9 @@ class Build:
         where: str,
         kinds: Mapping[str, StepKind],
         functions: Functions,
+        connections: Collection[str] = (),
     ) -> None:
-        self.where, self.kinds, self.functions = where, kinds, functions
+        self.where, self.kinds, self.functions, self.connections = where, kinds, functions, connections
         self.faults: list[Fault] = []
         self.names: dict[str, Collection[str] | None] = {}
         self.hints: dict[str, str] = {}
@@ -2911,10 +3085,50 @@ def _is_status(value: Any) -> int:
 
 
 def check_response(build: Build, spec: Any, place: str, with_when: bool) -> Response | None:
-    """Compile `{"status", "headers", "body"}`, with `when` if it stands in a list of responses."""
-    allowed = ["status", "headers", "body"] + ["when"] * with_when
+    """Compile `{"status", "headers", "body"}`; in a list of responses also `when`, `page`, `filter`, `sort`."""
+    allowed = ["status", "headers", "body"] + ["when", "page", "filter", "sort"] * with_when
     if not build.members(spec, place, allowed):
         return None
+    selection, items, size = _check_selection(build, spec, place)
+    when = build.template(spec["when"], f"{place}/when") if "when" in spec else None
+    with build.block(*["page"] * selection.page):
+        return _check_answer(build, spec, place, when, selection, items, size)
+
+
+def _check_selection(
+    build: Build, spec: dict[str, Any], place: str
+) -> tuple[Selection, Template | None, Template | None]:
+    """What callers may ask of the rows; the templates of `page`, if there is one."""
+    filters, sort, page = spec.get("filter", []), spec.get("sort", False), spec.get("page")
+    if not isinstance(filters, list) or not all(isinstance(name, str) for name in filters):
+        build.fault(f"{place}/filter", 'must be a list of fields such as ["state"]')
+        filters = []
+    if type(sort) is not bool and not (isinstance(sort, list) and all(isinstance(name, str) for name in sort)):
+        build.fault(f"{place}/sort", 'must be true, or a list of fields such as ["name"]')
+        sort = False
+    items = size = None
+    if page is not None and build.members(page, f"{place}/page", ("items", "size"), ("items",)):
+        items = build.template(page.get("items"), f"{place}/page/items")
+        size = build.template(page.get("size", 100), f"{place}/page/size")
+        if size.constant and (type(page.get("size", 1)) is not int or not 1 <= page.get("size", 1) <= _MAX_PAGE):
+            build.fault(f"{place}/page/size", f"{shown(page['size'])} is not a number from 1 to {_MAX_PAGE}")
+        if "page" in build.names:
+            build.fault(f"{place}/page", 'is called `page` in expressions here: rename the step "page"')
+    elif (filters or sort) and "body" not in spec:
+        build.fault(place, "has filter or sort, but no rows: give a body that is a list, or a page")
+    allowed = frozenset(sort) if isinstance(sort, list) else sort
+    return Selection(items is not None, frozenset(filters), allowed), items, size
+
+
+def _check_answer(
+    build: Build,
+    spec: dict[str, Any],
+    place: str,
+    when: Template | None,
+    selection: Selection,
+    items: Template | None,
+    size: Template | None,
+) -> Response:
     status = spec.get("status", 200)
     if not (isinstance(status, str) and "${" in status):
         build.checked(spec, "status", place, _is_status, None)
@@ -2930,11 +3144,14 @@ def check_response(build: Build, spec: Any, place: str, with_when: bool) -> Resp
     if status in (204, 304) and spec.get("body") is not None:
         build.fault(f"{place}/body", f"a response of status {status} has no body: leave it out")
     return Response(
-        build.template(spec["when"], f"{place}/when") if "when" in spec else None,
+        when,
         build.template(status, f"{place}/status"),
         build.template(headers, f"{place}/headers"),
         build.template(spec.get("body"), f"{place}/body"),
         "body" in spec,
+        selection,
+        items,
+        size,
     )
 
 
@@ -3074,34 +3291,53 @@ class Functions:
 def _check_python(build: Build, spec: Any, place: str) -> Runner:
     if not isinstance(spec, dict):
         spec = {"call": spec}
-    build.members(spec, place, ("call", "args"), ("call",))
+    build.members(spec, place, ("call", "args", "isolate"), ("call",))
     args = spec.get("args", {})
     if not isinstance(args, dict):
         build.fault(f"{place}/args", "must be an object of the function's arguments by name")
         args = {}
     template = build.template(args, f"{place}/args")
-    function = spec.get("call")
-    if isinstance(function, str):
+    name = function = spec.get("call")
+    isolate = spec.get("isolate", False)
+    if isinstance(name, str):
         function = build.checked(spec, "call", place, build.functions.load, None)
     elif not callable(function) and "call" in spec:
         build.fault(f"{place}/call", 'must be of the form "module:function"')
+    if type(isolate) is not bool:
+        build.fault(f"{place}/isolate", "must be true or false")
+    elif isolate and callable(name):
+        build.fault(
+            f"{place}/isolate", 'needs the function by name, "module:function": a process of its own imports it'
+        )
 
     def call(run: Run, scope: Scope, path: str) -> Any:
         assert callable(function)
-        value = function(Context(run, scope, path), **template(scope))
+        context = Context(run, scope, path)
+        if isolate:
+            assert run.outside.isolated is not None
+            return run.outside.isolated.call(run, str(name), context, template(scope), path)
+        value = function(context, **template(scope))
         run.check()
         run.left()
-        if isinstance(value, bytes):
-            return value
-        try:
-            return json.loads(to_json(value))  # as it will be when it is read back: tuples are lists, keys are text
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{getattr(function, '__name__', 'the function')}() did not return JSON: {error}") from None
+        return _as_json(value, getattr(function, "__name__", "the function"))
 
     return call
 
 
-_HTTP_MEMBERS = ("method", "url", "query", "headers", "json", "form", "body", "timeout", "expect", "follow")
+def _as_json(value: Any, name: str) -> Any:
+    """What a function returned, as it will be when it is read back: tuples are lists, names of members are text."""
+    if isinstance(value, bytes):
+        return value
+    try:
+        return json.loads(to_json(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}() did not return JSON: {error}") from None
+
+
+_HTTP_MEMBERS = (
+    *("method", "url", "connection", "path", "query", "headers", "json", "form", "body"),
+    *("timeout", "expect", "follow", "maxResponse", "pages", "until", "every"),
+)
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, section 9.2.2
 _WORTH_RETRYING = frozenset({"transport", "timeout", "408", "429", "500", "502", "503", "504"})
@@ -3160,53 +3396,437 @@ def _matches(status: int, words: Collection[str]) -> bool:
     return str(status) in words or f"{status // 100}xx" in words
 
 
+class _HttpCall(NamedTuple):
+    """A compiled `http` step: what one call needs."""
+
+    place: str
+    method: str
+    url: Template  # behind a connection: what follows its own URL
+    fixed: bool  # scheme, host and port are the author's
+    connection: str | None
+    query: Template
+    headers: Template
+    body_kind: str
+    body: Template
+    timeout: float | None
+    expect: frozenset[str]
+    follow: bool
+    max_bytes: int | None
+
+    def request(self, run: Run, scope: Scope) -> _OutgoingRequest:
+        """The request that the step makes in a scope."""
+        request = _OutgoingRequest(self.method, as_text(self.url(scope)), {}, None, self.fixed)
+        request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
+        own = {name: as_text(value) for name, value in self.headers(scope).items() if value is not None}
+        query = self.query(scope)
+        if self.connection is not None:
+            request.connection = run.outside.connections.get(self.connection)
+            if request.connection is None:
+                raise StepError(500, "its connection is gone", f'connection "{self.connection}"', {"missing"})
+            query = {**request.connection.join(request, run.outside), **query}
+        request.url = _with_query(request.url, query)
+        request.set_body(self.body_kind, self.body(scope))
+        names = {name.lower() for name in own}
+        request.headers = {name: text for name, text in request.headers.items() if name.lower() not in names} | own
+        for name, text in request.headers.items():
+            if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
+                raise ExpressionError(f"{self.place}/headers/{name}: it has characters that no header may have")
+        if {".", ".."} & set(request.url.partition("?")[0].split("/")):
+            raise ExpressionError(
+                f"{self.place}/url: a value makes a segment . or .., which servers take for another path"
+            )
+        return request
+
+    def send(self, run: Run, request: _OutgoingRequest, max_bytes: int) -> tuple[dict[str, Any], int]:
+        """One call: `.status .headers .body`, and the size of the body."""
+        timeout = self.timeout or (request.connection.timeout if request.connection else None)
+        outer = run.step_deadline
+        if timeout:
+            run.step_deadline = min(outer, run.outside.clock.monotonic() + timeout)
+        try:
+            answer = _call_out(run, request, self.follow, max_bytes)
+        finally:
+            run.step_deadline = outer
+        if not _matches(answer.status, self.expect):
+            raise _http_failure(self.method, 502, f"the API it calls answered {answer.status}", str(answer.status))
+        output = {
+            "status": answer.status,
+            "headers": {name.lower(): value for name, value in answer.headers},
+            "body": _response_body(answer, self.method),
+        }
+        return output, len(answer.body)
+
+
 def _check_http(build: Build, spec: Any, place: str) -> Runner:
     if isinstance(spec, str):
         spec = {"url": spec}
-    if not build.members(spec, place, _HTTP_MEMBERS, ("url",)):
-        spec = {}
+    if not build.members(spec, place, _HTTP_MEMBERS):
+        spec = {"url": "http://x/"}
+    call = _check_call_out(build, spec, place)
+    if "pages" in spec and "until" in spec:
+        build.fault(place, "has both pages and until: a step does one of them")
+    if "every" in spec and "until" not in spec:
+        build.fault(f"{place}/every", "says how often until is looked at, which is missing")
+    if "pages" in spec:
+        return _check_pages(build, spec["pages"], f"{place}/pages", call)
+    if "until" in spec:
+        return _check_until(build, spec, place, call)
+
+    def once(run: Run, scope: Scope, path: str) -> dict[str, Any]:
+        limit = run.outside.max_step_response
+        return call.send(run, call.request(run, scope), min(call.max_bytes or limit, limit))[0]
+
+    return once
+
+
+def _check_call_out(build: Build, spec: dict[str, Any], place: str) -> _HttpCall:
     bodies = [name for name in ("json", "form", "body") if name in spec]
     if len(bodies) > 1:
         build.fault(place, f"has {' and '.join(bodies)}: a request has one body")
     method = spec.get("method", "POST" if bodies else "GET")
     if method not in _METHODS:
         build.fault(f"{place}/method", f"{shown(method)} is not one of {', '.join(_METHODS)}")
-    url, fixed = _check_url(build, spec.get("url", "http://x/"), f"{place}/url")
+    connection = spec.get("connection")
+    if connection is None:
+        if "path" in spec:
+            build.fault(f"{place}/path", "belongs to a connection: name it, or give the whole url")
+        elif "url" not in spec:
+            build.fault(place, 'needs a member "url", or "connection" and "path"')
+        url, fixed = _check_url(build, spec.get("url", "http://x/"), f"{place}/url")
+    else:
+        if "url" in spec:
+            build.fault(f"{place}/url", "stands in the connection already: give a path")
+        if connection not in build.connections:
+            known = suggest(str(connection), build.connections)
+            build.fault(f"{place}/connection", f"there is no {shown(connection)} in connections.json{known}")
+        url, fixed = _check_path(build, spec.get("path", ""), f"{place}/path"), True
     for name in ("query", "headers"):
         if not isinstance(spec.get(name, {}), dict):
             build.fault(f"{place}/{name}", "must be an object")
-    query = build.template(spec.get("query", {}), f"{place}/query")
-    headers = build.template(spec.get("headers", {}), f"{place}/headers")
     body_kind = bodies[0] if bodies else ""
-    body = build.template(spec.get(body_kind), f"{place}/{body_kind}")
-    timeout = build.checked(spec, "timeout", place, parse_duration, None)
-    expect = build.checked(spec, "expect", place, _parse_expect, frozenset({"2xx"}))
     follow = spec.get("follow", method in ("GET", "HEAD"))
     if type(follow) is not bool:
         build.fault(f"{place}/follow", "must be true or false")
+    return _HttpCall(
+        place,
+        method,
+        url,
+        fixed,
+        connection,
+        build.template(spec.get("query", {}), f"{place}/query"),
+        build.template(spec.get("headers", {}), f"{place}/headers"),
+        body_kind,
+        build.template(spec.get(body_kind), f"{place}/{body_kind}"),
+        build.checked(spec, "timeout", place, parse_duration, None),
+        build.checked(spec, "expect", place, _parse_expect, frozenset({"2xx"})),
+        follow,
+        build.checked(spec, "maxResponse", place, parse_size, None),
+    )
 
-    def call(run: Run, scope: Scope, path: str) -> dict[str, Any]:
-        request = _OutgoingRequest(method, _with_query(as_text(url(scope)), query(scope)), {}, None)
-        request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
-        request.set_body(body_kind, body(scope))
-        request.headers |= {name: as_text(value) for name, value in headers(scope).items() if value is not None}
-        for name, text in request.headers.items():
-            if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
-                raise ExpressionError(f"{place}/headers/{name}: it has characters that no header may have")
-        if {".", ".."} & set(request.url.partition("?")[0].split("/")):
-            raise ExpressionError(f"{place}/url: a value makes a segment . or .., which servers take for another path")
-        if timeout:
-            run.step_deadline = min(run.step_deadline, run.outside.clock.monotonic() + timeout)
-        answer = _call_out(run, request, fixed, follow)
-        if not _matches(answer.status, expect):
-            raise _http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status))
-        return {
-            "status": answer.status,
-            "headers": {name.lower(): value for name, value in answer.headers},
-            "body": _response_body(answer, method),
-        }
 
-    return call
+def _check_path(build: Build, path: Any, place: str) -> Template:
+    """The template of a path behind a connection's URL; values in it are percent-encoded."""
+    if not isinstance(path, str) or (path and not path.startswith(("/", "?"))):
+        build.fault(place, f"{shown(path)} must begin with /: it is put behind the connection's url")
+        return build.template("", place)
+    rewritten = ""
+    try:
+        for is_code, text in split_template(path):
+            rewritten += f"${{urlencode(str({text}))}}" if is_code else text.replace("${", "$${")
+    except ValueError as error:
+        build.fault(place, str(error))
+    return build.template(rewritten, place)
+
+
+# How the next page is asked for, by the member of `pages` that says so.
+_PAGE_STYLES: dict[str, tuple[str, ...]] = {
+    "next": (),
+    "link": (),
+    "cursor": ("parameter",),
+    "offset": ("limit", "size"),
+    "page": ("start",),
+}
+_MAX_PAGES = 10_000
+
+
+def _parse_count(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 1_000_000_000:
+        raise ValueError(f"{shown(value)} is not a number, 1 or more")
+    return value
+
+
+def _parse_word(value: Any) -> str:
+    if not isinstance(value, str) or not value or "${" in value:
+        raise ValueError(f"{shown(value)} is not the name of a query parameter")
+    return value
+
+
+class _Pages(NamedTuple):
+    """A compiled `pages`."""
+
+    style: str
+    items: Template
+    next: Template | None  # of the styles next and cursor
+    parameter: str  # query parameter that asks for the next page
+    size_parameter: str
+    size: int
+    start: int
+    max_pages: int
+    max_items: int
+
+    def first(self) -> dict[str, Any]:
+        """The query of the first page."""
+        if self.style == "offset":
+            return {self.parameter: 0, self.size_parameter: self.size}
+        return {self.parameter: self.start} if self.style == "page" else {}
+
+    def following(self, output: dict[str, Any], scope: Scope, count: int, got: int, pages: int) -> Any:
+        """What asks for the page behind this one: an address, or a value of the parameter; None at the end."""
+        if self.style == "link":
+            return _next_link(output["headers"].get("link", ""))
+        if self.next is not None:
+            return self.next(scope) or None
+        if self.style == "offset":
+            return count if got >= self.size else None
+        return self.start + pages if got else None
+
+
+def _next_link(text: str) -> str | None:
+    """The target of rel=next in a Link header (RFC 8288)."""
+    for match in re.finditer(r"<([^>]*)>((?:\s*;\s*[\w!#$&+.^`|~*-]+\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]+))*)", text):
+        relation = re.search(r';\s*rel\s*=\s*(?:"([^"]*)"|([^\s;,"]+))', match[2], re.IGNORECASE)
+        if relation and "next" in (relation[1] or relation[2]).lower().split():
+            return match[1]
+    return None
+
+
+def _check_pages(build: Build, spec: Any, place: str, call: _HttpCall) -> Runner:
+    members = ("items", "maxPages", "maxItems", *_PAGE_STYLES, "parameter", "limit", "size", "start")
+    if not build.members(spec, place, members):
+        spec = {"next": ""}
+    styles = [style for style in _PAGE_STYLES if style in spec]
+    style = styles[0] if styles else "next"
+    if len(styles) != 1:
+        build.fault(place, f"needs exactly one of {', '.join(_PAGE_STYLES)}: how the next page is asked for")
+    for name in ("parameter", "limit", "size", "start"):
+        if name in spec and name not in _PAGE_STYLES[style]:
+            build.fault(f"{place}/{name}", f"does not belong to {style}")
+    if style == "cursor" and "parameter" not in spec:
+        build.fault(place, 'needs "parameter": the query parameter that takes the cursor')
+    if style == "link" and spec["link"] is not True:
+        build.fault(f"{place}/link", "must be true")
+    with build.block("page"):
+        items = build.template(spec.get("items", "${page.body}"), f"{place}/items")
+        computed = style in ("next", "cursor")
+        following = build.template(spec.get(style), f"{place}/{style}") if computed else None
+    named = {"cursor": "parameter", "offset": "offset", "page": "page"}.get(style, "")
+    pages = _Pages(
+        style,
+        items,
+        following,
+        build.checked(spec, named, place, _parse_word, ""),
+        build.checked(spec, "limit", place, _parse_word, "limit"),
+        build.checked(spec, "size", place, _parse_count, 100),
+        build.checked(spec, "start", place, _parse_start, 1),
+        min(build.checked(spec, "maxPages", place, _parse_count, 100), _MAX_PAGES),
+        build.checked(spec, "maxItems", place, _parse_count, sys.maxsize),
+    )
+    return partial(_all_pages, call, pages, place)
+
+
+def _parse_start(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{shown(value)} is not a number, 0 or more")
+    return value
+
+
+def _all_pages(call: _HttpCall, pages: _Pages, place: str, run: Run, scope: Scope, path: str) -> dict[str, Any]:
+    """Call until there is no further page, or a limit is reached; all items together."""
+    left = min(call.max_bytes or sys.maxsize, run.outside.max_step_response)
+    items: list[Any] = []
+    request = call.request(run, scope)
+    first = copy.copy(request)
+    request.url = _with_query(request.url, pages.first())
+    seen: Any = None
+    for count in itertools.count(1):
+        output, size = call.send(run, copy.copy(request), left)
+        left -= size
+        page_scope = {**scope, "page": output}
+        found = pages.items(page_scope)
+        if type(found) is not list:
+            raise ExpressionError(f"{place}/items: {_kind(found)} is not a list")
+        items += found
+        following = pages.following(output, page_scope, len(items), len(found), count)
+        if following is None or count >= pages.max_pages or len(items) >= pages.max_items:
+            return {"items": items[: pages.max_items], "pages": count, **output}
+        if following == seen:
+            raise StepError(502, "the API it calls names the same page without end", f"page {count}", {"unsafe"})
+        seen = following
+        if pages.parameter:
+            request = copy.copy(first)
+            request.url = _with_query(first.url, {**pages.first(), pages.parameter: following})
+        else:
+            request.go_to(as_text(following))
+    raise AssertionError  # the loop does not end
+
+
+_LONGEST_PAUSE_S = 3600.0
+
+
+def _check_until(build: Build, spec: dict[str, Any], place: str, call: _HttpCall) -> Runner:
+    every = build.checked(spec, "every", place, parse_duration, 2.0)
+    with build.block("answer"):
+        until = build.template(spec["until"], f"{place}/until")
+    if every < 0.01:
+        build.fault(f"{place}/every", "must be at least 10ms")
+
+    def poll(run: Run, scope: Scope, path: str) -> dict[str, Any]:
+        limit = min(call.max_bytes or sys.maxsize, run.outside.max_step_response)
+        run.wait_until(run.journal.waits.get(path, 0), path)
+        while True:
+            output, _ = call.send(run, call.request(run, scope), limit)
+            if until({**scope, "answer": output}):
+                return output
+            now = run.outside.clock.now()
+            asked = parse_retry_after(output["headers"].get("retry-after"), now)
+            run.wait_until(now + round(max(every, min(asked, _LONGEST_PAUSE_S)) * 1000), path)
+
+    return poll
+
+
+class Connection:
+    """A row of connections.json: what all calls to one API share."""
+
+    def __init__(self, name: str, url: Template, headers: Template, timeout: float | None, auth: Auth | None) -> None:
+        self.name, self.url, self.headers, self.timeout, self.auth = name, url, headers, timeout, auth
+
+    def join(self, request: _OutgoingRequest, outside: Surroundings) -> dict[str, Any]:
+        """Put the connection's address and headers into a request; the query that it adds."""
+        scope = {"env": outside.env, "secrets": outside.secrets}
+        request.url = as_text(self.url(scope)).rstrip("/") + request.url
+        request.headers |= {name: as_text(value) for name, value in self.headers(scope).items() if value is not None}
+        return {}
+
+
+def _check_connections(tree: Any, where: str) -> dict[str, Connection]:
+    """The connections of a file; FlowError with every fault."""
+    build = Build(where, {}, Functions())
+    build.names = dict.fromkeys(("env", "secrets"))
+    connections = {}
+    for name, spec in tree.items():
+        place = f"/{pointer(name)}"
+        if not build.members(spec, place, ("url", "headers", "timeout", "auth", "description"), ("url",)):
+            continue
+        url, _ = _check_url(build, spec.get("url", "http://x/"), f"{place}/url")
+        headers = spec.get("headers", {})
+        if not isinstance(headers, dict):
+            build.fault(f"{place}/headers", "must be an object")
+            headers = {}
+        timeout = build.checked(spec, "timeout", place, parse_duration, None)
+        auth = _check_auth(build, spec["auth"], f"{place}/auth") if "auth" in spec else None
+        connections[name] = Connection(name, url, build.template(headers, f"{place}/headers"), timeout, auth)
+    if build.faults:
+        raise FlowError(build.faults)
+    return connections
+
+
+# Ways to prove who calls: members of each, and those that may be left out.
+_AUTHS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bearer": ((), ()),
+    "basic": (("user", "password"), ()),
+    "apiKey": (("in", "name", "value"), ()),
+    "oauth2": (("tokenUrl", "clientId", "clientSecret"), ("scope", "in")),
+}
+
+
+def _check_auth(build: Build, spec: Any, place: str) -> Auth | None:
+    if not build.members(spec, place, tuple(_AUTHS)):
+        return None
+    if len(spec) != 1:
+        build.fault(place, f"needs exactly one of {', '.join(_AUTHS)}")
+        return None
+    [(kind, value)] = spec.items()
+    place = f"{place}/{kind}"
+    if kind == "bearer":
+        value = {"token": value}
+    elif kind in _AUTHS and not build.members(value, place, sum(_AUTHS[kind], ()), _AUTHS[kind][0]):
+        return None
+    if kind == "apiKey" and value.get("in") not in ("header", "query"):
+        build.fault(f"{place}/in", f"{shown(value.get('in'))} is neither header nor query")
+    if kind == "oauth2" and value.get("in", "header") not in ("header", "body"):
+        build.fault(f"{place}/in", f"{shown(value.get('in'))} is neither header nor body")
+    return Auth(kind, build.template(value, place)) if kind in _AUTHS else None
+
+
+_TOKEN_LIFE_S = 3600.0
+_TOKEN_BYTES = 64 << 10
+
+
+class Auth:
+    """How a connection proves who calls. A token got by OAuth 2 is kept until shortly before its end."""
+
+    def __init__(self, kind: str, values: Template) -> None:
+        self.kind, self.values = kind, values
+        self._lock = threading.Lock()
+        self._token, self._until = "", 0.0
+
+    def apply(self, run: Run, request: _OutgoingRequest) -> None:
+        """Put the credentials into a request."""
+        outside = run.outside
+        values = self.values({"env": outside.env, "secrets": outside.secrets})
+        outside.hide(as_text(values[name]) for name in ("token", "password", "value", "clientSecret") if name in values)
+        if self.kind == "basic":
+            pair = f"{as_text(values['user'])}:{as_text(values['password'])}".encode()
+            request.headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+        elif self.kind == "apiKey" and values["in"] == "query":
+            request.url = _with_query(request.url, {as_text(values["name"]): values["value"]})
+        elif self.kind == "apiKey":
+            request.headers[as_text(values["name"])] = as_text(values["value"])
+        else:
+            token = as_text(values["token"]) if self.kind == "bearer" else self._current(run, values)
+            request.headers["Authorization"] = f"Bearer {token}"
+
+    def forget(self) -> bool:
+        """Drop the token that was refused; whether another one can be had."""
+        self._until = 0.0
+        return self.kind == "oauth2"
+
+    def _current(self, run: Run, values: dict[str, Any]) -> str:
+        if not self._lock.acquire(timeout=run.left()):
+            run.left()
+        try:
+            if run.outside.clock.monotonic() >= self._until:
+                self._token, life = self._fetch(run, values)
+                self._until = run.outside.clock.monotonic() + life - min(30.0, life / 10)
+                run.outside.hide([self._token])
+            return self._token
+        finally:
+            self._lock.release()
+
+    def _fetch(self, run: Run, values: dict[str, Any]) -> tuple[str, float]:
+        """A token of the client credentials grant, and its life in seconds (RFC 6749, sections 4.4 and 2.3.1)."""
+        form = {"grant_type": "client_credentials", "scope": values.get("scope")}
+        headers = {"Accept": "application/json", "Content-Type": CONTENT_TYPES["form"]}
+        client, secret = as_text(values["clientId"]), as_text(values["clientSecret"])
+        if values.get("in", "header") == "body":
+            form |= {"client_id": client, "client_secret": secret}
+        else:
+            pair = f"{urllib.parse.quote_plus(client)}:{urllib.parse.quote_plus(secret)}".encode()
+            headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+        url, body = as_text(values["tokenUrl"]), _encode_query(form).encode()
+        try:
+            answer = run.outside.outbound.fetch("POST", url, headers, body, timeout=run.left(), max_bytes=_TOKEN_BYTES)
+            if answer.status != 200:
+                raise OutboundError("transport", f"the token's server answered {answer.status}")
+            token = from_json(answer.body, _lenient_decoder)
+            return str(token["access_token"]), float(token.get("expires_in") or _TOKEN_LIFE_S)
+        except OutboundError as error:
+            run.check()
+            status, kind = (504, "timeout") if error.kind == "timeout" else (502, "transport")
+            raise StepError(status, "no token could be had for the API it calls", str(error), {kind}) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            detail = "no token could be had for the API it calls"
+            raise StepError(502, detail, "the token's server did not give one", {"transport"}) from None
 
 
 @dataclass(slots=True)
@@ -3215,6 +3835,17 @@ class _OutgoingRequest:
     url: str
     headers: dict[str, str]
     body: bytes | None
+    fixed: bool  # its address is the flow author's choice
+    connection: Connection | None = None
+
+    def go_to(self, url: str) -> None:
+        """Ask another address, relative to this one, next; credentials do not go along to another origin."""
+        url = urllib.parse.urldefrag(urllib.parse.urljoin(self.url, url)).url
+        if urllib.parse.urlsplit(url)[:2] != urllib.parse.urlsplit(self.url)[:2]:
+            self.fixed, self.connection = False, None
+            kept = ("accept", "user-agent", "content-type")
+            self.headers = {name: value for name, value in self.headers.items() if name.lower() in kept}
+        self.url = url
 
     def set_body(self, kind: str, value: Any) -> None:
         if kind == "json":
@@ -3253,41 +3884,53 @@ def _http_failure(method: str, status: int, detail: str, *kinds: str) -> StepErr
     return StepError(status, detail, detail, found)
 
 
-def _call_out(run: Run, request: _OutgoingRequest, fixed: bool, follow: bool) -> Fetched:
+def _call_out(run: Run, request: _OutgoingRequest, follow: bool, max_bytes: int) -> Fetched:
     """Send a request, follow its redirects where wanted; addresses that the flow's author did not fix are judged."""
-    outside, asked = run.outside, request.method  # a POST stays unsafe to repeat behind its redirect
+    asked = request.method  # a POST stays unsafe to repeat behind its redirect
     for _ in range(6):
-        try:
-            answer = outside.outbound.fetch(
-                request.method,
-                request.url,
-                request.headers,
-                request.body,
-                timeout=run.left(),
-                max_bytes=outside.max_step_response,
-                policy=None if fixed else outside.policy,
-            )
-        except AddressRefused as error:
-            raise StepError(502, f"the API's address is refused: {error}", str(error), {"refused", "unsafe"}) from None
-        except OutboundError as error:
-            run.check()
-            status = 504 if error.kind == "timeout" else 502
-            raise _http_failure(asked, status, f"the API it calls gave no answer: {error}", error.kind) from None
+        answer = _send_with_auth(run, request, asked, max_bytes)
         location = header_value(answer.headers, "location")
         if not follow or answer.status not in _REDIRECTS or not location:
             return answer
-        url = urllib.parse.urldefrag(urllib.parse.urljoin(request.url, location)).url
-        if urllib.parse.urlsplit(url)[:2] != urllib.parse.urlsplit(request.url)[:2]:
-            fixed = False
-            request.headers = {
-                name: value
-                for name, value in request.headers.items()
-                if name.lower() not in ("authorization", "cookie")
-            }
-        request.url = url
+        request.go_to(location)
         if answer.status == 303 or (answer.status in (301, 302) and request.method == "POST"):
             request.method, request.body = "GET", None
+            request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
     raise _http_failure(asked, 502, "the API it calls redirects without end", "redirect")
+
+
+def _send_with_auth(run: Run, request: _OutgoingRequest, asked: str, max_bytes: int) -> Fetched:
+    """Send with the connection's credentials; once more with a new token if the old one is refused."""
+    auth = request.connection.auth if request.connection else None
+    for attempt in (1, 2):
+        proven = copy.copy(request)
+        proven.headers = dict(request.headers)
+        if auth is not None:
+            auth.apply(run, proven)
+        answer = _send_once(run, proven, asked, max_bytes)
+        if answer.status != 401 or auth is None or attempt == 2 or not auth.forget():
+            return answer
+    raise AssertionError  # the second attempt returns
+
+
+def _send_once(run: Run, request: _OutgoingRequest, asked: str, max_bytes: int) -> Fetched:
+    outside = run.outside
+    try:
+        return outside.outbound.fetch(
+            request.method,
+            request.url,
+            request.headers,
+            request.body,
+            timeout=run.left(),
+            max_bytes=max_bytes,
+            policy=None if request.fixed else outside.policy,
+        )
+    except AddressRefused as error:
+        raise StepError(502, f"the API's address is refused: {error}", str(error), {"refused", "unsafe"}) from None
+    except OutboundError as error:
+        run.check()
+        status = 504 if error.kind == "timeout" else 502
+        raise _http_failure(asked, status, f"the API it calls gave no answer: {error}", error.kind) from None
 
 
 def _response_body(answer: Fetched, method: str) -> Any:
@@ -3307,6 +3950,483 @@ def _response_body(answer: Fetched, method: str) -> Any:
         except (LookupError, UnicodeError):
             return answer.body.decode("latin-1")
     return answer.body
+
+
+# A statement's parts in which a mark is no parameter, and the marks of parameters (SQLite, "lang_expr").
+_SQL_TOKEN = re.compile(
+    r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|(?P<mark>\?[0-9]*|[:@$][A-Za-z_]\w*)""",
+    re.DOTALL,
+)
+_SQL_READING = frozenset(
+    "table_info table_xinfo table_list index_list index_info foreign_key_list user_version".split()
+)  # pragmas that change nothing
+_SQL_LOCKED_S = 5.0
+
+
+class _Statement(NamedTuple):
+    query: str
+    params: Template
+    place: str
+
+
+def _check_statement(build: Build, spec: Mapping[str, Any], place: str) -> _Statement:
+    query = spec.get("query", "")
+    if not isinstance(query, str) or "${" in query:
+        build.fault(f"{place}/query", "must be plain SQL: values are given by :name in it and by params")
+        query = ""
+    marks = [match["mark"] for match in _SQL_TOKEN.finditer(query) if match["mark"]]
+    if any(mark.startswith("?") for mark in marks):
+        build.fault(f"{place}/query", "has a ? parameter: write :name and give it by params")
+    wanted, given = {mark[1:] for mark in marks if mark[0] != "?"}, spec.get("params", {})
+    whole = isinstance(given, str) and given.startswith("${")  # an object that is computed
+    if not isinstance(given, dict) and not whole:
+        build.fault(f"{place}/params", "must be an object of the parameters by name")
+    elif not whole:
+        for name in sorted(wanted - set(given)):
+            build.fault(f"{place}/params", f"lacks {shown(name)}, which the query uses{suggest(name, given)}")
+        for name in sorted(set(given) - wanted):
+            cure = suggest(name, wanted)
+            build.fault(f"{place}/params/{pointer(name)}", f"is not used by the query: it has no :{name}{cure}")
+    return _Statement(query, build.template(given, f"{place}/params"), place)
+
+
+def _check_sql(build: Build, spec: Any, place: str) -> Runner:
+    members = ("database", "query", "params", "statements", "one", "write")
+    if not build.members(spec, place, members, ("database",)):
+        spec = {}
+    listed = spec.get("statements")
+    if (listed is None) == ("query" not in spec) and spec:
+        build.fault(place, 'needs either a "query" or "statements", a list of them')
+    if listed is not None and (not isinstance(listed, list) or not listed or "params" in spec):
+        build.fault(f"{place}/statements", 'must be a list such as [{"query": "…", "params": {…}}]')
+        listed = []
+    statements = []
+    for at, each in [("", spec)] if listed is None else [(f"/statements/{n}", each) for n, each in enumerate(listed)]:
+        if listed is None or build.members(each, f"{place}{at}", ("query", "params"), ("query",)):
+            statements.append(_check_statement(build, each, f"{place}{at}"))
+    for name in ("one", "write"):
+        if type(spec.get(name, False)) is not bool:
+            build.fault(f"{place}/{name}", "must be true or false")
+    database = build.template(spec.get("database", ""), f"{place}/database")
+    write, one = spec.get("write") is True, spec.get("one") is True
+
+    def sql(run: Run, scope: Scope, path: str) -> Any:
+        name = as_text(database(scope))
+        params = [_sql_params(statement, scope) for statement in statements]
+        try:
+            with contextlib.closing(_sql_connect(run, name, write)) as db:
+                results = _transaction(run, db, statements, params, write, one)
+        except sqlite3.Error as error:
+            raise _sql_failure(run, name, error) from None
+        return results if listed is not None else results[0]
+
+    return sql
+
+
+def _sql_params(statement: _Statement, scope: Scope) -> dict[str, Any]:
+    values = statement.params(scope)
+    if type(values) is not dict:
+        raise ExpressionError(f"{statement.place}/params: {_kind(values)} is not an object")
+    for name, value in values.items():
+        if type(value) in (dict, list, tuple):
+            raise ExpressionError(f"{statement.place}/params/{name}: is {_kind(value)}: store it as json(…)")
+        if type(value) is int and value not in _INT64:
+            raise ExpressionError(f"{statement.place}/params/{name}: the number has more than 64 bits")
+    return values
+
+
+def _sql_connect(run: Run, name: str, write: bool) -> sqlite3.Connection:
+    """A connection that reaches this one file of the data folder, and ends with the step's time."""
+    outside = run.outside
+    root = os.path.realpath(outside.data)
+    file = os.path.realpath(os.path.join(root, name))
+    inside = name and "\0" not in name and os.path.commonpath([root, file]) == root and file != root
+    own = [outside.own_database + suffix for suffix in ("", "-wal", "-shm", ".lock")]
+    if not inside or file in own:
+        raise StepError(500, "its database cannot be used", f"{shown(name)} is no database of the data folder", {"sql"})
+    uri = f"{Path(file).as_uri()}?mode={'rwc' if write else 'ro'}"
+    db = sqlite3.connect(uri, timeout=min(_SQL_LOCKED_S, run.left()), isolation_level=None, uri=True)
+    db.execute(f"PRAGMA query_only = {'OFF' if write else 'ON'}")
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, outside.max_step_response)
+    db.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+    db.set_authorizer(_sql_authorizer)
+    db.set_progress_handler(lambda: _over(run), 10_000)
+    return db
+
+
+def _sql_authorizer(action: int, first: str | None, second: str | None, *more: str | None) -> int:
+    """Other files, and settings of the connection, are out of reach."""
+    if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):
+        return sqlite3.SQLITE_DENY
+    if action == sqlite3.SQLITE_PRAGMA and (
+        str(first).lower() not in _SQL_READING or (second and first == "user_version")
+    ):
+        return sqlite3.SQLITE_DENY
+    return sqlite3.SQLITE_OK
+
+
+def _over(run: Run) -> bool:
+    return run.cancel.is_set or run.outside.clock.monotonic() >= run.step_deadline
+
+
+def _transaction(
+    run: Run,
+    db: sqlite3.Connection,
+    statements: Sequence[_Statement],
+    params: Sequence[Mapping[str, Any]],
+    write: bool,
+    one: bool,
+) -> list[Any]:
+    left = run.outside.max_step_response
+    results: list[Any] = []
+    db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+    for statement, values in zip(statements, params, strict=True):
+        cursor = db.execute(statement.query, values)
+        if cursor.description is None:
+            results.append({"rowcount": cursor.rowcount, "lastrowid": cursor.lastrowid})
+            continue
+        rows, left = _fetch(cursor, statement, left)
+        results.append((rows[0] if rows else None) if one else rows)
+    db.execute("COMMIT")  # left out after an error: closing the connection takes back what was done
+    return results
+
+
+def _fetch(cursor: sqlite3.Cursor, statement: _Statement, left: int) -> tuple[list[dict[str, Any]], int]:
+    names = [column[0] for column in cursor.description]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ExpressionError(f"{statement.place}/query: two columns are called {shown(twice)}: name them with AS")
+    rows = []
+    for row in cursor:
+        left -= sum(len(value) if type(value) in (str, bytes) else 16 for value in row)
+        if left < 0:
+            raise StepError(500, "its database gave too much", "more than max_step_response", {"too_large"})
+        rows.append(dict(zip(names, row, strict=True)))
+    return rows, left
+
+
+def _sql_failure(run: Run, name: str, error: sqlite3.Error) -> StepError:
+    run.check()
+    run.left()
+    code = getattr(error, "sqlite_errorname", "")
+    kinds = {"locked"} if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) else {"sql", "unsafe"}
+    return StepError(500, "its database failed", f"{name}: {error}", kinds)
+
+
+_PIPE_BYTES = 1 << 16
+_STDERR_BYTES = 64 << 10
+
+
+class Child:
+    """A child process in a group of its own, whose output arrives in `events`: (stream's name, bytes), b"" at its end.
+
+    `kill` ends it with all its children.
+    """
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], cwd: str | None = None, own_stderr: bool = True
+    ) -> None:
+        import subprocess  # noqa: PLC0415 (flows without programs do without it)
+
+        group: dict[str, Any] = {"start_new_session": True}
+        if os.name == "nt":
+            group = {"creationflags": 0x200}  # CREATE_NEW_PROCESS_GROUP
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(  # noqa: S603 (what runs is the flow author's choice)
+            command, stdin=pipe, stdout=pipe, stderr=pipe if own_stderr else None, env=env, cwd=cwd, **group
+        )
+        self.events: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def follow(self, given: bytes) -> None:
+        """Write its input, and put its output and its end into `events`."""
+        assert self.process.stdout is not None and self.process.stderr is not None
+        for target, *args in (
+            (self._feed, given),
+            (self._read, "stdout", self.process.stdout),
+            (self._read, "stderr", self.process.stderr),
+            (self._wait,),
+        ):
+            self._threads.append(threading.Thread(target=target, args=args, name="astera-child", daemon=True))
+            self._threads[-1].start()
+
+    def _feed(self, given: bytes) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError), self.process.stdin as pipe:  # it need not read all of it
+            pipe.write(given)
+
+    def _read(self, name: str, pipe: Any) -> None:
+        with pipe:
+            while data := os.read(pipe.fileno(), _PIPE_BYTES):
+                self.events.put((name, data))
+        self.events.put((name, b""))
+
+    def _wait(self) -> None:
+        self.process.wait()
+        self.events.put(("exit", b""))
+
+    def kill(self) -> None:
+        """End it and its children, those too that it left behind."""
+        if os.name == "nt":
+            import subprocess  # noqa: PLC0415
+
+            tree = ["taskkill", "/F", "/T", "/PID", str(self.process.pid)]
+            subprocess.run(tree, capture_output=True, check=False)  # noqa: S603
+        else:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def close(self) -> None:
+        """Kill what is left of it, and wait for the threads that follow it."""
+        self.kill()
+        for thread in self._threads:
+            thread.join(5)
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was not written to it
+                    pipe.close()
+
+
+def child_environment(outside: Surroundings) -> dict[str, str]:
+    """The server's environment without its own settings and without the secrets."""
+    hidden = outside.secrets.keys()
+    return {
+        name: text for name, text in os.environ.items() if not name.startswith("ASTERA_LITE_") and name not in hidden
+    }
+
+
+def _parse_output(value: Any) -> str:
+    if value not in ("text", "json", "lines"):
+        raise ValueError(f"{shown(value)} is not one of text, json, lines")
+    return str(value)
+
+
+def _parse_codes(value: Any) -> frozenset[int]:
+    codes = value if isinstance(value, list) else [value]
+    if not codes or not all(type(code) is int and -255 <= code <= 255 for code in codes):
+        raise ValueError("must be an exit code or a list of them, such as [0, 1]")
+    return frozenset(codes)
+
+
+def _check_run(build: Build, spec: Any, place: str) -> Runner:
+    spec = {"command": spec} if isinstance(spec, list) else spec
+    if not build.members(spec, place, ("command", "input", "output", "maxOutput", "expect"), ("command",)):
+        spec = {}
+    command = spec.get("command", ["x"])
+    if not isinstance(command, list) or not command or not all(isinstance(word, str | int | float) for word in command):
+        build.fault(f"{place}/command", 'must be a list such as ["sort", "-u"]: the program and its arguments')
+        command = ["x"]
+    if "${" in str(command[0]):
+        build.fault(f"{place}/command/0", "must be plain text: which program runs is not computed")
+    words = build.template(command, f"{place}/command")
+    given = build.template(spec.get("input"), f"{place}/input")
+    output = build.checked(spec, "output", place, _parse_output, "text")
+    limit = build.checked(spec, "maxOutput", place, parse_size, None)
+    expect = build.checked(spec, "expect", place, _parse_codes, frozenset({0}))
+
+    def program(run: Run, scope: Scope, path: str) -> dict[str, Any]:
+        arguments = [_argument(word, f"{place}/command/{at}") for at, word in enumerate(words(scope))]
+        value = given(scope)
+        code, out, err = _run_program(run, arguments, b"" if value is None else _as_bytes(value), limit)
+        if code not in expect:
+            tail = err.decode(errors="replace")[-2000:]
+            detail = f"the program ended with code {code}"
+            raise StepError(500, detail, f"{arguments[0]}: {detail}: {tail}", {"exit"})
+        return {"code": code, "stdout": _read_output(out, output, place), "stderr": err.decode(errors="replace")}
+
+    return program
+
+
+def _argument(value: Any, place: str) -> str:
+    if value is None or type(value) is bytes:
+        raise ExpressionError(f"{place}: {_kind(value)} cannot be an argument")
+    text = as_text(value)
+    if "\0" in text:
+        raise ExpressionError(f"{place}: an argument cannot hold NUL")
+    return text
+
+
+def _run_program(run: Run, arguments: list[str], given: bytes, limit: int | None) -> tuple[int, bytes, bytes]:
+    """Exit code, standard output, and the end of standard error."""
+    limit = min(limit or run.outside.max_step_response, run.outside.max_step_response)
+    try:
+        child = Child(arguments, child_environment(run.outside), run.outside.folder)
+    except (OSError, ValueError) as error:
+        reason = f"{arguments[0]} cannot be started: {error}"
+        raise StepError(500, "its program cannot be started", reason, {"missing"}) from None
+    out, err, open_streams = bytearray(), bytearray(), {"stdout", "stderr", "exit"}
+    try:
+        child.follow(given)
+        with run.cancel.calling(lambda: child.events.put(("cancel", b""))):
+            while open_streams:
+                try:
+                    name, data = child.events.get(timeout=run.left())
+                except queue.Empty:
+                    continue  # `left` says what that means
+                run.check()
+                if not data:
+                    open_streams.discard(name)
+                    if name == "exit":
+                        child.kill()  # those it left behind would keep the pipes open
+                elif name == "stdout":
+                    out += data
+                else:
+                    err = (err + data)[-_STDERR_BYTES:]
+                if len(out) > limit:
+                    raise StepError(500, "its program wrote too much", f"more than {show_size(limit)}", {"too_large"})
+        return child.process.returncode, bytes(out), bytes(err)
+    finally:
+        child.close()
+
+
+def _read_output(data: bytes, output: str, place: str) -> Any:
+    text = data.decode(errors="replace")
+    if output == "lines":
+        return text.splitlines()
+    if output == "text":
+        return text
+    try:
+        return from_json(data, _lenient_decoder)
+    except ValueError as error:
+        raise StepError(500, "its program did not write JSON", f"{place}: {error}", {"body"}) from None
+
+
+class Isolated:
+    """Warm child processes for `python` steps with `isolate`, as many as there are cores."""
+
+    def __init__(self, folder: str | None) -> None:
+        self._folder = folder
+        self._turns = threading.Semaphore(os.cpu_count() or 1)
+        self._idle: list[Child] = []
+        self._closed = False
+
+    def call(self, run: Run, function: str, context: Context, args: Mapping[str, Any], path: str) -> Any:
+        """The function's value; a StepError if it raised, or its process ended."""
+        task = {"function": function, "folder": self._folder, "args": args, "params": context.params}
+        task |= {"request": context.request, "steps": context.steps, "secrets": context.secrets}
+        while not self._turns.acquire(timeout=min(run.left(), 0.1)):
+            run.check()
+        try:
+            child = self._child(run.outside)
+            try:
+                message = self._talk(run, child, to_saved(task).encode() + b"\n", path)
+            except BaseException:
+                child.close()
+                raise
+            if self._closed:
+                child.close()
+            else:
+                self._idle.append(child)
+        finally:
+            self._turns.release()
+        if "error" in message:
+            raise StepError(500, "it failed", str(message["error"]), {"error"})
+        return message["value"]
+
+    def _child(self, outside: Surroundings) -> Child:
+        """A warm process, or a new one."""
+        while self._idle:
+            child = self._idle.pop()
+            if child.process.poll() is None:
+                return child
+            child.close()
+        root = os.path.dirname(os.path.abspath(__file__))
+        code = f"import sys; sys.path.insert(0, {root!r}); import astera_lite; astera_lite.isolated_main()"
+        return Child([sys.executable, "-c", code], child_environment(outside), own_stderr=False)
+
+    def _talk(self, run: Run, child: Child, task: bytes, path: str) -> dict[str, Any]:
+        """Hand over a task; the message that ends it, with its value or error."""
+        process, answers = child.process, queue.SimpleQueue[bytes]()
+        assert process.stdin is not None and process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def talk() -> None:
+            with contextlib.suppress(OSError, ValueError):  # killed meanwhile
+                stdin.write(task)
+                stdin.flush()
+                while line := stdout.readline():
+                    answers.put(line)
+                    if line.startswith(b'{"value"') or line.startswith(b'{"error"'):
+                        return
+            answers.put(b"")
+
+        thread = threading.Thread(target=talk, name="astera-child", daemon=True)
+        thread.start()
+        with run.cancel.calling(lambda: answers.put(b"cancelled")):
+            while True:
+                try:
+                    line = answers.get(timeout=run.left())
+                except queue.Empty:
+                    continue
+                run.check()
+                if not line:
+                    code = process.wait()
+                    raise StepError(500, "its process ended", f"its process ended with code {code}", {"error"})
+                message: dict[str, Any] = from_saved(line.decode())
+                if "value" in message or "error" in message:
+                    return message
+                self._heed(run, message, path)
+
+    def _heed(self, run: Run, message: Mapping[str, Any], path: str) -> None:
+        if "progress" in message:
+            run.progress = Progress(path, *message["progress"])
+        if "log" in message:
+            level, text = message["log"]
+            log.log(level, "flow %s: step %s: %s", run.flow.name, path, run.outside.masked(text))
+
+    def close(self) -> None:
+        """End the processes that are idle; those at work end with their step."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
+
+
+class _IsolatedContext:
+    """The context of a function in a process of its own; it says what it has to say on the pipe."""
+
+    cancelled = False  # its process is killed instead
+
+    def __init__(self, task: Mapping[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
+        self.params, self.request, self.steps = task["params"], task["request"], task["steps"]
+        self.secrets = task["secrets"]
+        self.log = logging.getLogger("astera_lite.step")
+        self._say = say
+
+    def progress(self, done: int, total: int) -> None:
+        self._say({"progress": [done, total]})
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def isolated_main() -> None:
+    """What a child process does: one task a line on its standard input, until that is closed."""
+    if hasattr(os, "nice"):
+        os.nice(10)  # the server's own threads go first
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a function prints must not get between the lines
+
+    def say(message: dict[str, Any]) -> None:
+        pipe.write(to_saved(message).encode() + b"\n")
+        pipe.flush()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say({"log": [record.levelno, record.getMessage()]})
+
+    logging.basicConfig(level=logging.DEBUG, handlers=[Handler()])
+    functions: dict[str | None, Functions] = {}
+    for line in sys.stdin.buffer:
+        task = from_saved(line.decode())
+        folder = task["folder"]
+        try:
+            loader = functions.setdefault(folder, Functions(Path(folder) if folder else None))
+            value = loader.load(task["function"])(_IsolatedContext(task, say), **task["args"])
+            say({"value": _as_json(value, task["function"])})
+        except (Exception, SystemExit) as error:
+            say({"error": f"{type(error).__name__}: {error}"})
 
 
 _MAX_CONCURRENCY = 64
@@ -3474,6 +4594,8 @@ def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
 STEP_KINDS: dict[str, StepKind] = {
     "http": StepKind(_check_http, True, "calls an API"),
     "python": StepKind(_check_python, True, "calls a Python function: module:function"),
+    "sql": StepKind(_check_sql, True, "asks a SQLite database in the data folder, or writes to it"),
+    "run": StepKind(_check_run, True, "runs a program"),
     "set": StepKind(_check_set, False, "computes a value"),
     "each": StepKind(_check_each, False, "runs steps for every item of a list"),
     "choose": StepKind(_check_choose, False, "runs the steps of the first branch whose `when` holds"),
@@ -3552,10 +4674,11 @@ def build_flow(
     source: str = "",
     kinds: Mapping[str, StepKind] = STEP_KINDS,
     functions: Functions | None = None,
+    connections: Collection[str] = (),
 ) -> Flow:
     """Check a flow's tree and compile it; raises FlowError with every fault, each with its place and cure."""
     where = source or name
-    build = Build(where, kinds, functions or Functions())
+    build = Build(where, kinds, functions or Functions(), connections)
     if not _FLOW_NAME.fullmatch(name):
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _")
     build.members(tree, "", _FLOW_MEMBERS, ("request",))
@@ -3578,6 +4701,7 @@ def build_flow(
     build.names["request"] = _REQUEST_MEMBERS
     steps = check_steps(build, tree.get("steps", []), "/steps")
     responses = _check_responses(build, tree.get("response", []))
+    selection = _all_selections(build, responses, parameters)
     description = tree.get("description", "")
     if not isinstance(description, str):
         build.fault("/description", "must be text")
@@ -3610,6 +4734,7 @@ def build_flow(
         body_required=bool(isinstance(request.get("body"), dict) and request["body"].get("required", True)),
         steps=tuple(steps),
         responses=tuple(responses),
+        selection=selection,
         timeout=timeout,
         restart=restart,
         limit=limit,
@@ -3882,7 +5007,7 @@ def _parse_backoff(value: Any) -> float:
 
 def _parse_retry_on(value: Any) -> frozenset[str]:
     words = {str(item) for item in value} if isinstance(value, list) else set()
-    named = ("transport", "timeout", "error", "too_large", "body")
+    named = ("transport", "timeout", "error", "too_large", "body", "locked", "exit", "sql")
     if not words or not all(word in named or re.fullmatch("[1-5]([0-9]{2}|xx)", word) for word in words):
         raise ValueError(f'must be a list of {", ".join(named)} and statuses, such as ["transport", 429, "5xx"]')
     return frozenset(words)
@@ -3911,6 +5036,18 @@ def _check_responses(build: Build, specs: Any) -> list[Response]:
             if response.when is None and listed and position < len(specs) - 1:
                 build.fault(place, "has no `when`, so the responses behind it can never answer: put it last")
     return responses
+
+
+def _all_selections(build: Build, responses: Sequence[Response], parameters: Sequence[Parameter]) -> Selection:
+    """What callers may ask of any response; a parameter of that name would not reach the flow."""
+    each = [response.selection for response in responses]
+    sorts = [one.sort for one in each if one.sort]
+    sort = True if True in sorts else frozenset().union(*(one for one in sorts if isinstance(one, frozenset))) or False
+    selection = Selection(any(one.page for one in each), frozenset().union(*(one.filters for one in each)), sort)
+    for name in {item.name for item in parameters if item.where == "query"} & set(selection.names):
+        place = f"/request/parameters/{pointer(name)}"
+        build.fault(place, "selects rows of the response already: rename it, or leave it out of page, filter and sort")
+    return selection
 
 
 class Deployments:
@@ -4011,29 +5148,53 @@ def path_values(flow: Flow, path: str) -> dict[str, str]:
     return values
 
 
+def load_connections(folder: Path, previous: dict[str, Connection]) -> tuple[dict[str, Connection], list[Fault]]:
+    """The connections of a folder's connections.json; where it is faulty, those before stay in service."""
+    path = folder / CONNECTIONS_FILE
+    try:
+        return _check_connections(parse_flow_text(_read_flow_file(path), path.name), path.name), []
+    except FileNotFoundError:
+        return {}, []
+    except FlowError as error:
+        return previous, error.faults
+
+
+def _read_flow_file(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlowError([Fault(path.name, "", f"cannot be read: {_reason(error)}")]) from None
+
+
+CONNECTIONS_FILE = "connections.json"
+
+
 def load_flows(
-    folder: Path, kinds: Mapping[str, StepKind], functions: Functions, previous: Deployments | None = None
+    folder: Path, build: Callable[[dict[str, Any], str, str], Flow], previous: Mapping[str, Flow]
 ) -> tuple[list[Flow], list[Fault]]:
-    """Flows of a folder and the faults of its files; for a faulty file the flow deployed before stays in service."""
+    """Flows of a folder and the faults of its files; for a faulty file the flow deployed before stays in service.
+
+    `build(tree, name, file)` compiles one.
+    """
     flows: dict[str, Flow] = {}
     faults: list[Fault] = []
     files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".toml"))
     for path in files:
-        if path.name == "connections.json":
+        if path.name == CONNECTIONS_FILE:
             continue
         try:
             if path.stem in flows:
                 taken = flows[path.stem].source
                 raise FlowError([Fault(path.name, "", f'"{path.stem}" is deployed from {taken} already: rename one')])
-            text = path.read_text("utf-8-sig")
-            tree = parse_flow_text(text, path.name)
-            flows[path.stem] = build_flow(tree, path.stem, source=path.name, kinds=kinds, functions=functions)
+            flows[path.stem] = build(parse_flow_text(_read_flow_file(path), path.name), path.stem, path.name)
+        except FileNotFoundError:
+            continue  # removed meanwhile
         except FlowError as error:
             faults += error.faults
-        except (OSError, UnicodeDecodeError) as error:
-            faults.append(Fault(path.name, "", f"cannot be read: {_reason(error)}"))
-        if path.stem not in flows and previous is not None and path.stem in previous.by_name:
-            flows[path.stem] = previous.by_name[path.stem]
+        if path.stem not in flows and path.stem in previous:
+            flows[path.stem] = previous[path.stem]
     return list(flows.values()), faults
 
 
@@ -5521,23 +6682,6 @@ def next_try(
     return ("pending", next_at) if next_at < expires else ("failed", None)
 
 
-def parse_retry_after(value: str | None, now: int) -> float:
-    """Seconds from a Retry-After header, a number or a date (RFC 9110, section 10.2.3); 0 if there is none."""
-    if value is None:
-        return 0.0
-    if re.fullmatch("[0-9]{1,9}", value.strip()):
-        return float(value)
-    from email.utils import parsedate_to_datetime  # noqa: PLC0415 (hardly anybody sends a date)
-
-    try:
-        date = parsedate_to_datetime(value)
-        if date.tzinfo is None:  # the form of asctime has no zone and means UTC
-            date = date.replace(tzinfo=datetime.UTC)
-        return max(date.timestamp() - now / 1000, 0.0)
-    except (ValueError, OverflowError):
-        return 0.0
-
-
 class Courier:
     """Delivers callbacks on threads of its own; one slow or dead receiver delays nobody else.
 
@@ -5877,6 +7021,10 @@ class AsteraLite:
             settings.max_result,
             settings.max_step_response,
             lambda name: self.deployments.by_name.get(name),
+            data=settings.data,
+            own_database=os.path.realpath(settings.database),
+            folder=settings.flows or None,
+            isolated=Isolated(os.path.abspath(settings.flows) if settings.flows else None),
         )
         self.base = (settings.public_url or f"http://{settings.host}:{settings.port}").rstrip("/")
         self._folder = Path(settings.flows) if settings.flows else None
@@ -5953,6 +7101,8 @@ class AsteraLite:
             log.warning(
                 "%d jobs still ran after %gs; they run again after the next start", left, self.settings.shutdown_timeout
             )
+        if self.outside.isolated is not None:
+            self.outside.isolated.close()
         self.courier.stop()
         self.housekeeper.stop(5.0)
         self.store.close(10.0)
@@ -5960,26 +7110,38 @@ class AsteraLite:
 
     # --- flows ---
 
+    def read_flows(self) -> Deployments:
+        """The flows as the files are now, beside those of the program itself, and the faults of files."""
+        flows, faults = list(self._own_flows.values()), list[Fault]()
+        if self._folder is not None and self._folder.is_dir():
+            connections, faults = load_connections(self._folder, self.outside.connections)
+            for gone in self.outside.connections.keys() - connections:
+                del self.outside.connections[gone]
+            self.outside.connections.update(connections)
+            read, found = load_flows(self._folder, self._build, self.deployments.by_name)
+            flows, faults = flows + read, faults + found
+        elif self._folder is not None:
+            faults = [Fault(str(self._folder), "", "there is no such folder: `new NAME` makes it with a first flow")]
+        return Deployments(flows, faults, self.deployments.by_name)
+
     def reload(self) -> list[Fault]:
-        """Read the flow files again; running jobs keep the flow they have. The faults, which are also logged."""
-        flows = list(self._own_flows.values())
-        faults: list[Fault] = []
-        if self._folder is not None:
-            if self._folder.is_dir():
-                read, faults = load_flows(self._folder, self._kinds, self._functions, self.deployments)
-                flows += read
-            else:
-                faults = [
-                    Fault(str(self._folder), "", "there is no such folder: `new NAME` makes it with a first flow")
-                ]
-        self.deployments = Deployments(flows, faults, self.deployments.by_name)
+        """Read the flow files again; running jobs keep the flow they have. The faults; new ones are also logged."""
+        known = set(self.deployments.faults)
+        self.deployments = self.read_flows()
         for fault in self.deployments.faults:
-            log.error("%s", fault)
+            if fault not in known:
+                log.error("%s", fault)
         return self.deployments.faults
+
+    def _build(self, tree: dict[str, Any], name: str, source: str = "") -> Flow:
+        connections = self.outside.connections
+        return build_flow(
+            tree, name, source=source, kinds=self._kinds, functions=self._functions, connections=connections
+        )
 
     def deploy(self, name: str, tree: dict[str, Any]) -> Flow:
         """Deploy a flow that is in no file, replacing one of the same name; raises FlowError."""
-        flow = build_flow(tree, name, kinds=self._kinds, functions=self._functions)
+        flow = self._build(tree, name)
         others = [other for other in self.deployments.by_name.values() if other.name != name]
         deployments = Deployments([*others, flow], [], {each.name: each for each in others})
         if deployments.faults:
@@ -6013,7 +7175,7 @@ class AsteraLite:
             stored = self.store.flow_text(job.version)
             try:
                 if stored is not None:
-                    flow = build_flow(json.loads(stored[1]), stored[0], kinds=self._kinds, functions=self._functions)
+                    flow = self._build(json.loads(stored[1]), stored[0])
                     self._old_flows[job.version] = flow
             except FlowError as error:
                 log.warning("job %s: the flow it was accepted with cannot be deployed any more: %s", job.id, error)
@@ -6730,6 +7892,13 @@ def response_head(response: Reply, request_id: str, keep_alive: bool, version: i
 # ======================================================================================================================
 
 
+_SELECTING = {
+    "cursor": "the next page, as the last answer gave it",
+    "sort_by": "fields to sort by, comma-separated, - for descending",
+}
+_FILTERING = "only rows whose field of this name has this value"
+
+
 def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
     """A published flow, as /api/deployments shows it."""
     urls = {mode: f"{base}{PREFIXES[mode]}{flow.resource}" for mode in _MODES if mode in flow.modes}
@@ -6743,7 +7912,8 @@ def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
         "urls": urls,
         "parameters": {
             item.name: request.get("parameters", {}).get(item.name) or {"in": item.where} for item in flow.parameters
-        },
+        }
+        | {name: {"in": "query", "description": _SELECTING.get(name, _FILTERING)} for name in flow.selection.names},
         "body": request.get("body"),
         "contentTypes": list(flow.content_types),
         "source": flow.source,
@@ -8310,29 +9480,70 @@ def _raise_descriptor_limit(connections: int) -> None:
 
 def check(args: argparse.Namespace, settings: Settings) -> int:
     """check: validate flows and settings, a line for each fault."""
-    folder = Path(settings.flows)
-    AsteraLite(settings)  # its faults are ConfigErrors
+    app = AsteraLite(settings)  # its faults are ConfigErrors
     check_exposure(settings, settings.host, is_loopback(settings.host))
-    if args.file:
-        flows, faults = [], []
-        for name in args.file:
-            path = Path(name)
-            try:
-                tree = parse_flow_text(path.read_text("utf-8-sig"), path.name)
-                flows.append(build_flow(tree, path.stem, source=name, functions=Functions(path.parent)))
-            except FlowError as error:
-                faults += [fault._replace(where=name) for fault in error.faults]
-            except (OSError, UnicodeDecodeError) as error:
-                faults.append(Fault(name, "", f"cannot be read: {_reason(error)}"))
-    elif folder.is_dir():
-        flows, faults = load_flows(folder, STEP_KINDS, Functions(folder))
-    else:
-        flows, faults = [], [Fault(str(folder), "", "there is no such folder: `new NAME` makes it with a first flow")]
-    faults = Deployments(flows, faults).faults
+    wanted = {os.path.realpath(name): name for name in args.file}
+    folders = sorted({os.path.dirname(path) for path in wanted}) or [settings.flows]
+    faults, well = [], 0
+    for folder in folders:
+        found = AsteraLite(dataclasses.replace(app.settings, flows=folder)).read_flows()
+        for fault in found.faults:
+            path = os.path.join(folder, fault.where)
+            if not wanted or os.path.realpath(path) in wanted:
+                spelled = wanted.get(os.path.realpath(path), fault.where)
+                faults.append(fault._replace(where=spelled + line_of(path, fault.place)))
+        sources = [os.path.realpath(os.path.join(folder, flow.source)) for flow in found.by_name.values()]
+        well += sum(1 for source in sources if not wanted or source in wanted)
+    for name in args.file:
+        if not os.path.isfile(name) or not name.endswith((".json", ".toml")):
+            faults.append(Fault(name, "", "is no flow file: they end in .json or .toml"))
     for fault in faults:
         print(fault)
-    print(f"flows that are well: {len(flows)}, faults: {len(faults)}", file=sys.stderr)
+    print(f"flows that are well: {well}, faults: {len(faults)}", file=sys.stderr)
     return 1 if faults else 0
+
+
+def line_of(path: str, place: str) -> str:
+    """`:12` if a JSON Pointer leads to line 12 of a JSON file, else an empty string."""
+    try:
+        text = Path(path).read_text("utf-8-sig") if path.endswith(".json") and place.startswith("/") else ""
+        from_json(text)
+    except (OSError, ValueError):
+        return ""
+    names = place.split("/")[1:]
+    lines = _pointer_lines(text)
+    while names and "/".join(names) not in lines:  # what is missing has no line, but what lacks it has
+        names.pop()
+    return f":{lines['/'.join(names)]}" if names else ""
+
+
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{},:]|\n')
+
+
+def _pointer_lines(text: str) -> dict[str, int]:
+    """The line on which each value of a well-formed JSON text begins, by its JSON Pointer without the first slash."""
+    lines: dict[str, int] = {}
+    line = 1
+    names: list[str | int] = []  # the way to the value that comes next
+    expects_name = False
+    for match in _JSON_TOKEN.finditer(text):
+        mark = match[0]
+        if mark == "\n":
+            line += 1
+        elif mark in "{[":
+            names.append(0 if mark == "[" else "")
+            expects_name = mark == "{"
+        elif mark in "]}":
+            names.pop()
+        elif mark == ",":
+            last = names[-1]
+            names[-1] = last + 1 if isinstance(last, int) else last
+            expects_name = not isinstance(last, int)
+        elif mark != ":" and expects_name:
+            names[-1], expects_name = pointer(json.loads(mark)), False
+        if names and not expects_name:
+            lines.setdefault("/".join(map(str, names)), line)
+    return lines
 
 
 def try_flow(args: argparse.Namespace, settings: Settings) -> int:

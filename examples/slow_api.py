@@ -1,11 +1,12 @@
-"""A slow third-party API to try flows against without the internet: a stand-in for two calls of Open-Meteo.
+"""A slow third-party API to try flows against without the internet: a stand-in for Open-Meteo, and more.
 
     GET /v1/search?name=Berlin&count=1
     GET /v1/forecast?latitude=52.52&longitude=13.41&daily=temperature_2m_max,temperature_2m_min&forecast_days=3
+    GET /v1/cities?limit=5&offset=0&country=DE     all places, a page at a time; `next` is the address of the next one
     GET /status/{code}      answers at once with that status code
     GET /delay/{seconds}    answers after so many seconds, at most 60
 
-The first two take `--delay` seconds. The weather is invented, but the same for the same place and day.
+The /v1 calls take `--delay` seconds. The weather is invented, but the same for the same place and day.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs, unquote, urlencode
 
 MAX_DELAY_S = 60.0
 NUMBER = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,20})?")
@@ -145,6 +146,15 @@ def forecast(_match: re.Match[str], query: Query) -> Answer:
     return 200, answer
 
 
+def cities(_match: re.Match[str], query: Query) -> Answer:
+    """A page of the table, with a relative link to the next one, which is null at the end."""
+    limit, offset = integer(query, "limit", 1, 100, "10"), integer(query, "offset", 0, 10_000, "0")
+    country = query.get("country", "")
+    found = [city._asdict() for city in CITIES if country in ("", city.country_code)]
+    more = urlencode({"limit": limit, "offset": offset + limit, "country": country})
+    return 200, {"cities": found[offset : offset + limit], "next": f"?{more}" if offset + limit < len(found) else None}
+
+
 def status(match: re.Match[str], _query: Query) -> Answer:
     """The status code that the path names."""
     code = integer(match.groupdict(), "code", 200, 599, "")
@@ -169,6 +179,7 @@ class Route(NamedTuple):
 ROUTES = (
     Route(re.compile(r"/v1/search"), search, slow=True),
     Route(re.compile(r"/v1/forecast"), forecast, slow=True),
+    Route(re.compile(r"/v1/cities"), cities, slow=True),
     Route(re.compile(r"/status/(?P<code>[^/]*)"), status, slow=False),
     Route(re.compile(r"/delay/(?P<seconds>[^/]*)"), delay, slow=False),
 )

@@ -20,7 +20,6 @@ import pytest
 from support import ROOT, Client, FakeClock, Running, get_flow, running
 
 from astera_lite import (
-    STEP_KINDS,
     AddressPolicy,
     AsteraLite,
     Deployments,
@@ -544,9 +543,13 @@ def test_two_flows_on_one_resource_are_a_fault_that_names_both() -> None:
     assert names(Deployments([first, post]), "/a/1", "POST") == "post"
 
 
+def build(tree: dict[str, Any], name: str, source: str) -> Flow:
+    return build_flow(tree, name, source=source)
+
+
 def test_a_faulty_file_keeps_the_flow_deployed_before(tmp_path: Path) -> None:
     def load(previous: Deployments | None) -> Deployments:
-        return Deployments(*load_flows(tmp_path, STEP_KINDS, Functions(tmp_path), previous))
+        return Deployments(*load_flows(tmp_path, build, previous.by_name if previous else {}))
 
     (tmp_path / "a.json").write_text(json.dumps(get_flow("/a")))
     (tmp_path / "b.toml").write_text('[request]\nmethod = "GET"\nresource = "/b"\n')
@@ -568,14 +571,14 @@ def test_a_faulty_file_keeps_the_flow_deployed_before(tmp_path: Path) -> None:
 def test_one_name_in_json_and_toml_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(get_flow("/a")))
     (tmp_path / "a.toml").write_text('[request]\nmethod = "GET"\nresource = "/b"\n')
-    flows, faults = load_flows(tmp_path, STEP_KINDS, Functions())
+    flows, faults = load_flows(tmp_path, build, {})
     assert [flow.resource for flow in flows] == ["/a"]
     assert "deployed from a.json already" in faults[0].message
 
 
 def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(get_flow("/a")), "utf-8")  # as Windows editors write it
-    flows, faults = load_flows(tmp_path, STEP_KINDS, Functions())
+    flows, faults = load_flows(tmp_path, build, {})
     assert (len(flows), faults) == (1, [])
 
 
