@@ -2340,6 +2340,7 @@ class Flow:
     limit: int | None  # runs at one time
     when_full: str  # queue or refuse
     calls: tuple[tuple[str, str], ...]  # flows that it calls, and the place where it does
+    tests: tuple[FlowTest, ...]
     tree: dict[str, Any]
     text: str
     version: int
@@ -2643,6 +2644,11 @@ class Surroundings:
     connections: dict[str, Connection] = field(default_factory=dict)  # as they are now: a reload replaces them
     hidden: set[str] = field(default_factory=set)  # credentials that are masked like secrets
 
+    def close(self) -> None:
+        """Give back what runs keep between them."""
+        if self.isolated is not None:
+            self.isolated.close()
+
     def hide(self, values: Iterable[str]) -> None:
         """Mask these values from now on."""
         if len(self.hidden) > 1000:  # tokens that have passed
@@ -2671,6 +2677,7 @@ class Run:
     __slots__ = (
         "blocking",
         "cancel",
+        "canned",
         "deadline",
         "flow",
         "held",
@@ -2699,6 +2706,7 @@ class Run:
         self.cancel = cancel or Cancel()
         self.progress = Progress(None, 0, len(flow.steps))
         self.blocking: Callable[[], None] | None = None  # called by `may_block`
+        self.canned: _Canned | None = None  # of a test
         self.held = False  # waits with its thread, for it shares its run with others
 
     def scope(self) -> Scope:
@@ -2822,7 +2830,9 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
 def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
     began = run.outside.clock.now()
     try:
-        value = _attempts(step, run, scope, path)
+        canned, value = run.canned.output(step, path) if run.canned is not None else (False, None)
+        if not canned:
+            value = _attempts(step, run, scope, path)
         state = "finished"
     except _Signal as signal_:
         if not isinstance(signal_, _Suspend):
@@ -2898,6 +2908,7 @@ def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | N
             "size": size,
             "preview": preview,
         }
+        | ({"status": value["status"]} if step.kind in ("http", "call") and value is not None else {})
     )
 
 
@@ -3024,6 +3035,7 @@ class Build:
         self.hints: dict[str, str] = {}
         self.volatile = False  # whether a template compiled since this was cleared is
         self.calls: list[tuple[str, str]] = []  # flows that are called, and where
+        self.step_names: set[str] = set()  # of all steps, also those inside others
 
     def fault(self, place: str, message: str) -> None:
         """Report a fault and its cure."""
@@ -3076,6 +3088,7 @@ class StepKind(NamedTuple):
     check: Callable[[Build, Any, str], Runner]
     effect: bool
     help: str
+    schema: Mapping[str, Any] | None = None  # JSON Schema of its spec, where the table in room 14 has none
 
 
 def _is_status(value: Any) -> int:
@@ -3317,6 +3330,43 @@ def _check_python(build: Build, spec: Any, place: str) -> Runner:
             assert run.outside.isolated is not None
             return run.outside.isolated.call(run, str(name), context, template(scope), path)
         value = function(context, **template(scope))
+        run.check()
+        run.left()
+        return _as_json(value, getattr(function, "__name__", "the function"))
+
+    return call
+
+
+def _own_parameters(function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of a function behind its context, by name."""
+    import inspect  # noqa: PLC0415 (loaded by dataclasses anyway)
+
+    return {item.name: item for item in list(inspect.signature(function).parameters.values())[1:]}
+
+
+def _own_schema(function: Callable[..., Any]) -> dict[str, Any]:
+    """A JSON Schema of what stands behind the name of such a kind of step."""
+    parameters = _own_parameters(function)
+    required = [name for name, item in parameters.items() if item.default is item.empty]
+    if any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
+        return {"type": "object"}
+    properties: dict[str, Any] = {name: {} for name in parameters}
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def _check_own(function: Callable[..., Any], build: Build, spec: Any, place: str) -> Runner:
+    """A kind of step that an embedding program adds: its arguments by name."""
+    parameters = _own_parameters(function)
+    open_ended = any(item.kind is item.VAR_KEYWORD for item in parameters.values())
+    named = {name: item for name, item in parameters.items() if item.kind is not item.VAR_KEYWORD}
+    required = [name for name, item in named.items() if item.default is item.empty]
+    allowed = {*named, *(spec if open_ended and isinstance(spec, dict) else ())}
+    if not build.members(spec, place, sorted(allowed), required):
+        spec = {}
+    template = build.template(spec, place)
+
+    def call(run: Run, scope: Scope, path: str) -> Any:
+        value = function(Context(run, scope, path), **template(scope))
         run.check()
         run.left()
         return _as_json(value, getattr(function, "__name__", "the function"))
@@ -4039,8 +4089,8 @@ def _sql_connect(run: Run, name: str, write: bool) -> sqlite3.Connection:
     """A connection that reaches this one file of the data folder, and ends with the step's time."""
     outside = run.outside
     root = os.path.realpath(outside.data)
-    file = os.path.realpath(os.path.join(root, name))
-    inside = name and "\0" not in name and os.path.commonpath([root, file]) == root and file != root
+    file = root if "\0" in name else os.path.realpath(os.path.join(root, name))
+    inside = os.path.commonpath([root, file]) == root and file != root
     own = [outside.own_database + suffix for suffix in ("", "-wal", "-shm", ".lock")]
     if not inside or file in own:
         raise StepError(500, "its database cannot be used", f"{shown(name)} is no database of the data folder", {"sql"})
@@ -4610,7 +4660,7 @@ STEP_KINDS: dict[str, StepKind] = {
 
 _BASE_NAMES = ("params", "request", "env", "secrets")
 _REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
-_FLOW_MEMBERS = ("description", "request", "steps", "response", "timeout", "restart", "concurrency")
+_FLOW_MEMBERS = ("description", "request", "steps", "response", "timeout", "restart", "concurrency", "tests")
 _STEP_OPTIONS = ("name", "when", "timeout", "retry", "onError", "description")
 _MODES = ("synchronous", "asynchronous")
 _FLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -4711,6 +4761,7 @@ def build_flow(
             "/restart", f"{shown(restart)} is not one of resume, rerun, fail{suggest(str(restart), ('resume',))}"
         )
     timeout = build.checked(tree, "timeout", "", parse_duration, None)
+    tests = _check_tests(build, tree.get("tests", []))
     limit, when_full = _check_concurrency(build, tree.get("concurrency"))
     strict = request.get("strict", False)
     if type(strict) is not bool:
@@ -4740,6 +4791,7 @@ def build_flow(
         limit=limit,
         when_full=when_full,
         calls=tuple(build.calls),
+        tests=tests,
         tree=tree,
         text=text,
         version=int.from_bytes(hashlib.sha256(f"{name}\n{text}".encode()).digest()[:8]) >> 1,
@@ -4973,6 +5025,7 @@ def _check_step(build: Build, spec: Any, place: str) -> Step | None:
         build.fault(place, f"{found}: a step has exactly one of {', '.join(kinds)}")
         return None
     kind = kinds[used[0]]
+    build.step_names.add(str(name))
     outer_volatile, build.volatile = build.volatile, False  # a step inside a step counts for itself
     run = kind.check(build, spec[used[0]], f"{place}/{used[0]}")
     on_error = spec.get("onError")
@@ -5048,6 +5101,130 @@ def _all_selections(build: Build, responses: Sequence[Response], parameters: Seq
         place = f"/request/parameters/{pointer(name)}"
         build.fault(place, "selects rows of the response already: rename it, or leave it out of page, filter and sort")
     return selection
+
+
+class FlowTest(NamedTuple):
+    """A test that a flow's file carries: a request, outputs of steps that do not run, and the response expected."""
+
+    name: str
+    params: Mapping[str, Any]
+    body: Any
+    steps: Mapping[str, Any]  # outputs by step name, or by path
+    fails: Mapping[str, int]  # statuses of the steps that fail
+    response: Mapping[str, Any]
+
+
+def _check_tests(build: Build, specs: Any) -> tuple[FlowTest, ...]:
+    if not isinstance(specs, list):
+        build.fault("/tests", "must be a list of tests")
+        return ()
+    tests = []
+    for position, spec in enumerate(specs):
+        place = f"/tests/{position}"
+        if not build.members(spec, place, ("name", "request", "steps", "fails", "response"), ("name", "response")):
+            continue
+        parts = {name: spec.get(name, {}) for name in ("request", "steps", "fails", "response")}
+        members = {"request": ("params", "body"), "response": ("status", "headers", "body")}
+        if not all(
+            build.members(part, f"{place}/{name}", members.get(name, part if isinstance(part, dict) else ()))
+            for name, part in parts.items()
+        ):
+            continue
+        for part in ("steps", "fails"):
+            for name in parts[part]:
+                if name.rpartition("/")[2] not in build.step_names:
+                    cure = suggest(name, build.step_names)
+                    build.fault(f"{place}/{part}/{pointer(name)}", f"there is no step {shown(name)}{cure}")
+        for name in parts["fails"]:
+            build.checked(parts["fails"], name, f"{place}/fails", _is_status, 502)
+        if not isinstance(spec.get("name"), str) or not isinstance(parts["request"].get("params", {}), dict):
+            build.fault(place, "its name must be text, and request/params an object")
+            continue
+        request = parts["request"]
+        params, body = request.get("params", {}), request.get("body")
+        tests.append(FlowTest(spec["name"], params, body, parts["steps"], parts["fails"], parts["response"]))
+    return tuple(tests)
+
+
+class _Canned:
+    """Stands in for the steps of a flow under test."""
+
+    def __init__(self, test: FlowTest) -> None:
+        self._test = test
+        self.used = 0
+        self.missing: list[str] = []
+
+    def output(self, step: Step, path: str) -> tuple[bool, Any]:
+        """Whether a step does not run, and what it then gives."""
+        for name in (path, step.name):
+            if name in self._test.fails:
+                status = self._test.fails[name]
+                raise StepError(status, "it fails in this test", "fails", {"timeout" if status == 504 else "transport"})
+            if name in self._test.steps:
+                self.used += 1
+                return True, copy.deepcopy(self._test.steps[name])
+        if step.effect:
+            self.missing.append(path)
+            raise _Cancelled
+        return step.kind == "wait", None
+
+
+def run_test(flow: Flow, test: FlowTest, outside: Surroundings) -> tuple[list[str], int]:
+    """Run one test of a flow; what is not as expected, a line each, and how many outputs were canned."""
+    canned = _Canned(test)
+    try:
+        request = request_for(flow, test.params, test.body)
+        given = flow.bind(request, path_values(flow, request.path), "test")
+    except InputError as error:
+        found = Outcome.failed("failed", error.status, str(error))
+    else:
+        run = Run(flow, given, outside, outside.clock.monotonic() + _TEST_S)
+        run.canned = canned
+        outcome = run_flow(run)
+        assert isinstance(outcome, Outcome)
+        found = outcome
+    if canned.missing:
+        name = canned.missing[0]
+        return [f'the step "{name}" would act on the world: add its output, "steps": {{"{name}": …}}'], canned.used
+    return _differences(found, test.response), canned.used
+
+
+_TEST_S = 30.0
+
+
+def _differences(outcome: Outcome, expected: Mapping[str, Any]) -> list[str]:
+    answer = outcome.answer
+    lines = []
+    if answer.code != expected.get("status", 200):
+        reason = outcome.reason or (outcome.error or {}).get("detail", "")
+        lines.append(f"status: expected {expected.get('status', 200)}, got {answer.code} {reason}".rstrip())
+    headers = {name.lower(): value for name, value in answer.headers}
+    for name, value in expected.get("headers", {}).items():
+        if headers.get(name.lower()) != as_text(value):
+            lines.append(f"header {name}: expected {shown(value)}, got {shown(headers.get(name.lower()))}")
+    if "body" in expected:
+        body = _response_body(Fetched(answer.code, list(answer.headers), answer.body), "GET")
+        lines += _unlike(expected["body"], body, "body")
+    return lines
+
+
+def _unlike(expected: Any, found: Any, place: str) -> list[str]:
+    """Where two values differ."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        lines = []
+        for name in [*expected, *(name for name in found if name not in expected)]:
+            at = f"{place}/{pointer(name)}"
+            if name in expected and name in found:
+                lines += _unlike(expected[name], found[name], at)
+            else:
+                want, got = (shown(side[name]) if name in side else "nothing" for side in (expected, found))
+                lines.append(f"{at}: expected {want}, got {got}")
+        return lines
+    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        pairs = enumerate(zip(expected, found, strict=True))
+        return [line for at, (want, got) in pairs for line in _unlike(want, got, f"{place}/{at}")]
+    same = expected == found and (type(expected) is bool) == (type(found) is bool)
+    return [] if same else [f"{place}: expected {shown(expected, 200)}, got {shown(found, 200)}"]
 
 
 class Deployments:
@@ -6807,12 +6984,20 @@ _CHORES_EVERY_MS = 1000
 class Housekeeper:
     """The background thread. `tick(now)` does what is due; `run` is only the loop around it."""
 
-    def __init__(self, store: Store, engine: Engine, courier: Courier, clock: Clock) -> None:
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        courier: Courier,
+        clock: Clock,
+        look_at_flows: Callable[[], None] = lambda: None,
+    ) -> None:
         self._store, self._engine, self._courier, self._clock = store, engine, courier, clock
+        self._look_at_flows = look_at_flows
         self._wake = threading.Event()
         self._stopping = False
         self._purging = False
-        self._purge_at = self._unstall_at = 0
+        self._purge_at = self._chores_at = 0
         self._thread = threading.Thread(target=self.run, name="astera-housekeeper", daemon=True)
 
     def start(self) -> None:
@@ -6845,9 +7030,10 @@ class Housekeeper:
     def tick(self, now: int) -> int:
         """Do what is due at `now` (milliseconds since the epoch); when to come again at the latest."""
         self._engine.overdue()
-        if now >= self._unstall_at:
-            self._unstall_at = now + _CHORES_EVERY_MS
+        if now >= self._chores_at:
+            self._chores_at = now + _CHORES_EVERY_MS
             self._engine.unstall()
+            self._look_at_flows()
         wanted = [now + _CHORES_EVERY_MS, self._engine.release(now), self._purge(now), self._deliver(now)]
         return min(moment for moment in wanted if moment is not None)
 
@@ -7030,6 +7216,9 @@ class AsteraLite:
         self._folder = Path(settings.flows) if settings.flows else None
         self._functions = Functions(self._folder)
         self._own_flows: dict[str, Flow] = {}
+        self._deploying = threading.RLock()  # held while flows are read, and taken into service
+        self._folder_read: _Signature = ()
+        self._folder_seen: _Signature = ()
         self._old_flows: dict[int, Flow] = {}
         self._watchers: dict[int, list[Callable[[], None]]] = {}
         self._kinds = dict(STEP_KINDS)
@@ -7074,7 +7263,7 @@ class AsteraLite:
             timeout=settings.callback_timeout,
             retries=settings.callback_retries,
         )
-        self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock)
+        self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, self.look_at_flows)
         self._keys = JobKeys(self.store.last_seq())
         taken_up = 0
         for seq, due, name in self.store.unfinished():
@@ -7101,8 +7290,7 @@ class AsteraLite:
             log.warning(
                 "%d jobs still ran after %gs; they run again after the next start", left, self.settings.shutdown_timeout
             )
-        if self.outside.isolated is not None:
-            self.outside.isolated.close()
+        self.outside.close()
         self.courier.stop()
         self.housekeeper.stop(5.0)
         self.store.close(10.0)
@@ -7126,12 +7314,72 @@ class AsteraLite:
 
     def reload(self) -> list[Fault]:
         """Read the flow files again; running jobs keep the flow they have. The faults; new ones are also logged."""
-        known = set(self.deployments.faults)
-        self.deployments = self.read_flows()
+        with self._deploying:
+            known = set(self.deployments.faults)
+            self._folder_read = self._folder_seen = _signature(self._folder)
+            self.deployments = self.read_flows()
         for fault in self.deployments.faults:
             if fault not in known:
                 log.error("%s", fault)
         return self.deployments.faults
+
+    def look_at_flows(self) -> None:
+        """Read the flow files again if they have changed, and were the same when they were last looked at."""
+        before, self._folder_seen = self._folder_seen, _signature(self._folder)
+        if self._folder_seen != self._folder_read and self._folder_seen == before:
+            self.reload()
+            count = len(self.deployments.by_name)
+            log.info("read the flows again: %d published, %d faults", count, len(self.deployments.faults))
+
+    def put_deployment(self, name: str, text: bytes) -> tuple[Flow, bool]:
+        """Deploy a flow as the file NAME.json; it, and whether it is new.
+
+        Raises FlowError with every fault, Conflict if something else than that file has the name.
+        """
+        file = f"{name}.json"
+        with self._deploying:
+            folder = self._folder_of(name)
+            try:
+                tree = parse_flow_text(text.decode(), file)
+            except UnicodeDecodeError as error:
+                raise FlowError([Fault(file, "", f"byte {error.start} is not valid UTF-8")]) from None
+            flow = self._build(tree, name, file)
+            new = name not in self.deployments.by_name
+            others = {other.name: other for other in self.deployments.by_name.values() if other.name != name}
+            faults = [fault for fault in self.deployments.faults if fault.where != file]
+            deployments = Deployments([*others.values(), flow], faults, others)
+            if len(deployments.faults) > len(faults):
+                raise FlowError(deployments.faults[len(faults) :])
+            _write_whole(folder / file, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+            self.deployments = deployments
+        log.info("deployed %s", name)
+        return flow, new
+
+    def delete_deployment(self, name: str) -> None:
+        """Take a flow out of service and delete its file; raises NotFound, or Conflict if others call it."""
+        with self._deploying:
+            path = self._folder_of(name) / f"{name}.json"
+            if name not in self.deployments.by_name and not path.exists():
+                raise NotFound(f"There is no deployment {shown(name)}.")
+            callers = [f.name for f in self.deployments.by_name.values() if name in [called for called, _ in f.calls]]
+            if callers:
+                raise Conflict(f"It is called by {', '.join(callers)}.")
+            others = [flow for flow in self.deployments.by_name.values() if flow.name != name]
+            faults = [fault for fault in self.deployments.faults if fault.where != path.name]
+            path.unlink(missing_ok=True)
+            self.deployments = Deployments(others, faults, {flow.name: flow for flow in others})
+        log.info("deleted the deployment %s", name)
+
+    def _folder_of(self, name: str) -> Path:
+        """The folder where a deployment's file is kept; raises Conflict, NotFound."""
+        if not _FLOW_NAME.fullmatch(name):
+            raise NotFound(f"{shown(name)} is no name of a deployment: letters, digits, - and _.")
+        if self._folder is None or name in self._own_flows:
+            raise Conflict("It is published by the program that this server runs in, not by a file.")
+        if (self._folder / f"{name}.toml").exists():
+            raise Conflict(f"It is kept in {name}.toml: change that file.")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self._folder
 
     def _build(self, tree: dict[str, Any], name: str, source: str = "") -> Flow:
         connections = self.outside.connections
@@ -7167,6 +7415,24 @@ class AsteraLite:
             return function
 
         return publish
+
+    def step(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Add a kind of step: `@app.step("greet")` above `def greet(context, name: str, times: int = 1)`.
+
+        Flows then write `{"greet": {"name": "${params.name}"}}`: the function gets a Context and these arguments, each
+        of which may be an expression, and returns a JSON value. Raises ConfigError for a name that is taken.
+        """
+        if name in STEP_KINDS or name in _STEP_OPTIONS or not _STEP_NAME.fullmatch(name):
+            raise ConfigError([Fault("step", name, "is no new word of letters, digits and _: choose another name")])
+
+        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+            about = " ".join((function.__doc__ or "").split())
+            self._kinds[name] = StepKind(partial(_check_own, function), True, about, _own_schema(function))
+            if self._folder is not None and self._running:
+                self.reload()  # a file may have waited for it
+            return function
+
+        return add
 
     def _flow_of(self, job: Job) -> Flow | None:
         """The flow that a job was accepted with; where that cannot be had, the one of its name."""
@@ -7441,6 +7707,30 @@ class AsteraLite:
             raise NotFound(f'there is no flow "{name}"{suggest(name, self.deployments.by_name)}')
         request = request_for(flow, params or {}, body)
         return flow, request, path_values(flow, request.path)
+
+
+_Signature = tuple[tuple[str, int, int], ...]
+
+
+def _signature(folder: Path | None) -> _Signature:
+    """Name, time and size of every file in a folder that flows are made of."""
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder) if folder is not None else ():
+            if entry.name.endswith((".json", ".toml", ".py")):
+                about = entry.stat()
+                found.append((entry.name, about.st_mtime_ns, about.st_size))
+    return tuple(sorted(found))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is found as it was or as it is to be, whatever happens meanwhile."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 class Result:
@@ -7947,6 +8237,153 @@ def _example(flow: Flow, name: str) -> str:
 def _example_query(flow: Flow) -> str:
     needed = [item.name for item in flow.parameters if item.where == "query" and item.required]
     return "?" + "&".join(f"{name}={_example(flow, name)}" for name in needed) if needed else ""
+
+
+def _object(required: Sequence[str] = (), /, **properties: Any) -> dict[str, Any]:
+    more = {"required": list(required)} if required else {}
+    return {"type": "object", "properties": properties, "additionalProperties": False, **more}
+
+
+_ANY: dict[str, Any] = {}
+_TEXT: dict[str, Any] = {"type": "string"}
+_FLAG: dict[str, Any] = {"type": "boolean"}
+_MAP: dict[str, Any] = {"type": "object"}
+_TEMPLATE: dict[str, Any] = {"type": "string", "pattern": r"\$\{", "description": "an expression: ${…}"}
+_COMPUTED_MAP = {"anyOf": [_MAP, _TEMPLATE]}
+_DURATION_SCHEMA = {
+    "description": "250ms, 30s, 5m, 24h, or a number of seconds",
+    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}],
+}
+_SIZE_SCHEMA = {"description": "64KiB, 10MiB, or a number of bytes", "type": ["string", "integer"]}
+_STATUS_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 200, "maximum": 599}, _TEMPLATE]}
+_STEPS = {"type": "array", "items": {"$ref": "#/$defs/step"}}
+_INSIDE = {**_STEPS, "minItems": 1}
+_STATEMENT = _object(("query",), query=_TEXT, params=_COMPUTED_MAP)
+_EXPECT = {
+    "type": ["string", "integer", "array"],
+    "description": 'statuses that are no failure: 200, "2xx", [200, 404]',
+}
+_CODES = {"type": ["integer", "array"], "items": {"type": "integer"}}
+_RESPONSE: dict[str, Any] = {"status": _STATUS_SCHEMA, "headers": _MAP, "body": _ANY}
+_PAGES_SCHEMA = _object(
+    next=_TEMPLATE, link={"const": True}, cursor=_TEMPLATE, parameter=_TEXT, offset=_TEXT, limit=_TEXT,
+    size={"type": "integer"}, page=_TEXT, start={"type": "integer"}, items=_TEMPLATE, maxPages={"type": "integer"},
+    maxItems={"type": "integer"},
+)  # fmt: skip
+_HTTP_SCHEMA = _object(
+    method={"enum": list(_METHODS)}, url=_TEXT, connection=_TEXT, path=_TEXT, query=_MAP, headers=_MAP, json=_ANY,
+    form=_MAP, body=_ANY, timeout=_DURATION_SCHEMA, expect=_EXPECT, follow=_FLAG, maxResponse=_SIZE_SCHEMA,
+    pages=_PAGES_SCHEMA, until=_TEMPLATE, every=_DURATION_SCHEMA,
+)  # fmt: skip
+#: What stands behind the name of each kind of step in a flow file.
+_KIND_SCHEMAS: dict[str, Any] = {
+    "http": {"anyOf": [_TEXT, _HTTP_SCHEMA]},
+    "python": {"anyOf": [_TEXT, _object(("call",), call=_TEXT, args=_MAP, isolate=_FLAG)]},
+    "sql": _object(
+        ("database",), database=_TEXT, query=_TEXT, params=_COMPUTED_MAP, one=_FLAG, write=_FLAG,
+        statements={"type": "array", "items": _STATEMENT, "minItems": 1},
+    ),
+    "run": {
+        "anyOf": [
+            {"type": "array", "minItems": 1},
+            _object(
+                ("command",), command={"type": "array", "minItems": 1}, input=_ANY,
+                output={"enum": ["text", "json", "lines"]}, maxOutput=_SIZE_SCHEMA, expect=_CODES,
+            ),
+        ]
+    },
+    "set": _ANY,
+    "each": _object(
+        ("of", "steps"), of=_ANY, concurrency={"type": "integer", "minimum": 1, "maximum": _MAX_CONCURRENCY},
+        steps=_INSIDE, result=_ANY, **{"as": _TEXT},
+    ),
+    "choose": {"type": "array", "minItems": 1, "items": _object(("steps",), when=_ANY, steps=_INSIDE, result=_ANY)},
+    "call": {"anyOf": [_TEXT, _object(("flow",), flow=_TEXT, params=_MAP, body=_ANY)]},
+    "wait": {"anyOf": [_DURATION_SCHEMA, _object(("until",), until=_ANY)]},
+    "respond": _object(**_RESPONSE),
+    "fail": _object(("message",), status={"type": "integer", "minimum": 400, "maximum": 599}, message=_TEXT),
+}  # fmt: skip
+
+
+def _rules_schema() -> dict[str, Any]:
+    """The rules that parameters and bodies share."""
+    kinds = {"integer": {"type": "integer"}, "number": {"type": "number"}, "array": {"type": "array"}}
+    rules = {name: kinds.get(kind, _TEXT) for name, (_, kind) in SCHEMA_RULES.items()}
+    return rules | {"default": _ANY, "description": _TEXT, "example": _ANY}
+
+
+def flow_schema(kinds: Mapping[str, StepKind]) -> dict[str, Any]:
+    """A JSON Schema (2020-12) of the flow file, for editors; `check` knows more."""
+    value = _rules_schema() | {
+        "type": {"anyOf": [{"enum": list(SCHEMA_TYPES)}, {"type": "array", "items": {"enum": list(SCHEMA_TYPES)}}]},
+        "items": {"$ref": "#/$defs/value"},
+        "properties": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}},
+        "required": {"anyOf": [{"type": "array", "items": _TEXT}, _FLAG]},
+        "additionalProperties": {"anyOf": [_FLAG, {"$ref": "#/$defs/value"}]},
+    }
+    parameter: dict[str, Any] = _rules_schema() | {
+        "in": {"enum": ["path", "query", "header"]},
+        "type": {"enum": [*PARAMETER_TYPES, "array"]},
+        "items": {"$ref": "#/$defs/value"},
+        "required": _FLAG,
+    }
+    request = _object(
+        ("method", "resource"),
+        method={"enum": ["GET", "POST", "PUT", "PATCH", "DELETE"]},
+        resource={"type": "string", "pattern": "^/."},
+        processing={
+            "anyOf": [{"enum": list(_MODES)}, {"type": "array", "items": {"enum": list(_MODES)}, "minItems": 1}]
+        },
+        parameters={"type": "object", "additionalProperties": _object(("in",), **parameter)},
+        strict=_FLAG,
+        body={"$ref": "#/$defs/value"},
+        contentTypes={"type": "array", "items": _TEXT},
+    )
+    retry = _object(
+        ("attempts",), attempts={"type": "integer", "minimum": 1, "maximum": 100}, delay=_DURATION_SCHEMA,
+        backoff={"type": "number"}, maxDelay=_DURATION_SCHEMA, on={"type": "array"},
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "name": _TEXT,
+        "when": _ANY,
+        "timeout": _DURATION_SCHEMA,
+        "retry": retry,
+        "onError": _ANY,
+    }
+    specs = {name: _KIND_SCHEMAS.get(name, kind.schema or _ANY) for name, kind in kinds.items()}
+    described = {name: {**spec, "description": kinds[name].help} for name, spec in specs.items()}
+    step = _object(("name",), **{**options, "description": _TEXT, **described})
+    step["oneOf"] = [{"required": [kind]} for kind in kinds]
+    page = _object(("items",), items=_ANY, size={"anyOf": [{"type": "integer"}, _TEMPLATE]})
+    rows: dict[str, Any] = {
+        "page": page,
+        "filter": {"type": "array", "items": _TEXT},
+        "sort": {"type": ["boolean", "array"]},
+    }
+    response = _object(**_RESPONSE, when=_ANY, **rows)
+    test = _object(
+        ("name", "response"), name=_TEXT, request=_object(params=_MAP, body=_ANY), steps=_MAP, fails=_MAP,
+        response=_object(status={"type": "integer"}, headers=_MAP, body=_ANY),
+    )  # fmt: skip
+    limit = {
+        "anyOf": [
+            {"type": "integer"},
+            _object(("limit",), limit={"type": "integer"}, whenFull={"enum": ["queue", "refuse"]}),
+        ]
+    }
+    flow = _object(
+        ("request",),
+        description=_TEXT,
+        request=request,
+        steps=_STEPS,
+        response={"anyOf": [response, {"type": "array", "items": response}]},
+        timeout=_DURATION_SCHEMA,
+        restart={"enum": ["resume", "rerun", "fail"]},
+        concurrency=limit,
+        tests={"type": "array", "items": test},
+    )
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A flow of Astera Lite"}
+    return about | flow | {"$defs": {"step": step, "value": _object(**value)}}
 
 
 _STARTER = """\
@@ -8619,6 +9056,55 @@ def deployment_one(x: Exchange) -> Reply:
     return Reply(200, [_JSON, _NO_STORE], json_body(deployment_document(flow, x.base)))
 
 
+def _may_deploy(x: Exchange) -> None:
+    if not x.caller.admin or not x.caller.name:  # a flow can run programs
+        detail = "Deploying needs a token of role admin, which this server has none of: set `token`, and send it."
+        raise AccessError(403, detail if not x.caller.name else "Deploying needs a token of role admin.")
+
+
+def _apart(x: Exchange, work: Callable[[], Reply]) -> None:
+    """Do what takes time on a thread of its own, and answer with what it returns."""
+
+    def run() -> None:
+        try:
+            reply = work()
+        except Exception as error:
+            x.post(partial(x.fail, error))
+        else:
+            x.post(partial(x.answer, reply))
+
+    threading.Thread(target=run, name="astera-deploy", daemon=True).start()
+
+
+def deployment_put(x: Exchange) -> None:
+    """PUT /api/deployments/{name}"""
+    name, media = x.values["name"], x.head.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not _is_json(media):
+        message = "must be application/json: a flow"
+        raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
+
+    def deploy() -> Reply:
+        try:
+            flow, new = x.app.put_deployment(name, x.body)
+        except FlowError as error:
+            faults = [{"in": "body", "name": fault.place, "message": fault.message} for fault in error.faults]
+            raise InputError(faults, "The flow has faults.") from None
+        headers = [_JSON, _NO_STORE] + [("Location", f"{x.base}/api/deployments/{name}")] * new
+        return Reply(201 if new else 200, headers, json_body(deployment_document(flow, x.base)))
+
+    _apart(x, deploy)
+
+
+def deployment_delete(x: Exchange) -> None:
+    """DELETE /api/deployments/{name}"""
+
+    def delete() -> Reply:
+        x.app.delete_deployment(x.values["name"])
+        return Reply(204, [_NO_STORE])
+
+    _apart(x, delete)
+
+
 def health(x: Exchange) -> Reply:
     """GET /health"""
     document = x.app.health()
@@ -8640,6 +9126,8 @@ ROUTES = [
     Route("GET", "/api/jobs", job_list),
     Route("GET", "/api/deployments", deployment_list),
     Route("GET", "/api/deployments/{name}", deployment_one),
+    Route("PUT", "/api/deployments/{name}", deployment_put, check=_may_deploy),
+    Route("DELETE", "/api/deployments/{name}", deployment_delete, check=_may_deploy),
     Route("GET", "/health", health, is_open=True),
 ]
 
@@ -9579,8 +10067,9 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
         return 1
     trace: list[dict[str, Any]] = []
     limit = flow.timeout or settings.job_timeout
-    outcome = run_flow(Run(flow, given, app.outside, app.clock.monotonic() + limit, trace=trace))
+    outcome = run_flow(Run(flow, given, app.outside, app.clock.monotonic() + limit, _Measuring(), trace))
     assert isinstance(outcome, Outcome)
+    app.outside.close()
     _print_trace(trace)
     if outcome.reason:
         print(f"reason: {outcome.reason}", file=sys.stderr)
@@ -9594,14 +10083,54 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     return 0 if outcome.error is None else 1
 
 
+class _Measuring(Journal):
+    """Keeps nothing, but tells sizes."""
+
+    def record(self, path: str, value: Any) -> int:
+        """The size of what would be saved."""
+        return len(to_saved(value))
+
+
 def _print_trace(trace: list[dict[str, Any]]) -> None:
     for step in trace:
         began, ended = (datetime.datetime.fromisoformat(step[name]) for name in ("startedAt", "finishedAt"))
         took = f"{(ended - began).total_seconds() * 1000:.0f} ms"
-        print(
-            f"{step['path']:<20} {step['kind']:<8} {step['state']:<9} {took:>8}  {step['preview'] or ''}",
-            file=sys.stderr,
-        )
+        about = [str(step["status"])] if "status" in step else []
+        about += [f"{step['size']} bytes"] if step["size"] is not None else []
+        line = f"{step['path']:<20} {step['kind']:<8} {step['state']:<9} {took:>8}  {step['preview'] or ''}"
+        print(f"{line}  ({', '.join(about)})" if about else line, file=sys.stderr)
+
+
+def test(args: argparse.Namespace, settings: Settings) -> int:
+    """test: run the tests that flow files carry."""
+    _set_up_logging(dataclasses.replace(settings, log="off"))
+    app = AsteraLite(settings)
+    faults = app.reload()
+    for fault in faults:
+        print(fault)
+    flows = app.deployments.by_name
+    unknown = [name for name in args.names if name not in flows]
+    for name in unknown:
+        print(f'there is no flow "{name}"{suggest(name, flows)}')
+    chosen = [flow for flow in flows.values() if not args.names or flow.name in args.names]
+    passed = failed = 0
+    for flow in sorted(chosen, key=lambda flow: flow.name):
+        for each in flow.tests:
+            differences, canned = run_test(flow, each, app.outside)
+            passed, failed = passed + (not differences), failed + bool(differences)
+            print(f"{'FAILED' if differences else 'ok':<6} {flow.name}: {each.name} ({canned} canned)")
+            for line in differences:
+                print(f"         {line}")
+    app.outside.close()
+    without = sum(1 for flow in chosen if not flow.tests)
+    print(f"tests passed: {passed}, failed: {failed}; flows without tests: {without}", file=sys.stderr)
+    return 1 if failed or faults or unknown else 0
+
+
+def schema(args: argparse.Namespace, settings: Settings) -> int:
+    """schema: print a JSON Schema of the flow file."""
+    print(json.dumps(flow_schema(STEP_KINDS), indent=2, ensure_ascii=False))
+    return 0
 
 
 def new(args: argparse.Namespace, settings: Settings) -> int:
@@ -9693,6 +10222,13 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         ],
         _RUNNING,
     ),
+    "test": (
+        test,
+        "run the tests that flow files carry",
+        [("names", {"nargs": "*", "metavar": "[NAME …]", "help": "names of flows; all if none is named"})],
+        ("flows", "env_allow", "secrets", "max_result"),
+    ),
+    "schema": (schema, "print a JSON Schema of the flow file, for editors", [], ()),
     "new": (new, "write a starter flow", [("name", {"metavar": "NAME", "help": "name of the flow"})], ("flows",)),
     "jobs": (
         jobs,

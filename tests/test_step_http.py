@@ -1,0 +1,403 @@
+"""The `http` step in full: connections, pages, until, limits; against real servers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from support import FakeClock, get_flow
+
+from astera_lite import AsteraLite, FlowError, Server, Status, build_flow
+
+Reply = tuple[int, dict[str, str], Any]
+
+
+class Api:
+    """A server that answers by a function of (path, query, handler), and keeps what it was asked."""
+
+    def __init__(self, reply: Callable[[str, dict[str, str], BaseHTTPRequestHandler], Reply]) -> None:
+        api = self
+        self.seen: list[tuple[str, dict[str, str]]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                api.seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
+                parts = urlsplit(self.path)
+                query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+                code, headers, body = reply(parts.path, query, self)
+                data = json.dumps(body).encode()
+                self.send_response(code)
+                for name, value in {"Content-Type": "application/json", **headers}.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_POST = do_GET
+
+            def log_message(self, *args: Any) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@contextmanager
+def api(reply: Callable[[str, dict[str, str], Any], Reply]) -> Iterator[Api]:
+    found = Api(reply)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+@contextmanager
+def serving(folder: Path, connections: Any, *steps: Any, clock: Any = None, **settings: Any) -> Iterator[AsteraLite]:
+    flows = folder / "flows"
+    flows.mkdir(exist_ok=True)
+    if connections is not None:
+        (flows / "connections.json").write_text(json.dumps(connections))
+    (flows / "f.json").write_text(json.dumps(get_flow("/f", steps=list(steps), request=V)))
+    app = AsteraLite(flows=str(flows), database=str(folder / "jobs.db"), clock=clock, shutdown_timeout=5, **settings)
+    with app:
+        yield app
+
+
+V = {"parameters": {"v": {"in": "query"}}}
+
+
+def step(**spec: Any) -> dict[str, Any]:
+    return {"name": "c", "http": {"connection": "a", **spec}}
+
+
+def answer(app: AsteraLite, **params: Any) -> Any:
+    result = app.run("f", params)
+    assert result.status_code == 200, result.text
+    return result.json()
+
+
+def echo(path: str, query: dict[str, str], handler: Any) -> Reply:
+    return 200, {}, {"path": path, "query": query}
+
+
+# ---- connections -----------------------------------------------------------------------------------------------------
+
+
+def test_a_connection_gives_address_headers_and_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASTERA_FLOW_TENANT", "t1")
+    headers = {"X-Tenant": "${env.ASTERA_FLOW_TENANT}", "X-Kind": "shared", "User-Agent": "mine"}
+    with api(echo) as there:
+        connection = {"a": {"url": there.url + "/v2/", "headers": headers, "timeout": 5}}
+        spec = step(path="/people/${params.v}", query={"q": "a b"}, headers={"x-kind": "own"})
+        with serving(tmp_path, connection, spec) as app:
+            assert answer(app, v="a/ä?x")["body"] == {"path": "/v2/people/a%2F%C3%A4%3Fx", "query": {"q": "a b"}}
+            [(_, sent)] = there.seen
+            assert (sent["x-tenant"], sent["x-kind"], sent["user-agent"]) == ("t1", "own", "mine")
+            assert app.run("f", {"v": ".."}).status_code == 500
+
+
+AUTHS = [
+    ({"bearer": "${secrets.KEY}"}, "authorization", "Bearer hidden"),
+    ({"basic": {"user": "ä", "password": "${secrets.KEY}"}}, "authorization", "Basic " + base64.b64encode("ä:hidden".encode()).decode()),  # noqa: E501
+    ({"apiKey": {"in": "header", "name": "X-Key", "value": "${secrets.KEY}"}}, "x-key", "hidden"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("auth", "name", "text"), AUTHS)
+def test_credentials_are_sent_but_not_to_another_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, auth: Any, name: str, text: str
+) -> None:
+    monkeypatch.setenv("KEY", "hidden")
+    with api(echo) as other, api(lambda path, query, handler: (302, {"Location": other.url + "/o"}, None)) as there:
+        connection = {"a": {"url": there.url, "auth": auth, "headers": {"X-Other": "x"}}}
+        with serving(tmp_path, connection, step(), secrets="KEY", callback_allow="127.0.0.1") as app:
+            assert answer(app)["body"]["path"] == "/o"
+        assert there.seen[0][1][name] == text
+        assert not {name, "x-other"} & other.seen[0][1].keys()
+
+
+def test_an_api_key_in_the_query(tmp_path: Path) -> None:
+    with api(echo) as there:
+        auth = {"apiKey": {"in": "query", "name": "key", "value": "k/1"}}
+        with serving(tmp_path, {"a": {"url": there.url, "auth": auth}}, step(query={"x": 1})) as app:
+            assert answer(app)["body"]["query"] == {"x": "1", "key": "k/1"}
+            assert app.outside.masked("key=k%2F1 k/1") == "key=*** ***"
+
+
+@pytest.mark.parametrize("where", ["header", "body"])
+def test_an_oauth_token_is_got_once_kept_and_renewed(tmp_path: Path, where: str) -> None:
+    tokens: list[str] = []
+    clock = FakeClock()
+
+    def reply(path: str, query: dict[str, str], handler: Any) -> Reply:
+        if path == "/token":
+            form = {name: values[0] for name, values in parse_qs(handler.body.decode()).items()}
+            assert (form["grant_type"], form["scope"]) == ("client_credentials", "read")
+            basic = "Basic " + base64.b64encode(b"id:se%2Fcret").decode()
+            given = (
+                handler.headers["Authorization"] == basic if where == "header" else form["client_secret"] == "se/cret"
+            )
+            tokens.append(f"token-{len(tokens)}")
+            return (200 if given else 401), {}, {"access_token": tokens[-1], "expires_in": 600, "token_type": "Bearer"}
+        fresh = handler.headers["Authorization"] == f"Bearer {tokens[-1]}" and path != "/revoked"
+        return (200 if fresh else 401), {}, {"ok": True}
+
+    with api(reply) as there:
+        oauth = {
+            "tokenUrl": there.url + "/token",
+            "clientId": "id",
+            "clientSecret": "se/cret",
+            "scope": "read",
+            "in": where,
+        }
+        with serving(tmp_path, {"a": {"url": there.url, "auth": {"oauth2": oauth}}}, step(), clock=clock) as app:
+            for _ in range(3):
+                answer(app)
+            assert tokens == ["token-0"]
+            assert app.outside.masked("Bearer token-0, se/cret") == "Bearer ***, ***"
+            clock.tick(575)
+            answer(app)
+            assert tokens == ["token-0", "token-1"]
+            tokens.append("token-2")  # the one that is kept was revoked
+            answer(app)
+            assert len(tokens) == 4
+            app.deploy("f", get_flow("/f", steps=[step(path="/revoked")]))
+            assert app.run("f").status_code == 502  # a second 401 is the answer
+
+
+def test_a_token_that_cannot_be_had_is_a_502_without_secrets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with api(lambda path, query, handler: (403, {}, {"clientSecret": "xyzzy"})) as there:
+        oauth = {"tokenUrl": there.url, "clientId": "id", "clientSecret": "xyzzy"}
+        with serving(tmp_path, {"a": {"url": there.url, "auth": {"oauth2": oauth}}}, step()) as app:
+            result = app.run("f")
+    assert (result.status_code, result.json()["detail"]) == (
+        502,
+        'step "c": no token could be had for the API it calls',
+    )
+    assert "xyzzy" not in caplog.text and "403" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("connections", "message"),
+    [
+        ({"a": {}}, 'connections.json: /a: needs a member "url"'),
+        ({"a": {"url": "crm.example"}}, 'connections.json: /a/url: "crm.example" must begin with http:// or https://'),
+        ({"a": {"url": "http://x/${params.v}"}}, "connections.json: /a/url"),
+        (
+            {"a": {"url": "http://x/", "auth": {"bearer": "a", "basic": {}}}},
+            "connections.json: /a/auth: needs exactly one of bearer, basic, apiKey, oauth2",
+        ),
+        (
+            {"a": {"url": "http://x/", "auth": {"basic": {"user": "u"}}}},
+            'connections.json: /a/auth/basic: needs a member "password"',
+        ),
+        (
+            {"a": {"url": "http://x/", "auth": {"apikey": {}}}},
+            'is not known here (known: bearer, basic, apiKey, oauth2); did you mean "apiKey"?',
+        ),
+        ({"a": {"url": "http://x/", "timeout": "5 sec"}}, 'connections.json: /a/timeout: "5 sec" is not a duration'),
+        ({"b": {"url": "http://x/"}}, 'f.json: /steps/0/http/connection: there is no "a" in connections.json'),
+    ],
+)  # fmt: skip
+def test_faults_of_connections(tmp_path: Path, connections: Any, message: str) -> None:
+    with serving(tmp_path, connections, step()) as app:
+        assert any(message in str(fault) for fault in app.deployments.faults), app.deployments.faults
+
+
+def test_a_changed_connection_counts_at_once_and_a_faulty_one_not_at_all(tmp_path: Path) -> None:
+    with api(lambda *_: (200, {}, 1)) as one, api(lambda *_: (200, {}, 2)) as two:
+        with serving(tmp_path, {"a": {"url": one.url}}, step()) as app:
+            assert answer(app)["body"] == 1
+            path = tmp_path / "flows" / "connections.json"
+            path.write_text(json.dumps({"a": {"url": two.url}}))
+            assert app.reload() == []
+            assert answer(app)["body"] == 2
+            path.write_text("{")
+            assert len(app.reload()) == 1
+            assert answer(app)["body"] == 2
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+ROWS = list(range(23))
+
+
+def paged(path: str, query: dict[str, str], handler: Any) -> Reply:
+    """A list of 23 rows, in every style."""
+    size = int(query.get("limit", 5))
+    number = int(query.get("page", 0))
+    begin = int(query.get("offset", query.get("cursor", number * size)))
+    rows, more = ROWS[begin : begin + size], begin + size < len(ROWS)
+    following = f"/list?cursor={begin + size}"
+    link = f'<{following}>; title="a, b"; rel="next", </list>; rel=first' if more else "</list>; rel=first"
+    body = {"rows": rows, "next": following if more else None, "cursor": str(begin + size) if more else ""}
+    return 200, {"Link": link}, rows if path == "/plain" else body
+
+
+@pytest.mark.parametrize(
+    ("path", "pages", "count"),
+    [
+        ("/list", {"items": "${page.body.rows}", "next": "${page.body.next}"}, 5),
+        ("/list", {"items": "${page.body.rows}", "link": True}, 5),
+        ("/list", {"items": "${page.body.rows}", "cursor": "${page.body.cursor}", "parameter": "cursor"}, 5),
+        ("/plain", {"offset": "offset", "limit": "limit", "size": 6}, 4),
+        ("/plain", {"page": "page", "start": 0}, 6),
+    ],
+)
+def test_every_style_of_pages(tmp_path: Path, path: str, pages: Any, count: int) -> None:
+    with api(paged) as there, serving(tmp_path, {"a": {"url": there.url}}, step(path=path, pages=pages)) as app:
+        found = answer(app)
+        assert (found["items"], found["pages"], found["status"]) == (ROWS, count, 200)
+        assert len(there.seen) == count
+        app.deploy("f", get_flow("/f", steps=[step(path=path, pages={**pages, "maxItems": 7})]))
+        assert answer(app)["items"] == ROWS[:7]
+        app.deploy("f", get_flow("/f", steps=[step(path=path, pages={**pages, "maxPages": 2})]))
+        assert answer(app)["pages"] == 2
+
+
+@pytest.mark.parametrize("following", ["${page.body.next}", "/list"])
+def test_pages_without_end_and_pages_too_large_are_errors(tmp_path: Path, following: str) -> None:
+    same = lambda path, query, handler: (200, {}, {"rows": ["x" * 9000], "next": "/list"})  # noqa: E731
+    spec = step(path="/list", pages={"items": "${page.body.rows}", "next": following})
+    with api(same) as there, serving(tmp_path, {"a": {"url": there.url}}, spec) as app:
+        result = app.run("f")
+        assert (result.status_code, "without end" in result.text) == (502, True)
+        assert len(there.seen) == 2
+    growing = lambda path, query, handler: (  # noqa: E731
+        200, {}, {"rows": ["x" * 9000], "next": f"?p={int(query.get('p', 0)) + 1}"}
+    )  # fmt: skip
+    spec = step(path="/list", pages={"items": "${page.body.rows}", "next": "${page.body.next}"})
+    with api(growing) as there, serving(tmp_path, {"a": {"url": there.url}}, spec, max_step_response="64KiB") as app:
+        assert app.run("f").status_code == 502
+        assert len(there.seen) == 8
+
+
+@pytest.mark.parametrize(
+    ("pages", "message"),
+    [
+        ({}, "/pages: needs exactly one of next, link, cursor, offset, page: how the next page is asked for"),
+        ({"next": "${page.x}", "page": "p"}, "/pages: needs exactly one of"),
+        ({"cursor": "${page.x}"}, '/pages: needs "parameter": the query parameter that takes the cursor'),
+        ({"next": "${page.x}", "size": 5}, "/pages/size: does not belong to next"),
+        ({"page": "p", "maxPages": 0}, "/pages/maxPages: 0 is not a number, 1 or more"),
+        ({"offset": "${x}"}, '/pages/offset: "${x}" is not the name of a query parameter'),
+    ],
+)
+def test_faults_of_pages(pages: Any, message: str) -> None:
+    tree = get_flow("/f", steps=[{"name": "c", "http": {"url": "http://x/", "pages": pages}}])
+    with pytest.raises(FlowError) as caught:
+        build_flow(tree, "f")
+    assert any(message in str(fault) for fault in caught.value.faults)
+
+
+# ---- until -----------------------------------------------------------------------------------------------------------
+
+
+def polls(app: AsteraLite, count: int) -> None:
+    for _ in range(10_000):
+        if app.engine.counts() == {"queued": 0, "running": 0, "waiting": count}:
+            return
+        threading.Event().wait(0.002)
+    raise AssertionError(app.engine.counts())
+
+
+def test_until_polls_without_a_thread_and_survives_a_restart(tmp_path: Path) -> None:
+    clock, turns = FakeClock(), [0]
+
+    def reply(path: str, query: dict[str, str], handler: Any) -> Reply:
+        turns[0] += 1
+        return 200, {"Retry-After": "60"} if turns[0] == 2 else {}, {"done": turns[0] == 4}
+
+    spec = step(until="${answer.body.done}", every="10s")
+    with api(reply) as there:
+        with serving(tmp_path, {"a": {"url": there.url}}, spec, clock=clock) as app:
+            job = app.submit("f")
+            polls(app, 1)
+            clock.tick(10)
+            app.housekeeper.tick(clock.now())
+            polls(app, 1)
+            clock.tick(59)  # the API asked for 60 s
+            app.housekeeper.tick(clock.now())
+            polls(app, 1)
+            assert turns == [2]
+        with serving(tmp_path, {"a": {"url": there.url}}, spec, clock=clock) as app:
+            for _ in range(2):
+                polls(app, 1)
+                clock.tick(10)
+                app.housekeeper.tick(clock.now())
+            assert app.wait(job.id, 10).status is Status.COMPLETED
+            assert app.result(job.id).json()["body"] == {"done": True}
+            assert turns == [4]
+
+
+def test_the_timeout_of_the_step_bounds_all_polls(tmp_path: Path) -> None:
+    clock = FakeClock()
+    spec = {**step(until="${false}", every="10s"), "timeout": "25s"}
+    with api(echo) as there, serving(tmp_path, {"a": {"url": there.url}}, spec, clock=clock) as app:
+        job = app.submit("f")
+        for _ in range(3):
+            polls(app, 1)
+            clock.tick(10)
+            app.housekeeper.tick(clock.now())
+        found = app.wait(job.id, 10)
+        assert found.error and found.error["code"] == "timeout"
+        assert len(there.seen) == 3
+
+
+def test_a_flow_consumes_another_astera_lite(tmp_path: Path) -> None:
+    with AsteraLite(database=str(tmp_path / "other.db"), port=0) as other, Server(other) as server:
+        other.deploy("nap", get_flow("/nap", steps=[{"name": "w", "wait": "300ms"}], response={"body": "rested"}))
+        steps = [
+            {"name": "submitted", "http": {"url": server.url + "/api/publishingAsync/nap"}},
+            {
+                "name": "finished",
+                "http": {
+                    "url": "${submitted.headers.location}",
+                    "until": "${answer.body.status != 'Running'}",
+                    "every": 0.1,
+                },
+            },
+            {"name": "result", "http": {"url": "${finished.headers.location}"}},
+            {"name": "body", "set": "${result.body}"},
+        ]  # fmt: skip
+        with serving(tmp_path, None, *steps, callback_allow="127.0.0.1") as app:
+            job = app.submit("f")
+            assert app.wait(job.id, 10).status is Status.COMPLETED
+            assert app.result(job.id).json() == "rested"
+            assert answer(app) == "rested"
+
+
+def test_a_step_may_lower_the_limit_of_its_response(tmp_path: Path) -> None:
+    with api(lambda *_: (200, {}, "x" * 5000)) as there:
+        with serving(tmp_path, {"a": {"url": there.url}}, step(maxResponse="4KiB")) as app:
+            assert app.run("f").status_code == 502
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"url": "http://x/", "path": "/y"}, "/path: belongs to a connection: name it, or give the whole url"),
+        ({"path": "/y"}, "/path: belongs to a connection"),
+        ({}, 'needs a member "url", or "connection" and "path"'),
+        ({"url": "http://x/", "every": 5}, "/every: says how often until is looked at, which is missing"),
+        ({"url": "http://x/", "until": "${answer}", "pages": {"link": True}}, "has both pages and until: a step does"),
+        ({"connection": "a", "url": "http://x/"}, "/url: stands in the connection already: give a path"),
+    ],
+)  # fmt: skip
+def test_faults_of_http(spec: Any, message: str) -> None:
+    with pytest.raises(FlowError) as caught:
+        build_flow(get_flow("/f", steps=[{"name": "c", "http": spec}]), "f")
+    assert any(message in str(fault) for fault in caught.value.faults)
