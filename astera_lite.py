@@ -16,11 +16,11 @@ The rooms of the module, bottom up; each uses only what stands above it:
      7 Store               the storage contract and SqliteStore: all SQL, one writer thread
      8 Engine              the thread pool that runs jobs and synchronous flows
      9 Courier             one callback delivery: signature, outcome, next try
-    10 Housekeeper         the background thread: purge, callbacks due, jobs due
+    10 Housekeeper         the background thread: purge, callbacks due, jobs due, changed flow files
     11 Service             AsteraLite: the application without HTTP
     12 Access              token, Host and Origin rules
     13 Wire                bytes <-> requests and responses, strict, without sockets
-    14 Documents           texts made from the deployments: the endpoint list, a starter flow
+    14 Documents           the endpoint list, a starter flow, the JSON Schema of a flow file
     15 Routes              the ROUTES table and its functions
     16 Loop                Handler and Server: every socket, every deadline of a connection
     17 Command line        subcommands, signals, logging, main()
@@ -199,7 +199,8 @@ def resource(name: str) -> bytes:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean "x"?` where a known word is near, else an empty string."""
-    near = difflib.get_close_matches(word, list(known), 1)
+    words = list(known)
+    near = [each for each in words if each.lower() == word.lower()] or difflib.get_close_matches(word, words, 1)
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
@@ -1377,6 +1378,29 @@ def _check_arguments(name: str, function: Callable[..., Any], count: int, words:
 
 
 _KEYWORD_FIELD = re.compile(rf"\.({'|'.join(keyword.kwlist)})\b")
+#: What other languages have, and what it is here.
+_FOREIGN = [
+    (re.compile(r"&&"), "there is no &&: write `and`"),
+    (re.compile(r"\|\|"), "there is no ||: write `or`"),
+    (re.compile(r"[=!]=="), "there is no === or !==: write == or !="),
+    (re.compile(r"!(?!=)"), "there is no !: write `not`"),
+    (re.compile(r"\?\?"), "there is no ??: write `a if a is not None else b`"),
+    (re.compile(r"\?[^:]*:"), "there is no ? : here: write `a if condition else b`"),
+    (re.compile(r"=>"), "there is no =>: write a comprehension, [… for x in …]"),
+    (re.compile(r"`"), "there is no `…`: text stands in quotes"),
+    (re.compile(r"(?<![=!<>:])=(?!=)"), "= does not compare: write =="),
+]
+
+
+def _syntax_cure(source: str) -> str:
+    """What is wrong with an expression that does not parse, as far as it can be told; else an empty string."""
+    if word := _KEYWORD_FIELD.search(source):
+        return f'{word[1]} is a word of the language: write ["{word[1]}"] for the field of that name'
+    bare = re.sub(_QUOTED_TEXT, "''", source)
+    return next((cure for pattern, cure in _FOREIGN if pattern.search(bare)), "")
+
+
+_QUOTED_TEXT = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""")
 _OPEN = re.compile(r"\$\$\{|\$\{")
 _TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|[\[({]|[\])}]""")
 
@@ -1459,6 +1483,9 @@ class Template:
             message = f'there is no "{error.args[0]}"'
         elif isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:
             message = "what stands before it is null"
+        elif isinstance(error, TypeError) and "indices must be integers" in message:
+            message = "what stands before it is a list or text, which has no fields"
+            message += ": len(…) is the length" if part.rstrip().endswith(".length") else ""
         elif isinstance(error, MemoryError | RecursionError):
             message = "it is too large or nested too deeply"
         return f"{place}: {part or source}: {message}" if place else message
@@ -1519,8 +1546,8 @@ class _Compiler:
             self.volatile = self.volatile or checker.volatile
         except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
             message = error.msg if isinstance(error, SyntaxError) else str(error) or "it is nested too deeply"
-            if isinstance(error, SyntaxError) and (word := _KEYWORD_FIELD.search(source)):
-                message = f'{word[1]} is a word of the language: write ["{word[1]}"] for the field of that name'
+            if isinstance(error, SyntaxError):
+                message = _syntax_cure(source) or message
             self.faults.append(Fault(self.where, place, f"${{{source[:120]}}}: {message}"))
             return ast.Constant(None)
         for part in ast.walk(checked):
@@ -1951,7 +1978,7 @@ def parse_retry_after(value: str | None, now: int) -> float:
 
 # ======================================================================================================================
 # 6 Flows
-# To add a step kind: a function that checks its spec and returns a runner, and a row in STEP_KINDS.
+# To add a step kind: a function that checks its spec and returns a runner, a row in STEP_KINDS, and its schema in room 14.
 # To add a parameter type: a row in PARAMETER_TYPES and one in SCHEMA_TYPES.
 # ======================================================================================================================
 
@@ -3057,6 +3084,12 @@ class Build:
         self.hints |= {name: f'"{name}" is known only inside the step that it belongs to' for name in inside}
         self.names = outer
 
+    def condition(self, value: Any, place: str) -> Template:
+        """Compile what decides: an expression, for any other text would always hold."""
+        if isinstance(value, str) and "${" not in value:
+            self.fault(place, f"{shown(value)} is text, which always holds: write ${{…}} around the condition")
+        return self.template(value, place)
+
     def members(self, spec: Any, place: str, allowed: Collection[str], required: Collection[str] = ()) -> bool:
         """Whether `spec` is an object; unknown and missing members are faults."""
         if not isinstance(spec, dict):
@@ -3093,7 +3126,8 @@ class StepKind(NamedTuple):
 
 def _is_status(value: Any) -> int:
     if type(value) is not int or not 200 <= value <= 599:
-        raise ValueError(f"{shown(value)} is not a status from 200 to 599")
+        cure = ": write it without quotes" if isinstance(value, str) and value.isdigit() else ""
+        raise ValueError(f"{shown(value)} is not a status from 200 to 599{cure}")
     return value
 
 
@@ -3103,7 +3137,7 @@ def check_response(build: Build, spec: Any, place: str, with_when: bool) -> Resp
     if not build.members(spec, place, allowed):
         return None
     selection, items, size = _check_selection(build, spec, place)
-    when = build.template(spec["when"], f"{place}/when") if "when" in spec else None
+    when = build.condition(spec["when"], f"{place}/when") if "when" in spec else None
     with build.block(*["page"] * selection.page):
         return _check_answer(build, spec, place, when, selection, items, size)
 
@@ -3426,6 +3460,7 @@ def _check_url(build: Build, url: Any, place: str) -> tuple[Template, bool]:
         start = parts[0][1]
         if not re.match(r"https?://", start, re.IGNORECASE):
             build.fault(place, f"{shown(url)} must begin with http:// or https://")
+            return build.template("", place), True
     if not any(is_code for is_code, _ in parts):
         try:
             parse_target(url)
@@ -3535,7 +3570,8 @@ def _check_call_out(build: Build, spec: dict[str, Any], place: str) -> _HttpCall
         build.fault(place, f"has {' and '.join(bodies)}: a request has one body")
     method = spec.get("method", "POST" if bodies else "GET")
     if method not in _METHODS:
-        build.fault(f"{place}/method", f"{shown(method)} is not one of {', '.join(_METHODS)}")
+        cure = suggest(str(method), _METHODS)
+        build.fault(f"{place}/method", f"{shown(method)} is not one of {', '.join(_METHODS)}{cure}")
     connection = spec.get("connection")
     if connection is None:
         if "path" in spec:
@@ -3726,7 +3762,7 @@ _LONGEST_PAUSE_S = 3600.0
 def _check_until(build: Build, spec: dict[str, Any], place: str, call: _HttpCall) -> Runner:
     every = build.checked(spec, "every", place, parse_duration, 2.0)
     with build.block("answer"):
-        until = build.template(spec["until"], f"{place}/until")
+        until = build.condition(spec["until"], f"{place}/until")
     if every < 0.01:
         build.fault(f"{place}/every", "must be at least 10ms")
 
@@ -4580,7 +4616,7 @@ def _check_choose(build: Build, spec: Any, place: str) -> Runner:
         at = f"{place}/{position}"
         if not build.members(branch, at, ("when", "steps", "result"), ("steps",)):
             continue
-        when = build.template(branch["when"], f"{at}/when") if "when" in branch else None
+        when = build.condition(branch["when"], f"{at}/when") if "when" in branch else None
         if when is None and position < len(spec) - 1:
             build.fault(at, "has no `when`, so the branches behind it are never taken: put it last")
         branches.append((when, _check_steps_inside(build, branch, at)))
@@ -4663,6 +4699,7 @@ _REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
 _FLOW_MEMBERS = ("description", "request", "steps", "response", "timeout", "restart", "concurrency", "tests")
 _STEP_OPTIONS = ("name", "when", "timeout", "retry", "onError", "description")
 _MODES = ("synchronous", "asynchronous")
+_FLOW_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _FLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _STEP_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _SEGMENT = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+")
@@ -4685,7 +4722,9 @@ def parse_flow_text(text: str, file_name: str) -> dict[str, Any]:
     except RecursionError:
         raise FlowError([Fault(file_name, "", f"it is nested deeper than {MAX_JSON_DEPTH} levels")]) from None
     except ValueError as error:  # TOMLDecodeError is one; it names line and column itself
-        raise FlowError([Fault(file_name, "", str(error))]) from None
+        prefix = "is not TOML: " if file_name.endswith(".toml") else ""
+        cure = ": text stands in quotes there" if "Invalid value" in str(error) else ""
+        raise FlowError([Fault(file_name, "", f"{prefix}{error}{cure}")]) from None
     if not isinstance(tree, dict):
         raise FlowError([Fault(file_name, "", f"must be an object with request, steps, response, not {_kind(tree)}")])
     return tree
@@ -4706,6 +4745,10 @@ def _check_tree_depth(tree: Any) -> None:
 
 def _json_cure(error: json.JSONDecodeError) -> str:
     before, at = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
+    if not error.doc.strip():
+        return ": the file is empty; `new NAME` writes a first flow"
+    if not at:
+        return ": the file ends too early, a } or ] or a quote is missing"
     if "delimiter" in error.msg:
         return ": a comma or a closing bracket is missing before this place"
     if before.endswith(","):
@@ -4732,17 +4775,14 @@ def build_flow(
     if not _FLOW_NAME.fullmatch(name):
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _")
     build.members(tree, "", _FLOW_MEMBERS, ("request",))
-    request = tree.get("request", {})
-    if not build.members(
-        request,
-        "/request",
-        ("method", "resource", "processing", "parameters", "strict", "body", "contentTypes"),
-        ("method", "resource"),
-    ):
+    request = tree.get("request", {"method": "GET", "resource": "/x"})  # to find what else is wrong
+    members = ("method", "resource", "processing", "parameters", "strict", "body", "contentTypes")
+    if not build.members(request, "/request", members, ("method", "resource")):
         request = {}
     method = request.get("method", "GET")
-    if method not in ("GET", "POST", "PUT", "PATCH", "DELETE"):
-        build.fault("/request/method", f"{shown(method)} is not one of GET, POST, PUT, PATCH, DELETE")
+    if method not in _FLOW_METHODS:
+        cure = suggest(str(method), _FLOW_METHODS)
+        build.fault("/request/method", f"{shown(method)} is not one of {', '.join(_FLOW_METHODS)}{cure}")
     resource_path = _check_resource(build, request.get("resource", "/x"))
     parameters = _check_parameters(build, request.get("parameters", {}), resource_path)
     body, content_types = _check_body(build, request)
@@ -4845,7 +4885,13 @@ def _check_resource(build: Build, path: Any) -> str:
         if not segment:
             build.fault("/request/resource", "has an empty segment: write it without // and without a / at the end")
         elif not (_SEGMENT.fullmatch(segment) or _PARAMETER_SEGMENT.fullmatch(segment)):
-            message = f"{shown(segment)} is neither a plain path segment nor a {{parameter}}: percent-encode the rest"
+            message = f"{shown(segment)} is neither a plain path segment nor a {{parameter}}: " + (
+                "query parameters stand under parameters, not in the path"
+                if "?" in segment
+                else "a parameter is a whole segment in braces, such as /x/{id}"
+                if "{" in segment or "}" in segment
+                else "percent-encode the rest"
+            )
             build.fault("/request/resource", message)
         elif segment in (".", ".."):
             build.fault("/request/resource", "must not have . or .. as a segment: clients take them away")
@@ -4889,6 +4935,7 @@ def _check_parameter(build: Build, name: str, spec: dict[str, Any], place: str) 
     if not isinstance(item_kind, str) or item_kind not in PARAMETER_TYPES:
         allowed = [*PARAMETER_TYPES, "array"]
         build.fault(f"{place}/type", f"{shown(kind)} is not one of {', '.join(allowed)}{suggest(str(kind), allowed)}")
+        spec = {**spec, "type": "string"}
         kind = item_kind = "string"
     schema_spec = {key: value for key, value in spec.items() if key not in ("in", "required")}
     if array and "items" not in spec:
@@ -4960,7 +5007,7 @@ def check_schema(build: Build, spec: Any, place: str) -> Schema:
         errors: list[dict[str, str]] = []
         schema.default, schema.has_default = schema.check(spec["default"], "", errors), True
         for found in errors:
-            build.fault(f"{place}/default{found['name']}", found["message"])
+            build.fault(f"{place}/default{found['name']}", f"{found['message']}, not {shown(spec['default'])}")
     return schema
 
 
@@ -5020,6 +5067,8 @@ def _check_step(build: Build, spec: Any, place: str) -> Step | None:
     if "name" in spec:
         _check_name(build, name, f"{place}/name")
     used = [kind for kind in kinds if kind in spec]
+    if not used and any(member not in _STEP_OPTIONS for member in spec):
+        return None  # what is not known was to be the kind
     if len(used) != 1:
         found = f"has {' and '.join(used)}" if used else "has no kind"
         build.fault(place, f"{found}: a step has exactly one of {', '.join(kinds)}")
@@ -5039,7 +5088,7 @@ def _check_step(build: Build, spec: Any, place: str) -> Step | None:
         run=run,
         effect=kind.effect,
         save=save,
-        when=build.template(spec["when"], f"{place}/when") if "when" in spec else None,
+        when=build.condition(spec["when"], f"{place}/when") if "when" in spec else None,
         timeout=build.checked(spec, "timeout", place, parse_duration, None),
         retry=_check_retry(build, spec["retry"], f"{place}/retry") if "retry" in spec else Retry(),
         on_error=instead,
@@ -5067,6 +5116,7 @@ def _parse_retry_on(value: Any) -> frozenset[str]:
 
 
 def _check_retry(build: Build, spec: Any, place: str) -> Retry:
+    spec = {"attempts": spec} if type(spec) is int else spec
     if not build.members(spec, place, ("attempts", "delay", "backoff", "maxDelay", "on"), ("attempts",)):
         return Retry()
     return Retry(
@@ -5341,7 +5391,10 @@ def _read_flow_file(path: Path) -> str:
         return path.read_text("utf-8-sig")
     except FileNotFoundError:
         raise
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        message = f"is not UTF-8 (byte {error.start}): save it with that encoding"
+        raise FlowError([Fault(path.name, "", message)]) from None
+    except OSError as error:
         raise FlowError([Fault(path.name, "", f"cannot be read: {_reason(error)}")]) from None
 
 
@@ -8329,7 +8382,7 @@ def flow_schema(kinds: Mapping[str, StepKind]) -> dict[str, Any]:
     }
     request = _object(
         ("method", "resource"),
-        method={"enum": ["GET", "POST", "PUT", "PATCH", "DELETE"]},
+        method={"enum": list(_FLOW_METHODS)},
         resource={"type": "string", "pattern": "^/."},
         processing={
             "anyOf": [{"enum": list(_MODES)}, {"type": "array", "items": {"enum": list(_MODES)}, "minItems": 1}]

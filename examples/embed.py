@@ -47,6 +47,19 @@ def publish(app: AsteraLite) -> None:
             counts[word] = counts.get(word, 0) + 1
         return counts
 
+    @app.step("convert")
+    def convert(context: Any, km: float) -> dict[str, float]:
+        """Kilometres in other units: a kind of step of this program's own."""
+        return {"miles": round(km / 1.609344, 1), "nautical": round(km / 1.852, 1)}
+
+    steps = [
+        {"name": "way", "call": {"flow": "distance", "params": {"latitude": "${params.latitude}", "longitude": 0}}},
+        {"name": "units", "convert": {"km": "${way.body.km}"}},
+    ]
+    parameters = {"latitude": {"in": "path", "type": "number"}}
+    request = {"method": "GET", "resource": "/from-equator/{latitude}", "parameters": parameters}
+    app.deploy("from-equator", {"description": "How far it is from the equator", "request": request, "steps": steps})
+
 
 def main() -> None:
     """Serve until Ctrl-C, or with --once make one call of each kind and end."""

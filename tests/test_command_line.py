@@ -145,7 +145,7 @@ def test_help_fits_a_wide_terminal(help_text: str) -> None:
 def test_every_command_has_help(here: Here, name: str) -> None:
     done = here(name, "--help")
     assert done.returncode == 0
-    assert done.stdout.lower().count(COMMANDS[name][1]) == 1
+    assert done.stdout.lower().count(COMMANDS[name][1].lower()) == 1
     for argument, _ in COMMANDS[name][2]:
         assert argument in done.stdout or argument == "values"
 

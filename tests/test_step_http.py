@@ -218,16 +218,19 @@ def test_faults_of_connections(tmp_path: Path, connections: Any, message: str) -
 
 
 def test_a_changed_connection_counts_at_once_and_a_faulty_one_not_at_all(tmp_path: Path) -> None:
-    with api(lambda *_: (200, {}, 1)) as one, api(lambda *_: (200, {}, 2)) as two:
-        with serving(tmp_path, {"a": {"url": one.url}}, step()) as app:
-            assert answer(app)["body"] == 1
-            path = tmp_path / "flows" / "connections.json"
-            path.write_text(json.dumps({"a": {"url": two.url}}))
-            assert app.reload() == []
-            assert answer(app)["body"] == 2
-            path.write_text("{")
-            assert len(app.reload()) == 1
-            assert answer(app)["body"] == 2
+    with (
+        api(lambda *_: (200, {}, 1)) as one,
+        api(lambda *_: (200, {}, 2)) as two,
+        serving(tmp_path, {"a": {"url": one.url}}, step()) as app,
+    ):
+        assert answer(app)["body"] == 1
+        path = tmp_path / "flows" / "connections.json"
+        path.write_text(json.dumps({"a": {"url": two.url}}))
+        assert app.reload() == []
+        assert answer(app)["body"] == 2
+        path.write_text("{")
+        assert len(app.reload()) == 1
+        assert answer(app)["body"] == 2
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
@@ -381,9 +384,9 @@ def test_a_flow_consumes_another_astera_lite(tmp_path: Path) -> None:
 
 
 def test_a_step_may_lower_the_limit_of_its_response(tmp_path: Path) -> None:
-    with api(lambda *_: (200, {}, "x" * 5000)) as there:
-        with serving(tmp_path, {"a": {"url": there.url}}, step(maxResponse="4KiB")) as app:
-            assert app.run("f").status_code == 502
+    spec = step(maxResponse="4KiB")
+    with api(lambda *_: (200, {}, "x" * 5000)) as there, serving(tmp_path, {"a": {"url": there.url}}, spec) as app:
+        assert app.run("f").status_code == 502
 
 
 @pytest.mark.parametrize(
