@@ -340,6 +340,43 @@ def to_json(value: Any) -> str:
         raise ValueError("the value is nested too deeply to be written as JSON") from None
 
 
+MAX_WRITTEN = 256 << 20  # bytes of JSON that a flow's value may come to
+
+
+def check_written(value: Any, limit: int = MAX_WRITTEN) -> None:
+    """Raise ValueError for a value that would take more than so many bytes as JSON.
+
+    A value of a flow may hold one part many times, so that a few steps of `[x, x]` make more than any memory takes.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(part: Any) -> int:
+        """The least number of bytes; every shared part is looked at once."""
+        kind = type(part)
+        if kind is str or kind is bytes:
+            return len(part) + 2
+        if kind is not list and kind is not dict and kind is not tuple:
+            return 1
+        known = sizes.get(id(part))
+        if known is None:
+            total = 2
+            if kind is dict:
+                for name, item in part.items():
+                    total += len(name) + 4 + size(item) if type(name) is str else 4 + size(item)
+            else:
+                for item in part:
+                    total += 1 + size(item)
+            known = sizes[id(part)] = total
+        return known
+
+    try:
+        total = size(value)
+    except RecursionError:
+        raise ValueError("the value is nested too deeply to be written as JSON") from None
+    if total > limit:
+        raise ValueError(f"the value is larger than {show_size(limit)}")
+
+
 def json_body(value: Any) -> bytes:
     """JSON as the bytes of a body, ended by a line feed so that a terminal's prompt starts on its own line."""
     return to_json(value).encode() + b"\n"
@@ -804,7 +841,7 @@ def status_document(
 
 MAX_EXPRESSION = 4000  # characters
 MAX_NESTING = 60  # of syntax inside one template
-MAX_WORK = 20_000_000  # items looped over or characters made, in one evaluation
+MAX_WORK = 10_000_000  # items looped over, four characters made, or an eighth of a call, in one evaluation
 MAX_INT_BITS = 4096
 _SOURCE = "<flow expression>"
 
@@ -824,7 +861,7 @@ class _Work:
     def spend(self, amount: int) -> None:
         self.left -= amount
         if self.left < 0:
-            raise ExpressionError(f"it does too much work (more than {MAX_WORK:,} items or characters)")
+            raise ExpressionError(f"it does too much work (more than {MAX_WORK:,} units)")
 
 
 def _kind(value: Any) -> str:
@@ -842,7 +879,10 @@ def _kind(value: Any) -> str:
 
 def as_text(value: Any) -> str:
     """How a value reads inside a text: text as it is, everything else as JSON."""
-    return value if type(value) is str else to_json(value)
+    if type(value) is str:
+        return value
+    check_written(value)
+    return to_json(value)
 
 
 def _deep(work: _Work, values: Iterable[Any]) -> None:
@@ -860,43 +900,51 @@ def _deep(work: _Work, values: Iterable[Any]) -> None:
             todo += value.values()
 
 
-def _each(work: _Work, values: Any) -> Any:
+def _each(work: _Work, values: Any, price: int) -> Any:
     if type(values) not in (list, dict, tuple, str):
         raise ExpressionError(f"{_kind(values)} cannot be looped over")
-    work.spend(len(values))
+    work.spend(len(values) * price)
     return values
 
 
 def _join(work: _Work, parts: tuple[Any, ...]) -> str:
     _deep(work, parts)
     text = "".join(map(as_text, parts))
-    work.spend(len(text))
+    work.spend(8 + (len(text) >> 2))
     return text
 
 
 def _grown(work: _Work, value: Any) -> Any:
     """Pay for a result by its size."""
-    if type(value) in (str, list, tuple, dict, bytes):
+    if type(value) in (list, tuple, dict):
         work.spend(len(value))
+    elif type(value) in (str, bytes):
+        work.spend(len(value) >> 2)
     elif type(value) is int and value.bit_length() > MAX_INT_BITS:
         raise ExpressionError("the number grows too large")
     return value
 
 
 def _add(work: _Work, a: Any, b: Any) -> Any:
+    work.spend(2)
     return _grown(work, a + b)
 
 
 def _multiply(work: _Work, a: Any, b: Any) -> Any:
+    work.spend(4)
     for sized, times in ((a, b), (b, a)):
         if type(sized) in (str, list, tuple, bytes) and type(times) is int:
-            work.spend(len(sized) * max(times, 0))
-    if type(a) is int and type(b) is int and a.bit_length() + b.bit_length() > MAX_INT_BITS:
-        raise ExpressionError("the number grows too large")
+            work.spend(len(sized) * max(times, 0) >> 2 * (type(sized) in (str, bytes)))
+    if type(a) is int and type(b) is int:
+        bits = a.bit_length() + b.bit_length()
+        work.spend(bits >> 6)
+        if bits > MAX_INT_BITS:
+            raise ExpressionError("the number grows too large")
     return a * b
 
 
 def _power(work: _Work, a: Any, b: Any) -> Any:
+    work.spend(8)
     if type(a) is int and type(b) is int and a.bit_length() * abs(b) > MAX_INT_BITS:
         raise ExpressionError("the number grows too large")
     result = a**b
@@ -908,6 +956,7 @@ def _power(work: _Work, a: Any, b: Any) -> Any:
 def _modulo(work: _Work, a: Any, b: Any) -> Any:
     if type(a) in (str, bytes):
         raise ExpressionError("% does not format text: write ${…} inside the text")
+    work.spend(2)
     return a % b
 
 
@@ -1099,11 +1148,14 @@ _WRITERS = frozenset({"str", "json", "base64", "sha256", "urlencode", "unique", 
 
 def _charged(function: Callable[..., Any], deep: bool = False) -> Callable[..., Any]:
     def call(work: _Work, *args: Any, **named: Any) -> Any:
+        work.spend(8)
         if deep:
             _deep(work, (*args, *named.values()))
         for value in args:
-            if type(value) in (list, tuple, dict, str):
+            if type(value) in (list, tuple, dict):
                 work.spend(len(value))
+            elif type(value) in (str, bytes):
+                work.spend(len(value) >> 2)
         return _grown(work, function(*args, **named))
 
     return call
@@ -1133,7 +1185,7 @@ def _join_cost(text: str, values: Any) -> int:
     for at, value in enumerate(values):
         if type(value) is not str:
             raise ExpressionError(f"item {at} is {_kind(value)}, not text: join([str(x) for x in …])")
-    return sum(map(len, values)) + len(text) * len(values)
+    return len(values) + (sum(map(len, values)) + len(text) * len(values) >> 2)
 
 
 _STR_METHODS = (
@@ -1164,7 +1216,7 @@ def _method(name: str) -> Callable[..., Any]:
             raise ExpressionError(f"{_kind(value)} has no .{name}()")
         if free:
             return function(value, *args, **named)
-        work.spend(len(value))
+        work.spend(8 + (len(value) >> 2 * (type(value) is str)))
         if name == "join":
             work.spend(_join_cost(value, *args, **named))
         return _grown(work, function(value, *args, **named))
@@ -1339,24 +1391,25 @@ class _Checker:
         return ast.Dict(list(keys), [self.visit(value, bound) for value in node.values])
 
     def on_ListComp(self, node: ast.ListComp | ast.GeneratorExp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        generators, bound = self.loops(node.generators, bound)
+        generators, bound = self.loops(node.generators, bound, _price(node.elt))
         return ast.ListComp(self.visit(node.elt, bound), generators)
 
     on_GeneratorExp = on_ListComp  # noqa: N815 (a generator would keep a frame; a list has the same items)
 
     def on_DictComp(self, node: ast.DictComp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        generators, bound = self.loops(node.generators, bound)
+        generators, bound = self.loops(node.generators, bound, 8 + _price(node.key) + _price(node.value))
         return ast.DictComp(self.visit(node.key, bound), self.visit(node.value, bound), generators)
 
     def loops(
-        self, generators: list[ast.comprehension], bound: frozenset[str]
+        self, generators: list[ast.comprehension], bound: frozenset[str], price: int
     ) -> tuple[list[ast.comprehension], frozenset[str]]:
-        """The `for … in … if …` parts, and the names bound behind them."""
+        """The `for … in … if …` parts, and the names bound behind them; an innermost turn costs `price`."""
         checked = []
         for loop in generators:
             if loop.is_async:
                 raise _Refused("there is no async")
-            values = ast.copy_location(self.helper("_each", self.visit(loop.iter, bound)), loop.iter)
+            paid = ast.Constant(price if loop is generators[-1] else 1)
+            values = ast.copy_location(self.helper("_each", self.visit(loop.iter, bound), paid), loop.iter)
             parts = loop.target.elts if isinstance(loop.target, ast.Tuple) else [loop.target]
             names = [part.id for part in parts if isinstance(part, ast.Name)]
             if len(names) != len(parts) or any(name.startswith("_") for name in names):
@@ -1364,6 +1417,12 @@ class _Checker:
             bound |= set(names)
             checked.append(ast.comprehension(loop.target, values, [self.visit(i, bound) for i in loop.ifs], 0))
         return checked, bound
+
+
+def _price(node: ast.expr) -> int:
+    """What one turn of a loop costs: lists and objects that it makes take memory."""
+    parts = list(ast.walk(node))
+    return 1 + sum(16 if isinstance(part, ast.Dict) else 8 for part in parts if isinstance(part, ast.Dict | ast.List))
 
 
 def _check_arguments(name: str, function: Callable[..., Any], count: int, words: list[str]) -> None:
@@ -1978,7 +2037,7 @@ def parse_retry_after(value: str | None, now: int) -> float:
 
 # ======================================================================================================================
 # 6 Flows
-# To add a step kind: a function that checks its spec and returns a runner, a row in STEP_KINDS, and its schema in room 14.
+# To add a step kind: a function that checks its spec and returns a runner, a row in STEP_KINDS; its schema in room 14.
 # To add a parameter type: a row in PARAMETER_TYPES and one in SCHEMA_TYPES.
 # ======================================================================================================================
 
@@ -3035,6 +3094,7 @@ def make_answer(status: Any, headers: Mapping[str, Any], body: Any, max_bytes: i
         if media.startswith("text/"):
             pairs = [(n, v + "; charset=utf-8" if v.strip().lower() == media else v) for n, v in pairs]
     else:
+        check_written(body, max_bytes)
         data, default = json_body(body), "application/json"
     if len(data) > max_bytes:
         raise ExpressionError(f"/response/body: it is larger than max_result ({show_size(max_bytes)})")
@@ -3935,6 +3995,7 @@ class _OutgoingRequest:
 
     def set_body(self, kind: str, value: Any) -> None:
         if kind == "json":
+            check_written(value)
             self.body, media = to_json(value).encode(), "application/json"
         elif kind == "form":
             self.body, media = _encode_query(value).encode(), CONTENT_TYPES["form"]
@@ -5056,7 +5117,8 @@ def _check_name(build: Build, name: Any, place: str) -> None:
     elif name in _BASE_NAMES or name in FUNCTIONS or name in _JSON_NAMES:
         build.fault(place, f'"{name}" has a meaning in expressions already: choose another name')
     elif name in build.names:
-        build.fault(place, f'there is another step "{name}": names are unique')
+        what = "there is another step" if name in build.step_names else "something here has the name already,"
+        build.fault(place, f'{what} "{name}": names are unique')
 
 
 def _check_step(build: Build, spec: Any, place: str) -> Step | None:
@@ -6242,6 +6304,7 @@ def to_saved(value: Any, secrets: Mapping[str, str] = types.MappingProxyType({})
 
     A mark begins with NUL, and a NUL of the value itself is doubled.
     """
+    check_written(value)
     text = _dump_saved(value)
     spelled = [_dump_saved(secret)[1:-1] for secret in secrets.values() if secret]
     if "\\u0000" in text or any(secret in text for secret in spelled):
