@@ -4191,6 +4191,10 @@ def _sql_connect(run: Run, name: str, write: bool) -> sqlite3.Connection:
     own = [outside.own_database + suffix for suffix in ("", "-wal", "-shm", ".lock")]
     if not inside or file in own:
         raise StepError(500, "its database cannot be used", f"{shown(name)} is no database of the data folder", {"sql"})
+    if write:
+        os.makedirs(root, exist_ok=True)
+    elif not os.path.isfile(file):
+        raise StepError(500, "its database is missing", f"there is no {shown(name)} in the data folder", {"missing"})
     uri = f"{Path(file).as_uri()}?mode={'rwc' if write else 'ro'}"
     db = sqlite3.connect(uri, timeout=min(_SQL_LOCKED_S, run.left()), isolation_level=None, uri=True)
     db.execute(f"PRAGMA query_only = {'OFF' if write else 'ON'}")
@@ -8347,7 +8351,9 @@ def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
 
 def _example(flow: Flow, name: str) -> str:
     spec = flow.tree["request"].get("parameters", {}).get(name, {})
-    return urllib.parse.quote(as_text(spec.get("example", spec.get("default", name))), safe="")
+    example = spec.get("example", spec.get("default", name))
+    texts = [as_text(item) for item in example] if isinstance(example, list) else [as_text(example)]
+    return ",".join(urllib.parse.quote(text, safe="") for text in texts)
 
 
 def _example_query(flow: Flow) -> str:
@@ -8463,7 +8469,7 @@ def flow_schema(kinds: Mapping[str, StepKind]) -> dict[str, Any]:
         "name": _TEXT,
         "when": _ANY,
         "timeout": _DURATION_SCHEMA,
-        "retry": retry,
+        "retry": {"anyOf": [{"type": "integer"}, retry]},
         "onError": _ANY,
     }
     specs = {name: _KIND_SCHEMAS.get(name, kind.schema or _ANY) for name, kind in kinds.items()}

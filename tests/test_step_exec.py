@@ -148,6 +148,17 @@ def test_no_other_file_is_reached(shop: Path, name: str) -> None:
     assert (result.status_code, result.json()["detail"]) == (500, 'step "q": its database cannot be used')
 
 
+def test_the_folder_is_made_by_the_first_write_and_a_missing_database_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = str(tmp_path / "new" / "data")
+    result = run(tmp_path, sql("SELECT 1"), data=data)
+    assert (result.status_code, result.json()["detail"]) == (500, 'step "q": its database is missing')
+    assert 'there is no \\"shop.db\\" in the data folder' in caplog.text
+    assert run(tmp_path, sql("CREATE TABLE t (a)", write=True), data=data).status_code == 200
+    assert value(tmp_path, sql("SELECT * FROM t"), data=data) == []
+
+
 def test_a_statement_ends_at_the_timeout_and_on_cancel(shop: Path) -> None:
     endless = sql("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) AS m FROM n")
     with serving(shop, {**endless, "timeout": "50ms"}) as app:
