@@ -2882,7 +2882,9 @@ def run_flow(run: Run) -> Outcome | Suspended:
         return Outcome.failed(code, error.status, error.detail, run.outside.masked(str(error)))
     except ExpressionError as error:
         return _broken(run, str(error))
-    except (Exception, SystemExit) as error:  # a step's sys.exit() is to end its run, not a thread of the pool
+    except BaseException as error:  # sys.exit(), or a cancelled future, ends the run and not a thread of the pool
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
         log.debug("flow %s", flow.name, exc_info=True)
         return _broken(run, f"{type(error).__name__}: {error}")
 
@@ -2982,7 +2984,9 @@ def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | N
     """Put a line into the trace, which is what people see of the steps."""
     if run.trace is None or (len(run.trace) >= _MAX_TRACE and "/" in path):
         return
-    preview = None if value is None else shown(_outline(value, run.outside.masked), 200)
+    calls = step.kind in ("http", "call") and isinstance(value, dict)
+    telling = value.get("items", value["body"]) if calls else value  # its headers would fill the preview
+    preview = None if telling is None else shown(_outline(telling, run.outside.masked), 200)
     run.trace.append(
         {
             "path": path,
@@ -2994,7 +2998,7 @@ def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | N
             "size": size,
             "preview": preview,
         }
-        | ({"status": value["status"]} if step.kind in ("http", "call") and value is not None else {})
+        | ({"status": value["status"]} if calls else {})
     )
 
 
@@ -3370,7 +3374,7 @@ class Functions:
             raise ValueError(
                 f'there is no module "{error.name}": put {error.name}.py into the flows folder, or install it'
             ) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f'the module "{module_name}" cannot be loaded: {type(error).__name__}: {error}') from error
         function = getattr(module, function_name, None)
         if not callable(function):
@@ -3568,7 +3572,7 @@ class _HttpCall(NamedTuple):
             request.connection = run.outside.connections.get(self.connection)
             if request.connection is None:
                 raise StepError(500, "its connection is gone", f'connection "{self.connection}"', {"missing"})
-            query = {**request.connection.join(request, run.outside), **query}
+            request.connection.join(request, run.outside)
         request.url = _with_query(request.url, query)
         request.set_body(self.body_kind, self.body(scope))
         names = {name.lower() for name in own}
@@ -3846,12 +3850,11 @@ class Connection:
     def __init__(self, name: str, url: Template, headers: Template, timeout: float | None, auth: Auth | None) -> None:
         self.name, self.url, self.headers, self.timeout, self.auth = name, url, headers, timeout, auth
 
-    def join(self, request: _OutgoingRequest, outside: Surroundings) -> dict[str, Any]:
-        """Put the connection's address and headers into a request; the query that it adds."""
+    def join(self, request: _OutgoingRequest, outside: Surroundings) -> None:
+        """Put the connection's address and headers into a request."""
         scope = {"env": outside.env, "secrets": outside.secrets}
         request.url = as_text(self.url(scope)).rstrip("/") + request.url
         request.headers |= {name: as_text(value) for name, value in self.headers(scope).items() if value is not None}
-        return {}
 
 
 def _check_connections(tree: Any, where: str) -> dict[str, Connection]:
@@ -3938,8 +3941,8 @@ class Auth:
         return self.kind == "oauth2"
 
     def _current(self, run: Run, values: dict[str, Any]) -> str:
-        if not self._lock.acquire(timeout=run.left()):
-            run.left()
+        while not self._lock.acquire(timeout=min(run.left(), 1.0)):
+            run.check()
         try:
             if run.outside.clock.monotonic() >= self._until:
                 self._token, life = self._fetch(run, values)
@@ -4288,6 +4291,7 @@ class Child:
         )
         self.events: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._killed = False
 
     def follow(self, given: bytes) -> None:
         """Write its input, and put its output and its end into `events`."""
@@ -4318,6 +4322,9 @@ class Child:
 
     def kill(self) -> None:
         """End it and its children, those too that it left behind."""
+        if self._killed:  # its group's number may be another's by now
+            return
+        self._killed = True
         if os.name == "nt":
             import subprocess  # noqa: PLC0415
 
@@ -4816,7 +4823,7 @@ def _json_cure(error: json.JSONDecodeError) -> str:
         return ": the file ends too early, a } or ] or a quote is missing"
     if "delimiter" in error.msg:
         return ": a comma or a closing bracket is missing before this place"
-    if before.endswith(","):
+    if before.endswith(",") or "trailing comma" in error.msg:
         return ": there is a comma after the last item"
     if at == "'":
         return ': JSON has "double" quotes'
@@ -5692,7 +5699,9 @@ _BATCH = 512  # writes committed together at the most; more would make the first
 _RETRY_S = 0.5
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
 _GIVE_BACK = 1024  # pages (of 4 KiB) that a purge gives back to the system at the most, so that no write waits long
-_FULL = frozenset({"SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_BUSY", "SQLITE_LOCKED"})
+_FULL = frozenset(
+    "SQLITE_FULL SQLITE_IOERR SQLITE_CANTOPEN SQLITE_READONLY SQLITE_BUSY SQLITE_LOCKED SQLITE_NOMEM".split()
+)
 
 
 def _job(row: Sequence[Any]) -> Job:
@@ -5728,6 +5737,8 @@ def _store_error(error: Exception) -> StoreError:
 def _environmental(error: Exception) -> bool:
     """Whether the fault lies with disk or lock, and so with every write alike, not with one row."""
     name = getattr(error, "sqlite_errorname", "")
+    if isinstance(error, MemoryError):
+        return True
     return isinstance(error, sqlite3.Error) and any(name.startswith(code) for code in _FULL)
 
 
@@ -5889,12 +5900,15 @@ class SqliteStore:
     def _commit(self, batch: list[_Write], kept: deque[_Write]) -> None:
         writer = self._writer
         try:
+            if writer.in_transaction:  # the last one could not be rolled back
+                writer.execute("ROLLBACK")
             writer.execute("BEGIN IMMEDIATE")
             results = [write.run(writer) for write in batch]
             writer.execute("COMMIT")
         except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
-            if writer.in_transaction:
-                writer.execute("ROLLBACK")
+            with contextlib.suppress(sqlite3.Error):
+                if writer.in_transaction:
+                    writer.execute("ROLLBACK")
             if _environmental(error):
                 self._put_off(batch, kept, error)
             elif len(batch) > 1:  # one bad row must not fail the others
@@ -6025,10 +6039,10 @@ class SqliteStore:
                     )
                 return False
             db.execute("DELETE FROM steps WHERE job = ?", (seq,))
-            if finish.attempt > 1:
-                db.execute(
-                    "DELETE FROM pieces WHERE job = ? AND part = 'result' AND attempt <> ?", (seq, finish.attempt)
-                )
+            db.execute(  # of runs that died before their end: one of them may have had the same number
+                "DELETE FROM pieces WHERE job = ? AND part = 'result' AND (attempt <> ? OR n >= ?)",
+                (seq, finish.attempt, len(cells)),
+            )
             if finish.callback is not None:
                 receiver, body = finish.callback
                 db.execute(
@@ -6067,10 +6081,10 @@ class SqliteStore:
                 (attempt.at, attempt.duration_ms, attempt.status, attempt.error, key.seq),
             )
             db.execute(
-                "UPDATE callbacks SET attempts = attempts + 1, last_status = ?1,"
-                " state = iif(next IS ?2, ?3, state), next = iif(next IS ?2, ?4, next)"
-                " WHERE job = ?5 AND state = 'pending'",
-                (attempt.status, seen, state, next_at, key.seq),
+                "UPDATE callbacks SET attempts = attempts + 1, last_status = ?,"
+                " state = iif(next IS ?, ?, state), next = iif(next IS ?, ?, next)"
+                " WHERE job = ? AND state = 'pending'",
+                (attempt.status, seen, state, seen, next_at, key.seq),
             )
 
         self._put(run, done, keep=True)
@@ -6440,9 +6454,11 @@ class JobJournal(Journal):
             start = partial(self._store.start, self._key, self._attempt, self._started)
             self._dirty = False  # what is recorded from now on is behind this barrier
             try:
-                _await(self._store.barrier if self._begun else start, self._left())
+                runs = _await(self._store.barrier if self._begun else start, self._left())
             except TimeoutError:
                 raise _TimedOut from None
+            if not self._begun and not runs:  # it ended, by a cancel, before it began
+                raise _Cancelled
             self._begun = True
 
 
@@ -6509,6 +6525,7 @@ class Engine:
         self._live: dict[int, _Live] = {}
         self._paused: dict[int, Progress] = {}  # how far jobs are that wait for a time
         self._running: dict[str, int] = {}  # runs of each flow that has a limit
+        self._limits: dict[str, int] = {}  # the limits themselves
         self._held: dict[str, list[int]] = {}  # heap of seq by flow: jobs for which its limit leaves no room
         self._held_sync: dict[str, deque[_SyncRun]] = {}
         self._admitted: dict[str, set[int]] = {}  # by flow that refuses when full: unfinished jobs and calls
@@ -6598,6 +6615,7 @@ class Engine:
         """With the lock held: whether the flow's limit lets another run of it begin, which then counts."""
         if flow.limit is None:
             return True
+        self._limits[flow.name] = flow.limit
         if self._running.get(flow.name, 0) >= flow.limit:
             return False
         self._running[flow.name] = self._running.get(flow.name, 0) + 1
@@ -6609,21 +6627,30 @@ class Engine:
             return
         with self._lock:
             self._running[flow.name] -= 1
-            syncs, jobs = self._held_sync.get(flow.name), self._held.get(flow.name)
-            while jobs and not syncs and jobs[0] in self._gone:
-                self._gone.discard(heapq.heappop(jobs))
+            self._let_in(flow.name)
+            self._call_threads()
+
+    def _let_in(self, name: str) -> None:
+        """With the lock held: queue as many held runs of a flow as its limit leaves room for.
+
+        Each looks again when its turn comes, so one too many does no harm, and one that was cancelled meanwhile keeps
+        nobody out for longer than until the housekeeper's next look.
+        """
+        limit = self._limits.get(name, 1)
+        for _ in range(limit - self._running.get(name, 0)):
+            syncs, jobs = self._held_sync.get(name), self._held.get(name)
             if syncs:
                 self._sync.appendleft(partial(self._run_sync, syncs.popleft()))
             elif jobs:
                 heapq.heappush(self._ready, heapq.heappop(jobs))
-            self._call_threads()
 
     def _call_threads(self) -> None:
         """With the lock held: let another thread drain if there is work for it."""
         if self._work() and self._computing < self._may_compute and self._draining < self._threads:
             self._draining += 1
             self._computing += 1
-            self._pool.submit(self._drain)
+            with contextlib.suppress(RuntimeError):  # no thread can be had: the pool has it queued for the next one
+                self._pool.submit(self._drain)
 
     def _work(self) -> bool:
         ready = self._ready and self._busy < self._workers
@@ -6653,7 +6680,10 @@ class Engine:
                     return
                 self._taken += 1
                 self._call_threads()
-            task(blocking)
+            try:
+                task(blocking)
+            except BaseException:  # or the thread would be lost, and counted as if it were there
+                log.exception("a task of the engine")
 
     def unstall(self) -> None:
         """Called now and then: if those who compute take nothing new, another thread may join them."""
@@ -6661,6 +6691,8 @@ class Engine:
             stalled = self._work() and self._taken == self._taken_before
             self._may_compute = self._may_compute + 1 if stalled else _COMPUTING
             self._taken_before = self._taken
+            for name in self._limits:
+                self._let_in(name)
             self._call_threads()
 
     def _next(self) -> _Task | None:
@@ -6821,7 +6853,9 @@ class Engine:
             callback,
         )
 
-    def _finished(self, job: Job, done: Done) -> Done:
+    def _finished(self, job: Job, done: Done, substitute: bool = True) -> Done:
+        """What follows when a job's end is on disk; one that cannot be stored is replaced by a small one, once."""
+
         def recorded(moved: Any, error: AsteraError | None) -> None:
             with self._lock:
                 self._unrecorded -= 1
@@ -6831,6 +6865,12 @@ class Engine:
             self.dismiss(job.flow, job.key.seq)
             if error is not None:
                 log.error("the end of job %s could not be recorded: %s", job.id, error)
+                if substitute and not self._stopping:
+                    outcome = Outcome.failed("failed", 500, "The job's end could not be stored.")
+                    with self._lock:
+                        self._unrecorded += 1
+                    self._store.finish(self._finish(job, outcome, []), self._finished(job, done, substitute=False))
+                    return
             self._tell(job.key)
             done(moved, error)
 
@@ -7032,7 +7072,8 @@ class Courier:
             self._under_way[job.key] = receiver
         try:
             self._pool.submit(self._send, job, delivery, receiver, done)
-        except RuntimeError:  # it was stopped meanwhile
+        except RuntimeError:  # it was stopped meanwhile, or no thread can be had
+            self.settled(job.key)
             return False
         return True
 
@@ -7114,6 +7155,7 @@ class Housekeeper:
     ) -> None:
         self._store, self._engine, self._courier, self._clock = store, engine, courier, clock
         self._look_at_flows = look_at_flows
+        self._unsettled: deque[JobKey] = deque()  # deliveries whose outcome could not be stored
         self._wake = threading.Event()
         self._stopping = False
         self._purging = False
@@ -7145,6 +7187,9 @@ class Housekeeper:
             except StoreError as error:
                 log.error("housekeeping: %s", error)
                 next_at = now + _CHORES_EVERY_MS
+            except Exception:  # the door of a chore: a fault of ours must not end the thread
+                log.exception("housekeeping")
+                next_at = now + _CHORES_EVERY_MS
             self._wake.wait(max(next_at - now, 0) / 1000)
 
     def tick(self, now: int) -> int:
@@ -7154,6 +7199,8 @@ class Housekeeper:
             self._chores_at = now + _CHORES_EVERY_MS
             self._engine.unstall()
             self._look_at_flows()
+            while self._unsettled:
+                self._courier.settled(self._unsettled.popleft())
         wanted = [now + _CHORES_EVERY_MS, self._engine.release(now), self._purge(now), self._deliver(now)]
         return min(moment for moment in wanted if moment is not None)
 
@@ -7178,13 +7225,19 @@ class Housekeeper:
         room = self._courier.room()
         if room <= 0:
             return None
-        due = self._store.due_deliveries(now, room, self._courier.busy(), self._courier.under_way())
-        for job, delivery in due:
-            self._courier.send(job, delivery, partial(self._delivered, job, delivery.next_at))
+        while room > 0:
+            due = self._store.due_deliveries(now, room, self._courier.busy(), self._courier.under_way())
+            sent = [self._courier.send(job, d, partial(self._delivered, job, d.next_at)) for job, d in due]
+            if all(sent) or not any(sent):
+                break
+            room = self._courier.room()  # the rest was for busy receivers: others may be behind them
         return self._store.next_delivery(now)
 
     def _delivered(self, job: Job, seen: int | None, attempt: Attempt, state: str, next_at: int | None) -> None:
         def recorded(result: Any, error: AsteraError | None) -> None:
+            if error is not None:  # not at once again, or a lasting fault would be a storm of deliveries
+                self._unsettled.append(job.key)
+                return
             self._courier.settled(job.key)
             self.wake()
 
@@ -7341,6 +7394,7 @@ class AsteraLite:
         self._folder_seen: _Signature = ()
         self._old_flows: dict[int, Flow] = {}
         self._watchers: dict[int, list[Callable[[], None]]] = {}
+        self._watching = threading.Lock()  # guards the watchers
         self._kinds = dict(STEP_KINDS)
         self.deployments = Deployments()
         self._running = False
@@ -7509,7 +7563,10 @@ class AsteraLite:
 
     def deploy(self, name: str, tree: dict[str, Any]) -> Flow:
         """Deploy a flow that is in no file, replacing one of the same name; raises FlowError."""
-        flow = self._build(tree, name)
+        with self._deploying:
+            return self._deploy(name, self._build(tree, name))
+
+    def _deploy(self, name: str, flow: Flow) -> Flow:
         others = [other for other in self.deployments.by_name.values() if other.name != name]
         deployments = Deployments([*others, flow], [], {each.name: each for each in others})
         if deployments.faults:
@@ -7593,10 +7650,10 @@ class AsteraLite:
         fingerprint = _fingerprint(call) if call.idempotency_key is not None else b""
         full = self._full(call)
         if full is not None:
-            known = call.idempotency_key and self.store.find_key(call.flow.name, caller.name, call.idempotency_key, now)
-            if not known:
+            if call.idempotency_key is None:
                 raise full
-            done(Added(known[0], True) if known[1] == fingerprint else key_conflict(), None)
+            replay = partial(self._replay, call, caller.name, fingerprint, full, done)
+            self.store.barrier(replay)  # the first request under this key may be on its way to the disk
             return
         callback = Delivery(call.callback_url) if call.callback_url else None
         job = Job(
@@ -7611,6 +7668,21 @@ class AsteraLite:
             done(result, error)
 
         self.store.add(Submission(job, call.request, call.flow.text, call.idempotency_key, fingerprint), stored)
+
+    def _replay(
+        self, call: Call, token: str, fingerprint: bytes, full: Busy, done: Done, result: Any, error: AsteraError | None
+    ) -> None:
+        """Answer with the job that an idempotency key belongs to; there is no room for a new one."""
+        assert call.idempotency_key is not None
+        try:
+            known = self.store.find_key(call.flow.name, token, call.idempotency_key, self.clock.now())
+        except StoreError as failure:
+            done(None, failure)
+            return
+        if known is None:
+            done(None, full)
+        else:
+            done(Added(known[0], True) if known[1] == fingerprint else key_conflict(), None)
 
     def _full(self, call: Call) -> Busy | None:
         """Why no more can be taken; None if there is room, and the job then is admitted to its flow."""
@@ -7666,7 +7738,9 @@ class AsteraLite:
         return Prepared(job, flow, given, saved, loaded.waits, loaded.trace, interrupted)
 
     def _finished(self, key: JobKey) -> None:
-        for watcher in self._watchers.pop(key.seq, ()):
+        with self._watching:
+            watchers = self._watchers.pop(key.seq, ())
+        for watcher in watchers:
             watcher()
         self.housekeeper.wake()
 
@@ -7686,15 +7760,17 @@ class AsteraLite:
 
     def watch(self, key: JobKey, watcher: Callable[[], None]) -> None:
         """Call `watcher` once, on the store's thread, when the job's state changes. Watch first, then look."""
-        self._watchers.setdefault(key.seq, []).append(watcher)
+        with self._watching:
+            self._watchers.setdefault(key.seq, []).append(watcher)
 
     def unwatch(self, key: JobKey, watcher: Callable[[], None]) -> None:
         """Forget a watcher."""
-        watchers = self._watchers.get(key.seq)
-        if watchers is not None and watcher in watchers:
-            watchers.remove(watcher)
-            if not watchers:
-                self._watchers.pop(key.seq, None)
+        with self._watching:
+            watchers = self._watchers.get(key.seq)
+            if watchers is not None and watcher in watchers:
+                watchers.remove(watcher)
+                if not watchers:
+                    self._watchers.pop(key.seq, None)
 
     def cancel_job(self, job: Job) -> bool:
         """Cancel a Running job; True if it had not begun, and so ends now, False if it stops at its next step."""
@@ -7708,6 +7784,8 @@ class AsteraLite:
             raise Conflict(f'The flow "{job.flow}" is not deployed any more.', job=job.status)
         if flow not in [match.get(request.method) for match in self.deployments.match(request.path)]:
             raise Conflict(f'The flow "{job.flow}" has another method or resource now.', job=job.status)
+        if "asynchronous" not in flow.modes:
+            raise Conflict(f'The flow "{job.flow}" is published synchronously only now.', job=job.status)
         key = self.new_key()
         given = flow.bind(request, path_values(flow, request.path), str(key))
         self.accept(Call(key, flow, request, given, base, job.callback.url if job.callback else None), caller, done)
@@ -7876,7 +7954,8 @@ def _fingerprint(call: Call) -> bytes:
     request = call.request
     query = [part.partition("=")[::2] for part in request.query.split("&") if part]
     decoded = [(unquote(name, plus=True), unquote(value, plus=True)) for name, value in query]
-    values = [request.method, unquote(request.path), decoded, call.callback_url, request.headers]
+    segments = [unquote(segment) for segment in request.path.split("/")]
+    values = [request.method, segments, decoded, call.callback_url, request.headers]
     return hashlib.sha256(to_json(values).encode() + b"\0" + request.body).digest()
 
 
@@ -8560,8 +8639,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "_later", "answer", "answered", "app", "base", "body", "caller", "cors_origin", "flow", "head", "origin",
-        "path", "post", "request_id", "route", "values",
+        "_later", "answer", "answered", "app", "base", "body", "caller", "cors_origin", "flow", "head", "on_close",
+        "origin", "path", "post", "request_id", "route", "values",
     )  # fmt: skip
 
     def __init__(
@@ -8586,6 +8665,7 @@ class Exchange:
         self.flow: Flow | None = None
         self.path = ""  # raw, behind the prefix of a publishing route
         self.answered = False
+        self.on_close: Callable[[], None] | None = None  # called if the client has gone before it was answered
 
     def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
         """Call a function on the loop after so many seconds, unless the answer was given by then."""
@@ -8907,6 +8987,7 @@ def _when_finished(
             x.app.unwatch(key, changed)
             x.answer(answer(found))
 
+    x.on_close = lambda: x.app.unwatch(key, changed)
     x.later(seconds, lambda: look(final=True), True)
     look()
 
@@ -9558,6 +9639,8 @@ class Handler(BaseRequestHandler):
         if self.closed:
             return
         self.closed = True
+        if self.exchange is not None and not self.exchange.answered and self.exchange.on_close is not None:
+            self.exchange.on_close()
         self.exchange = None
         self.out.clear()
         self.loop.buffered -= self.counted
@@ -9571,9 +9654,11 @@ def _whole(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
     """The pieces of a body; StoreError if they end early, or the next answer would be taken for the rest."""
     for piece in pieces:
         length -= len(piece)
+        if length < 0:
+            break
         yield piece
     if length:
-        raise StoreError("a part of it is gone")
+        raise StoreError("a part of it is gone, or another's")
 
 
 _NO_HEAD = Head("", "", "", 11, {}, 0, False, False, False)

@@ -402,6 +402,19 @@ def test_a_limit_queues_jobs_and_calls_alike(tmp_path: Path) -> None:
     assert gate.most == 2
 
 
+def test_a_job_that_is_cancelled_when_its_turn_comes_keeps_nobody_out(tmp_path: Path) -> None:
+    gate = Gate()
+    with serving(tmp_path, {"f": steps(python(gate), concurrency=1)}) as app:
+        first, second, third = [app.submit("f") for _ in range(3)]
+        assert gate.begun.acquire(timeout=10)
+        until(lambda: len(app.engine._held.get("f", ())) == 2)
+        with app.engine._lock:  # the second is let in, and cancelled before a thread takes it
+            app.engine._ready.append(app.engine._held["f"].pop(0))
+        app.cancel(second.id)
+        gate.open.set()
+        assert [app.wait(job.id, 10).status for job in (first, second, third)] == ["Completed", "Error", "Completed"]
+
+
 def test_a_call_for_which_there_is_no_room_in_time_is_a_timeout(tmp_path: Path) -> None:
     gate, clock = Gate(), FakeClock()
     with serving(tmp_path, {"f": steps(python(gate), concurrency=1)}, clock) as app:
@@ -433,6 +446,31 @@ def test_a_flow_that_refuses_is_429_with_retry_after(tmp_path: Path) -> None:
         for location in [answer.headers["Location"] for answer in accepted]:
             server.client.get(location, headers={"Prefer": "wait=10"})
         assert server.client.get("/api/publishing/f").status_code == 200
+
+
+def test_one_key_twice_at_one_instant_is_one_job_also_where_there_is_room_for_one(tmp_path: Path) -> None:
+    gate = Gate()
+    tree = steps(python(gate), concurrency={"limit": 1, "whenFull": "refuse"})
+    with serving(tmp_path, {"f": tree}) as app:
+        ids: list[str] = []
+        start = threading.Barrier(2, timeout=10)
+
+        def submit(key: str) -> None:
+            start.wait()
+            ids.append(app.submit("f", idempotency_key=key).id)
+
+        for key in "abcdefgh":
+            gate.open.clear()
+            both = [threading.Thread(target=submit, args=key) for _ in range(2)]
+            for thread in both:
+                thread.start()
+            for thread in both:
+                thread.join(10)
+            gate.open.set()
+            assert len(ids) == 2 and len(set(ids)) == 1
+            assert app.wait(ids[0], 10).status is Status.COMPLETED
+            until(lambda: not app.engine._admitted["f"])
+            ids.clear()
 
 
 def test_unfinished_jobs_count_after_a_restart(tmp_path: Path) -> None:

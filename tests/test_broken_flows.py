@@ -20,7 +20,7 @@ OPTIONS = "name, when, timeout, retry, onError, description"
 #: Ending of the file's name, its text, and the faults that `check` shows.
 BROKEN: list[tuple[str, str, list[str]]] = [
     ('json', '{"request": {"method": "GET" "resource": "/x"}}', ["line 1, column 30: is not JSON: Expecting ',' delimiter: a comma or a closing bracket is missing before this place"]),
-    ('json', '{"request": {"method": "GET", "resource": "/x",}}', ['line 1, column 48: is not JSON: Expecting property name enclosed in double quotes: there is a comma after the last item']),
+    ('json', '{"request": {"method": "GET", "resource": "/x",}}', ['…: there is a comma after the last item']),
     ('json', "{'request': 1}", ['line 1, column 2: is not JSON: Expecting property name enclosed in double quotes: JSON has "double" quotes']),
     ('json', '{\n// note\n"request": {}}', ['line 2, column 1: is not JSON: Expecting property name enclosed in double quotes: JSON has no comments; use a description, or write the flow as TOML']),
     ('json', '{"request": {"method": "GET", "resource": "/x"}, "request": {}}', ['the member "request" is there twice']),
@@ -87,7 +87,10 @@ BROKEN: list[tuple[str, str, list[str]]] = [
 def test_a_broken_file_is_told_where_what_and_how(kind: str, text: str, faults: list[str]) -> None:
     with pytest.raises(FlowError) as caught:
         build_flow(parse_flow_text(text, f"f.{kind}"), "f")
-    assert [": ".join(part for part in fault[1:] if part) for fault in caught.value.faults] == faults
+    found = [": ".join(part for part in fault[1:] if part) for fault in caught.value.faults]
+    if faults[0].startswith("…"):  # the rest is the library's, and differs between its versions
+        found[0] = "…: " + found[0].rpartition(": ")[2]
+    assert found == faults
 
 
 def test_odd_files_in_the_folder(tmp_path: Path) -> None:

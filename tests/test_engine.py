@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
 import time
@@ -103,6 +104,19 @@ def test_few_threads_compute_at_one_time_and_one_that_does_not_end_holds_nobody_
         assert app.run("quick").status_code == 200  # the housekeeper sees that nothing moves, and lets another join
         end.set()
         assert {finished(app, job).status for job in jobs} == {Status.COMPLETED}
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_no_step_takes_a_thread_with_it(tmp_path: Path, error: type[BaseException]) -> None:
+    def step(context: Any) -> None:
+        raise error
+
+    with serving(tmp_path, {"f": get_flow("/f", steps=[python(step)]), "ok": get_flow("/ok")}, workers=2) as app:
+        jobs = [app.submit("f") for _ in range(8)]
+        assert {code_of(app, job) for job in jobs} == {"failed"}
+        assert app.run("f").status_code == 500
+        assert app.run("ok").status_code == 200
+        assert app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0}
 
 
 def test_every_job_runs_once(tmp_path: Path) -> None:

@@ -769,3 +769,36 @@ def test_the_schema_says_which_version_it_is(store: SqliteStore, path: str) -> N
     assert f"version {astera_lite.SCHEMA_VERSION} of the schema" in text
     assert look(path, "PRAGMA user_version") == [(astera_lite.SCHEMA_VERSION,)]
     assert look(path, "PRAGMA application_id") == [(astera_lite.APPLICATION_ID,)]
+
+
+def test_pieces_of_a_run_that_died_are_no_part_of_the_result(store: SqliteStore, path: str) -> None:
+    new = added(store)
+    with closing(sqlite3.connect(path)) as other:  # a run of the same number, whose result was longer
+        rows = [(new.key.seq, "result", 1, n, b"old" * 90_000) for n in range(4)]
+        other.executemany("INSERT INTO pieces VALUES (?, ?, ?, ?, ?)", rows)
+        other.commit()
+    body = b"new" * 100_000
+    assert done(store.finish, finish(new, body=body)) is True
+    assert b"".join(store.result_pieces(new.key, 1)) == body
+
+
+def test_a_write_that_cannot_be_rolled_back_does_not_end_the_writer(store: SqliteStore) -> None:
+    class Stubborn:
+        """A connection whose next ROLLBACK fails."""
+
+        def __init__(self, connection: Any) -> None:
+            self.connection, self.failed = connection, False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.connection, name)
+
+        def execute(self, sql: str, *values: Any) -> Any:
+            if sql == "ROLLBACK" and not self.failed:
+                self.failed = True
+                raise sqlite3.OperationalError("injected")
+            return self.connection.execute(sql, *values)
+
+    store._writer = Stubborn(store._writer)  # type: ignore[assignment]
+    store._put(lambda db: db.execute("SELECT * FROM nowhere"))
+    new = added(store)
+    assert store.get(new.key) == new
