@@ -2325,7 +2325,9 @@ def _read_cursor(text: str, stamp: str) -> int | None:
         offset, _, given = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode("ascii").partition(".")
     except ValueError:
         return None
-    return int(offset) if given == stamp and re.fullmatch("[0-9]{1,15}", offset) else None
+    if given != stamp or not re.fullmatch("[0-9]{1,15}", offset):
+        return None
+    return int(offset) if Selected(stamp=stamp).cursor(int(offset)) == text else None  # base64 has other spellings
 
 
 def _filter_value(text: str) -> tuple[str, float | None]:
@@ -2505,13 +2507,13 @@ def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> Stor
     errors = [
         {"in": "query", "name": name, "message": "is no parameter" + suggest(name, known)}
         for name in params
-        if name not in known
+        if name not in known and name not in flow.selection.names
     ]
     if errors:
         raise InputError(errors)
     path, query, headers = flow.resource, [], {}
     for name, value in params.items():
-        where = known[name].where
+        where = known[name].where if name in known else "query"
         texts = [as_text(item) for item in (value if isinstance(value, list | tuple) else [value])]
         if where == "path":
             path = path.replace(f"{{{name}}}", urllib.parse.quote(texts[0], safe=""))
@@ -4108,8 +4110,8 @@ _SQL_TOKEN = re.compile(
     re.DOTALL,
 )
 _SQL_READING = frozenset(
-    "table_info table_xinfo table_list index_list index_info foreign_key_list user_version".split()
-)  # pragmas that change nothing
+    "table_info table_xinfo table_list index_list index_info foreign_key_list user_version data_version".split()
+)  # pragmas that change nothing; FTS5 asks for the last one
 _SQL_LOCKED_S = 5.0
 
 
@@ -4268,6 +4270,7 @@ def _sql_failure(run: Run, name: str, error: sqlite3.Error) -> StepError:
 
 
 _PIPE_BYTES = 1 << 16
+_LAST_WORDS_S = 0.5  # time for what an ended program has written to arrive
 _STDERR_BYTES = 64 << 10
 
 
@@ -4339,7 +4342,9 @@ class Child:
         """Kill what is left of it, and wait for the threads that follow it."""
         self.kill()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(_LAST_WORDS_S)
+        if any(thread.is_alive() for thread in self._threads):
+            return  # the pipes are a stranger's now; the thread that reads them closes them
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe is not None:
                 with contextlib.suppress(OSError):  # what was not written to it
@@ -4418,9 +4423,12 @@ def _run_program(run: Run, arguments: list[str], given: bytes, limit: int | None
         child.follow(given)
         with run.cancel.calling(lambda: child.events.put(("cancel", b""))):
             while open_streams:
+                ended = "exit" not in open_streams
                 try:
-                    name, data = child.events.get(timeout=run.left())
+                    name, data = child.events.get(timeout=min(run.left(), _LAST_WORDS_S) if ended else run.left())
                 except queue.Empty:
+                    if ended:  # a child that left the group keeps the pipes open: nothing more is waited for
+                        break
                     continue  # `left` says what that means
                 run.check()
                 if not data:

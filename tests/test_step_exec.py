@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sqlite3
 import sys
 import threading
@@ -85,6 +86,12 @@ def test_a_value_is_never_part_of_the_statement(shop: Path, name: str, found: An
         "SELECT id FROM item WHERE name = :name -- :x ? \n /* ? */ AND '?' <> ':y'", {"name": "${params.v}"}, one=True
     )
     assert value(shop, query, v=name) == found
+
+
+def test_full_text_search_works(shop: Path) -> None:
+    for query in ("CREATE VIRTUAL TABLE word USING fts5(t)", "INSERT INTO word VALUES ('hello world')"):
+        value(shop, sql(query, write=True))
+    assert value(shop, sql("SELECT t FROM word WHERE word MATCH 'hello'")) == [{"t": "hello world"}]
 
 
 def test_bytes_pass_through(shop: Path) -> None:
@@ -255,13 +262,6 @@ def test_too_much_output_ends_the_program(tmp_path: Path) -> None:
     assert run(tmp_path, step).status_code == 500
 
 
-def alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
 PARENT = (
     "import subprocess, sys, os, time\n"
     "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
@@ -272,6 +272,22 @@ PARENT = (
 def pids(path: Path) -> list[int]:
     until(lambda: path.exists() and len(path.read_text().split()) == 2)
     return [int(word) for word in path.read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@linux
+def test_a_child_that_left_the_group_holds_nobody_up(tmp_path: Path) -> None:
+    code = "import subprocess; print(subprocess.Popen(['sleep', '60'], start_new_session=True).pid)"
+    escaped = int(value(tmp_path, program(code))["stdout"])
+    assert alive(escaped)
+    os.kill(escaped, signal.SIGKILL)
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "astera-child"])
 
 
 @linux
