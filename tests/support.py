@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -62,6 +63,14 @@ def get_flow(resource: str, *, steps: list[Any] | None = None, response: Any = N
     if response is not None:
         tree["response"] = response
     return tree
+
+
+def until(holds: Callable[[], Any], seconds: float = 15) -> None:
+    """Wait for what no event tells of."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.002)
 
 
 class Client:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import FakeClock, get_flow, running
+from support import FakeClock, get_flow, running, until
 
 from astera_lite import (
     AsteraLite,
@@ -38,13 +37,6 @@ def serving(folder: Path, flows: dict[str, Any], clock: Clock | None = None, **s
         app.deploy(name, tree)
     with app:
         yield app
-
-
-def until(holds: Callable[[], Any], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.002)
 
 
 def steps(*given: Any, **more: Any) -> dict[str, Any]:

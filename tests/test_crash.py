@@ -7,15 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from support import ROOT, Sink, get_flow, process
+from support import ROOT, Sink, get_flow, process, until
 
 WORK = '''
 import os, time
@@ -98,13 +96,6 @@ class Api:
     def counts(self) -> dict[str, int]:
         counts: dict[str, int] = self.session.get(f"{self.url}/health", timeout=10).json()["jobs"]
         return counts
-
-
-def until(holds: Callable[[], Any], seconds: float = 15) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.01)
 
 
 def test_a_kill_loses_no_job_and_repeats_no_finished_one(folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import FakeClock, get_flow
+from support import FakeClock, get_flow, until
 
 from astera_lite import MAX_ATTEMPTS, AsteraLite, Clock, Conflict, Context, Job, NotFound, Result, Status, StepKind
 
@@ -28,13 +28,6 @@ def serving(folder: Path, flows: dict[str, Any], clock: Clock | None = None, **s
 
 def python(function: Callable[..., Any], name: str = "p", **more: Any) -> dict[str, Any]:
     return {"name": name, "python": {"call": function}, **more}
-
-
-def until(holds: Callable[[], Any], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.002)
 
 
 def suspended(app: AsteraLite, count: int = 1) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import FakeClock, Sink, get_flow, running
+from support import FakeClock, Sink, get_flow, running, until
 
 from astera_lite import AsteraLite, Housekeeper, Job, Status, StoreError
 
@@ -30,13 +29,6 @@ def serving(folder: Path, clock: FakeClock, **settings: Any) -> Iterator[AsteraL
         app.housekeeper.stop(5)
         app.housekeeper = Housekeeper(app.store, app.engine, app.courier, clock)
         yield app
-
-
-def until(holds: Callable[[], Any], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.002)
 
 
 def done(app: AsteraLite, flow: str = "f", **more: Any) -> Job:

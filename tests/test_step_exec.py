@@ -7,14 +7,13 @@ import signal
 import sqlite3
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import get_flow
+from support import get_flow, until
 
 from astera_lite import AsteraLite, Context, FlowError, Result, Status, build_flow
 
@@ -48,13 +47,6 @@ def faults(step: dict[str, Any]) -> list[str]:
     with pytest.raises(FlowError) as caught:
         build_flow(get_flow("/f", steps=[{"name": "x", **step}]), "f")
     return [f"{fault.place.removeprefix('/steps/0')}: {fault.message}" for fault in caught.value.faults]
-
-
-def until(holds: Callable[[], Any], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.005)
 
 
 # ---- sql -------------------------------------------------------------------------------------------------------------
@@ -306,7 +298,7 @@ def test_a_program_ends_with_its_children(tmp_path: Path, how: str) -> None:
             codes = {"timeout": "timeout", "cancel": "cancelled", "ends": None}
             assert (found.error and found.error["code"]) == codes[how]
     until(lambda: not any(alive(pid) for pid in both))
-    assert not [thread for thread in threading.enumerate() if thread.name == "astera-child"]
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "astera-child"])
 
 
 @pytest.mark.parametrize(
