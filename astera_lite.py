@@ -8739,6 +8739,8 @@ class MethodNotAllowed(AsteraError):
 def error_response(x: Exchange, error: Exception) -> Reply:
     """The problem document (RFC 9457) for an error; an unforeseen one is a 500 that tells nothing of our inside."""
     headers = [_PROBLEM, _NO_STORE]
+    if x.head.path.startswith(tuple(PREFIXES.values())):
+        headers += _VARY
     if not isinstance(error, AsteraError):
         log.error("request %s: %s %s", x.request_id, x.head.method, shown(x.head.path, 200), exc_info=error)
         detail = "The server failed. Its log has the reason under this request id."

@@ -1165,3 +1165,10 @@ def test_an_unforeseen_error_is_a_500_that_tells_nothing(run: Running, monkeypat
 
 def test_request_ids_differ(run: Running) -> None:
     assert len({run.client.get("/health").headers["X-Request-Id"] for _ in range(20)}) == 20
+
+
+@pytest.mark.parametrize("path", ["/api/publishing/nothing", "/api/publishingAsync/nothing"])
+def test_publishing_answers_vary_by_prefer_also_as_errors(tmp_path: Path, path: str) -> None:
+    with running(tmp_path, {}) as server:
+        assert server.client.get(path).headers["Vary"] == "Prefer"
+        assert "Vary" not in server.client.get("/api/jobs").headers
