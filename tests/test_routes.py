@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import struct
 import threading
 import time
 import uuid
@@ -1172,3 +1174,34 @@ def test_publishing_answers_vary_by_prefer_also_as_errors(tmp_path: Path, path: 
     with running(tmp_path, {}) as server:
         assert server.client.get(path).headers["Vary"] == "Prefer"
         assert "Vary" not in server.client.get("/api/jobs").headers
+
+
+def test_an_encoded_slash_makes_another_request_of_a_key(tmp_path: Path) -> None:
+    flow = get_flow("/p/{a}/{b}", response={"body": "${params}"})
+    with running(tmp_path, {"p": flow}) as server:
+        key = {"Idempotency-Key": "k"}
+        assert server.client.get("/api/publishingAsync/p/x%2Fy/z", headers=key).status_code == 202
+        assert server.client.get("/api/publishingAsync/p/x/y%2Fz", headers=key).status_code == 422
+        assert server.client.get("/api/publishingAsync/p/x%2fy/%7A", headers=key).status_code == 202
+
+
+def test_a_job_of_a_flow_that_is_synchronous_only_by_now_is_not_rerun(tmp_path: Path) -> None:
+    with running(tmp_path, {"p": get_flow("/p")}) as server:
+        job = server.client.finished(server.client.get("/api/publishingAsync/p"))
+        server.app.deploy("p", get_flow("/p", request={"processing": ["synchronous"]}))
+        refused = server.client.post(f"/api/jobs/{job['id']}/rerun")
+        assert refused.status_code == 409 and "synchronously only" in refused.json()["detail"]
+
+
+def test_a_long_poll_whose_client_has_gone_leaves_no_watcher(tmp_path: Path) -> None:
+    with running(tmp_path, {"w": get_flow("/w", steps=[{"name": "w", "wait": 60}])}) as server:
+        path = server.client.get("/api/publishingAsync/w").headers["Location"].removeprefix(server.client.url)
+        host, port = server.client.url.removeprefix("http://").split(":")
+        pollers = [socket.create_connection((host, int(port)), timeout=10) for _ in range(5)]
+        for poller in pollers:
+            poller.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nPrefer: wait=50\r\n\r\n".encode())
+        until(lambda: sum(map(len, server.app._watchers.values())) == 5)
+        for poller in pollers:
+            poller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            poller.close()  # a reset, not an end
+        until(lambda: not server.app._watchers)
