@@ -6255,6 +6255,19 @@ class SqliteStore:
         with self._reader() as db:
             return db.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
 
+    def backup(self, path: str) -> None:
+        """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile."""
+        part = f"{path}.part"
+        try:
+            with contextlib.closing(sqlite3.connect(part)) as copy_, self._reader() as db:
+                db.backup(copy_)  # in one step: begun anew at each write of the server's, it would not come to an end
+                if copy_.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+                    raise StoreError(f"{self.path} is damaged: the copy is kept as {part}")
+            os.replace(part, path)
+        except (OSError, sqlite3.Error) as error:
+            words = _reason(error) if isinstance(error, OSError) else str(_store_error(error))
+            raise StoreError(f"{path}: {words}") from None
+
     def size(self) -> int:
         total = 0
         for suffix in ("", "-wal"):
@@ -10411,6 +10424,20 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def backup(args: argparse.Namespace, settings: Settings) -> int:
+    """backup: a consistent copy of the database, also while the server runs."""
+    if os.path.exists(args.copy):
+        print(f"{args.copy} is there already: name another file", file=sys.stderr)
+        return 1
+    store = SqliteStore(settings.database, read_only=True)
+    try:
+        store.backup(args.copy)
+    finally:
+        store.close()
+    print(f"wrote {args.copy}, {os.path.getsize(args.copy):,} bytes", file=sys.stderr)
+    return 0
+
+
 _Command = Callable[["argparse.Namespace", Settings], int]
 _RUNNING = ("flows", "data", "env_allow", "secrets", "callback_allow", "max_step_response", "max_result", "job_timeout")
 
@@ -10458,6 +10485,12 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
                 {"type": _positive, "metavar": "N", "default": 50, "help": "so many at the most (default: 50)"},
             ),
         ],
+        ("database",),
+    ),
+    "backup": (
+        backup,
+        "copy the database, also while the server runs",
+        [("copy", {"metavar": "FILE", "help": "where the copy goes; must not be there yet"})],
         ("database",),
     ),
     "job": (

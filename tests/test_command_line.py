@@ -8,12 +8,14 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 import zipapp
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -655,3 +657,37 @@ def test_files_are_found_from_the_working_directory(
     below.mkdir()
     monkeypatch.chdir(below)
     assert here("check", "--flows", "../flows").returncode == 0
+
+
+def test_a_backup_under_load_is_whole_and_a_server_goes_on_from_it(here: Here, tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO)
+    stop = threading.Event()
+    with process(tmp_path) as (_, url, _):
+        ids: list[str] = []
+
+        def submit() -> None:
+            with requests.Session() as session:
+                session.trust_env = False
+                while not stop.is_set():
+                    ids.append(session.get(f"{url}/api/publishingAsync/hello", timeout=10).json()["id"])
+
+        loaders = [threading.Thread(target=submit) for _ in range(4)]
+        for loader in loaders:
+            loader.start()
+        until(lambda: len(ids) > 50, "jobs are accepted")
+        before = list(ids)
+        done = here("backup", "copy.db")
+        stop.set()
+        for loader in loaders:
+            loader.join(10)
+    assert (done.returncode, "wrote copy.db" in done.stderr) == (0, True)
+    with closing(sqlite3.connect(tmp_path / "copy.db")) as copy:
+        assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert copy.execute("SELECT count(*) FROM jobs").fetchone()[0] >= len(before)
+    again = here("backup", "copy.db")
+    assert (again.returncode, again.stderr) == (1, "copy.db is there already: name another file\n")
+    assert here("backup", "nowhere/copy.db").returncode == 4
+    with process(tmp_path, "--database", "copy.db") as (_, url, _):
+        for job_id in before[:5]:
+            found = get(f"{url}/api/jobs/{job_id}/status", headers={"Prefer": "wait=5"}).json()
+            assert found["status"] == "Completed"
