@@ -595,7 +595,8 @@ def test_a_step_output_with_a_secret_is_marked_on_disk_and_whole_in_a_resumed_ru
     with serving(tmp_path, {"f": tree}, clock, secrets="TEST_KEY") as app:
         job = app.submit("f")
         until(lambda: app.engine.counts()["waiting"] == 1)
-        dump = "\n".join(sqlite3.connect(crash(app, tmp_path, "copy.db")).iterdump())
+        with closing(sqlite3.connect(crash(app, tmp_path, "copy.db"))) as copy:
+            dump = "\n".join(copy.iterdump())
         assert "verysecretvalue" not in dump and "Bearer" in dump
     with serving(tmp_path, {"f": tree}, clock, secrets="TEST_KEY") as app:
         clock.tick(61)
