@@ -503,15 +503,15 @@ def test_a_resumed_each_repeats_no_finished_item(tmp_path: Path, width: int) -> 
         return n * n
 
     def stop(context: Any, n: int) -> None:
+        reached.release()
         if n == 3:
-            reached.release()
             assert gate.wait(20)
 
     inner = [python(count, "a", {"n": "${item}"}), python(stop, "b", {"n": "${item}"})]
     tree = steps(each(inner, concurrency=width, result="${a}"))
     with serving(tmp_path, {"f": tree}) as app:
         job = app.submit("f")
-        assert reached.acquire(timeout=10)
+        assert all(reached.acquire(timeout=10) for _ in range(3))  # every item is behind its first step
         app.engine._store.barrier(lambda result, error: reached.release())  # what is recorded is on disk
         assert reached.acquire(timeout=10)
         copy = crash(app, tmp_path, "crashed.db")
