@@ -4201,7 +4201,8 @@ def _sql_connect(run: Run, name: str, write: bool) -> sqlite3.Connection:
     elif not os.path.isfile(file):
         raise StepError(500, "its database is missing", f"there is no {shown(name)} in the data folder", {"missing"})
     uri = f"{Path(file).as_uri()}?mode={'rwc' if write else 'ro'}"
-    db = sqlite3.connect(uri, timeout=min(_SQL_LOCKED_S, run.left()), isolation_level=None, uri=True)
+    patience = min(_SQL_LOCKED_S, run.left() + 0.01)  # SQLite counts whole milliseconds; the step's own end comes first
+    db = sqlite3.connect(uri, timeout=patience, isolation_level=None, uri=True)
     db.execute(f"PRAGMA query_only = {'OFF' if write else 'ON'}")
     db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, outside.max_step_response)
     db.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)

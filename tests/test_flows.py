@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1073,7 +1072,8 @@ def test_weather_against_the_stand_in() -> None:
             def weather(city: str, query: str = "") -> Any:
                 path = f"/weather/{city}"
                 bound = flow.bind(StoredRequest("GET", path, query), path_values(flow, path))
-                outcome = run_flow(Run(flow, bound, surroundings(env=env), time.monotonic() + 20))
+                outside = surroundings(env=env)
+                outcome = run_flow(Run(flow, bound, outside, outside.clock.monotonic() + 20))
                 assert isinstance(outcome, Outcome)
                 return outcome.answer.code, json.loads(outcome.answer.body)
 
