@@ -173,16 +173,56 @@ class StoreError(AsteraError):
     """The database cannot be used: locked by another server, full, read-only, damaged, or of a newer version."""
 
 
+_LEAP_MS = 10_000  # a step of the system's clock that is no correction any more
+
+
 class Clock:
-    """Where time comes from; a test passes its own."""
+    """Where time comes from; a test passes its own. Times are milliseconds since the epoch.
+
+    Ages and deadlines are told by `now`, which counts the time that passes and takes no part in a leap of the system's
+    clock: a Pi without a battery for its clock boots in the past, and leaps years ahead once it has a network. What
+    people and other machines are told is `offset` later, which is what `wall` says.
+    """
+
+    offset = 0  # milliseconds from `now` to what the system's clock says, as far as it leapt
+
+    def __init__(self) -> None:
+        self._zero_ns = time.time_ns() - time.monotonic_ns()
 
     def now(self) -> int:
-        """Milliseconds since the epoch."""
+        """The server's own time."""
+        return (time.monotonic_ns() + self._zero_ns) // 1_000_000
+
+    def wall(self) -> int:
+        """What the system's clock says."""
         return time.time_ns() // 1_000_000
 
     def monotonic(self) -> float:
         """Seconds that only ever grow; for deadlines."""
         return time.monotonic()
+
+    def forward(self, ms: int) -> None:
+        """Move `now`."""
+        self._zero_ns += ms * 1_000_000
+
+    def begin(self, seen: int) -> None:
+        """Start with what the system's clock says, or, where it has gone back, with the last moment that was seen."""
+        behind = seen - self.wall()
+        self.offset = -behind if behind > _LEAP_MS else 0
+        self.forward(self.wall() - self.offset - self.now())
+
+    def look(self) -> int:
+        """Compare with the system's clock, now and then; by how many milliseconds it leapt, 0 if it did not.
+
+        A small step is a correction, which `now` makes too.
+        """
+        step = self.wall() - self.now() - self.offset
+        if abs(step) > _LEAP_MS:
+            self.offset += step
+            return step
+        if abs(step) > 100:  # less is rounding
+            self.forward(step)
+        return 0
 
 
 def resource(name: str) -> bytes:
@@ -251,11 +291,11 @@ class JobKeys:
             return JobKey(self._last, int.from_bytes(os.urandom(8)) >> 2)
 
 
-def timestamp(ms: int | None) -> str | None:
-    """RFC 3339 UTC with milliseconds, or None for None."""
+def timestamp(ms: int | None, offset: int = 0) -> str | None:
+    """RFC 3339 UTC with milliseconds, of a time and a clock's offset; None for None."""
     if ms is None:
         return None
-    seconds, rest = divmod(ms, 1000)
+    seconds, rest = divmod(ms + offset, 1000)
     return f"{_second(seconds)}.{rest:03d}Z"
 
 
@@ -800,19 +840,19 @@ class Progress:
 
 
 def status_document(
-    job: Job, base: str, progress: Progress | None = None, with_callback: bool = True
+    job: Job, base: str, progress: Progress | None = None, *, offset: int = 0, with_callback: bool = True
 ) -> dict[str, Any]:
-    """The status document of http-api.md; `base` is the base of its URLs."""
+    """The status document of http-api.md; `base` is the base of its URLs, `offset` the clock's (milliseconds)."""
     url = f"{base}/api/jobs/{job.id}"
     finished = job.status is not Status.RUNNING
     document: dict[str, Any] = {
         "id": job.id,
         "status": job.status.value,
         "flow": job.flow,
-        "createdAt": timestamp(job.created),
-        "startedAt": timestamp(job.started),
-        "finishedAt": timestamp(job.finished),
-        "expiresAt": timestamp(job.expires),
+        "createdAt": timestamp(job.created, offset),
+        "startedAt": timestamp(job.started, offset),
+        "finishedAt": timestamp(job.finished, offset),
+        "expiresAt": timestamp(job.expires, offset),
         "attempt": job.attempt,
         "progress": progress and {"step": progress.step, "done": progress.done, "total": progress.total},
         "statusUrl": f"{url}/status",
@@ -825,7 +865,7 @@ def status_document(
             "state": job.callback.state,
             "attempts": job.callback.attempts,
             "lastStatus": job.callback.last_status,
-            "nextAttemptAt": timestamp(job.callback.next_at),
+            "nextAttemptAt": timestamp(job.callback.next_at, offset),
         }
     return document
 
@@ -2907,18 +2947,18 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
         if path in run.journal.saved:
             value = scope[step.name] = run.journal.saved[path]
             if run.trace is not None and not any(entry["path"] == path for entry in run.trace):
-                _note(run, step, path, "resumed", run.outside.clock.now(), None, value)
+                _note(run, step, path, "resumed", run.outside.clock.wall(), None, value)
             continue
         if step.when is not None and not run.settled(step.when, scope, f"{path}?"):
             scope[step.name] = None
-            _note(run, step, path, "skipped", run.outside.clock.now(), None)
+            _note(run, step, path, "skipped", run.outside.clock.wall(), None)
             continue
         value = scope[step.name] = _run_step(step, run, scope, path)
     return value
 
 
 def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
-    began = run.outside.clock.now()
+    began = run.outside.clock.wall()
     try:
         canned, value = run.canned.output(step, path) if run.canned is not None else (False, None)
         if not canned:
@@ -2996,7 +3036,7 @@ def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | N
             "kind": step.kind,
             "state": state,
             "startedAt": timestamp(began),
-            "finishedAt": timestamp(run.outside.clock.now()),
+            "finishedAt": timestamp(run.outside.clock.wall()),
             "size": size,
             "preview": preview,
         }
@@ -3310,13 +3350,14 @@ def _check_wait(build: Build, spec: Any, place: str) -> Runner:
     template = build.template(value, f"{place}/until" if until else place)
 
     def wait(run: Run, scope: Scope, path: str) -> None:
-        end = run.journal.waits.get(path)
-        if end is None:
-            given = template(scope)
-            try:
-                end = _parse_time(given) if until else run.outside.clock.now() + round(parse_duration(given) * 1000)
-            except ValueError as error:
-                raise ExpressionError(f"{place}: {error}") from None
+        clock, end = run.outside.clock, run.journal.waits.get(path)
+        try:
+            if until:  # a moment of the calendar: looked at anew, for the system's clock may have leapt meanwhile
+                end = _parse_time(run.settled(template, scope, f"{path}=")) - clock.offset
+            elif end is None:
+                end = clock.now() + round(parse_duration(template(scope)) * 1000)
+        except ValueError as error:
+            raise ExpressionError(f"{place}: {error}") from None
         run.wait_until(end, path)
 
     return wait
@@ -3839,9 +3880,9 @@ def _check_until(build: Build, spec: dict[str, Any], place: str, call: _HttpCall
             output, _ = call.send(run, call.request(run, scope), limit)
             if until({**scope, "answer": output}):
                 return output
-            now = run.outside.clock.now()
-            asked = parse_retry_after(output["headers"].get("retry-after"), now)
-            run.wait_until(now + round(max(every, min(asked, _LONGEST_PAUSE_S)) * 1000), path)
+            asked = parse_retry_after(output["headers"].get("retry-after"), run.outside.clock.wall())
+            pause_ms = round(max(every, min(asked, _LONGEST_PAUSE_S)) * 1000)
+            run.wait_until(run.outside.clock.now() + pause_ms, path)
 
     return poll
 
@@ -5517,10 +5558,24 @@ def load_flows(
 # ======================================================================================================================
 
 PIECE = 256 << 10  # bytes; a larger value is written in pieces, so that it does not hold up the writes behind it
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x41535431  # marks the file as ours (PRAGMA application_id)
 #: Scripts that lead from a version of the schema to the next one, by the version they start from.
-UPGRADES: dict[int, str] = {}
+UPGRADES: dict[int, str] = {
+    1: """
+    CREATE TABLE tokens (
+        name    TEXT    PRIMARY KEY,
+        hash    BLOB    NOT NULL,
+        role    TEXT    NOT NULL CHECK (role IN ('user', 'admin')),
+        flows   TEXT,
+        created INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE clock (
+        one    INTEGER PRIMARY KEY CHECK (one = 1),
+        offset INTEGER NOT NULL
+    );
+    """,
+}
 
 Done = Callable[[Any, AsteraError | None], None]  # (result, error), called by the store's writer thread
 
@@ -5684,6 +5739,15 @@ class Store(Protocol):
     def last_seq(self) -> int:
         """The greatest `seq` stored; 0 if there is none."""
 
+    def last_seen(self) -> int:
+        """The latest time at which something is known to have happened; 0 if nothing has."""
+
+    def clock_offset(self) -> int:
+        """How far the times stored are behind what the system's clock says, because it leapt (milliseconds)."""
+
+    def keep_clock_offset(self, offset: int) -> None:
+        """Remember it. When the database is opened again, its times are moved by so much."""
+
     def size(self) -> int:
         """Bytes on disk, with the write-ahead log."""
 
@@ -5828,6 +5892,7 @@ class SqliteStore:
             connection.execute("PRAGMA journal_size_limit = 67108864")
             connection.execute(f"PRAGMA synchronous = {'FULL' if self._durability == 'full' else 'NORMAL'}")
             self._upgrade(connection)
+            self._set_clock(connection)
             connection.execute("BEGIN IMMEDIATE")  # a database that cannot be written is to be found now
             connection.execute("DELETE FROM pieces WHERE job NOT IN (SELECT seq FROM jobs)")
             connection.execute("COMMIT")
@@ -5860,6 +5925,16 @@ class SqliteStore:
             steps = [(old + 1, UPGRADES[old]) for old in range(version, SCHEMA_VERSION)]
         for new, script in steps:
             connection.executescript(f"BEGIN EXCLUSIVE;\n{script}\nPRAGMA user_version = {new};\nCOMMIT;")
+
+    def _set_clock(self, connection: sqlite3.Connection) -> None:
+        """Bring the times in line with the system's clock, if it leapt while they were written."""
+        offset = _clock_offset(connection)
+        if offset:
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in _MOVE_TIMES:
+                connection.execute(statement, (offset,))
+            connection.execute("DELETE FROM clock")
+            connection.execute("COMMIT")
 
     # --- writing ---
 
@@ -6256,6 +6331,21 @@ class SqliteStore:
         with self._reader() as db:
             return db.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
 
+    def last_seen(self) -> int:
+        with self._reader() as db:
+            row = db.execute(
+                "SELECT max(ifnull((SELECT created FROM jobs ORDER BY seq DESC LIMIT 1), 0),"
+                " ifnull((SELECT finished FROM jobs WHERE expires NOT NULL ORDER BY expires DESC LIMIT 1), 0))"
+            ).fetchone()
+            return int(row[0])
+
+    def clock_offset(self) -> int:
+        with self._reader() as db:
+            return _clock_offset(db)
+
+    def keep_clock_offset(self, offset: int) -> None:
+        self._put(partial(_execute, "INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,)), keep=True)
+
     def backup(self, path: str) -> None:
         """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile."""
         part = f"{path}.part"
@@ -6297,6 +6387,20 @@ _SAVE_STEP = (
     "INSERT OR REPLACE INTO steps (job, path, until, output) SELECT ?, ?, ?, ?"
     " WHERE EXISTS (SELECT 1 FROM jobs WHERE seq = ? AND status = 'Running')"
 )
+
+
+_MOVE_TIMES = [
+    "UPDATE jobs SET created = created + ?1, due = due + ?1, started = started + ?1, finished = finished + ?1,"
+    " expires = expires + ?1",
+    "UPDATE steps SET until = until + ?1 WHERE until NOT NULL",
+    "UPDATE steps SET output = CAST(output + ?1 AS TEXT) WHERE path LIKE '%@'",  # until when a step may take
+    "UPDATE callbacks SET next = next + ?1 WHERE next NOT NULL",
+    "UPDATE attempts SET at = at + ?1",
+]
+
+
+def _clock_offset(db: sqlite3.Connection) -> int:
+    return int((db.execute("SELECT offset FROM clock").fetchone() or [0])[0])
 
 
 class _Reading:
@@ -6862,7 +6966,7 @@ class Engine:
             after = dataclasses.replace(
                 job, status=outcome.status, finished=now, expires=expires, due=None, error=outcome.error
             )
-            body = to_json(status_document(after, job.base, with_callback=False))
+            body = to_json(status_document(after, job.base, offset=self._clock.offset, with_callback=False))
             callback = (parse_target(job.callback.url).receiver, body)
         return Finish(
             job.key,
@@ -7121,17 +7225,17 @@ class Courier:
 
     def deliver(self, job: Job, delivery: Delivery) -> tuple[Attempt, float]:
         """One attempt, now; with it the seconds that the receiver asked to be left alone."""
-        body, began = delivery.body.encode(), self._clock.now()
+        body, began, sent_s = delivery.body.encode(), self._clock.now(), self._clock.wall() // 1000
         message_id = f"msg_{job.id}"
         headers = {
             "Content-Type": "application/json",
             "User-Agent": f"astera-lite/{__version__}",
             "Location": f"{job.base}/api/jobs/{job.id}/result",
             "webhook-id": message_id,
-            "webhook-timestamp": str(began // 1000),
+            "webhook-timestamp": str(sent_s),
         }
         if self._key is not None:
-            headers["webhook-signature"] = sign(self._key, message_id, began // 1000, body)
+            headers["webhook-signature"] = sign(self._key, message_id, sent_s, body)
         status, error, retry_after_s = None, None, 0.0
         started = self._clock.monotonic()
         try:
@@ -7139,7 +7243,7 @@ class Courier:
                 "POST", delivery.url, headers, body, timeout=self._timeout, max_bytes=0, policy=self._policy
             )
             status = answer.status
-            retry_after_s = parse_retry_after(header_value(answer.headers, "retry-after"), began)
+            retry_after_s = parse_retry_after(header_value(answer.headers, "retry-after"), self._clock.wall())
         except AddressRefused as refused:
             log.warning("callback of job %s: %s", job.id, refused)
             error = "refused"
@@ -7216,6 +7320,7 @@ class Housekeeper:
 
     def tick(self, now: int) -> int:
         """Do what is due at `now` (milliseconds since the epoch); when to come again at the latest."""
+        self._look_at_clock()
         self._engine.overdue()
         if now >= self._chores_at:
             self._chores_at = now + _CHORES_EVERY_MS
@@ -7225,6 +7330,15 @@ class Housekeeper:
                 self._courier.settled(self._unsettled.popleft())
         wanted = [now + _CHORES_EVERY_MS, self._engine.release(now), self._purge(now), self._deliver(now)]
         return min(moment for moment in wanted if moment is not None)
+
+    def _look_at_clock(self) -> None:
+        leap = self._clock.look()
+        if leap:
+            way = "ahead" if leap > 0 else "back"
+            message = "the system's clock leapt %s by %s: results and waits go by the time that passed here"
+            log.warning(message, way, datetime.timedelta(seconds=abs(leap) // 1000))
+            self._store.keep_clock_offset(self._clock.offset)
+            self._engine.release(sys.maxsize)  # some wait for a moment of the calendar; the others go on waiting
 
     def _purge(self, now: int) -> int | None:
         if self._purging or now < self._purge_at:
@@ -7460,6 +7574,13 @@ class AsteraLite:
             retries=settings.callback_retries,
         )
         self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, self.look_at_flows)
+        self.clock.begin(self.store.last_seen())
+        if self.clock.offset:
+            log.warning(
+                "the system's clock is %s behind the last moment on record: the server's time goes on from there",
+                datetime.timedelta(seconds=-self.clock.offset // 1000),
+            )
+            self.store.keep_clock_offset(self.clock.offset)
         self._keys = JobKeys(self.store.last_seq())
         taken_up = 0
         for seq, due, name in self.store.unfinished():
@@ -9032,7 +9153,7 @@ def _status_response(
         headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
     elif code == 200:
         headers.append(("Location", f"{x.base}/api/jobs/{job.id}/result"))
-    return Reply(code, headers, json_body(status_document(job, x.base, progress)))
+    return Reply(code, headers, json_body(status_document(job, x.base, progress, offset=x.app.clock.offset)))
 
 
 def _unknown(x: Exchange) -> Reply:
@@ -9109,13 +9230,14 @@ def job_details(x: Exchange) -> Reply:
         return _unknown(x)
     job, progress = found
     app = x.app
-    document = status_document(job, x.base, progress)
+    offset = app.clock.offset
+    document = status_document(job, x.base, progress, offset=offset)
     document["request"] = _request_document(app, job)
     document["steps"] = app.engine.trace(job.key) or app.store.trace(job.key)
     if document["callback"] is not None:
         document["callback"]["history"] = [
             {
-                "at": timestamp(attempt.at),
+                "at": timestamp(attempt.at, offset),
                 "status": attempt.status,
                 "error": attempt.error,
                 "durationMs": attempt.duration_ms,
@@ -9171,7 +9293,7 @@ def job_list(x: Exchange) -> Reply:
         int(cursor, 16) if cursor is not None else None,
     )
     document = {
-        "jobs": [status_document(job, x.base) for job in jobs],
+        "jobs": [status_document(job, x.base, offset=x.app.clock.offset) for job in jobs],
         "next": None if before is None else f"{before:015x}",
     }
     return Reply(200, [_JSON, _NO_STORE], json_body(document))
@@ -10385,13 +10507,14 @@ def jobs(args: argparse.Namespace, settings: Settings) -> int:
     """jobs: list the jobs in the database, newest first."""
     store = SqliteStore(settings.database, read_only=True)
     status = Status(args.status) if args.status else None
-    found = store.page(Clock().now(), args.limit, None, args.flow, status, None)
+    offset = store.clock_offset()
+    found = store.page(Clock().now() - offset, args.limit, None, args.flow, status, None)
     print(f"{'id':<36}  {'flow':<16}  {'status':<9}  {'created':<24}  {'finished':<24}  callback")
     for job in found:
         callback = f"{job.callback.state} ({job.callback.attempts})" if job.callback else ""
-        finished = timestamp(job.finished) or ("waiting" if job.due else "")
+        finished = timestamp(job.finished, offset) or ("waiting" if job.due else "")
         print(
-            f"{job.id}  {job.flow:<16}  {job.status.value:<9}  {timestamp(job.created)}"
+            f"{job.id}  {job.flow:<16}  {job.status.value:<9}  {timestamp(job.created, offset)}"
             f"  {finished:<24}  {callback}".rstrip()
         )
     store.close()
@@ -10407,11 +10530,12 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
         store.close()
         print(f"there is no job {shown(args.id)}", file=sys.stderr)
         return 1
-    document = status_document(job, job.base)
+    offset = store.clock_offset()
+    document = status_document(job, job.base, offset=offset)
     document["steps"] = store.trace(job.key)
     if job.callback is not None:
         document["callback"]["history"] = [
-            {"at": timestamp(a.at), "status": a.status, "error": a.error, "durationMs": a.duration_ms}
+            {"at": timestamp(a.at, offset), "status": a.status, "error": a.error, "durationMs": a.duration_ms}
             for a in store.attempts(job.key)
         ]
     print(json.dumps(document, indent=2, ensure_ascii=False), file=sys.stderr if args.result else sys.stdout)
