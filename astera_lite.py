@@ -173,6 +173,10 @@ class StoreError(AsteraError):
     """The database cannot be used: locked by another server, full, read-only, damaged, or of a newer version."""
 
 
+class DatabaseInUse(StoreError):
+    """Another server has the database."""
+
+
 _LEAP_MS = 10_000  # a step of the system's clock that is no correction any more
 
 
@@ -740,6 +744,17 @@ MOVES: dict[str, dict[str, frozenset[str]]] = {
         "gone": frozenset({"pending"}),
     },
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Who may call. `digest` is the SHA-256 of the token; `flows` those it may call, None for all of them."""
+
+    name: str
+    digest: bytes
+    role: str = "user"  # or admin: sees every job, and may deploy
+    flows: frozenset[str] | None = None
+    created: int = 0  # milliseconds since the epoch, by the system's clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -5736,6 +5751,9 @@ class Store(Protocol):
     def next_delivery(self, now: int) -> int | None:
         """When the next callback that is not due yet will be."""
 
+    def tokens(self) -> list[Token]:
+        """Every token, by name."""
+
     def last_seq(self) -> int:
         """The greatest `seq` stored; 0 if there is none."""
 
@@ -5876,7 +5894,7 @@ class SqliteStore:
     def _not_owned(self, error: sqlite3.Error) -> StoreError:
         if isinstance(error, sqlite3.OperationalError):
             if error.sqlite_errorname == "SQLITE_BUSY":
-                return StoreError(f"another server uses {self.path}: stop it, or set `database` to another path")
+                return DatabaseInUse(f"another server uses {self.path}: stop it, or set `database` to another path")
             return StoreError(f"{self.path}.lock: {_store_error(error)}; the folder must be writable")
         return StoreError(f"{self.path}.lock: {_store_error(error)}; it is not ours: move it away")
 
@@ -6327,6 +6345,10 @@ class SqliteStore:
             found: int | None = db.execute(sql, (now,)).fetchone()[0]
             return found
 
+    def tokens(self) -> list[Token]:
+        with self._reader() as db:
+            return _tokens(db)
+
     def last_seq(self) -> int:
         with self._reader() as db:
             return db.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
@@ -6387,6 +6409,38 @@ _SAVE_STEP = (
     "INSERT OR REPLACE INTO steps (job, path, until, output) SELECT ?, ?, ?, ?"
     " WHERE EXISTS (SELECT 1 FROM jobs WHERE seq = ? AND status = 'Running')"
 )
+
+
+def _tokens(db: sqlite3.Connection) -> list[Token]:
+    rows = db.execute("SELECT name, hash, role, flows, created FROM tokens ORDER BY name")
+    return [
+        Token(name, digest, role, flows and frozenset(json.loads(flows)), at) for name, digest, role, flows, at in rows
+    ]
+
+
+def edit_tokens(path: str, add: Token | None = None, revoke: str | None = None) -> list[Token]:
+    """Add or revoke a token in a database, which is made if it is not there; a server may be running on it.
+
+    The tokens as they are then. Raises Conflict for a name that is taken, NotFound for one that is not there,
+    StoreError.
+    """
+    with contextlib.suppress(DatabaseInUse):
+        SqliteStore(path).close()  # makes or upgrades it, unless a server has it
+    try:
+        db = sqlite3.connect(path, timeout=10, isolation_level=None)
+        with contextlib.closing(db):
+            db.execute("BEGIN IMMEDIATE")
+            if revoke is not None and not _execute("DELETE FROM tokens WHERE name = ?", (revoke,), db):
+                raise NotFound(f"there is no token {revoke}{suggest(revoke, (token.name for token in _tokens(db)))}")
+            if add is not None:
+                flows = None if add.flows is None else to_json(sorted(add.flows))
+                values = (add.name, add.digest, add.role, flows, add.created)
+                if not _execute("INSERT OR IGNORE INTO tokens VALUES (?, ?, ?, ?, ?)", values, db):
+                    raise Conflict(f"there is a token {add.name} already: revoke it first, or choose another name")
+            db.execute("COMMIT")
+            return _tokens(db)
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: {_store_error(error)}") from None
 
 
 _MOVE_TIMES = [
@@ -7277,10 +7331,10 @@ class Housekeeper:
         engine: Engine,
         courier: Courier,
         clock: Clock,
-        look_at_flows: Callable[[], None] = lambda: None,
+        look_around: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._engine, self._courier, self._clock = store, engine, courier, clock
-        self._look_at_flows = look_at_flows
+        self._look_around = look_around
         self._unsettled: deque[JobKey] = deque()  # deliveries whose outcome could not be stored
         self._wake = threading.Event()
         self._stopping = False
@@ -7325,7 +7379,7 @@ class Housekeeper:
         if now >= self._chores_at:
             self._chores_at = now + _CHORES_EVERY_MS
             self._engine.unstall()
-            self._look_at_flows()
+            self._look_around()
             while self._unsettled:
                 self._courier.settled(self._unsettled.popleft())
         wanted = [now + _CHORES_EVERY_MS, self._engine.release(now), self._purge(now), self._deliver(now)]
@@ -7386,10 +7440,18 @@ class Housekeeper:
 
 
 class Principal(NamedTuple):
-    """Who calls: the token's name, and whether it is of role admin. A token sees its own jobs, admin sees all."""
+    """Who calls: the token's name, whether it is of role admin, and the flows it may call (None: all).
+
+    A token sees its own jobs, admin sees all.
+    """
 
     name: str = ""
     admin: bool = True
+    flows: frozenset[str] | None = None
+
+    def may_call(self, flow: str) -> bool:
+        """Whether a flow is among those it may call."""
+        return self.flows is None or flow in self.flows
 
 
 class Limits(NamedTuple):
@@ -7533,6 +7595,7 @@ class AsteraLite:
         self._watching = threading.Lock()  # guards the watchers
         self._kinds = dict(STEP_KINDS)
         self.deployments = Deployments()
+        self.tokens: list[Token] = []
         self._running = False
         self._size_at, self._size = -1.0, 0
         self._keys = JobKeys()
@@ -7555,6 +7618,7 @@ class AsteraLite:
         """Open the database, load the flows, take up what was left, and start the threads."""
         settings = self.settings
         self.store: Store = SqliteStore(settings.database, settings.durability)
+        self.tokens = self.store.tokens()
         self.reload()
         self.engine = Engine(
             self.store,
@@ -7573,7 +7637,7 @@ class AsteraLite:
             timeout=settings.callback_timeout,
             retries=settings.callback_retries,
         )
-        self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, self.look_at_flows)
+        self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, self.look_around)
         self.clock.begin(self.store.last_seen())
         if self.clock.offset:
             log.warning(
@@ -7639,6 +7703,19 @@ class AsteraLite:
             if fault not in known:
                 log.error("%s", fault)
         return self.deployments.faults
+
+    def look_around(self) -> None:
+        """See what others have changed: the flow files, and the tokens."""
+        self.look_at_flows()
+        self.read_tokens()
+
+    def read_tokens(self) -> None:
+        """Read the tokens again; while the database cannot be read, those known go on to count."""
+        before = self.tokens
+        with contextlib.suppress(StoreError):
+            self.tokens = self.store.tokens()
+        if self.tokens != before:
+            log.info("tokens: %s", ", ".join(token.name for token in self.tokens) or "none")
 
     def look_at_flows(self) -> None:
         """Read the flow files again if they have changed, and were the same when they were last looked at."""
@@ -8156,8 +8233,19 @@ _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]{1,5}))?")
 
 
+ADMIN_TOKEN = "token"  # noqa: S105 (the name of the one that is a setting)
+
+
+def token_digest(token: str) -> bytes:
+    """What is kept of a token. It is random and long, so that a plain SHA-256 cannot be reversed."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
+
+
 class Access:
-    """Who may call: the token, and the rules that keep other web pages away (Host, Origin, Sec-Fetch-Site)."""
+    """Who may call: tokens, and the rules that keep other web pages away (Host, Origin, Sec-Fetch-Site).
+
+    `tokens` gives those that count now. Where there are none, the server is `open` to all, or to nobody.
+    """
 
     def __init__(
         self,
@@ -8166,8 +8254,11 @@ class Access:
         public_url: str | None,
         cors_origins: str | None,
         host: str = "localhost",
+        tokens: Callable[[], Sequence[Token]] = lambda: (),
+        is_open: bool = True,
     ) -> None:
-        self._digest = hashlib.sha256(token.encode()).digest() if token is not None else None
+        self._setting = [] if token is None else [Token(ADMIN_TOKEN, token_digest(token), "admin")]
+        self._tokens, self._open = tokens, is_open
         self._hosts: set[str] | None = None
         if loopback:
             self._hosts = {*_LOOPBACK_HOSTS, f"[{host}]" if ":" in host else host}
@@ -8200,13 +8291,15 @@ class Access:
 
     def principal(self, authorization: str | None) -> Principal:
         """Who the bearer token stands for; raises AccessError (RFC 6750)."""
-        if self._digest is None:
+        tokens = [*self._setting, *self._tokens()]
+        if not tokens and self._open:
             return Principal()
         scheme, _, given = (authorization or "").partition(" ")
         digest = hashlib.sha256(given.strip().encode("latin-1", "replace")).digest()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._digest):
+        found = [token for token in tokens if hmac.compare_digest(digest, token.digest)]  # all, so that none is sooner
+        if scheme.lower() != "bearer" or not found:
             raise AccessError(401, "This needs a token: send Authorization: Bearer …")
-        return Principal("token", True)
+        return Principal(found[0].name, found[0].role == "admin", found[0].flows)
 
 
 # ======================================================================================================================
@@ -8987,7 +9080,13 @@ def find_flow(mode: str, x: Exchange) -> None:
     if mode not in flow.modes:
         (other,) = flow.modes
         raise NotFound(f"This flow is published {other}ly only: call {PREFIXES[other]}{flow.resource}")
+    _check_may_call(x, flow.name)
     x.flow, x.path = flow, path
+
+
+def _check_may_call(x: Exchange, flow: str) -> None:
+    if not x.caller.may_call(flow):
+        raise AccessError(403, f"The token {x.caller.name} may not call the flow {flow}.")
 
 
 def _allowed(matches: list[dict[str, Flow]], mode: str) -> set[str]:
@@ -9327,6 +9426,7 @@ def job_rerun(x: Exchange) -> Reply | None:
     job = found[0]
     if job.status is Status.RUNNING:
         raise Conflict("The job still runs.", job=job.status)
+    _check_may_call(x, job.flow)
     x.app.rerun(job, x.base, x.caller, lambda result, error: x.post(lambda: _accepted(x, result, error, None, ())))
     return None
 
@@ -9388,7 +9488,9 @@ def deployment_list(x: Exchange) -> Reply:
     """GET /api/deployments"""
     deployments = x.app.deployments
     document = {
-        "deployments": [deployment_document(flow, x.base) for flow in deployments.by_name.values()],
+        "deployments": [
+            deployment_document(flow, x.base) for flow in deployments.by_name.values() if x.caller.may_call(flow.name)
+        ],
         "faults": [
             {"file": fault.where, "place": fault.place, "message": fault.message} for fault in deployments.faults
         ],
@@ -9400,14 +9502,15 @@ def deployment_one(x: Exchange) -> Reply:
     """GET /api/deployments/{name}"""
     flow = x.app.deployments.by_name.get(x.values["name"])
     if flow is None:
-        known = suggest(x.values["name"], x.app.deployments.by_name)
+        known = suggest(x.values["name"], filter(x.caller.may_call, x.app.deployments.by_name))
         raise NotFound(f"There is no deployment {shown(x.values['name'])}{known}.")
+    _check_may_call(x, flow.name)
     return Reply(200, [_JSON, _NO_STORE], json_body(deployment_document(flow, x.base)))
 
 
 def _may_deploy(x: Exchange) -> None:
     if not x.caller.admin or not x.caller.name:  # a flow can run programs
-        detail = "Deploying needs a token of role admin, which this server has none of: set `token`, and send it."
+        detail = "Deploying needs a token of role admin, and this server has no tokens: set `token`, and send it."
         raise AccessError(403, detail if not x.caller.name else "Deploying needs a token of role admin.")
 
 
@@ -9827,8 +9930,16 @@ class Server(ThreadingHTTPServer):
         host = self.limits.host if host is None else host
         port = self.limits.port if port is None else port
         loopback = is_loopback(host)
-        check_exposure(settings, host, loopback)
-        self.access = Access(settings.token, loopback, settings.public_url, settings.cors_origins, host)
+        check_exposure(settings, host, bool(app.tokens))
+        self.access = Access(
+            settings.token,
+            loopback,
+            settings.public_url,
+            settings.cors_origins,
+            host,
+            lambda: app.tokens,
+            is_open=_may_be_open(settings, loopback),
+        )
         if not loopback and settings.callback_allow.strip().lower() == "auto":
             app.policy.hosts.clear()  # the courier and the http steps share it
             app.policy.networks.clear()
@@ -10091,17 +10202,22 @@ class Server(ThreadingHTTPServer):
         handler.respond(x, reply)
 
 
-def check_exposure(settings: Settings, host: str, loopback: bool) -> None:
+def _may_be_open(settings: Settings, loopback: bool) -> bool:
+    """Whether nobody needs a token as long as there is none."""
+    return settings.insecure_open or (loopback and settings.public_url is None)
+
+
+def check_exposure(settings: Settings, host: str, has_tokens: bool) -> None:
     """Raise ConfigError for a server that anybody could reach and nobody needs a token for."""
-    if settings.token is not None or settings.insecure_open:
+    loopback = is_loopback(host)
+    if settings.token is not None or has_tokens or _may_be_open(settings, loopback):
         return
-    cure = "set ASTERA_LITE_TOKEN, or insecure_open to let everybody in"
+    cure = "set ASTERA_LITE_TOKEN or make one with the command `token`, or set insecure_open to let everybody in"
     if not loopback:
         raise ConfigError(
             [Fault("host", "", f"{host} can be reached from other machines, and there is no token: {cure}")]
         )
-    if settings.public_url is not None:
-        raise ConfigError([Fault("public_url", "", f"makes the server public, and there is no token: {cure}")])
+    raise ConfigError([Fault("public_url", "", f"makes the server public, and there is no token: {cure}")])
 
 
 # ======================================================================================================================
@@ -10150,19 +10266,19 @@ def _parser() -> argparse.ArgumentParser:
         )
         for argument, options_ in arguments:
             command.add_argument(argument, **options_)
-        _add_settings(command, shown_settings)
+        _add_settings(command, shown_settings, [argument for argument, _ in arguments])
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str]) -> None:
-    """Every setting as a flag; the help shows those that matter to the command."""
+def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str], taken: Collection[str] = ()) -> None:
+    """Every setting as a flag, unless the command has another use for its name; the help shows those that matter."""
     import argparse  # noqa: PLC0415
 
     group = parser.add_argument_group("settings")
     group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="TOML file of settings")
     for name, default, text in settings_table():
-        metadata = SETTING_FIELDS[name].metadata
-        if metadata.get("secret"):
+        metadata, flag = SETTING_FIELDS[name].metadata, "--" + name.replace("_", "-")
+        if metadata.get("secret") or flag in taken:
             continue
         choices = metadata.get("choices")
         options_: dict[str, Any] = {
@@ -10175,7 +10291,7 @@ def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str]) -> 
         }
         if metadata["kind"] == "bool":
             options_ |= {"nargs": "?", "const": "true", "metavar": "true|false"}
-        group.add_argument("--" + name.replace("_", "-"), **options_)
+        group.add_argument(flag, **options_)
     if "token" in to_show:
         names = [f"ASTERA_LITE_{name.upper()}" for name, item in SETTING_FIELDS.items() if item.metadata.get("secret")]
         group.description = f"Not as flags, which would show in `ps`: {', '.join(names)}."
@@ -10205,6 +10321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoreError as error:
         print(error, file=sys.stderr)
         return 4
+    except (Conflict, NotFound) as error:
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells have it
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
@@ -10250,7 +10369,6 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     sys.setswitchinterval(0.0005)  # threads that compute would otherwise hold up the loop for 5 ms each
     _raise_descriptor_limit(settings.max_connections)
     app = AsteraLite(settings)
-    check_exposure(settings, settings.host, is_loopback(settings.host))
     app.start()
     try:
         server = Server(app)
@@ -10293,6 +10411,7 @@ def _install_signals(app: AsteraLite, server: Server) -> None:
 
 
 def _reload(app: AsteraLite) -> None:
+    app.read_tokens()
     faults = app.reload()
     log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
 
@@ -10322,7 +10441,7 @@ def _raise_descriptor_limit(connections: int) -> None:
 def check(args: argparse.Namespace, settings: Settings) -> int:
     """check: validate flows and settings, a line for each fault."""
     app = AsteraLite(settings)  # its faults are ConfigErrors
-    check_exposure(settings, settings.host, is_loopback(settings.host))
+    check_exposure(settings, settings.host, bool(_tokens_of(settings.database)))
     wanted = {os.path.realpath(name): name for name in args.file}
     folders = sorted({os.path.dirname(path) for path in wanted}) or [settings.flows]
     faults, well = [], 0
@@ -10342,6 +10461,14 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
         print(fault)
     print(f"flows that are well: {well}, faults: {len(faults)}", file=sys.stderr)
     return 1 if faults else 0
+
+
+def _tokens_of(path: str) -> list[Token]:
+    """The tokens in a database; none where it is not there yet."""
+    if not os.path.exists(path):
+        return []
+    with contextlib.closing(SqliteStore(path, read_only=True)) as store:
+        return store.tokens()
 
 
 def line_of(path: str, place: str) -> str:
@@ -10549,6 +10676,46 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def token(args: argparse.Namespace, settings: Settings) -> int:
+    """token: make a token, list them, or revoke one."""
+    import secrets  # noqa: PLC0415 (no other command needs it)
+
+    path, name = settings.database, args.name
+    if name is None:
+        _print_tokens(_tokens_of(path))
+        return 0
+    if args.revoke:
+        edit_tokens(path, revoke=name)
+        print(f"revoked {name}; a running server lets it in no more after a second", file=sys.stderr)
+        return 0
+    flows = None if args.flows is None else frozenset(word.strip() for word in args.flows.split(",") if word.strip())
+    faults = [
+        f"{shown(word)} must consist of letters, digits, - and _"
+        for word in [name, *sorted(flows or ())]
+        if not _FLOW_NAME.fullmatch(word)
+    ]
+    if name == ADMIN_TOKEN:
+        faults.append(f"{name} is the name of the token in the settings: choose another one")
+    if flows is not None and (args.role == "admin" or not flows):
+        faults.append("--flows names flows, and not for --role admin, which may call and deploy all of them")
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        return 2
+    text = "astera_" + secrets.token_urlsafe(32)
+    edit_tokens(path, add=Token(name, token_digest(text), args.role, flows, Clock().wall()))
+    print("send it as `Authorization: Bearer TOKEN`; it is not shown again:", file=sys.stderr)
+    print(text)
+    return 0
+
+
+def _print_tokens(tokens: Sequence[Token]) -> None:
+    print(f"{'name':<24}  {'role':<5}  {'created':<24}  flows")
+    for each in tokens:
+        flows = "all" if each.flows is None else ",".join(sorted(each.flows))
+        print(f"{each.name:<24}  {each.role:<5}  {timestamp(each.created)}  {flows}")
+
+
 def backup(args: argparse.Namespace, settings: Settings) -> int:
     """backup: a consistent copy of the database, also while the server runs."""
     if os.path.exists(args.copy):
@@ -10609,6 +10776,17 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
                 "--limit",
                 {"type": _positive, "metavar": "N", "default": 50, "help": "so many at the most (default: 50)"},
             ),
+        ],
+        ("database",),
+    ),
+    "token": (
+        token,
+        "make a token that may call, list them, or revoke one",
+        [
+            ("name", {"nargs": "?", "metavar": "[NAME]", "help": "whose it is; without a name, all are listed"}),
+            ("--flows", {"metavar": "a,b", "help": "it may call these flows only"}),
+            ("--role", {"choices": ["user", "admin"], "default": "user", "help": "admin: sees all jobs, may deploy"}),
+            ("--revoke", {"action": "store_true", "help": "let it in no more"}),
         ],
         ("database",),
     ),
