@@ -7598,6 +7598,8 @@ class AsteraLite:
         self.tokens: list[Token] = []
         self._running = False
         self._size_at, self._size = -1.0, 0
+        self._counting = threading.Lock()
+        self._on_the_way = 0  # jobs that were accepted, but are not on disk and so not queued yet
         self._keys = JobKeys()
 
     # --- life ---
@@ -7885,8 +7887,12 @@ class AsteraLite:
                 self.engine.put(job.key.seq, Prepared(job, call.flow, call.input))
             else:
                 self.engine.dismiss(job.flow, job.key.seq)
+            with self._counting:
+                self._on_the_way -= 1
             done(result, error)
 
+        with self._counting:
+            self._on_the_way += 1
         self.store.add(Submission(job, call.request, call.flow.text, call.idempotency_key, fingerprint), stored)
 
     def _replay(
@@ -7907,7 +7913,7 @@ class AsteraLite:
     def _full(self, call: Call) -> Busy | None:
         """Why no more can be taken; None if there is room, and the job then is admitted to its flow."""
         settings = self.settings
-        if self.engine.queued >= settings.max_queue:
+        if self.engine.queued + self._on_the_way >= settings.max_queue:
             return Busy("The queue of jobs is full.", self.engine.retry_after(call.flow.name))
         if settings.max_database is not None:
             now = self.clock.monotonic()
