@@ -1881,7 +1881,7 @@ class _DeadlineSocket:
         return self._reader is not None and self._reader.ended
 
     def sendall(self, data: Any) -> None:
-        """Send under the deadline: an SSLSocket's own sendall would grant each of its pieces the whole time anew.
+        """Send under the deadline: an SSLSocket's own sendall may grant each of its pieces the whole time anew.
 
         A server that has closed may have answered before (RFC 9112, section 9.5): what is left then goes nowhere.
         """
@@ -3885,7 +3885,7 @@ def _all_pages(call: _HttpCall, pages: _Pages, place: str, run: Run, scope: Scop
             request = copy.copy(first)
             request.url = _with_query(first.url, {**pages.first(), pages.parameter: following})
         else:
-            request.go_to(as_text(following))
+            _go_on(request, as_text(following), call.method)
     raise AssertionError  # the loop does not end
 
 
@@ -4057,9 +4057,15 @@ class _OutgoingRequest:
     connection: Connection | None = None
 
     def go_to(self, url: str) -> None:
-        """Ask another address, relative to this one, next; credentials do not go along to another origin."""
+        """Ask another address, relative to this one, next; credentials do not go along to another origin.
+
+        A body, which may hold some, goes to another origin only from http to https. ValueError for what is no address.
+        """
         url = urllib.parse.urldefrag(urllib.parse.urljoin(self.url, url)).url
-        if urllib.parse.urlsplit(url)[:2] != urllib.parse.urlsplit(self.url)[:2]:
+        here, there = urllib.parse.urlsplit(self.url), urllib.parse.urlsplit(url)
+        if here[:2] != there[:2]:
+            if self.body is not None and (here.hostname, "https") != (there.hostname, there.scheme):
+                raise ValueError("another server must not get the body")
             self.fixed, self.connection = False, None
             kept = ("accept", "user-agent", "content-type")
             self.headers = {name: value for name, value in self.headers.items() if name.lower() in kept}
@@ -4111,11 +4117,21 @@ def _call_out(run: Run, request: _OutgoingRequest, follow: bool, max_bytes: int)
         location = header_value(answer.headers, "location")
         if not follow or answer.status not in _REDIRECTS or not location:
             return answer
-        request.go_to(location)
-        if answer.status == 303 or (answer.status in (301, 302) and request.method == "POST"):
+        if (answer.status == 303 and request.method != "HEAD") or (
+            answer.status in (301, 302) and request.method == "POST"
+        ):
             request.method, request.body = "GET", None
             request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
+        _go_on(request, location, asked)
     raise _http_failure(asked, 502, "the API it calls redirects without end", "redirect")
+
+
+def _go_on(request: _OutgoingRequest, url: str, asked: str) -> None:
+    """Ask what the API's answer names next."""
+    try:
+        request.go_to(url)
+    except ValueError as error:
+        raise _http_failure(asked, 502, f"the address that the API names next is refused: {error}", "next") from None
 
 
 def _send_with_auth(run: Run, request: _OutgoingRequest, asked: str, max_bytes: int) -> Fetched:
