@@ -1728,7 +1728,8 @@ def _looks_public(address: IPAddress) -> bool:
 class AddressPolicy:
     """Which addresses an outgoing request may reach: public ones, and the hosts and networks that are named.
 
-    `allow` is `none`, `auto`, or hosts and networks, comma-separated; `loopback` says what `auto` means.
+    `allow` is `none`, `auto`, or hosts and networks, comma-separated; `loopback` says what `auto` means. A host stands
+    for every address its name resolves to; the metadata service of a cloud is reached by its exact address only.
     Raises ConfigError for what is neither a host name nor a network.
     """
 
