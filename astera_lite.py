@@ -71,7 +71,7 @@ import urllib.parse
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache, partial
@@ -1920,49 +1920,59 @@ def _left(deadline: float) -> float:
     return left
 
 
-_MAX_LOOKUPS = 512  # threads that wait for the system's resolver at one time, those left behind included
+_MAX_LOOKUPS = 512  # names that the system's resolver is asked at one time, those nobody waits for any more included
 _MAX_TRIED = 16  # addresses of one name that a request tries
-_lookups = threading.BoundedSemaphore(_MAX_LOOKUPS)
+_lookups: dict[str, Future[Any]] = {}  # under way, by host
+_lookups_lock = threading.Lock()
 
 
-def resolve(host: str, port: int, deadline: float) -> list[IPAddress]:
+def resolve(host: str, deadline: float) -> list[IPAddress]:
     """Addresses of a host, in the system's order. OutboundError if there are none in time.
 
-    The system's look-up cannot be interrupted, so it has a thread of its own that is left behind at the deadline;
-    there are never more than 512 of them.
+    The system's look-up cannot be interrupted, so it has a thread of its own that is left behind at the deadline.
+    There is one for a name, whoever asks meanwhile, and there are never more than 512.
     """
     literal = literal_addresses(host) if host.rstrip(".").rpartition(".")[2] != "localhost" else []
     if literal:
         return literal
-    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def look_up() -> None:
-        try:
-            found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            found.put(error)
-        finally:
-            _lookups.release()
-
-    if not _lookups.acquire(timeout=_left(deadline)):
-        raise OutboundError("timeout", "too many host names were being resolved")
+    with _lookups_lock:
+        lookup = _lookups.get(host)
+        if lookup is None:
+            if len(_lookups) >= _MAX_LOOKUPS:
+                raise OutboundError("transport", "too many host names are being resolved")
+            lookup = Future()
+            thread = threading.Thread(target=_look_up, args=(host, lookup), name="astera-resolve", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                raise OutboundError("transport", "no thread can be had to resolve the host name") from None
+            _lookups[host] = lookup
     try:
-        threading.Thread(target=look_up, name="astera-resolve", daemon=True).start()
-    except RuntimeError:
-        _lookups.release()
-        raise OutboundError("transport", "no thread can be had to resolve the host name") from None
-    try:
-        answer = found.get(timeout=_left(deadline))
-    except queue.Empty:
+        answer = lookup.result(_left(deadline))
+    except TimeoutError:
         raise OutboundError("timeout", "the host name could not be resolved in time") from None
-    if isinstance(answer, Exception):
-        raise OutboundError("transport", "the host name cannot be resolved")
+    except (OSError, UnicodeError):
+        raise OutboundError("transport", "the host name cannot be resolved") from None
     return list(dict.fromkeys(_address(entry[4]) for entry in answer))
+
+
+def _look_up(host: str, lookup: Future[Any]) -> None:
+    answer, failure = [], None
+    try:
+        answer = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        failure = OSError(str(error))  # one that is no TimeoutError, which would look like the waiter's own
+    with _lookups_lock:
+        del _lookups[host]
+    if failure is None:
+        lookup.set_result(answer)
+    else:
+        lookup.set_exception(failure)
 
 
 def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> socket.socket:
     """A connection to an address that was judged: the name is not looked up a second time."""
-    addresses = resolve(target.host, target.port, deadline)
+    addresses = resolve(target.host, deadline)
     for address in addresses:  # all of them, before any: a mixed answer is refused whole
         refusal = policy.refusal(target.host, address) if policy else None
         if refusal:
