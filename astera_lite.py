@@ -36,6 +36,7 @@ if __name__ == "__main__":  # run as a script: hand over to the one importable c
 import ast
 import base64
 import binascii
+import codecs
 import contextlib
 import copy
 import dataclasses
@@ -68,9 +69,9 @@ import time
 import types
 import urllib.parse
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache, partial
@@ -1710,27 +1711,39 @@ def compile_template(
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Written out, for `ipaddress.is_global` takes multicast, NAT64 and 6to4 addresses for public ones.
+# Written out, for `ipaddress.is_global` takes multicast, NAT64 and 6to4 addresses for public ones. AS112 and AMT
+# (192.31.196, 192.52.193, 192.175.48, 2620:4f:8000) can be reached, but what answers there is the nearest router.
 _REFUSED_V4 = [
     ipaddress.IPv4Network(text)
     for text in (
         "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 "
-        "192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 "
-        "224.0.0.0/4 240.0.0.0/4"
+        "192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 "
+        "198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4"
     ).split()
 ]
-_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
-_REFUSED_V6 = [ipaddress.IPv6Network(text) for text in ["2001::/23", "2001:db8::/32", "3fff::/20"]]
-#: IPv6 networks that carry an IPv4 address, and how far right that address stands in the 128 bits.
-_CARRIERS = [
-    (ipaddress.IPv6Network("::ffff:0:0/96"), 0),
-    (ipaddress.IPv6Network("::/96"), 0),
-    (ipaddress.IPv6Network("64:ff9b::/96"), 0),
-    (ipaddress.IPv6Network("2002::/16"), 80),
+#: Global unicast, and three forms that are as public as the IPv4 address they carry.
+_PUBLIC_V6 = [ipaddress.IPv6Network(text) for text in ("2000::/3", "::ffff:0:0/96", "::/96", "64:ff9b::/96")]
+_REFUSED_V6 = [
+    ipaddress.IPv6Network(text) for text in ("::/127", "2001::/23", "2001:db8::/32", "2620:4f:8000::/48", "3fff::/20")
 ]
+#: IPv6 networks that carry an IPv4 address, how far from the right it stands, and the bits that are turned over.
+_CARRIERS = [
+    (ipaddress.IPv6Network("::ffff:0:0/96"), 0, 0),  # mapped
+    (ipaddress.IPv6Network("::/96"), 0, 0),  # compatible
+    (ipaddress.IPv6Network("::ffff:0:0:0/96"), 0, 0),  # translated (SIIT)
+    (ipaddress.IPv6Network("64:ff9b::/96"), 0, 0),  # NAT64
+    (ipaddress.IPv6Network("64:ff9b:1::/48"), 0, 0),  # NAT64 of one's own network, in its usual form
+    (ipaddress.IPv6Network("2002::/16"), 80, 0),  # 6to4
+    (ipaddress.IPv6Network("2001::/32"), 0, 0xFFFFFFFF),  # Teredo
+]
+_ISATAP = 0x5EFE  # bits 64 to 95 of an address in any network, two flags left out (RFC 5214)
 _METADATA = frozenset(
-    map(ipaddress.ip_address, ["169.254.169.254", "169.254.170.2", "100.100.100.200", "192.0.0.192", "168.63.129.16"])
-) | {ipaddress.ip_address("fd00:ec2::254")}
+    ipaddress.ip_address(text)
+    for text in (
+        "169.254.169.254 169.254.170.2 169.254.170.23 169.254.42.42 169.254.0.23 100.100.100.200 192.0.0.192 "
+        "168.63.129.16 fd00:ec2::254 fd00:ec2::23 fd20:ce::254 fd00:c1::a9fe:a9fe fd00:42::42 fe80::a9fe:a9fe"
+    ).split()
+)
 
 
 class AddressRefused(AsteraError):
@@ -1745,27 +1758,33 @@ class OutboundError(AsteraError):
         self.kind = kind
 
 
-def carried_address(address: IPAddress) -> IPAddress:
-    """The IPv4 address that an IPv6 one carries (mapped, compatible, NAT64, 6to4), else the address itself."""
-    if isinstance(address, ipaddress.IPv6Address):
-        for network, shift in _CARRIERS:
-            if address in network and int(address) > 1:  # :: and ::1 are addresses of their own
-                return ipaddress.IPv4Address(int(address) >> shift & 0xFFFFFFFF)
-    return address
+def carried_addresses(address: IPAddress) -> list[IPAddress]:
+    """The IPv4 addresses that an IPv6 one carries: mapped, compatible, translated, NAT64, 6to4, Teredo, ISATAP."""
+    number = int(address)
+    if isinstance(address, ipaddress.IPv4Address) or number <= 1:  # :: and ::1 are addresses of their own
+        return []
+    found = [number >> shift ^ turned for network, shift, turned in _CARRIERS if address in network]
+    if number >> 32 & 0xFCFFFFFF == _ISATAP:
+        found.append(number)
+    return [ipaddress.IPv4Address(each & 0xFFFFFFFF) for each in found]
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether an address is reachable in the public internet, by the IANA special-purpose registries."""
-    address = carried_address(address)
+    """Whether an address, and what it carries, is in the public internet by the IANA special-purpose registries."""
+    return all(map(_looks_public, [address, *carried_addresses(address)]))
+
+
+def _looks_public(address: IPAddress) -> bool:
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in _REFUSED_V4)
-    return address in _PUBLIC_V6 and not any(address in network for network in _REFUSED_V6)
+    return any(address in network for network in _PUBLIC_V6) and not any(address in network for network in _REFUSED_V6)
 
 
 class AddressPolicy:
     """Which addresses an outgoing request may reach: public ones, and the hosts and networks that are named.
 
-    `allow` is `none`, `auto`, or hosts and networks, comma-separated; `loopback` says what `auto` means.
+    `allow` is `none`, `auto`, or hosts and networks, comma-separated; `loopback` says what `auto` means. A host stands
+    for every address its name resolves to; the metadata service of a cloud is reached by its exact address only.
     Raises ConfigError for what is neither a host name nor a network.
     """
 
@@ -1786,13 +1805,19 @@ class AddressPolicy:
 
     def refusal(self, host: str, address: IPAddress) -> str | None:
         """Why a connection to this address, found under this host name, is refused; None if it is allowed."""
-        real = carried_address(address)
-        exact = any(n.num_addresses == 1 and a in n for a in (address, real) for n in self.networks)
-        if real in _METADATA or address in _METADATA:
-            return None if exact else f"{address} is a cloud metadata address"
-        if host.lower().rstrip(".") in self.hosts or any(a in n for a in (address, real) for n in self.networks):
+        carried = carried_addresses(address)
+        exact = {network.network_address for network in self.networks if network.num_addresses == 1}
+        if any(form in _METADATA and not exact & {form, address} for form in (address, *carried)):
+            return f"{address} is a cloud metadata address"
+        if host.lower().rstrip(".") in self.hosts or self._names(address):
             return None
-        return None if is_public(address) else f"{address} is not a public address"
+        # Each may be allowed in its own way: 64:ff9b::a00:1 is public by its form, 10.0.0.1 because it is named.
+        if _looks_public(address) and all(_looks_public(form) or self._names(form) for form in carried):
+            return None
+        return f"{address} is not a public address"
+
+    def _names(self, address: IPAddress) -> bool:
+        return any(address in network for network in self.networks)
 
 
 class Target(NamedTuple):
@@ -1809,6 +1834,8 @@ class Target(NamedTuple):
         return f"{self.host}:{self.port}"
 
 
+_TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _NUMBERED = re.compile(r"(?:.*\.)?[0-9]+\.?")  # 10.0.0.256: no name ends in a number, so an address was meant
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.[A-Za-z0-9_-]{1,63})*\.?")
 _URL = re.compile(
@@ -1902,6 +1929,7 @@ class _DeadlineSocket:
     def __init__(self, sock: socket.socket, deadline: float, max_bytes: int) -> None:
         self._sock, self._deadline, self._max_bytes = sock, deadline, max_bytes
         self._reader: _DeadlineReader | None = None
+        self._closed = False  # by the other side
 
     @property
     def ended(self) -> bool:
@@ -1909,8 +1937,17 @@ class _DeadlineSocket:
         return self._reader is not None and self._reader.ended
 
     def sendall(self, data: Any) -> None:
-        self._sock.settimeout(_left(self._deadline))
-        self._sock.sendall(data)
+        """Send under the deadline: an SSLSocket's own sendall may grant each of its pieces the whole time anew.
+
+        A server that has closed may have answered before (RFC 9112, section 9.5): what is left then goes nowhere.
+        """
+        rest = memoryview(data)
+        while rest and not self._closed:
+            self._sock.settimeout(_left(self._deadline))
+            try:
+                rest = rest[self._sock.send(rest) :]
+            except ConnectionError:
+                self._closed = True
 
     def makefile(self, mode: str) -> io.BufferedReader:
         self._reader = _DeadlineReader(self._sock, self._deadline, self._max_bytes)
@@ -1921,6 +1958,16 @@ class _DeadlineSocket:
             self._sock.close()
 
 
+class _FinalAnswer(http.client.HTTPResponse):
+    """Reads over the interim answers before the final one, such as 103; http.client does so for 100 only."""
+
+    def begin(self) -> None:
+        super().begin()
+        while self.status > 101 and self.status < 200:  # RFC 9110, section 15.2; 101 would be the last word in HTTP
+            self.headers = None  # type: ignore[assignment]  # what makes it begin anew
+            super().begin()
+
+
 def _left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
@@ -1928,42 +1975,67 @@ def _left(deadline: float) -> float:
     return left
 
 
-def resolve(host: str, port: int, deadline: float) -> list[IPAddress]:
+_MAX_LOOKUPS = 512  # names that the system's resolver is asked at one time, those nobody waits for any more included
+_MAX_TRIED = 16  # addresses of one name that a request tries
+_lookups: dict[str, Future[Any]] = {}  # under way, by host
+_lookups_lock = threading.Lock()
+
+
+def resolve(host: str, deadline: float) -> list[IPAddress]:
     """Addresses of a host, in the system's order. OutboundError if there are none in time.
 
     The system's look-up cannot be interrupted, so it has a thread of its own that is left behind at the deadline.
+    There is one for a name, whoever asks meanwhile, and there are never more than 512.
     """
     literal = literal_addresses(host) if host.rstrip(".").rpartition(".")[2] != "localhost" else []
     if literal:
         return literal
-    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def look_up() -> None:
-        try:
-            found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            found.put(error)
-
-    threading.Thread(target=look_up, name="astera-resolve", daemon=True).start()
+    with _lookups_lock:
+        lookup = _lookups.get(host)
+        if lookup is None:
+            if len(_lookups) >= _MAX_LOOKUPS:
+                raise OutboundError("transport", "too many host names are being resolved")
+            lookup = Future()
+            thread = threading.Thread(target=_look_up, args=(host, lookup), name="astera-resolve", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                raise OutboundError("transport", "no thread can be had to resolve the host name") from None
+            _lookups[host] = lookup
     try:
-        answer = found.get(timeout=_left(deadline))
-    except queue.Empty:
+        answer = lookup.result(_left(deadline))
+    except TimeoutError:
         raise OutboundError("timeout", "the host name could not be resolved in time") from None
-    if isinstance(answer, Exception):
-        raise OutboundError("transport", "the host name cannot be resolved")
+    except (OSError, UnicodeError):
+        raise OutboundError("transport", "the host name cannot be resolved") from None
     return list(dict.fromkeys(_address(entry[4]) for entry in answer))
+
+
+def _look_up(host: str, lookup: Future[Any]) -> None:
+    answer, failure = [], None
+    try:
+        answer = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        failure = OSError(str(error))  # one that is no TimeoutError, which would look like the waiter's own
+    with _lookups_lock:
+        del _lookups[host]
+    if failure is None:
+        lookup.set_result(answer)
+    else:
+        lookup.set_exception(failure)
 
 
 def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> socket.socket:
     """A connection to an address that was judged: the name is not looked up a second time."""
-    addresses = resolve(target.host, target.port, deadline)
+    addresses = resolve(target.host, deadline)
     for address in addresses:  # all of them, before any: a mixed answer is refused whole
         refusal = policy.refusal(target.host, address) if policy else None
         if refusal:
             raise AddressRefused(refusal)
     failure: Exception = OSError("no address")
-    for position, address in enumerate(addresses):
-        share = _left(deadline) / (len(addresses) - position)
+    tried = addresses[:_MAX_TRIED]
+    for position, address in enumerate(tried):
+        share = _left(deadline) / (len(tried) - position)
         try:
             sock = socket.create_connection((str(address), target.port), timeout=share)
         except OSError as error:
@@ -2011,16 +2083,21 @@ class Outbound:
             target = parse_target(url)
         except ValueError as error:
             raise OutboundError("invalid", f"the URL {error}") from None
+        for name, value in headers.items():
+            if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
+                raise OutboundError("invalid", f"the header {shown(name)} has characters that no header may have")
         deadline = time.monotonic() + timeout
         outbound = self
         sockets: list[_DeadlineSocket] = []
 
         class Connection(http.client.HTTPConnection):
+            response_class = _FinalAnswer
+
             def connect(self) -> None:
                 sock = _connect(target, policy, deadline)
                 if target.scheme == "https":
                     sock.settimeout(_left(deadline))
-                    sock = outbound._tls().wrap_socket(sock, server_hostname=target.host)
+                    sock = outbound._tls().wrap_socket(sock, server_hostname=target.host.rstrip("."))
                 self.sock = _DeadlineSocket(sock, deadline, max_bytes + (256 << 10))
                 sockets.append(self.sock)
 
@@ -3124,8 +3201,6 @@ def _page(response: Response, selected: Selected, scope: Scope) -> dict[str, Any
     return {"items": rows[selected.offset : end], "cursor": cursor, "total": len(rows)}
 
 
-_TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 #: Headers that the server alone sets: framing (RFC 9112), hop-by-hop ones, and our own.
 RESERVED_HEADERS = frozenset(
     (
@@ -3552,43 +3627,44 @@ _TRUSTED = frozenset({"env", "secrets"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
-def _check_url(build: Build, url: Any, place: str) -> tuple[Template, bool]:
-    """The URL's template, and whether its scheme, host and port are the author's own.
+def _check_url(build: Build, url: Any, place: str) -> tuple[Template, Template | None]:
+    """The URL's template, and that of its part before any data from outside; None if it has no such data.
 
     A value that stands behind the authority is percent-encoded, so that it cannot leave its place.
     """
     if not isinstance(url, str):
         build.fault(place, "must be text: an absolute http or https URL")
-        return build.template("", place), True
+        return build.template("", place), None
     try:
         parts = split_template(url)
     except ValueError as error:
         build.fault(place, str(error))
-        return build.template("", place), True
-    before, rewritten, fixed = "", "", True
+        return build.template("", place), None
+    before, rewritten, own = "", "", None
     for is_code, text in parts:
         if not is_code:
-            before += text
+            before = (before + text).replace("http://x://", "http://", 1)  # a scheme of its own stood first
             rewritten += text.replace("${", "$${")
             continue
         names = compile_template(f"${{{text}}}", build.names, place, [], build.where).names
+        if own is None and not names <= _TRUSTED:
+            own = rewritten
         if _AUTHORITY.match(before):
             rewritten += f"${{urlencode(str({text}))}}"
             continue
-        fixed = fixed and names <= _TRUSTED
         before += "x" if before else "http://x"
         rewritten += f"${{{text}}}"
     if parts and not parts[0][0]:
         start = parts[0][1]
         if not re.match(r"https?://", start, re.IGNORECASE):
             build.fault(place, f"{shown(url)} must begin with http:// or https://")
-            return build.template("", place), True
+            return build.template("", place), None
     if not any(is_code for is_code, _ in parts):
         try:
             parse_target(url)
         except ValueError as error:
             build.fault(place, f"the URL {error}")
-    return build.template(rewritten, place), fixed
+    return build.template(rewritten, place), None if own is None else build.template(own, place)
 
 
 def _parse_expect(value: Any) -> frozenset[str]:
@@ -3609,7 +3685,7 @@ class _HttpCall(NamedTuple):
     place: str
     method: str
     url: Template  # behind a connection: what follows its own URL
-    fixed: bool  # scheme, host and port are the author's
+    own: Template | None  # of the URL: what stands before any data from outside, if there is such data
     connection: str | None
     query: Template
     headers: Template
@@ -3622,7 +3698,9 @@ class _HttpCall(NamedTuple):
 
     def request(self, run: Run, scope: Scope) -> _OutgoingRequest:
         """The request that the step makes in a scope."""
-        request = _OutgoingRequest(self.method, as_text(self.url(scope)), {}, None, self.fixed)
+        # Looked at each time: whether an authority ends in it may depend on a variable of the environment.
+        fixed = self.own is None or _AUTHORITY.match(as_text(self.own(scope))) is not None
+        request = _OutgoingRequest(self.method, as_text(self.url(scope)), {}, None, fixed)
         request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
         own = {name: as_text(value) for name, value in self.headers(scope).items() if value is not None}
         query = self.query(scope)
@@ -3700,14 +3778,14 @@ def _check_call_out(build: Build, spec: dict[str, Any], place: str) -> _HttpCall
             build.fault(f"{place}/path", "belongs to a connection: name it, or give the whole url")
         elif "url" not in spec:
             build.fault(place, 'needs a member "url", or "connection" and "path"')
-        url, fixed = _check_url(build, spec.get("url", "http://x/"), f"{place}/url")
+        url, own = _check_url(build, spec.get("url", "http://x/"), f"{place}/url")
     else:
         if "url" in spec:
             build.fault(f"{place}/url", "stands in the connection already: give a path")
         if connection not in build.connections:
             known = suggest(str(connection), build.connections)
             build.fault(f"{place}/connection", f"there is no {shown(connection)} in connections.json{known}")
-        url, fixed = _check_path(build, spec.get("path", ""), f"{place}/path"), True
+        url, own = _check_path(build, spec.get("path", ""), f"{place}/path"), None
     for name in ("query", "headers"):
         if not isinstance(spec.get(name, {}), dict):
             build.fault(f"{place}/{name}", "must be an object")
@@ -3719,7 +3797,7 @@ def _check_call_out(build: Build, spec: dict[str, Any], place: str) -> _HttpCall
         place,
         method,
         url,
-        fixed,
+        own,
         connection,
         build.template(spec.get("query", {}), f"{place}/query"),
         build.template(spec.get("headers", {}), f"{place}/headers"),
@@ -3801,7 +3879,7 @@ class _Pages(NamedTuple):
 
 def _next_link(text: str) -> str | None:
     """The target of rel=next in a Link header (RFC 8288)."""
-    for match in re.finditer(r"<([^>]*)>((?:\s*;\s*[\w!#$&+.^`|~*-]+\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]+))*)", text):
+    for match in re.finditer(r"<([^<>]*)>((?:\s*;\s*[\w!#$&+.^`|~*-]+\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]+))*)", text):
         relation = re.search(r';\s*rel\s*=\s*(?:"([^"]*)"|([^\s;,"]+))', match[2], re.IGNORECASE)
         if relation and "next" in (relation[1] or relation[2]).lower().split():
             return match[1]
@@ -3874,7 +3952,7 @@ def _all_pages(call: _HttpCall, pages: _Pages, place: str, run: Run, scope: Scop
             request = copy.copy(first)
             request.url = _with_query(first.url, {**pages.first(), pages.parameter: following})
         else:
-            request.go_to(as_text(following))
+            _go_on(request, as_text(following), call.method)
     raise AssertionError  # the loop does not end
 
 
@@ -4046,9 +4124,15 @@ class _OutgoingRequest:
     connection: Connection | None = None
 
     def go_to(self, url: str) -> None:
-        """Ask another address, relative to this one, next; credentials do not go along to another origin."""
+        """Ask another address, relative to this one, next; credentials do not go along to another origin.
+
+        A body, which may hold some, goes to another origin only from http to https. ValueError for what is no address.
+        """
         url = urllib.parse.urldefrag(urllib.parse.urljoin(self.url, url)).url
-        if urllib.parse.urlsplit(url)[:2] != urllib.parse.urlsplit(self.url)[:2]:
+        here, there = urllib.parse.urlsplit(self.url), urllib.parse.urlsplit(url)
+        if here[:2] != there[:2]:
+            if self.body is not None and (here.hostname, "https") != (there.hostname, there.scheme):
+                raise ValueError("another server must not get the body")
             self.fixed, self.connection = False, None
             kept = ("accept", "user-agent", "content-type")
             self.headers = {name: value for name, value in self.headers.items() if name.lower() in kept}
@@ -4100,11 +4184,21 @@ def _call_out(run: Run, request: _OutgoingRequest, follow: bool, max_bytes: int)
         location = header_value(answer.headers, "location")
         if not follow or answer.status not in _REDIRECTS or not location:
             return answer
-        request.go_to(location)
-        if answer.status == 303 or (answer.status in (301, 302) and request.method == "POST"):
+        if (answer.status == 303 and request.method != "HEAD") or (
+            answer.status in (301, 302) and request.method == "POST"
+        ):
             request.method, request.body = "GET", None
             request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
+        _go_on(request, location, asked)
     raise _http_failure(asked, 502, "the API it calls redirects without end", "redirect")
+
+
+def _go_on(request: _OutgoingRequest, url: str, asked: str) -> None:
+    """Ask what the API's answer names next."""
+    try:
+        request.go_to(url)
+    except ValueError as error:
+        raise _http_failure(asked, 502, f"the address that the API names next is refused: {error}", "next") from None
 
 
 def _send_with_auth(run: Run, request: _OutgoingRequest, asked: str, max_bytes: int) -> Fetched:
@@ -4141,6 +4235,17 @@ def _send_once(run: Run, request: _OutgoingRequest, asked: str, max_bytes: int) 
         raise _http_failure(asked, status, f"the API it calls gave no answer: {error}", error.kind) from None
 
 
+# What Python calls an encoding too; the first takes time with the square of the size.
+_NO_CHARSETS = frozenset({"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"})
+
+
+def _charset(name: str) -> str:
+    found = codecs.lookup(name).name
+    if found.replace("_", "-") in _NO_CHARSETS:
+        raise LookupError(name)
+    return found
+
+
 def _response_body(answer: Fetched, method: str) -> Any:
     content_type = (header_value(answer.headers, "content-type") or "").lower()
     media = content_type.partition(";")[0].strip()
@@ -4154,7 +4259,7 @@ def _response_body(answer: Fetched, method: str) -> Any:
     charset = re.search(r"charset=\"?([\w-]+)", content_type)
     if media.startswith("text/") or charset or media.endswith(("+xml", "/xml")):
         try:
-            return answer.body.decode(charset[1] if charset else "utf-8")
+            return answer.body.decode(_charset(charset[1]) if charset else "utf-8")
         except (LookupError, UnicodeError):
             return answer.body.decode("latin-1")
     return answer.body
@@ -5744,9 +5849,14 @@ class Store(Protocol):
         """Name and text of a flow that stored jobs were accepted with."""
 
     def due_deliveries(
-        self, now: int, limit: int, busy: Collection[str], under_way: Collection[JobKey]
+        self,
+        now: int,
+        limit: int,
+        busy: Collection[str],
+        under_way: Collection[JobKey],
+        only: Collection[str] | None = None,
     ) -> list[tuple[Job, Delivery]]:
-        """Callbacks to send now, but for busy receivers and those under way."""
+        """Callbacks to send now, but for busy receivers and those under way; `only` names the receivers if not all."""
 
     def next_delivery(self, now: int) -> int | None:
         """When the next callback that is not due yet will be."""
@@ -5793,6 +5903,10 @@ _GIVE_BACK = 1024  # pages (of 4 KiB) that a purge gives back to the system at t
 _FULL = frozenset(
     "SQLITE_FULL SQLITE_IOERR SQLITE_CANTOPEN SQLITE_READONLY SQLITE_BUSY SQLITE_LOCKED SQLITE_NOMEM".split()
 )
+
+
+def _marks(values: Collection[Any]) -> str:
+    return ",".join("?" * len(values))
 
 
 def _job(row: Sequence[Any]) -> Job:
@@ -6324,16 +6438,24 @@ class SqliteStore:
             return row and (row[0], row[1])
 
     def due_deliveries(
-        self, now: int, limit: int, busy: Collection[str], under_way: Collection[JobKey]
+        self,
+        now: int,
+        limit: int,
+        busy: Collection[str],
+        under_way: Collection[JobKey],
+        only: Collection[str] | None = None,
     ) -> list[tuple[Job, Delivery]]:
-        marks = ",".join("?" * len(busy))
         sql = (
             "SELECT job FROM callbacks JOIN jobs ON seq = job "  # noqa: S608 (question marks)
-            f"WHERE state = 'pending' AND next <= ? AND expires > ? AND receiver NOT IN ({marks})"
+            f"WHERE state = 'pending' AND next <= ? AND expires > ? AND receiver NOT IN ({_marks(busy)})"
         )
+        if only is not None:
+            sql += f" AND receiver IN ({_marks(only)})"
         skip = {key.seq for key in under_way}
         with self._reader() as db:
-            found = db.execute(f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, limit + len(skip))).fetchall()
+            found = db.execute(
+                f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, *(only or ()), limit + len(skip))
+            ).fetchall()
             wanted = [seq for (seq,) in found if seq not in skip][:limit]
             rows = [db.execute(f"{_SELECT_JOB} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
         jobs = [_job(row) for row in rows if row is not None]
@@ -7157,8 +7279,12 @@ def _log_outcome(what: str, its_id: str, flow: Flow, outcome: Outcome) -> None:
 # 9 Courier
 # ======================================================================================================================
 
-_COURIER_THREADS = 64  # each is taken only while a receiver is slow
-_MAX_WINDOW = 8  # deliveries at one time to a receiver that answers
+_MAX_DELIVERIES = 256  # at one time; each has a thread, which it holds for long only if its receiver is slow
+_MAX_NOT_QUICK = 224  # of them, to receivers that are not known to be quick
+_MAX_SLOW = 64  # of them, to receivers that were slow the last time
+_MAX_WINDOW = 8  # deliveries at one time to a receiver that is quick
+_SLOW_MS = 2000  # an attempt that took longer, however it ended, was slow
+_MAX_KNOWN = 4096  # receivers that are remembered; the database has no more than 32766 parameters for one statement
 
 
 def signing_key(secret: str | None) -> bytes | None:
@@ -7199,10 +7325,19 @@ def next_try(
     return ("pending", next_at) if next_at < expires else ("failed", None)
 
 
-class Courier:
-    """Delivers callbacks on threads of its own; one slow or dead receiver delays nobody else.
+class Wanted(NamedTuple):
+    """Which deliveries can begin now."""
 
-    A receiver that is not known yet gets one delivery at a time, and more as it answers.
+    room: int
+    busy: list[str]  # receivers that get none
+    only: list[str] | None  # receivers that get one; None: all others
+
+
+class Courier:
+    """Delivers callbacks, each on a thread of its own; one slow or dead receiver delays nobody else.
+
+    A receiver that is not known yet gets one delivery at a time, and more as it answers quickly. Those that were slow
+    or silent the last time share 64 threads, and 32 of the 256 are kept for those that were quick.
     """
 
     def __init__(
@@ -7217,42 +7352,66 @@ class Courier:
     ) -> None:
         self._outbound, self._policy, self._clock = outbound, policy, clock
         self._key, self._timeout, self._retries = key, timeout, retries
-        self._pool = ThreadPoolExecutor(_COURIER_THREADS, "astera-courier")
         self._lock = threading.Lock()
         self._under_way: dict[JobKey, str] = {}
-        self._windows: dict[str, int] = {}
+        self._windows: dict[str, int] = {}  # by receiver: deliveries at one time; 0 is one at a time, and slow
+        self._stopped = False
 
     def under_way(self) -> list[JobKey]:
         """Deliveries that have not ended."""
         with self._lock:
             return list(self._under_way)
 
-    def busy(self) -> list[str]:
-        """Receivers that get no more at this time."""
+    def wanted(self) -> Wanted:
+        """Which deliveries can begin now."""
         with self._lock:
-            counts: dict[str, int] = {}
-            for receiver in self._under_way.values():
-                counts[receiver] = counts.get(receiver, 0) + 1
-            return [receiver for receiver, count in counts.items() if count >= self._windows.get(receiver, 1)]
+            counts = Counter(self._under_way.values())
+            slow, not_quick = self._loads()
+            busy = [receiver for receiver, count in counts.items() if count >= (self._windows.get(receiver) or 1)]
+            if slow >= _MAX_SLOW:
+                busy += [receiver for receiver, window in self._windows.items() if not window]
+            full = not_quick >= _MAX_NOT_QUICK
+            only = [receiver for receiver, window in self._windows.items() if window] if full else None
+            return Wanted(_MAX_DELIVERIES - len(self._under_way), busy, only)
 
-    def room(self) -> int:
-        """Deliveries that can begin at once."""
-        return _COURIER_THREADS - len(self._under_way)
+    def _loads(self) -> tuple[int, int]:
+        """With the lock held: how many deliveries are under way to slow receivers, and to those not known as quick."""
+        windows = [self._windows.get(receiver) for receiver in self._under_way.values()]
+        slow = windows.count(0)
+        return slow, slow + windows.count(None)
+
+    def _may_begin(self, receiver: str) -> bool:
+        """With the lock held: whether a delivery to this receiver can begin."""
+        window = self._windows.get(receiver)
+        slow, not_quick = self._loads()
+        return (
+            not self._stopped
+            and list(self._under_way.values()).count(receiver) < (window or 1)
+            and len(self._under_way) < _MAX_DELIVERIES
+            and (bool(window) or not_quick < _MAX_NOT_QUICK)
+            and (window != 0 or slow < _MAX_SLOW)
+        )
 
     def send(self, job: Job, delivery: Delivery, done: Callable[[Attempt, str, int | None], None]) -> bool:
         """Begin a delivery unless its receiver is busy; the courier's thread calls `done(attempt, state, next_at)`.
 
         The delivery counts as under way until `settled`.
         """
-        receiver = parse_target(delivery.url).receiver
+        try:
+            receiver = parse_target(delivery.url).receiver
+        except ValueError:  # taken by an older version: the attempt says what is wrong, and holds up nobody else
+            receiver = delivery.url
         with self._lock:
-            count = sum(1 for other in self._under_way.values() if other == receiver)
-            if count >= self._windows.get(receiver, 1):
+            if not self._may_begin(receiver):
                 return False
             self._under_way[job.key] = receiver
+        # A daemon, and none of a pool: a receiver that hangs must not hold up the end of the process.
+        thread = threading.Thread(
+            target=self._send, args=(job, delivery, receiver, done), name="astera-courier", daemon=True
+        )
         try:
-            self._pool.submit(self._send, job, delivery, receiver, done)
-        except RuntimeError:  # it was stopped meanwhile, or no thread can be had
+            thread.start()
+        except RuntimeError:  # no thread can be had
             self.settled(job.key)
             return False
         return True
@@ -7266,9 +7425,11 @@ class Courier:
         attempt, retry_after_s = self.deliver(job, delivery)
         answered = attempt.status is not None
         with self._lock:
-            if len(self._windows) > 10_000:
-                self._windows.clear()
-            self._windows[receiver] = min(self._windows.get(receiver, 1) + 1, _MAX_WINDOW) if answered else 1
+            window = self._windows.pop(receiver, None) or 1
+            quick = min(window + 1, _MAX_WINDOW) if answered else 1
+            self._windows[receiver] = 0 if attempt.duration_ms > _SLOW_MS else quick
+            if len(self._windows) > _MAX_KNOWN:
+                del self._windows[next(iter(self._windows))]  # the one not heard of for longest
         now = self._clock.now()
         number, expires = delivery.attempts + 1, job.expires or now
         state, next_at = next_try(attempt, number, retry_after_s, self._retries, now, expires)
@@ -7310,7 +7471,8 @@ class Courier:
 
     def stop(self) -> None:
         """Begin no more deliveries; those under way end by their deadline, or are made again after the next start."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._stopped = True
 
 
 # ======================================================================================================================
@@ -7412,15 +7574,14 @@ class Housekeeper:
         return None
 
     def _deliver(self, now: int) -> int | None:
-        room = self._courier.room()
-        if room <= 0:
-            return None
-        while room > 0:
-            due = self._store.due_deliveries(now, room, self._courier.busy(), self._courier.under_way())
+        while True:
+            room, busy, only = self._courier.wanted()
+            if room <= 0:
+                return None  # the next that is settled wakes
+            due = self._store.due_deliveries(now, room, busy, self._courier.under_way(), only)
             sent = [self._courier.send(job, d, partial(self._delivered, job, d.next_at)) for job, d in due]
             if all(sent) or not any(sent):
-                break
-            room = self._courier.room()  # the rest was for busy receivers: others may be behind them
+                break  # else the rest was for busy receivers: others may be behind them
         return self._store.next_delivery(now)
 
     def _delivered(self, job: Job, seen: int | None, attempt: Attempt, state: str, next_at: int | None) -> None:
