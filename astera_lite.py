@@ -5706,6 +5706,8 @@ _CHILD_TABLES = ("pieces", "steps", "callbacks", "attempts")
 _BATCH = 512  # writes committed together at the most; more would make the first of them wait
 _RETRY_S = 0.5
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
+_WAL_BYTES = 8 << 20  # of the write-ahead log, above which a purge folds it into the file and gives its room back
+_BUSY_MS = 1000  # that a write waits for another process's lock
 _GIVE_BACK = 1024  # pages (of 4 KiB) that a purge gives back to the system at the most, so that no write waits long
 _FULL = frozenset(
     "SQLITE_FULL SQLITE_IOERR SQLITE_CANTOPEN SQLITE_READONLY SQLITE_BUSY SQLITE_LOCKED SQLITE_NOMEM".split()
@@ -5729,9 +5731,13 @@ def _job(row: Sequence[Any]) -> Job:
 
 def _store_error(error: Exception) -> StoreError:
     """What went wrong, in words; the statement and the path stay inside."""
+    if isinstance(error, StoreError):
+        return error
     name = getattr(error, "sqlite_errorname", "")
     words = {
         "SQLITE_FULL": "the disk is full",
+        "SQLITE_IOERR_WRITE": "the disk is full, or a file may not grow",
+        "SQLITE_IOERR": "the disk fails",
         "SQLITE_BUSY": "the database is locked by another process",
         "SQLITE_READONLY": "the database is read-only",
         "SQLITE_CORRUPT": "the database is damaged: restore a backup",
@@ -5742,10 +5748,30 @@ def _store_error(error: Exception) -> StoreError:
     return StoreError(found or f"the database failed ({name or type(error).__name__})")
 
 
+def _is_damage(error: Exception) -> bool:
+    return getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
+
+
+class _Moved(StoreError):
+    """Another file than the one that was opened has its name, or none has: what is written now would be lost."""
+
+
+_Identity = tuple[int, int]
+
+
+def _identity(path: str) -> _Identity | None:
+    """Which file has this name; None if there is none."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
+
+
 def _environmental(error: Exception) -> bool:
     """Whether the fault lies with disk or lock, and so with every write alike, not with one row."""
     name = getattr(error, "sqlite_errorname", "")
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError | _Moved):
         return True
     return isinstance(error, sqlite3.Error) and any(name.startswith(code) for code in _FULL)
 
@@ -5763,6 +5789,9 @@ class SqliteStore:
 
     def __init__(self, path: str, durability: str = "full", read_only: bool = False) -> None:
         self.fault: str | None = None
+        self._damaged = False  # a page could not be read, which does not mend by itself
+        self._probe_at = 0.0  # when a store that is not well tries next whether it is, on the monotonic clock
+        self._files: dict[str, _Identity | None] = {}  # those that must stay in place while they are open
         self._closed = False
         self._give_up_at = math.inf  # when a closing store stops trying writes again, on the monotonic clock
         self.path = os.path.realpath(path)
@@ -5791,6 +5820,7 @@ class SqliteStore:
         except BaseException:
             self._owner.close()
             raise
+        self._files = {path: _identity(path) for path in (self.path, f"{self.path}-wal", f"{self.path}.lock")}
         self._thread = threading.Thread(target=self._write, name="astera-store", daemon=True)
         self._thread.start()
 
@@ -5818,7 +5848,8 @@ class SqliteStore:
     def _open(self) -> sqlite3.Connection:
         connection = None
         try:
-            connection = sqlite3.connect(self.path, timeout=1, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
             self._check_format(connection)
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only heeded before the first table
             mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
@@ -5885,7 +5916,7 @@ class SqliteStore:
             batch = list(kept)
             kept.clear()
             try:
-                first = self._queue.get(timeout=_RETRY_S if batch else None)
+                first = self._queue.get(timeout=_RETRY_S if batch or self.fault else None)
                 while first is not None:
                     batch.append(first)
                     if len(batch) >= _BATCH:
@@ -5897,6 +5928,8 @@ class SqliteStore:
                 pass
             if batch:
                 self._commit(batch, kept)
+            if self.fault is not None and not kept and not stopping:
+                self._probe()
             if stopping and kept and time.monotonic() >= self._give_up_at:
                 log.error("%d writes could not be made: %s", len(kept), self.fault)
                 for write in kept:
@@ -5905,9 +5938,37 @@ class SqliteStore:
         self._closed = True
         self._refuse()
 
+    def _probe(self) -> None:
+        """Find out whether a store that failed is well again, for perhaps nobody brings a write any more."""
+        now = time.monotonic()
+        if now >= self._probe_at:
+            self._probe_at = now + _RETRY_S
+            sql = "INSERT OR REPLACE INTO pieces VALUES (0, 'result', 0, 0, zeroblob(?))"
+            self._commit([_Write(partial(_execute, sql, (PIECE,)), _ignore, False)], deque())
+            if self.fault is None:
+                self._put(partial(_execute, "DELETE FROM pieces WHERE job = 0", ()), keep=True)
+
+    def _check_in_place(self) -> None:
+        for path, identity in self._files.items():
+            if _identity(path) != identity:
+                raise _Moved(
+                    "a file of the database was moved, deleted or replaced while the server runs:"
+                    " put it back, or restart the server"
+                )
+
+    def _noted(self, error: Exception) -> StoreError:
+        """The error in words. Damage is remembered: it is no ground to put new jobs on."""
+        failure = _store_error(error)
+        if _is_damage(error) and not self._damaged:
+            self._damaged, self.fault = True, str(failure)
+            log.error("%s; new jobs are refused until the server is started with a good one", failure)
+        return failure
+
     def _commit(self, batch: list[_Write], kept: deque[_Write]) -> None:
         writer = self._writer
+        changes = writer.total_changes
         try:
+            self._check_in_place()
             if writer.in_transaction:  # the last one could not be rolled back
                 writer.execute("ROLLBACK")
             writer.execute("BEGIN IMMEDIATE")
@@ -5923,10 +5984,12 @@ class SqliteStore:
                 for write in batch:
                     self._commit([write], kept)
             else:
-                log.error("a write failed: %s", error, exc_info=not isinstance(error, AsteraError))
-                self._tell(batch[0], None, error if isinstance(error, AsteraError) else _store_error(error))
+                known = isinstance(error, AsteraError) or _is_damage(error)
+                log.error("a write failed: %s", error, exc_info=not known)
+                self._tell(batch[0], None, error if isinstance(error, AsteraError) else self._noted(error))
             return
-        if self.fault is not None:
+        changed = writer.total_changes > changes  # a commit that changed nothing says nothing about the disk
+        if self.fault is not None and changed and not self._damaged:
             log.info("the database can be written again")
             self.fault = None
         for write, result in zip(batch, results, strict=True):
@@ -5936,7 +5999,8 @@ class SqliteStore:
         failure = _store_error(error)
         if self.fault is None:
             log.error("%s; new jobs are refused until that is mended", failure)
-        self.fault = str(failure)
+        if not self._damaged:
+            self.fault = str(failure)
         for write in batch:
             if write.keep:
                 kept.append(write)
@@ -5950,6 +6014,9 @@ class SqliteStore:
             log.exception("after a write")
 
     def add(self, submission: Submission, done: Done) -> None:
+        if self._damaged:
+            done(None, StoreError(self.fault or ""))
+            return
         job, request = submission.job, submission.request
         cells = _cells(job.key, "request_body", 0, request.body) if len(request.body) > PIECE else []
         self._put_pieces(cells, keep=False)
@@ -5974,7 +6041,7 @@ class SqliteStore:
             if cells:
                 count = "SELECT count(*) FROM pieces WHERE job = ? AND part = 'request_body'"
                 if db.execute(count, (job.key.seq,)).fetchone()[0] != len(cells):
-                    raise StoreError("a part of the request could not be stored")
+                    raise StoreError(self.fault or "a part of the request could not be stored")
             if job.version not in self._versions:
                 db.execute(
                     "INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text)
@@ -5990,6 +6057,8 @@ class SqliteStore:
         def stored(result: Any, error: AsteraError | None) -> None:
             if isinstance(result, Added) and not result.replayed:
                 self._versions.add(job.version)  # its text is on disk now
+            elif cells and error is not None:  # or what was refused for want of room would take it away for good
+                self._put(partial(_execute, _FORGET_PIECES, (job.key.seq,)), keep=True)
             done(result, error)
 
         self._put(run, stored)
@@ -6017,7 +6086,7 @@ class SqliteStore:
 
     def requeue(self, key: JobKey, attempt: int) -> None:
         sql = "UPDATE jobs SET attempt = ?, started = NULL WHERE seq = ? AND status = 'Running' AND attempt > ?"
-        self._put(partial(_execute, sql, (attempt - 1, key.seq, attempt - 1)))
+        self._put(partial(_execute, sql, (attempt - 1, key.seq, attempt - 1)), keep=True)
 
     def barrier(self, done: Done) -> None:
         self._put(lambda db: None, done, keep=True)
@@ -6112,11 +6181,26 @@ class SqliteStore:
                 db.execute("PRAGMA incremental_vacuum(1)")
             return len(expired)
 
-        self._put(run, done)
+        def purged(result: Any, error: AsteraError | None) -> None:
+            self._fold()
+            done(result, error)
+
+        self._put(run, purged)
+
+    def _fold(self) -> None:
+        """Give back the room of a log that grew while a reader held it up; between transactions, waiting for nobody."""
+        with contextlib.suppress(OSError, sqlite3.Error):  # it is tried again by the next purge
+            if os.stat(f"{self.path}-wal").st_size > _WAL_BYTES:
+                self._writer.execute("PRAGMA busy_timeout = 0")
+                try:
+                    self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                finally:
+                    self._writer.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
 
     # --- reading ---
 
     def _connect_reader(self) -> sqlite3.Connection:
+        self._check_in_place()  # or some answers would come from another database than the others
         quoted = urllib.parse.quote(self.path)
         reader = sqlite3.connect(
             f"file:{quoted}?mode=ro", uri=True, timeout=1, isolation_level=None, check_same_thread=False
@@ -6298,6 +6382,9 @@ _SAVE_STEP = (
 )
 
 
+_FORGET_PIECES = "DELETE FROM pieces WHERE job = ?1 AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq = ?1)"
+
+
 class _Reading:
     """Borrows a read connection; its faults become StoreErrors."""
 
@@ -6319,7 +6406,7 @@ class _Reading:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._store._readers.append(self._connection)
         if isinstance(error, sqlite3.Error):
-            raise _store_error(error) from None
+            raise self._store._noted(error) from None
 
 
 def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
@@ -7270,6 +7357,9 @@ class Housekeeper:
 # ======================================================================================================================
 
 
+_ROW_BYTES = 2048  # that a job takes beside its bodies, about
+
+
 class Principal(NamedTuple):
     """Who calls: the token's name, and whether it is of role admin. A token sees its own jobs, admin sees all."""
 
@@ -7715,11 +7805,12 @@ class AsteraLite:
             if now - self._size_at > 1:
                 self._size_at, self._size = now, self.store.size()
             if self._size >= settings.max_database:
-                return Busy("The database has reached its greatest size.", 60)
+                return Busy("The database has reached its greatest size: there is room when results expire.", 60)
         try:
             self.engine.admit(call.flow, call.key.seq)
         except Busy as busy:
             return busy
+        self._size += 2 * (len(call.request.body) + _ROW_BYTES)  # in the log and in the file, until it is measured
         return None
 
     def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:

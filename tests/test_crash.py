@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import requests
-from support import ROOT, Sink, get_flow, process, until
+from support import ROOT, Api, Sink, get_flow, process, until
 
 WORK = '''
 import os, time
@@ -62,40 +62,6 @@ def write(folder: Path, name: str, tree: dict[str, Any]) -> None:
 def marks(folder: Path) -> Counter[int]:
     file = folder / "marks"
     return Counter(map(int, file.read_text().split())) if file.exists() else Counter()
-
-
-class Api:
-    """Requests to the server that is up now; a client of its own for each thread."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.session = url, requests.Session()
-        self.session.trust_env = False
-
-    def submit(self, path: str, **query: Any) -> str:
-        answer = self.session.get(f"{self.url}/api/publishingAsync{path}", params=query, timeout=10)
-        assert answer.status_code == 202, answer.text
-        job_id: str = answer.json()["id"]
-        return job_id
-
-    def job(self, job_id: str, wait: int = 0) -> dict[str, Any]:
-        headers = {"Prefer": f"wait={wait}"} if wait else {}
-        answer = self.session.get(f"{self.url}/api/jobs/{job_id}/status", headers=headers, timeout=30)
-        document: dict[str, Any] = answer.json()
-        return document
-
-    def finished(self, job_id: str) -> dict[str, Any]:
-        document = self.job(job_id, wait=15)
-        assert document["status"] == "Completed", document
-        return document
-
-    def result(self, job_id: str) -> Any:
-        answer = self.session.get(f"{self.url}/api/jobs/{job_id}/result", timeout=10)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def counts(self) -> dict[str, int]:
-        counts: dict[str, int] = self.session.get(f"{self.url}/health", timeout=10).json()["jobs"]
-        return counts
 
 
 def test_a_kill_loses_no_job_and_repeats_no_finished_one(folder: Path) -> None:
