@@ -5637,6 +5637,9 @@ class Store(Protocol):
     def purge(self, now: int, limit: int, done: Done) -> None:
         """Forget some expired jobs, `limit` at the most, and give their space back; `done` gets how many they were."""
 
+    def forget_flows(self) -> None:
+        """Forget the texts of flows that no job refers to any more. Reads long where there are many jobs."""
+
     def get(self, key: JobKey) -> Job | None:
         """A job."""
 
@@ -5673,9 +5676,9 @@ class Store(Protocol):
         """Name and text of a flow that stored jobs were accepted with."""
 
     def due_deliveries(
-        self, now: int, limit: int, busy: Collection[str], under_way: Collection[JobKey]
+        self, now: int, limit: int, busy: Collection[str], under_way: Collection[JobKey], tried: bool | None = None
     ) -> list[tuple[Job, Delivery]]:
-        """Callbacks to send now, but for busy receivers and those under way."""
+        """Callbacks to send now, but for busy receivers and those under way; if told, only those tried (or not yet)."""
 
     def next_delivery(self, now: int) -> int | None:
         """When the next callback that is not due yet will be."""
@@ -5706,6 +5709,7 @@ _CHILD_TABLES = ("pieces", "steps", "callbacks", "attempts")
 _BATCH = 512  # writes committed together at the most; more would make the first of them wait
 _RETRY_S = 0.5
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
+_MINUTE_OF_SEQ = 60_000 << 12  # between the `seq` of two jobs that were created a minute apart
 _WAL_BYTES = 8 << 20  # of the write-ahead log, above which a purge folds it into the file and gives its room back
 _BUSY_MS = 1000  # that a write waits for another process's lock
 _GIVE_BACK = 1024  # pages (of 4 KiB) that a purge gives back to the system at the most, so that no write waits long
@@ -6187,6 +6191,27 @@ class SqliteStore:
 
         self._put(run, purged)
 
+    def forget_flows(self) -> None:
+        with self._reader() as db:  # here, so that no write waits for it
+            unused = db.execute(
+                "SELECT version FROM flows WHERE NOT EXISTS"
+                " (SELECT 1 FROM jobs WHERE flow = flows.name AND version = flows.version)"
+            ).fetchall()
+            young = db.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
+
+        def run(db: sqlite3.Connection) -> None:
+            for (version,) in unused:  # unless a job came meanwhile, whose id may be a little older than its row
+                gone = db.execute(
+                    "DELETE FROM flows WHERE version = ? AND NOT EXISTS"
+                    " (SELECT 1 FROM jobs WHERE flow = flows.name AND seq > ? AND version = flows.version)",
+                    (version, young - _MINUTE_OF_SEQ),
+                ).rowcount
+                if gone:
+                    self._versions.discard(version)  # it is to be written again with its next job
+
+        if unused:
+            self._put(run)
+
     def _fold(self) -> None:
         """Give back the room of a log that grew while a reader held it up; between transactions, waiting for nobody."""
         with contextlib.suppress(OSError, sqlite3.Error):  # it is tried again by the next purge
@@ -6314,16 +6339,19 @@ class SqliteStore:
             return row and (row[0], row[1])
 
     def due_deliveries(
-        self, now: int, limit: int, busy: Collection[str], under_way: Collection[JobKey]
+        self, now: int, limit: int, busy: Collection[str], under_way: Collection[JobKey], tried: bool | None = None
     ) -> list[tuple[Job, Delivery]]:
         marks = ",".join("?" * len(busy))
         sql = (
             "SELECT job FROM callbacks JOIN jobs ON seq = job "  # noqa: S608 (question marks)
             f"WHERE state = 'pending' AND next <= ? AND expires > ? AND receiver NOT IN ({marks})"
+            " AND (? IS NULL OR (attempts > 0) = ?)"
         )
         skip = {key.seq for key in under_way}
         with self._reader() as db:
-            found = db.execute(f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, limit + len(skip))).fetchall()
+            found = db.execute(
+                f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, tried, tried, limit + len(skip))
+            ).fetchall()
             wanted = [seq for (seq,) in found if seq not in skip][:limit]
             rows = [db.execute(f"{_SELECT_JOB} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
         jobs = [_job(row) for row in rows if row is not None]
@@ -6625,6 +6653,7 @@ class Engine:
         self._lock = threading.Lock()  # guards what follows
         self._ready: list[int] = []  # heap of seq: jobs that can run
         self._waiting: list[tuple[int, int]] = []  # heap of (due, seq): jobs that wait for a time
+        self._asleep: set[int] = set()  # those of them that were not cancelled meanwhile
         self._sync: deque[_Task] = deque()
         self._inputs: dict[int, Prepared] = {}
         self._dropped: set[int] = set()  # cancelled while queued or waiting, the end not on disk yet
@@ -6653,7 +6682,7 @@ class Engine:
 
     def counts(self) -> dict[str, int]:
         """What the engine has in hand, for people."""
-        return {"queued": self.queued, "running": self._busy, "waiting": len(self._waiting)}
+        return {"queued": self.queued, "running": self._busy, "waiting": len(self._asleep)}
 
     def put(self, seq: int, prepared: Prepared | None = None) -> None:
         """Queue a stored job; what is prepared already is kept in memory as long as the queue is short."""
@@ -6666,13 +6695,20 @@ class Engine:
     def later(self, due: int, seq: int) -> None:
         """Queue a stored job when its time comes."""
         with self._lock:
-            heapq.heappush(self._waiting, (due, seq))
+            self._sleep(due, seq)
+
+    def _sleep(self, due: int, seq: int) -> None:
+        heapq.heappush(self._waiting, (due, seq))
+        self._asleep.add(seq)
 
     def release(self, now: int) -> int | None:
         """Make jobs ready whose time has come; when the next one is due."""
         with self._lock:
             while self._waiting and self._waiting[0][0] <= now:
-                heapq.heappush(self._ready, heapq.heappop(self._waiting)[1])
+                seq = heapq.heappop(self._waiting)[1]
+                if seq in self._asleep:
+                    self._asleep.discard(seq)
+                    heapq.heappush(self._ready, seq)
             self._call_threads()
             return self._waiting[0][0] if self._waiting else None
 
@@ -6838,7 +6874,7 @@ class Engine:
                 self._live.pop(seq, None)
                 if live.cancel.is_set:
                     self._to_cancel.add(seq)
-                heapq.heappush(self._waiting, (self._clock.now() + 1000, seq))
+                self._sleep(self._clock.now() + 1000, seq)
         except Exception:  # the door of a job's run: a fault of ours must not cost the thread
             log.exception("job %s", JobKey(seq, 0))
             if live.job is not None:
@@ -6927,18 +6963,26 @@ class Engine:
         finish = self._finish(job, outcome, trace)
         _log_outcome("job", job.id, flow, outcome)
         with self._lock:
-            self._unrecorded += 1
-            crowded = self._unrecorded > _MAX_UNRECORDED
+            crowded = self._unrecorded >= _MAX_UNRECORDED
         if crowded:
-            _await(lambda done: self._store.finish(finish, self._finished(job, done)), threading.TIMEOUT_MAX)
+            _await(partial(self._hand_over, job, finish), threading.TIMEOUT_MAX)
         else:
-            self._store.finish(finish, self._finished(job, _ignore))
+            self._hand_over(job, finish, _ignore)
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """Record the end of a job that did not run."""
+        self._hand_over(job, self._finish(job, outcome, []), _ignore)
+
+    def _hand_over(self, job: Job, finish: Finish, done: Done, substitute: bool = True) -> None:
+        """Give a job's end to the store."""
         with self._lock:
             self._unrecorded += 1
-        self._store.finish(self._finish(job, outcome, []), self._finished(job, _ignore))
+        try:
+            self._store.finish(finish, self._finished(job, done, substitute))
+        except BaseException:  # out of memory: it is not on its way
+            with self._lock:
+                self._unrecorded -= 1
+            raise
 
     def _finish(self, job: Job, outcome: Outcome, trace: list[dict[str, Any]]) -> Finish:
         now = self._clock.now()
@@ -6961,7 +7005,7 @@ class Engine:
             callback,
         )
 
-    def _finished(self, job: Job, done: Done, substitute: bool = True) -> Done:
+    def _finished(self, job: Job, done: Done, substitute: bool) -> Done:
         """What follows when a job's end is on disk; one that cannot be stored is replaced by a small one, once."""
 
         def recorded(moved: Any, error: AsteraError | None) -> None:
@@ -6975,9 +7019,7 @@ class Engine:
                 log.error("the end of job %s could not be recorded: %s", job.id, error)
                 if substitute and not self._stopping:
                     outcome = Outcome.failed("failed", 500, "The job's end could not be stored.")
-                    with self._lock:
-                        self._unrecorded += 1
-                    self._store.finish(self._finish(job, outcome, []), self._finished(job, done, substitute=False))
+                    self._hand_over(job, self._finish(job, outcome, []), done, substitute=False)
                     return
             self._tell(job.key)
             done(moved, error)
@@ -7021,6 +7063,7 @@ class Engine:
                 live.cancel.set()
                 return False
             self._dropped.add(seq)
+            self._asleep.discard(seq)
             if seq in self._ready or seq in self._held.get(job.flow, ()):
                 self._gone.add(seq)
             self._inputs.pop(seq, None)
@@ -7086,6 +7129,7 @@ def _log_outcome(what: str, its_id: str, flow: Flow, outcome: Outcome) -> None:
 # ======================================================================================================================
 
 _COURIER_THREADS = 64  # each is taken only while a receiver is slow
+_FIRST_THREADS = 16  # of them, kept for first tries: many dead receivers, tried again, delay no new callback
 _MAX_WINDOW = 8  # deliveries at one time to a receiver that answers
 
 
@@ -7163,9 +7207,9 @@ class Courier:
                 counts[receiver] = counts.get(receiver, 0) + 1
             return [receiver for receiver, count in counts.items() if count >= self._windows.get(receiver, 1)]
 
-    def room(self) -> int:
-        """Deliveries that can begin at once."""
-        return _COURIER_THREADS - len(self._under_way)
+    def room(self, tried: bool) -> int:
+        """Deliveries that can begin at once, of those that were tried before or of the others."""
+        return _COURIER_THREADS - len(self._under_way) - (_FIRST_THREADS if tried else 0)
 
     def send(self, job: Job, delivery: Delivery, done: Callable[[Attempt, str, int | None], None]) -> bool:
         """Begin a delivery unless its receiver is busy; the courier's thread calls `done(attempt, state, next_at)`.
@@ -7248,6 +7292,7 @@ class Courier:
 
 _PURGE_BATCH = 200
 _CHORES_EVERY_MS = 1000
+_FORGET_EVERY_MS = 3_600_000
 
 
 class Housekeeper:
@@ -7267,7 +7312,7 @@ class Housekeeper:
         self._wake = threading.Event()
         self._stopping = False
         self._purging = False
-        self._purge_at = self._chores_at = 0
+        self._purge_at = self._chores_at = self._forget_at = 0
         self._thread = threading.Thread(target=self.run, name="astera-housekeeper", daemon=True)
 
     def start(self) -> None:
@@ -7309,6 +7354,9 @@ class Housekeeper:
             self._look_at_flows()
             while self._unsettled:
                 self._courier.settled(self._unsettled.popleft())
+        if now >= self._forget_at:
+            self._forget_at = now + _FORGET_EVERY_MS
+            self._store.forget_flows()
         wanted = [now + _CHORES_EVERY_MS, self._engine.release(now), self._purge(now), self._deliver(now)]
         return min(moment for moment in wanted if moment is not None)
 
@@ -7330,15 +7378,14 @@ class Housekeeper:
         return None
 
     def _deliver(self, now: int) -> int | None:
-        room = self._courier.room()
-        if room <= 0:
+        for tried in (False, True):
+            while (room := self._courier.room(tried)) > 0:
+                due = self._store.due_deliveries(now, room, self._courier.busy(), self._courier.under_way(), tried)
+                sent = [self._courier.send(job, d, partial(self._delivered, job, d.next_at)) for job, d in due]
+                if all(sent) or not any(sent):
+                    break  # else the rest was for busy receivers: others may be behind them
+        if self._courier.room(tried=False) <= 0:
             return None
-        while room > 0:
-            due = self._store.due_deliveries(now, room, self._courier.busy(), self._courier.under_way())
-            sent = [self._courier.send(job, d, partial(self._delivered, job, d.next_at)) for job, d in due]
-            if all(sent) or not any(sent):
-                break
-            room = self._courier.room()  # the rest was for busy receivers: others may be behind them
         return self._store.next_delivery(now)
 
     def _delivered(self, job: Job, seen: int | None, attempt: Attempt, state: str, next_at: int | None) -> None:
@@ -7530,6 +7577,16 @@ class AsteraLite:
         """Open the database, load the flows, take up what was left, and start the threads."""
         settings = self.settings
         self.store: Store = SqliteStore(settings.database, settings.durability)
+        try:
+            self._start()
+        except BaseException as error:
+            self.store.close(1.0)  # or its lock would be held by a program that has no server
+            if isinstance(error, StoreError):
+                raise StoreError(f"{os.path.realpath(settings.database)}: {error}") from None
+            raise
+
+    def _start(self) -> None:
+        settings = self.settings
         self.reload()
         self.engine = Engine(
             self.store,
@@ -8006,8 +8063,11 @@ class AsteraLite:
         if job is None:
             raise NotFound(f"there is no job {shown(job_id)}")
         if job.status is not Status.RUNNING:
-            raise Conflict("The job is finished.")
-        return self.cancel_job(job)
+            raise already_finished(job)
+        if not self.cancel_job(job):
+            return False
+        check_cancelled(self.wait(job_id))
+        return True
 
     def _request(
         self, name: str, params: Mapping[str, Any] | None, body: Any
@@ -8017,6 +8077,17 @@ class AsteraLite:
             raise NotFound(f'there is no flow "{name}"{suggest(name, self.deployments.by_name)}')
         request = request_for(flow, params or {}, body)
         return flow, request, path_values(flow, request.path)
+
+
+def already_finished(job: Job) -> Conflict:
+    """The answer to a cancel that comes too late."""
+    return Conflict(f"The job is finished: {job.status.value}.", job=job.status)
+
+
+def check_cancelled(job: Job) -> None:
+    """Raise Conflict if a finished job was not ended by a cancel: it ended by itself in that instant."""
+    if job.error is None or job.error["code"] != "cancelled":
+        raise already_finished(job)
 
 
 _Signature = tuple[tuple[str, int, int], ...]
@@ -9274,14 +9345,17 @@ def job_cancel(x: Exchange) -> Reply | None:
         return _unknown(x)
     job = found[0]
     if job.status is not Status.RUNNING:
-        raise Conflict(f"The job is finished: {job.status.value}.", job=job.status)
+        raise already_finished(job)
     if not x.app.cancel_job(job):
         return _status_response(x, found, 202, [("Location", f"{x.base}/api/jobs/{job.id}/status")])
 
     def answer(found: tuple[Job, Progress | None] | None) -> Reply:
         if found is None:
             return _unknown(x)
-        return _status_response(x, found, 200 if found[0].status is not Status.RUNNING else 202)
+        if found[0].status is Status.RUNNING:
+            return _status_response(x, found, 202)
+        check_cancelled(found[0])
+        return _status_response(x, found, 200)
 
     _when_finished(x, job.key, 30, answer)
     return None
