@@ -5737,6 +5737,11 @@ def _store_error(error: Exception) -> StoreError:
     """What went wrong, in words; the statement and the path stay inside."""
     if isinstance(error, StoreError):
         return error
+    if isinstance(error, _Moved):
+        return StoreError(
+            "a file of the database was moved, deleted or replaced while the server runs: put it back, or restart the"
+            " server"
+        )
     name = getattr(error, "sqlite_errorname", "")
     words = {
         "SQLITE_FULL": "the disk is full",
@@ -5756,7 +5761,7 @@ def _is_damage(error: Exception) -> bool:
     return getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
 
 
-class _Moved(StoreError):
+class _Moved(Exception):
     """Another file than the one that was opened has its name, or none has: what is written now would be lost."""
 
 
@@ -5955,10 +5960,7 @@ class SqliteStore:
     def _check_in_place(self) -> None:
         for path, identity in self._files.items():
             if _identity(path) != identity:
-                raise _Moved(
-                    "a file of the database was moved, deleted or replaced while the server runs:"
-                    " put it back, or restart the server"
-                )
+                raise _Moved
 
     def _noted(self, error: Exception) -> StoreError:
         """The error in words. Damage is remembered: it is no ground to put new jobs on."""
@@ -6368,17 +6370,31 @@ class SqliteStore:
             return db.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
 
     def backup(self, path: str) -> None:
-        """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile."""
+        """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile.
+
+        The file is there when it is whole, or not at all.
+        """
         part = f"{path}.part"
+        place, words, keep = path, "", False
         try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)  # of a backup that was killed
             with contextlib.closing(sqlite3.connect(part)) as copy_, self._reader() as db:
                 db.backup(copy_)  # in one step: begun anew at each write of the server's, it would not come to an end
-                if copy_.execute("PRAGMA quick_check").fetchone()[0] != "ok":
-                    raise StoreError(f"{self.path} is damaged: the copy is kept as {part}")
-            os.replace(part, path)
-        except (OSError, sqlite3.Error) as error:
-            words = _reason(error) if isinstance(error, OSError) else str(_store_error(error))
-            raise StoreError(f"{path}: {words}") from None
+                keep = copy_.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok"
+            if not keep:
+                _give_name(part, path)
+                return
+            place, words = self.path, f"is damaged: the copy is kept as {part}"
+        except OSError as error:
+            words = _reason(error)
+        except (StoreError, sqlite3.Error) as error:
+            place, words = self.path if self._damaged else path, str(_store_error(error))
+        finally:
+            if not keep:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
+        raise StoreError(f"{place}: {words}")
 
     def size(self) -> int:
         total = 0
@@ -6427,7 +6443,7 @@ class _Reading:
         except IndexError:
             try:
                 self._connection = self._store._connect_reader()
-            except sqlite3.Error as error:
+            except (sqlite3.Error, _Moved) as error:
                 raise _store_error(error) from None
         return self._connection
 
@@ -6439,6 +6455,18 @@ class _Reading:
 
 def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
     return db.execute(sql, values).rowcount > 0
+
+
+def _give_name(part: str, path: str) -> None:
+    """Give a file its name; FileExistsError if another has it."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no links on that file system
+        if os.path.lexists(path):
+            raise FileExistsError("there is a file of that name") from None
+        os.rename(part, path)
 
 
 def _forget(db: sqlite3.Connection, seqs: Iterable[int]) -> None:

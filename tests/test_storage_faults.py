@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -11,7 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 import pytest
 import requests
 from support import ROOT, Api, get_flow, process, until
+
+from astera_lite import AsteraLite, SqliteStore, StoreError
 
 PROGRAM = str(ROOT / "astera_lite.py")
 PROMPT = 0.7  # seconds in which /health answers, whatever the disk does
@@ -143,10 +146,10 @@ def refused_at_last(api: Faulty, size: int = 100_000) -> str:
     raise AssertionError("everything was accepted")
 
 
-def serve(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def serve(folder: Path, *arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
     """A server that is not to start."""
     command = [sys.executable, PROGRAM, "--port", "0", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=False, **more)
 
 
 # ---- No room ---------------------------------------------------------------------------------------------------------
@@ -407,3 +410,276 @@ def damaged(api: Faulty, accepted: dict[str, str]) -> tuple[list[str], int]:
             assert "the database is damaged: restore a backup" in api.refused(answer)
             lost.append(job_id)
     return lost, read
+
+
+def test_damage_that_was_seen_keeps_new_jobs_out_and_tells_health(folder: Path) -> None:
+    accepted = filled(folder, 100)
+    database = folder / "astera_lite.db"
+    with process(folder) as (_, url, lines):
+        api = Faulty(url)
+        assert api.health() == (200, None)
+        spoil(database, page_of(database, "00050 bbb"))  # while it runs
+        lost, read = damaged(api, accepted)
+        assert 1 <= len(lost) <= 4 and read == 100 - len(lost)
+        assert api.health() == (503, "the database is damaged: restore a backup")
+        assert "the database is damaged: restore a backup" in api.refused(api.send("new"))
+        assert damaged(api, accepted) == (lost, read)
+        assert api.session.post(f"{url}/api/publishing/echo", data="sync", timeout=5).status_code == 200
+    assert len([line for line in lines if "damaged" in line]) == 1
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_every_page_but_the_first_gone_while_it_runs(folder: Path) -> None:
+    filled(folder, 100)
+    database = folder / "astera_lite.db"
+    with process(folder) as (_, url, lines):
+        api = Faulty(url)
+        spoil(database, 4096, b"\xa5" * (database.stat().st_size - 4096))
+        assert "damaged" in api.refused(api.send("new")) or "damaged" in api.unwell()
+        assert "damaged" in api.unwell()
+        listed = api.session.get(f"{url}/api/jobs", timeout=5)
+        assert "damaged" in api.refused(listed)
+        assert api.session.post(f"{url}/api/publishing/echo", data="sync", timeout=5).status_code == 200
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_a_database_damaged_beyond_use_is_4_with_its_path(folder: Path) -> None:
+    filled(folder, 100)
+    database = folder / "astera_lite.db"
+    spoil(database, 4096, b"\xa5" * (database.stat().st_size - 4096))
+    done = serve(folder, "--log", "off")
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
+    assert "astera_lite.db: the database is damaged: restore a backup" in done.stderr
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.62, 0.999])
+def test_a_log_cut_off_after_a_kill_loses_the_end_and_nothing_before_it(folder: Path, share: float) -> None:
+    with process(folder) as (server, url, _):
+        api = Faulty(url)
+        for n in range(40):
+            api.send(f"{n:03} " + "w" * 2000)
+        api.all_there()
+        server.kill()
+        server.wait(10)
+    wal = folder / "astera_lite.db-wal"
+    os.truncate(wal, round(wal.stat().st_size * share))
+    with process(folder) as (_, url, lines):
+        after = Faulty(url)
+        found = [job_id for job_id in api.accepted if after.job(job_id)["status"] != "Unknown"]
+        assert found == list(api.accepted)[: len(found)]  # a beginning: what was cut off is gone, and only that
+        assert (len(found) > 0) == (share > 0.1)
+        after.accepted = {job_id: api.accepted[job_id] for job_id in found}
+        assert after.send("new").status_code == 202
+        assert not after.accepted.keys() & (api.accepted.keys() - set(found)), "an id is used again"
+        after.all_there()
+        with closing(sqlite3.connect(folder / "astera_lite.db")) as other:
+            assert other.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert not any("Traceback" in line for line in lines)
+
+
+# ---- Moved, deleted, replaced, unwritable ----------------------------------------------------------------------------
+
+
+def gone(folder: Path) -> Callable[[], object]:
+    (folder / "astera_lite.db").rename(folder / "elsewhere.db")
+    return lambda: (folder / "elsewhere.db").rename(folder / "astera_lite.db")
+
+
+def replaced(folder: Path) -> Callable[[], object]:
+    put_back = gone(folder)
+    shutil.copy(folder / "elsewhere.db", folder / "astera_lite.db")
+    return put_back
+
+
+def without_log(folder: Path) -> Callable[[], object]:
+    (folder / "astera_lite.db-wal").rename(folder / "elsewhere-wal")
+    return lambda: (folder / "elsewhere-wal").rename(folder / "astera_lite.db-wal")
+
+
+def without_lock(folder: Path) -> Callable[[], object]:
+    (folder / "astera_lite.db.lock").rename(folder / "elsewhere.lock")
+    return lambda: (folder / "elsewhere.lock").rename(folder / "astera_lite.db.lock")
+
+
+@pytest.mark.parametrize("move", [gone, replaced, without_log, without_lock])
+def test_a_database_that_is_moved_under_a_running_server(
+    folder: Path, move: Callable[[Path], Callable[[], object]]
+) -> None:
+    with process(folder) as (server, url, lines):
+        api = Faulty(url)
+        api.send("before")
+        api.all_there()
+        held = api.submit("/held")
+        until(lambda: api.job(held)["startedAt"])
+        put_back = move(folder)
+        assert "moved, deleted or replaced" in api.refused(api.send("while away"))
+        assert "put it back, or restart the server" in api.unwell()
+        (folder / "go").touch()
+        [before] = api.accepted
+        assert api.result(before) == "before"  # from the file that was opened
+        put_back()
+        api.well()
+        api.finished(held)
+        assert api.send("after").status_code == 202
+        api.all_there()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_a_server_whose_database_is_deleted_stops_when_told(folder: Path) -> None:
+    with process(folder) as (server, url, lines):
+        api = Faulty(url)
+        api.send("before")
+        api.all_there()
+        for file in folder.glob("astera_lite.db*"):
+            file.unlink()
+        assert "moved, deleted or replaced" in api.refused(api.send("new"))
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+    assert not any("Traceback" in line for line in lines)
+    with process(folder) as (_, url, _lines):
+        api = Faulty(url)
+        api.send("new")
+        api.all_there()
+
+
+def as_modes_say() -> None:
+    """In a child before it becomes a server: root too is to heed the modes of files."""
+    libc = ctypes.CDLL(None)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "words"),
+    [
+        ("astera_lite.db", 0o444, "astera_lite.db: the database is read-only"),
+        ("astera_lite.db", 0o000, "astera_lite.db: the database cannot be opened"),
+        ("astera_lite.db-wal", 0o444, "astera_lite.db: "),
+        ("astera_lite.db-shm", 0o444, "astera_lite.db: "),
+        (".", 0o555, "astera_lite.db"),
+    ],
+)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="root heeds modes only where it can be made to")
+def test_a_database_that_may_not_be_written_is_4_and_unchanged(folder: Path, name: str, mode: int, words: str) -> None:
+    with process(folder) as (server, url, _):
+        api = Faulty(url)
+        api.send("before")
+        api.all_there()
+        server.kill()
+    if name == ".":
+        (folder / "astera_lite.db.lock").unlink()
+    before = {file.name: file.read_bytes() for file in folder.glob("astera_lite.db*")}
+    mode_before = (folder / name).stat().st_mode
+    (folder / name).chmod(mode)
+    done = serve(folder, "--log", "off", preexec_fn=as_modes_say)
+    (folder / name).chmod(mode_before)
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
+    assert words in done.stderr
+    for file in ("astera_lite.db", "astera_lite.db-wal"):
+        assert (folder / file).read_bytes() == before[file]
+    with process(folder) as (_, url, _lines):
+        again = Faulty(url)
+        again.accepted = api.accepted
+        again.all_there()
+
+
+# ---- A second server -------------------------------------------------------------------------------------------------
+
+
+def test_a_second_server_touches_nothing(folder: Path) -> None:
+    with process(folder) as (_, url, _lines):
+        api = Faulty(url)
+        api.send("before")
+        api.all_there()
+        held = api.submit("/held")
+        until(lambda: api.job(held)["startedAt"])
+
+        def state() -> dict[str, tuple[bytes, int]]:
+            files = folder.glob("astera_lite.db*")
+            return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+        before = state()
+        began = time.monotonic()
+        done = serve(folder, "--log", "off")
+        assert time.monotonic() - began < 5
+        assert (done.returncode, done.stderr.count("\n")) == (4, 1)
+        assert "another server uses" in done.stderr and "stop it, or set `database`" in done.stderr
+        assert state() == before
+        (folder / "go").touch()
+        api.finished(held)
+
+
+# ---- Backup ----------------------------------------------------------------------------------------------------------
+
+
+def backup(folder: Path, copy: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, PROGRAM, "backup", copy]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_backup_that_finds_no_room_leaves_nothing(folder: Path, small_disk: Path) -> None:
+    filled(folder, 100)
+    fill(small_disk, room=100_000)
+    done = backup(folder, "disk/copy.db")
+    assert (done.returncode, done.stderr) == (4, "disk/copy.db: the disk is full\n")
+    assert [file.name for file in small_disk.iterdir()] == ["ballast"]
+    (small_disk / "ballast").unlink()
+    assert backup(folder, "disk/copy.db").returncode == 0
+
+
+def test_a_backup_that_is_killed_leaves_no_file_of_that_name_and_the_next_one_works(folder: Path) -> None:
+    filled(folder, 300)
+    program = (
+        "import astera_lite, os, signal, sys\n"
+        "def kill(*a): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "astera_lite._give_name = kill\n"
+        "astera_lite.main(['backup', 'copy.db'])\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program], cwd=folder, env={"PYTHONPATH": str(ROOT)}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (folder / "copy.db").exists()
+    (folder / "copy.db.part").write_bytes(b"half a page")
+    assert backup(folder, "copy.db").returncode == 0
+    assert sorted(file.name for file in folder.glob("copy*")) == ["copy.db"]
+    before = (folder / "copy.db").read_bytes()
+    again = backup(folder, "copy.db")
+    assert (again.returncode, again.stderr) == (1, "copy.db is there already: name another file\n")
+    assert (folder / "copy.db").read_bytes() == before
+
+
+def test_a_backup_overwrites_no_file_that_came_meanwhile(folder: Path) -> None:
+    filled(folder, 3)
+    store = SqliteStore(str(folder / "astera_lite.db"), read_only=True)
+    with closing(store):
+        (folder / "copy.db").write_text("another's")
+        with pytest.raises(StoreError, match=r"copy\.db: File exists"):
+            store.backup(str(folder / "copy.db"))
+    assert (folder / "copy.db").read_text() == "another's"
+    assert not (folder / "copy.db.part").exists()
+
+
+def test_a_backup_of_a_damaged_database_says_so(folder: Path) -> None:
+    filled(folder)
+    database = folder / "astera_lite.db"
+    with closing(sqlite3.connect(database)) as other:
+        root = other.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'jobs'").fetchone()[0]
+    spoil(database, (root - 1) * 4096)
+    done = backup(folder, "copy.db")
+    assert done.returncode == 4
+    assert "is damaged" in done.stderr and "astera_lite.db" in done.stderr and "Traceback" not in done.stderr
+    assert not (folder / "copy.db").exists()
+
+
+def test_a_program_gets_its_database_back_when_it_cannot_start(folder: Path) -> None:
+    filled(folder, 100)
+    database = folder / "astera_lite.db"
+    whole = database.read_bytes()
+    spoil(database, 4096, b"\xa5" * (len(whole) - 4096))
+    for _ in range(2):
+        with pytest.raises(StoreError, match="damaged"):
+            AsteraLite(database=str(database)).start()
+    database.write_bytes(whole)
+    with AsteraLite(database=str(database)):
+        pass
