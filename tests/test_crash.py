@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +229,61 @@ def test_a_job_keeps_its_flow_when_the_file_is_edited_while_the_server_is_down(f
             new = api.submit("/elsewhere")
             api.finished(new)
             assert api.result(new) == "new"
+
+
+# ---- On disk before the 202 leaves -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def traced(pid: int, file: Path) -> Iterator[None]:
+    """The system calls of a process and its threads, in a file."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is missing, which shows what is synced when: apt-get install strace")
+    calls = "trace=recvfrom,sendto,fsync,fdatasync"
+    command = ["strace", "-f", "-y", "-s", "200", "-e", calls, "-o", str(file), "-p", str(pid)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        line = strace.stderr.readline()
+        if "attached" not in line:
+            strace.kill()
+            pytest.skip(f"strace may not look at other processes here, run as root: {line.strip()}")
+        try:
+            yield
+        finally:
+            strace.send_signal(signal.SIGINT)  # it lets go of the server
+            strace.communicate(timeout=10)
+
+
+def synced_before_the_202(trace: str) -> int:
+    """How many syncs of the log began after a request was read, and ended before its 202 was sent."""
+    begun: set[str] = set()  # threads within a sync of the log
+    reading, synced = False, 0
+    for line in trace.splitlines():
+        thread = line.split()[0]
+        if "publishingAsync" in line:
+            reading = True
+        elif reading and "202 Accepted" in line:
+            return synced
+        elif reading and re.search(r"\b(fsync|fdatasync)\(.*-wal", line):
+            begun.add(thread)
+        if thread in begun and re.search(r"\) += 0$", line):
+            begun.discard(thread)
+            synced += 1
+    raise AssertionError(f"no request and 202 in\n{trace}")
+
+
+@pytest.mark.parametrize(("durability", "least", "most"), [("full", 1, 3), ("normal", 0, 0)])
+def test_with_full_durability_the_job_is_synced_before_its_202_leaves(
+    folder: Path, durability: str, least: int, most: int
+) -> None:
+    with process(folder, "--durability", durability) as (server, url, _):
+        api = Api(url)
+        api.submit("/work", n=1)
+        with traced(server.pid, folder / "trace"):
+            for n in range(5):
+                api.finished(api.submit("/work", n=n))
+    text = (folder / "trace").read_text()
+    requests_ = re.split(r"(?m)^(?=.*publishingAsync)", text)[1:]
+    assert len(requests_) == 5
+    counts = [synced_before_the_202(part) for part in requests_]
+    assert least <= min(counts) <= max(counts) <= most, text
