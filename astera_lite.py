@@ -5734,7 +5734,7 @@ def _job(row: Sequence[Any]) -> Job:
 
 
 def _store_error(error: Exception) -> StoreError:
-    """What went wrong, in words; the statement and the path stay inside."""
+    """What went wrong and how to mend it, in words; the statement and the path stay inside."""
     if isinstance(error, StoreError):
         return error
     if isinstance(error, _Moved):
@@ -5744,14 +5744,14 @@ def _store_error(error: Exception) -> StoreError:
         )
     name = getattr(error, "sqlite_errorname", "")
     words = {
-        "SQLITE_FULL": "the disk is full",
-        "SQLITE_IOERR_WRITE": "the disk is full, or a file may not grow",
-        "SQLITE_IOERR": "the disk fails",
-        "SQLITE_BUSY": "the database is locked by another process",
-        "SQLITE_READONLY": "the database is read-only",
+        "SQLITE_FULL": "the disk is full: make room",
+        "SQLITE_IOERR_WRITE": "the disk is full, or a file may not grow: make room, or raise the limit",
+        "SQLITE_IOERR": "the disk fails: look at the system's log",
+        "SQLITE_BUSY": "the database is locked by another process: end that one",
+        "SQLITE_READONLY": "the database is read-only: let this user write it and its folder",
         "SQLITE_CORRUPT": "the database is damaged: restore a backup",
-        "SQLITE_NOTADB": "the file is not a database",
-        "SQLITE_CANTOPEN": "the database cannot be opened",
+        "SQLITE_NOTADB": "the file is not a database: restore a backup, or set `database` to another path",
+        "SQLITE_CANTOPEN": "the database cannot be opened: let this user read and write it and its folder",
     }
     found = next((text for code, text in words.items() if name.startswith(code)), None)
     return StoreError(found or f"the database failed ({name or type(error).__name__})")
@@ -5840,6 +5840,7 @@ class SqliteStore:
         try:
             owner = sqlite3.connect(f"{self.path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
             owner.execute("PRAGMA locking_mode = EXCLUSIVE")
+            owner.execute("PRAGMA journal_mode = MEMORY")  # a lock needs no file beside it
             owner.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
             if owner is not None:
@@ -5851,8 +5852,10 @@ class SqliteStore:
         if isinstance(error, sqlite3.OperationalError):
             if error.sqlite_errorname == "SQLITE_BUSY":
                 return StoreError(f"another server uses {self.path}: stop it, or set `database` to another path")
-            return StoreError(f"{self.path}.lock: {_store_error(error)}; the folder must be writable")
-        return StoreError(f"{self.path}.lock: {_store_error(error)}; it is not ours: move it away")
+            if error.sqlite_errorname.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
+                return StoreError(f"{self.path}.lock: cannot be opened and locked; the folder must be writable")
+            return StoreError(f"{self.path}.lock: {_store_error(error)}")
+        return StoreError(f"{self.path}.lock: is another program's file: move it away")
 
     def _open(self) -> sqlite3.Connection:
         connection = None
@@ -8957,7 +8960,7 @@ def error_response(x: Exchange, error: Exception) -> Reply:
         headers.append(("Retry-After", str(error.retry_after)))
     elif isinstance(error, StoreError):
         headers.append(("Retry-After", "5"))
-        detail = f"Nothing can be stored at this time: {error}."
+        detail = f"The database cannot be used at this time: {error}."
     elif isinstance(error, Conflict) and error.job is not None:
         headers.append(("Job-Status", error.job.value))
     elif isinstance(error, MethodNotAllowed):

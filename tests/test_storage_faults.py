@@ -169,7 +169,7 @@ def test_a_full_disk_refuses_new_jobs_keeps_ends_and_mends_without_a_restart(fol
         while time.monotonic() < end:
             reasons.add(api.health())
             time.sleep(0.05)
-        assert reasons == {(503, "the disk is full")}
+        assert reasons == {(503, "the disk is full: make room")}
         (folder / "go").touch()
         assert api.job(held[1], wait=1)["status"] == "Running"
         assert "the disk is full" in api.refused(api.send("z" * 300_000))
@@ -216,7 +216,7 @@ def test_a_limit_on_file_sizes_refuses_new_jobs_and_mends(folder: Path) -> None:
         _, hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (200_000, hard))
         words = refused_at_last(api)
-        assert "the disk is full, or a file may not grow" in words
+        assert "the disk is full, or a file may not grow: make room, or raise the limit" in words
         (folder / "go").touch()
         assert api.unwell() in words
         assert api.job(held)["status"] == "Running"
@@ -238,6 +238,31 @@ def test_a_disk_that_is_full_at_the_start(folder: Path, small_disk: Path) -> Non
         api = Faulty(url)
         api.send("now")
         api.all_there()
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_disk_that_is_full_when_a_server_starts_again(folder: Path, small_disk: Path, end: signal.Signals) -> None:
+    with process(folder, "--database", "disk/jobs.db") as (server, url, _):
+        api = Faulty(url)
+        for n in range(20):
+            api.send(f"{n}" * 1000)
+        api.all_there()
+        held = api.submit("/held", size=100)
+        until(lambda: api.job(held)["startedAt"])
+        ballast = fill(small_disk)
+        server.send_signal(end)
+        (folder / "go").touch()
+        server.wait(30)
+    done = serve(folder, "--database", "disk/jobs.db", "--log", "off")  # SQLite needs 32 KiB to open it
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1)
+    assert "disk/jobs.db: the disk is full: make room" in done.stderr
+    ballast.unlink()
+    with process(folder, "--database", "disk/jobs.db") as (_, url, lines):
+        again = Faulty(url)
+        again.accepted = api.accepted
+        again.finished(held)
+        again.all_there()
+    assert not any("Traceback" in line for line in lines)
 
 
 def test_max_database_refuses_before_the_disk_is_full_and_leaves_room_for_ends(folder: Path, small_disk: Path) -> None:
@@ -316,7 +341,7 @@ def test_a_database_that_another_process_locks(folder: Path) -> None:
                 began = time.monotonic()
                 assert "locked by another process" in api.refused(api.send("while locked"))
                 assert time.monotonic() - began < 3
-                assert api.unwell() == "the database is locked by another process"
+                assert api.unwell() == "the database is locked by another process: end that one"
                 began = time.monotonic()
                 assert api.result(before) == "before"
                 assert api.session.post(f"{url}/api/publishing/echo", data="sync").status_code == 200
@@ -554,11 +579,19 @@ def as_modes_say() -> None:
 @pytest.mark.parametrize(
     ("name", "mode", "words"),
     [
-        ("astera_lite.db", 0o444, "astera_lite.db: the database is read-only"),
-        ("astera_lite.db", 0o000, "astera_lite.db: the database cannot be opened"),
-        ("astera_lite.db-wal", 0o444, "astera_lite.db: "),
-        ("astera_lite.db-shm", 0o444, "astera_lite.db: "),
-        (".", 0o555, "astera_lite.db"),
+        ("astera_lite.db", 0o444, "astera_lite.db: the database is read-only: let this user write it and its folder"),
+        ("astera_lite.db", 0o000, "astera_lite.db: the database cannot be opened: let this user read and write it"),
+        (
+            "astera_lite.db-wal",
+            0o444,
+            "astera_lite.db: the database is read-only: let this user write it and its folder",
+        ),
+        (
+            "astera_lite.db-shm",
+            0o444,
+            "astera_lite.db: the database is read-only: let this user write it and its folder",
+        ),
+        (".", 0o555, "astera_lite.db.lock: cannot be opened and locked; the folder must be writable"),
     ],
 )
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="root heeds modes only where it can be made to")
@@ -623,7 +656,7 @@ def test_a_backup_that_finds_no_room_leaves_nothing(folder: Path, small_disk: Pa
     filled(folder, 100)
     fill(small_disk, room=100_000)
     done = backup(folder, "disk/copy.db")
-    assert (done.returncode, done.stderr) == (4, "disk/copy.db: the disk is full\n")
+    assert (done.returncode, done.stderr) == (4, "disk/copy.db: the disk is full: make room\n")
     assert [file.name for file in small_disk.iterdir()] == ["ballast"]
     (small_disk / "ballast").unlink()
     assert backup(folder, "disk/copy.db").returncode == 0

@@ -565,7 +565,7 @@ def test_a_full_disk_refuses_new_jobs_keeps_ends_and_mends(store: SqliteStore) -
         done(store.add, submission(job(), large))
     with pytest.raises(queue.Empty):
         end.get(timeout=0.01)
-    assert store.fault == "the disk is full"
+    assert store.fault == "the disk is full: make room"
     found = store.get(second.key)
     assert found is not None and found.status is Status.RUNNING  # what is there can still be read
     another = Written(store.finish, finish(second, large))
@@ -600,7 +600,7 @@ def test_a_commit_that_changes_nothing_does_not_pass_for_room_on_the_disk(store:
         done(store.add, submission(job(), os.urandom(200_000)))
     done(store.barrier)
     done(store.purge, T, 10)
-    assert store.fault == "the disk is full"
+    assert store.fault == "the disk is full: make room"
     store._writer.execute("PRAGMA max_page_count = 1000000").fetchone()
     until(lambda: store.fault is None)  # by itself, without another write
 

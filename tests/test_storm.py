@@ -288,7 +288,6 @@ def test_a_storm_of_kills_breaks_no_promise(
     with storm.server() as server:
         storm.again()
         storm.idle()
-        api = Api(storm.url)
         documents = storm.documents()
         owed = {job_id for job_id, sent in storm.accepted.items() if sent.callback}
         until(lambda: owed <= {job for job, _, _ in slow_sink.got}, 20)
