@@ -7638,9 +7638,8 @@ class AsteraLite:
         )
         self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, self.look_at_flows)
         self._keys = JobKeys(self.store.last_seq())
-        taken_up = 0
-        for seq, due, name in self.store.unfinished():
-            taken_up += 1
+        left = list(self.store.unfinished())  # whole before the first one runs: the database may be damaged
+        for seq, due, name in left:
             flow = self.deployments.by_name.get(name)
             if flow is not None:
                 self.engine.admit(flow, seq, although_full=True)
@@ -7648,8 +7647,8 @@ class AsteraLite:
                 self.engine.put(seq)
             else:
                 self.engine.later(due, seq)
-        if taken_up:
-            log.info("took up %d jobs that were not finished when the server stopped", taken_up)
+        if left:
+            log.info("took up %d jobs that were not finished when the server stopped", len(left))
         self.housekeeper.start()
         self._running = True
 
@@ -10340,9 +10339,10 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     _install_signals(app, server)
     lines = endpoint_lines(app.deployments, server.base or server.url)
     if lines:
-        print("published:", *lines, sep="\n", file=sys.stderr)
+        sys.stderr.write("\n".join(["published:", *lines, ""]))
     _give_back_memory()
-    print(f"listening on {server.url}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
+    sys.stderr.flush()
     server.serve_forever()
     server.server_close()
     left = app.stop()

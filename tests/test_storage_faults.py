@@ -30,6 +30,8 @@ import os, time
 
 def held(context, size):
     """Runs until a file is there, and returns so many characters."""
+    with open("begun", "a") as file:
+        file.write("begun\\n")
     while not os.path.exists("go") and not context.cancelled:
         time.sleep(0.005)
     return "x" * size
@@ -452,6 +454,33 @@ def test_damage_that_was_seen_keeps_new_jobs_out_and_tells_health(folder: Path) 
         assert api.session.post(f"{url}/api/publishing/echo", data="sync", timeout=5).status_code == 200
     assert len([line for line in lines if "damaged" in line]) == 1
     assert not any("Traceback" in line for line in lines)
+
+
+def test_with_a_damaged_page_of_queued_jobs_nothing_is_begun(folder: Path) -> None:
+    with process(folder, "--workers", "1") as (server, url, _):
+        api = Faulty(url)
+        held = api.submit("/held")
+        until(lambda: api.job(held)["startedAt"])
+        for n in range(60):
+            api.send(f"{n:05} " + "b" * 3000)
+        server.kill()
+    database = folder / "astera_lite.db"
+    with closing(sqlite3.connect(database)) as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    before = database.read_bytes()
+    spoil(database, page_of(database, "00030 bbb"))
+    (folder / "go").touch()
+    done = serve(folder)
+    assert done.returncode == 4
+    assert [line for line in done.stderr.splitlines() if "warning" in line or "Traceback" in line] == []
+    assert done.stderr.splitlines()[-1].endswith("astera_lite.db: the database is damaged: restore a backup")
+    assert (folder / "begun").read_text() == "begun\n"
+    database.write_bytes(before)  # the backup
+    with process(folder) as (server, url, _lines):
+        again = Faulty(url)
+        again.accepted = api.accepted
+        again.finished(held)
+        again.all_there()
 
 
 def test_every_page_but_the_first_gone_while_it_runs(folder: Path) -> None:
