@@ -8005,6 +8005,8 @@ class AsteraLite:
         token = None if caller.admin else caller.name
         jobs = self.store.page(self.clock.now(), limit + 1, before, flow, status, token)
         live = [(found[0] if (found := self.engine.peek(job.key)) else job) for job in jobs[:limit]]
+        if status is not None:  # one that ended in this instant is Running for all until that was told
+            live = [job for job in live if job.status is status]
         return live, jobs[limit - 1].key.seq if len(jobs) > limit else None
 
     def health(self) -> dict[str, Any]:

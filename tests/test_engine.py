@@ -24,6 +24,7 @@ from astera_lite import (
     Job,
     NotFound,
     Outcome,
+    Principal,
     Result,
     Status,
     StepKind,
@@ -401,6 +402,23 @@ def test_a_job_whose_end_takes_more_memory_than_there_is_ends_as_failed(tmp_path
         assert app.engine._unrecorded == 0
         app.store.finish = finish  # type: ignore[method-assign]
         assert finished(app, app.submit("f")).status is Status.COMPLETED
+
+
+def test_a_list_of_finished_jobs_holds_none_that_the_status_calls_running(tmp_path: Path) -> None:
+    with serving(tmp_path, {"f": get_flow("/f", steps=[python(lambda context: 1)])}) as app:
+        finish, seen = app.store.finish, []
+
+        def look_first(end: Any, done: Any) -> None:
+            def look(result: Any, error: Any) -> None:  # the end is on disk, but nobody was told
+                seen.extend(app.list_jobs(Principal(), None, Status.COMPLETED, 10, None)[0])
+                done(result, error)
+
+            finish(end, look)
+
+        app.store.finish = look_first  # type: ignore[method-assign]
+        finished(app, app.submit("f"))
+        assert seen == []
+        assert len(app.list_jobs(Principal(), None, Status.COMPLETED, 10, None)[0]) == 1
 
 
 # ---- Timeouts --------------------------------------------------------------------------------------------------------
