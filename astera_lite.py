@@ -5813,6 +5813,9 @@ class Store(Protocol):
     def purge(self, now: int, limit: int, done: Done) -> None:
         """Forget some expired jobs, `limit` at the most, and give their space back; `done` gets how many they were."""
 
+    def forget_flows(self) -> None:
+        """Forget the texts of flows that no job refers to any more. Reads long where there are many jobs."""
+
     def get(self, key: JobKey) -> Job | None:
         """A job."""
 
@@ -5899,6 +5902,9 @@ _CHILD_TABLES = ("pieces", "steps", "callbacks", "attempts")
 _BATCH = 512  # writes committed together at the most; more would make the first of them wait
 _RETRY_S = 0.5
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
+_MINUTE_OF_SEQ = 60_000 << 12  # between the `seq` of two jobs that were created a minute apart
+_WAL_BYTES = 8 << 20  # of the write-ahead log, above which a purge folds it into the file and gives its room back
+_BUSY_MS = 1000  # that a write waits for another process's lock
 _GIVE_BACK = 1024  # pages (of 4 KiB) that a purge gives back to the system at the most, so that no write waits long
 _FULL = frozenset(
     "SQLITE_FULL SQLITE_IOERR SQLITE_CANTOPEN SQLITE_READONLY SQLITE_BUSY SQLITE_LOCKED SQLITE_NOMEM".split()
@@ -5925,24 +5931,53 @@ def _job(row: Sequence[Any]) -> Job:
 
 
 def _store_error(error: Exception) -> StoreError:
-    """What went wrong, in words; the statement and the path stay inside."""
+    """What went wrong and how to mend it, in words; the statement and the path stay inside."""
+    if isinstance(error, StoreError):
+        return error
+    if isinstance(error, _Moved):
+        return StoreError(
+            "a file of the database was moved, deleted or replaced while the server runs: put it back, or restart the"
+            " server"
+        )
     name = getattr(error, "sqlite_errorname", "")
     words = {
-        "SQLITE_FULL": "the disk is full",
-        "SQLITE_BUSY": "the database is locked by another process",
-        "SQLITE_READONLY": "the database is read-only",
+        "SQLITE_FULL": "the disk is full: make room",
+        "SQLITE_IOERR_WRITE": "the disk is full, or a file may not grow: make room, or raise the limit",
+        "SQLITE_IOERR": "the disk fails: look at the system's log",
+        "SQLITE_BUSY": "the database is locked by another process: end that one",
+        "SQLITE_READONLY": "the database is read-only: let this user write it and its folder",
         "SQLITE_CORRUPT": "the database is damaged: restore a backup",
-        "SQLITE_NOTADB": "the file is not a database",
-        "SQLITE_CANTOPEN": "the database cannot be opened",
+        "SQLITE_NOTADB": "the file is not a database: restore a backup, or set `database` to another path",
+        "SQLITE_CANTOPEN": "the database cannot be opened: let this user read and write it and its folder",
     }
     found = next((text for code, text in words.items() if name.startswith(code)), None)
     return StoreError(found or f"the database failed ({name or type(error).__name__})")
 
 
+def _is_damage(error: Exception) -> bool:
+    return getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
+
+
+class _Moved(Exception):
+    """Another file than the one that was opened has its name, or none has: what is written now would be lost."""
+
+
+_Identity = tuple[int, int]
+
+
+def _identity(path: str) -> _Identity | None:
+    """Which file has this name; None if there is none."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
+
+
 def _environmental(error: Exception) -> bool:
     """Whether the fault lies with disk or lock, and so with every write alike, not with one row."""
     name = getattr(error, "sqlite_errorname", "")
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError | _Moved):
         return True
     return isinstance(error, sqlite3.Error) and any(name.startswith(code) for code in _FULL)
 
@@ -5960,6 +5995,9 @@ class SqliteStore:
 
     def __init__(self, path: str, durability: str = "full", read_only: bool = False) -> None:
         self.fault: str | None = None
+        self._damaged = False  # a page could not be read, which does not mend by itself
+        self._probe_at = 0.0  # when a store that is not well tries next whether it is, on the monotonic clock
+        self._files: dict[str, _Identity | None] = {}  # those that must stay in place while they are open
         self._closed = False
         self._give_up_at = math.inf  # when a closing store stops trying writes again, on the monotonic clock
         self.path = os.path.realpath(path)
@@ -5988,6 +6026,7 @@ class SqliteStore:
         except BaseException:
             self._owner.close()
             raise
+        self._files = {path: _identity(path) for path in (self.path, f"{self.path}-wal", f"{self.path}.lock")}
         self._thread = threading.Thread(target=self._write, name="astera-store", daemon=True)
         self._thread.start()
 
@@ -5998,6 +6037,7 @@ class SqliteStore:
         try:
             owner = sqlite3.connect(f"{self.path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
             owner.execute("PRAGMA locking_mode = EXCLUSIVE")
+            owner.execute("PRAGMA journal_mode = MEMORY")  # a lock needs no file beside it
             owner.execute("BEGIN EXCLUSIVE")
         except sqlite3.Error as error:
             if owner is not None:
@@ -6009,13 +6049,16 @@ class SqliteStore:
         if isinstance(error, sqlite3.OperationalError):
             if error.sqlite_errorname == "SQLITE_BUSY":
                 return DatabaseInUse(f"another server uses {self.path}: stop it, or set `database` to another path")
-            return StoreError(f"{self.path}.lock: {_store_error(error)}; the folder must be writable")
-        return StoreError(f"{self.path}.lock: {_store_error(error)}; it is not ours: move it away")
+            if error.sqlite_errorname.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
+                return StoreError(f"{self.path}.lock: cannot be opened and locked; the folder must be writable")
+            return StoreError(f"{self.path}.lock: {_store_error(error)}")
+        return StoreError(f"{self.path}.lock: is another program's file: move it away")
 
     def _open(self) -> sqlite3.Connection:
         connection = None
         try:
-            connection = sqlite3.connect(self.path, timeout=1, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
             self._check_format(connection)
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only heeded before the first table
             mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
@@ -6093,7 +6136,7 @@ class SqliteStore:
             batch = list(kept)
             kept.clear()
             try:
-                first = self._queue.get(timeout=_RETRY_S if batch else None)
+                first = self._queue.get(timeout=_RETRY_S if batch or self.fault else None)
                 while first is not None:
                     batch.append(first)
                     if len(batch) >= _BATCH:
@@ -6105,6 +6148,8 @@ class SqliteStore:
                 pass
             if batch:
                 self._commit(batch, kept)
+            if self.fault is not None and not kept and not stopping:
+                self._probe()
             if stopping and kept and time.monotonic() >= self._give_up_at:
                 log.error("%d writes could not be made: %s", len(kept), self.fault)
                 for write in kept:
@@ -6113,9 +6158,34 @@ class SqliteStore:
         self._closed = True
         self._refuse()
 
+    def _probe(self) -> None:
+        """Find out whether a store that failed is well again, for perhaps nobody brings a write any more."""
+        now = time.monotonic()
+        if now >= self._probe_at:
+            self._probe_at = now + _RETRY_S
+            sql = "INSERT OR REPLACE INTO pieces VALUES (0, 'result', 0, 0, zeroblob(?))"
+            self._commit([_Write(partial(_execute, sql, (PIECE,)), _ignore, False)], deque())
+            if self.fault is None:
+                self._put(partial(_execute, "DELETE FROM pieces WHERE job = 0", ()), keep=True)
+
+    def _check_in_place(self) -> None:
+        for path, identity in self._files.items():
+            if _identity(path) != identity:
+                raise _Moved
+
+    def _noted(self, error: Exception) -> StoreError:
+        """The error in words. Damage is remembered: it is no ground to put new jobs on."""
+        failure = _store_error(error)
+        if _is_damage(error) and not self._damaged:
+            self._damaged, self.fault = True, str(failure)
+            log.error("%s; new jobs are refused until the server is started with a good one", failure)
+        return failure
+
     def _commit(self, batch: list[_Write], kept: deque[_Write]) -> None:
         writer = self._writer
+        changes = writer.total_changes
         try:
+            self._check_in_place()
             if writer.in_transaction:  # the last one could not be rolled back
                 writer.execute("ROLLBACK")
             writer.execute("BEGIN IMMEDIATE")
@@ -6131,10 +6201,12 @@ class SqliteStore:
                 for write in batch:
                     self._commit([write], kept)
             else:
-                log.error("a write failed: %s", error, exc_info=not isinstance(error, AsteraError))
-                self._tell(batch[0], None, error if isinstance(error, AsteraError) else _store_error(error))
+                known = isinstance(error, AsteraError) or _is_damage(error)
+                log.error("a write failed: %s", error, exc_info=not known)
+                self._tell(batch[0], None, error if isinstance(error, AsteraError) else self._noted(error))
             return
-        if self.fault is not None:
+        changed = writer.total_changes > changes  # a commit that changed nothing says nothing about the disk
+        if self.fault is not None and changed and not self._damaged:
             log.info("the database can be written again")
             self.fault = None
         for write, result in zip(batch, results, strict=True):
@@ -6144,7 +6216,8 @@ class SqliteStore:
         failure = _store_error(error)
         if self.fault is None:
             log.error("%s; new jobs are refused until that is mended", failure)
-        self.fault = str(failure)
+        if not self._damaged:
+            self.fault = str(failure)
         for write in batch:
             if write.keep:
                 kept.append(write)
@@ -6158,6 +6231,9 @@ class SqliteStore:
             log.exception("after a write")
 
     def add(self, submission: Submission, done: Done) -> None:
+        if self._damaged:
+            done(None, StoreError(self.fault or ""))
+            return
         job, request = submission.job, submission.request
         cells = _cells(job.key, "request_body", 0, request.body) if len(request.body) > PIECE else []
         self._put_pieces(cells, keep=False)
@@ -6182,7 +6258,7 @@ class SqliteStore:
             if cells:
                 count = "SELECT count(*) FROM pieces WHERE job = ? AND part = 'request_body'"
                 if db.execute(count, (job.key.seq,)).fetchone()[0] != len(cells):
-                    raise StoreError("a part of the request could not be stored")
+                    raise StoreError(self.fault or "a part of the request could not be stored")
             if job.version not in self._versions:
                 db.execute(
                     "INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text)
@@ -6198,6 +6274,8 @@ class SqliteStore:
         def stored(result: Any, error: AsteraError | None) -> None:
             if isinstance(result, Added) and not result.replayed:
                 self._versions.add(job.version)  # its text is on disk now
+            elif cells and error is not None:  # or what was refused for want of room would take it away for good
+                self._put(partial(_execute, _FORGET_PIECES, (job.key.seq,)), keep=True)
             done(result, error)
 
         self._put(run, stored)
@@ -6225,7 +6303,7 @@ class SqliteStore:
 
     def requeue(self, key: JobKey, attempt: int) -> None:
         sql = "UPDATE jobs SET attempt = ?, started = NULL WHERE seq = ? AND status = 'Running' AND attempt > ?"
-        self._put(partial(_execute, sql, (attempt - 1, key.seq, attempt - 1)))
+        self._put(partial(_execute, sql, (attempt - 1, key.seq, attempt - 1)), keep=True)
 
     def barrier(self, done: Done) -> None:
         self._put(lambda db: None, done, keep=True)
@@ -6320,11 +6398,47 @@ class SqliteStore:
                 db.execute("PRAGMA incremental_vacuum(1)")
             return len(expired)
 
-        self._put(run, done)
+        def purged(result: Any, error: AsteraError | None) -> None:
+            self._fold()
+            done(result, error)
+
+        self._put(run, purged)
+
+    def forget_flows(self) -> None:
+        with self._reader() as db:  # here, so that no write waits for it
+            unused = db.execute(
+                "SELECT version FROM flows WHERE NOT EXISTS"
+                " (SELECT 1 FROM jobs WHERE flow = flows.name AND version = flows.version)"
+            ).fetchall()
+            young = db.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
+
+        def run(db: sqlite3.Connection) -> None:
+            for (version,) in unused:  # unless a job came meanwhile, whose id may be a little older than its row
+                gone = db.execute(
+                    "DELETE FROM flows WHERE version = ? AND NOT EXISTS"
+                    " (SELECT 1 FROM jobs WHERE flow = flows.name AND seq > ? AND version = flows.version)",
+                    (version, young - _MINUTE_OF_SEQ),
+                ).rowcount
+                if gone:
+                    self._versions.discard(version)  # it is to be written again with its next job
+
+        if unused:
+            self._put(run)
+
+    def _fold(self) -> None:
+        """Give back the room of a log that grew while a reader held it up; between transactions, waiting for nobody."""
+        with contextlib.suppress(OSError, sqlite3.Error):  # it is tried again by the next purge
+            if os.stat(f"{self.path}-wal").st_size > _WAL_BYTES:
+                self._writer.execute("PRAGMA busy_timeout = 0")
+                try:
+                    self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                finally:
+                    self._writer.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
 
     # --- reading ---
 
     def _connect_reader(self) -> sqlite3.Connection:
+        self._check_in_place()  # or some answers would come from another database than the others
         quoted = urllib.parse.quote(self.path)
         reader = sqlite3.connect(
             f"file:{quoted}?mode=ro", uri=True, timeout=1, isolation_level=None, check_same_thread=False
@@ -6491,17 +6605,31 @@ class SqliteStore:
         self._put(partial(_execute, "INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,)), keep=True)
 
     def backup(self, path: str) -> None:
-        """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile."""
+        """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile.
+
+        The file is there when it is whole, or not at all.
+        """
         part = f"{path}.part"
+        place, words, keep = path, "", False
         try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)  # of a backup that was killed
             with contextlib.closing(sqlite3.connect(part)) as copy_, self._reader() as db:
                 db.backup(copy_)  # in one step: begun anew at each write of the server's, it would not come to an end
-                if copy_.execute("PRAGMA quick_check").fetchone()[0] != "ok":
-                    raise StoreError(f"{self.path} is damaged: the copy is kept as {part}")
-            os.replace(part, path)
-        except (OSError, sqlite3.Error) as error:
-            words = _reason(error) if isinstance(error, OSError) else str(_store_error(error))
-            raise StoreError(f"{path}: {words}") from None
+                keep = copy_.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok"
+            if not keep:
+                _give_name(part, path)
+                return
+            place, words = self.path, f"is damaged: the copy is kept as {part}"
+        except OSError as error:
+            words = _reason(error)
+        except (StoreError, sqlite3.Error) as error:
+            place, words = self.path if self._damaged else path, str(_store_error(error))
+        finally:
+            if not keep:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
+        raise StoreError(f"{place}: {words}")
 
     def size(self) -> int:
         total = 0
@@ -6579,6 +6707,9 @@ def _clock_offset(db: sqlite3.Connection) -> int:
     return int((db.execute("SELECT offset FROM clock").fetchone() or [0])[0])
 
 
+_FORGET_PIECES = "DELETE FROM pieces WHERE job = ?1 AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq = ?1)"
+
+
 class _Reading:
     """Borrows a read connection; its faults become StoreErrors."""
 
@@ -6593,18 +6724,30 @@ class _Reading:
         except IndexError:
             try:
                 self._connection = self._store._connect_reader()
-            except sqlite3.Error as error:
+            except (sqlite3.Error, _Moved) as error:
                 raise _store_error(error) from None
         return self._connection
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._store._readers.append(self._connection)
         if isinstance(error, sqlite3.Error):
-            raise _store_error(error) from None
+            raise self._store._noted(error) from None
 
 
 def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
     return db.execute(sql, values).rowcount > 0
+
+
+def _give_name(part: str, path: str) -> None:
+    """Give a file its name; FileExistsError if another has it."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no links on that file system
+        if os.path.lexists(path):
+            raise FileExistsError("there is a file of that name") from None
+        os.rename(part, path)
 
 
 def _forget(db: sqlite3.Connection, seqs: Iterable[int]) -> None:
@@ -6819,6 +6962,7 @@ class Engine:
         self._lock = threading.Lock()  # guards what follows
         self._ready: list[int] = []  # heap of seq: jobs that can run
         self._waiting: list[tuple[int, int]] = []  # heap of (due, seq): jobs that wait for a time
+        self._asleep: set[int] = set()  # those of them that were not cancelled meanwhile
         self._sync: deque[_Task] = deque()
         self._inputs: dict[int, Prepared] = {}
         self._dropped: set[int] = set()  # cancelled while queued or waiting, the end not on disk yet
@@ -6847,7 +6991,7 @@ class Engine:
 
     def counts(self) -> dict[str, int]:
         """What the engine has in hand, for people."""
-        return {"queued": self.queued, "running": self._busy, "waiting": len(self._waiting)}
+        return {"queued": self.queued, "running": self._busy, "waiting": len(self._asleep)}
 
     def put(self, seq: int, prepared: Prepared | None = None) -> None:
         """Queue a stored job; what is prepared already is kept in memory as long as the queue is short."""
@@ -6860,13 +7004,20 @@ class Engine:
     def later(self, due: int, seq: int) -> None:
         """Queue a stored job when its time comes."""
         with self._lock:
-            heapq.heappush(self._waiting, (due, seq))
+            self._sleep(due, seq)
+
+    def _sleep(self, due: int, seq: int) -> None:
+        heapq.heappush(self._waiting, (due, seq))
+        self._asleep.add(seq)
 
     def release(self, now: int) -> int | None:
         """Make jobs ready whose time has come; when the next one is due."""
         with self._lock:
             while self._waiting and self._waiting[0][0] <= now:
-                heapq.heappush(self._ready, heapq.heappop(self._waiting)[1])
+                seq = heapq.heappop(self._waiting)[1]
+                if seq in self._asleep:
+                    self._asleep.discard(seq)
+                    heapq.heappush(self._ready, seq)
             self._call_threads()
             return self._waiting[0][0] if self._waiting else None
 
@@ -7032,7 +7183,7 @@ class Engine:
                 self._live.pop(seq, None)
                 if live.cancel.is_set:
                     self._to_cancel.add(seq)
-                heapq.heappush(self._waiting, (self._clock.now() + 1000, seq))
+                self._sleep(self._clock.now() + 1000, seq)
         except Exception:  # the door of a job's run: a fault of ours must not cost the thread
             log.exception("job %s", JobKey(seq, 0))
             if live.job is not None:
@@ -7121,18 +7272,26 @@ class Engine:
         finish = self._finish(job, outcome, trace)
         _log_outcome("job", job.id, flow, outcome)
         with self._lock:
-            self._unrecorded += 1
-            crowded = self._unrecorded > _MAX_UNRECORDED
+            crowded = self._unrecorded >= _MAX_UNRECORDED
         if crowded:
-            _await(lambda done: self._store.finish(finish, self._finished(job, done)), threading.TIMEOUT_MAX)
+            _await(partial(self._hand_over, job, finish), threading.TIMEOUT_MAX)
         else:
-            self._store.finish(finish, self._finished(job, _ignore))
+            self._hand_over(job, finish, _ignore)
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """Record the end of a job that did not run."""
+        self._hand_over(job, self._finish(job, outcome, []), _ignore)
+
+    def _hand_over(self, job: Job, finish: Finish, done: Done, substitute: bool = True) -> None:
+        """Give a job's end to the store."""
         with self._lock:
             self._unrecorded += 1
-        self._store.finish(self._finish(job, outcome, []), self._finished(job, _ignore))
+        try:
+            self._store.finish(finish, self._finished(job, done, substitute))
+        except BaseException:  # out of memory: it is not on its way
+            with self._lock:
+                self._unrecorded -= 1
+            raise
 
     def _finish(self, job: Job, outcome: Outcome, trace: list[dict[str, Any]]) -> Finish:
         now = self._clock.now()
@@ -7155,7 +7314,7 @@ class Engine:
             callback,
         )
 
-    def _finished(self, job: Job, done: Done, substitute: bool = True) -> Done:
+    def _finished(self, job: Job, done: Done, substitute: bool) -> Done:
         """What follows when a job's end is on disk; one that cannot be stored is replaced by a small one, once."""
 
         def recorded(moved: Any, error: AsteraError | None) -> None:
@@ -7169,9 +7328,7 @@ class Engine:
                 log.error("the end of job %s could not be recorded: %s", job.id, error)
                 if substitute and not self._stopping:
                     outcome = Outcome.failed("failed", 500, "The job's end could not be stored.")
-                    with self._lock:
-                        self._unrecorded += 1
-                    self._store.finish(self._finish(job, outcome, []), self._finished(job, done, substitute=False))
+                    self._hand_over(job, self._finish(job, outcome, []), done, substitute=False)
                     return
             self._tell(job.key)
             done(moved, error)
@@ -7215,6 +7372,7 @@ class Engine:
                 live.cancel.set()
                 return False
             self._dropped.add(seq)
+            self._asleep.discard(seq)
             if seq in self._ready or seq in self._held.get(job.flow, ()):
                 self._gone.add(seq)
             self._inputs.pop(seq, None)
@@ -7482,6 +7640,7 @@ class Courier:
 
 _PURGE_BATCH = 200
 _CHORES_EVERY_MS = 1000
+_FORGET_EVERY_MS = 3_600_000
 
 
 class Housekeeper:
@@ -7501,7 +7660,7 @@ class Housekeeper:
         self._wake = threading.Event()
         self._stopping = False
         self._purging = False
-        self._purge_at = self._chores_at = 0
+        self._purge_at = self._chores_at = self._forget_at = 0
         self._thread = threading.Thread(target=self.run, name="astera-housekeeper", daemon=True)
 
     def start(self) -> None:
@@ -7544,6 +7703,9 @@ class Housekeeper:
             self._look_around()
             while self._unsettled:
                 self._courier.settled(self._unsettled.popleft())
+        if now >= self._forget_at:
+            self._forget_at = now + _FORGET_EVERY_MS
+            self._store.forget_flows()
         wanted = [now + _CHORES_EVERY_MS, self._engine.release(now), self._purge(now), self._deliver(now)]
         return min(moment for moment in wanted if moment is not None)
 
@@ -7598,6 +7760,9 @@ class Housekeeper:
 # ======================================================================================================================
 # 11 Service
 # ======================================================================================================================
+
+
+_ROW_BYTES = 2048  # that a job takes beside its bodies, about
 
 
 class Principal(NamedTuple):
@@ -7781,6 +7946,16 @@ class AsteraLite:
         """Open the database, load the flows, take up what was left, and start the threads."""
         settings = self.settings
         self.store: Store = SqliteStore(settings.database, settings.durability)
+        try:
+            self._start()
+        except BaseException as error:
+            self.store.close(1.0)  # or its lock would be held by a program that has no server
+            if isinstance(error, StoreError):
+                raise StoreError(f"{os.path.realpath(settings.database)}: {error}") from None
+            raise
+
+    def _start(self) -> None:
+        settings = self.settings
         self.tokens = self.store.tokens()
         self.reload()
         self.engine = Engine(
@@ -7809,9 +7984,8 @@ class AsteraLite:
             )
             self.store.keep_clock_offset(self.clock.offset)
         self._keys = JobKeys(self.store.last_seq())
-        taken_up = 0
-        for seq, due, name in self.store.unfinished():
-            taken_up += 1
+        left = list(self.store.unfinished())  # whole before the first one runs: the database may be damaged
+        for seq, due, name in left:
             flow = self.deployments.by_name.get(name)
             if flow is not None:
                 self.engine.admit(flow, seq, although_full=True)
@@ -7819,8 +7993,8 @@ class AsteraLite:
                 self.engine.put(seq)
             else:
                 self.engine.later(due, seq)
-        if taken_up:
-            log.info("took up %d jobs that were not finished when the server stopped", taken_up)
+        if left:
+            log.info("took up %d jobs that were not finished when the server stopped", len(left))
         self.housekeeper.start()
         self._running = True
 
@@ -8081,11 +8255,12 @@ class AsteraLite:
             if now - self._size_at > 1:
                 self._size_at, self._size = now, self.store.size()
             if self._size >= settings.max_database:
-                return Busy("The database has reached its greatest size.", 60)
+                return Busy("The database has reached its greatest size: there is room when results expire.", 60)
         try:
             self.engine.admit(call.flow, call.key.seq)
         except Busy as busy:
             return busy
+        self._size += 2 * (len(call.request.body) + _ROW_BYTES)  # in the log and in the file, until it is measured
         return None
 
     def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:
@@ -8193,6 +8368,8 @@ class AsteraLite:
         token = None if caller.admin else caller.name
         jobs = self.store.page(self.clock.now(), limit + 1, before, flow, status, token)
         live = [(found[0] if (found := self.engine.peek(job.key)) else job) for job in jobs[:limit]]
+        if status is not None:  # one that ended in this instant is Running for all until that was told
+            live = [job for job in live if job.status is status]
         return live, jobs[limit - 1].key.seq if len(jobs) > limit else None
 
     def health(self) -> dict[str, Any]:
@@ -8281,8 +8458,11 @@ class AsteraLite:
         if job is None:
             raise NotFound(f"there is no job {shown(job_id)}")
         if job.status is not Status.RUNNING:
-            raise Conflict("The job is finished.")
-        return self.cancel_job(job)
+            raise already_finished(job)
+        if not self.cancel_job(job):
+            return False
+        check_cancelled(self.wait(job_id))
+        return True
 
     def _request(
         self, name: str, params: Mapping[str, Any] | None, body: Any
@@ -8292,6 +8472,17 @@ class AsteraLite:
             raise NotFound(f'there is no flow "{name}"{suggest(name, self.deployments.by_name)}')
         request = request_for(flow, params or {}, body)
         return flow, request, path_values(flow, request.path)
+
+
+def already_finished(job: Job) -> Conflict:
+    """The answer to a cancel that comes too late."""
+    return Conflict(f"The job is finished: {job.status.value}.", job=job.status)
+
+
+def check_cancelled(job: Job) -> None:
+    """Raise Conflict if a finished job was not ended by a cancel: it ended by itself in that instant."""
+    if job.error is None or job.error["code"] != "cancelled":
+        raise already_finished(job)
 
 
 _Signature = tuple[tuple[str, int, int], ...]
@@ -9149,7 +9340,7 @@ def error_response(x: Exchange, error: Exception) -> Reply:
         headers.append(("Retry-After", str(error.retry_after)))
     elif isinstance(error, StoreError):
         headers.append(("Retry-After", "5"))
-        detail = f"Nothing can be stored at this time: {error}."
+        detail = f"The database cannot be used at this time: {error}."
     elif isinstance(error, Conflict) and error.job is not None:
         headers.append(("Job-Status", error.job.value))
     elif isinstance(error, MethodNotAllowed):
@@ -9572,14 +9763,17 @@ def job_cancel(x: Exchange) -> Reply | None:
         return _unknown(x)
     job = found[0]
     if job.status is not Status.RUNNING:
-        raise Conflict(f"The job is finished: {job.status.value}.", job=job.status)
+        raise already_finished(job)
     if not x.app.cancel_job(job):
         return _status_response(x, found, 202, [("Location", f"{x.base}/api/jobs/{job.id}/status")])
 
     def answer(found: tuple[Job, Progress | None] | None) -> Reply:
         if found is None:
             return _unknown(x)
-        return _status_response(x, found, 200 if found[0].status is not Status.RUNNING else 202)
+        if found[0].status is Status.RUNNING:
+            return _status_response(x, found, 202)
+        check_cancelled(found[0])
+        return _status_response(x, found, 200)
 
     _when_finished(x, job.key, 30, answer)
     return None
@@ -10552,9 +10746,10 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     _install_signals(app, server)
     lines = endpoint_lines(app.deployments, server.base or server.url)
     if lines:
-        print("published:", *lines, sep="\n", file=sys.stderr)
+        sys.stderr.write("\n".join(["published:", *lines, ""]))
     _give_back_memory()
-    print(f"listening on {server.url}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
+    sys.stderr.flush()
     server.serve_forever()
     server.server_close()
     left = app.stop()

@@ -161,6 +161,40 @@ def process(
                 drain.join(5)
 
 
+class Api:
+    """Requests to the server that is up now; a client of its own for each thread."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.session = url, requests.Session()
+        self.session.trust_env = False
+
+    def submit(self, path: str, **query: Any) -> str:
+        answer = self.session.get(f"{self.url}/api/publishingAsync{path}", params=query, timeout=10)
+        assert answer.status_code == 202, answer.text
+        job_id: str = answer.json()["id"]
+        return job_id
+
+    def job(self, job_id: str, wait: int = 0) -> dict[str, Any]:
+        headers = {"Prefer": f"wait={wait}"} if wait else {}
+        answer = self.session.get(f"{self.url}/api/jobs/{job_id}/status", headers=headers, timeout=30)
+        document: dict[str, Any] = answer.json()
+        return document
+
+    def finished(self, job_id: str) -> dict[str, Any]:
+        document = self.job(job_id, wait=15)
+        assert document["status"] == "Completed", document
+        return document
+
+    def result(self, job_id: str) -> Any:
+        answer = self.session.get(f"{self.url}/api/jobs/{job_id}/result", timeout=10)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def counts(self) -> dict[str, int]:
+        counts: dict[str, int] = self.session.get(f"{self.url}/health", timeout=10).json()["jobs"]
+        return counts
+
+
 class Sink:
     """A receiver of callbacks: `got` has what came, `answers` (status codes) are given in turn, then 204."""
 

@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -169,10 +170,7 @@ class Ticking:
         self.settle()
 
     def settle(self) -> None:
-        until = time.monotonic() + 10
-        while self.app.courier.under_way():
-            assert time.monotonic() < until, "a delivery does not end"
-            time.sleep(0.002)
+        until(lambda: not self.app.courier.under_way(), 10)
 
     def status(self, job: dict[str, Any]) -> dict[str, Any]:
         return self.client.get(f"/api/jobs/{job['id']}/status").json()  # type: ignore[no-any-return]
@@ -714,6 +712,19 @@ def test_a_hundred_callbacks_for_a_hanging_receiver_delay_nobody_else(tmp_path: 
         assert sink.next(timeout=5)[1]["id"] == job["id"]
         assert time.monotonic() - began < 2
         assert len(app.courier.under_way()) <= 2  # a receiver not yet known to answer gets one at a time
+
+
+def test_a_backlog_for_dead_receivers_delays_no_live_one_after_a_restart(tmp_path: Path, sink: Sink) -> None:
+    with hanging(100) as urls:
+        with running(tmp_path, FLOWS, callback_timeout="100ms") as (_, _, client):
+            for url in [*urls, *[urls[0]] * 200]:
+                client.finished(client.get(f"/api/publishingAsync/hello?callbackUrl={quote(url, safe='')}"))
+        with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)) as database:
+            database.execute("UPDATE callbacks SET attempts = 1, next = 1")  # all were tried, and all are due
+        with running(tmp_path, FLOWS, callback_timeout="10s") as (app, _, client):
+            until(lambda: len(app.courier.under_way()) >= 40)
+            job = submitted(client, sink.url)
+            assert sink.next(timeout=5)[1]["id"] == job["id"]
 
 
 def test_many_callbacks_for_one_receiver_all_arrive(tmp_path: Path, sink: Sink) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from support import ROOT, Sink, get_flow, process, until
+from support import ROOT, Api, Sink, get_flow, process, until
 
 WORK = '''
 import os, time
@@ -63,40 +67,6 @@ def write(folder: Path, name: str, tree: dict[str, Any]) -> None:
 def marks(folder: Path) -> Counter[int]:
     file = folder / "marks"
     return Counter(map(int, file.read_text().split())) if file.exists() else Counter()
-
-
-class Api:
-    """Requests to the server that is up now; a client of its own for each thread."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.session = url, requests.Session()
-        self.session.trust_env = False
-
-    def submit(self, path: str, **query: Any) -> str:
-        answer = self.session.get(f"{self.url}/api/publishingAsync{path}", params=query, timeout=10)
-        assert answer.status_code == 202, answer.text
-        job_id: str = answer.json()["id"]
-        return job_id
-
-    def job(self, job_id: str, wait: int = 0) -> dict[str, Any]:
-        headers = {"Prefer": f"wait={wait}"} if wait else {}
-        answer = self.session.get(f"{self.url}/api/jobs/{job_id}/status", headers=headers, timeout=30)
-        document: dict[str, Any] = answer.json()
-        return document
-
-    def finished(self, job_id: str) -> dict[str, Any]:
-        document = self.job(job_id, wait=15)
-        assert document["status"] == "Completed", document
-        return document
-
-    def result(self, job_id: str) -> Any:
-        answer = self.session.get(f"{self.url}/api/jobs/{job_id}/result", timeout=10)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def counts(self) -> dict[str, int]:
-        counts: dict[str, int] = self.session.get(f"{self.url}/health", timeout=10).json()["jobs"]
-        return counts
 
 
 def test_a_kill_loses_no_job_and_repeats_no_finished_one(folder: Path) -> None:
@@ -296,3 +266,61 @@ def test_a_job_keeps_its_flow_when_the_file_is_edited_while_the_server_is_down(f
             new = api.submit("/elsewhere")
             api.finished(new)
             assert api.result(new) == "new"
+
+
+# ---- On disk before the 202 leaves -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def traced(pid: int, file: Path) -> Iterator[None]:
+    """The system calls of a process and its threads, in a file."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is missing, which shows what is synced when: apt-get install strace")
+    calls = "trace=recvfrom,sendto,fsync,fdatasync"
+    command = ["strace", "-f", "-y", "-s", "200", "-e", calls, "-o", str(file), "-p", str(pid)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        line = strace.stderr.readline()
+        if "attached" not in line:
+            strace.kill()
+            pytest.skip(f"strace may not look at other processes here, run as root: {line.strip()}")
+        try:
+            yield
+        finally:
+            strace.send_signal(signal.SIGINT)  # it lets go of the server
+            strace.communicate(timeout=10)
+
+
+def synced_before_the_202(trace: str) -> int:
+    """How many syncs of the log began after a request was read, and ended before its 202 was sent."""
+    begun: set[str] = set()  # threads within a sync of the log
+    reading, synced = False, 0
+    for line in trace.splitlines():
+        thread = line.split()[0]
+        if "publishingAsync" in line:
+            reading = True
+        elif reading and "202 Accepted" in line:
+            return synced
+        elif reading and re.search(r"\b(fsync|fdatasync)\(.*-wal", line):
+            begun.add(thread)
+        if thread in begun and re.search(r"\) += 0$", line):
+            begun.discard(thread)
+            synced += 1
+    raise AssertionError(f"no request and 202 in\n{trace}")
+
+
+@pytest.mark.parametrize(("durability", "least", "most"), [("full", 1, 3), ("normal", 0, 0)])
+def test_with_full_durability_the_job_is_synced_before_its_202_leaves(
+    folder: Path, durability: str, least: int, most: int
+) -> None:
+    with process(folder, "--durability", durability) as (server, url, _):
+        api = Api(url)
+        api.submit("/work", n=1)
+        with traced(server.pid, folder / "trace"):
+            for n in range(5):
+                api.finished(api.submit("/work", n=n))
+    text = (folder / "trace").read_text()
+    requests_ = re.split(r"(?m)^(?=.*publishingAsync)", text)[1:]
+    assert len(requests_) == 5
+    counts = [synced_before_the_202(part) for part in requests_]
+    assert least <= min(counts) <= max(counts) <= most, text

@@ -14,7 +14,21 @@ from typing import Any
 import pytest
 from support import FakeClock, get_flow, until
 
-from astera_lite import MAX_ATTEMPTS, AsteraLite, Clock, Conflict, Context, Job, NotFound, Result, Status, StepKind
+from astera_lite import (
+    MAX_ATTEMPTS,
+    Answer,
+    AsteraLite,
+    Clock,
+    Conflict,
+    Context,
+    Job,
+    NotFound,
+    Outcome,
+    Principal,
+    Result,
+    Status,
+    StepKind,
+)
 
 
 @contextmanager
@@ -274,6 +288,7 @@ def test_a_waiting_job_is_cancelled_at_once(tmp_path: Path) -> None:
         suspended(app)
         assert app.cancel(job.id) is True
         assert code_of(app, job) == "cancelled"
+        assert app.engine.counts()["waiting"] == 0
         app.housekeeper.tick(clock.tick(100))  # its time comes: nothing happens
         until(lambda: app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0})
         assert code_of(app, job) == "cancelled"
@@ -317,6 +332,93 @@ def test_cancel_at_any_moment_ends_every_job(tmp_path: Path) -> None:
         for job in jobs:
             app.cancel(job.id)
         assert {code_of(app, job) for job in jobs} == {"cancelled"}
+
+
+def test_a_cancel_in_the_instant_of_the_end_is_a_conflict(tmp_path: Path) -> None:
+    with serving(tmp_path, {"w": get_flow("/w", steps=[{"name": "w", "wait": 60}])}) as app:
+        job = app.submit("w")
+        suspended(app)
+        cancel_job = app.cancel_job
+
+        def too_late(job: Job) -> bool:  # it ends between the look and the cancel
+            app.engine.end(job, Outcome(Answer(200, (), b"by itself")))
+            return cancel_job(job)
+
+        app.cancel_job = too_late  # type: ignore[method-assign]
+        with pytest.raises(Conflict, match="The job is finished: Completed"):
+            app.cancel(job.id)
+
+
+def test_a_cancel_in_the_instant_before_a_job_is_queued_ends_it(tmp_path: Path) -> None:
+    ran: list[int] = []
+    with serving(tmp_path, {"f": get_flow("/f", steps=[python(lambda context: ran.append(1))])}) as app:
+        put, asked = app.engine.put, []
+
+        def put_late(seq: int, prepared: Any = None) -> None:  # on disk, and so in the list of jobs, but not queued
+            asked.append(app.engine.cancel(prepared.job))
+            put(seq, prepared)
+
+        app.engine.put = put_late  # type: ignore[method-assign]
+        job = app.submit("f")
+        assert code_of(app, job) == "cancelled"
+        until(lambda: app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0})
+    assert (asked, ran) == ([True], [])
+
+
+def test_jobs_run_although_no_thread_can_be_started_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flows = {"f": get_flow("/f", steps=[python(lambda context: 1)], response={"body": "${p}"})}
+    with serving(tmp_path, flows) as app:
+        start, refused = threading.Thread.start, threading.Semaphore(0)
+
+        def start_none(thread: threading.Thread) -> None:
+            if thread.name.startswith("astera-worker"):
+                refused.release()
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_none)
+        jobs = [app.submit("f") for _ in range(5)]
+        assert refused.acquire(timeout=10)
+        assert {app.status(job.id).status for job in jobs} == {Status.RUNNING}  # type: ignore[union-attr]
+        monkeypatch.undo()
+        assert {finished(app, job).status for job in jobs} == {Status.COMPLETED}
+        assert app.run("f").json() == 1
+
+
+def test_a_job_whose_end_takes_more_memory_than_there_is_ends_as_failed(tmp_path: Path) -> None:
+    with serving(tmp_path, {"f": get_flow("/f", steps=[], response={"body": "x"})}) as app:
+        finish = app.store.finish
+
+        def no_memory(end: Any, done: Any) -> None:
+            if end.outcome.error is None:
+                raise MemoryError
+            finish(end, done)
+
+        app.store.finish = no_memory  # type: ignore[method-assign]
+        assert [code_of(app, app.submit("f")) for _ in range(3)] == ["failed"] * 3
+        until(lambda: app.engine.counts()["running"] == 0)
+        assert app.engine._unrecorded == 0
+        app.store.finish = finish  # type: ignore[method-assign]
+        assert finished(app, app.submit("f")).status is Status.COMPLETED
+
+
+def test_a_list_of_finished_jobs_holds_none_that_the_status_calls_running(tmp_path: Path) -> None:
+    with serving(tmp_path, {"f": get_flow("/f", steps=[python(lambda context: 1)])}) as app:
+        finish, seen = app.store.finish, []
+
+        def look_first(end: Any, done: Any) -> None:
+            def look(result: Any, error: Any) -> None:  # the end is on disk, but nobody was told
+                seen.extend(app.list_jobs(Principal(), None, Status.COMPLETED, 10, None)[0])
+                done(result, error)
+
+            finish(end, look)
+
+        app.store.finish = look_first  # type: ignore[method-assign]
+        finished(app, app.submit("f"))
+        assert seen == []
+        assert len(app.list_jobs(Principal(), None, Status.COMPLETED, 10, None)[0]) == 1
 
 
 # ---- Timeouts --------------------------------------------------------------------------------------------------------

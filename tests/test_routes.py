@@ -20,7 +20,7 @@ import pytest
 import requests
 from support import ECHO, Client, FakeClock, Running, Sink, get_flow, running, talk
 
-from astera_lite import JobKey, Store, StoreError
+from astera_lite import Answer, Job, JobKey, Outcome, Store, StoreError
 
 WORDS = {"Running", "Completed", "Error", "Unknown"}
 MEMBERS = {
@@ -889,6 +889,20 @@ def test_cancel_of_a_queued_a_running_and_a_finished_job(tmp_path: Path, gate: G
             assert run.client.post(f"/api/jobs/{document['id']}/cancel").status_code == 409
         steps = run.client.get(f"/api/jobs/{one.json()['id']}").json()["steps"]
         assert [step["name"] for step in steps] == ["hold"], "the step after it did not run"
+
+
+def test_cancel_in_the_instant_of_the_end_is_409(run: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted = run.client.get("/api/publishingAsync/forever").json()
+    until(lambda: run.app.engine.counts()["waiting"])
+    cancel_job = run.app.cancel_job
+
+    def too_late(job: Job) -> bool:  # it ends between the look and the cancel
+        run.app.engine.end(job, Outcome(Answer(200, (), b"by itself")))
+        return cancel_job(job)
+
+    monkeypatch.setattr(run.app, "cancel_job", too_late)
+    answer = run.client.post(f"/api/jobs/{accepted['id']}/cancel")
+    assert (answer.status_code, answer.headers["Job-Status"]) == (409, "Completed")
 
 
 def test_cancel_of_a_waiting_job_ends_it_now(run: Running) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from support import ROOT, until
 
 import astera_lite
 from astera_lite import (
@@ -66,10 +66,10 @@ def done(write: Callable[..., None], *arguments: Any) -> Any:
     return Written(write, *arguments).get()
 
 
-def job(flow: str = "f", callback: str | None = None, **more: Any) -> Job:
+def job(flow: str = "f", callback: str | None = None, version: int = 7, **more: Any) -> Job:
     created = more.pop("created", T)
     delivery = Delivery(callback) if callback else None
-    return Job(keys.new(created), flow, 7, Status.RUNNING, created, "http://here", callback=delivery, **more)
+    return Job(keys.new(created), flow, version, Status.RUNNING, created, "http://here", callback=delivery, **more)
 
 
 def submission(new: Job, body: bytes = b"", key: str | None = None, fingerprint: bytes = b"") -> Submission:
@@ -465,6 +465,36 @@ def test_the_file_shrinks_after_a_purge(store: SqliteStore, path: str) -> None:
     assert os.stat(path).st_size < full / 8
 
 
+def texts(path: str) -> set[int]:
+    return {version for (version,) in look(path, "SELECT version FROM flows")}
+
+
+def test_texts_of_flows_that_no_job_refers_to_are_forgotten_and_written_again(store: SqliteStore, path: str) -> None:
+    old, new = added(store), job(version=8)
+    assert done(store.add, submission(new)) == Added(new, False)
+    store.forget_flows()
+    done(store.barrier)
+    assert texts(path) == {7, 8}
+    done(store.finish, finish(old))
+    done(store.purge, T + 2000, 10)
+    store.forget_flows()
+    done(store.barrier)
+    assert texts(path) == {8}
+    added(store)  # of the version that was forgotten
+    assert texts(path) == {7, 8}
+
+
+def test_a_text_that_a_job_came_for_meanwhile_is_kept(store: SqliteStore, path: str) -> None:
+    done(store.finish, finish(added(store)))
+    done(store.purge, T + 2000, 10)
+    with held(store):  # the job is written between the look and the deletion
+        late = Written(store.add, submission(job()))
+        store.forget_flows()
+    late.get()
+    done(store.barrier)
+    assert texts(path) == {7}
+
+
 # ---- Writes together -------------------------------------------------------------------------------------------------
 
 
@@ -535,7 +565,7 @@ def test_a_full_disk_refuses_new_jobs_keeps_ends_and_mends(store: SqliteStore) -
         done(store.add, submission(job(), large))
     with pytest.raises(queue.Empty):
         end.get(timeout=0.01)
-    assert store.fault == "the disk is full"
+    assert store.fault == "the disk is full: make room"
     found = store.get(second.key)
     assert found is not None and found.status is Status.RUNNING  # what is there can still be read
     another = Written(store.finish, finish(second, large))
@@ -545,6 +575,48 @@ def test_a_full_disk_refuses_new_jobs_keeps_ends_and_mends(store: SqliteStore) -
     result = store.result(first.key)
     assert result is not None and result.body == large
     added(store)
+
+
+def no_room_but_for(store: SqliteStore, size: int) -> None:
+    pages = store._writer.execute("PRAGMA page_count").fetchone()[0]
+    store._writer.execute(f"PRAGMA max_page_count = {pages + size // 4096}").fetchone()
+
+
+def test_a_large_request_that_was_refused_leaves_no_pieces(
+    store: SqliteStore, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added(store)
+    monkeypatch.setattr(astera_lite, "_BATCH", 1)  # its first pieces are on disk when there is no more room
+    no_room_but_for(store, 3 * PIECE)
+    with pytest.raises(StoreError, match="the disk is full"):
+        done(store.add, submission(job(), os.urandom(8 * PIECE)))
+    done(store.barrier)
+    assert look(path, "SELECT count(*) FROM pieces WHERE job > 0") == [(0,)]
+
+
+def test_a_commit_that_changes_nothing_does_not_pass_for_room_on_the_disk(store: SqliteStore) -> None:
+    no_room_but_for(store, 0)
+    with pytest.raises(StoreError, match="the disk is full"):
+        done(store.add, submission(job(), os.urandom(200_000)))
+    done(store.barrier)
+    done(store.purge, T, 10)
+    assert store.fault == "the disk is full: make room"
+    store._writer.execute("PRAGMA max_page_count = 1000000").fetchone()
+    until(lambda: store.fault is None)  # by itself, without another write
+
+
+def test_what_was_stopped_with_the_server_does_not_count_although_the_database_is_locked(path: str) -> None:
+    with closing(SqliteStore(path)) as store:
+        new = added(store)
+        done(store.start, new.key, 1, T)
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            store.requeue(new.key, 1)
+            until(lambda: store.fault is not None)
+            other.execute("COMMIT")
+    with closing(SqliteStore(path)) as store:
+        found = store.get(new.key)
+        assert found is not None and (found.attempt, found.started) == (0, None)
 
 
 def test_a_locked_database_refuses_new_jobs_keeps_ends_and_mends(store: SqliteStore, path: str) -> None:
