@@ -5597,7 +5597,7 @@ class Store(Protocol):
     StoreError. Times are milliseconds since the epoch.
     """
 
-    fault: str | None  # why the last write failed; None when the store is well
+    fault: str | None  # why the last write failed, or that the database was found damaged; None when the store is well
 
     def add(self, submission: Submission, done: Done) -> None:
         """Store a new job; `done` gets Added, or Conflict if its key was used with another fingerprint."""
@@ -5940,7 +5940,7 @@ class SqliteStore:
                 pass
             if batch:
                 self._commit(batch, kept)
-            if self.fault is not None and not kept and not stopping:
+            if self.fault is not None and not self._damaged and not kept and not stopping:
                 self._probe()
             if stopping and kept and time.monotonic() >= self._give_up_at:
                 log.error("%d writes could not be made: %s", len(kept), self.fault)

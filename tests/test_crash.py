@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -11,13 +12,15 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from support import ROOT, Api, Sink, get_flow, process, until
+
+from astera_lite import SqliteStore
 
 WORK = '''
 import os, time
@@ -229,6 +232,38 @@ def test_a_job_keeps_its_flow_when_the_file_is_edited_while_the_server_is_down(f
             new = api.submit("/elsewhere")
             api.finished(new)
             assert api.result(new) == "new"
+
+
+MAKE = "import astera_lite, sys; astera_lite.SqliteStore(sys.argv[1]).close()"
+
+
+@pytest.mark.parametrize(("call", "step"), [("pwrite64", 6), ("fdatasync", 1), ("unlink", 1)])
+def test_a_kill_while_the_database_is_made_leaves_what_the_next_start_takes(
+    tmp_path: Path, call: str, step: int
+) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is missing, which kills at a chosen system call: apt-get install strace")
+    killed = 0
+    for when in itertools.count(1, step):
+        path = str(tmp_path / f"{when}.db")
+        inject = [
+            "strace",
+            "-f",
+            "-o",
+            "/dev/null",
+            "-e",
+            f"trace={call}",
+            "-e",
+            f"inject={call}:signal=KILL:when={when}",
+        ]
+        made = subprocess.run([*inject, sys.executable, "-c", MAKE, path], cwd=ROOT, capture_output=True, check=False)
+        with closing(SqliteStore(path)) as store:
+            assert store.last_seq() == 0
+        if made.returncode == 0:
+            break
+        assert made.returncode == -signal.SIGKILL, made.stderr
+        killed += 1
+    assert killed >= 1
 
 
 # ---- On disk before the 202 leaves -----------------------------------------------------------------------------------
