@@ -36,6 +36,7 @@ if __name__ == "__main__":  # run as a script: hand over to the one importable c
 import ast
 import base64
 import binascii
+import codecs
 import contextlib
 import copy
 import dataclasses
@@ -68,9 +69,9 @@ import time
 import types
 import urllib.parse
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache, partial
@@ -173,16 +174,60 @@ class StoreError(AsteraError):
     """The database cannot be used: locked by another server, full, read-only, damaged, or of a newer version."""
 
 
+class DatabaseInUse(StoreError):
+    """Another server has the database."""
+
+
+_LEAP_MS = 10_000  # a step of the system's clock that is no correction any more
+
+
 class Clock:
-    """Where time comes from; a test passes its own."""
+    """Where time comes from; a test passes its own. Times are milliseconds since the epoch.
+
+    Ages and deadlines are told by `now`, which counts the time that passes and takes no part in a leap of the system's
+    clock: a Pi without a battery for its clock boots in the past, and leaps years ahead once it has a network. What
+    people and other machines are told is `offset` later, which is what `wall` says.
+    """
+
+    offset = 0  # milliseconds from `now` to what the system's clock says, as far as it leapt
+
+    def __init__(self) -> None:
+        self._zero_ns = time.time_ns() - time.monotonic_ns()
 
     def now(self) -> int:
-        """Milliseconds since the epoch."""
+        """The server's own time."""
+        return (time.monotonic_ns() + self._zero_ns) // 1_000_000
+
+    def wall(self) -> int:
+        """What the system's clock says."""
         return time.time_ns() // 1_000_000
 
     def monotonic(self) -> float:
         """Seconds that only ever grow; for deadlines."""
         return time.monotonic()
+
+    def forward(self, ms: int) -> None:
+        """Move `now`."""
+        self._zero_ns += ms * 1_000_000
+
+    def begin(self, seen: int) -> None:
+        """Start with what the system's clock says, or, where it has gone back, with the last moment that was seen."""
+        behind = seen - self.wall()
+        self.offset = -behind if behind > _LEAP_MS else 0
+        self.forward(self.wall() - self.offset - self.now())
+
+    def look(self) -> int:
+        """Compare with the system's clock, now and then; by how many milliseconds it leapt, 0 if it did not.
+
+        A small step is a correction, which `now` makes too.
+        """
+        step = self.wall() - self.now() - self.offset
+        if abs(step) > _LEAP_MS:
+            self.offset += step
+            return step
+        if abs(step) > 100:  # less is rounding
+            self.forward(step)
+        return 0
 
 
 def resource(name: str) -> bytes:
@@ -251,11 +296,11 @@ class JobKeys:
             return JobKey(self._last, int.from_bytes(os.urandom(8)) >> 2)
 
 
-def timestamp(ms: int | None) -> str | None:
-    """RFC 3339 UTC with milliseconds, or None for None."""
+def timestamp(ms: int | None, offset: int = 0) -> str | None:
+    """RFC 3339 UTC with milliseconds, of a time and a clock's offset; None for None."""
     if ms is None:
         return None
-    seconds, rest = divmod(ms, 1000)
+    seconds, rest = divmod(ms + offset, 1000)
     return f"{_second(seconds)}.{rest:03d}Z"
 
 
@@ -703,6 +748,17 @@ MOVES: dict[str, dict[str, frozenset[str]]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Token:
+    """Who may call. `digest` is the SHA-256 of the token; `flows` those it may call, None for all of them."""
+
+    name: str
+    digest: bytes
+    role: str = "user"  # or admin: sees every job, and may deploy
+    flows: frozenset[str] | None = None
+    created: int = 0  # milliseconds since the epoch, by the system's clock
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """An HTTP response that a flow gives: status code, header pairs, body."""
 
@@ -800,19 +856,19 @@ class Progress:
 
 
 def status_document(
-    job: Job, base: str, progress: Progress | None = None, with_callback: bool = True
+    job: Job, base: str, progress: Progress | None = None, *, offset: int = 0, with_callback: bool = True
 ) -> dict[str, Any]:
-    """The status document of http-api.md; `base` is the base of its URLs."""
+    """The status document of http-api.md; `base` is the base of its URLs, `offset` the clock's (milliseconds)."""
     url = f"{base}/api/jobs/{job.id}"
     finished = job.status is not Status.RUNNING
     document: dict[str, Any] = {
         "id": job.id,
         "status": job.status.value,
         "flow": job.flow,
-        "createdAt": timestamp(job.created),
-        "startedAt": timestamp(job.started),
-        "finishedAt": timestamp(job.finished),
-        "expiresAt": timestamp(job.expires),
+        "createdAt": timestamp(job.created, offset),
+        "startedAt": timestamp(job.started, offset),
+        "finishedAt": timestamp(job.finished, offset),
+        "expiresAt": timestamp(job.expires, offset),
         "attempt": job.attempt,
         "progress": progress and {"step": progress.step, "done": progress.done, "total": progress.total},
         "statusUrl": f"{url}/status",
@@ -825,7 +881,7 @@ def status_document(
             "state": job.callback.state,
             "attempts": job.callback.attempts,
             "lastStatus": job.callback.last_status,
-            "nextAttemptAt": timestamp(job.callback.next_at),
+            "nextAttemptAt": timestamp(job.callback.next_at, offset),
         }
     return document
 
@@ -1655,27 +1711,39 @@ def compile_template(
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Written out, for `ipaddress.is_global` takes multicast, NAT64 and 6to4 addresses for public ones.
+# Written out, for `ipaddress.is_global` takes multicast, NAT64 and 6to4 addresses for public ones. AS112 and AMT
+# (192.31.196, 192.52.193, 192.175.48, 2620:4f:8000) can be reached, but what answers there is the nearest router.
 _REFUSED_V4 = [
     ipaddress.IPv4Network(text)
     for text in (
         "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 "
-        "192.0.2.0/24 192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 "
-        "224.0.0.0/4 240.0.0.0/4"
+        "192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 "
+        "198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4"
     ).split()
 ]
-_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
-_REFUSED_V6 = [ipaddress.IPv6Network(text) for text in ["2001::/23", "2001:db8::/32", "3fff::/20"]]
-#: IPv6 networks that carry an IPv4 address, and how far right that address stands in the 128 bits.
-_CARRIERS = [
-    (ipaddress.IPv6Network("::ffff:0:0/96"), 0),
-    (ipaddress.IPv6Network("::/96"), 0),
-    (ipaddress.IPv6Network("64:ff9b::/96"), 0),
-    (ipaddress.IPv6Network("2002::/16"), 80),
+#: Global unicast, and three forms that are as public as the IPv4 address they carry.
+_PUBLIC_V6 = [ipaddress.IPv6Network(text) for text in ("2000::/3", "::ffff:0:0/96", "::/96", "64:ff9b::/96")]
+_REFUSED_V6 = [
+    ipaddress.IPv6Network(text) for text in ("::/127", "2001::/23", "2001:db8::/32", "2620:4f:8000::/48", "3fff::/20")
 ]
+#: IPv6 networks that carry an IPv4 address, how far from the right it stands, and the bits that are turned over.
+_CARRIERS = [
+    (ipaddress.IPv6Network("::ffff:0:0/96"), 0, 0),  # mapped
+    (ipaddress.IPv6Network("::/96"), 0, 0),  # compatible
+    (ipaddress.IPv6Network("::ffff:0:0:0/96"), 0, 0),  # translated (SIIT)
+    (ipaddress.IPv6Network("64:ff9b::/96"), 0, 0),  # NAT64
+    (ipaddress.IPv6Network("64:ff9b:1::/48"), 0, 0),  # NAT64 of one's own network, in its usual form
+    (ipaddress.IPv6Network("2002::/16"), 80, 0),  # 6to4
+    (ipaddress.IPv6Network("2001::/32"), 0, 0xFFFFFFFF),  # Teredo
+]
+_ISATAP = 0x5EFE  # bits 64 to 95 of an address in any network, two flags left out (RFC 5214)
 _METADATA = frozenset(
-    map(ipaddress.ip_address, ["169.254.169.254", "169.254.170.2", "100.100.100.200", "192.0.0.192", "168.63.129.16"])
-) | {ipaddress.ip_address("fd00:ec2::254")}
+    ipaddress.ip_address(text)
+    for text in (
+        "169.254.169.254 169.254.170.2 169.254.170.23 169.254.42.42 169.254.0.23 100.100.100.200 192.0.0.192 "
+        "168.63.129.16 fd00:ec2::254 fd00:ec2::23 fd20:ce::254 fd00:c1::a9fe:a9fe fd00:42::42 fe80::a9fe:a9fe"
+    ).split()
+)
 
 
 class AddressRefused(AsteraError):
@@ -1690,27 +1758,33 @@ class OutboundError(AsteraError):
         self.kind = kind
 
 
-def carried_address(address: IPAddress) -> IPAddress:
-    """The IPv4 address that an IPv6 one carries (mapped, compatible, NAT64, 6to4), else the address itself."""
-    if isinstance(address, ipaddress.IPv6Address):
-        for network, shift in _CARRIERS:
-            if address in network and int(address) > 1:  # :: and ::1 are addresses of their own
-                return ipaddress.IPv4Address(int(address) >> shift & 0xFFFFFFFF)
-    return address
+def carried_addresses(address: IPAddress) -> list[IPAddress]:
+    """The IPv4 addresses that an IPv6 one carries: mapped, compatible, translated, NAT64, 6to4, Teredo, ISATAP."""
+    number = int(address)
+    if isinstance(address, ipaddress.IPv4Address) or number <= 1:  # :: and ::1 are addresses of their own
+        return []
+    found = [number >> shift ^ turned for network, shift, turned in _CARRIERS if address in network]
+    if number >> 32 & 0xFCFFFFFF == _ISATAP:
+        found.append(number)
+    return [ipaddress.IPv4Address(each & 0xFFFFFFFF) for each in found]
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether an address is reachable in the public internet, by the IANA special-purpose registries."""
-    address = carried_address(address)
+    """Whether an address, and what it carries, is in the public internet by the IANA special-purpose registries."""
+    return all(map(_looks_public, [address, *carried_addresses(address)]))
+
+
+def _looks_public(address: IPAddress) -> bool:
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in _REFUSED_V4)
-    return address in _PUBLIC_V6 and not any(address in network for network in _REFUSED_V6)
+    return any(address in network for network in _PUBLIC_V6) and not any(address in network for network in _REFUSED_V6)
 
 
 class AddressPolicy:
     """Which addresses an outgoing request may reach: public ones, and the hosts and networks that are named.
 
-    `allow` is `none`, `auto`, or hosts and networks, comma-separated; `loopback` says what `auto` means.
+    `allow` is `none`, `auto`, or hosts and networks, comma-separated; `loopback` says what `auto` means. A host stands
+    for every address its name resolves to; the metadata service of a cloud is reached by its exact address only.
     Raises ConfigError for what is neither a host name nor a network.
     """
 
@@ -1731,13 +1805,19 @@ class AddressPolicy:
 
     def refusal(self, host: str, address: IPAddress) -> str | None:
         """Why a connection to this address, found under this host name, is refused; None if it is allowed."""
-        real = carried_address(address)
-        exact = any(n.num_addresses == 1 and a in n for a in (address, real) for n in self.networks)
-        if real in _METADATA or address in _METADATA:
-            return None if exact else f"{address} is a cloud metadata address"
-        if host.lower().rstrip(".") in self.hosts or any(a in n for a in (address, real) for n in self.networks):
+        carried = carried_addresses(address)
+        exact = {network.network_address for network in self.networks if network.num_addresses == 1}
+        if any(form in _METADATA and not exact & {form, address} for form in (address, *carried)):
+            return f"{address} is a cloud metadata address"
+        if host.lower().rstrip(".") in self.hosts or self._names(address):
             return None
-        return None if is_public(address) else f"{address} is not a public address"
+        # Each may be allowed in its own way: 64:ff9b::a00:1 is public by its form, 10.0.0.1 because it is named.
+        if _looks_public(address) and all(_looks_public(form) or self._names(form) for form in carried):
+            return None
+        return f"{address} is not a public address"
+
+    def _names(self, address: IPAddress) -> bool:
+        return any(address in network for network in self.networks)
 
 
 class Target(NamedTuple):
@@ -1754,6 +1834,8 @@ class Target(NamedTuple):
         return f"{self.host}:{self.port}"
 
 
+_TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _NUMBERED = re.compile(r"(?:.*\.)?[0-9]+\.?")  # 10.0.0.256: no name ends in a number, so an address was meant
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.[A-Za-z0-9_-]{1,63})*\.?")
 _URL = re.compile(
@@ -1847,6 +1929,7 @@ class _DeadlineSocket:
     def __init__(self, sock: socket.socket, deadline: float, max_bytes: int) -> None:
         self._sock, self._deadline, self._max_bytes = sock, deadline, max_bytes
         self._reader: _DeadlineReader | None = None
+        self._closed = False  # by the other side
 
     @property
     def ended(self) -> bool:
@@ -1854,8 +1937,17 @@ class _DeadlineSocket:
         return self._reader is not None and self._reader.ended
 
     def sendall(self, data: Any) -> None:
-        self._sock.settimeout(_left(self._deadline))
-        self._sock.sendall(data)
+        """Send under the deadline: an SSLSocket's own sendall may grant each of its pieces the whole time anew.
+
+        A server that has closed may have answered before (RFC 9112, section 9.5): what is left then goes nowhere.
+        """
+        rest = memoryview(data)
+        while rest and not self._closed:
+            self._sock.settimeout(_left(self._deadline))
+            try:
+                rest = rest[self._sock.send(rest) :]
+            except ConnectionError:
+                self._closed = True
 
     def makefile(self, mode: str) -> io.BufferedReader:
         self._reader = _DeadlineReader(self._sock, self._deadline, self._max_bytes)
@@ -1866,6 +1958,16 @@ class _DeadlineSocket:
             self._sock.close()
 
 
+class _FinalAnswer(http.client.HTTPResponse):
+    """Reads over the interim answers before the final one, such as 103; http.client does so for 100 only."""
+
+    def begin(self) -> None:
+        super().begin()
+        while self.status > 101 and self.status < 200:  # RFC 9110, section 15.2; 101 would be the last word in HTTP
+            self.headers = None  # type: ignore[assignment]  # what makes it begin anew
+            super().begin()
+
+
 def _left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
@@ -1873,42 +1975,67 @@ def _left(deadline: float) -> float:
     return left
 
 
-def resolve(host: str, port: int, deadline: float) -> list[IPAddress]:
+_MAX_LOOKUPS = 512  # names that the system's resolver is asked at one time, those nobody waits for any more included
+_MAX_TRIED = 16  # addresses of one name that a request tries
+_lookups: dict[str, Future[Any]] = {}  # under way, by host
+_lookups_lock = threading.Lock()
+
+
+def resolve(host: str, deadline: float) -> list[IPAddress]:
     """Addresses of a host, in the system's order. OutboundError if there are none in time.
 
     The system's look-up cannot be interrupted, so it has a thread of its own that is left behind at the deadline.
+    There is one for a name, whoever asks meanwhile, and there are never more than 512.
     """
     literal = literal_addresses(host) if host.rstrip(".").rpartition(".")[2] != "localhost" else []
     if literal:
         return literal
-    found: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def look_up() -> None:
-        try:
-            found.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:
-            found.put(error)
-
-    threading.Thread(target=look_up, name="astera-resolve", daemon=True).start()
+    with _lookups_lock:
+        lookup = _lookups.get(host)
+        if lookup is None:
+            if len(_lookups) >= _MAX_LOOKUPS:
+                raise OutboundError("transport", "too many host names are being resolved")
+            lookup = Future()
+            thread = threading.Thread(target=_look_up, args=(host, lookup), name="astera-resolve", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                raise OutboundError("transport", "no thread can be had to resolve the host name") from None
+            _lookups[host] = lookup
     try:
-        answer = found.get(timeout=_left(deadline))
-    except queue.Empty:
+        answer = lookup.result(_left(deadline))
+    except TimeoutError:
         raise OutboundError("timeout", "the host name could not be resolved in time") from None
-    if isinstance(answer, Exception):
-        raise OutboundError("transport", "the host name cannot be resolved")
+    except (OSError, UnicodeError):
+        raise OutboundError("transport", "the host name cannot be resolved") from None
     return list(dict.fromkeys(_address(entry[4]) for entry in answer))
+
+
+def _look_up(host: str, lookup: Future[Any]) -> None:
+    answer, failure = [], None
+    try:
+        answer = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        failure = OSError(str(error))  # one that is no TimeoutError, which would look like the waiter's own
+    with _lookups_lock:
+        del _lookups[host]
+    if failure is None:
+        lookup.set_result(answer)
+    else:
+        lookup.set_exception(failure)
 
 
 def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> socket.socket:
     """A connection to an address that was judged: the name is not looked up a second time."""
-    addresses = resolve(target.host, target.port, deadline)
+    addresses = resolve(target.host, deadline)
     for address in addresses:  # all of them, before any: a mixed answer is refused whole
         refusal = policy.refusal(target.host, address) if policy else None
         if refusal:
             raise AddressRefused(refusal)
     failure: Exception = OSError("no address")
-    for position, address in enumerate(addresses):
-        share = _left(deadline) / (len(addresses) - position)
+    tried = addresses[:_MAX_TRIED]
+    for position, address in enumerate(tried):
+        share = _left(deadline) / (len(tried) - position)
         try:
             sock = socket.create_connection((str(address), target.port), timeout=share)
         except OSError as error:
@@ -1956,16 +2083,21 @@ class Outbound:
             target = parse_target(url)
         except ValueError as error:
             raise OutboundError("invalid", f"the URL {error}") from None
+        for name, value in headers.items():
+            if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
+                raise OutboundError("invalid", f"the header {shown(name)} has characters that no header may have")
         deadline = time.monotonic() + timeout
         outbound = self
         sockets: list[_DeadlineSocket] = []
 
         class Connection(http.client.HTTPConnection):
+            response_class = _FinalAnswer
+
             def connect(self) -> None:
                 sock = _connect(target, policy, deadline)
                 if target.scheme == "https":
                     sock.settimeout(_left(deadline))
-                    sock = outbound._tls().wrap_socket(sock, server_hostname=target.host)
+                    sock = outbound._tls().wrap_socket(sock, server_hostname=target.host.rstrip("."))
                 self.sock = _DeadlineSocket(sock, deadline, max_bytes + (256 << 10))
                 sockets.append(self.sock)
 
@@ -2907,18 +3039,18 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
         if path in run.journal.saved:
             value = scope[step.name] = run.journal.saved[path]
             if run.trace is not None and not any(entry["path"] == path for entry in run.trace):
-                _note(run, step, path, "resumed", run.outside.clock.now(), None, value)
+                _note(run, step, path, "resumed", run.outside.clock.wall(), None, value)
             continue
         if step.when is not None and not run.settled(step.when, scope, f"{path}?"):
             scope[step.name] = None
-            _note(run, step, path, "skipped", run.outside.clock.now(), None)
+            _note(run, step, path, "skipped", run.outside.clock.wall(), None)
             continue
         value = scope[step.name] = _run_step(step, run, scope, path)
     return value
 
 
 def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
-    began = run.outside.clock.now()
+    began = run.outside.clock.wall()
     try:
         canned, value = run.canned.output(step, path) if run.canned is not None else (False, None)
         if not canned:
@@ -2996,7 +3128,7 @@ def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | N
             "kind": step.kind,
             "state": state,
             "startedAt": timestamp(began),
-            "finishedAt": timestamp(run.outside.clock.now()),
+            "finishedAt": timestamp(run.outside.clock.wall()),
             "size": size,
             "preview": preview,
         }
@@ -3069,8 +3201,6 @@ def _page(response: Response, selected: Selected, scope: Scope) -> dict[str, Any
     return {"items": rows[selected.offset : end], "cursor": cursor, "total": len(rows)}
 
 
-_TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 #: Headers that the server alone sets: framing (RFC 9112), hop-by-hop ones, and our own.
 RESERVED_HEADERS = frozenset(
     (
@@ -3310,13 +3440,14 @@ def _check_wait(build: Build, spec: Any, place: str) -> Runner:
     template = build.template(value, f"{place}/until" if until else place)
 
     def wait(run: Run, scope: Scope, path: str) -> None:
-        end = run.journal.waits.get(path)
-        if end is None:
-            given = template(scope)
-            try:
-                end = _parse_time(given) if until else run.outside.clock.now() + round(parse_duration(given) * 1000)
-            except ValueError as error:
-                raise ExpressionError(f"{place}: {error}") from None
+        clock, end = run.outside.clock, run.journal.waits.get(path)
+        try:
+            if until:  # a moment of the calendar: looked at anew, for the system's clock may have leapt meanwhile
+                end = _parse_time(run.settled(template, scope, f"{path}=")) - clock.offset
+            elif end is None:
+                end = clock.now() + round(parse_duration(template(scope)) * 1000)
+        except ValueError as error:
+            raise ExpressionError(f"{place}: {error}") from None
         run.wait_until(end, path)
 
     return wait
@@ -3496,43 +3627,44 @@ _TRUSTED = frozenset({"env", "secrets"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
-def _check_url(build: Build, url: Any, place: str) -> tuple[Template, bool]:
-    """The URL's template, and whether its scheme, host and port are the author's own.
+def _check_url(build: Build, url: Any, place: str) -> tuple[Template, Template | None]:
+    """The URL's template, and that of its part before any data from outside; None if it has no such data.
 
     A value that stands behind the authority is percent-encoded, so that it cannot leave its place.
     """
     if not isinstance(url, str):
         build.fault(place, "must be text: an absolute http or https URL")
-        return build.template("", place), True
+        return build.template("", place), None
     try:
         parts = split_template(url)
     except ValueError as error:
         build.fault(place, str(error))
-        return build.template("", place), True
-    before, rewritten, fixed = "", "", True
+        return build.template("", place), None
+    before, rewritten, own = "", "", None
     for is_code, text in parts:
         if not is_code:
-            before += text
+            before = (before + text).replace("http://x://", "http://", 1)  # a scheme of its own stood first
             rewritten += text.replace("${", "$${")
             continue
         names = compile_template(f"${{{text}}}", build.names, place, [], build.where).names
+        if own is None and not names <= _TRUSTED:
+            own = rewritten
         if _AUTHORITY.match(before):
             rewritten += f"${{urlencode(str({text}))}}"
             continue
-        fixed = fixed and names <= _TRUSTED
         before += "x" if before else "http://x"
         rewritten += f"${{{text}}}"
     if parts and not parts[0][0]:
         start = parts[0][1]
         if not re.match(r"https?://", start, re.IGNORECASE):
             build.fault(place, f"{shown(url)} must begin with http:// or https://")
-            return build.template("", place), True
+            return build.template("", place), None
     if not any(is_code for is_code, _ in parts):
         try:
             parse_target(url)
         except ValueError as error:
             build.fault(place, f"the URL {error}")
-    return build.template(rewritten, place), fixed
+    return build.template(rewritten, place), None if own is None else build.template(own, place)
 
 
 def _parse_expect(value: Any) -> frozenset[str]:
@@ -3553,7 +3685,7 @@ class _HttpCall(NamedTuple):
     place: str
     method: str
     url: Template  # behind a connection: what follows its own URL
-    fixed: bool  # scheme, host and port are the author's
+    own: Template | None  # of the URL: what stands before any data from outside, if there is such data
     connection: str | None
     query: Template
     headers: Template
@@ -3566,7 +3698,9 @@ class _HttpCall(NamedTuple):
 
     def request(self, run: Run, scope: Scope) -> _OutgoingRequest:
         """The request that the step makes in a scope."""
-        request = _OutgoingRequest(self.method, as_text(self.url(scope)), {}, None, self.fixed)
+        # Looked at each time: whether an authority ends in it may depend on a variable of the environment.
+        fixed = self.own is None or _AUTHORITY.match(as_text(self.own(scope))) is not None
+        request = _OutgoingRequest(self.method, as_text(self.url(scope)), {}, None, fixed)
         request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
         own = {name: as_text(value) for name, value in self.headers(scope).items() if value is not None}
         query = self.query(scope)
@@ -3644,14 +3778,14 @@ def _check_call_out(build: Build, spec: dict[str, Any], place: str) -> _HttpCall
             build.fault(f"{place}/path", "belongs to a connection: name it, or give the whole url")
         elif "url" not in spec:
             build.fault(place, 'needs a member "url", or "connection" and "path"')
-        url, fixed = _check_url(build, spec.get("url", "http://x/"), f"{place}/url")
+        url, own = _check_url(build, spec.get("url", "http://x/"), f"{place}/url")
     else:
         if "url" in spec:
             build.fault(f"{place}/url", "stands in the connection already: give a path")
         if connection not in build.connections:
             known = suggest(str(connection), build.connections)
             build.fault(f"{place}/connection", f"there is no {shown(connection)} in connections.json{known}")
-        url, fixed = _check_path(build, spec.get("path", ""), f"{place}/path"), True
+        url, own = _check_path(build, spec.get("path", ""), f"{place}/path"), None
     for name in ("query", "headers"):
         if not isinstance(spec.get(name, {}), dict):
             build.fault(f"{place}/{name}", "must be an object")
@@ -3663,7 +3797,7 @@ def _check_call_out(build: Build, spec: dict[str, Any], place: str) -> _HttpCall
         place,
         method,
         url,
-        fixed,
+        own,
         connection,
         build.template(spec.get("query", {}), f"{place}/query"),
         build.template(spec.get("headers", {}), f"{place}/headers"),
@@ -3745,7 +3879,7 @@ class _Pages(NamedTuple):
 
 def _next_link(text: str) -> str | None:
     """The target of rel=next in a Link header (RFC 8288)."""
-    for match in re.finditer(r"<([^>]*)>((?:\s*;\s*[\w!#$&+.^`|~*-]+\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]+))*)", text):
+    for match in re.finditer(r"<([^<>]*)>((?:\s*;\s*[\w!#$&+.^`|~*-]+\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]+))*)", text):
         relation = re.search(r';\s*rel\s*=\s*(?:"([^"]*)"|([^\s;,"]+))', match[2], re.IGNORECASE)
         if relation and "next" in (relation[1] or relation[2]).lower().split():
             return match[1]
@@ -3818,7 +3952,7 @@ def _all_pages(call: _HttpCall, pages: _Pages, place: str, run: Run, scope: Scop
             request = copy.copy(first)
             request.url = _with_query(first.url, {**pages.first(), pages.parameter: following})
         else:
-            request.go_to(as_text(following))
+            _go_on(request, as_text(following), call.method)
     raise AssertionError  # the loop does not end
 
 
@@ -3839,9 +3973,9 @@ def _check_until(build: Build, spec: dict[str, Any], place: str, call: _HttpCall
             output, _ = call.send(run, call.request(run, scope), limit)
             if until({**scope, "answer": output}):
                 return output
-            now = run.outside.clock.now()
-            asked = parse_retry_after(output["headers"].get("retry-after"), now)
-            run.wait_until(now + round(max(every, min(asked, _LONGEST_PAUSE_S)) * 1000), path)
+            asked = parse_retry_after(output["headers"].get("retry-after"), run.outside.clock.wall())
+            pause_ms = round(max(every, min(asked, _LONGEST_PAUSE_S)) * 1000)
+            run.wait_until(run.outside.clock.now() + pause_ms, path)
 
     return poll
 
@@ -3990,9 +4124,15 @@ class _OutgoingRequest:
     connection: Connection | None = None
 
     def go_to(self, url: str) -> None:
-        """Ask another address, relative to this one, next; credentials do not go along to another origin."""
+        """Ask another address, relative to this one, next; credentials do not go along to another origin.
+
+        A body, which may hold some, goes to another origin only from http to https. ValueError for what is no address.
+        """
         url = urllib.parse.urldefrag(urllib.parse.urljoin(self.url, url)).url
-        if urllib.parse.urlsplit(url)[:2] != urllib.parse.urlsplit(self.url)[:2]:
+        here, there = urllib.parse.urlsplit(self.url), urllib.parse.urlsplit(url)
+        if here[:2] != there[:2]:
+            if self.body is not None and (here.hostname, "https") != (there.hostname, there.scheme):
+                raise ValueError("another server must not get the body")
             self.fixed, self.connection = False, None
             kept = ("accept", "user-agent", "content-type")
             self.headers = {name: value for name, value in self.headers.items() if name.lower() in kept}
@@ -4044,11 +4184,21 @@ def _call_out(run: Run, request: _OutgoingRequest, follow: bool, max_bytes: int)
         location = header_value(answer.headers, "location")
         if not follow or answer.status not in _REDIRECTS or not location:
             return answer
-        request.go_to(location)
-        if answer.status == 303 or (answer.status in (301, 302) and request.method == "POST"):
+        if (answer.status == 303 and request.method != "HEAD") or (
+            answer.status in (301, 302) and request.method == "POST"
+        ):
             request.method, request.body = "GET", None
             request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
+        _go_on(request, location, asked)
     raise _http_failure(asked, 502, "the API it calls redirects without end", "redirect")
+
+
+def _go_on(request: _OutgoingRequest, url: str, asked: str) -> None:
+    """Ask what the API's answer names next."""
+    try:
+        request.go_to(url)
+    except ValueError as error:
+        raise _http_failure(asked, 502, f"the address that the API names next is refused: {error}", "next") from None
 
 
 def _send_with_auth(run: Run, request: _OutgoingRequest, asked: str, max_bytes: int) -> Fetched:
@@ -4085,6 +4235,17 @@ def _send_once(run: Run, request: _OutgoingRequest, asked: str, max_bytes: int) 
         raise _http_failure(asked, status, f"the API it calls gave no answer: {error}", error.kind) from None
 
 
+# What Python calls an encoding too; the first takes time with the square of the size.
+_NO_CHARSETS = frozenset({"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"})
+
+
+def _charset(name: str) -> str:
+    found = codecs.lookup(name).name
+    if found.replace("_", "-") in _NO_CHARSETS:
+        raise LookupError(name)
+    return found
+
+
 def _response_body(answer: Fetched, method: str) -> Any:
     content_type = (header_value(answer.headers, "content-type") or "").lower()
     media = content_type.partition(";")[0].strip()
@@ -4098,7 +4259,7 @@ def _response_body(answer: Fetched, method: str) -> Any:
     charset = re.search(r"charset=\"?([\w-]+)", content_type)
     if media.startswith("text/") or charset or media.endswith(("+xml", "/xml")):
         try:
-            return answer.body.decode(charset[1] if charset else "utf-8")
+            return answer.body.decode(_charset(charset[1]) if charset else "utf-8")
         except (LookupError, UnicodeError):
             return answer.body.decode("latin-1")
     return answer.body
@@ -4201,7 +4362,8 @@ def _sql_connect(run: Run, name: str, write: bool) -> sqlite3.Connection:
     elif not os.path.isfile(file):
         raise StepError(500, "its database is missing", f"there is no {shown(name)} in the data folder", {"missing"})
     uri = f"{Path(file).as_uri()}?mode={'rwc' if write else 'ro'}"
-    db = sqlite3.connect(uri, timeout=min(_SQL_LOCKED_S, run.left()), isolation_level=None, uri=True)
+    patience = min(_SQL_LOCKED_S, run.left() + 0.01)  # SQLite counts whole milliseconds; the step's own end comes first
+    db = sqlite3.connect(uri, timeout=patience, isolation_level=None, uri=True)
     db.execute(f"PRAGMA query_only = {'OFF' if write else 'ON'}")
     db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, outside.max_step_response)
     db.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
@@ -5516,10 +5678,24 @@ def load_flows(
 # ======================================================================================================================
 
 PIECE = 256 << 10  # bytes; a larger value is written in pieces, so that it does not hold up the writes behind it
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x41535431  # marks the file as ours (PRAGMA application_id)
 #: Scripts that lead from a version of the schema to the next one, by the version they start from.
-UPGRADES: dict[int, str] = {}
+UPGRADES: dict[int, str] = {
+    1: """
+    CREATE TABLE tokens (
+        name    TEXT    PRIMARY KEY,
+        hash    BLOB    NOT NULL,
+        role    TEXT    NOT NULL CHECK (role IN ('user', 'admin')),
+        flows   TEXT,
+        created INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE clock (
+        one    INTEGER PRIMARY KEY CHECK (one = 1),
+        offset INTEGER NOT NULL
+    );
+    """,
+}
 
 Done = Callable[[Any, AsteraError | None], None]  # (result, error), called by the store's writer thread
 
@@ -5676,15 +5852,32 @@ class Store(Protocol):
         """Name and text of a flow that stored jobs were accepted with."""
 
     def due_deliveries(
-        self, now: int, limit: int, busy: Collection[str], under_way: Collection[JobKey], tried: bool | None = None
+        self,
+        now: int,
+        limit: int,
+        busy: Collection[str],
+        under_way: Collection[JobKey],
+        only: Collection[str] | None = None,
     ) -> list[tuple[Job, Delivery]]:
-        """Callbacks to send now, but for busy receivers and those under way; if told, only those tried (or not yet)."""
+        """Callbacks to send now, but for busy receivers and those under way; `only` names the receivers if not all."""
 
     def next_delivery(self, now: int) -> int | None:
         """When the next callback that is not due yet will be."""
 
+    def tokens(self) -> list[Token]:
+        """Every token, by name."""
+
     def last_seq(self) -> int:
         """The greatest `seq` stored; 0 if there is none."""
+
+    def last_seen(self) -> int:
+        """The latest time at which something is known to have happened; 0 if nothing has."""
+
+    def clock_offset(self) -> int:
+        """How far the times stored are behind what the system's clock says, because it leapt (milliseconds)."""
+
+    def keep_clock_offset(self, offset: int) -> None:
+        """Remember it. When the database is opened again, its times are moved by so much."""
 
     def size(self) -> int:
         """Bytes on disk, with the write-ahead log."""
@@ -5716,6 +5909,10 @@ _GIVE_BACK = 1024  # pages (of 4 KiB) that a purge gives back to the system at t
 _FULL = frozenset(
     "SQLITE_FULL SQLITE_IOERR SQLITE_CANTOPEN SQLITE_READONLY SQLITE_BUSY SQLITE_LOCKED SQLITE_NOMEM".split()
 )
+
+
+def _marks(values: Collection[Any]) -> str:
+    return ",".join("?" * len(values))
 
 
 def _job(row: Sequence[Any]) -> Job:
@@ -5851,7 +6048,7 @@ class SqliteStore:
     def _not_owned(self, error: sqlite3.Error) -> StoreError:
         if isinstance(error, sqlite3.OperationalError):
             if error.sqlite_errorname == "SQLITE_BUSY":
-                return StoreError(f"another server uses {self.path}: stop it, or set `database` to another path")
+                return DatabaseInUse(f"another server uses {self.path}: stop it, or set `database` to another path")
             if error.sqlite_errorname.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
                 return StoreError(f"{self.path}.lock: cannot be opened and locked; the folder must be writable")
             return StoreError(f"{self.path}.lock: {_store_error(error)}")
@@ -5870,6 +6067,7 @@ class SqliteStore:
             connection.execute("PRAGMA journal_size_limit = 67108864")
             connection.execute(f"PRAGMA synchronous = {'FULL' if self._durability == 'full' else 'NORMAL'}")
             self._upgrade(connection)
+            self._set_clock(connection)
             connection.execute("BEGIN IMMEDIATE")  # a database that cannot be written is to be found now
             connection.execute("DELETE FROM pieces WHERE job NOT IN (SELECT seq FROM jobs)")
             connection.execute("COMMIT")
@@ -5902,6 +6100,16 @@ class SqliteStore:
             steps = [(old + 1, UPGRADES[old]) for old in range(version, SCHEMA_VERSION)]
         for new, script in steps:
             connection.executescript(f"BEGIN EXCLUSIVE;\n{script}\nPRAGMA user_version = {new};\nCOMMIT;")
+
+    def _set_clock(self, connection: sqlite3.Connection) -> None:
+        """Bring the times in line with the system's clock, if it leapt while they were written."""
+        offset = _clock_offset(connection)
+        if offset:
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in _MOVE_TIMES:
+                connection.execute(statement, (offset,))
+            connection.execute("DELETE FROM clock")
+            connection.execute("COMMIT")
 
     # --- writing ---
 
@@ -6344,18 +6552,23 @@ class SqliteStore:
             return row and (row[0], row[1])
 
     def due_deliveries(
-        self, now: int, limit: int, busy: Collection[str], under_way: Collection[JobKey], tried: bool | None = None
+        self,
+        now: int,
+        limit: int,
+        busy: Collection[str],
+        under_way: Collection[JobKey],
+        only: Collection[str] | None = None,
     ) -> list[tuple[Job, Delivery]]:
-        marks = ",".join("?" * len(busy))
         sql = (
             "SELECT job FROM callbacks JOIN jobs ON seq = job "  # noqa: S608 (question marks)
-            f"WHERE state = 'pending' AND next <= ? AND expires > ? AND receiver NOT IN ({marks})"
-            " AND (? IS NULL OR (attempts > 0) = ?)"
+            f"WHERE state = 'pending' AND next <= ? AND expires > ? AND receiver NOT IN ({_marks(busy)})"
         )
+        if only is not None:
+            sql += f" AND receiver IN ({_marks(only)})"
         skip = {key.seq for key in under_way}
         with self._reader() as db:
             found = db.execute(
-                f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, tried, tried, limit + len(skip))
+                f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, *(only or ()), limit + len(skip))
             ).fetchall()
             wanted = [seq for (seq,) in found if seq not in skip][:limit]
             rows = [db.execute(f"{_SELECT_JOB} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
@@ -6368,9 +6581,28 @@ class SqliteStore:
             found: int | None = db.execute(sql, (now,)).fetchone()[0]
             return found
 
+    def tokens(self) -> list[Token]:
+        with self._reader() as db:
+            return _tokens(db)
+
     def last_seq(self) -> int:
         with self._reader() as db:
             return db.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
+
+    def last_seen(self) -> int:
+        with self._reader() as db:
+            row = db.execute(
+                "SELECT max(ifnull((SELECT created FROM jobs ORDER BY seq DESC LIMIT 1), 0),"
+                " ifnull((SELECT finished FROM jobs WHERE expires NOT NULL ORDER BY expires DESC LIMIT 1), 0))"
+            ).fetchone()
+            return int(row[0])
+
+    def clock_offset(self) -> int:
+        with self._reader() as db:
+            return _clock_offset(db)
+
+    def keep_clock_offset(self, offset: int) -> None:
+        self._put(partial(_execute, "INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,)), keep=True)
 
     def backup(self, path: str) -> None:
         """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile.
@@ -6430,6 +6662,52 @@ _SAVE_STEP = (
 
 
 _FORGET_PIECES = "DELETE FROM pieces WHERE job = ?1 AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq = ?1)"
+
+
+def _tokens(db: sqlite3.Connection) -> list[Token]:
+    rows = db.execute("SELECT name, hash, role, flows, created FROM tokens ORDER BY name")
+    return [
+        Token(name, digest, role, flows and frozenset(json.loads(flows)), at) for name, digest, role, flows, at in rows
+    ]
+
+
+def edit_tokens(path: str, add: Token | None = None, revoke: str | None = None) -> list[Token]:
+    """Add or revoke a token in a database, which is made if it is not there; a server may be running on it.
+
+    The tokens as they are then. Raises Conflict for a name that is taken, NotFound for one that is not there,
+    StoreError.
+    """
+    with contextlib.suppress(DatabaseInUse):
+        SqliteStore(path).close()  # makes or upgrades it, unless a server has it
+    try:
+        db = sqlite3.connect(path, timeout=10, isolation_level=None)
+        with contextlib.closing(db):
+            db.execute("BEGIN IMMEDIATE")
+            if revoke is not None and not _execute("DELETE FROM tokens WHERE name = ?", (revoke,), db):
+                raise NotFound(f"there is no token {revoke}{suggest(revoke, (token.name for token in _tokens(db)))}")
+            if add is not None:
+                flows = None if add.flows is None else to_json(sorted(add.flows))
+                values = (add.name, add.digest, add.role, flows, add.created)
+                if not _execute("INSERT OR IGNORE INTO tokens VALUES (?, ?, ?, ?, ?)", values, db):
+                    raise Conflict(f"there is a token {add.name} already: revoke it first, or choose another name")
+            db.execute("COMMIT")
+            return _tokens(db)
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: {_store_error(error)}") from None
+
+
+_MOVE_TIMES = [
+    "UPDATE jobs SET created = created + ?1, due = due + ?1, started = started + ?1, finished = finished + ?1,"
+    " expires = expires + ?1",
+    "UPDATE steps SET until = until + ?1 WHERE until NOT NULL",
+    "UPDATE steps SET output = CAST(output + ?1 AS TEXT) WHERE path LIKE '%@'",  # until when a step may take
+    "UPDATE callbacks SET next = next + ?1 WHERE next NOT NULL",
+    "UPDATE attempts SET at = at + ?1",
+]
+
+
+def _clock_offset(db: sqlite3.Connection) -> int:
+    return int((db.execute("SELECT offset FROM clock").fetchone() or [0])[0])
 
 
 class _Reading:
@@ -7023,7 +7301,7 @@ class Engine:
             after = dataclasses.replace(
                 job, status=outcome.status, finished=now, expires=expires, due=None, error=outcome.error
             )
-            body = to_json(status_document(after, job.base, with_callback=False))
+            body = to_json(status_document(after, job.base, offset=self._clock.offset, with_callback=False))
             callback = (parse_target(job.callback.url).receiver, body)
         return Finish(
             job.key,
@@ -7159,9 +7437,12 @@ def _log_outcome(what: str, its_id: str, flow: Flow, outcome: Outcome) -> None:
 # 9 Courier
 # ======================================================================================================================
 
-_COURIER_THREADS = 64  # each is taken only while a receiver is slow
-_FIRST_THREADS = 16  # of them, kept for first tries: many dead receivers, tried again, delay no new callback
-_MAX_WINDOW = 8  # deliveries at one time to a receiver that answers
+_MAX_DELIVERIES = 256  # at one time; each has a thread, which it holds for long only if its receiver is slow
+_MAX_NOT_QUICK = 224  # of them, to receivers that are not known to be quick
+_MAX_SLOW = 64  # of them, to receivers that were slow the last time
+_MAX_WINDOW = 8  # deliveries at one time to a receiver that is quick
+_SLOW_MS = 2000  # an attempt that took longer, however it ended, was slow
+_MAX_KNOWN = 4096  # receivers that are remembered; the database has no more than 32766 parameters for one statement
 
 
 def signing_key(secret: str | None) -> bytes | None:
@@ -7202,10 +7483,19 @@ def next_try(
     return ("pending", next_at) if next_at < expires else ("failed", None)
 
 
-class Courier:
-    """Delivers callbacks on threads of its own; one slow or dead receiver delays nobody else.
+class Wanted(NamedTuple):
+    """Which deliveries can begin now."""
 
-    A receiver that is not known yet gets one delivery at a time, and more as it answers.
+    room: int
+    busy: list[str]  # receivers that get none
+    only: list[str] | None  # receivers that get one; None: all others
+
+
+class Courier:
+    """Delivers callbacks, each on a thread of its own; one slow or dead receiver delays nobody else.
+
+    A receiver that is not known yet gets one delivery at a time, and more as it answers quickly. Those that were slow
+    or silent the last time share 64 threads, and 32 of the 256 are kept for those that were quick.
     """
 
     def __init__(
@@ -7220,42 +7510,66 @@ class Courier:
     ) -> None:
         self._outbound, self._policy, self._clock = outbound, policy, clock
         self._key, self._timeout, self._retries = key, timeout, retries
-        self._pool = ThreadPoolExecutor(_COURIER_THREADS, "astera-courier")
         self._lock = threading.Lock()
         self._under_way: dict[JobKey, str] = {}
-        self._windows: dict[str, int] = {}
+        self._windows: dict[str, int] = {}  # by receiver: deliveries at one time; 0 is one at a time, and slow
+        self._stopped = False
 
     def under_way(self) -> list[JobKey]:
         """Deliveries that have not ended."""
         with self._lock:
             return list(self._under_way)
 
-    def busy(self) -> list[str]:
-        """Receivers that get no more at this time."""
+    def wanted(self) -> Wanted:
+        """Which deliveries can begin now."""
         with self._lock:
-            counts: dict[str, int] = {}
-            for receiver in self._under_way.values():
-                counts[receiver] = counts.get(receiver, 0) + 1
-            return [receiver for receiver, count in counts.items() if count >= self._windows.get(receiver, 1)]
+            counts = Counter(self._under_way.values())
+            slow, not_quick = self._loads()
+            busy = [receiver for receiver, count in counts.items() if count >= (self._windows.get(receiver) or 1)]
+            if slow >= _MAX_SLOW:
+                busy += [receiver for receiver, window in self._windows.items() if not window]
+            full = not_quick >= _MAX_NOT_QUICK
+            only = [receiver for receiver, window in self._windows.items() if window] if full else None
+            return Wanted(_MAX_DELIVERIES - len(self._under_way), busy, only)
 
-    def room(self, tried: bool) -> int:
-        """Deliveries that can begin at once, of those that were tried before or of the others."""
-        return _COURIER_THREADS - len(self._under_way) - (_FIRST_THREADS if tried else 0)
+    def _loads(self) -> tuple[int, int]:
+        """With the lock held: how many deliveries are under way to slow receivers, and to those not known as quick."""
+        windows = [self._windows.get(receiver) for receiver in self._under_way.values()]
+        slow = windows.count(0)
+        return slow, slow + windows.count(None)
+
+    def _may_begin(self, receiver: str) -> bool:
+        """With the lock held: whether a delivery to this receiver can begin."""
+        window = self._windows.get(receiver)
+        slow, not_quick = self._loads()
+        return (
+            not self._stopped
+            and list(self._under_way.values()).count(receiver) < (window or 1)
+            and len(self._under_way) < _MAX_DELIVERIES
+            and (bool(window) or not_quick < _MAX_NOT_QUICK)
+            and (window != 0 or slow < _MAX_SLOW)
+        )
 
     def send(self, job: Job, delivery: Delivery, done: Callable[[Attempt, str, int | None], None]) -> bool:
         """Begin a delivery unless its receiver is busy; the courier's thread calls `done(attempt, state, next_at)`.
 
         The delivery counts as under way until `settled`.
         """
-        receiver = parse_target(delivery.url).receiver
+        try:
+            receiver = parse_target(delivery.url).receiver
+        except ValueError:  # taken by an older version: the attempt says what is wrong, and holds up nobody else
+            receiver = delivery.url
         with self._lock:
-            count = sum(1 for other in self._under_way.values() if other == receiver)
-            if count >= self._windows.get(receiver, 1):
+            if not self._may_begin(receiver):
                 return False
             self._under_way[job.key] = receiver
+        # A daemon, and none of a pool: a receiver that hangs must not hold up the end of the process.
+        thread = threading.Thread(
+            target=self._send, args=(job, delivery, receiver, done), name="astera-courier", daemon=True
+        )
         try:
-            self._pool.submit(self._send, job, delivery, receiver, done)
-        except RuntimeError:  # it was stopped meanwhile, or no thread can be had
+            thread.start()
+        except RuntimeError:  # no thread can be had
             self.settled(job.key)
             return False
         return True
@@ -7269,9 +7583,11 @@ class Courier:
         attempt, retry_after_s = self.deliver(job, delivery)
         answered = attempt.status is not None
         with self._lock:
-            if len(self._windows) > 10_000:
-                self._windows.clear()
-            self._windows[receiver] = min(self._windows.get(receiver, 1) + 1, _MAX_WINDOW) if answered else 1
+            window = self._windows.pop(receiver, None) or 1
+            quick = min(window + 1, _MAX_WINDOW) if answered else 1
+            self._windows[receiver] = 0 if attempt.duration_ms > _SLOW_MS else quick
+            if len(self._windows) > _MAX_KNOWN:
+                del self._windows[next(iter(self._windows))]  # the one not heard of for longest
         now = self._clock.now()
         number, expires = delivery.attempts + 1, job.expires or now
         state, next_at = next_try(attempt, number, retry_after_s, self._retries, now, expires)
@@ -7282,17 +7598,17 @@ class Courier:
 
     def deliver(self, job: Job, delivery: Delivery) -> tuple[Attempt, float]:
         """One attempt, now; with it the seconds that the receiver asked to be left alone."""
-        body, began = delivery.body.encode(), self._clock.now()
+        body, began, sent_s = delivery.body.encode(), self._clock.now(), self._clock.wall() // 1000
         message_id = f"msg_{job.id}"
         headers = {
             "Content-Type": "application/json",
             "User-Agent": f"astera-lite/{__version__}",
             "Location": f"{job.base}/api/jobs/{job.id}/result",
             "webhook-id": message_id,
-            "webhook-timestamp": str(began // 1000),
+            "webhook-timestamp": str(sent_s),
         }
         if self._key is not None:
-            headers["webhook-signature"] = sign(self._key, message_id, began // 1000, body)
+            headers["webhook-signature"] = sign(self._key, message_id, sent_s, body)
         status, error, retry_after_s = None, None, 0.0
         started = self._clock.monotonic()
         try:
@@ -7300,7 +7616,7 @@ class Courier:
                 "POST", delivery.url, headers, body, timeout=self._timeout, max_bytes=0, policy=self._policy
             )
             status = answer.status
-            retry_after_s = parse_retry_after(header_value(answer.headers, "retry-after"), began)
+            retry_after_s = parse_retry_after(header_value(answer.headers, "retry-after"), self._clock.wall())
         except AddressRefused as refused:
             log.warning("callback of job %s: %s", job.id, refused)
             error = "refused"
@@ -7313,7 +7629,8 @@ class Courier:
 
     def stop(self) -> None:
         """Begin no more deliveries; those under way end by their deadline, or are made again after the next start."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._stopped = True
 
 
 # ======================================================================================================================
@@ -7335,10 +7652,10 @@ class Housekeeper:
         engine: Engine,
         courier: Courier,
         clock: Clock,
-        look_at_flows: Callable[[], None] = lambda: None,
+        look_around: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._engine, self._courier, self._clock = store, engine, courier, clock
-        self._look_at_flows = look_at_flows
+        self._look_around = look_around
         self._unsettled: deque[JobKey] = deque()  # deliveries whose outcome could not be stored
         self._wake = threading.Event()
         self._stopping = False
@@ -7378,11 +7695,12 @@ class Housekeeper:
 
     def tick(self, now: int) -> int:
         """Do what is due at `now` (milliseconds since the epoch); when to come again at the latest."""
+        self._look_at_clock()
         self._engine.overdue()
         if now >= self._chores_at:
             self._chores_at = now + _CHORES_EVERY_MS
             self._engine.unstall()
-            self._look_at_flows()
+            self._look_around()
             while self._unsettled:
                 self._courier.settled(self._unsettled.popleft())
         if now >= self._forget_at:
@@ -7390,6 +7708,15 @@ class Housekeeper:
             self._store.forget_flows()
         wanted = [now + _CHORES_EVERY_MS, self._engine.release(now), self._purge(now), self._deliver(now)]
         return min(moment for moment in wanted if moment is not None)
+
+    def _look_at_clock(self) -> None:
+        leap = self._clock.look()
+        if leap:
+            way = "ahead" if leap > 0 else "back"
+            message = "the system's clock leapt %s by %s: results and waits go by the time that passed here"
+            log.warning(message, way, datetime.timedelta(seconds=abs(leap) // 1000))
+            self._store.keep_clock_offset(self._clock.offset)
+            self._engine.release(sys.maxsize)  # some wait for a moment of the calendar; the others go on waiting
 
     def _purge(self, now: int) -> int | None:
         if self._purging or now < self._purge_at:
@@ -7409,14 +7736,14 @@ class Housekeeper:
         return None
 
     def _deliver(self, now: int) -> int | None:
-        for tried in (False, True):
-            while (room := self._courier.room(tried)) > 0:
-                due = self._store.due_deliveries(now, room, self._courier.busy(), self._courier.under_way(), tried)
-                sent = [self._courier.send(job, d, partial(self._delivered, job, d.next_at)) for job, d in due]
-                if all(sent) or not any(sent):
-                    break  # else the rest was for busy receivers: others may be behind them
-        if self._courier.room(tried=False) <= 0:
-            return None
+        while True:
+            room, busy, only = self._courier.wanted()
+            if room <= 0:
+                return None  # the next that is settled wakes
+            due = self._store.due_deliveries(now, room, busy, self._courier.under_way(), only)
+            sent = [self._courier.send(job, d, partial(self._delivered, job, d.next_at)) for job, d in due]
+            if all(sent) or not any(sent):
+                break  # else the rest was for busy receivers: others may be behind them
         return self._store.next_delivery(now)
 
     def _delivered(self, job: Job, seen: int | None, attempt: Attempt, state: str, next_at: int | None) -> None:
@@ -7439,10 +7766,18 @@ _ROW_BYTES = 2048  # that a job takes beside its bodies, about
 
 
 class Principal(NamedTuple):
-    """Who calls: the token's name, and whether it is of role admin. A token sees its own jobs, admin sees all."""
+    """Who calls: the token's name, whether it is of role admin, and the flows it may call (None: all).
+
+    A token sees its own jobs, admin sees all.
+    """
 
     name: str = ""
     admin: bool = True
+    flows: frozenset[str] | None = None
+
+    def may_call(self, flow: str) -> bool:
+        """Whether a flow is among those it may call."""
+        return self.flows is None or flow in self.flows
 
 
 class Limits(NamedTuple):
@@ -7586,8 +7921,11 @@ class AsteraLite:
         self._watching = threading.Lock()  # guards the watchers
         self._kinds = dict(STEP_KINDS)
         self.deployments = Deployments()
+        self.tokens: list[Token] = []
         self._running = False
         self._size_at, self._size = -1.0, 0
+        self._counting = threading.Lock()
+        self._on_the_way = 0  # jobs that were accepted, but are not on disk and so not queued yet
         self._keys = JobKeys()
 
     # --- life ---
@@ -7618,6 +7956,7 @@ class AsteraLite:
 
     def _start(self) -> None:
         settings = self.settings
+        self.tokens = self.store.tokens()
         self.reload()
         self.engine = Engine(
             self.store,
@@ -7636,7 +7975,14 @@ class AsteraLite:
             timeout=settings.callback_timeout,
             retries=settings.callback_retries,
         )
-        self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, self.look_at_flows)
+        self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, self.look_around)
+        self.clock.begin(self.store.last_seen())
+        if self.clock.offset:
+            log.warning(
+                "the system's clock is %s behind the last moment on record: the server's time goes on from there",
+                datetime.timedelta(seconds=-self.clock.offset // 1000),
+            )
+            self.store.keep_clock_offset(self.clock.offset)
         self._keys = JobKeys(self.store.last_seq())
         left = list(self.store.unfinished())  # whole before the first one runs: the database may be damaged
         for seq, due, name in left:
@@ -7694,6 +8040,19 @@ class AsteraLite:
             if fault not in known:
                 log.error("%s", fault)
         return self.deployments.faults
+
+    def look_around(self) -> None:
+        """See what others have changed: the flow files, and the tokens."""
+        self.look_at_flows()
+        self.read_tokens()
+
+    def read_tokens(self) -> None:
+        """Read the tokens again; while the database cannot be read, those known go on to count."""
+        before = self.tokens
+        with contextlib.suppress(StoreError):
+            self.tokens = self.store.tokens()
+        if self.tokens != before:
+            log.info("tokens: %s", ", ".join(token.name for token in self.tokens) or "none")
 
     def look_at_flows(self) -> None:
         """Read the flow files again if they have changed, and were the same when they were last looked at."""
@@ -7863,8 +8222,12 @@ class AsteraLite:
                 self.engine.put(job.key.seq, Prepared(job, call.flow, call.input))
             else:
                 self.engine.dismiss(job.flow, job.key.seq)
+            with self._counting:
+                self._on_the_way -= 1
             done(result, error)
 
+        with self._counting:
+            self._on_the_way += 1
         self.store.add(Submission(job, call.request, call.flow.text, call.idempotency_key, fingerprint), stored)
 
     def _replay(
@@ -7885,7 +8248,7 @@ class AsteraLite:
     def _full(self, call: Call) -> Busy | None:
         """Why no more can be taken; None if there is room, and the job then is admitted to its flow."""
         settings = self.settings
-        if self.engine.queued >= settings.max_queue:
+        if self.engine.queued + self._on_the_way >= settings.max_queue:
             return Busy("The queue of jobs is full.", self.engine.retry_after(call.flow.name))
         if settings.max_database is not None:
             now = self.clock.monotonic()
@@ -8228,8 +8591,19 @@ _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]{1,5}))?")
 
 
+ADMIN_TOKEN = "token"  # noqa: S105 (the name of the one that is a setting)
+
+
+def token_digest(token: str) -> bytes:
+    """What is kept of a token. It is random and long, so that a plain SHA-256 cannot be reversed."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
+
+
 class Access:
-    """Who may call: the token, and the rules that keep other web pages away (Host, Origin, Sec-Fetch-Site)."""
+    """Who may call: tokens, and the rules that keep other web pages away (Host, Origin, Sec-Fetch-Site).
+
+    `tokens` gives those that count now. Where there are none, the server is `open` to all, or to nobody.
+    """
 
     def __init__(
         self,
@@ -8238,8 +8612,11 @@ class Access:
         public_url: str | None,
         cors_origins: str | None,
         host: str = "localhost",
+        tokens: Callable[[], Sequence[Token]] = lambda: (),
+        is_open: bool = True,
     ) -> None:
-        self._digest = hashlib.sha256(token.encode()).digest() if token is not None else None
+        self._setting = [] if token is None else [Token(ADMIN_TOKEN, token_digest(token), "admin")]
+        self._tokens, self._open = tokens, is_open
         self._hosts: set[str] | None = None
         if loopback:
             self._hosts = {*_LOOPBACK_HOSTS, f"[{host}]" if ":" in host else host}
@@ -8272,13 +8649,15 @@ class Access:
 
     def principal(self, authorization: str | None) -> Principal:
         """Who the bearer token stands for; raises AccessError (RFC 6750)."""
-        if self._digest is None:
+        tokens = [*self._setting, *self._tokens()]
+        if not tokens and self._open:
             return Principal()
         scheme, _, given = (authorization or "").partition(" ")
         digest = hashlib.sha256(given.strip().encode("latin-1", "replace")).digest()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(digest, self._digest):
+        found = [token for token in tokens if hmac.compare_digest(digest, token.digest)]  # all, so that none is sooner
+        if scheme.lower() != "bearer" or not found:
             raise AccessError(401, "This needs a token: send Authorization: Bearer …")
-        return Principal("token", True)
+        return Principal(found[0].name, found[0].role == "admin", found[0].flows)
 
 
 # ======================================================================================================================
@@ -9059,7 +9438,13 @@ def find_flow(mode: str, x: Exchange) -> None:
     if mode not in flow.modes:
         (other,) = flow.modes
         raise NotFound(f"This flow is published {other}ly only: call {PREFIXES[other]}{flow.resource}")
+    _check_may_call(x, flow.name)
     x.flow, x.path = flow, path
+
+
+def _check_may_call(x: Exchange, flow: str) -> None:
+    if not x.caller.may_call(flow):
+        raise AccessError(403, f"The token {x.caller.name} may not call the flow {flow}.")
 
 
 def _allowed(matches: list[dict[str, Flow]], mode: str) -> set[str]:
@@ -9225,7 +9610,7 @@ def _status_response(
         headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
     elif code == 200:
         headers.append(("Location", f"{x.base}/api/jobs/{job.id}/result"))
-    return Reply(code, headers, json_body(status_document(job, x.base, progress)))
+    return Reply(code, headers, json_body(status_document(job, x.base, progress, offset=x.app.clock.offset)))
 
 
 def _unknown(x: Exchange) -> Reply:
@@ -9302,13 +9687,14 @@ def job_details(x: Exchange) -> Reply:
         return _unknown(x)
     job, progress = found
     app = x.app
-    document = status_document(job, x.base, progress)
+    offset = app.clock.offset
+    document = status_document(job, x.base, progress, offset=offset)
     document["request"] = _request_document(app, job)
     document["steps"] = app.engine.trace(job.key) or app.store.trace(job.key)
     if document["callback"] is not None:
         document["callback"]["history"] = [
             {
-                "at": timestamp(attempt.at),
+                "at": timestamp(attempt.at, offset),
                 "status": attempt.status,
                 "error": attempt.error,
                 "durationMs": attempt.duration_ms,
@@ -9364,7 +9750,7 @@ def job_list(x: Exchange) -> Reply:
         int(cursor, 16) if cursor is not None else None,
     )
     document = {
-        "jobs": [status_document(job, x.base) for job in jobs],
+        "jobs": [status_document(job, x.base, offset=x.app.clock.offset) for job in jobs],
         "next": None if before is None else f"{before:015x}",
     }
     return Reply(200, [_JSON, _NO_STORE], json_body(document))
@@ -9401,6 +9787,7 @@ def job_rerun(x: Exchange) -> Reply | None:
     job = found[0]
     if job.status is Status.RUNNING:
         raise Conflict("The job still runs.", job=job.status)
+    _check_may_call(x, job.flow)
     x.app.rerun(job, x.base, x.caller, lambda result, error: x.post(lambda: _accepted(x, result, error, None, ())))
     return None
 
@@ -9462,7 +9849,9 @@ def deployment_list(x: Exchange) -> Reply:
     """GET /api/deployments"""
     deployments = x.app.deployments
     document = {
-        "deployments": [deployment_document(flow, x.base) for flow in deployments.by_name.values()],
+        "deployments": [
+            deployment_document(flow, x.base) for flow in deployments.by_name.values() if x.caller.may_call(flow.name)
+        ],
         "faults": [
             {"file": fault.where, "place": fault.place, "message": fault.message} for fault in deployments.faults
         ],
@@ -9474,14 +9863,15 @@ def deployment_one(x: Exchange) -> Reply:
     """GET /api/deployments/{name}"""
     flow = x.app.deployments.by_name.get(x.values["name"])
     if flow is None:
-        known = suggest(x.values["name"], x.app.deployments.by_name)
+        known = suggest(x.values["name"], filter(x.caller.may_call, x.app.deployments.by_name))
         raise NotFound(f"There is no deployment {shown(x.values['name'])}{known}.")
+    _check_may_call(x, flow.name)
     return Reply(200, [_JSON, _NO_STORE], json_body(deployment_document(flow, x.base)))
 
 
 def _may_deploy(x: Exchange) -> None:
     if not x.caller.admin or not x.caller.name:  # a flow can run programs
-        detail = "Deploying needs a token of role admin, which this server has none of: set `token`, and send it."
+        detail = "Deploying needs a token of role admin, and this server has no tokens: set `token`, and send it."
         raise AccessError(403, detail if not x.caller.name else "Deploying needs a token of role admin.")
 
 
@@ -9901,8 +10291,16 @@ class Server(ThreadingHTTPServer):
         host = self.limits.host if host is None else host
         port = self.limits.port if port is None else port
         loopback = is_loopback(host)
-        check_exposure(settings, host, loopback)
-        self.access = Access(settings.token, loopback, settings.public_url, settings.cors_origins, host)
+        check_exposure(settings, host, bool(app.tokens))
+        self.access = Access(
+            settings.token,
+            loopback,
+            settings.public_url,
+            settings.cors_origins,
+            host,
+            lambda: app.tokens,
+            is_open=_may_be_open(settings, loopback),
+        )
         if not loopback and settings.callback_allow.strip().lower() == "auto":
             app.policy.hosts.clear()  # the courier and the http steps share it
             app.policy.networks.clear()
@@ -10165,17 +10563,22 @@ class Server(ThreadingHTTPServer):
         handler.respond(x, reply)
 
 
-def check_exposure(settings: Settings, host: str, loopback: bool) -> None:
+def _may_be_open(settings: Settings, loopback: bool) -> bool:
+    """Whether nobody needs a token as long as there is none."""
+    return settings.insecure_open or (loopback and settings.public_url is None)
+
+
+def check_exposure(settings: Settings, host: str, has_tokens: bool) -> None:
     """Raise ConfigError for a server that anybody could reach and nobody needs a token for."""
-    if settings.token is not None or settings.insecure_open:
+    loopback = is_loopback(host)
+    if settings.token is not None or has_tokens or _may_be_open(settings, loopback):
         return
-    cure = "set ASTERA_LITE_TOKEN, or insecure_open to let everybody in"
+    cure = "set ASTERA_LITE_TOKEN or make one with the command `token`, or set insecure_open to let everybody in"
     if not loopback:
         raise ConfigError(
             [Fault("host", "", f"{host} can be reached from other machines, and there is no token: {cure}")]
         )
-    if settings.public_url is not None:
-        raise ConfigError([Fault("public_url", "", f"makes the server public, and there is no token: {cure}")])
+    raise ConfigError([Fault("public_url", "", f"makes the server public, and there is no token: {cure}")])
 
 
 # ======================================================================================================================
@@ -10224,19 +10627,19 @@ def _parser() -> argparse.ArgumentParser:
         )
         for argument, options_ in arguments:
             command.add_argument(argument, **options_)
-        _add_settings(command, shown_settings)
+        _add_settings(command, shown_settings, [argument for argument, _ in arguments])
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str]) -> None:
-    """Every setting as a flag; the help shows those that matter to the command."""
+def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str], taken: Collection[str] = ()) -> None:
+    """Every setting as a flag, unless the command has another use for its name; the help shows those that matter."""
     import argparse  # noqa: PLC0415
 
     group = parser.add_argument_group("settings")
     group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="TOML file of settings")
     for name, default, text in settings_table():
-        metadata = SETTING_FIELDS[name].metadata
-        if metadata.get("secret"):
+        metadata, flag = SETTING_FIELDS[name].metadata, "--" + name.replace("_", "-")
+        if metadata.get("secret") or flag in taken:
             continue
         choices = metadata.get("choices")
         options_: dict[str, Any] = {
@@ -10249,7 +10652,7 @@ def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str]) -> 
         }
         if metadata["kind"] == "bool":
             options_ |= {"nargs": "?", "const": "true", "metavar": "true|false"}
-        group.add_argument("--" + name.replace("_", "-"), **options_)
+        group.add_argument(flag, **options_)
     if "token" in to_show:
         names = [f"ASTERA_LITE_{name.upper()}" for name, item in SETTING_FIELDS.items() if item.metadata.get("secret")]
         group.description = f"Not as flags, which would show in `ps`: {', '.join(names)}."
@@ -10279,6 +10682,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoreError as error:
         print(error, file=sys.stderr)
         return 4
+    except (Conflict, NotFound) as error:
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells have it
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
@@ -10324,7 +10730,6 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     sys.setswitchinterval(0.0005)  # threads that compute would otherwise hold up the loop for 5 ms each
     _raise_descriptor_limit(settings.max_connections)
     app = AsteraLite(settings)
-    check_exposure(settings, settings.host, is_loopback(settings.host))
     app.start()
     try:
         server = Server(app)
@@ -10368,6 +10773,7 @@ def _install_signals(app: AsteraLite, server: Server) -> None:
 
 
 def _reload(app: AsteraLite) -> None:
+    app.read_tokens()
     faults = app.reload()
     log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
 
@@ -10397,7 +10803,7 @@ def _raise_descriptor_limit(connections: int) -> None:
 def check(args: argparse.Namespace, settings: Settings) -> int:
     """check: validate flows and settings, a line for each fault."""
     app = AsteraLite(settings)  # its faults are ConfigErrors
-    check_exposure(settings, settings.host, is_loopback(settings.host))
+    check_exposure(settings, settings.host, bool(_tokens_of(settings.database)))
     wanted = {os.path.realpath(name): name for name in args.file}
     folders = sorted({os.path.dirname(path) for path in wanted}) or [settings.flows]
     faults, well = [], 0
@@ -10417,6 +10823,14 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
         print(fault)
     print(f"flows that are well: {well}, faults: {len(faults)}", file=sys.stderr)
     return 1 if faults else 0
+
+
+def _tokens_of(path: str) -> list[Token]:
+    """The tokens in a database; none where it is not there yet."""
+    if not os.path.exists(path):
+        return []
+    with contextlib.closing(SqliteStore(path, read_only=True)) as store:
+        return store.tokens()
 
 
 def line_of(path: str, place: str) -> str:
@@ -10582,13 +10996,14 @@ def jobs(args: argparse.Namespace, settings: Settings) -> int:
     """jobs: list the jobs in the database, newest first."""
     store = SqliteStore(settings.database, read_only=True)
     status = Status(args.status) if args.status else None
-    found = store.page(Clock().now(), args.limit, None, args.flow, status, None)
+    offset = store.clock_offset()
+    found = store.page(Clock().now() - offset, args.limit, None, args.flow, status, None)
     print(f"{'id':<36}  {'flow':<16}  {'status':<9}  {'created':<24}  {'finished':<24}  callback")
     for job in found:
         callback = f"{job.callback.state} ({job.callback.attempts})" if job.callback else ""
-        finished = timestamp(job.finished) or ("waiting" if job.due else "")
+        finished = timestamp(job.finished, offset) or ("waiting" if job.due else "")
         print(
-            f"{job.id}  {job.flow:<16}  {job.status.value:<9}  {timestamp(job.created)}"
+            f"{job.id}  {job.flow:<16}  {job.status.value:<9}  {timestamp(job.created, offset)}"
             f"  {finished:<24}  {callback}".rstrip()
         )
     store.close()
@@ -10604,11 +11019,12 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
         store.close()
         print(f"there is no job {shown(args.id)}", file=sys.stderr)
         return 1
-    document = status_document(job, job.base)
+    offset = store.clock_offset()
+    document = status_document(job, job.base, offset=offset)
     document["steps"] = store.trace(job.key)
     if job.callback is not None:
         document["callback"]["history"] = [
-            {"at": timestamp(a.at), "status": a.status, "error": a.error, "durationMs": a.duration_ms}
+            {"at": timestamp(a.at, offset), "status": a.status, "error": a.error, "durationMs": a.duration_ms}
             for a in store.attempts(job.key)
         ]
     print(json.dumps(document, indent=2, ensure_ascii=False), file=sys.stderr if args.result else sys.stdout)
@@ -10620,6 +11036,46 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
         sys.stdout.buffer.flush()
     store.close()
     return 0
+
+
+def token(args: argparse.Namespace, settings: Settings) -> int:
+    """token: make a token, list them, or revoke one."""
+    import secrets  # noqa: PLC0415 (no other command needs it)
+
+    path, name = settings.database, args.name
+    if name is None:
+        _print_tokens(_tokens_of(path))
+        return 0
+    if args.revoke:
+        edit_tokens(path, revoke=name)
+        print(f"revoked {name}; a running server lets it in no more after a second", file=sys.stderr)
+        return 0
+    flows = None if args.flows is None else frozenset(word.strip() for word in args.flows.split(",") if word.strip())
+    faults = [
+        f"{shown(word)} must consist of letters, digits, - and _"
+        for word in [name, *sorted(flows or ())]
+        if not _FLOW_NAME.fullmatch(word)
+    ]
+    if name == ADMIN_TOKEN:
+        faults.append(f"{name} is the name of the token in the settings: choose another one")
+    if flows is not None and (args.role == "admin" or not flows):
+        faults.append("--flows names flows, and not for --role admin, which may call and deploy all of them")
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        return 2
+    text = "astera_" + secrets.token_urlsafe(32)
+    edit_tokens(path, add=Token(name, token_digest(text), args.role, flows, Clock().wall()))
+    print("send it as `Authorization: Bearer TOKEN`; it is not shown again:", file=sys.stderr)
+    print(text)
+    return 0
+
+
+def _print_tokens(tokens: Sequence[Token]) -> None:
+    print(f"{'name':<24}  {'role':<5}  {'created':<24}  flows")
+    for each in tokens:
+        flows = "all" if each.flows is None else ",".join(sorted(each.flows))
+        print(f"{each.name:<24}  {each.role:<5}  {timestamp(each.created)}  {flows}")
 
 
 def backup(args: argparse.Namespace, settings: Settings) -> int:
@@ -10682,6 +11138,17 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
                 "--limit",
                 {"type": _positive, "metavar": "N", "default": 50, "help": "so many at the most (default: 50)"},
             ),
+        ],
+        ("database",),
+    ),
+    "token": (
+        token,
+        "make a token that may call, list them, or revoke one",
+        [
+            ("name", {"nargs": "?", "metavar": "[NAME]", "help": "whose it is; without a name, all are listed"}),
+            ("--flows", {"metavar": "a,b", "help": "it may call these flows only"}),
+            ("--role", {"choices": ["user", "admin"], "default": "user", "help": "admin: sees all jobs, may deploy"}),
+            ("--revoke", {"action": "store_true", "help": "let it in no more"}),
         ],
         ("database",),
     ),

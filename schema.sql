@@ -2,8 +2,9 @@
 --
 -- Times are integers: milliseconds since 1970-01-01 UTC. To read one:
 --   SELECT datetime(created / 1000, 'unixepoch') FROM jobs;
+-- After a leap of the system's clock they are out by `clock.offset` until the server starts again.
 -- Values larger than 256 KiB stand in `pieces`, in order, instead of in their own column, which is then NULL.
--- This file makes version 1 of the schema (PRAGMA user_version). A newer server upgrades an older database when it
+-- This file makes version 2 of the schema (PRAGMA user_version). A newer server upgrades an older database when it
 -- opens it; an older server refuses a newer one.
 
 -- One row for each asynchronous call.
@@ -94,4 +95,19 @@ CREATE TABLE flows (
     version INTEGER PRIMARY KEY, -- 63 bits of the SHA-256 of name and text
     name    TEXT    NOT NULL,    -- name of the flow
     text    TEXT    NOT NULL     -- the flow: JSON
+);
+
+-- Who may call, where tokens are wanted: made by the command `token`.
+CREATE TABLE tokens (
+    name    TEXT    PRIMARY KEY,     -- whose it is; jobs.token of the jobs that were submitted with it
+    hash    BLOB    NOT NULL,        -- SHA-256 of the token, which itself is random and stored nowhere
+    role    TEXT    NOT NULL CHECK (role IN ('user', 'admin')), -- admin: sees every job, and may deploy
+    flows   TEXT,                    -- the flows it may call: JSON list of names; NULL: all of them
+    created INTEGER NOT NULL         -- when it was made
+) WITHOUT ROWID;
+
+-- How the server's time stands to the system's clock: a row once that has leapt.
+CREATE TABLE clock (
+    one    INTEGER PRIMARY KEY CHECK (one = 1), -- there is one row at the most
+    offset INTEGER NOT NULL                     -- milliseconds that the times in this file are behind it
 );

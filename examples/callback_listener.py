@@ -40,6 +40,7 @@ MAX_REMEMBERED_IDS = 10_000
 MAX_DROPPED_BYTES = 16 * 1024 * 1024
 TOLERANCE_S = 300
 REQUEST_TIMEOUT_S = 10
+CONNECTION_S = 30
 FETCH_TIMEOUT_S = 10
 LINGER_S = 2
 
@@ -262,6 +263,23 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Listener
     timeout = REQUEST_TIMEOUT_S
+
+    def setup(self) -> None:
+        """Starts the clock: `timeout` is for each read, so a sender that drips could hold a thread for ever."""
+        super().setup()
+        self._alarm = threading.Timer(CONNECTION_S, self.hang_up)
+        self._alarm.daemon = True
+        self._alarm.start()
+
+    def finish(self) -> None:
+        """Stops the clock."""
+        self._alarm.cancel()
+        super().finish()
+
+    def hang_up(self) -> None:
+        """Ends whatever is still being read or written."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def do_POST(self) -> None:
         """Takes a callback: check, print, answer, and only then what takes time."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import hmac
 import json
+import os
+import queue
 import socket
 import sqlite3
 import threading
@@ -23,7 +26,7 @@ import pytest
 from support import ECHO, Client, FakeClock, Running, Sink, get_flow, running, until
 
 import astera_lite
-from astera_lite import AsteraLite, Attempt, ConfigError, next_try, parse_retry_after, sign, signing_key
+from astera_lite import AsteraLite, Attempt, Clock, ConfigError, next_try, parse_retry_after, sign, signing_key
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 HELLO = get_flow("/hello", response={"body": {"hello": "world"}})
@@ -377,6 +380,51 @@ def test_a_retry_after_beyond_the_life_of_the_result_is_the_end(tick: Ticking) -
         assert tick.callback(job)["state"] == "failed"
 
 
+@pytest.mark.parametrize("text", ["-1", "soon", "9" * 400, "Sun, 09 Sep 2001 01:46:00 GMT", "1e9", "\xb2"])
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_useless_retry_after_is_none(tick: Ticking, text: str, status: int) -> None:
+    with receiver({"Retry-After": text}, status) as url:
+        job = tick.submit(url)
+        tick.tick()
+        assert tick.callback(job)["state"] == "pending"
+        assert 4 <= tick.wait_s(job) <= 6
+
+
+def test_a_receiver_that_answers_and_drips_its_body_has_got_it_at_once(tick: Ticking) -> None:
+    hold = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+            hold.wait(10)
+
+        def log_message(self, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        job = tick.submit(f"http://127.0.0.1:{server.server_address[1]}/")
+        began = time.monotonic()
+        tick.tick()
+        assert tick.callback(job)["state"] == "delivered"
+        assert time.monotonic() - began < 3
+        hold.set()
+        server.shutdown()
+
+
+def test_a_receiver_with_the_library_of_standard_webhooks_is_content(tick: Ticking, sink: Sink) -> None:
+    webhooks = pytest.importorskip("standardwebhooks")
+    tick.clock.ms = round(time.time() * 1000)  # the library looks at the time of day
+    sink.answers = [500]
+    tick.submit(sink.url)
+    for seconds in (0, 6):
+        tick.tick(seconds)
+        headers, body = sink.got.get(timeout=5)
+        assert webhooks.Webhook(SECRET).verify(body, headers)["status"] == "Completed"
+        with pytest.raises(webhooks.WebhookVerificationError):
+            webhooks.Webhook(SECRET).verify(body + b" ", headers)
+
+
 def test_no_callback_is_sent_for_an_expired_result(tmp_path: Path, sink: Sink) -> None:
     with ticking(tmp_path, retention="10m") as tick:
         sink.answers = [500]
@@ -556,6 +604,103 @@ def test_forty_hanging_receivers_delay_nobody_else(tmp_path: Path, sink: Sink) -
         job = submitted(client, sink.url)
         assert sink.next(timeout=5)[1]["id"] == job["id"]
         assert time.monotonic() - began < 1.2
+
+
+def test_two_hundred_hanging_receivers_delay_nobody_else_nor_do_their_retries(tmp_path: Path, sink: Sink) -> None:
+    retries: dict[str, Any] = {"callback_timeout": "3s", "callback_retries": "1s,1s,1s,1s,1s"}
+    with hanging(200) as urls, running(tmp_path, FLOWS, **retries) as (app, _, client), Sink() as later:
+        for url in urls:
+            submitted(client, url)
+        until(lambda: len(app.courier.under_way()) == 200)
+        began = time.monotonic()
+        job = submitted(client, sink.url)
+        assert sink.next(timeout=2)[1]["id"] == job["id"]
+        assert time.monotonic() - began < 2
+        until(lambda: app.courier.wanted().busy and len(app.courier.under_way()) == 64)  # each was slow: they share
+        job = submitted(client, later.url)
+        assert later.next(timeout=2)[1]["id"] == job["id"]
+
+
+def test_receivers_that_nobody_knows_leave_room_for_those_that_are_quick(
+    tmp_path: Path, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(astera_lite, "_MAX_DELIVERIES", 12)
+    monkeypatch.setattr(astera_lite, "_MAX_NOT_QUICK", 8)
+    with hanging(30) as urls, running(tmp_path, FLOWS, callback_timeout="20s") as (app, _, client):
+        submitted(client, sink.url)
+        sink.next()
+        until(lambda: not app.courier.under_way())
+        for url in urls:
+            submitted(client, url)
+        until(lambda: len(app.courier.under_way()) == 8)
+        for _ in range(20):
+            job = submitted(client, sink.url)
+            assert sink.next(timeout=2)[1]["id"] == job["id"]
+        assert len(app.courier.under_way()) >= 8
+
+
+def test_a_receiver_that_answers_late_is_not_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(astera_lite, "_SLOW_MS", 20)
+    monkeypatch.setattr(astera_lite, "_MAX_SLOW", 1)
+    courier = astera_lite.Courier(astera_lite.Outbound(), astera_lite.AddressPolicy("auto", loopback=True), Clock())
+    with AsteraLite(database=str(tmp_path / "jobs.db")) as app:
+        app.deploy("hello", HELLO)
+        job = app.wait(app.submit("hello", callback_url="http://127.0.0.1:9/").id, 10)
+    outcome: queue.Queue[str] = queue.Queue()
+    for took, slow in ((50, True), (10, False)):
+        attempt = (Attempt(0, took, 200), 0.0)
+        monkeypatch.setattr(courier, "deliver", lambda *_, attempt=attempt: attempt)
+        assert job.callback is not None
+        assert courier.send(job, job.callback, lambda attempt, state, at: outcome.put(state))
+        assert outcome.get(timeout=5) == "delivered"
+        courier.settled(job.key)
+        monkeypatch.setattr(astera_lite, "_MAX_SLOW", 0)
+        assert courier.wanted().busy == (["127.0.0.1:9"] if slow else [])
+        monkeypatch.setattr(astera_lite, "_MAX_SLOW", 1)
+
+
+def test_a_url_that_is_none_any_more_holds_up_nobody(
+    tick: Ticking, sink: Sink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tick.submit("http://old.example/"), tick.submit(sink.url)
+    real = astera_lite.parse_target
+
+    def strict(url: str) -> Any:
+        if "old.example" in url:
+            raise ValueError("is not taken any more")
+        return real(url)
+
+    monkeypatch.setattr(astera_lite, "parse_target", strict)
+    tick.tick()
+    assert sink.next()[1]["id"] == new["id"]
+    assert "not taken any more" in tick.callback(old)["history"][0]["error"]
+
+
+def test_failed_deliveries_leave_nothing_behind(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        url = f"http://127.0.0.1:{gone.getsockname()[1]}/"
+    policy = astera_lite.AddressPolicy("auto", loopback=True)
+    courier = astera_lite.Courier(astera_lite.Outbound(), policy, Clock(), timeout=0.05)
+    with AsteraLite(database=str(tmp_path / "jobs.db")) as app, hanging(1) as (silent,):
+        app.deploy("hello", HELLO)
+        job = app.wait(app.submit("hello", callback_url=url).id, 10)
+        assert job.callback is not None
+        courier.deliver(job, job.callback)  # what is loaded at the first time
+        until(lambda: not app.courier.under_way())
+        before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+        for number in range(1000):
+            away = silent if number % 50 == 0 else url
+            attempt, _ = courier.deliver(job, dataclasses.replace(job.callback, url=away))
+            assert attempt.status is None
+            assert attempt.error
+        for number in range(1000):
+            target = dataclasses.replace(
+                job.callback, url=url.replace("127.0.0.1", f"127.0.{number // 250}.{number % 250}")
+            )
+            until(lambda target=target: courier.send(job, target, lambda *_: courier.settled(job.key)))  # type: ignore[misc]
+        until(lambda: not courier.under_way())
+        until(lambda: threading.active_count() <= before[0])
+        assert len(os.listdir("/proc/self/fd")) <= before[1]
 
 
 def test_a_hundred_callbacks_for_a_hanging_receiver_delay_nobody_else(tmp_path: Path, sink: Sink) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -160,6 +161,42 @@ def test_a_callback_owed_at_the_kill_is_delivered_after_the_restart(folder: Path
         until(lambda: api.job(job_id)["callback"]["state"] == "delivered")
     assert sink.got.empty()
     assert marks(folder) == {1: 1}
+
+
+def test_a_callback_on_its_way_at_the_kill_is_sent_again(folder: Path, sink: Sink) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as receiver:
+        port = receiver.getsockname()[1]
+        with process(folder) as (server, url, _):
+            job_id = Api(url).submit("/work", n=1, callbackUrl=f"http://127.0.0.1:{port}/hook")
+            connection, _ = receiver.accept()
+            with connection:
+                head = b""
+                while b"\r\n\r\n" not in head:
+                    head += connection.recv(65536)
+                server.kill()  # it has been sent, and nobody answered yet
+                server.wait(10)
+        with process(folder) as (_, url, _lines):
+            connection, _ = receiver.accept()
+            with connection:
+                again = connection.recv(65536)
+                while job_id.encode() not in again.partition(b"\r\n\r\n")[2]:
+                    again += connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+            message_id = f"msg_{job_id}".encode()
+            assert message_id in head
+            assert message_id in again
+            api = Api(url)
+            until(lambda: api.job(job_id)["callback"]["state"] == "delivered")
+    assert marks(folder) == {1: 1}
+
+
+def test_a_receiver_that_hangs_does_not_hold_up_the_end_of_the_process(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as receiver, process(folder) as (server, url, _):
+        Api(url).submit("/work", n=1, callbackUrl=f"http://127.0.0.1:{receiver.getsockname()[1]}/")
+        connection, _ = receiver.accept()
+        with connection:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(8) == 0  # `callback_timeout` is 15 s
 
 
 def test_sigterm_lets_running_jobs_end_and_leaves_the_queue_to_the_next_start(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib.util
 import json
 import os
@@ -309,6 +310,30 @@ def test_a_connection_that_breaks_is_no_traceback(start: Start, client: requests
         # Closing with a linger time of zero resets the connection.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
     assert client.post(listener.url, json={}).status_code == 204
+
+
+@pytest.mark.parametrize("start", [b"", b"POST / HTTP/1.1\r\n", b"POST / HTTP/1.1\r\nContent-Length: 999\r\n\r\n"])
+def test_a_sender_that_drips_is_hung_up_on(start: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("callback_listener")
+    monkeypatch.setattr(module, "CONNECTION_S", 0.2)
+    with module.Listener(("127.0.0.1", 0)) as listener:
+        listener.show = lambda text: None
+        thread = threading.Thread(target=listener.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        with socket.create_connection(listener.server_address) as connection:
+            connection.sendall(start)
+            connection.settimeout(0.02)
+            began, ended = time.monotonic(), False
+            while not ended and time.monotonic() - began < 5:
+                with contextlib.suppress(TimeoutError):
+                    try:
+                        connection.sendall(b"x")
+                        ended = not connection.recv(1000).startswith(b"HTTP/")
+                    except ConnectionError:
+                        ended = True
+        listener.shutdown()
+        thread.join(5)
+    assert ended
 
 
 # ---- The listener: fetching ------------------------------------------------------------------------------------------

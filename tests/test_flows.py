@@ -956,6 +956,94 @@ def test_a_host_from_the_request_is_judged(api: Api, host: str) -> None:
     assert call(api, {"url": "http://127.0.0.1:${env.PORT}/x"}).answer.code == 200
 
 
+AUTHORITIES = [
+    "${params.p}", "http://${params.p}/", "http://${params.p}:${env.PORT}/", "${env.SCHEME}://${params.p}:${env.PORT}/",
+    "${env.SCHEME}://${params.p}/x", "${'http:'}//${params.p}/x", "${env.BROKEN}/${params.p}/x", "http://${set}/",
+    "http://${[env for env in [params.p]][0]}/", "http://${secrets.get('none', params.p)}/", "http://127.0.0.${last}/",
+    "http://127.0.0.1:${port}/", "${got.headers.location}", "${request.headers.get('x', 'http://' + set)}/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", AUTHORITIES)
+def test_an_authority_with_data_from_outside_is_judged(api: Api, url: str) -> None:
+    api.answers["/first"] = [(200, {"Location": api.url + "/second"}, b"")]
+    steps = [
+        {"name": "got", "http": api.url + "/first"},
+        {"name": "set", "set": "${params.p}"},
+        {"name": "port", "set": "${got.headers.location[17:].split('/')[0]}"},
+        {"name": "last", "each": {"of": [1], "as": "n", "steps": [{"name": "i", "set": "${n}"}], "result": "${i}"}},
+        {"name": "last2", "set": "${last[0]}"},
+        {"name": "h", "http": url.replace("${last}", "${last2}")},
+    ]
+    tree = get_flow("/x", steps=steps, request={"parameters": {"p": {"in": "query"}}})
+    env = {"API": api.url, "PORT": api.url.rpartition(":")[2], "SCHEME": "http", "BROKEN": "http:/"}
+    outcome = run_tree(tree, "p=" + quote(api.url if url.startswith("${params") else "127.0.0.1"), env=env)
+    assert isinstance(outcome, Outcome)
+    assert outcome.answer.code == 502
+    assert "refused" in outcome.answer.body.decode()
+    assert [path for _, path, *_ in api.got] == ["/first"]
+
+
+def test_the_author_s_own_authority_is_not_judged(api: Api) -> None:
+    for url in (
+        "${env.API}/${params.p}",
+        "http://127.0.0.1:${env.PORT}?${params.p}",
+        "${env.S}://127.0.0.1:${env.PORT}/",
+    ):
+        outcome = call(api, {"url": url}, "p=1", env={"API": api.url, "PORT": api.url.rpartition(":")[2], "S": "http"})
+        assert outcome.answer.code == 200, url
+
+
+@pytest.mark.parametrize(
+    "location", ["http://[::1", "//[x]/", "http://a:99999/", "http://u:p@h/", "file:///x", "\\\\h\\x"]
+)
+def test_a_redirect_to_no_address_is_the_api_s_fault(api: Api, location: str) -> None:
+    api.answers["/away"] = [(302, {"Location": location}, b"")]
+    assert call(api, {"url": api.url + "/away"}).answer.code == 502
+
+
+@pytest.mark.parametrize(("status", "method"), [(301, "GET"), (302, "GET"), (303, "GET"), (307, "POST"), (308, "POST")])
+def test_a_redirected_post_keeps_its_body_or_becomes_a_get(api: Api, status: int, method: str) -> None:
+    api.answers["/p"] = [(status, {"Location": "/q"}, b"")]
+    assert call(api, {"url": api.url + "/p", "json": {"a": 1}, "follow": True}).answer.code == 200
+    asked, path, headers, body = api.got[-1]
+    assert (asked, path) == (method, "/q")
+    assert (body, "content-type" in headers) == ((b'{"a":1}', True) if method == "POST" else (b"", False))
+
+
+@pytest.mark.parametrize("status", [307, 308])
+def test_a_body_does_not_go_to_another_server(api: Api, status: int) -> None:
+    other = api.url.replace("127.0.0.1", "localhost")
+    api.answers["/p"] = [(status, {"Location": other + "/q"}, b"")]
+    policy = AddressPolicy("127.0.0.0/8,::1")
+    outcome = call(api, {"url": api.url + "/p", "json": {"key": "k"}, "follow": True}, policy=policy)
+    assert outcome.answer.code == 502
+    assert "must not get the body" in outcome.answer.body.decode()
+    assert [path for _, path, *_ in api.got] == ["/p"]
+    api.answers["/p"] = [(303, {"Location": other + "/q"}, b"")]  # no body goes along
+    spec = {"url": api.url + "/p", "json": {"key": "k"}, "headers": {"Cookie": "c", "X-Api-Key": "k"}, "follow": True}
+    assert call(api, spec, policy=policy).answer.code == 200
+    assert not {"cookie", "x-api-key", "content-type"} & api.got[-1][2].keys()
+
+
+def test_redirects_are_counted(api: Api) -> None:
+    for number in range(20):
+        api.answers[f"/{number}"] = [(302, {"Location": f"/{number + 1}"}, b"")]
+    assert call(api, {"url": api.url + "/0"}).answer.code == 502
+    assert len(api.got) == 6
+
+
+def test_an_answer_cannot_cost_time_with_the_square_of_its_size(api: Api) -> None:
+    began = time.monotonic()
+    api.answers["/link"] = [(200, {"Link": "<" * 60_000, "Content-Type": "application/json"}, b"[]")]
+    assert call(api, {"url": api.url + "/link", "pages": {"link": True}}).answer.code == 200
+    body = b"ab" * 200_000 + b"-" + b"a9" * 200_000
+    for charset in ("punycode", "idna", "raw_unicode_escape", "undefined", "zip"):
+        api.answers["/text"] = [(200, {"Content-Type": f"text/plain; charset={charset}"}, body)]
+        assert call(api, {"url": api.url + "/text"}).answer.code == 200
+    assert time.monotonic() - began < 2
+
+
 @pytest.mark.parametrize("host", ["u@127.0.0.1", "127.0.0.1#", "127.0.0.1/x?", "a b", "\r\n", "127.0.0.1\\@x"])
 def test_a_host_that_is_none_goes_nowhere(api: Api, host: str) -> None:
     assert call(api, {"url": "http://${params.p}:${env.PORT}/x"}, urlencode({"p": host})).answer.code == 502
@@ -1073,7 +1161,8 @@ def test_weather_against_the_stand_in() -> None:
             def weather(city: str, query: str = "") -> Any:
                 path = f"/weather/{city}"
                 bound = flow.bind(StoredRequest("GET", path, query), path_values(flow, path))
-                outcome = run_flow(Run(flow, bound, surroundings(env=env), time.monotonic() + 20))
+                outside = surroundings(env=env)
+                outcome = run_flow(Run(flow, bound, outside, outside.clock.monotonic() + 20))
                 assert isinstance(outcome, Outcome)
                 return outcome.answer.code, json.loads(outcome.answer.body)
 

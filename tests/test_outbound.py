@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Sink
+from support import Sink, until
 
 import astera_lite
 from astera_lite import (
@@ -31,6 +31,7 @@ from astera_lite import (
 )
 
 LOOPBACK = AddressPolicy("auto", loopback=True)
+OK = b"HTTP/1.1 200 OK\r\n"
 
 
 def refused(policy: AddressPolicy, address: str, host: str = "receiver.example") -> bool:
@@ -45,7 +46,8 @@ def refused(policy: AddressPolicy, address: str, host: str = "receiver.example")
     """1.1.1.1 8.8.8.8 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.0 126.255.255.255 128.0.0.0 169.253.255.255
     169.255.0.0 172.15.255.255 172.32.0.0 192.0.1.0 192.88.98.255 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0
     223.255.255.255 2606:4700::1111 2001:4860:4860::8888 2a00::1 ::ffff:8.8.8.8 64:ff9b::808:808
-    2002:808:808::1""".split(),
+    2002:808:808::1 192.31.195.1 192.52.192.1 192.175.49.1 2620:4f:7fff::1 2001:200::1 2a00::5efe:8.8.8.8
+    ::808:808""".split(),
 )
 def test_public_addresses_are_public(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
@@ -59,7 +61,10 @@ def test_public_addresses_are_public(address: str) -> None:
     203.0.113.1 224.0.0.1 239.255.255.255 240.0.0.1 255.255.255.255
     :: ::1 fe80::1 febf::1 fec0::1 fc00::1 fd00::1 ff02::1 ff0e::1 100::1 64:ff9b:1::1 2001::1 2001:10::1 2001:20::1
     2001:db8::1 3fff::1 5f00::1 4000::1
-    ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::ffff:0.0.0.0 ::127.0.0.1 ::10.0.0.1 ::2 ::ffff:0:127.0.0.1
+    192.31.196.1 192.52.193.1 192.175.48.1 2620:4f:8000::1 100:0:0:1::1 2001:1::1 2001:4:112::1 64:ff9b:1:ffff::808:808
+    ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::ffff:0.0.0.0 ::127.0.0.1 ::10.0.0.1 ::2 ::ffff:0:127.0.0.1 ::ffff:0:8.8.8.8
+    2a00::5efe:10.0.0.1 2a00::200:5efe:127.0.0.1 fe80::5efe:8.8.8.8 2002:808:808::5efe:10.0.0.1
+    2001:0:808:808::f7f7:f7f7
     64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 64:ff9b::a00:1 2002:7f00:1::1 2002:a00:1::1 2002:c0a8:1::""".split(),
 )
 def test_special_addresses_are_refused(address: str) -> None:
@@ -68,12 +73,15 @@ def test_special_addresses_are_refused(address: str) -> None:
     assert refused(AddressPolicy("auto"), address)
 
 
-METADATA = "169.254.169.254 169.254.170.2 100.100.100.200 192.0.0.192 168.63.129.16 fd00:ec2::254".split()
+METADATA = (
+    "169.254.169.254 169.254.170.2 169.254.170.23 169.254.42.42 169.254.0.23 100.100.100.200 192.0.0.192 168.63.129.16 "
+    "fd00:ec2::254 fd00:ec2::23 fd20:ce::254 fd00:c1::a9fe:a9fe fd00:42::42 fe80::a9fe:a9fe"
+).split()
 
 
 @pytest.mark.parametrize("address", METADATA)
 def test_metadata_addresses_are_refused_unless_named_exactly(address: str) -> None:
-    wide = "169.254.0.0/16,100.64.0.0/10,192.0.0.0/24,168.0.0.0/8,fd00::/8"
+    wide = "169.254.0.0/16,100.64.0.0/10,192.0.0.0/24,168.0.0.0/8,fd00::/8,fe80::/10"
     assert refused(AddressPolicy(), address)
     assert refused(AddressPolicy(wide), address)
     assert refused(AddressPolicy("receiver.example"), address)
@@ -81,9 +89,16 @@ def test_metadata_addresses_are_refused_unless_named_exactly(address: str) -> No
 
 
 def test_metadata_inside_an_ipv6_address_is_refused() -> None:
-    for form in ("::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "::169.254.169.254"):
+    public_form = ("::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "::169.254.169.254")
+    own_form = ("::ffff:0:a9fe:a9fe", "64:ff9b:1::a9fe:a9fe", "2001::5601:5601", "fd00::5efe:a9fe:a9fe")
+    for form in (*public_form, *own_form, "2a00::200:5efe:a9fe:a9fe", "2002:808:808::5efe:a9fe:a9fe"):
         assert refused(AddressPolicy("169.254.0.0/16,::/0"), form)
+        assert refused(AddressPolicy("receiver.example,8.8.8.8"), form)
+        assert not refused(AddressPolicy(f"0.0.0.0/0,{form}"), form)
+    for form in public_form:
         assert not refused(AddressPolicy("169.254.169.254"), form)
+    for form in own_form:  # the IPv4 address is named, but not the network that carries it
+        assert refused(AddressPolicy("169.254.169.254"), form)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +112,9 @@ def test_metadata_inside_an_ipv6_address_is_refused() -> None:
         ("10.0.0.5", "a.example", "10.0.0.6", False),
         ("10.0.0.0/8", "a.example", "::ffff:10.0.0.1", True),
         ("10.0.0.0/8", "a.example", "64:ff9b::a00:1", True),
+        ("10.0.0.0/8", "a.example", "64:ff9b:1::a00:1", False),
+        ("10.0.0.0/8,64:ff9b:1::/96", "a.example", "64:ff9b:1::a00:1", True),
+        ("10.0.0.0/8", "a.example", "2002:a00:1::5efe:c0a8:1", False),
         ("fd00::/8", "a.example", "fd12::1", True),
         ("fd00::/8", "a.example", "fe80::1", False),
         ("[::1]", "a.example", "::1", True),
@@ -320,6 +338,12 @@ def test_an_answer_comes_back_whole(serving: Serving) -> None:
         (b"HTTP/1.0 200 OK\r\n\r\nuntil the end", b"until the end"),
         (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", b"ok"),
+        (
+            b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+            b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103\r\nContent-Length: 9\r\n\r\n"
+            b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+            b"ok",
+        ),
     ],
 )
 def test_every_framing_is_read(serving: Serving, answer: bytes, body: bytes) -> None:
@@ -426,6 +450,46 @@ def test_the_next_address_is_tried(sink: Sink, monkeypatch: pytest.MonkeyPatch) 
     assert fetch(url, method="POST", body=b"{}").status == 204
 
 
+def test_of_thousands_of_addresses_a_few_are_tried(sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
+    lookups(monkeypatch, [f"127.1.{n // 250}.{n % 250 + 1}" for n in range(4000)])
+    tried: list[str] = []
+
+    def create_connection(address: tuple[str, int], *more: Any, **named: Any) -> socket.socket:
+        tried.append(address[0])
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(astera_lite.socket, "create_connection", create_connection)
+    assert failure(sink.url.replace("127.0.0.1", "many.example")).kind == "transport"
+    assert 1 < len(tried) <= 16
+
+
+def test_lookups_left_behind_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    release, waiting = threading.Event(), threading.Semaphore(0)
+
+    def getaddrinfo(host: Any, *more: Any, **named: Any) -> Any:
+        if named.get("flags"):
+            raise socket.gaierror(socket.EAI_NONAME, "not a number")
+        waiting.release()
+        release.wait(20)
+        raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(astera_lite, "_MAX_LOOKUPS", 5)
+    try:
+        for number in range(5):
+            for _ in range(3):  # a name that is asked again has no second thread
+                assert "could not be resolved" in str(failure(f"http://n{number}.example/", timeout=0.02))
+        for number in range(20):
+            error = failure(f"http://m{number}.example/", timeout=0.02)
+            assert (error.kind, "too many" in str(error)) == ("transport", True)
+        count = sum(1 for thread in threading.enumerate() if thread.name == "astera-resolve")
+        assert count == 5
+    finally:
+        release.set()
+    until(lambda: not [t for t in threading.enumerate() if t.name == "astera-resolve"])
+    assert failure("http://again.example/").kind == "transport"  # the places are free again
+
+
 def test_a_name_that_does_not_exist_is_a_transport_error(monkeypatch: pytest.MonkeyPatch) -> None:
     lookups(monkeypatch, [])
     assert failure("http://nobody.example/").kind == "transport"
@@ -481,9 +545,6 @@ def silent(connection: socket.socket) -> None:
     connection.recv(1)  # ends when the client hangs up
 
 
-OK = b"HTTP/1.1 200 OK\r\n"
-
-
 @pytest.mark.parametrize("max_bytes", [0, 1 << 20])
 @pytest.mark.parametrize(
     "serve",
@@ -492,8 +553,9 @@ OK = b"HTTP/1.1 200 OK\r\n"
         drip(b"HTTP/1.1 200 " + b"O" * 5000),
         endless(OK, b"X: y\r\n", 0.005),
         endless(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.005),
+        endless(b"", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n", 0.005),
     ],
-    ids=["silent", "drips", "headers", "continues"],
+    ids=["silent", "drips", "headers", "continues", "hints"],
 )
 def test_the_deadline_is_over_everything(
     serving: Serving, serve: Callable[[socket.socket], None], max_bytes: int
@@ -603,6 +665,44 @@ def test_a_broken_answer_is_a_transport_error(serving: Serving, answer: bytes) -
     assert "/" not in str(error).replace("HTTP/1.1", "")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"HTTP/1.1 099 Low", b"HTTP/1.1 1000 High", b"HTTP/1.1 2 Short", b"HTTP/1.1", b"HTTP/2 200 OK",
+     b"HTTP/1.1 2\x0000 OK", b"<html>", b"HTTP/1.1 200 " + b"x" * 70_000, "HTTP/1.1 ٢٠٠ OK".encode(),
+     OK + b"X: y\r\n" * 101],
+)  # fmt: skip
+def test_a_callback_s_answer_that_is_not_http_is_no_answer(serving: Serving, line: bytes) -> None:
+    assert failure(serving(line + b"\r\n\r\n").url, method="POST", body=b"{}", max_bytes=0).kind == "transport"
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b"HTTP/1.1 200 \r\n\r\n", 200), (b"HTTP/1.1 200\r\n\r\n", 200), (b"HTTP/1.0 204 x\r\n\r\n", 204),
+        (b"HTTP/1.1 101 Other\r\nUpgrade: x\r\n\r\n", 101), (b"HTTP/1.1 999 x\r\n\r\n", 999),
+        (OK + b"X: a\0b\r\n\r\n", 200), (OK + b"Content-Length: -1\r\n\r\n", 200),
+        (OK + b"Content-Length: 5\r\nContent-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\nzzz", 200),
+    ],
+)  # fmt: skip
+def test_a_callback_is_answered_by_a_whole_head(serving: Serving, answer: bytes, status: int) -> None:
+    assert fetch(serving(answer).url, method="POST", body=b"{}", max_bytes=0).status == status
+
+
+@pytest.mark.parametrize("size", [2, 16 << 20])
+def test_an_answer_that_comes_before_the_request_is_read_counts(serving: Serving, size: int) -> None:
+    server = serving(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n", read_first=False)  # and then it resets
+    assert fetch(server.url, method="POST", body=bytes(size)).status == 413
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("X", "a\r\nY: z"), ("X", "a\0"), ("X", "€"), ("X\r\nY", "z"), ("X Y", "z")]
+)
+def test_a_header_cannot_inject(serving: Serving, name: str, value: str) -> None:
+    server = serving(OK + b"Content-Length: 0\r\n\r\n")
+    assert failure(server.url, headers={name: value}).kind == "invalid"
+    assert server.heads == []
+
+
 def test_a_reset_is_a_transport_error(serving: Serving) -> None:
     def reset(connection: socket.socket) -> None:
         connection.sendall(OK + b"Content-Length: 100\r\n\r\nx")
@@ -672,3 +772,28 @@ def test_a_trusted_certificate_is_taken_for_its_name_only(
         assert fetch(url.replace("127.0.0.1", host)).body == b"secret"
     lookups(monkeypatch, ["127.0.0.1"])
     assert "certificate" in str(failure(url.replace("127.0.0.1", "other.example")))
+    monkeypatch.setattr(astera_lite, "resolve", lambda *where: [ipaddress.ip_address("127.0.0.1")])
+    assert fetch(url.replace("127.0.0.1", "localhost.")).body == b"secret"  # a certificate's names have no last dot
+
+
+def test_the_deadline_is_over_an_upload_that_is_read_slowly(
+    serving: Serving, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+    gone = threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as wrapped:
+            while wrapped.recv(65536) and not gone.wait(0.002):
+                pass
+
+    server = serving(serve, read_first=False)
+    began = time.monotonic()
+    url = server.url.replace("http:", "https:")
+    error = failure(url, method="POST", body=bytes(64 << 20), timeout=1)
+    took = time.monotonic() - began
+    gone.set()
+    assert error.kind == "timeout"
+    assert took < 3

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import socket
+import sqlite3
 import struct
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -614,6 +615,19 @@ def test_a_full_queue_is_503_but_known_keys_are_answered(tmp_path: Path, gate: G
         assert run.client.get(url).status_code == 202, "a cancelled job waits no more"
         gate.open.set()
         assert run.client.finished(running_job)["status"] == "Completed"
+
+
+def test_a_burst_during_one_commit_does_not_overfill_the_queue(tmp_path: Path, gate: Gate) -> None:
+    flows = {"held": get_flow("/held", steps=gate.steps())}
+    with serving(tmp_path, flows, workers=1, max_queue=5) as run, ThreadPoolExecutor(20) as pool:
+        with closing(sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")  # no commit gets through
+            answers = [pool.submit(requests.get, f"{run.server.url}/api/publishingAsync/held") for _ in range(20)]
+            until(lambda: sum(answer.done() for answer in answers) == 15)
+            other.execute("COMMIT")
+        codes = [answer.result().status_code for answer in answers]
+        assert sorted(codes) == [202] * 5 + [503] * 15
+        gate.open.set()
 
 
 # --- status ---

@@ -701,7 +701,7 @@ def foreign(path: str) -> None:
 def newer(path: str) -> None:
     SqliteStore(path).close()
     with closing(sqlite3.connect(path)) as other:
-        other.execute("PRAGMA user_version = 2")
+        other.execute("PRAGMA user_version = 99")
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -709,7 +709,7 @@ def newer(path: str) -> None:
     ("make", "message"),
     [
         (foreign, "jobs.db is a database of another program: set `database` to another path"),
-        (newer, r"jobs.db was made by a newer version \(2\): use that one; nothing was changed"),
+        (newer, r"jobs.db was made by a newer version \(99\): use that one; nothing was changed"),
         (lambda path: Path(path).write_bytes(b"no database, just text\n" * 99), "jobs.db: the file is not a database"),
     ],
     ids=["foreign", "newer", "text"],
@@ -807,19 +807,20 @@ def test_pieces_without_a_job_are_gone_after_a_start(path: str) -> None:
 def test_an_older_database_is_upgraded_step_by_step(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(SqliteStore(path)) as old:
         new = added(old)
+    now = astera_lite.SCHEMA_VERSION
     scripts = {
-        1: "ALTER TABLE jobs ADD COLUMN colour TEXT; UPDATE jobs SET colour = 'red';",
-        2: "ALTER TABLE jobs ADD COLUMN shape TEXT; UPDATE jobs SET shape = colour || ' square';",
+        now: "ALTER TABLE jobs ADD COLUMN colour TEXT; UPDATE jobs SET colour = 'red';",
+        now + 1: "ALTER TABLE jobs ADD COLUMN shape TEXT; UPDATE jobs SET shape = colour || ' square';",
     }
-    monkeypatch.setattr(astera_lite, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(astera_lite, "SCHEMA_VERSION", now + 2)
     monkeypatch.setattr(astera_lite, "UPGRADES", scripts)
     for _ in range(2):
         with closing(SqliteStore(path)) as store:
             assert store.get(new.key) == new
-            assert look(path, "PRAGMA user_version") == [(3,)]
+            assert look(path, "PRAGMA user_version") == [(now + 2,)]
             assert look(path, "SELECT shape FROM jobs") == [("red square",)]
     monkeypatch.undo()
-    with pytest.raises(StoreError, match=r"newer version \(3\)"):
+    with pytest.raises(StoreError, match=rf"newer version \({now + 2}\)"):
         SqliteStore(path)
 
 
@@ -828,8 +829,9 @@ def test_an_upgrade_that_fails_changes_nothing(path: str, monkeypatch: pytest.Mo
         new = added(old)
     columns = look(path, "PRAGMA table_info(jobs)")
     with monkeypatch.context() as patched:
-        patched.setattr(astera_lite, "SCHEMA_VERSION", 2)
-        patched.setattr(astera_lite, "UPGRADES", {1: "ALTER TABLE jobs ADD COLUMN a; DROP TABLE nowhere;"})
+        now = astera_lite.SCHEMA_VERSION
+        patched.setattr(astera_lite, "SCHEMA_VERSION", now + 1)
+        patched.setattr(astera_lite, "UPGRADES", {now: "ALTER TABLE jobs ADD COLUMN a; DROP TABLE nowhere;"})
         with pytest.raises(StoreError):
             SqliteStore(path)
     with closing(SqliteStore(path)) as store:
@@ -843,7 +845,7 @@ def test_every_table_index_and_column_has_a_comment(store: SqliteStore, path: st
         if line.startswith("CREATE"):
             assert re.match("-- [A-Z].*[.]$", lines[n - 1]), line
     tables = [name for (name,) in look(path, "SELECT name FROM sqlite_schema WHERE type = 'table'")]
-    assert sorted(tables) == ["attempts", "callbacks", "flows", "jobs", "pieces", "steps"]
+    assert sorted(tables) == ["attempts", "callbacks", "clock", "flows", "jobs", "pieces", "steps", "tokens"]
     for table in tables:
         begin = lines.index(f"CREATE TABLE {table} (")
         end = next(n for n in range(begin, len(lines)) if lines[n].startswith(")"))
