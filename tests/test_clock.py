@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -41,7 +42,9 @@ def tick(app: AsteraLite, clock: FakeClock, seconds: float = 0) -> None:
     app.housekeeper.tick(clock.tick(seconds))
     until(lambda: not app.courier.under_way())
     until(lambda: app.engine.counts()["running"] == 0 == app.engine.counts()["queued"])
-    assert app.store.fault is None
+    written = threading.Event()
+    app.store.barrier(lambda result, error: written.set())
+    assert written.wait(10)
 
 
 def done(app: AsteraLite, flow: str = "hello", **more: Any) -> Job:
