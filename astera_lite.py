@@ -920,6 +920,27 @@ class _Work:
             raise ExpressionError(f"it does too much work (more than {MAX_WORK:,} units)")
 
 
+class TooDear(BaseException):
+    """A run costs more than its purse holds. No failure of the flow, and nothing in a flow can catch it."""
+
+
+class Purse(_Work):
+    """What all evaluations of one run together may spend, where the thread that runs it is needed for others."""
+
+    __slots__ = ()
+
+    def __init__(self, units: int) -> None:
+        self.left = units
+
+    def spend(self, amount: int) -> None:
+        self.left -= amount
+        if self.left < 0:
+            raise TooDear
+
+
+PURSE = ""  # under this name, which none of a flow can have, a scope holds the purse of its run
+
+
 def _kind(value: Any) -> str:
     names: dict[Any, str] = {
         type(None): "null",
@@ -1569,7 +1590,7 @@ class Template:
     def __call__(self, scope: Mapping[str, Any]) -> Any:
         """The value; raises ExpressionError, which names the place and the part of the expression."""
         try:
-            return self._run(scope, _Work())
+            return self._run(scope, scope.get(PURSE) or _Work())
         except (
             ExpressionError,
             ArithmeticError,
@@ -2491,6 +2512,7 @@ class Input:
     params: dict[str, Any]
     request: dict[str, Any]
     selected: Selected = _ALL_ROWS
+    size: int = 0  # bytes of the body as it came
 
 
 @dataclass(frozen=True, slots=True)
@@ -2565,6 +2587,7 @@ class Flow:
     text: str
     version: int
     source: str  # the file's name, for people
+    light: bool = False  # computes only, and is short: it may be run where a thread must not be held for long
 
     @property
     def segments(self) -> list[str]:
@@ -2604,6 +2627,7 @@ class Flow:
                 "id": request_id,
             },
             selected,
+            len(request.body),
         )
 
     def _bind_body(self, request: StoredRequest, errors: list[dict[str, str]]) -> Any:
@@ -2905,6 +2929,7 @@ class Run:
         "journal",
         "outside",
         "progress",
+        "purse",
         "step_deadline",
         "trace",
     )
@@ -2928,11 +2953,13 @@ class Run:
         self.blocking: Callable[[], None] | None = None  # called by `may_block`
         self.canned: _Canned | None = None  # of a test
         self.held = False  # waits with its thread, for it shares its run with others
+        self.purse: Purse | None = None
 
     def scope(self) -> Scope:
         """The names that expressions see before the first step."""
         given, outside = self.input, self.outside
-        return {"params": given.params, "request": given.request, "env": outside.env, "secrets": outside.secrets}
+        names = {"params": given.params, "request": given.request, "env": outside.env, "secrets": outside.secrets}
+        return names if self.purse is None else {**names, PURSE: self.purse}
 
     def branch(self, **changes: Any) -> Run:
         """A run of a part of this one, under the same deadlines; `changes` are its attributes that differ."""
@@ -2994,7 +3021,10 @@ class Run:
 
 
 def run_flow(run: Run) -> Outcome | Suspended:
-    """Run a flow to its outcome, or until it waits. Never raises: the door behind which everything is caught."""
+    """Run a flow to its outcome, or until it waits. The door behind which everything is caught.
+
+    Raises TooDear, if the run has a purse, and nothing else.
+    """
     flow = run.flow
     scope = run.scope()
     try:
@@ -3016,6 +3046,8 @@ def run_flow(run: Run) -> Outcome | Suspended:
         return Outcome.failed(code, error.status, error.detail, run.outside.masked(str(error)))
     except ExpressionError as error:
         return _broken(run, str(error))
+    except TooDear:
+        raise
     except BaseException as error:  # sys.exit(), or a cancelled future, ends the run and not a thread of the pool
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
@@ -5002,6 +5034,21 @@ def _json_cure(error: json.JSONDecodeError) -> str:
     return ""
 
 
+_LIGHT_KINDS = frozenset({"set", "choose", "respond", "fail"})
+_LIGHT_TEXT = 16 << 10  # characters of a light flow at the most, with all the constants that it answers with
+
+
+def _is_light(tree: dict[str, Any], text: str) -> bool:
+    """Whether a flow only computes, in few steps: what it may cost is then bounded by a purse."""
+    steps = list(tree.get("steps", ()))
+    for step in steps:
+        if not step.keys() <= _LIGHT_KINDS | {"name", "when", "onError"}:
+            return False
+        for branch in step.get("choose", ()):
+            steps += branch["steps"]  # they are looked at in their turn
+    return len(steps) <= 32 and len(text) <= _LIGHT_TEXT
+
+
 def build_flow(
     tree: dict[str, Any],
     name: str,
@@ -5078,6 +5125,7 @@ def build_flow(
         text=text,
         version=int.from_bytes(hashlib.sha256(f"{name}\n{text}".encode()).digest()[:8]) >> 1,
         source=where,
+        light=_is_light(tree, text) and limit is None,
     )
 
 
@@ -5739,6 +5787,7 @@ class Submission(NamedTuple):
     flow_text: str
     idempotency_key: str | None = None
     fingerprint: bytes = b""
+    ended: Finish | None = None  # of a job that was run before it was stored
 
 
 class Suspension(NamedTuple):
@@ -5890,6 +5939,7 @@ class _Write(NamedTuple):
     run: Callable[[sqlite3.Connection], Any]
     done: Done
     keep: bool  # an environment's failure (disk full) puts it off instead of failing it
+    row: tuple[Job, Sequence[Any]] | None = None  # of a new job that is one row, and may be written with others
 
 
 _JOB_COLUMNS = (
@@ -6113,8 +6163,14 @@ class SqliteStore:
 
     # --- writing ---
 
-    def _put(self, run: Callable[[sqlite3.Connection], Any], done: Done = _ignore, keep: bool = False) -> None:
-        self._queue.put(_Write(run, done, keep))
+    def _put(
+        self,
+        run: Callable[[sqlite3.Connection], Any],
+        done: Done = _ignore,
+        keep: bool = False,
+        row: tuple[Job, Sequence[Any]] | None = None,
+    ) -> None:
+        self._queue.put(_Write(run, done, keep, row))
         if self._closed:
             self._refuse()
 
@@ -6189,7 +6245,7 @@ class SqliteStore:
             if writer.in_transaction:  # the last one could not be rolled back
                 writer.execute("ROLLBACK")
             writer.execute("BEGIN IMMEDIATE")
-            results = [write.run(writer) for write in batch]
+            results = self._run(batch)
             writer.execute("COMMIT")
         except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
             with contextlib.suppress(sqlite3.Error):
@@ -6211,6 +6267,18 @@ class SqliteStore:
             self.fault = None
         for write, result in zip(batch, results, strict=True):
             self._tell(write, result, None)
+
+    def _run(self, batch: list[_Write]) -> list[Any]:
+        """What each write of a transaction brings; new jobs that are no more than a row go together."""
+        rows, results = [], []
+        for write in batch:
+            if write.row is not None and write.row[0].version in self._versions:
+                rows.append(write.row[1])
+                results.append(Added(write.row[0], False))
+            else:
+                results.append(write.run(self._writer))
+        _insert_jobs(self._writer, rows)
+        return results
 
     def _put_off(self, batch: list[_Write], kept: deque[_Write], error: Exception) -> None:
         failure = _store_error(error)
@@ -6240,9 +6308,10 @@ class SqliteStore:
         sent = to_json(
             {"method": request.method, "path": request.path, "query": request.query, "headers": request.headers}
         )
-        values = (
+        row = (
             *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
             submission.fingerprint, job.callback.url if job.callback else None, sent, None if cells else request.body,
+            *_end_columns(submission.ended),
         )  # fmt: skip
 
         def run(db: sqlite3.Connection) -> Added | Conflict:
@@ -6263,12 +6332,9 @@ class SqliteStore:
                 db.execute(
                     "INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text)
                 )
-            db.execute(
-                "INSERT INTO jobs (seq, salt, flow, version, status, created, token, base, idempotency_key,"
-                " fingerprint, callback_url, request, request_body)"
-                " VALUES (?, ?, ?, ?, 'Running', ?, ?, ?, ?, ?, ?, ?, ?)",
-                values,
-            )
+            _insert_jobs(db, [row])
+            if submission.ended is not None and submission.ended.callback is not None:
+                _owe(db, submission.ended)
             return Added(job, False)
 
         def stored(result: Any, error: AsteraError | None) -> None:
@@ -6278,7 +6344,9 @@ class SqliteStore:
                 self._put(partial(_execute, _FORGET_PIECES, (job.key.seq,)), keep=True)
             done(result, error)
 
-        self._put(run, stored)
+        owes = submission.ended is not None and submission.ended.callback is not None
+        plain = submission.idempotency_key is None and not cells and not owes
+        self._put(run, stored, row=(job, row) if plain else None)
 
     def _put_pieces(self, cells: list[tuple[int, str, int, int, bytes]], keep: bool) -> None:
         for cell in cells:
@@ -6312,12 +6380,7 @@ class SqliteStore:
         answer, seq = finish.outcome.answer, finish.key.seq
         cells = _cells(finish.key, "result", finish.attempt, answer.body) if len(answer.body) > PIECE else []
         self._put_pieces(cells, keep=True)
-        error = finish.outcome.error
-        values = (
-            finish.outcome.status.value, finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
-            len(answer.body), to_json(answer.headers), error and to_json(error), finish.trace,
-            None if cells else answer.body, seq, finish.attempt,
-        )  # fmt: skip
+        values = (*_end_columns(finish), seq, finish.attempt)
 
         def run(db: sqlite3.Connection) -> bool:
             moved = db.execute(
@@ -6338,11 +6401,7 @@ class SqliteStore:
                 (seq, finish.attempt, len(cells)),
             )
             if finish.callback is not None:
-                receiver, body = finish.callback
-                db.execute(
-                    "INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)",
-                    (seq, receiver, finish.finished, body),
-                )
+                _owe(db, finish)
             return True
 
         self._put(run, done, keep=True)
@@ -6655,6 +6714,46 @@ class SqliteStore:
             self._owner.close()
 
 
+_INSERT_JOB = (
+    "INSERT INTO jobs (seq, salt, flow, version, created, token, base, idempotency_key, fingerprint, callback_url,"
+    " request, request_body, status, attempt, started, finished, expires, code, size, headers, error, trace, result)"
+    " VALUES "
+)
+_JOB_MARKS = "(" + ", ".join("?" * 23) + ")"
+#: Rows that one statement inserts: SQLite may take no more than 999 parameters, and keeps the interpreter waiting for
+#: each statement.
+_ROWS_AT_ONCE = (32, 8, 1)
+_INSERT_JOBS = {count: _INSERT_JOB + ", ".join([_JOB_MARKS] * count) for count in _ROWS_AT_ONCE}
+_NOT_ENDED = ("Running", 0) + (None,) * 9
+
+
+def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
+    """status, attempt, started, finished, expires, code, size, headers, error, trace, result."""
+    if finish is None:
+        return _NOT_ENDED
+    answer, error = finish.outcome.answer, finish.outcome.error
+    return (
+        finish.outcome.status.value, finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
+        len(answer.body), to_json(answer.headers), error and to_json(error), finish.trace,
+        None if len(answer.body) > PIECE else answer.body,
+    )  # fmt: skip
+
+
+def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
+    at = 0
+    for count in _ROWS_AT_ONCE:
+        while len(rows) - at >= count:
+            db.execute(_INSERT_JOBS[count], [value for row in rows[at : at + count] for value in row])
+            at += count
+
+
+def _owe(db: sqlite3.Connection, finish: Finish) -> None:
+    assert finish.callback is not None
+    receiver, body = finish.callback
+    sql = "INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)"
+    db.execute(sql, (finish.key.seq, receiver, finish.finished, body))
+
+
 _SAVE_STEP = (
     "INSERT OR REPLACE INTO steps (job, path, until, output) SELECT ?, ?, ?, ?"
     " WHERE EXISTS (SELECT 1 FROM jobs WHERE seq = ? AND status = 'Running')"
@@ -6826,6 +6925,8 @@ def _bytes_from_mark(value: dict[str, Any]) -> Any:
 MAX_ATTEMPTS = 3  # interrupted so often, a job is given up: it may be what brings the server down
 _KEEP_READY = 1000  # queued jobs whose input stays in memory; those behind them are read again when their turn comes
 _MAX_UNRECORDED = 2000  # outcomes on their way to the disk, above which a worker waits for its own
+_PURSE = 10_000  # units that a run may cost which holds up the loop: some milliseconds
+_LIGHT_BODY = 16 << 10  # bytes of a request's body that such a run may have
 _COMPUTING = 2  # threads that run Python at one time: more would only hand the interpreter's lock to and fro
 
 
@@ -6937,8 +7038,8 @@ class _SyncRun(NamedTuple):
 class Engine:
     """Runs jobs and synchronous flows on a pool of threads, and records what came of the jobs.
 
-    `prepare(seq)` makes a stored job ready to run, None if it is not Running any more; `finished(key)` is called, on
-    the store's thread, when a job's end is committed. Some threads are kept for synchronous runs, or slow jobs would
+    `prepare(seq)` makes a stored job ready to run, None if it is not Running any more; `finished(key, more)` is called,
+    on the store's thread, when a job's end or wait is committed; `more` says that something becomes due. Some threads are kept for synchronous runs, or slow jobs would
     starve them. Only few threads compute at one time; a run that comes to what may block says so (`Run.blocking`), and
     another thread takes its turn. Durations are seconds.
     """
@@ -6952,7 +7053,7 @@ class Engine:
         retention: float,
         job_timeout: float,
         prepare: Callable[[int], Prepared | Outcome | None],
-        finished: Callable[[JobKey], None],
+        finished: Callable[[JobKey, bool], None],
     ) -> None:
         self._store, self._outside, self._clock = store, outside, outside.clock
         self._prepare, self._tell = prepare, finished
@@ -6981,6 +7082,7 @@ class Engine:
         self._stopping = False
         self._idle = threading.Condition(self._lock)
         self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
+        self._dear: set[int] = set()  # versions of light flows that once cost more than a purse holds
 
     # --- queue ---
 
@@ -6996,7 +7098,7 @@ class Engine:
     def put(self, seq: int, prepared: Prepared | None = None) -> None:
         """Queue a stored job; what is prepared already is kept in memory as long as the queue is short."""
         with self._lock:
-            if prepared is not None and len(self._inputs) < _KEEP_READY and len(prepared.input.request) < PIECE:
+            if prepared is not None and len(self._inputs) < _KEEP_READY and prepared.input.size < PIECE:
                 self._inputs[seq] = prepared
             heapq.heappush(self._ready, seq)
             self._call_threads()
@@ -7021,6 +7123,25 @@ class Engine:
             self._call_threads()
             return self._waiting[0][0] if self._waiting else None
 
+    def run_at_once(self, flow: Flow, given: Input, trace: list[dict[str, Any]] | None = None) -> Outcome | None:
+        """Run a light flow on the calling thread, which it holds for a few milliseconds at the most.
+
+        None if it is not light, costs more than that, or came with a large body: then it wants a thread.
+        """
+        if not flow.light or flow.version in self._dear or given.size > _LIGHT_BODY:
+            return None
+        began = self._clock.monotonic()
+        run = Run(flow, given, self._outside, began + 1, trace=trace)
+        run.purse = Purse(_PURSE)
+        try:
+            outcome = run_flow(run)
+        except TooDear:
+            self._dear.add(flow.version)
+            return None
+        assert isinstance(outcome, Outcome)
+        self._measure(flow, self._clock.monotonic() - began)
+        return outcome
+
     def run_sync(self, run: Run, done: Callable[[Outcome], None]) -> None:
         """Run a flow for a caller who waits; `done` is called by the thread that ran it."""
 
@@ -7042,7 +7163,7 @@ class Engine:
         assert isinstance(outcome, Outcome)
         self._measure(run.flow, self._clock.monotonic() - began)
         self._leave(run.flow)
-        _log_outcome("request", str(run.input.request["id"]), run.flow, outcome)
+        log_outcome("request", str(run.input.request["id"]), run.flow, outcome)
         sync.done(outcome)
 
     # --- limits of flows ---
@@ -7259,7 +7380,7 @@ class Engine:
                 assert live.run is not None
                 self._paused[job.key.seq] = live.run.progress
                 self.later(due, job.key.seq)
-                self._tell(job.key)
+                self._tell(job.key, True)
             elif error is not None:
                 self.end(job, Outcome.failed("failed", 500, "The job's wait could not be stored."))
 
@@ -7270,7 +7391,7 @@ class Engine:
         job = live.job
         assert job is not None
         finish = self._finish(job, outcome, trace)
-        _log_outcome("job", job.id, flow, outcome)
+        log_outcome("job", job.id, flow, outcome)
         with self._lock:
             crowded = self._unrecorded >= _MAX_UNRECORDED
         if crowded:
@@ -7292,6 +7413,14 @@ class Engine:
             with self._lock:
                 self._unrecorded -= 1
             raise
+
+    def ended_at_once(self, job: Job, flow: Flow, given: Input) -> Finish | None:
+        """Run a job that is not stored yet, if its flow is light: how it ended, None if it is to be queued."""
+        trace: list[dict[str, Any]] = []
+        outcome = self.run_at_once(flow, given, trace)
+        if outcome is None or len(outcome.answer.body) > PIECE:
+            return None
+        return self._finish(dataclasses.replace(job, attempt=1, started=job.created), outcome, trace)
 
     def _finish(self, job: Job, outcome: Outcome, trace: list[dict[str, Any]]) -> Finish:
         now = self._clock.now()
@@ -7330,7 +7459,7 @@ class Engine:
                     outcome = Outcome.failed("failed", 500, "The job's end could not be stored.")
                     self._hand_over(job, self._finish(job, outcome, []), done, substitute=False)
                     return
-            self._tell(job.key)
+            self._tell(job.key, job.callback is not None)
             done(moved, error)
 
         return recorded
@@ -7423,7 +7552,7 @@ class Engine:
         return len(left_over)
 
 
-def _log_outcome(what: str, its_id: str, flow: Flow, outcome: Outcome) -> None:
+def log_outcome(what: str, its_id: str, flow: Flow, outcome: Outcome) -> None:
     if outcome.error is None:
         log.debug("%s %s: flow %s answered %d", what, its_id, flow.name, outcome.answer.code)
     else:
@@ -8217,18 +8346,27 @@ class AsteraLite:
             call.key, call.flow.name, call.flow.version, Status.RUNNING, now, call.base, caller.name, callback=callback
         )
 
+        # A flow that only computes is run before its job is stored, so that both need one commit.
+        ended = self.engine.ended_at_once(job, call.flow, call.input)
+
         def stored(result: Any, error: AsteraError | None) -> None:
-            if isinstance(result, Added) and not result.replayed:
+            added = isinstance(result, Added) and not result.replayed
+            if added and ended is None:
                 self.engine.put(job.key.seq, Prepared(job, call.flow, call.input))
             else:
                 self.engine.dismiss(job.flow, job.key.seq)
+            if added and ended is not None:
+                log_outcome("job", job.id, call.flow, ended.outcome)
+                if ended.callback is not None:
+                    self.housekeeper.wake()
             with self._counting:
                 self._on_the_way -= 1
             done(result, error)
 
         with self._counting:
             self._on_the_way += 1
-        self.store.add(Submission(job, call.request, call.flow.text, call.idempotency_key, fingerprint), stored)
+        submission = Submission(job, call.request, call.flow.text, call.idempotency_key, fingerprint, ended)
+        self.store.add(submission, stored)
 
     def _replay(
         self, call: Call, token: str, fingerprint: bytes, full: Busy, done: Done, result: Any, error: AsteraError | None
@@ -8262,6 +8400,13 @@ class AsteraLite:
             return busy
         self._size += 2 * (len(call.request.body) + _ROW_BYTES)  # in the log and in the file, until it is measured
         return None
+
+    def run_at_once(self, flow: Flow, given: Input) -> Outcome | None:
+        """Run a flow that only computes, on the calling thread; None if it wants one of its own."""
+        outcome = self.engine.run_at_once(flow, given)
+        if outcome is not None:
+            log_outcome("request", str(given.request["id"]), flow, outcome)
+        return outcome
 
     def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:
         """Run a flow for a caller who waits; `done` gets the outcome on the thread that ran it."""
@@ -8299,12 +8444,13 @@ class AsteraLite:
         saved = {path: from_saved(text, self.outside.secrets) for path, text in loaded.saved.items()}
         return Prepared(job, flow, given, saved, loaded.waits, loaded.trace, interrupted)
 
-    def _finished(self, key: JobKey) -> None:
+    def _finished(self, key: JobKey, more: bool) -> None:
         with self._watching:
             watchers = self._watchers.pop(key.seq, ())
         for watcher in watchers:
             watcher()
-        self.housekeeper.wake()
+        if more:
+            self.housekeeper.wake()
 
     # --- jobs ---
 
@@ -9401,6 +9547,9 @@ def publish_sync(x: Exchange) -> Reply | None:
         raise InputError([{"in": "query", "name": "callbackUrl", "message": message}])
     request = _stored_request(x, flow, path, x.head.query)
     given = flow.bind(request, path_values(flow, path), x.request_id)
+    outcome = x.app.run_at_once(flow, given)
+    if outcome is not None:
+        return _flow_response(outcome.answer, _VARY)
     limit = min(flow.timeout or x.app.settings.sync_timeout, x.app.settings.sync_timeout)
     late = Outcome.failed("timeout", 504, "The flow took longer than it may.")
     x.later(limit + 0.25, lambda: x.answer(_flow_response(late.answer, _VARY)), False)
