@@ -46,6 +46,7 @@ import hashlib
 import heapq
 import hmac
 import http.client
+import importlib
 import io
 import ipaddress
 import itertools
@@ -244,7 +245,7 @@ def resource(name: str) -> bytes:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean "x"?` where a known word is near, else an empty string."""
-    words = list(known)
+    words = list(known) if len(word) <= 100 else []  # a longer one is none that was misspelt
     near = [each for each in words if each.lower() == word.lower()] or difflib.get_close_matches(word, words, 1)
     return f'; did you mean "{near[0]}"?' if near else ""
 
@@ -428,15 +429,17 @@ def json_body(value: Any) -> bytes:
 
 
 MAX_JSON_DEPTH = 100
+MAX_JSON_CONTAINERS = 500_000  # lists and objects: each takes 30 times the memory of its two characters
+_TOO_DEEP = f"it is nested deeper than {MAX_JSON_DEPTH} levels"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|([\[{])|([\]}])')
+_NO_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[^\[\]{}"]++')
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for at, name in enumerate(names) if name in names[:at])
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"the member {shown(twice)} is there twice")
     return result
 
@@ -471,7 +474,7 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
 
     ValueError (json.JSONDecodeError, with line and column, for the grammar) for invalid UTF-8, NaN, numbers beyond a
     double, lone surrogates, nesting deeper than MAX_JSON_DEPTH and, unless `_lenient_decoder` is given, for a member
-    that stands twice.
+    that stands twice and more than MAX_JSON_CONTAINERS.
     """
     if isinstance(text, bytes):
         try:
@@ -479,22 +482,28 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
         except UnicodeDecodeError as error:
             raise ValueError(f"byte {error.start} is not valid UTF-8") from None
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
-        _check_depth(text)
-    value = decoder.decode(text)
+        _check_depth(text, MAX_JSON_CONTAINERS if decoder is _decoder else len(text))
+    try:
+        value = decoder.decode(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
     if ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise ValueError("a string has half of a surrogate pair")
     return value
 
 
-def _check_depth(text: str) -> None:
-    depth = 0
-    for match in _BRACKETS.finditer(text):
-        if match[1]:
-            depth += 1
-            if depth > MAX_JSON_DEPTH:
-                raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH} levels")
-        elif match[2]:
-            depth -= 1
+def _check_depth(text: str, most: int) -> None:
+    """Raise ValueError for too many lists and objects, or too deep ones; what is malformed is left to the decoder."""
+    brackets = _NO_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
+    if brackets.count("[") > most:
+        raise ValueError(f"it has more than {most:,} lists and objects")
+    for _ in range(MAX_JSON_DEPTH):  # level by level from within: a loop over millions of brackets takes seconds
+        outer = brackets.replace("[]", "")
+        if len(outer) == len(brackets):
+            return
+        brackets = outer
+    if "[]" in brackets:
+        raise ValueError(_TOO_DEEP)
 
 
 def problem(status: int, detail: str = "", **members: Any) -> dict[str, Any]:
@@ -2290,10 +2299,192 @@ def _bound(holds: Callable[[Any, Any], bool], sized: bool, message: str) -> Call
     return check
 
 
-def _check_pattern(value: Any, pattern: re.Pattern[str]) -> str | None:
-    if type(value) is not str or pattern.search(value):
+# Python's white space is not ECMA's, its `$` also holds before a last line feed, and its `.` takes more line ends.
+_SPACES = "\\t-\\r \\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000\\ufeff"
+_ECMA = {"$": r"\Z", ".": r"[^\n\r\u2028\u2029]", r"\s": f"[{_SPACES}]", r"\S": f"[^{_SPACES}]"}
+_ECMA_ATOM = r"\\[dDwWnrtfv]|\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\[!-/:-@\[-`{-~]"
+_ECMA_CLASS = re.compile(rf"\[\^?+(?!\])(?:{_ECMA_ATOM}|\\s|[^\\\[\]&~|-]|-(?!-)|&(?!&)|~(?!~)|\|(?!\|))++\]")
+_ECMA_TOKEN = re.compile(
+    rf"{_ECMA_CLASS.pattern}|{_ECMA_ATOM}|\\[bBsS]|\((?:\?[:=!])?(?!\?)|[)|^$.]"
+    r"|(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})\??(?![*+?{])|[^\\()\[\]{}|^$.*+?]"
+)
+
+
+def portable_pattern(text: str) -> str | None:
+    """A pattern of ECMA 262, as JSON Schema has them, as the regular expression of Python that means the same.
+
+    None for what only Python has, or what the two take differently.
+    """
+    parts, at = [], 0
+    while at < len(text):
+        match = _ECMA_TOKEN.match(text, at)
+        if match is None:
+            return None
+        token, at = match[0], match.end()
+        parts.append(token.replace(r"\s", _SPACES) if token[0] == "[" else _ECMA.get(token, token))
+    return "".join(parts)
+
+
+class Pattern(NamedTuple):
+    """A compiled pattern, and how it was written."""
+
+    search: Callable[[str], object]
+    text: str
+
+
+def compile_pattern(text: str) -> Pattern:
+    """A pattern of a flow file: of ECMA 262, or with what only Python has; raises re.error, ValueError."""
+    re.compile(text)  # its faults are told of what was written
+    portable = portable_pattern(text)
+    source, flags = (text, 0) if portable is None else (portable, re.ASCII)
+    if _Paths(source, flags).explode():
+        raise ValueError(
+            "it may take too long, for a text can match a part of it that is repeated in many ways: a repeated part "
+            "must begin or end with what cannot stand inside it, as in ([a-z]+,)*"
+        )
+    return Pattern(re.compile(source, flags).search, text)
+
+
+class _Paths:
+    """How a backtracking matcher can walk through a pattern: its places for a character, and what may follow each.
+
+    Where the same text leads from a place back to it in two ways, the number of ways doubles with every round, and
+    with it the time that a text takes which does not match in the end.
+    """
+
+    def __init__(self, pattern: str, flags: int) -> None:
+        tree = importlib.import_module("re._parser").parse(pattern, flags)
+        marks = {ord(mark) + step for mark in pattern + "aA0_ \n-é" for step in (-1, 0, 1)}
+        self.alphabet = [chr(mark) for mark in sorted(marks) if 0 < mark < 0xD800]
+        self.ignores_case = bool(tree.state.flags & re.IGNORECASE)
+        self.takes: list[frozenset[str]] = []  # by place
+        self.follow: list[list[int]] = []  # by place; one that stands twice is followed in two ways
+        self.walk(tree)
+
+    def walk(self, nodes: Any) -> tuple[list[int], list[int], bool]:
+        """Places at which a sequence may begin and end, and whether it may be empty."""
+        first: list[int] = []
+        last: list[int] = []
+        empty = True
+        for kind, about in nodes:
+            begins, ends, skips = self.node(str(kind), about)
+            self.join(last, begins)
+            first += begins if empty else []
+            last = last + ends if skips else ends
+            empty = empty and skips
+        return first, last, empty
+
+    def join(self, ends: list[int], begins: list[int]) -> None:
+        for end in ends:
+            self.follow[end] += begins
+
+    def node(self, kind: str, about: Any) -> tuple[list[int], list[int], bool]:
+        if kind in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
+            if len(self.takes) == _MOST_PLACES:
+                raise ValueError("it is too long to be sure that it takes little time: write it shorter")
+            self.takes.append(frozenset(mark for mark in self.alphabet if self.fits(kind, about, mark)))
+            self.follow.append([])
+            return [len(self.takes) - 1], [len(self.takes) - 1], False
+        if kind == "BRANCH":
+            branches = [self.walk(branch) for branch in about[1]]
+            first = [place for begins, _, _ in branches for place in begins]
+            last = [place for _, ends, _ in branches for place in ends]
+            return first, last, any(empty for _, _, empty in branches)
+        if kind == "SUBPATTERN":
+            return self.walk(about[3])
+        if kind in ("ATOMIC_GROUP", "POSSESSIVE_REPEAT"):  # nothing inside is tried again
+            return self.walk(about if kind == "ATOMIC_GROUP" else about[2])
+        if kind in ("MAX_REPEAT", "MIN_REPEAT"):
+            return self.repeat(int(about[0]), int(about[1]), about[2])
+        return [], [], True  # anchors; what looks ahead or back takes nothing
+
+    def repeat(self, least: int, most: int, nodes: Any) -> tuple[list[int], list[int], bool]:
+        if most > _MANY:
+            begins, ends, empty = self.walk(nodes)
+            self.join(ends, begins)
+            return begins, ends, empty or least == 0
+        first: list[int] = []
+        last: list[int] = []
+        open_ends: list[int] = []
+        empty = True
+        for count in range(most):
+            begins, ends, skips = self.walk(nodes)
+            self.join(open_ends, begins)
+            first += begins if empty else []
+            open_ends = open_ends + ends if skips else ends
+            last = last + ends if count >= least else open_ends
+            empty = empty and skips
+        return first, last, empty or least == 0
+
+    def fits(self, kind: str, about: Any, mark: str) -> bool:
+        if kind == "ANY":
+            return mark != "\n"
+        marks = {ord(each) for each in ({mark, mark.lower(), mark.upper()} if self.ignores_case else mark)}
+        if kind != "IN":
+            return (about in marks) == (kind == "LITERAL")
+        negated, found = False, False
+        for each, what in about:
+            name = str(each)
+            negated = negated or name == "NEGATE"
+            found = found or (
+                what in marks
+                if name == "LITERAL"
+                else any(what[0] <= code <= what[1] for code in marks)
+                if name == "RANGE"
+                else name == "CATEGORY"
+                and bool(_CATEGORIES[str(what).rpartition("_")[2]].match(mark)) != ("_NOT_" in str(what))
+            )
+        return found != negated
+
+    def explode(self) -> bool:
+        """Whether some text leads from a place back to it in two ways."""
+        reach = [self.closure(place) for place in range(len(self.takes))]
+        for place, following in enumerate(self.follow):
+            if any(place in reach[after] and following.count(after) > 1 for after in set(following)):
+                return True
+        return any(self.parts_and_meets(place) for place in range(len(self.takes)) if place in reach[place])
+
+    def closure(self, place: int) -> set[int]:
+        """Places that come after a place."""
+        seen: set[int] = set()
+        left = [place]
+        while left:
+            new = set(self.follow[left.pop()]) - seen
+            seen |= new
+            left += new
+        return seen
+
+    def parts_and_meets(self, place: int) -> bool:
+        """Whether two walks from a place, taking the same text, part and meet at it again."""
+        seen: set[tuple[int, int, bool]] = set()
+        left = [(place, place, False)]
+        while left:
+            one, other, parted = left.pop()
+            for a in set(self.follow[one]):
+                for b in set(self.follow[other]):
+                    state = (a, b, parted or a != b)
+                    if self.takes[a] & self.takes[b] and state not in seen:
+                        if state == (place, place, True):
+                            return True
+                        seen.add(state)
+                        left.append(state)
+        return False
+
+
+_MANY = 8  # so often or more is without end, as far as time is concerned
+_CATEGORIES = {"DIGIT": re.compile(r"\d"), "SPACE": re.compile(r"\s"), "WORD": re.compile(r"\w")}
+_MOST_PLACES = 400
+_LONGEST_MATCHED = 16 << 10  # characters; a harmless pattern may take time by their square
+
+
+def _check_pattern(value: Any, pattern: Pattern) -> str | None:
+    if type(value) is not str:
         return None
-    return f"must match the pattern {pattern.pattern}"
+    if len(value) > _LONGEST_MATCHED:
+        return f"must have at most {_LONGEST_MATCHED} characters, for it must match the pattern {pattern.text}"
+    if pattern.search(value):
+        return None
+    return f"must match the pattern {pattern.text}"
 
 
 def _check_enum(value: Any, allowed: list[Any]) -> str | None:
@@ -2337,6 +2528,8 @@ class Schema:
         def refuse(message: str, at: str = place) -> None:
             errors.append({"in": where, "name": at, "message": message})
 
+        if _enough(errors, place, where):
+            return value
         if self.types and not any(SCHEMA_TYPES[name](value) for name in self.types):
             refuse("must be " + " or ".join(_TYPE_WORDS[name] for name in self.types))
             return value
@@ -2358,16 +2551,31 @@ class Schema:
             at = f"{place}/{pointer(name)}"
             schema = self.properties.get(name, self.additional)
             if schema is False:
+                if _enough(errors, place, where):
+                    break
+                if len(at) > _LONGEST_NAME:
+                    at = at[:_LONGEST_NAME] + "…"
                 message = "is not a member of this object" + suggest(name, self.properties)
                 errors.append({"in": where, "name": at, "message": message})
             result[name] = schema.check(item, at, errors, where) if isinstance(schema, Schema) else item
         for name in self.required:
-            if name not in value:
+            if name not in value and not _enough(errors, place, where):
                 errors.append({"in": where, "name": f"{place}/{pointer(name)}", "message": "is missing"})
         for name, schema in self.properties.items():
             if schema.has_default and name not in value:
                 result[name] = schema.default
         return result
+
+
+_MOST_ERRORS = 100  # that one answer tells of
+_LONGEST_NAME = 300  # of what is told, in characters
+
+
+def _enough(errors: list[dict[str, str]], place: str, where: str) -> bool:
+    """Whether no more faults are told; the last one then says so."""
+    if len(errors) == _MOST_ERRORS:
+        errors.append({"in": where, "name": place, "message": "has more faults than are told"})
+    return len(errors) > _MOST_ERRORS
 
 
 _TYPE_WORDS = {
@@ -2609,7 +2817,7 @@ class Flow:
             params[item.name] = _bind_parameter(item, given, errors)
         if self.strict:
             known = [item.name for item in self.parameters if item.where == "query"] + self.selection.names
-            for name in query.keys() - set(known):
+            for name in [name for name in query if name not in known][:_MOST_ERRORS]:
                 errors.append({"in": "query", "name": name, "message": "is not declared" + suggest(name, known)})
         body = self._bind_body(request, errors)
         selected = self.selection.read(request.path, query, errors) if self.selection.names else _ALL_ROWS
@@ -2640,12 +2848,32 @@ class Flow:
             accepted = " or ".join(self.content_types)
             message = f"must be {accepted}, and the Content-Type must say so"
             raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
+        _check_charset(request.headers.get("content-type", ""), media)
         try:
             value = _read_body(request.body, media)
         except ValueError as error:
             errors.append({"in": "body", "name": "", "message": f"is not valid {media or 'JSON'}: {error}"})
             return None
-        return self.body.check(value, "", errors) if self.body else value
+        before = len(errors)
+        checked = self.body.check(value, "", errors) if self.body else value
+        if len(errors) == before and _LONG_NUMBER.search(request.body) and _is_json(media):
+            _refuse_large(value, "", errors)
+        return checked
+
+
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+
+
+def _refuse_large(value: Any, place: str, errors: list[dict[str, str]]) -> None:
+    """Append a fault for every integer beyond 64 bits: other programs, SQLite too, cannot hold it."""
+    if type(value) is int and value not in _INT64 and not _enough(errors, place, "body"):
+        errors.append({"in": "body", "name": place, "message": "must be within 64 bits: send a larger number as text"})
+    elif type(value) is list:
+        for at, item in enumerate(value):
+            _refuse_large(item, f"{place}/{at}", errors)
+    elif type(value) is dict:
+        for name, item in value.items():
+            _refuse_large(item, f"{place}/{pointer(name)}", errors)
 
 
 #: Short names of content types in a flow file.
@@ -2695,18 +2923,41 @@ def _same_media(media: str, accepted: str) -> bool:
     return media == accepted or (accepted == "application/json" and _is_json(media))
 
 
+_ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*+\\u0000")
+_CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*("?)([^";]*)\1', re.IGNORECASE)
+
+
 def _read_body(body: bytes, media: str) -> Any:
+    """A body as a value; ValueError says what is wrong with it."""
     if _is_json(media):
-        return from_json(body)
-    if media == CONTENT_TYPES["form"]:
-        try:
-            pairs = parse_query(body.decode("ascii"))
-        except InputError as error:
-            raise ValueError(error.errors[0]["name"] + ": " + error.errors[0]["message"]) from None
-        return {name: values[0] if len(values) == 1 else values for name, values in pairs.items()}
+        value = from_json(body)
+        if b"\\u0000" in body and _ESCAPED_NUL.search(body.decode()):
+            raise ValueError("a string has a NUL character")
+        return value
+    if media != CONTENT_TYPES["form"] and not media.startswith("text/"):
+        return body
+    try:
+        text = body.decode("ascii" if media == CONTENT_TYPES["form"] else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not valid {error.encoding.upper()}") from None
+    if "\0" in text:
+        raise ValueError("it has a NUL character")
     if media.startswith("text/"):
-        return body.decode()
-    return body
+        return text
+    try:
+        pairs = parse_query(text)
+    except InputError as error:
+        raise ValueError(error.errors[0]["name"] + ": " + error.errors[0]["message"]) from None
+    return {name: values[0] if len(values) == 1 else values for name, values in pairs.items()}
+
+
+def _check_charset(content_type: str, media: str) -> None:
+    """Raise InputError for text in another encoding than the one that is read."""
+    charset = _CHARSET.search(content_type)
+    if charset is None or charset[2].strip().lower() in ("utf-8", "utf8", "us-ascii"):
+        return
+    if _is_json(media) or media.startswith("text/") or media == CONTENT_TYPES["form"]:
+        raise InputError([{"in": "header", "name": "Content-Type", "message": "the charset must be utf-8"}], status=415)
 
 
 def _bind_parameter(item: Parameter, given: list[str], errors: list[dict[str, str]]) -> Any:
@@ -2749,7 +3000,8 @@ def unquote(text: str, plus: bool = False) -> str:
         if _PERCENT.search(text):
             raise ValueError("a % is not followed by two hexadecimal digits")
         try:
-            text = urllib.parse.unquote_to_bytes(text).decode()
+            # quoted-printable is the same with =, and its decoder is in C: millions of escapes take no second
+            text = binascii.a2b_qp(text.encode().replace(b"=", b"=3D").replace(b"%", b"=")).decode()
         except UnicodeDecodeError:
             raise ValueError("its percent-encoded bytes are not UTF-8") from None
         if "\0" in text:
@@ -2766,7 +3018,7 @@ def parse_query(query: str) -> dict[str, list[str]]:
             try:
                 result.setdefault(unquote(name, plus=True), []).append(unquote(value, plus=True))
             except ValueError as error:
-                raise InputError([{"in": "query", "name": shown(name), "message": str(error)}]) from None
+                raise InputError([{"in": "query", "name": name[:_LONGEST_NAME], "message": str(error)}]) from None
     return result
 
 
@@ -3233,6 +3485,8 @@ def _page(response: Response, selected: Selected, scope: Scope) -> dict[str, Any
     return {"items": rows[selected.offset : end], "cursor": cursor, "total": len(rows)}
 
 
+_UNSENDABLE = re.compile(r"[^\t\x20-\x7e\x80-\xff]+")
+_NO_URL = re.compile(r"[^\t\x20-\x7e]+")
 #: Headers that the server alone sets: framing (RFC 9112), hop-by-hop ones, and our own.
 RESERVED_HEADERS = frozenset(
     (
@@ -3242,14 +3496,20 @@ RESERVED_HEADERS = frozenset(
 )
 
 
+def _field_value(name: str, text: str) -> str:
+    """A text as the value of a header: what none may have (RFC 9110, section 5.5) is percent-encoded, as in a URL.
+
+    It may be what a client sent: that must neither split the answer nor make it a 5xx.
+    """
+    unsendable = _NO_URL if name.lower() in ("location", "content-location") else _UNSENDABLE
+    return unsendable.sub(lambda match: urllib.parse.quote(match[0], safe="", errors="replace"), text).strip(" \t")
+
+
 def make_answer(status: Any, headers: Mapping[str, Any], body: Any, max_bytes: int, *, empty: bool = False) -> Answer:
     """A flow's values as a response; ExpressionError if they are none."""
     if type(status) is not int or not 200 <= status <= 599:
         raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
-    pairs = [(name, as_text(value)) for name, value in headers.items() if value is not None]
-    for name, text in pairs:
-        if not _FIELD_VALUE.fullmatch(text) or text != text.strip():
-            raise ExpressionError(f"/response/headers/{name}: the value has characters that no header may have")
+    pairs = [(name, _field_value(name, as_text(value))) for name, value in headers.items() if value is not None]
     media = next(
         (value.partition(";")[0].strip().lower() for name, value in pairs if name.lower() == "content-type"), ""
     )
@@ -3267,6 +3527,7 @@ def make_answer(status: Any, headers: Mapping[str, Any], body: Any, max_bytes: i
     if len(data) > max_bytes:
         raise ExpressionError(f"/response/body: it is larger than max_result ({show_size(max_bytes)})")
     if not media:
+        pairs = [(name, value) for name, value in pairs if name.lower() != "content-type"]
         pairs.append(("Content-Type", default))
     return Answer(status, tuple(pairs), data)
 
@@ -4988,7 +5249,7 @@ def parse_flow_text(text: str, file_name: str) -> dict[str, Any]:
 
             tree = tomllib.loads(text)
             _check_tree_depth(tree)
-            return tree
+            return {name: _as_json_has_it(value, f"/{pointer(name)}") for name, value in tree.items()}
         tree = from_json(text)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
@@ -5002,6 +5263,19 @@ def parse_flow_text(text: str, file_name: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise FlowError([Fault(file_name, "", f"must be an object with request, steps, response, not {_kind(tree)}")])
     return tree
+
+
+def _as_json_has_it(value: Any, place: str) -> Any:
+    """A value of TOML as JSON would have it: its dates are texts; ValueError for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {name: _as_json_has_it(item, f"{place}/{pointer(name)}") for name, item in value.items()}
+    if isinstance(value, list):
+        return [_as_json_has_it(item, f"{place}/{at}") for at, item in enumerate(value)]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place}: {value} is no number that JSON has")
+    return value
 
 
 def _check_tree_depth(tree: Any) -> None:
@@ -5271,9 +5545,12 @@ def check_schema(build: Build, spec: Any, place: str) -> Schema:
                 continue
             if name == "pattern":
                 try:
-                    value = re.compile(value)
-                except re.error as error:
+                    value = compile_pattern(value)
+                except (re.error, RecursionError, OverflowError) as error:
                     build.fault(f"{place}/pattern", f"is not a regular expression: {error}")
+                    continue
+                except ValueError as error:
+                    build.fault(f"{place}/pattern", str(error))
                     continue
             schema.rules.append((rule, value))
     if "items" in spec:
@@ -9355,6 +9632,782 @@ def starter_flow(name: str) -> str:
     return _STARTER.replace("NAME", name)
 
 
+# --- OpenAPI ---
+
+_DEFAULT_LIST, _MAX_LIST = 50, 1000  # jobs on a page
+
+
+def _ref(kind: str, name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def _maybe(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+def _content(schema: Mapping[str, Any], media: str = "application/json") -> dict[str, Any]:
+    return {media: {"schema": schema}}
+
+
+def _record(properties: Mapping[str, Any], optional: Collection[str] = (), **more: Any) -> dict[str, Any]:
+    """An object whose members are all there, but for the optional ones."""
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "required": required, "properties": dict(properties), **more}
+
+
+_INT64_SCHEMA = {"type": "integer", "format": "int64", "minimum": _INT64.start, "maximum": _INT64.stop - 1}
+_COUNT = {"type": "integer", "minimum": 0}
+_TIME = {"type": "string", "format": "date-time"}
+_URI = {"type": "string", "format": "uri"}
+_CODE = {"type": "integer", "minimum": 100, "maximum": 599}
+_UUID = {"type": "string", "format": "uuid"}
+_STATUS_MEMBERS: dict[str, Any] = {
+    "id": _UUID,
+    "status": {"enum": [Status.RUNNING.value, Status.COMPLETED.value, Status.ERROR.value]},
+    "flow": {**_TEXT, "description": "name of the deployment"},
+    "createdAt": _TIME,
+    "startedAt": {**_maybe(_TIME), "description": "null while it is queued"},
+    "finishedAt": _maybe(_TIME),
+    "expiresAt": {**_maybe(_TIME), "description": "from then on status and result are 404"},
+    "attempt": {**_COUNT, "description": "runs begun; more than 1 after a restart of the server"},
+    "progress": _maybe(_record({"step": _maybe(_TEXT), "done": _COUNT, "total": _COUNT})),
+    "statusUrl": _URI,
+    "resultUrl": {**_maybe(_URI), "description": "null until it is finished"},
+    "error": {"anyOf": [_ref("schemas", "Problem"), {"type": "null"}]},
+}
+_CALLBACK_MEMBERS: dict[str, Any] = {
+    "url": _TEXT,
+    "state": {"enum": list(MOVES["callback"])},
+    "attempts": _COUNT,
+    "lastStatus": _maybe(_CODE),
+    "nextAttemptAt": _maybe(_TIME),
+}
+_ATTEMPT_SCHEMA = _record({"at": _TIME, "status": _maybe(_CODE), "error": _maybe(_TEXT), "durationMs": _COUNT})
+_TRACE_SCHEMA = _record(
+    {
+        "path": _TEXT, "name": _TEXT, "kind": _TEXT, "state": _TEXT, "startedAt": _TIME, "finishedAt": _TIME,
+        "size": _maybe(_COUNT), "preview": _maybe(_TEXT), "status": _CODE,
+    },
+    ("status",),
+)  # fmt: skip
+_REQUEST_SCHEMA = _record(
+    {
+        "method": _TEXT, "path": _TEXT, "query": _TEXT, "headers": {"type": "object", "additionalProperties": _TEXT},
+        "body": _maybe(_TEXT), "bodySize": _COUNT,
+    }
+)  # fmt: skip
+_UNKNOWN_MEMBERS = {"id": _TEXT, "reason": {"enum": ["expired", "not-found"]}}
+_ERROR_SCHEMA = _record(
+    {
+        "in": {"enum": ["path", "query", "header", "body"]},
+        "name": {**_TEXT, "description": "of a parameter; for a body a JSON Pointer (RFC 6901)"},
+        "message": _TEXT,
+    }
+)
+#: The schemas that operations share.
+_SCHEMAS: dict[str, Any] = {
+    "Problem": _record(
+        {
+            "type": {"type": "string", "format": "uri-reference"}, "title": _TEXT, "status": _CODE, "detail": _TEXT,
+            "errors": {"type": "array", "items": _ERROR_SCHEMA, "description": "everything wrong with the input"},
+            "code": {"enum": ["failed", "timeout", "cancelled", "interrupted"]},
+            "requestId": {**_TEXT, "description": "where to look in the server's log"},
+        },
+        ("errors", "code", "requestId"),
+        description="A problem document (RFC 9457).",
+    ),
+    "StatusDocument": _record(
+        {**_STATUS_MEMBERS, "callback": _maybe(_record(_CALLBACK_MEMBERS))}, description="How far a job is."
+    ),
+    "FinishedJob": _record(_STATUS_MEMBERS, description="The status document as a callback has it."),
+    "UnknownJob": _record(
+        {**_UNKNOWN_MEMBERS, "status": {"const": Status.UNKNOWN.value}, "detail": _TEXT},
+        description="The status document of a job that is not there (any more).",
+    ),
+    "UnknownJobProblem": {
+        "description": "A problem document with what the status route says.",
+        "allOf": [_ref("schemas", "Problem"), _record({**_UNKNOWN_MEMBERS, "jobStatus": {"const": "Unknown"}})],
+    },
+    "JobDetails": _record(
+        {
+            **_STATUS_MEMBERS,
+            "callback": _maybe(_record({**_CALLBACK_MEMBERS, "history": {"type": "array", "items": _ATTEMPT_SCHEMA}})),
+            "request": _maybe(_REQUEST_SCHEMA),
+            "steps": {"type": "array", "items": _TRACE_SCHEMA},
+        },
+        description="The status document, what was sent, and what became of each step.",
+    ),
+    "JobList": _record(
+        {
+            "jobs": {"type": "array", "items": _ref("schemas", "StatusDocument")},
+            "next": {**_maybe(_TEXT), "description": "the cursor of the next page; null at the end"},
+        }
+    ),
+    "Deployment": _record(
+        {
+            "name": _TEXT, "description": _TEXT, "method": {"enum": list(_FLOW_METHODS)}, "resource": _TEXT,
+            "processing": {"type": "array", "items": {"enum": list(_MODES)}},
+            "urls": {"type": "object", "additionalProperties": _TEXT},
+            "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
+            "body": {"type": ["object", "null"]}, "contentTypes": {"type": "array", "items": _TEXT}, "source": _TEXT,
+        },
+        description="A published flow.",
+    ),
+    "DeploymentList": _record(
+        {
+            "deployments": {"type": "array", "items": _ref("schemas", "Deployment")},
+            "faults": {
+                "type": "array", "items": _record({"file": _TEXT, "place": _TEXT, "message": _TEXT}),
+                "description": "why files are not published, or not in their present form",
+            },
+        }
+    ),
+    "Flow": {
+        "type": "object",
+        "required": ["request"],
+        "properties": {
+            "request": _record({"method": {"enum": list(_FLOW_METHODS)}, "resource": {**_TEXT, "pattern": "^/."}})
+        },
+        "description": "A flow file; the command `schema` prints its whole JSON Schema.",
+    },
+    "Health": _record(
+        {
+            "status": {"enum": ["ok", "unavailable"]}, "reason": _maybe(_TEXT), "version": _TEXT,
+            "jobs": {"type": "object", "additionalProperties": _COUNT},
+            "database": {"type": "object", "additionalProperties": _COUNT},
+            "deployments": {"type": "object", "additionalProperties": _COUNT},
+        }
+    ),
+}  # fmt: skip
+
+
+def _header(description: str, schema: Mapping[str, Any], required: bool = True) -> dict[str, Any]:
+    return {"description": description, "schema": schema, "required": required}
+
+
+_HEADERS: dict[str, Any] = {
+    "X-Request-Id": _header("Names this request in the server's log.", _TEXT),
+    "Location": _header("The URL of the status, of the result, or of what was made.", _URI),
+    "Retry-After": _header("Whole seconds after which to ask again.", {"type": "integer", "minimum": 1}),
+    "Job-Status": _header("The state of the job.", {"enum": [status.value for status in Status]}),
+    "Content-Location": _header("The URL of the result.", _URI),
+    "Preference-Applied": _header("The preferences that were honoured (RFC 7240).", _TEXT, False),
+    "Idempotency-Replayed": _header("There when this key came before.", {"const": "true"}, False),
+    "Accept-Encoding": _header("The coding that is taken, if the coding is what was wrong.", _TEXT, False),
+    "WWW-Authenticate": _header("The scheme that is wanted (RFC 6750).", _TEXT),
+}
+#: The problem documents that operations answer with, by status: name, when, and headers of their own.
+_PROBLEMS: dict[int, tuple[str, str, tuple[str, ...]]] = {
+    400: ("BadRequest", "The input was refused; `errors` lists every fault.", ()),
+    401: ("Unauthorized", "There is no token, or a wrong one.", ("WWW-Authenticate",)),
+    403: ("Forbidden", "The token, or a page of this origin, may not do this.", ()),
+    404: ("NotFound", "There is no such resource.", ()),
+    409: ("Conflict", "Not in its present state.", ()),
+    413: ("ContentTooLarge", "The body is larger than the server takes.", ()),
+    414: ("UriTooLong", "The URL is longer than the server takes.", ()),
+    415: ("UnsupportedMediaType", "The body is of a type, or in a coding, that is not taken.", ("Accept-Encoding",)),
+    421: ("Misdirected", "The server is not called by this name.", ()),
+    422: ("KeyReused", "The Idempotency-Key came before, with another request.", ()),
+    429: ("TooManyRequests", "The flow runs as often at a time as it may.", ("Retry-After",)),
+    431: ("HeadersTooLarge", "The headers are larger than the server takes.", ()),
+    500: ("ServerError", "The flow or the server is at fault.", ()),
+    502: ("BadGateway", "An API that the flow called failed.", ()),
+    503: ("Unavailable", "Nothing can be taken at this time.", ("Retry-After",)),
+    504: ("GatewayTimeout", "It took longer than it may.", ()),
+}
+_ALWAYS = (400, 403, 414, 421, 431, 500, 503)  # whatever is called
+
+
+def _headers(*names: str) -> dict[str, Any]:
+    return {name: _ref("headers", name) for name in ("X-Request-Id", *names)}
+
+
+def _response(description: str, schema: str, *headers: str) -> dict[str, Any]:
+    return {"description": description, "headers": _headers(*headers), "content": _content(_ref("schemas", schema))}
+
+
+#: The responses that operations share.
+_RESPONSES: dict[str, Any] = {
+    name: {
+        "description": description,
+        "headers": _headers(*headers),
+        "content": _content(_ref("schemas", "Problem"), "application/problem+json"),
+    }
+    for name, description, headers in _PROBLEMS.values()
+} | {
+    "Accepted": _response(
+        "The job is stored, or not finished yet.", "StatusDocument", "Location", "Retry-After", "Job-Status",
+        "Preference-Applied", "Idempotency-Replayed",
+    ),
+    "UnknownStatus": _response("There is no such job (any more).", "UnknownJob", "Job-Status"),
+    "UnknownJob": {
+        "description": "There is no such job (any more).",
+        "headers": _headers("Job-Status"),
+        "content": _content(_ref("schemas", "UnknownJobProblem"), "application/problem+json"),
+    },
+    "Forgotten": {"description": "It is gone.", "headers": _headers()},
+}  # fmt: skip
+
+
+def _parameter(name: str, where: str, description: str, schema: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    return {"name": name, "in": where, "description": description, "required": where == "path", "schema": schema} | more
+
+
+#: The parameters that operations share.
+_PARAMETERS: dict[str, Any] = {
+    "JobId": _parameter("id", "path", "The id of a job.", _UUID),
+    "DeploymentName": _parameter("name", "path", "The name of a deployment.", {**_TEXT, "maxLength": 64}),
+    "Wait": _parameter(
+        "Prefer", "header", "`wait=N` (RFC 7240): answer when the job is finished, after N seconds at the latest.",
+        _TEXT, example="wait=10",
+    ),
+    "Async": _parameter(
+        "Prefer", "header",
+        "`respond-async` (RFC 7240) makes a job of this request, as the asynchronous operation does.", _TEXT,
+        example="respond-async",
+    ),
+    "CallbackUrl": _parameter(
+        "callbackUrl", "query",
+        "Where to POST the status document when the job is finished: an absolute http or https URL.",
+        {**_URI, "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@]+[^#]*$"},
+    ),
+    "IdempotencyKey": _parameter(
+        "Idempotency-Key", "header",
+        "The same key and request again return the same job. 1 to 255 visible ASCII characters, quoted or bare.",
+        {**_TEXT, "pattern": r'^("[!-~]{1,255}"|[!#-~][!-~]{0,254})$'},
+    ),
+    "FlowName": _parameter("flow", "query", "Only jobs of this flow.", _TEXT),
+    "Status": _parameter("status", "query", "Only jobs in this state.", _STATUS_MEMBERS["status"]),
+    "Limit": _parameter(
+        "limit", "query", "How many at the most.",
+        {"type": "integer", "minimum": 1, "maximum": _MAX_LIST, "default": _DEFAULT_LIST},
+    ),
+    "Cursor": _parameter("cursor", "query", "`next` of the page before.", {**_TEXT, "pattern": "^[0-9a-f]{15}$"}),
+}  # fmt: skip
+_CALLBACK: dict[str, Any] = {
+    "{$request.query.callbackUrl}": {
+        "post": {
+            "operationId": "callback",
+            "tags": ["Jobs API"],
+            "summary": "Tell that a job is finished",
+            "description": "Sent when the job is finished, whatever its end (Standard Webhooks 1.0); sent again"
+            " after a pause if it is not taken, as long as the result is kept.",
+            "security": [],
+            "parameters": [
+                _parameter("Location", "header", "The URL of the result.", _URI, required=True),
+                _parameter("webhook-id", "header", "The same on every attempt.", _TEXT, required=True),
+                _parameter(
+                    "webhook-timestamp", "header", "Seconds since the epoch, of this attempt.",
+                    {**_TEXT, "pattern": "^[0-9]+$"}, required=True,
+                ),
+                _parameter(
+                    "webhook-signature", "header",
+                    "`v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`; sent if the server has a secret.",
+                    _TEXT,
+                ),
+            ],
+            "requestBody": {"required": True, "content": _content(_ref("schemas", "FinishedJob"))},
+            "responses": {
+                "2XX": {"description": "It was taken."},
+                "410": {"description": "It is not sent again."},
+                "default": {"description": "It is sent again later."},
+            },
+        }
+    }
+}  # fmt: skip
+
+
+def _known(tag: str, summary: str, description: str, parameters: Sequence[str], **more: Any) -> dict[str, Any]:
+    operation = {"tags": [tag], "summary": summary, "description": description, **more}
+    return operation | ({"parameters": [_ref("parameters", name) for name in parameters]} if parameters else {})
+
+
+def _answers(*problems: int, **responses: str) -> dict[str, Any]:
+    """Responses by status: `_404="UnknownJob"`, and problem documents."""
+    found = {str(status): _ref("responses", _PROBLEMS[status][0]) for status in problems}
+    return found | {name[1:]: _ref("responses", component) for name, component in responses.items()}
+
+
+_JOB_NOW = _response("The job as it is.", "StatusDocument", "Job-Status", "Preference-Applied")
+_WHILE_IT_RUNS = {**_HEADERS["Retry-After"], "required": False, "description": "While it runs: whole seconds."}
+_RESPONSES["Accepted"]["headers"]["Retry-After"] = _WHILE_IT_RUNS  # a job whose key came before may be finished
+_JOB_NOW["headers"] |= {
+    "Retry-After": _WHILE_IT_RUNS,
+    "Location": {**_HEADERS["Location"], "required": False, "description": "When it is finished: the result."},
+}
+_ANY_ANSWER = {
+    "description": "The flow's own response, with its own status, headers and body.",
+    "headers": _headers("Job-Status", "Preference-Applied"),
+    "content": {"*/*": {}},
+}
+_FLOW_BODY = {"required": True, "content": _content(_ref("schemas", "Flow"))}
+_GONE, _STATE = {"_404": "UnknownJob"}, {"_202": "Accepted", "_404": "UnknownJob"}
+#: The operations that do not depend on flows, by path and method; those that every operation has are left out.
+_OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "/api/jobs": {
+        "get": _known(
+            "Jobs API", "List jobs", "Jobs that the caller may see, newest first.",
+            ("FlowName", "Status", "Limit", "Cursor"), operationId="listJobs",
+            responses={"200": _response("A page of jobs.", "JobList")},
+        )
+    },
+    "/api/jobs/{id}": {
+        "get": _known(
+            "Jobs API", "Show a job", "All that is known of a job; secrets are masked.", ("JobId",),
+            operationId="getJob", responses=_answers(**_GONE) | {
+                "200": _response("The job.", "JobDetails", "Job-Status")
+            },
+        ),
+        "delete": _known(
+            "Jobs API", "Forget a job", "Only a finished one whose callback is not owed any more.", ("JobId",),
+            operationId="deleteJob", responses=_answers(409, _204="Forgotten", **_GONE),
+        ),
+    },
+    "/api/jobs/{id}/status": {
+        "get": _known(
+            "Jobs API", "Ask for the status", "With `Prefer: wait=N` the answer comes when the job is finished.",
+            ("JobId", "Wait"), operationId="getJobStatus",
+            responses=_answers(_404="UnknownStatus") | {"200": _JOB_NOW},
+        )
+    },
+    "/api/jobs/{id}/result": {
+        "get": _known(
+            "Jobs API", "Fetch the result", "As often as wanted, until it expires.", ("JobId", "Wait"),
+            operationId="getJobResult", responses=_answers(**_STATE) | {"2XX": _ANY_ANSWER, "default": _ANY_ANSWER},
+        )
+    },
+    "/api/jobs/{id}/cancel": {
+        "post": _known(
+            "Jobs API", "Cancel a job", "A queued job ends now, a running one stops at its next step.", ("JobId",),
+            operationId="cancelJob", responses=_answers(409, **_STATE) | {"200": _JOB_NOW},
+        )
+    },
+    "/api/jobs/{id}/rerun": {
+        "post": _known(
+            "Jobs API", "Run a job again", "A new job with the same input, of the flow as it is now.", ("JobId",),
+            operationId="rerunJob", responses=_answers(409, 429, **_STATE),
+        )
+    },
+    "/api/jobs/{id}/callback": {
+        "post": _known(
+            "Jobs API", "Call back again", "Only for a finished job that was submitted with a callbackUrl.", ("JobId",),
+            operationId="resendCallback", responses=_answers(409) | {"404": _ref("responses", "UnknownJob")} | {
+                "202": _response("It is sent again.", "StatusDocument", "Location", "Job-Status")
+            },
+        )
+    },
+    "/api/deployments": {
+        "get": _known(
+            "Deployments API", "List published flows", "The published flows, and the faults of files.", (),
+            operationId="listDeployments", responses={"200": _response("The flows.", "DeploymentList")},
+        )
+    },
+    "/api/deployments/{name}": {
+        "get": _known(
+            "Deployments API", "Show a published flow", "One published flow.", ("DeploymentName",),
+            operationId="getDeployment", responses=_answers(404) | {"200": _response("The flow.", "Deployment")},
+        ),
+        "put": _known(
+            "Deployments API", "Deploy a flow", "Deploy or replace a flow; only with a token of role admin.",
+            ("DeploymentName",), operationId="putDeployment", requestBody=_FLOW_BODY,
+            responses=_answers(404, 409, 413, 415) | {
+                "200": _response("It was replaced.", "Deployment"),
+                "201": _response("It is published.", "Deployment", "Location"),
+            },
+        ),
+        "delete": _known(
+            "Deployments API", "Remove a flow", "Take a flow out of service; only with a token of role admin.",
+            ("DeploymentName",), operationId="deleteDeployment",
+            responses=_answers(404, 409, _204="Forgotten"),
+        ),
+    },
+    "/health": {
+        "get": _known(
+            "Server API", "Ask whether the server is well", "Needs no token.", (), operationId="getHealth", security=[],
+            responses={
+                "200": _response("It is.", "Health"), "503": _response("It is not.", "Health", "Retry-After"),
+            },
+        )
+    },
+    "/openapi.json": {
+        "get": _known(
+            "Server API", "Fetch this document", "OpenAPI 3.1 of all that is published.", (), operationId="getOpenApi",
+            responses={
+                "200": {
+                    "description": "The document.", "headers": _headers(), "content": _content({"type": "object"})
+                }
+            },
+        )
+    },
+}  # fmt: skip
+_TAGS = {
+    "Jobs API": "What became of asynchronous requests.",
+    "Deployments API": "What is published.",
+    "Server API": "The server itself.",
+}
+_ABOUT = """\
+Every flow is published synchronously (its response is the answer), asynchronously (202, and `Location` names the
+status to poll; or give a `callbackUrl`), or both. HEAD works where GET does, OPTIONS everywhere. Any request may also
+be refused as it stands by 405, 408, 417, 501 or 505, with a problem document (RFC 9457).
+"""
+
+
+def _unknown_words(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"description": schema["description"]} if isinstance(schema.get("description"), str) else {}
+
+
+#: JSON Schema of each type of a flow file.
+_TYPE_SCHEMAS: dict[str, dict[str, Any]] = {
+    name: {"type": name} for name in ("string", "number", "boolean", "array", "object", "null")
+} | {
+    "integer": _INT64_SCHEMA,
+    "date": {"type": "string", "format": "date"},
+    "date-time": {"type": "string", "format": "date-time"},
+}
+#: The flow file's one pair of limits for text and lists, as JSON Schema has them.
+_LENGTHS = {"minItems": "minLength", "maxItems": "maxLength"}
+_SIZES: dict[str, Mapping[str, str]] = {
+    "array": {length: items for items, length in _LENGTHS.items()},
+    "string": _LENGTHS,
+    "date": _LENGTHS,
+    "date-time": _LENGTHS,
+}
+
+
+def _json_schema(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A flow file's schema of a value as JSON Schema 2020-12."""
+    kinds = spec.get("type", [])
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    schema: dict[str, Any] = {}
+    if len(kinds) == 1:
+        schema = dict(_TYPE_SCHEMAS[kinds[0]])
+    elif kinds:
+        schema = {"anyOf": [_TYPE_SCHEMAS[kind] for kind in kinds]}
+    sizes = _SIZES.get(kinds[0], {}) if len(kinds) == 1 else {}
+    for name in SCHEMA_RULES:
+        if name in spec and (name != "pattern" or portable_pattern(spec[name]) is not None):
+            schema[sizes.get(name, name)] = spec[name]
+    if kinds == ["integer"]:  # the narrower limit of the two
+        schema["minimum"] = max(schema["minimum"], _INT64.start)
+        schema["maximum"] = min(schema["maximum"], _INT64.stop - 1)
+    if "items" in spec:
+        schema["items"] = _json_schema(spec["items"])
+    if spec.get("properties"):
+        schema["properties"] = {name: _json_schema(item) for name, item in spec["properties"].items()}
+    if isinstance(spec.get("required"), list) and spec["required"]:
+        schema["required"] = spec["required"]
+    additional = spec.get("additionalProperties", True)
+    if additional is not True:
+        schema["additionalProperties"] = _json_schema(additional) if additional else False
+    if "default" in spec:
+        schema["default"] = spec["default"]
+    if "example" in spec:
+        schema["examples"] = [spec["example"]]
+    return schema | _unknown_words(spec)
+
+
+def _parameter_schema(spec: Mapping[str, Any]) -> dict[str, Any]:
+    schema = _json_schema({"type": "string", **{name: spec[name] for name in spec if name not in ("in", "required")}})
+    schema.pop("description", None)
+    if schema.get("type") == "array":
+        items = schema.setdefault("items", {"type": "string"})
+        if items.get("type") == "string" and "format" not in items:  # a comma parts items, and none is empty
+            items["minLength"] = max(items.get("minLength", 1), 1)
+            items.setdefault("pattern", "^[^,]*$")
+        if spec.get("required"):
+            schema["minItems"] = max(schema.get("minItems", 1), 1)
+    elif spec["in"] == "path" and schema.get("type") == "string" and "format" not in schema:
+        schema["minLength"] = max(schema.get("minLength", 1), 1)  # an empty segment is no resource
+    return schema
+
+
+def _flow_parameters(flow: Flow, renamed: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The parameters of a flow; in the path under the names that the document's path has."""
+    found = []
+    for item in flow.parameters:
+        if item.where == "header" and item.name.lower() in ("accept", "content-type", "authorization"):
+            continue  # OpenAPI has other places for them
+        spec = flow.tree["request"].get("parameters", {}).get(item.name) or {"in": "path"}
+        schema = _parameter_schema(spec)
+        name = renamed.get(item.name, item.name) if item.where == "path" else item.name
+        words = str(spec.get("description") or f"The parameter {item.name}.")
+        found.append(_parameter(name, item.where, words, schema, required=item.required))
+        if item.where == "query" and item.array:
+            found[-1] |= {"style": "form", "explode": True}
+    selection = flow.selection
+    sort = selection.sort
+    fields = sorted(sort) if isinstance(sort, frozenset) else []
+    for name in selection.names:
+        words, schema = _SELECTING.get(name, _FILTERING).capitalize() + ".", dict(_TEXT)
+        more: dict[str, Any] = {}
+        if name == "sort_by" and sort:
+            known = {"enum": [sign + each for each in fields for sign in ("", "-")]} if fields else _TEXT
+            schema, more = {"type": "array", "items": known}, {"style": "form", "explode": False}
+        elif name in selection.filters:
+            schema, more = {"type": "array", "items": _TEXT}, {"style": "form", "explode": True}
+        found.append(_parameter(name, "query", words, schema, **more))
+    return found
+
+
+def _body_of(flow: Flow) -> dict[str, Any]:
+    spec = flow.tree["request"].get("body")
+    if not flow.content_types:
+        return {}
+    rest = {name: spec[name] for name in spec if name != "required" or isinstance(spec[name], list)} if spec else {}
+    schema = _json_schema(rest)
+    content = {}
+    for media in flow.content_types:
+        if _is_json(media):
+            content[media] = {"schema": schema}
+        elif media == CONTENT_TYPES["form"]:
+            content[media] = {"schema": {"type": "object", "minProperties": int(flow.body_required)} | schema}
+        elif media.startswith("text/"):
+            least = max(schema.get("minLength", 0), int(flow.body_required))
+            content[media] = {"schema": schema | {"type": "string", "minLength": least}}
+        else:
+            content[media] = {"schema": _unknown_words(rest) | {"minLength": int(flow.body_required)}}
+    return {"requestBody": {"required": flow.body_required, "content": content}}
+
+
+def _shape(value: Any) -> dict[str, Any]:
+    """What can be known of a value that a template will give."""
+    if isinstance(value, str) and "${" in value:
+        parts = list(split_template(value))
+        return {} if len(parts) == 1 and parts[0][0] else {"type": "string"}
+    if isinstance(value, dict):
+        return _record({name: _shape(item) for name, item in value.items()}, additionalProperties=False)
+    if isinstance(value, list):
+        shapes = [_shape(item) for item in value]
+        same = shapes[0] if shapes and all(shape == shapes[0] for shape in shapes) else {}
+        return {"type": "array", "minItems": len(shapes), "maxItems": len(shapes), "items": same}
+    return {"type": {str: "string", bool: "boolean", int: "integer", float: "number"}.get(type(value), "null")}
+
+
+def _steps_in(steps: Any) -> Iterator[dict[str, Any]]:
+    """Every step of a flow, also those inside others."""
+    for step in steps:
+        yield step
+        branches = [step["each"]] if "each" in step else step.get("choose", [])
+        for branch in branches:
+            yield from _steps_in(branch["steps"])
+
+
+_WITHOUT_BYTES = ("set", "wait", "fail", "respond", "each", "choose")  # kinds of steps whose value is plain JSON
+
+
+def _flow_answer(flow: Flow, spec: Mapping[str, Any], selection: Selection, may_be_bytes: bool) -> dict[str, Any]:
+    """One response of a flow: what is known of its headers and its body."""
+    given = {name: value for name, value in spec.get("headers", {}).items() if value is not None}
+    headers = _headers() | {
+        name: {"schema": _TEXT, "required": "${" not in str(value)}
+        for name, value in given.items()
+        if name.lower() != "content-type"
+    }
+    answer: dict[str, Any] = {"description": "The flow's answer.", "headers": headers}
+    if spec.get("status") in (204, 304) or not ("body" in spec or "page" in spec):
+        return answer
+    media = next((str(value) for name, value in given.items() if name.lower() == "content-type"), "")
+    body = spec.get("body")
+    schema = _shape(body)
+    if "page" in spec:
+        cursor = {"cursor": _maybe(_TEXT)}
+        if "body" not in spec:
+            schema = _record({"items": {"type": "array", "items": {}}, **cursor})
+        elif isinstance(body, dict) and "cursor" not in body:
+            schema = _record({**schema["properties"], **cursor})
+    elif selection.filters or selection.sort:
+        schema = {"type": "array", "items": {"type": "object"}}
+    if "${" in media:
+        answer["content"] = {"*/*": {}}
+    elif media:
+        kind = media.partition(";")[0].strip().lower()
+        answer["content"] = _content(schema if _is_json(kind) else {}, kind)
+    else:
+        answer["content"] = _content(schema)
+        if may_be_bytes and isinstance(body, str) and not schema:
+            answer["content"] |= _content({}, "application/octet-stream")
+    return answer
+
+
+def _add_answer(responses: dict[str, dict[str, Any]], status: str, more: dict[str, Any]) -> None:
+    """Add what a status may also mean."""
+    before = responses.get(status)
+    if before is None:
+        responses[status] = more
+        return
+    first, second = (_RESPONSES[one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in (before, more))
+    words = list(dict.fromkeys([*first["description"].split(" Or: "), *second["description"].split(" Or: ")]))
+    merged: dict[str, Any] = {"description": " Or: ".join(words), "headers": {}}
+    for name, header in (first["headers"] | second["headers"]).items():
+        in_both = name in first["headers"] and name in second["headers"]
+        whole = _HEADERS[name] if "$ref" in header else header
+        merged["headers"][name] = header if in_both or not whole.get("required") else {**whole, "required": False}
+    contents = [one.get("content", {}) for one in (first, second)]
+    content = contents[0] | contents[1]
+    for media in contents[0].keys() & contents[1].keys():
+        schemas = [one[media].get("schema", {}) for one in contents]
+        if schemas[0] != schemas[1]:
+            each = [part for schema in schemas for part in schema.get("anyOf", [schema])]
+            content[media] = {"schema": {"anyOf": each} if all(each) else {}}
+    responses[status] = merged | ({"content": content} if content else {})
+
+
+def _own_responses(flow: Flow) -> dict[str, dict[str, Any]]:
+    """What a flow itself may answer, by status; `default` where the status is computed."""
+    steps = list(_steps_in(flow.tree.get("steps", [])))
+    may_be_bytes = any(not _is_json(media) for media in flow.content_types) or any(
+        kind not in _WITHOUT_BYTES and kind not in _STEP_OPTIONS for step in steps for kind in step
+    )
+    specs = flow.tree.get("response", [])
+    specs = specs if isinstance(specs, list) else [specs]
+    found = [(spec, response.selection) for spec, response in zip(specs, flow.responses, strict=True)]
+    found += [(step["respond"], _NO_SELECTION) for step in steps if "respond" in step]
+    responses: dict[str, dict[str, Any]] = {}
+    for spec, selection in found:
+        status = spec.get("status", 200)
+        answer = _flow_answer(flow, spec, selection, may_be_bytes)
+        _add_answer(responses, "default" if isinstance(status, str) else str(status), answer)
+    if not flow.responses:
+        last = {"body": "${the last step's value}" if steps else None}
+        _add_answer(responses, "200", _flow_answer(flow, last, _NO_SELECTION, may_be_bytes))
+    for step in steps:
+        if "fail" in step:
+            status, message = step["fail"].get("status", 500), step["fail"]["message"]
+            words = (
+                f"The flow fails: {message}" if isinstance(message, str) and "${" not in message else "The flow fails."
+            )
+            problem_answer = _RESPONSES["ServerError"] | {"description": words.replace(" Or: ", " or: ")}
+            _add_answer(responses, str(status), problem_answer)
+    calls_out = any(kind in step for step in steps for kind in ("http", "call"))
+    for status in (500, 504, *[502] * calls_out):
+        _add_answer(responses, str(status), _ref("responses", _PROBLEMS[status][0]))
+    return responses
+
+
+def _flow_operation(flow: Flow, mode: str, renamed: Mapping[str, str]) -> dict[str, Any]:
+    """How a flow is called in one mode."""
+    asynchronous, both = mode == "asynchronous", len(flow.modes) == 2
+    parameters = _flow_parameters(flow, renamed)
+    own = {item["name"].lower() for item in parameters if item["in"] == "header"}
+    shared = ["CallbackUrl", "Wait", "IdempotencyKey"] if asynchronous else ["Async"] if both else []
+    names = [name for name in shared if _PARAMETERS[name]["name"].lower() not in own]
+    responses = _own_responses(flow)
+    if asynchronous:
+        for answer in responses.values():
+            if "$ref" not in answer:
+                answer["headers"] = answer["headers"] | _headers("Job-Status", "Content-Location", "Preference-Applied")
+    problems = [404] + [413, 415] * bool(flow.content_types) + [429] * (flow.when_full == "refuse" and bool(flow.limit))
+    for status in problems + [422] * (asynchronous or both):
+        _add_answer(responses, str(status), _ref("responses", _PROBLEMS[status][0]))
+    if asynchronous or both:
+        _add_answer(responses, "202", _ref("responses", "Accepted"))
+    words = flow.description or f"The flow {flow.name}."
+    if flow.strict:
+        words += "\n\nOther query parameters than these are refused."
+    if asynchronous:
+        words += (
+            "\n\nAnswers 202 once the job is stored; with `Prefer: wait=N`, if it is finished in time, as its result."
+        )
+    operation = {
+        "operationId": f"{flow.name}.{'submit' if asynchronous else 'run'}",
+        "tags": [flow.name],
+        "summary": f"Submit {flow.name} as a job" if asynchronous else f"Run {flow.name}",
+        "description": words,
+        "parameters": parameters + [_ref("parameters", name) for name in names],
+        **_body_of(flow),
+        "responses": responses,
+    }
+    return operation | ({"callbacks": {"finished": _ref("callbacks", "finished")}} if asynchronous else {})
+
+
+def openapi_document(
+    deployments: Deployments, base: str, secured: bool, only: Collection[str] | None = None
+) -> dict[str, Any]:
+    """OpenAPI 3.1 of the published flows and of the jobs API.
+
+    `secured`: the server wants a token; `only`: the names of the flows that the caller may call, None for all.
+    """
+    paths: dict[str, dict[str, Any]] = {}
+    spelled: dict[str, str] = {}  # a path by itself without the names of its parameters
+    flows = [flow for name, flow in sorted(deployments.by_name.items()) if only is None or name in only]
+    for flow in flows:
+        plain = re.sub(r"\{[^}]*\}", "{}", flow.resource)
+        resource_path = spelled.setdefault(plain, flow.resource)
+        renamed = {
+            own[1:-1]: first[1:-1]
+            for own, first in zip(flow.segments, resource_path.split("/")[1:], strict=True)
+            if own[0] == "{"
+        }
+        for mode in _MODES:
+            if mode in flow.modes:
+                path = paths.setdefault(PREFIXES[mode] + resource_path, {})
+                path[flow.method.lower()] = _flow_operation(flow, mode, renamed)
+    paths = dict(sorted(paths.items())) | {
+        path: {method: copy.deepcopy(operation) for method, operation in methods.items()}
+        for path, methods in _OPERATIONS.items()
+    }
+    for methods in paths.values():
+        for operation in methods.values():
+            is_open = not secured or operation.get("security") == []
+            for status in _ALWAYS + (() if is_open else (401,)):
+                _add_answer(operation["responses"], str(status), _ref("responses", _PROBLEMS[status][0]))
+            operation["responses"] = dict(sorted(operation["responses"].items()))
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Astera Lite",
+            "version": __version__,
+            "description": _ABOUT,
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": base}],
+        "security": [{"token": []}] if secured else [],
+        "tags": [{"name": flow.name, "description": flow.description or f"The flow {flow.name}."} for flow in flows]
+        + [{"name": name, "description": words} for name, words in _TAGS.items()],
+        "paths": paths,
+    }
+    shared = {
+        "schemas": _SCHEMAS,
+        "responses": _RESPONSES,
+        "parameters": _PARAMETERS,
+        "headers": _HEADERS,
+        "callbacks": {"finished": _CALLBACK},
+    }
+    components = _referenced(document, shared)
+    if secured:
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    return document | {"components": components}
+
+
+def _referenced(document: Any, shared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of the shared parts that a document comes to use."""
+    used: set[tuple[str, str]] = set()
+    left = [document]
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        elif isinstance(part, dict):
+            left += part.values()
+            target = part.get("$ref")
+            if isinstance(target, str) and target.startswith("#/components/"):
+                kind, name = target.split("/")[2:]
+                if (kind, name) not in used:
+                    used.add((kind, name))
+                    left.append(shared[kind][name])
+    return {
+        kind: {name: part for name, part in parts.items() if (kind, name) in used}
+        for kind, parts in shared.items()
+        if any(kind == used_kind for used_kind, _ in used)
+    }
+
+
+@lru_cache(maxsize=8)
+def openapi_body(deployments: Deployments, base: str, secured: bool, only: frozenset[str] | None) -> bytes:
+    """The document as it is sent; kept, for it is the same until a flow changes."""
+    return json_body(openapi_document(deployments, base, secured, only))
+
+
 # ======================================================================================================================
 # 15 Routes
 # To add a route: a function of an Exchange and a row in ROUTES.
@@ -9364,7 +10417,6 @@ _NO_STORE = ("Cache-Control", "no-store")
 _JSON = ("Content-Type", "application/json")
 _PROBLEM = ("Content-Type", "application/problem+json")
 _FLOW_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "sandbox"))
-_DEFAULT_LIST, _MAX_LIST = 50, 1000
 
 #: The status of each error that a request may end in; errors with a `status` of their own say it themselves.
 PROBLEM_STATUS: dict[type[AsteraError], int] = {NotFound: 404, StoreError: 503, FlowError: 400, ConfigError: 400}
@@ -9482,6 +10534,8 @@ def error_response(x: Exchange, error: Exception) -> Reply:
     detail = str(error)
     if isinstance(error, InputError):
         members["errors"] = error.errors
+        if status == 415 and error.errors[0]["name"] == "Content-Encoding":
+            headers.append(("Accept-Encoding", "identity"))
     elif isinstance(error, Busy):
         headers.append(("Retry-After", str(error.retry_after)))
     elif isinstance(error, StoreError):
@@ -9622,7 +10676,16 @@ def options(x: Exchange) -> Reply:
     return Reply(204, headers)
 
 
+def _check_coding(x: Exchange) -> None:
+    """Raise InputError for a body that is compressed (RFC 9110, section 15.5.16)."""
+    coding = x.head.headers.get("content-encoding", "identity")
+    if x.body and coding.strip().lower() not in ("", "identity"):
+        message = "must be identity: send the body as it is"
+        raise InputError([{"in": "header", "name": "Content-Encoding", "message": message}], status=415)
+
+
 def _stored_request(x: Exchange, flow: Flow, path: str, query: str) -> StoredRequest:
+    _check_coding(x)
     sent = x.head.headers
     names = [item.name.lower() for item in flow.parameters if item.where == "header"] + ["content-type"]
     return StoredRequest(flow.method, path, query, {name: sent[name] for name in names if name in sent}, x.body)
@@ -9636,7 +10699,9 @@ def _take_callback(x: Exchange) -> tuple[str | None, str]:
     urls, rest = [], []
     for part in query.split("&"):
         name, _, value = part.partition("=")
-        if (unquote(name, plus=True) if not _PERCENT.search(name) else name) == "callbackUrl":
+        with contextlib.suppress(ValueError):  # binding refuses what does not decode
+            name = unquote(name, plus=True)
+        if name == "callbackUrl":
             urls.append(value)
         else:
             rest.append(part)
@@ -9656,11 +10721,11 @@ def _take_key(x: Exchange) -> str | None:
     value = x.head.headers.get("idempotency-key")
     if value is None:
         return None
-    bare = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
-    if not re.fullmatch(r"[\x21-\x7e]{1,255}", bare):
+    match = re.fullmatch(r'"([!-~]{1,255})"|([!#-~][!-~]{0,254})', value)
+    if match is None:
         message = "must be 1 to 255 visible ASCII characters, quoted or bare"
         raise InputError([{"in": "header", "name": "Idempotency-Key", "message": message}])
-    return bare
+    return match[1] or match[2]
 
 
 def _submit(x: Exchange, flow: Flow, path: str, preferences: Mapping[str, str], applied: list[str]) -> None:
@@ -10040,6 +11105,7 @@ def _apart(x: Exchange, work: Callable[[], Reply]) -> None:
 
 def deployment_put(x: Exchange) -> None:
     """PUT /api/deployments/{name}"""
+    _check_coding(x)
     name, media = x.values["name"], x.head.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not _is_json(media):
         message = "must be application/json: a flow"
@@ -10075,6 +11141,12 @@ def health(x: Exchange) -> Reply:
     return Reply(200 if well else 503, [_JSON, _NO_STORE, *more], json_body(document))
 
 
+def openapi_json(x: Exchange) -> Reply:
+    """GET /openapi.json"""
+    has_token = x.caller.name != ""
+    return Reply(200, [_JSON, _NO_STORE], openapi_body(x.app.deployments, x.base, has_token, x.caller.flows))
+
+
 ROUTES = [
     Route("*", "/api/publishing/*", publish_sync, check=partial(find_flow, "synchronous")),
     Route("*", "/api/publishingAsync/*", publish_async, check=partial(find_flow, "asynchronous")),
@@ -10090,6 +11162,7 @@ ROUTES = [
     Route("GET", "/api/deployments/{name}", deployment_one),
     Route("PUT", "/api/deployments/{name}", deployment_put, check=_may_deploy),
     Route("DELETE", "/api/deployments/{name}", deployment_delete, check=_may_deploy),
+    Route("GET", "/openapi.json", openapi_json),
     Route("GET", "/health", health, is_open=True),
 ]
 
@@ -10849,16 +11922,22 @@ class _JsonLines(logging.Formatter):
         entry["message"] = record.getMessage()
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
+        return json.dumps(entry)  # in ASCII: other characters may end a line, or turn it round, where it is read
 
 
 class _TextLines(logging.Formatter):
     """Time, level and message; what came from outside cannot begin a line of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        message = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in record.getMessage())
-        text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {message}"
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {_one_line(record.getMessage())}"
+        if record.exc_info:
+            lines = self.formatException(record.exc_info).split("\n")
+            text += "".join(f"\n    {_one_line(line)}" for line in lines)
+        return text
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def _set_up_logging(settings: Settings) -> None:
@@ -11124,6 +12203,17 @@ def schema(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def openapi(args: argparse.Namespace, settings: Settings) -> int:
+    """openapi: print the OpenAPI document of the flows; exit 1 if some are faulty and so not in it."""
+    app = AsteraLite(settings)
+    found = app.read_flows()
+    for fault in found.faults:
+        print(fault, file=sys.stderr)
+    secured = settings.token is not None or bool(_tokens_of(settings.database))
+    print(json.dumps(openapi_document(found, app.base, secured), indent=2, ensure_ascii=False))
+    return 1 if found.faults else 0
+
+
 def new(args: argparse.Namespace, settings: Settings) -> int:
     """new: write a starter flow."""
     if not _FLOW_NAME.fullmatch(args.name):
@@ -11276,6 +12366,12 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         ("flows", "env_allow", "secrets", "max_result"),
     ),
     "schema": (schema, "print a JSON Schema of the flow file, for editors", [], ()),
+    "openapi": (
+        openapi,
+        "print the OpenAPI document of the flows",
+        [],
+        ("flows", "host", "port", "public_url", "env_allow", "secrets"),
+    ),
     "new": (new, "write a starter flow", [("name", {"metavar": "NAME", "help": "name of the flow"})], ("flows",)),
     "jobs": (
         jobs,

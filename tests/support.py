@@ -73,6 +73,111 @@ def get_flow(resource: str, *, steps: list[Any] | None = None, response: Any = N
     return tree
 
 
+def _every_type(where: str) -> dict[str, Any]:
+    """A parameter of each type, under names of their own."""
+    limits: dict[str, Any] = {
+        "string": {"maxLength": 20, "description": "a text"},
+        "integer": {"minimum": -5, "example": 3},
+        "number": {"maximum": 1000},
+        "boolean": {},
+        "date": {},
+        "date-time": {},
+        "array": {"items": {"type": "integer"}, "maxItems": 5},
+    }
+    initial = where[0]
+    return {f"{initial}-{kind}": {"in": where, "type": kind, **more} for kind, more in limits.items()}
+
+
+def _post(resource: str, body: Any, *types: str, **more: Any) -> dict[str, Any]:
+    request: dict[str, Any] = {"method": "POST", "resource": resource, "processing": ["synchronous", "asynchronous"]}
+    request |= {"body": body} | ({"contentTypes": list(types)} if types else {})
+    return {"request": request | more.pop("request", {}), "response": {"body": "${request.body}"}, **more}
+
+
+_PERSON: dict[str, Any] = {
+    "type": "object",
+    "required": ["name"],
+    "additionalProperties": False,
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 40, "example": "Ada"},
+        "born": {"type": ["date", "null"]},
+        "seen": {"type": "date-time"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 200, "default": 1},
+        "size": {"type": "number", "minimum": 0, "maximum": 3},
+        "tags": {"type": "array", "minItems": 1, "maxLength": 3, "items": {"type": "string", "pattern": "^[a-z]+$"}},
+        "address": {"type": "object", "properties": {"zip": {"type": "string", "pattern": r"^\d{5}$"}}},
+        "more": {"type": "object", "additionalProperties": {"type": "boolean"}},
+    },
+}
+_ROWS = [{"code": code, "state": state} for code, state in (("a", "x"), ("b", "y"), ("c", "x"))]
+#: Flows that declare all that a request can be declared to have, and answer in all ways a flow can.
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "types": get_flow("/types", request={"parameters": _every_type("query")}, response={"body": "${params}"}),
+    "headers": get_flow("/headers", request={"parameters": _every_type("header")}, response={"body": "${params}"}),
+    "path": get_flow(
+        "/path/{p-integer}/{p-date}/{word}/{list}",
+        request={
+            "parameters": {name: spec for name, spec in _every_type("path").items() if name in ("p-integer", "p-date")}
+            | {"word": {"in": "path", "maxLength": 20}, "list": {"in": "path", "type": "array"}}
+        },
+        response={"body": "${params}"},
+    ),
+    "strict": get_flow(
+        "/strict",
+        description="Takes nothing that it does not know.",
+        request={
+            "strict": True,
+            "parameters": {
+                "code": {"in": "query", "required": True, "pattern": r"^[A-Z]{2}\d+$", "maxLength": 9},
+                "kind": {"in": "query", "enum": ["a", "b"], "default": "a"},
+                "many": {"in": "query", "type": "array", "required": True},
+                "X-Mode": {"in": "header", "required": True, "enum": ["fast", "slow"]},
+            },
+        },
+        response=[{"when": "${params.kind == 'b'}", "status": 204}, {"body": {"code": "${params.code}"}}],
+    ),
+    "rows": get_flow(
+        "/rows",
+        steps=[{"name": "rows", "set": _ROWS}],
+        response={"page": {"items": "${rows}", "size": 2}, "filter": ["state"], "sort": ["code", "state"]},
+    ),
+    "person": _post("/people", _PERSON),
+    "person-put": _post("/people/{id}", _PERSON, request={"method": "PUT"}),
+    "person-get": get_flow("/people/{number}", response={"body": {"number": "${params.number}"}}),
+    "anything": _post("/anything", {"required": False}),
+    "form": _post("/form", {"type": "object", "properties": {"a": {"type": "string"}}}, "form"),
+    "text": _post("/text", {"type": "string", "maxLength": 100}, "text", "json"),
+    "binary": _post("/binary", {}, "binary"),
+    "reflecting": get_flow(
+        "/reflecting",
+        request={"parameters": {"value": {"in": "query"}}},
+        response={"headers": {"X-Value": "${params.value}"}, "body": {"value": "${params.value}"}},
+    ),
+    "refusing": get_flow(
+        "/refusing",
+        request={"parameters": {"why": {"in": "query"}}},
+        steps=[{"name": "no", "fail": {"status": 422, "message": "${params.why}"}}],
+    ),
+    "responding": get_flow(
+        "/responding",
+        request={"parameters": {"value": {"in": "query"}}},
+        steps=[
+            {
+                "name": "which",
+                "choose": [
+                    {
+                        "when": "${params.value}",
+                        "steps": [{"name": "yes", "respond": {"status": 203, "headers": {"X-V": "${params.value}"}}}],
+                    }
+                ],
+            },
+            {"name": "no", "fail": {"status": 409, "message": "there is no value"}},
+        ],
+    ),
+    "once": get_flow("/once", request={"processing": ["asynchronous"]}, response={"status": 201, "body": [1, "${1}"]}),
+}
+
+
 def until(holds: Callable[[], Any], seconds: float = 15) -> None:
     """Wait for what no event tells of."""
     end = time.monotonic() + seconds

@@ -652,11 +652,21 @@ def test_response_bodies(spec: Any, code: int, media: str | None, data: bytes) -
     assert (answer.code, headers.get("content-type"), answer.body) == (code, media, data)
 
 
-@pytest.mark.parametrize("text", ["a\r\nX: y", "a\nb", "a\0", " a", "a ", "€", "\x7f"])
-def test_a_header_cannot_be_injected(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("a\r\nX: y", "a%0D%0AX: y"),
+        ("a\nb", "a%0Ab"),
+        ("a\0", "a%00"),
+        (" a", "a"),
+        ("a\t", "a"),
+        ("€", "%E2%82%AC"),
+        ("\x7f", "%7F"),
+    ],
+)
+def test_a_header_cannot_be_injected(text: str, sent: str) -> None:
     outcome = run_steps({"name": "v", "set": text}, response={"headers": {"X-A": "${v}"}})
-    assert outcome.answer.code == 500
-    assert "/headers/X-A" in outcome.reason
+    assert (outcome.answer.code, dict(outcome.answer.headers)["X-A"]) == (200, sent)
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,9 @@ def test_a_limited_token_calls_its_flows_only(tokens: Tokens) -> None:
     ]
     assert tokens("bob", "GET", "/api/deployments/other").status_code == 403
     assert "other" not in tokens("bob", "GET", "/api/deployments/othe").text
+    paths = tokens("bob", "GET", "/openapi.json").json()["paths"]
+    assert "/api/publishing/hello" in paths and "/api/publishing/other" not in paths
+    assert "/api/publishing/other" in tokens("ada", "GET", "/openapi.json").json()["paths"]
     assert [job["flow"] for job in tokens("root", "GET", "/api/jobs").json()["jobs"]] == ["other", "hello"]
 
 

@@ -1,0 +1,247 @@
+"""The OpenAPI document: that it is valid, and that the server does what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from support import EVERYTHING, ROOT, Client, Running, get_flow, process, running
+
+import astera_lite
+from astera_lite import Deployments, build_flow, openapi_document, portable_pattern
+
+METHODS = {"get", "put", "post", "delete", "patch"}
+
+
+def document(*flows: tuple[str, dict[str, Any]], secured: bool = False) -> dict[str, Any]:
+    deployments = Deployments([build_flow(tree, name) for name, tree in flows])
+    assert deployments.faults == []
+    return openapi_document(deployments, "http://127.0.0.1:9261", secured)
+
+
+def operations(tree: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, methods in tree["paths"].items():
+        for method, operation in methods.items():
+            assert method in METHODS
+            yield path, method, operation
+
+
+def resolved(tree: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in part:
+        found: Any = tree
+        for name in part["$ref"].split("/")[1:]:
+            found = found[name]
+        part = found
+    return part
+
+
+WHOLE = document(*EVERYTHING.items())
+
+
+@pytest.mark.parametrize("secured", [False, True])
+def test_the_document_is_valid(secured: bool) -> None:
+    OpenAPIV31SpecValidator(document(*EVERYTHING.items(), secured=secured)).validate()
+    OpenAPIV31SpecValidator(document(secured=secured)).validate()
+
+
+def test_the_flows_of_the_repository_have_a_valid_document() -> None:
+    for folder in ("flows", "examples/flows"):
+        command = [sys.executable, str(ROOT / "astera_lite.py"), "openapi", "--flows", str(ROOT / folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        OpenAPIV31SpecValidator(json.loads(done.stdout)).validate()
+
+
+def test_the_command_says_what_is_not_in_the_document(tmp_path: Path) -> None:
+    (tmp_path / "good.json").write_text(json.dumps(get_flow("/good", response={"body": 1})))
+    (tmp_path / "bad.json").write_text('{"request": {"method": "GTE", "resource": "/bad"}}')
+    command = [sys.executable, str(ROOT / "astera_lite.py"), "openapi", "--flows", str(tmp_path)]
+    done = subprocess.run([*command, "--port", "80"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "GTE" in done.stderr
+    tree = json.loads(done.stdout)
+    assert tree["servers"] == [{"url": "http://127.0.0.1:80"}]
+    assert "/api/publishing/good" in tree["paths"] and "/api/publishing/bad" not in tree["paths"]
+
+
+def test_every_route_is_in_the_document() -> None:
+    for route in astera_lite.ROUTES:
+        if not route.path.endswith("/*"):
+            assert route.method.lower() in WHOLE["paths"][route.path], route.path
+    for name, tree in EVERYTHING.items():
+        request = tree["request"]
+        for mode in request["processing"]:
+            path = astera_lite.PREFIXES[mode] + request["resource"].replace("{id}", "{number}")
+            assert WHOLE["paths"][path][request["method"].lower()]["tags"] == [name]
+
+
+def test_names_are_unique_and_everything_is_described() -> None:
+    ids = [operation["operationId"] for _, _, operation in operations(WHOLE)]
+    assert len(ids) == len(set(ids))
+    tags = [tag["name"] for tag in WHOLE["tags"]]
+    assert len(tags) == len(set(tags))
+    for path, method, operation in operations(WHOLE):
+        assert operation["summary"] and operation["description"], (path, method)
+        assert set(operation["tags"]) <= set(tags)
+        for item in operation.get("parameters", []):
+            assert resolved(WHOLE, item)["description"]
+        for response in operation["responses"].values():
+            assert resolved(WHOLE, response)["description"]
+            assert "X-Request-Id" in resolved(WHOLE, response)["headers"]
+
+
+def test_nothing_shared_is_unused_and_nothing_used_is_missing() -> None:
+    text = json.dumps(WHOLE)
+    for kind, parts in WHOLE["components"].items():
+        for name in parts:
+            assert f'"#/components/{kind}/{name}"' in text
+    assert not (set(WHOLE["components"]) - {"schemas", "responses", "parameters", "headers", "callbacks"})
+
+
+def test_a_token_is_declared_only_where_one_is_wanted() -> None:
+    secured = document(*EVERYTHING.items(), secured=True)
+    assert secured["components"]["securitySchemes"] == {"token": {"type": "http", "scheme": "bearer"}}
+    assert secured["security"] == [{"token": []}]
+    assert WHOLE["security"] == [] and "securitySchemes" not in WHOLE["components"]
+    for path, _, operation in operations(secured):
+        assert ("401" in operation["responses"]) == (path != "/health"), path
+        assert "403" in operation["responses"]
+    assert secured["paths"]["/health"]["get"]["security"] == []
+    assert all("401" not in operation["responses"] for _, _, operation in operations(WHOLE))
+
+
+def test_asynchronous_operations_declare_what_a_job_needs() -> None:
+    operation = WHOLE["paths"]["/api/publishingAsync/once"]["get"]
+    callback = resolved(WHOLE, operation["callbacks"]["finished"])
+    assert list(callback) == ["{$request.query.callbackUrl}"]
+    names = {resolved(WHOLE, item)["name"] for item in operation["parameters"]}
+    assert names == {"callbackUrl", "Prefer", "Idempotency-Key"}
+    accepted = resolved(WHOLE, operation["responses"]["202"])
+    assert accepted["headers"].keys() >= {"Location", "Retry-After", "Job-Status", "Preference-Applied"}
+    body = {"type": "array", "minItems": 2, "maxItems": 2, "items": {}}
+    assert operation["responses"]["201"]["content"] == {"application/json": {"schema": body}}
+
+
+def test_what_a_flow_may_answer_is_told_as_far_as_it_is_known() -> None:
+    computed = get_flow(
+        "/x",
+        request={"parameters": {"code": {"in": "query", "type": "integer"}}},
+        response=[
+            {"when": "${params.code}", "status": "${params.code}", "body": "${params}"},
+            {"status": 418, "headers": {"Content-Type": "text/html", "X-Tea": "yes"}, "body": "<p>${1}"},
+        ],
+    )
+    responses = document(("x", computed))["paths"]["/api/publishing/x"]["get"]["responses"]
+    assert responses["default"]["content"] == {"application/json": {"schema": {}}}
+    assert responses["418"]["content"] == {"text/html": {"schema": {}}}
+    assert responses["418"]["headers"]["X-Tea"] == {"schema": {"type": "string"}, "required": True}
+    responses = WHOLE["paths"]["/api/publishing/responding"]["get"]["responses"]
+    assert "The flow fails: there is no value" in responses["409"]["description"]
+    assert "203" in responses
+
+
+def test_paths_that_differ_in_the_names_of_parameters_are_one() -> None:
+    path = WHOLE["paths"]["/api/publishing/people/{number}"]
+    assert set(path) == {"get", "put"}
+    assert [item["name"] for item in path["get"]["parameters"] if item.get("in") == "path"] == ["number"]
+
+
+@pytest.mark.parametrize(
+    "text", ["^[a-z]+$", r"^\d{2,3}(?:-[A-Z])?$", r"a\.b|c", "[^,]*", r"\u00e9+?", "a{2}", r"[\w-]x", "[!&|~/]"]
+)
+def test_a_pattern_of_both_languages_is_told(text: str) -> None:
+    assert portable_pattern(text) is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\Aa",
+        r"a\Z",
+        "(?i)a",
+        "(?P<x>a)",
+        "a++",
+        "a*+",
+        "(?>a)",
+        "[]a]",
+        "[[:alpha:]]",
+        "a{,3}",
+        "[a||b]",
+        "(?<=a)b",
+        "{",
+    ],
+)
+def test_a_pattern_of_python_alone_is_left_out(text: str) -> None:
+    assert portable_pattern(text) is None
+
+
+def test_a_pattern_means_what_json_schema_says() -> None:
+    end = astera_lite.compile_pattern(r"^\d+$")
+    assert end.search("12") and not end.search("12\n") and not end.search("١٢")
+    assert astera_lite.compile_pattern(r"^\s.\S$").search("\u00a0ab")
+    assert not astera_lite.compile_pattern("^.$").search("\u2028")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(tmp_path_factory.mktemp("openapi"), EVERYTHING, max_wait="20ms") as server:
+        yield server
+
+
+def ask(folder: Path, url: str, *arguments: str) -> None:
+    """Let schemathesis ask a server all that its document allows, and much that it does not."""
+    config = str(ROOT / "tests" / "schemathesis.toml")
+    command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", config, "run"]
+    command += [f"{url}/openapi.json", "--continue-on-failure", *arguments]
+    env = os.environ | {"SCHEMATHESIS_HOOKS": "schemathesis_hooks", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, errors="replace", env=env, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_server_does_what_the_document_says(run: Running, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ask(tmp_path, run.server.url, "--max-examples", "15")
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == []
+
+
+def test_the_server_does_what_the_document_says_where_a_token_is_wanted(tmp_path: Path) -> None:
+    (tmp_path / "flows").mkdir()
+    for name in ("types", "person", "once"):
+        (tmp_path / "flows" / f"{name}.json").write_text(json.dumps(EVERYTHING[name]))
+    token = "a-long-enough-token-0123456789"
+    with process(tmp_path, "--max-wait", "20ms", env={"ASTERA_LITE_TOKEN": token}) as (_, url, lines):
+        ask(tmp_path, url, "--max-examples", "10", "--header", f"Authorization: Bearer {token}")
+    assert "Traceback" not in "\n".join(lines)
+
+
+def test_the_document_is_served_for_the_name_that_was_called(run: Running) -> None:
+    answer = run.client.get("/openapi.json")
+    assert answer.status_code == 200 and answer.headers["Content-Type"] == "application/json"
+    assert answer.json()["servers"] == [{"url": run.server.url}]
+    port = run.server.server_address[1]
+    other = run.client.get("/openapi.json", headers={"Host": f"localhost:{port}"})
+    assert other.json()["servers"] == [{"url": f"http://localhost:{port}"}]
+
+
+def test_a_new_flow_is_in_the_next_document(tmp_path: Path) -> None:
+    with running(tmp_path, {}) as (app, _, client):
+        assert "/api/publishing/new" not in client.get("/openapi.json").json()["paths"]
+        app.deploy("new", get_flow("/new", response={"body": 1}))
+        assert "/api/publishing/new" in client.get("/openapi.json").json()["paths"]
+
+
+def test_where_a_token_is_wanted_the_document_wants_it_too(tmp_path: Path) -> None:
+    with running(tmp_path, {}, token="a-long-enough-token-0123456789") as (_, server, _):
+        client = Client(server)
+        try:
+            assert client.get("/openapi.json").status_code == 401
+            answer = client.get("/openapi.json", headers={"Authorization": "Bearer a-long-enough-token-0123456789"})
+            assert answer.json()["security"] == [{"token": []}]
+        finally:
+            client.session.close()
