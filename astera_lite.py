@@ -6546,16 +6546,12 @@ class SqliteStore:
             self._tell(write, result, None)
 
     def _run(self, batch: list[_Write]) -> list[Any]:
-        """What each write of a transaction brings; new jobs that are no more than a row go together."""
-        rows, results = [], []
-        for write in batch:
-            if write.row is not None and write.row[0].version in self._versions:
-                rows.append(write.row[1])
-                results.append(Added(write.row[0], False))
-            else:
-                results.append(write.run(self._writer))
-        _insert_jobs(self._writer, rows)
-        return results
+        """What each write of a transaction brings. New jobs that are no more than a row come first, all together."""
+        plain = [write.row if write.row and write.row[0].version in self._versions else None for write in batch]
+        _insert_jobs(self._writer, [row for _, row in filter(None, plain)])
+        return [
+            Added(row[0], False) if row else write.run(self._writer) for row, write in zip(plain, batch, strict=True)
+        ]
 
     def _put_off(self, batch: list[_Write], kept: deque[_Write], error: Exception) -> None:
         failure = _store_error(error)
@@ -7316,9 +7312,9 @@ class Engine:
     """Runs jobs and synchronous flows on a pool of threads, and records what came of the jobs.
 
     `prepare(seq)` makes a stored job ready to run, None if it is not Running any more; `finished(key, more)` is called,
-    on the store's thread, when a job's end or wait is committed; `more` says that something becomes due. Some threads are kept for synchronous runs, or slow jobs would
-    starve them. Only few threads compute at one time; a run that comes to what may block says so (`Run.blocking`), and
-    another thread takes its turn. Durations are seconds.
+    on the store's thread, when a job's end or wait is committed, and `more` says that something becomes due. Some
+    threads are kept for synchronous runs, or slow jobs would starve them. Only few threads compute at one time; a run
+    that comes to what may block says so (`Run.blocking`), and another thread takes its turn. Durations are seconds.
     """
 
     def __init__(

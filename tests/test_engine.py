@@ -388,7 +388,7 @@ def test_jobs_run_although_no_thread_can_be_started_for_a_while(
 
 
 def test_a_job_whose_end_takes_more_memory_than_there_is_ends_as_failed(tmp_path: Path) -> None:
-    with serving(tmp_path, {"f": get_flow("/f", steps=[], response={"body": "x"})}) as app:
+    with serving(tmp_path, {"f": get_flow("/f", steps=[{"name": "queued", "wait": 0}], response={"body": "x"})}) as app:
         finish = app.store.finish
 
         def no_memory(end: Any, done: Any) -> None:

@@ -39,6 +39,7 @@ def held(context, size):
 FLOWS = {
     "echo": {
         "request": {"method": "POST", "resource": "/echo", "processing": ["synchronous", "asynchronous"]},
+        "steps": [{"name": "queued", "wait": 0}],  # without a step it would be run before it is stored
         "response": {"body": "${request.body}"},
     },
     "held": get_flow(
