@@ -11260,7 +11260,8 @@ class Handler(BaseRequestHandler):
     def count_buffered(self) -> None:
         """Keep the server's account of the bytes held; over the limit the newest comer is refused."""
         held = self.parser.buffered + (len(self.exchange.body) if self.exchange is not None else 0)
-        held += sum(len(item) for item in self.out if isinstance(item, bytes | memoryview))
+        if self.out:
+            held += sum(len(item) for item in self.out if isinstance(item, bytes | memoryview))
         self.loop.buffered += held - self.counted
         self.counted = held
         if self.loop.buffered > _MAX_BUFFERED and held > _AHEAD and not (self.in_flight or self.out or self.ending):
