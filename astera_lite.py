@@ -7688,7 +7688,7 @@ class Engine:
         with self._lock:
             self._stopping = True
             while self._draining and (left := deadline - time.monotonic()) > 0:
-                self._idle.wait(left)
+                self._idle.wait(min(left, 0.2))  # a signal that comes just before a wait is seen behind it only
             left_over = [live for live in self._live.values() if live.run and not live.overdue and self._draining]
             for live in left_over:
                 live.abandoned = True
@@ -11944,9 +11944,13 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _install_signals(app: AsteraLite, server: Server) -> None:
+    asked = False
+
     def stop(number: int, frame: object) -> None:
-        if server.stopping:
-            os._exit(0)  # asked twice: what is on disk is safe
+        nonlocal asked
+        if asked:
+            os._exit(0)  # what is on disk is safe
+        asked = True
         server.request_stop()
 
     signal.signal(signal.SIGTERM, stop)
