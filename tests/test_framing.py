@@ -359,7 +359,7 @@ CASES: dict[str, Case] = {
     },
     "coding of another name": open_(post(b"1", b"Transfer_Encoding: chunked", b"Content-Length: 1")),
     "TE header means nothing": open_(post(b"1", b"TE: chunked, trailers", b"Content-Length: 1")),
-    "Content-Encoding is no framing": Case(post(b"1", b"Content-Encoding: chunked", b"Content-Length: 1"), [415], False),
+    "Content-Encoding is no framing": Case(post(b"1", b"Content-Encoding: gzip", b"Content-Length: 1"), [415], False),
     # --- chunks ---
     "chunk size in hex": open_(chunked(b"a\r\n1234567890\r\n0\r\n\r\n")),
     "chunk size in capital hex": open_(chunked(b"A\r\n1234567890\r\n0\r\n\r\n")),
