@@ -7813,7 +7813,7 @@ class Engine:
         with self._lock:
             self._stopping = True
             while self._draining and (left := deadline - time.monotonic()) > 0:
-                self._idle.wait(left)
+                self._idle.wait(min(left, 0.2))  # a signal that comes just before a wait is seen behind it only
             left_over = [live for live in self._live.values() if live.run and not live.overdue and self._draining]
             for live in left_over:
                 live.abandoned = True
@@ -9007,7 +9007,7 @@ class AccessError(AsteraError):
 
 
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]+)(?::([0-9]{1,5}))?")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]++|%[0-9A-Fa-f]{2})+)(?::([0-9]{1,5}))?")
 
 
 ADMIN_TOKEN = "token"  # noqa: S105 (the name of the one that is a setting)
@@ -9116,16 +9116,36 @@ class Reply(NamedTuple):
     length: int = 0  # of the stream
 
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 # Possessive, so that a hostile line costs no backtracking.
 _FIELDS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+")
 _STRAY = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
-_LENGTH = re.compile("[0-9]{1,18}")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?")
+_LENGTH = re.compile("(?=[0-9])0*+([0-9]{0,18}+)([0-9]*+)")
+_CODINGS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+[ \t]*,[ \t]*)+chunked")
+_CHUNK_SIZE = re.compile(  # with extensions, which mean nothing here
+    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*+;[ \t]*+[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+    rb"(?:[ \t]*+=[ \t]*+(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+    rb"|\"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+\"))?+)*+"
+)
 _ORIGIN_FORM = re.compile(r"(/[^?#]*)(?:\?([^#]*))?")
 _ABSOLUTE_FORM = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(?:\?([^#]*))?", re.IGNORECASE)
 _KNOWN_METHODS = frozenset({*_METHODS, "TRACE", "CONNECT"})
+_BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 _MAX_CHUNK_LINE = 4096
+_ENDLESS = 1 << 62  # stands for every length of more than 18 digits: int() would take its time, and refuse in the end
+
+
+def _is_host(text: str) -> bool:
+    """Whether it is what a Host header may say (RFC 9110, section 7.2), with a host and a port that there can be."""
+    match = _HOST.fullmatch(text)
+    if match is None or int(match[2] or 0) > 65535:
+        return False
+    if text[0] == "[":
+        try:
+            ipaddress.IPv6Address(match[1][1:-1])
+        except ValueError:
+            return False
+    return True
 
 
 class _Fields(NamedTuple):
@@ -9151,23 +9171,23 @@ def _parse_fields(block: bytes) -> _Fields:
         headers[name] = value
     length = 0
     if "content-length" in headers:
-        if not _LENGTH.fullmatch(headers["content-length"]):
+        number = _LENGTH.fullmatch(headers["content-length"])
+        if number is None:
             raise WireError(400, "Content-Length is not a number.")
-        length = int(headers["content-length"])
+        length = int(number[1] or 0) if not number[2] else _ENDLESS
     coding = headers.get("transfer-encoding")
     if coding is not None:
         if "content-length" in headers:
             raise WireError(400, "Content-Length and Transfer-Encoding exclude each other.")
         if coding.lower() != "chunked":
-            codings = [word.strip(" \t") for word in coding.lower().split(",")]
-            unknown = codings[-1] == "chunked" and codings.count("chunked") == 1
+            unknown = _CODINGS.fullmatch(coding.lower()) and coding.lower().count("chunked") == 1
             raise WireError(501 if unknown else 400, "The only transfer coding is chunked, once.")
-    if "host" in headers and not _HOST.fullmatch(headers["host"]):
+    if "host" in headers and not _is_host(headers["host"]):
         raise WireError(400, "The header host is malformed.")
     expect = headers.get("expect")
     if expect is not None and expect.lower() != "100-continue":
         raise WireError(417, "The only expectation is 100-continue.")
-    connection = frozenset(word.strip().lower() for word in headers.get("connection", "").split(","))
+    connection = frozenset(word.strip(" \t").lower() for word in headers.get("connection", "").split(","))
     return _Fields(headers, length, coding is not None, expect is not None, connection)
 
 
@@ -9198,10 +9218,14 @@ def parse_head(block: bytes, max_url: int) -> Head:
         raise WireError(400, "The header host is missing.")
     if version == 10 and fields.chunked:
         raise WireError(400, "HTTP/1.0 has no transfer codings.")
+    if version == 10 and method in _BODY_METHODS and "content-length" not in headers:
+        raise WireError(411, "A request of HTTP/1.0 that carries a body needs a Content-Length.")  # RFC 1945, 8.3
+    if method == "CONNECT":  # what comes behind it is no request
+        raise WireError(405, "This server is no proxy.")
     form = _ORIGIN_FORM.fullmatch(target)
     if form is not None:
         path, query = form[1], form[2] or ""
-    elif (form := _ABSOLUTE_FORM.fullmatch(target)) is not None and _HOST.fullmatch(form[1]):
+    elif (form := _ABSOLUTE_FORM.fullmatch(target)) is not None and _is_host(form[1]):
         path, query = form[2] or "/", form[3] or ""
         headers = {**headers, "host": form[1]}  # RFC 9112, section 3.2.2: it replaces the header
     elif target == "*" and method == "OPTIONS":
@@ -9226,6 +9250,7 @@ class RequestParser:
         "_chunk_left",
         "_head",
         "_led",
+        "_line",
         "_max_body",
         "_max_header",
         "_max_url",
@@ -9237,7 +9262,8 @@ class RequestParser:
         self._max_header, self._max_url, self._max_body = max_header, max_url, max_body
         self._buffer = bytearray()
         self._led = False  # whether an empty line was ignored before the head
-        self._seen = 0  # bytes searched for the end of the head
+        self._seen = 0  # bytes searched for the end of the head, or of a line of a chunked body
+        self._line = -1  # length of the request line, once it was found good although the head is not complete
         self._head: Head | None = None
         self._body: bytearray | None = None  # of a chunked request, as far as it came
         self._chunk_left = 0
@@ -9271,7 +9297,7 @@ class RequestParser:
             return None
         head = self._head = parse_head(bytes(buffer[: end + 2]), self._max_url)
         del buffer[: end + 4]
-        self._led, self._seen = False, 0
+        self._led, self._seen, self._line = False, 0, -1
         if head.length > self._max_body:
             raise WireError(413, f"The body is larger than {show_size(self._max_body)}.")
         if head.chunked:
@@ -9284,9 +9310,11 @@ class RequestParser:
         The first byte that is wrong decides, so that it makes no difference how the bytes were cut.
         """
         buffer, longest = self._buffer, self._max_url + 128
-        line = buffer.find(b"\r\n", 0, longest)
-        if line >= 0:
+        line = self._line
+        if line < 0 and (line := buffer.find(b"\r\n", max(self._seen - 1, 0), longest)) >= 0:
             _parse_request_line(bytes(buffer[:line]), self._max_url)
+            self._line = line
+        if line >= 0:
             longest = line + self._max_header
         stop = len(buffer) if end < 0 else end + 2
         if _STRAY.search(buffer, max(self._seen - 1, 0), min(stop, longest)):
@@ -9332,12 +9360,14 @@ class RequestParser:
                     if buffer[at : at + 2] != b"\r\n":
                         raise WireError(400, "A chunk is longer than it says.")
                     at, self._chunk_left = at + 2, 0
-                end = buffer.find(b"\r\n", at, at + _MAX_CHUNK_LINE)
+                start = at + self._seen - 1 if self._seen else at
+                end = buffer.find(b"\r\n", start, at + _MAX_CHUNK_LINE)
                 if end < 0:
-                    if len(buffer) - at >= _MAX_CHUNK_LINE or _STRAY.search(buffer, at):
+                    if len(buffer) - at >= _MAX_CHUNK_LINE or _STRAY.search(buffer, start):
                         raise WireError(400, "A line of the chunked body is malformed.")
+                    self._seen = len(buffer) - at
                     return False
-                line, at = bytes(buffer[at:end]), end + 2
+                line, at, self._seen = bytes(buffer[at:end]), end + 2, 0
                 if self._trailer >= 0:
                     if not line:
                         return True
@@ -10542,6 +10572,8 @@ def error_response(x: Exchange, error: Exception) -> Reply:
     elif isinstance(error, MethodNotAllowed):
         status = 405
         headers.append(("Allow", error.allowed))
+    elif status == 405:  # whatever the resource
+        headers.append(("Allow", ", ".join(sorted(_METHODS))))
     if status == 401:
         headers.append(("WWW-Authenticate", 'Bearer realm="astera-lite"'))
     return Reply(status, headers, json_body(problem(status, detail, **members)))
@@ -11189,11 +11221,17 @@ def find_routes(path: str, values: dict[str, str]) -> dict[str, Route]:
 # ======================================================================================================================
 
 _READ = 64 << 10  # bytes taken from a socket at once
+_READ_CHUNKED = 16 << 10  # the same of a chunked body: chunks of one byte take the parser 3 ms
 _AHEAD = 256 << 10  # bytes of further requests that are buffered while one is answered
 _LINGER_S = 2.0  # for a client to read a refusal before its connection is reset under it
-_SLOWEST_READER = 64 << 10  # bytes a second that a client must take of a long answer
-_MAX_BUFFERED = 256 << 20  # bytes of requests in all connections together
+_UNSENT = 256 << 10  # bytes that the system takes beyond what it can send, or it would hide how slow a reader is
+# Bytes a second that a client must take of an answer, on the average of each request_timeout. Half of what is promised
+# (64 KiB/s), because the system passes on in lumps what the client takes.
+_SLOWEST_READER = 32 << 10
+_MAX_BUFFERED = 256 << 20  # bytes of requests and answers in all connections together
 _ACCEPTS_A_TURN = 64
+_TURNED_AWAY = 128  # connections too many that are given the time to read why
+_TURN_S = 0.002  # seconds after which a client that sends requests without waiting lets the others have their turn
 _SWEEP_S = 0.02  # seconds between sweeps at the least
 
 
@@ -11213,10 +11251,14 @@ class Handler(BaseRequestHandler):
         self.lingering = False
         self.at_end = False  # the client sends nothing more
         self.closed = False
+        self.shaking = server.tls is not None  # hands, that is
+        self.turned_away = False
         self.advancing = False
+        self.yielded = False  # the others have their turn before its next request is taken
+        self.taken = 0  # bytes of the answer that the client took since its deadline was set
         self.counted = 0  # bytes buffered, as the server counts them
         self.events = selectors.EVENT_READ
-        self.deadline = time.monotonic() + limits.idle_timeout
+        self.deadline = time.monotonic() + (limits.request_timeout if self.shaking else limits.idle_timeout)
         self.at_deadline: tuple[Callable[[], None], bool] | None = None  # of the request in flight, and may it be early
         server.selector.register(request, self.events, self)
 
@@ -11224,16 +11266,39 @@ class Handler(BaseRequestHandler):
 
     def on_events(self, mask: int) -> None:
         """The selector says that something can be done."""
+        if self.shaking and not self.shake_hands():
+            return
         if mask & selectors.EVENT_READ or self.loop.tls is not None:
             self.on_readable()
-        if mask & selectors.EVENT_WRITE and not self.closed:
+        if mask & selectors.EVENT_WRITE and self.out and not self.closed:
             self.flush()
+
+    def shake_hands(self) -> bool:
+        """Go on with the handshake of TLS; whether it is done."""
+        secure: Any = self.sock
+        try:
+            secure.do_handshake()
+        except OSError as error:
+            if self.loop.tls_waits(error):
+                self.want_write = self.loop.tls_wants_write(error)
+                self.update_interest()
+            else:
+                self.close()
+            return False
+        self.shaking = self.want_write = False
+        if self.out:
+            self.flush()
+        else:
+            self.deadline = time.monotonic() + self.loop.limits.idle_timeout
+            self.update_interest()
+        return not self.closed
 
     def on_readable(self) -> None:
         """Take what the client sent."""
         for _ in range(8 if self.loop.tls is not None else 1):  # TLS: decrypted bytes wake no selector
+            x = self.exchange
             try:
-                data = self.sock.recv(_READ)
+                data = self.sock.recv(_READ if x is None or not x.head.chunked else _READ_CHUNKED)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
@@ -11246,14 +11311,14 @@ class Handler(BaseRequestHandler):
             self.want_write = False
             if not data:
                 self.at_end = True
-                if self.lingering or not (self.in_flight or self.out):
+                if self.lingering or not (self.in_flight or self.out or self.yielded):
                     self.close()
                 else:
                     self.update_interest()
                 return
             if self.lingering:
                 continue
-            if not self.parser.begun and not self.in_flight:
+            if not (self.parser.begun or self.in_flight or self.out):
                 self.deadline = time.monotonic() + self.loop.limits.request_timeout
             self.parser.feed(data)
             self.advance()
@@ -11271,22 +11336,32 @@ class Handler(BaseRequestHandler):
 
     def advance(self) -> None:
         """Take requests from the buffer, one at a time, until one is in flight or nothing is complete."""
-        if self.advancing:
+        if self.advancing or self.yielded:
             return
         self.advancing = True
+        turn_ends = time.monotonic() + _TURN_S
         try:
             # an answer that the client does not take holds up the next, or all would wait in memory
             while not (self.in_flight or self.out or self.ending or self.closed) and self.take_request():
-                pass
+                if self.parser.begun and time.monotonic() > turn_ends:
+                    self.yielded = True
+                    self.loop.post(self.go_on)
+                    break
         except WireError as error:
             self.refuse(error)
         finally:
             self.advancing = False
-        if self.at_end and not (self.in_flight or self.out or self.lingering):
+        if self.at_end and not (self.in_flight or self.out or self.yielded or self.lingering):
             self.close()  # what is left will never be a request
         if not self.closed:
             self.count_buffered()
             self.update_interest()
+
+    def go_on(self) -> None:
+        """The others had their turn."""
+        self.yielded = False
+        if not self.closed:
+            self.advance()
 
     def take_request(self) -> bool:
         """Take one step with the request at hand; False if more bytes are needed."""
@@ -11301,7 +11376,7 @@ class Handler(BaseRequestHandler):
                 begin(x, self.loop.access)
             except AsteraError as error:
                 self.refusal = error
-            if head.expects_continue and not self.parser.buffered:
+            if head.expects_continue and (head.length or head.chunked) and not self.parser.buffered:
                 if self.refusal is not None:
                     self.ending = True  # the body is not sent, or if it is, not read
                     self.in_flight = True
@@ -11328,11 +11403,13 @@ class Handler(BaseRequestHandler):
         x.fail(error)
 
     def count_buffered(self) -> None:
-        """Keep the server's account of buffered bytes; over the limit the newest comer is refused."""
-        held = self.parser.buffered
+        """Keep the server's account of the bytes held; over the limit the newest comer is refused."""
+        held = self.parser.buffered + (len(self.exchange.body) if self.exchange is not None else 0)
+        if self.out:
+            held += sum(len(item) for item in self.out if isinstance(item, bytes | memoryview))
         self.loop.buffered += held - self.counted
         self.counted = held
-        if self.loop.buffered > _MAX_BUFFERED and held > _AHEAD and not self.ending:
+        if self.loop.buffered > _MAX_BUFFERED and held > _AHEAD and not (self.in_flight or self.out or self.ending):
             x = self.exchange or self.loop.exchange(self, _NO_HEAD)
             self.exchange, self.in_flight, self.ending = x, True, True
             x.fail(Busy("The server holds as many bytes of requests as it can.", 5))
@@ -11344,11 +11421,13 @@ class Handler(BaseRequestHandler):
         if self.closed or x is not self.exchange:
             return
         head = x.head
-        if not head.keep_alive or self.loop.stopping:
+        if not head.keep_alive or self.loop.stopping or reply.status == 405:
             self.ending = True
+        if len(reply.body) > _AHEAD and self.loop.buffered + len(reply.body) > _MAX_BUFFERED and head.method != "HEAD":
+            reply = error_response(x, Busy("The server holds as many bytes of answers as it can.", 5))
         data = response_head(reply, x.request_id, not self.ending, head.version)
         self.exchange, self.in_flight, self.at_deadline = None, False, None
-        self.deadline = time.monotonic() + self.loop.limits.request_timeout + reply.length / _SLOWEST_READER
+        self.deadline, self.taken = time.monotonic() + self.loop.limits.request_timeout, 0
         if head.method == "HEAD" or reply.status in (204, 304):
             self.write(data)
         elif reply.stream is not None:
@@ -11357,11 +11436,18 @@ class Handler(BaseRequestHandler):
         elif len(reply.body) <= _READ:
             self.write(data + reply.body)
         else:
-            self.deadline += len(reply.body) / _SLOWEST_READER
             self.out += (data, memoryview(reply.body))
             self.flush()
         if not self.closed:
             self.advance()
+
+    def turn_away(self, data: bytes) -> None:
+        """Write the answer that there is no room for this connection, and close."""
+        self.ending = self.turned_away = True
+        self.deadline = time.monotonic() + _LINGER_S
+        self.out.append(data)
+        if not self.shaking:
+            self.flush()
 
     def write(self, data: bytes) -> None:
         """Write bytes behind what is being written."""
@@ -11381,6 +11467,7 @@ class Handler(BaseRequestHandler):
                         self.out.appendleft(memoryview(piece))
                     continue
                 sent = self.sock.send(first[:_AHEAD] if len(first) > _AHEAD else first)
+                self.taken += sent
                 if sent == len(first):
                     self.out.popleft()
                 else:
@@ -11403,19 +11490,24 @@ class Handler(BaseRequestHandler):
         if self.ending:
             self.finish()
         else:
-            self.deadline = time.monotonic() + (
-                self.loop.limits.request_timeout if self.parser.begun else self.loop.limits.idle_timeout
-            )
+            if self.exchange is None:  # else it was 100 Continue, and the time of its request goes on
+                limits = self.loop.limits
+                seconds = limits.request_timeout if self.parser.begun else limits.idle_timeout
+                self.deadline = time.monotonic() + seconds
             self.advance()
             self.update_interest()
 
     def finish(self) -> None:
         """Everything is written: close, but not under a client that still sends and has not read its answer."""
-        if self.at_end or self.loop.tls is not None:
+        if self.at_end:
             self.close()
             return
+        secure: Any = self.sock
         try:
-            self.sock.shutdown(socket.SHUT_WR)
+            if self.loop.tls is not None:
+                with contextlib.suppress(OSError):  # our close_notify is sent; the client's is not waited for
+                    secure.unwrap()
+            self.sock.shutdown(socket.SHUT_WR)  # after which bytes are read as they come, and not decrypted
         except OSError:
             self.close()
             return
@@ -11427,9 +11519,9 @@ class Handler(BaseRequestHandler):
         """Tell the selector what this connection waits for."""
         if self.closed:
             return
-        full = (self.in_flight or bool(self.out)) and self.parser.buffered > _AHEAD
+        full = (self.in_flight or self.yielded or bool(self.out)) and self.parser.buffered > _AHEAD
         events = 0 if self.at_end or full else selectors.EVENT_READ
-        if self.out or self.want_write:
+        if (self.out and not self.shaking) or self.want_write:
             events |= selectors.EVENT_WRITE
         if events == self.events:
             return
@@ -11457,6 +11549,8 @@ class Handler(BaseRequestHandler):
         """The deadline has passed: say so if a request was begun, then close."""
         if self.in_flight and self.at_deadline is not None:
             self.call_deadline()
+        elif self.out and self.exchange is None and self.taken >= _SLOWEST_READER * self.loop.limits.request_timeout:
+            self.deadline, self.taken = time.monotonic() + self.loop.limits.request_timeout, 0
         elif self.out or self.lingering or not self.parser.begun or self.in_flight:
             self.close()
         else:
@@ -11472,6 +11566,7 @@ class Handler(BaseRequestHandler):
         self.exchange = None
         self.out.clear()
         self.loop.buffered -= self.counted
+        self.loop.turned_away -= self.turned_away
         self.loop.handlers.discard(self)
         if self.events:
             self.loop.selector.unregister(self.sock)
@@ -11527,6 +11622,7 @@ class Server(ThreadingHTTPServer):
         self.selector = selectors.DefaultSelector()
         self.handlers: set[Handler] = set()
         self.buffered = 0
+        self.turned_away = 0  # handlers that only tell their client that there are too many
         self.stopping = False
         self._inbox: deque[Callable[[], None]] = deque()
         self._awake = False
@@ -11551,6 +11647,8 @@ class Server(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         """Bind, without the look-up of our own name that http.server makes, which can wait for DNS."""
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # connections inherit it
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
@@ -11688,23 +11786,27 @@ class Server(ThreadingHTTPServer):
         request.setblocking(False)
         try:
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if len(self.handlers) >= self.limits.max_connections:
-                self._turn_away(request)
+            crowded = len(self.handlers) - self.turned_away >= self.limits.max_connections
+            if crowded and self.turned_away >= _TURNED_AWAY:
+                if self.tls is None:
+                    request.send(self._too_many())
+                self.shutdown_request(request)
                 return
             if self.tls is not None:
                 request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
         except OSError:
             self.shutdown_request(request)
             return
-        self.handlers.add(Handler(request, client_address, self))
+        handler = Handler(request, client_address, self)
+        self.handlers.add(handler)
+        if crowded:
+            self.turned_away += 1
+            handler.turn_away(self._too_many())
 
-    def _turn_away(self, request: socket.socket) -> None:
-        error = Busy("The server has as many connections as it can.", 5)
-        reply = Reply(503, [_PROBLEM, _NO_STORE, ("Retry-After", "5")], json_body(problem(503, str(error))))
-        if self.tls is None:
-            request.send(response_head(reply, self._next_request_id(), False) + reply.body)
-            request.shutdown(socket.SHUT_WR)
-        request.close()
+    def _too_many(self) -> bytes:
+        body = json_body(problem(503, "The server has as many connections as it can."))
+        reply = Reply(503, [_PROBLEM, _NO_STORE, ("Retry-After", "5")], body)
+        return response_head(reply, self._next_request_id(), False) + reply.body
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection; http.server's hook."""
@@ -11770,13 +11872,15 @@ class Server(ThreadingHTTPServer):
         if x.answered:
             return
         x.answered = True
+        if self.access.origins:  # the answer would be another one for another origin, also where none was named
+            reply = reply._replace(headers=[*reply.headers, ("Vary", "Origin")])
         if x.cors_origin is not None:
             exposed = (
                 "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, "
                 "Idempotency-Replayed"
             )
-            cors = [("Access-Control-Allow-Origin", x.cors_origin), ("Vary", "Origin")]
-            reply = reply._replace(headers=[*reply.headers, *cors, ("Access-Control-Expose-Headers", exposed)])
+            cors = [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", exposed)]
+            reply = reply._replace(headers=[*reply.headers, *cors])
         log.debug("%s %s %s %d", x.request_id, x.head.method, x.head.path, reply.status)
         handler.respond(x, reply)
 
@@ -11985,9 +12089,13 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _install_signals(app: AsteraLite, server: Server) -> None:
+    asked = False
+
     def stop(number: int, frame: object) -> None:
-        if server.stopping:
-            os._exit(0)  # asked twice: what is on disk is safe
+        nonlocal asked
+        if asked:
+            os._exit(0)  # what is on disk is safe
+        asked = True
         server.request_stop()
 
     signal.signal(signal.SIGTERM, stop)

@@ -342,9 +342,17 @@ def test_a_preflight_says_what_may_be_sent(shared: Running) -> None:
     assert int(answer.headers["Access-Control-Max-Age"]) > 0
 
 
+def test_where_origins_are_named_every_answer_says_that_it_depends_on_the_origin(shared: Running) -> None:
+    for path, more in (("/api/jobs", {}), ("/nothing", {}), ("/api/jobs", {"Origin": "https://evil.example"})):
+        assert shared.client.get(path, headers=BEARER | more).headers["Vary"] == "Origin"
+    assert shared.client.get("/api/publishing/hello", headers=BEARER).headers["Vary"] == "Prefer, Origin"
+    assert shared.client("BREW", "/").headers["Vary"] == "Origin"
+
+
 def test_without_cors_origins_nothing_speaks_cors(free: Running) -> None:
     own = {"Origin": free.server.url}
     for answer in (free.client.get("/api/jobs", headers=own), free.client("OPTIONS", "/api/jobs", headers=own)):
+        assert "Vary" not in answer.headers
         assert not [name for name in answer.headers if name.lower().startswith("access-control-")]
 
 

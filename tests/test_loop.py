@@ -22,7 +22,8 @@ import pytest
 import requests
 from support import ECHO, Client, Running, get_flow, running, talk
 
-from astera_lite import AsteraLite, ConfigError, Server, StoreError
+import astera_lite
+from astera_lite import AsteraLite, ConfigError, Handler, Server, StoreError
 
 FLOWS = {
     "echo": ECHO,
@@ -478,6 +479,147 @@ def test_one_connection_too_many_is_turned_away(tmp_path: Path) -> None:
         assert answers(talk(it.server, request("GET", "/health", close=True)))[0].status == 200
 
 
+@contextmanager
+def held_up(server: Server) -> Iterator[None]:
+    """The loop does nothing meanwhile; what was sent to it then is there all at once."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        go_on.wait(10)
+
+    server.post(hold)
+    assert entered.wait(5)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+def test_who_is_turned_away_can_read_why_although_he_has_sent_much(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, max_connections=1) as it, connected(it.server) as first:
+        first.sendall(request("GET", "/nothing"))
+        one_answer(first)
+        with held_up(it.server):
+            newcomers = [stack_free(it.server) for _ in range(20)]
+            for sock in newcomers:
+                sock.sendall(post_json(sync("/echo"), b" " * 60000))
+        for sock in newcomers:
+            with sock:
+                data = b""
+                while piece := sock.recv(65536):  # closing without reading what came would reset it
+                    data += piece
+                (answered,) = answers(data)
+                assert (answered.status, answered.headers["retry-after"]) == (503, "5")
+        eventually(lambda: len(it.server.handlers) == 1)
+        assert it.server.turned_away == 0
+
+
+def stack_free(server: Server) -> socket.socket:
+    """A connection that the caller closes."""
+    host, port = server.server_address[:2]
+    return socket.create_connection((str(host), int(port)), timeout=10)
+
+
+def test_beyond_those_who_may_read_why_newcomers_are_still_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(astera_lite, "_TURNED_AWAY", 0)
+    with running(tmp_path, FLOWS, max_connections=1) as it, connected(it.server) as first:
+        first.sendall(request("GET", "/nothing"))
+        one_answer(first)
+        assert answers(talk(it.server))[0].status == 503
+
+
+def test_who_is_turned_away_takes_no_place(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, max_connections=1) as it:
+        with connected(it.server) as first:
+            first.sendall(request("GET", "/nothing"))
+            one_answer(first)
+            newcomer = stack_free(it.server)
+            one_answer(newcomer)
+        eventually(lambda: len(it.server.handlers) == 1)  # the newcomer, who does not close
+        with newcomer:
+            assert answers(talk(it.server, request("GET", "/health", close=True)))[0].status == 200
+
+
+# --- fairness and memory ---
+
+
+def test_a_client_that_does_not_wait_for_answers_lets_others_have_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(astera_lite, "_TURN_S", 0)
+    with running(tmp_path, FLOWS) as it, connected(it.server) as greedy, connected(it.server) as modest:
+        for sock in (greedy, modest):
+            sock.sendall(request("GET", "/nothing"))
+            one_answer(sock)
+        order: list[str] = []
+        original = it.server._answer
+
+        def recording(handler: Handler, x: Any, reply: Any) -> None:
+            order.append(x.head.path)
+            original(handler, x, reply)
+
+        monkeypatch.setattr(it.server, "_answer", recording)
+        with held_up(it.server):
+            greedy.sendall(request("GET", "/greedy") * 199 + request("GET", "/greedy", close=True))
+            modest.sendall(request("GET", "/modest", close=True))
+        assert answers(read_to_end(modest))[0].status == 404
+        assert len(answers(read_to_end(greedy))) == 200
+    assert order.index("/modest") < 5
+
+
+def test_a_half_closed_client_that_did_not_wait_gets_every_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(astera_lite, "_TURN_S", 0)
+    with running(tmp_path, FLOWS) as it:
+        assert len(answers(talk(it.server, request("GET", "/nothing") * 100, end=True))) == 100
+
+
+def test_the_body_of_a_request_in_flight_counts_as_held(tmp_path: Path) -> None:
+    with running(tmp_path) as it:
+        entered, opened = threading.Event(), threading.Event()
+
+        @it.app.flow("POST /gate")
+        def gate(context: Any) -> str:
+            entered.set()
+            assert opened.wait(10)
+            return "through"
+
+        with connected(it.server) as sock:
+            sock.sendall(post_json(sync("/gate"), json.dumps("x" * 100_000).encode(), close=True))
+            assert entered.wait(5)
+            assert it.server.buffered > 100_000
+            opened.set()
+            assert answers(read_to_end(sock))[0].status == 200
+        eventually(lambda: not it.server.handlers)
+        assert it.server.buffered == 0
+
+
+def test_large_answers_that_nobody_takes_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(astera_lite, "_MAX_BUFFERED", 6 << 20)
+    size = 1_000_000
+    with running(tmp_path, FLOWS) as it:
+
+        @it.app.flow("GET /big", response={"headers": {"Content-Type": "text/plain"}, "body": "${result}"})
+        def big(context: Any) -> str:
+            return "x" * (size * 4)
+
+        with connected(it.server, 4096) as lazy:
+            lazy.sendall(request("GET", sync("/big")))
+            receive(lazy, b"\r\n\r\n")
+            eventually(lambda: it.server.buffered > 2 * size)
+            answer = it.client.get(sync("/big"))
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+            assert it.client.get(sync("/hello/1")).status_code == 200  # small ones are not concerned
+        eventually(lambda: it.server.buffered < size)
+        assert len(it.client.get(sync("/big")).content) == 4 * size
+
+
 # --- deadlines ---
 
 
@@ -533,6 +675,52 @@ def test_a_client_that_takes_nothing_of_its_answers_is_cut(tmp_path: Path) -> No
         eventually(lambda: bool(it.server.handlers))
         eventually(lambda: not it.server.handlers)
         assert len(read_to_end(sock)) < 200 * 60000
+
+
+def test_asking_for_the_body_does_not_prolong_the_request(tmp_path: Path) -> None:
+    wire = post_json(sync("/echo"), b"[1]", "Expect: 100-continue", close=True)
+    with running(tmp_path, FLOWS) as it, connected(it.server) as sock:
+        sock.sendall(wire[:20])
+        eventually(lambda: any(handler.parser.begun for handler in list(it.server.handlers)))
+        (handler,) = it.server.handlers
+        deadline = handler.deadline
+        sock.sendall(wire[20:-3])
+        assert receive(sock, b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        it.client.get("/health")  # the loop has done all that belongs to it
+        assert handler.deadline == deadline
+        sock.sendall(wire[-3:])
+        assert answers(read_to_end(sock))[0].status == 200
+
+
+def test_a_body_that_never_comes_after_it_was_asked_for_is_408(tmp_path: Path) -> None:
+    wire = post_json(sync("/echo"), b"[1]", "Expect: 100-continue")
+    with running(tmp_path, FLOWS, request_timeout=0.1) as it:
+        assert [item.status for item in answers(talk(it.server, wire[:-3]))] == [100, 408]
+
+
+def test_a_request_that_began_while_another_was_answered_has_a_deadline_too(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, request_timeout=0.1, idle_timeout=30) as it:
+        gate = Gate(it.app)
+        with connected(it.server) as sock:
+            sock.sendall(request("GET", sync("/gate")))
+            assert gate.entered.wait(5)
+            sock.sendall(b"GET /he")
+            it.client.get("/health")
+            gate.opened.set()
+            assert [item.status for item in answers(read_to_end(sock))] == [200, 408]
+
+
+def test_an_end_that_never_comes_while_a_client_goes_on_sending_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(astera_lite, "_LINGER_S", 0.1)
+    with running(tmp_path, FLOWS) as it, connected(it.server) as sock:
+        sock.sendall(b"nonsense\r\n\r\n")
+        deadline = time.monotonic() + 8
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            while time.monotonic() < deadline:
+                sock.sendall(b"a" * 4096)
+        eventually(lambda: not it.server.handlers)
 
 
 # --- large results ---
@@ -598,6 +786,39 @@ def test_a_result_that_is_forgotten_while_it_is_read_ends_the_connection(large: 
         body = (data + read_to_end(sock)).partition(b"\r\n\r\n")[2]
     assert len(body) < len(text)  # otherwise the system's buffers held it all, and nothing was tried
     assert body == text[: len(body)]  # never filled up with the next answer
+
+
+def test_a_reader_that_takes_nothing_of_a_large_result_is_cut(tmp_path: Path) -> None:
+    with running(tmp_path, request_timeout=0.3) as it:
+
+        @it.app.flow("GET /large", response={"headers": {"Content-Type": "text/plain"}, "body": "${result}"})
+        def large(context: Any) -> str:
+            return "x" * (20 << 20)  # at 64 KiB a second this would take five minutes
+
+        accepted = it.client.get("/api/publishingAsync/large")
+        assert it.client.finished(accepted)["status"] == "Completed"
+        for path in (sync("/large"), "/api/jobs/" + accepted.json()["id"] + "/result"):
+            with connected(it.server, 4096) as sock:
+                sock.sendall(request("GET", path))
+                receive(sock, b"\r\n\r\n")
+                (handler,) = [handler for handler in it.server.handlers if handler.out]
+                began = time.monotonic()
+                eventually(lambda handler=handler: handler.closed)  # type: ignore[misc]
+                assert time.monotonic() - began < 2 * 0.3 + 2 * 1  # two windows, each seen by a sweep
+
+
+def test_a_reader_that_is_slow_but_honest_gets_all(large: tuple[Running, str, bytes]) -> None:
+    it, path, text = large
+    it.server.limits = it.server.limits._replace(request_timeout=0.2)
+    pause = threading.Event()
+    with connected(it.server, 16384) as sock:
+        sock.sendall(request("GET", path, close=True))
+        began, got = time.monotonic(), bytearray()
+        while piece := sock.recv(65536):
+            got += piece
+            pause.wait(max(began + len(got) / (2 << 20) - time.monotonic(), 0))  # 2 MiB a second, and no faster
+    assert time.monotonic() - began > 2  # which two sweeps have seen
+    assert got.partition(b"\r\n\r\n")[2] == text
 
 
 def test_a_reader_that_takes_nothing_holds_up_the_answers_behind(large: tuple[Running, str, bytes]) -> None:
@@ -870,6 +1091,45 @@ def test_a_client_without_tls_harms_nobody(tmp_path: Path, certificate: tuple[st
             assert it.client.get(sync("/hello/1")).status_code == 200
         with pytest.raises(requests.exceptions.SSLError):
             it.client.get(sync("/hello/1"), verify=True)  # it trusts nobody who signed for himself
+
+
+def test_a_client_that_sends_too_much_by_tls_can_read_why(tmp_path: Path, certificate: tuple[str, str]) -> None:
+    cert, key = certificate
+    with running(tmp_path, FLOWS, tls_cert=cert, tls_key=key, max_body=1000) as it:
+        it.client.session.verify = cert
+        answer = it.client.post(sync("/echo"), data=b" " * (4 << 20), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+        it.client.session.close()
+        eventually(lambda: not it.server.handlers)
+
+
+def test_one_connection_too_many_is_told_so_by_tls_too(tmp_path: Path, certificate: tuple[str, str]) -> None:
+    cert, key = certificate
+    with (
+        running(tmp_path, FLOWS, tls_cert=cert, tls_key=key, max_connections=1) as it,
+        secured(it.server, cert) as first,
+    ):
+        first.sendall(request("GET", "/nothing"))
+        one_answer(first)
+        with secured(it.server, cert) as sock:
+            sock.sendall(request("GET", "/health"))
+            (answered,) = answers(read_to_end(sock))
+            assert (answered.status, answered.headers["retry-after"]) == (503, "5")
+        eventually(lambda: len(it.server.handlers) == 1)
+
+
+@pytest.mark.parametrize("wire", [b"", b"\x16\x03\x01\x02\x00"], ids=["never begun", "broken off"])
+def test_a_handshake_has_the_time_of_a_request(tmp_path: Path, certificate: tuple[str, str], wire: bytes) -> None:
+    cert, key = certificate
+    with running(tmp_path, FLOWS, tls_cert=cert, tls_key=key, request_timeout=0.1, idle_timeout=30) as it:
+        with connected(it.server) as sock:
+            sock.sendall(wire)
+            assert read_to_end(sock) == b""
+        with secured(it.server, cert) as idle:
+            idle.sendall(request("GET", "/nothing"))
+            one_answer(idle)
+            (handler,) = it.server.handlers
+            eventually(lambda: handler.deadline > time.monotonic() + 20)  # after the handshake it is idle
 
 
 @pytest.mark.parametrize("text", [None, "no certificate"])
