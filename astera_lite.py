@@ -51,6 +51,7 @@ import io
 import ipaddress
 import itertools
 import json
+import json.encoder
 import keyword
 import logging
 import math
@@ -64,6 +65,7 @@ import selectors
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import threading
 import time
@@ -254,6 +256,13 @@ _SALT_BITS = 62
 _ID = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7([0-9a-f]{3})-([89ab][0-9a-f]{3})-([0-9a-f]{12})")
 
 
+@lru_cache(maxsize=1024)  # an answer about a job names it several times
+def _id_text(seq: int, salt: int) -> str:
+    head = f"{seq:015x}"
+    tail = f"{salt | 1 << 63:016x}"
+    return f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
+
+
 class JobKey(NamedTuple):
     """A job's id as the two integers that the store keeps (RFC 9562, version 7).
 
@@ -264,9 +273,7 @@ class JobKey(NamedTuple):
     salt: int
 
     def __str__(self) -> str:
-        head = f"{self.seq:015x}"
-        tail = f"{self.salt | 1 << 63:016x}"
-        return f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
+        return _id_text(self.seq, self.salt)
 
     @property
     def time_ms(self) -> int:
@@ -289,12 +296,15 @@ class JobKeys:
     def __init__(self, last: int = 0) -> None:
         self._last = last
         self._lock = threading.Lock()
+        self._salts: list[int] = []  # drawn ahead: asking the system costs more than all else about a key
 
     def new(self, now_ms: int) -> JobKey:
         """A key for a job created at `now_ms`."""
         with self._lock:
+            if not self._salts:
+                self._salts = [number >> 2 for number in struct.unpack("256Q", os.urandom(2048))]
             self._last = max(self._last + 1, now_ms << 12)
-            return JobKey(self._last, int.from_bytes(os.urandom(8)) >> 2)
+            return JobKey(self._last, self._salts.pop())
 
 
 def timestamp(ms: int | None, offset: int = 0) -> str | None:
@@ -373,9 +383,19 @@ def _not_json(value: Any) -> NoReturn:
     raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
 
 
-_encode_json = json.JSONEncoder(
-    ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False, default=_not_json
-).encode
+def _json_writer() -> Callable[[Any], str]:
+    """A JSONEncoder's `encode`, without the preparations that it makes anew for each value."""
+    make: Any = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:  # an interpreter without json's accelerator
+        return json.JSONEncoder(
+            ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False, default=_not_json
+        ).encode
+    # in the order of json.encoder.JSONEncoder.iterencode
+    write = make(None, _not_json, json.encoder.encode_basestring, None, ":", ",", False, False, False)
+    return lambda value: "".join(write(value, 0))
+
+
+_encode_json = _json_writer()
 
 
 def to_json(value: Any) -> str:
@@ -2524,21 +2544,22 @@ class Schema:
 
     def check(self, value: Any, place: str, errors: list[dict[str, str]], where: str = "body") -> Any:
         """The value with defaults filled in; faults are appended to `errors` under the JSON Pointer `place`."""
-
-        def refuse(message: str, at: str = place) -> None:
-            errors.append({"in": where, "name": at, "message": message})
-
-        if _enough(errors, place, where):
+        if errors and _enough(errors, place, where):
             return value
-        if self.types and not any(SCHEMA_TYPES[name](value) for name in self.types):
-            refuse("must be " + " or ".join(_TYPE_WORDS[name] for name in self.types))
-            return value
-        if type(value) is float and self.types == ("integer",):
-            value = int(value)
+        if self.types:
+            for name in self.types:
+                if SCHEMA_TYPES[name](value):
+                    break
+            else:
+                message = "must be " + " or ".join(_TYPE_WORDS[name] for name in self.types)
+                errors.append({"in": where, "name": place, "message": message})
+                return value
+            if type(value) is float and self.types == ("integer",):
+                value = int(value)
         for rule, limit in self.rules:
-            message = rule(value, limit)
-            if message:
-                refuse(message)
+            fault = rule(value, limit)
+            if fault:
+                errors.append({"in": where, "name": place, "message": fault})
         if type(value) is list and self.items is not None:
             return [self.items.check(item, f"{place}/{at}", errors, where) for at, item in enumerate(value)]
         if type(value) is dict:
@@ -2795,6 +2816,7 @@ class Flow:
     text: str
     version: int
     source: str  # the file's name, for people
+    header_names: tuple[str, ...] = ()  # of a request, in lower case: those that matter to the flow
     light: bool = False  # computes only, and is short: it may be run where a thread must not be held for long
 
     @property
@@ -2820,7 +2842,7 @@ class Flow:
             for name in [name for name in query if name not in known][:_MOST_ERRORS]:
                 errors.append({"in": "query", "name": name, "message": "is not declared" + suggest(name, known)})
         body = self._bind_body(request, errors)
-        selected = self.selection.read(request.path, query, errors) if self.selection.names else _ALL_ROWS
+        selected = self.selection.read(request.path, query, errors) if any(self.selection) else _ALL_ROWS
         if errors:
             raise InputError(errors)
         plain = {name: values[0] if len(values) == 1 else values for name, values in query.items()}
@@ -3460,7 +3482,7 @@ def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
         if page
         else None
     )
-    if page is None and response.selection.names:
+    if page is None and any(response.selection):
         body = selected.rows(body, "/response/body")
     elif page is not None and type(body) is dict and "cursor" not in body:
         body = {**body, "cursor": page["cursor"]}
@@ -5399,6 +5421,7 @@ def build_flow(
         text=text,
         version=int.from_bytes(hashlib.sha256(f"{name}\n{text}".encode()).digest()[:8]) >> 1,
         source=where,
+        header_names=(*(item.name.lower() for item in parameters if item.where == "header"), "content-type"),
         light=_is_light(tree, text) and limit is None,
     )
 
@@ -5933,7 +5956,9 @@ def _way(flows: Mapping[str, Flow], start: str, end: str) -> list[str]:
 
 def path_values(flow: Flow, path: str) -> dict[str, str]:
     """The path parameters of a raw path that matches the flow's resource, decoded once; raises InputError."""
-    values = {}
+    values: dict[str, str] = {}
+    if "{" not in flow.resource:
+        return values
     for want, got in zip(flow.segments, path.split("/")[1:], strict=True):
         if want[0] == "{":
             try:
@@ -7000,6 +7025,9 @@ _INSERT_JOBS = {count: _INSERT_JOB + ", ".join([_JOB_MARKS] * count) for count i
 _NOT_ENDED = ("Running", 0) + (None,) * 9
 
 
+_headers_json = lru_cache(maxsize=64)(to_json)  # a flow's headers are mostly the same
+
+
 def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
     """status, attempt, started, finished, expires, code, size, headers, error, trace, result."""
     if finish is None:
@@ -7007,7 +7035,7 @@ def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
     answer, error = finish.outcome.answer, finish.outcome.error
     return (
         finish.outcome.status.value, finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
-        len(answer.body), to_json(answer.headers), error and to_json(error), finish.trace,
+        len(answer.body), _headers_json(answer.headers), error and to_json(error), finish.trace,
         None if len(answer.body) > PIECE else answer.body,
     )  # fmt: skip
 
@@ -7281,6 +7309,14 @@ class JobJournal(Journal):
             self._begun = True
 
 
+class MeasuringJournal(Journal):
+    """Keeps nothing, but tells sizes."""
+
+    def record(self, path: str, value: Any) -> int:
+        """The size of what would be saved."""
+        return len(to_saved(value))
+
+
 def _await(write: Callable[[Done], None], timeout_s: float) -> Any:
     """Make a write and wait for it; raises its error, or TimeoutError."""
     answer: list[tuple[Any, AsteraError | None]] = []
@@ -7404,7 +7440,7 @@ class Engine:
         if not flow.light or flow.version in self._dear or given.size > _LIGHT_BODY:
             return None
         began = self._clock.monotonic()
-        run = Run(flow, given, self._outside, began + 1, trace=trace)
+        run = Run(flow, given, self._outside, began + 1, MeasuringJournal(), trace)
         run.purse = Purse(_PURSE)
         try:
             outcome = run_flow(run)
@@ -7693,6 +7729,9 @@ class Engine:
         outcome = self.run_at_once(flow, given, trace)
         if outcome is None or len(outcome.answer.body) > PIECE:
             return None
+        if job.callback is None:
+            expires = job.created + self._retention_ms
+            return Finish(job.key, 1, outcome, job.created, job.created, expires, to_json(trace) if trace else None)
         return self._finish(dataclasses.replace(job, attempt=1, started=job.created), outcome, trace)
 
     def _finish(self, job: Job, outcome: Outcome, trace: list[dict[str, Any]]) -> Finish:
@@ -9286,7 +9325,9 @@ class RequestParser:
     def head(self) -> Head | None:
         """The head of the next request."""
         buffer = self._buffer
-        if not self._led and buffer[:2] == b"\r\n":  # one empty line before a request is ignored (RFC 9112, 2.2)
+        if not buffer:
+            return None
+        if not self._led and buffer.startswith(b"\r\n"):  # one empty line before a request is ignored (RFC 9112, 2.2)
             del buffer[:2]
             self._led, self._seen = True, 0
         end = buffer.find(b"\r\n\r\n", max(self._seen - 3, 0))
@@ -10624,7 +10665,7 @@ def publish_sync(x: Exchange) -> Reply | None:
     if "respond-async" in preferences and "asynchronous" in flow.modes and x.head.method != "HEAD":
         _submit(x, flow, path, preferences, ["respond-async"])
         return None
-    if "callbackUrl" in x.query():
+    if ("callbackUrl" in x.head.query or "%" in x.head.query) and "callbackUrl" in x.query():
         message = "is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async"
         raise InputError([{"in": "query", "name": "callbackUrl", "message": message}])
     request = _stored_request(x, flow, path, x.head.query)
@@ -10715,7 +10756,7 @@ def _check_coding(x: Exchange) -> None:
 def _stored_request(x: Exchange, flow: Flow, path: str, query: str) -> StoredRequest:
     _check_coding(x)
     sent = x.head.headers
-    names = [item.name.lower() for item in flow.parameters if item.where == "header"] + ["content-type"]
+    names = flow.header_names
     return StoredRequest(flow.method, path, query, {name: sent[name] for name in names if name in sent}, x.body)
 
 
@@ -12241,7 +12282,7 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
         return 1
     trace: list[dict[str, Any]] = []
     limit = flow.timeout or settings.job_timeout
-    outcome = run_flow(Run(flow, given, app.outside, app.clock.monotonic() + limit, _Measuring(), trace))
+    outcome = run_flow(Run(flow, given, app.outside, app.clock.monotonic() + limit, MeasuringJournal(), trace))
     assert isinstance(outcome, Outcome)
     app.outside.close()
     _print_trace(trace)
@@ -12255,14 +12296,6 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     sys.stdout.buffer.write(answer.body)
     sys.stdout.buffer.flush()
     return 0 if outcome.error is None else 1
-
-
-class _Measuring(Journal):
-    """Keeps nothing, but tells sizes."""
-
-    def record(self, path: str, value: Any) -> int:
-        """The size of what would be saved."""
-        return len(to_saved(value))
 
 
 def _print_trace(trace: list[dict[str, Any]]) -> None:
