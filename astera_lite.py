@@ -6459,7 +6459,7 @@ class SqliteStore:
         if offset:
             connection.execute("BEGIN IMMEDIATE")
             for statement in _MOVE_TIMES:
-                connection.execute(statement, (offset,))
+                connection.execute(statement, {"by": offset})
             connection.execute("DELETE FROM clock")
             connection.execute("COMMIT")
 
@@ -6639,7 +6639,7 @@ class SqliteStore:
             if isinstance(result, Added) and not result.replayed:
                 self._versions.add(job.version)  # its text is on disk now
             elif cells and error is not None:  # or what was refused for want of room would take it away for good
-                self._put(partial(_execute, _FORGET_PIECES, (job.key.seq,)), keep=True)
+                self._put(partial(_execute, _FORGET_PIECES, {"seq": job.key.seq}), keep=True)
             done(result, error)
 
         owes = submission.ended is not None and submission.ended.callback is not None
@@ -7094,12 +7094,12 @@ def edit_tokens(path: str, add: Token | None = None, revoke: str | None = None) 
 
 
 _MOVE_TIMES = [
-    "UPDATE jobs SET created = created + ?1, due = due + ?1, started = started + ?1, finished = finished + ?1,"
-    " expires = expires + ?1",
-    "UPDATE steps SET until = until + ?1 WHERE until NOT NULL",
-    "UPDATE steps SET output = CAST(output + ?1 AS TEXT) WHERE path LIKE '%@'",  # until when a step may take
-    "UPDATE callbacks SET next = next + ?1 WHERE next NOT NULL",
-    "UPDATE attempts SET at = at + ?1",
+    "UPDATE jobs SET created = created + :by, due = due + :by, started = started + :by, finished = finished + :by,"
+    " expires = expires + :by",
+    "UPDATE steps SET until = until + :by WHERE until NOT NULL",
+    "UPDATE steps SET output = CAST(output + :by AS TEXT) WHERE path LIKE '%@'",  # until when a step may take
+    "UPDATE callbacks SET next = next + :by WHERE next NOT NULL",
+    "UPDATE attempts SET at = at + :by",
 ]
 
 
@@ -7107,7 +7107,7 @@ def _clock_offset(db: sqlite3.Connection) -> int:
     return int((db.execute("SELECT offset FROM clock").fetchone() or [0])[0])
 
 
-_FORGET_PIECES = "DELETE FROM pieces WHERE job = ?1 AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq = ?1)"
+_FORGET_PIECES = "DELETE FROM pieces WHERE job = :seq AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq = :seq)"
 
 
 class _Reading:
@@ -7134,7 +7134,7 @@ class _Reading:
             raise self._store._noted(error) from None
 
 
-def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
+def _execute(sql: str, values: Sequence[Any] | Mapping[str, Any], db: sqlite3.Connection) -> bool:
     return db.execute(sql, values).rowcount > 0
 
 
