@@ -28,8 +28,19 @@ The rooms of the module, bottom up; each uses only what stands above it:
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # run as a script: hand over to the one importable copy, so that plugins share it
-    import astera_lite
+if __name__ == "__main__":
+    # Run as a script: Python has compiled all of this, and keeps the syntax tree (30 MB) until the script ends. A server
+    # goes on in a new interpreter, which is the same process, and takes the module from the cache.
+    import os
+    import sys
+
+    serves = (sys.argv[1:] or ["serve"])[0].startswith(("serve", "-"))
+    if serves and os.name == "posix" and len(sys.orig_argv) == len(sys.argv) + 1:
+        home = os.path.dirname(os.path.abspath(__file__))
+        path = f"sys.path[:] = [{home!r}, *filter(None, sys.path)]"
+        code = f"import sys; {path}; import astera_lite; sys.exit(astera_lite.main())"
+        os.execv(sys.executable, [sys.executable, "-c", code, *sys.argv[1:]])  # noqa: S606 (as we were started)
+    import astera_lite  # the one importable copy, so that plugins share it
 
     raise SystemExit(astera_lite.main())
 
