@@ -29,8 +29,8 @@ The rooms of the module, bottom up; each uses only what stands above it:
 from __future__ import annotations
 
 if __name__ == "__main__":
-    # Run as a script: Python has compiled all of this, and keeps the syntax tree (30 MB) until the script ends. A server
-    # goes on in a new interpreter, which is the same process, and takes the module from the cache.
+    # Run as a script: Python has compiled all of this, and keeps the syntax tree (30 MB) until the script ends. So a
+    # server goes on in a new interpreter, which is the same process, and takes the module from the cache.
     import os
     import sys
 
