@@ -9260,6 +9260,10 @@ def _parse_request_line(line: bytes, max_url: int) -> tuple[str, str, int]:
 
 def parse_head(block: bytes, max_url: int) -> Head:
     """The head of a request, without the empty line that ends it; raises WireError."""
+    return (_short_head if len(block) <= 1024 else _parse_head)(block, max_url)
+
+
+def _parse_head(block: bytes, max_url: int) -> Head:
     line, _, rest = block.partition(b"\r\n")
     method, target, version = _parse_request_line(line, max_url)
     fields = _fields_of_short_block(rest) if len(rest) <= 1024 else _parse_fields(rest)
@@ -9285,6 +9289,9 @@ def parse_head(block: bytes, max_url: int) -> Head:
     keep_alive = "close" not in fields.connection and (version == 11 or "keep-alive" in fields.connection)
     expects_continue = fields.expects_continue and version == 11
     return Head(method, path, query, version, headers, fields.length, fields.chunked, expects_continue, keep_alive)
+
+
+_short_head = lru_cache(maxsize=512)(_parse_head)  # who polls, or calls one flow, sends the same head again
 
 
 class RequestParser:
