@@ -192,7 +192,7 @@ class DatabaseInUse(StoreError):
     """Another server has the database."""
 
 
-_LEAP_MS = 10_000  # a step of the system's clock that is no correction any more
+_LEAP_MS = 2000  # a step of the system's clock that is no correction any more
 
 
 class Clock:
@@ -741,6 +741,8 @@ def _checked_setting(name: str, value: Any) -> Any:
     parsed = SETTING_KINDS[rules["kind"]].parse(value)
     if rules.get("secret") and not parsed.strip():
         raise ValueError("is empty: leave it out, or give it a value")
+    if rules.get("secret") and parsed != parsed.strip():
+        raise ValueError("has blanks around it")
     show = SETTING_KINDS[rules["kind"]].show
     if "choices" in rules and parsed not in rules["choices"]:
         raise ValueError(f"{shown(parsed)} is not one of {', '.join(rules['choices'])}")
@@ -789,7 +791,10 @@ MOVES: dict[str, dict[str, frozenset[str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """Who may call. `digest` is the SHA-256 of the token; `flows` those it may call, None for all of them."""
+    """Who may call. `digest` is the SHA-256 of the token, empty once it is revoked; `flows` those it may call, or None.
+
+    A revoked one stays, so that a server does not open when the last is revoked, and that nobody inherits its jobs.
+    """
 
     name: str
     digest: bytes
@@ -1830,12 +1835,8 @@ def carried_addresses(address: IPAddress) -> list[IPAddress]:
     return [ipaddress.IPv4Address(each & 0xFFFFFFFF) for each in found]
 
 
-def is_public(address: IPAddress) -> bool:
-    """Whether an address, and what it carries, is in the public internet by the IANA special-purpose registries."""
-    return all(map(_looks_public, [address, *carried_addresses(address)]))
-
-
 def _looks_public(address: IPAddress) -> bool:
+    """Whether an address by itself is in the public internet, by the IANA special-purpose registries."""
     if isinstance(address, ipaddress.IPv4Address):
         return not any(address in network for network in _REFUSED_V4)
     return any(address in network for network in _PUBLIC_V6) and not any(address in network for network in _REFUSED_V6)
@@ -6239,7 +6240,10 @@ class Store(Protocol):
         """How far the times stored are behind what the system's clock says, because it leapt (milliseconds)."""
 
     def keep_clock_offset(self, offset: int) -> None:
-        """Remember it. When the database is opened again, its times are moved by so much."""
+        """Remember it. If the clock leapt ahead, the times are moved by so much when the database is opened again.
+
+        If it is behind, that is seen again then, unless it was set right meanwhile.
+        """
 
     def size(self) -> int:
         """Bytes on disk, with the write-ahead log."""
@@ -6430,6 +6434,7 @@ class SqliteStore:
             connection.execute("PRAGMA journal_size_limit = 67108864")
             connection.execute(f"PRAGMA synchronous = {'FULL' if self._durability == 'full' else 'NORMAL'}")
             self._upgrade(connection)
+            self._version = SCHEMA_VERSION
             self._set_clock(connection)
             connection.execute("BEGIN IMMEDIATE")  # a database that cannot be written is to be found now
             connection.execute("DELETE FROM pieces WHERE job NOT IN (SELECT seq FROM jobs)")
@@ -6451,6 +6456,7 @@ class SqliteStore:
             raise StoreError(f"{self.path}: {_store_error(error)}") from None
         if tables and not ours:
             raise StoreError(f"{self.path} is a database of another program: set `database` to another path")
+        self._version = version
         if version > SCHEMA_VERSION:
             raise StoreError(f"{self.path} was made by a newer version ({version}): use that one; nothing was changed")
 
@@ -6469,7 +6475,7 @@ class SqliteStore:
         offset = _clock_offset(connection)
         if offset:
             connection.execute("BEGIN IMMEDIATE")
-            for statement in _MOVE_TIMES:
+            for statement in _MOVE_TIMES if offset > 0 else ():
                 connection.execute(statement, {"by": offset})
             connection.execute("DELETE FROM clock")
             connection.execute("COMMIT")
@@ -6951,7 +6957,7 @@ class SqliteStore:
 
     def tokens(self) -> list[Token]:
         with self._reader() as db:
-            return _tokens(db)
+            return _tokens(db) if self._version > 1 else []  # a look at an older database does not upgrade it
 
     def last_seq(self) -> int:
         with self._reader() as db:
@@ -6967,7 +6973,7 @@ class SqliteStore:
 
     def clock_offset(self) -> int:
         with self._reader() as db:
-            return _clock_offset(db)
+            return _clock_offset(db) if self._version > 1 else 0
 
     def keep_clock_offset(self, offset: int) -> None:
         self._put(partial(_execute, "INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,)), keep=True)
@@ -7091,13 +7097,21 @@ def edit_tokens(path: str, add: Token | None = None, revoke: str | None = None) 
         db = sqlite3.connect(path, timeout=10, isolation_level=None)
         with contextlib.closing(db):
             db.execute("BEGIN IMMEDIATE")
-            if revoke is not None and not _execute("DELETE FROM tokens WHERE name = ?", (revoke,), db):
-                raise NotFound(f"there is no token {revoke}{suggest(revoke, (token.name for token in _tokens(db)))}")
+            known = {token.name: token for token in _tokens(db)}
+            if revoke is not None:
+                if revoke not in known or not known[revoke].digest:
+                    words = "was revoked before" if revoke in known else f"is not there{suggest(revoke, known)}"
+                    raise NotFound(f"the token {revoke} {words}")
+                db.execute("UPDATE tokens SET hash = x'' WHERE name = ?", (revoke,))
             if add is not None:
+                if add.name in known and known[add.name].digest:
+                    raise Conflict(f"there is a token {add.name} already: revoke it first, or choose another name")
+                if db.execute("SELECT 1 FROM jobs WHERE token = ? LIMIT 1", (add.name,)).fetchone():
+                    words = "are still kept, and would be the new one's: choose another name"
+                    raise Conflict(f"jobs of an earlier token {add.name} {words}")
                 flows = None if add.flows is None else to_json(sorted(add.flows))
                 values = (add.name, add.digest, add.role, flows, add.created)
-                if not _execute("INSERT OR IGNORE INTO tokens VALUES (?, ?, ?, ?, ?)", values, db):
-                    raise Conflict(f"there is a token {add.name} already: revoke it first, or choose another name")
+                db.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?, ?)", values)
             db.execute("COMMIT")
             return _tokens(db)
     except sqlite3.Error as error:
@@ -8147,7 +8161,7 @@ class Housekeeper:
 
     def tick(self, now: int) -> int:
         """Do what is due at `now` (milliseconds since the epoch); when to come again at the latest."""
-        self._look_at_clock()
+        self.look_at_clock()
         self._engine.overdue()
         if now >= self._chores_at:
             self._chores_at = now + _CHORES_EVERY_MS
@@ -8161,7 +8175,8 @@ class Housekeeper:
         wanted = [now + _CHORES_EVERY_MS, self._engine.release(now), self._purge(now), self._deliver(now)]
         return min(moment for moment in wanted if moment is not None)
 
-    def _look_at_clock(self) -> None:
+    def look_at_clock(self) -> None:
+        """See whether the system's clock leapt."""
         leap = self._clock.look()
         if leap:
             way = "ahead" if leap > 0 else "back"
@@ -8463,6 +8478,7 @@ class AsteraLite:
         self.outside.close()
         self.courier.stop()
         self.housekeeper.stop(5.0)
+        self.housekeeper.look_at_clock()  # for the last time: what is stored is to be understood by the next start
         self.store.close(10.0)
         return left
 
@@ -9071,7 +9087,7 @@ def token_digest(token: str) -> bytes:
 class Access:
     """Who may call: tokens, and the rules that keep other web pages away (Host, Origin, Sec-Fetch-Site).
 
-    `tokens` gives those that count now. Where there are none, the server is `open` to all, or to nobody.
+    `tokens` gives those that there are now, or have been. Without any the server is open to all, or to nobody.
     """
 
     def __init__(
@@ -11663,7 +11679,7 @@ class Server(ThreadingHTTPServer):
         host = self.limits.host if host is None else host
         port = self.limits.port if port is None else port
         loopback = is_loopback(host)
-        check_exposure(settings, host, bool(app.tokens))
+        check_exposure(settings, host, any(token.digest for token in app.tokens))
         self.access = Access(
             settings.token,
             loopback,
@@ -12194,7 +12210,7 @@ def _raise_descriptor_limit(connections: int) -> None:
 def check(args: argparse.Namespace, settings: Settings) -> int:
     """check: validate flows and settings, a line for each fault."""
     app = AsteraLite(settings)  # its faults are ConfigErrors
-    check_exposure(settings, settings.host, bool(_tokens_of(settings.database)))
+    check_exposure(settings, settings.host, any(token.digest for token in _tokens_of(settings.database)))
     wanted = {os.path.realpath(name): name for name in args.file}
     folders = sorted({os.path.dirname(path) for path in wanted}) or [settings.flows]
     faults, well = [], 0
@@ -12437,12 +12453,19 @@ def token(args: argparse.Namespace, settings: Settings) -> int:
     import secrets  # noqa: PLC0415 (no other command needs it)
 
     path, name = settings.database, args.name
+    unused = [word for word, given in (("--flows", args.flows), ("--role", args.role)) if given is not None]
+    if (name is None or args.revoke) and (unused or (name is None and args.revoke)):
+        print(f"{(unused or ['--revoke'])[0]} goes with a new NAME", file=sys.stderr)
+        return 2
+    role = args.role or "user"
     if name is None:
         _print_tokens(_tokens_of(path))
         return 0
     if args.revoke:
         edit_tokens(path, revoke=name)
         print(f"revoked {name}; a running server lets it in no more after a second", file=sys.stderr)
+        if not any(each.digest for each in _tokens_of(path)):
+            print("that was the last one: nobody is let in any more but by the token of the settings", file=sys.stderr)
         return 0
     flows = None if args.flows is None else frozenset(word.strip() for word in args.flows.split(",") if word.strip())
     faults = [
@@ -12452,24 +12475,24 @@ def token(args: argparse.Namespace, settings: Settings) -> int:
     ]
     if name == ADMIN_TOKEN:
         faults.append(f"{name} is the name of the token in the settings: choose another one")
-    if flows is not None and (args.role == "admin" or not flows):
+    if flows is not None and (role == "admin" or not flows):
         faults.append("--flows names flows, and not for --role admin, which may call and deploy all of them")
     for fault in faults:
         print(fault, file=sys.stderr)
     if faults:
         return 2
     text = "astera_" + secrets.token_urlsafe(32)
-    edit_tokens(path, add=Token(name, token_digest(text), args.role, flows, Clock().wall()))
+    edit_tokens(path, add=Token(name, token_digest(text), role, flows, Clock().wall()))
     print("send it as `Authorization: Bearer TOKEN`; it is not shown again:", file=sys.stderr)
     print(text)
     return 0
 
 
 def _print_tokens(tokens: Sequence[Token]) -> None:
-    print(f"{'name':<24}  {'role':<5}  {'created':<24}  flows")
+    print(f"{'name':<24}  {'role':<7}  {'created':<24}  flows")
     for each in tokens:
         flows = "all" if each.flows is None else ",".join(sorted(each.flows))
-        print(f"{each.name:<24}  {each.role:<5}  {timestamp(each.created)}  {flows}")
+        print(f"{each.name:<24}  {each.role if each.digest else 'revoked':<7}  {timestamp(each.created)}  {flows}")
 
 
 def backup(args: argparse.Namespace, settings: Settings) -> int:
@@ -12547,7 +12570,7 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         [
             ("name", {"nargs": "?", "metavar": "[NAME]", "help": "whose it is; without a name, all are listed"}),
             ("--flows", {"metavar": "a,b", "help": "it may call these flows only"}),
-            ("--role", {"choices": ["user", "admin"], "default": "user", "help": "admin: sees all jobs, may deploy"}),
+            ("--role", {"choices": ["user", "admin"], "help": "admin: sees all jobs, may deploy (default: user)"}),
             ("--revoke", {"action": "store_true", "help": "let it in no more"}),
         ],
         ("database",),

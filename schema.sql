@@ -2,7 +2,7 @@
 --
 -- Times are integers: milliseconds since 1970-01-01 UTC. To read one:
 --   SELECT datetime(created / 1000, 'unixepoch') FROM jobs;
--- After a leap of the system's clock they are out by `clock.offset` until the server starts again.
+-- After a leap of the system's clock they are out by `clock.offset` until the database is opened again.
 -- Values larger than 256 KiB stand in `pieces`, in order, instead of in their own column, which is then NULL.
 -- This file makes version 2 of the schema (PRAGMA user_version). A newer server upgrades an older database when it
 -- opens it; an older server refuses a newer one.
@@ -100,7 +100,7 @@ CREATE TABLE flows (
 -- Who may call, where tokens are wanted: made by the command `token`.
 CREATE TABLE tokens (
     name    TEXT    PRIMARY KEY,     -- whose it is; jobs.token of the jobs that were submitted with it
-    hash    BLOB    NOT NULL,        -- SHA-256 of the token, which itself is random and stored nowhere
+    hash    BLOB    NOT NULL,        -- SHA-256 of the token, which is random and stored nowhere; empty: it was revoked
     role    TEXT    NOT NULL CHECK (role IN ('user', 'admin')), -- admin: sees every job, and may deploy
     flows   TEXT,                    -- the flows it may call: JSON list of names; NULL: all of them
     created INTEGER NOT NULL         -- when it was made

@@ -25,7 +25,6 @@ from astera_lite import (
     Fetched,
     Outbound,
     OutboundError,
-    is_public,
     literal_addresses,
     parse_target,
 )
@@ -50,7 +49,7 @@ def refused(policy: AddressPolicy, address: str, host: str = "receiver.example")
     ::808:808""".split(),
 )
 def test_public_addresses_are_public(address: str) -> None:
-    assert is_public(ipaddress.ip_address(address))
+    assert AddressPolicy("none").refusal("x.example", ipaddress.ip_address(address)) is None
     assert not refused(AddressPolicy(), address)
 
 
@@ -68,7 +67,7 @@ def test_public_addresses_are_public(address: str) -> None:
     64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 64:ff9b::a00:1 2002:7f00:1::1 2002:a00:1::1 2002:c0a8:1::""".split(),
 )
 def test_special_addresses_are_refused(address: str) -> None:
-    assert not is_public(ipaddress.ip_address(address))
+    assert AddressPolicy("none").refusal("x.example", ipaddress.ip_address(address)) is not None
     assert refused(AddressPolicy("none"), address)
     assert refused(AddressPolicy("auto"), address)
 

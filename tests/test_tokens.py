@@ -94,7 +94,10 @@ def test_tokens_are_listed_with_role_and_flows(tmp_path: Path, capsys: pytest.Ca
     ("arguments", "code", "words"),
     [
         (["ada"], 1, "there is a token ada already: revoke it first"),
-        (["adda", "--revoke"], 1, 'there is no token adda; did you mean "ada"?'),
+        (["adda", "--revoke"], 1, 'the token adda is not there; did you mean "ada"?'),
+        (["ada", "--revoke", "--role", "user"], 2, "--role goes with a new NAME"),
+        (["--flows", "hello"], 2, "--flows goes with a new NAME"),
+        (["--revoke"], 2, "--revoke goes with a new NAME"),
         (["a b"], 2, '"a b" must consist of letters, digits, - and _'),
         (["x", "--flows", "../a"], 2, '"../a" must consist of letters'),
         (["x", "--flows", ","], 2, "--flows names flows"),
@@ -132,6 +135,28 @@ def test_made_and_revoked_while_a_server_runs(tmp_path: Path, capsys: pytest.Cap
         make(tmp_path, capsys, "ada", "--revoke")
         until(lambda: run.client.get("/api/jobs", headers=bearer(ada)).status_code == 401)
         assert run.client.get("/api/jobs", headers=bearer(bob)).status_code == 200
+        make(tmp_path, capsys, "bob", "--revoke")
+        until(lambda: run.client.get("/api/jobs", headers=bearer(bob)).status_code == 401)
+        assert run.client.get("/api/jobs").status_code == 401
+    with running(tmp_path, FLOWS) as run:
+        assert run.client.get("/api/jobs").status_code == 401
+
+
+def test_a_revoked_name_does_not_hand_its_jobs_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ada = make(tmp_path, capsys, "ada")
+    with running(tmp_path, FLOWS) as run:
+        job = run.client.get("/api/publishingAsync/hello", headers=bearer(ada)).json()["id"]
+        make(tmp_path, capsys, "ada", "--revoke")
+        assert "revoked" in make(tmp_path, capsys)
+        assert main(["token", "ada", "--revoke", "--database", str(tmp_path / "jobs.db")]) == 1
+        assert "was revoked before" in capsys.readouterr().err
+        assert main(["token", "ada", "--database", str(tmp_path / "jobs.db")]) == 1
+        assert "jobs of an earlier token ada are still kept" in capsys.readouterr().err
+        root = make(tmp_path, capsys, "root", "--role", "admin")
+        until(lambda: run.client("DELETE", f"/api/jobs/{job}", headers=bearer(root)).status_code == 204)
+        again = make(tmp_path, capsys, "ada")
+        until(lambda: run.client.get("/api/jobs", headers=bearer(again)).status_code == 200)
+        assert run.client.get("/api/jobs", headers=bearer(ada)).status_code == 401
 
 
 def test_a_server_beyond_loopback_lets_nobody_in_when_its_last_token_is_revoked(
@@ -244,9 +269,9 @@ def test_a_job_is_not_run_again_with_a_token_that_may_not_call_its_flow_any_more
     tokens: Tokens, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = tokens.submit("bob")
-    make(tokens.folder, capsys, "bob", "--revoke")
-    tokens.texts["bob"] = make(tokens.folder, capsys, "bob", "--flows", "slow")
-    until(lambda: tokens("bob", "GET", "/api/jobs").status_code == 200)
+    with contextlib.closing(sqlite3.connect(tokens.folder / "jobs.db")) as db, db:
+        db.execute("""UPDATE tokens SET flows = '["slow"]' WHERE name = 'bob'""")
+    until(lambda: tokens("bob", "GET", "/api/publishing/hello").status_code == 403)
     assert tokens("bob", "GET", f"/api/jobs/{job}/result").status_code == 200
     assert tokens("bob", "POST", f"/api/jobs/{job}/rerun").status_code == 403
 
@@ -285,10 +310,12 @@ def test_a_wrong_token_is_401(tokens: Tokens, value: str) -> None:
     assert answer.headers["WWW-Authenticate"].startswith("Bearer")
 
 
-def test_the_digest_itself_opens_nothing(tokens: Tokens) -> None:
+def test_the_digest_itself_opens_nothing(tokens: Tokens, capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.closing(sqlite3.connect(tokens.folder / "jobs.db")) as db:
         (digest,) = db.execute("SELECT hash FROM tokens WHERE name = 'ada'").fetchone()
-    for text in (digest.hex(), digest.hex().upper()):
+    make(tokens.folder, capsys, "bob", "--revoke")
+    until(lambda: tokens("bob", "GET", "/api/jobs").status_code == 401)
+    for text in (digest.hex(), digest.hex().upper(), "", "x''", "''"):
         assert tokens.client.get("/api/jobs", headers=bearer(text)).status_code == 401
 
 
