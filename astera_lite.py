@@ -4116,6 +4116,10 @@ def _check_call_out(build: Build, spec: dict[str, Any], place: str) -> _HttpCall
     for name in ("query", "headers"):
         if not isinstance(spec.get(name, {}), dict):
             build.fault(f"{place}/{name}", "must be an object")
+        elif name == "headers":
+            for header in spec.get(name, {}):
+                if header.lower() in ("connection", "content-length", "transfer-encoding"):
+                    build.fault(f"{place}/headers/{pointer(header)}", "follows from the body: leave it out")
     body_kind = bodies[0] if bodies else ""
     follow = spec.get("follow", method in ("GET", "HEAD"))
     if type(follow) is not bool:
