@@ -12143,7 +12143,7 @@ def _set_up_logging(settings: Settings) -> None:
 def serve(args: argparse.Namespace, settings: Settings) -> int:
     """serve: until SIGTERM or SIGINT."""
     _set_up_logging(settings)
-    sys.setswitchinterval(0.0005)  # threads that compute would otherwise hold up the loop for 5 ms each
+    sys.setswitchinterval(0.00005)  # or each thread that computes would hold up the loop for 5 ms, many times a request
     _raise_descriptor_limit(settings.max_connections)
     app = AsteraLite(settings)
     app.start()

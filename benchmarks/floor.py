@@ -35,7 +35,7 @@ def bare_loop(listener: socket.socket) -> None:
             if not data:
                 selector.unregister(key.data)
                 key.data.close()
-            elif data.endswith(BODY):
+            elif data.endswith(b"}"):
                 key.data.send(ANSWER)
 
 
