@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -23,18 +24,32 @@ class Group(NamedTuple):
     lines: Sequence[Line]
 
 
-_STYLE = """
-svg { --page: #ffffff; --ink: #1f2328; --faint: #59636e; --grid: #d1d9e0; --dot: #0969da; --low: #bc4c00 }
-@media (prefers-color-scheme: dark) {
-  svg { --page: #0d1117; --ink: #f0f6fc; --faint: #9198a1; --grid: #3d444d; --dot: #4493f8; --low: #f0883e }
+# Colours are written out for both kinds of page: some programs that show pictures know no variables.
+_LIGHT = {
+    "PAGE": "#ffffff",
+    "INK": "#1f2328",
+    "FAINT": "#59636e",
+    "GRID": "#d1d9e0",
+    "DOT": "#0969da",
+    "LOW": "#bc4c00",
 }
-text { font: 12px system-ui, sans-serif; fill: var(--ink) }
-.title { font-size: 15px; font-weight: 600 } .group { font-weight: 600 } .faint { fill: var(--faint) }
-.page { fill: var(--page) } .grid { stroke: var(--grid) } .one { stroke: var(--faint) }
-.dot, .fine { fill: var(--dot) } .spread { stroke: var(--dot); stroke-width: 2.5; stroke-opacity: .45 }
-.low .dot, .under { fill: var(--low) } .low .spread { stroke: var(--low) }
-.floor { stroke: var(--ink); stroke-width: 2 } .aim { fill: none; stroke: var(--ink); stroke-width: 1.3 }
+_DARK = {"PAGE": "#0d1117", "INK": "#f0f6fc", "FAINT": "#9198a1", "GRID": "#3d444d", "DOT": "#4493f8", "LOW": "#f0883e"}
+_COLOURS = """
+text { fill: INK } .faint { fill: FAINT } .page { fill: PAGE } .grid { stroke: GRID } .one { stroke: FAINT }
+.dot, .fine { fill: DOT } .spread { stroke: DOT } .low .dot, .under { fill: LOW } .low .spread { stroke: LOW }
+.floor { stroke: INK } .aim { stroke: INK }
 """
+_SHAPES = """
+text { font: 12px system-ui, sans-serif } .title { font-size: 15px; font-weight: 600 } .group { font-weight: 600 }
+.spread { stroke-width: 2.5; stroke-opacity: .45 } .floor { stroke-width: 2 } .aim { fill: none; stroke-width: 1.3 }
+"""
+
+
+def _coloured(colours: Mapping[str, str]) -> str:
+    return re.sub("[A-Z]{3,}", lambda name: colours[name[0]], _COLOURS)
+
+
+_STYLE = f"{_SHAPES}{_coloured(_LIGHT)}@media (prefers-color-scheme: dark) {{{_coloured(_DARK)}}}"
 _LEFT, _RIGHT, _LINE, _TOP = 190, 800, 19, 64
 _STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
