@@ -18,9 +18,9 @@ The rooms of the module, bottom up; each uses only what stands above it:
      9 Courier             one callback delivery: signature, outcome, next try
     10 Housekeeper         the background thread: purge, callbacks due, jobs due, changed flow files
     11 Service             AsteraLite: the application without HTTP
-    12 Access              token, Host and Origin rules
+    12 Access              tokens, Host and Origin rules
     13 Wire                bytes <-> requests and responses, strict, without sockets
-    14 Documents           the endpoint list, a starter flow, the JSON Schema of a flow file
+    14 Documents           OpenAPI, the endpoint list, a starter flow, the JSON Schema of a flow file
     15 Routes              the ROUTES table and its functions
     16 Loop                Handler and Server: every socket, every deadline of a connection
     17 Command line        subcommands, signals, logging, main()
@@ -625,7 +625,9 @@ class Settings:
     max_body: int = _setting(10 << 20, "size", "longest body of a request (413)")
     max_result: int = _setting(50 << 20, "size", "longest body of a flow's response", low=1024)
     max_step_response: int = _setting(50 << 20, "size", "longest response that an http step reads", low=1024)
-    request_timeout: float = _setting(30.0, "duration", "time to send a request (408), and to read its answer", low=0.1)
+    request_timeout: float = _setting(
+        30.0, "duration", "time to send a request (408); in each such time an answer must be read at 64 KiB/s", low=0.1
+    )
     idle_timeout: float = _setting(60.0, "duration", "time that an idle connection is kept open", low=0.1)
     shutdown_timeout: float = _setting(30.0, "duration", "time that running jobs are given when the server stops")
     callback_secret: str | None = _setting(None, "text", "key that signs callbacks (whsec_…)", secret=True)
