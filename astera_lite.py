@@ -805,8 +805,7 @@ class Token:
     created: int = 0  # milliseconds since the epoch, by the system's clock
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """An HTTP response that a flow gives: status code, header pairs, body."""
 
     code: int
@@ -814,8 +813,7 @@ class Answer:
     body: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a run ended. `error` is the problem with its `code`; None when the flow answered."""
 
     answer: Answer
@@ -857,19 +855,17 @@ class Attempt:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRequest:
+class StoredRequest(NamedTuple):
     """What a client sent, as the job keeps it: enough to bind it to the flow again."""
 
     method: str
     path: str  # raw, behind the prefix: "/weather/Berlin"
     query: str = ""  # raw, without callbackUrl
-    headers: dict[str, str] = field(default_factory=dict)  # declared ones and the content type, lower case
+    headers: Mapping[str, str] = types.MappingProxyType({})  # declared ones and the content type, lower case
     body: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One asynchronous call. Times are milliseconds since the epoch."""
 
     key: JobKey
@@ -893,8 +889,7 @@ class Job:
         return str(self.key)
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """How far a run is: the step it is in, steps done and steps in all."""
 
     step: str | None
@@ -2748,8 +2743,7 @@ def _sorted_rows(rows: list[Any], name: str, descending: bool) -> list[Any]:
     return known + [row for row in rows if row.get(name) is None]
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
+class Input(NamedTuple):
     """A request's input, checked: what expressions see as `params` and `request`."""
 
     params: dict[str, Any]
@@ -7676,7 +7670,7 @@ class Engine:
         resumed = job.due is not None  # its wait is over: the attempt goes on
         live.attempt = job.attempt if resumed and job.attempt else job.attempt + 1
         live.started = job.started if resumed and job.started else self._clock.now()
-        live.job = dataclasses.replace(job, attempt=live.attempt, started=live.started)
+        live.job = job._replace(attempt=live.attempt, started=live.started)
         if prepared.interrupted and (job.attempt >= MAX_ATTEMPTS or flow.restart == "fail"):
             times = f"{job.attempt} times" if job.attempt > 1 else "once"
             detail = f"The server stopped {times} while the job ran; it is not tried again."
@@ -7763,16 +7757,14 @@ class Engine:
         if job.callback is None:
             expires = job.created + self._retention_ms
             return Finish(job.key, 1, outcome, job.created, job.created, expires, to_json(trace) if trace else None)
-        return self._finish(dataclasses.replace(job, attempt=1, started=job.created), outcome, trace)
+        return self._finish(job._replace(attempt=1, started=job.created), outcome, trace)
 
     def _finish(self, job: Job, outcome: Outcome, trace: list[dict[str, Any]]) -> Finish:
         now = self._clock.now()
         expires = now + self._retention_ms
         callback = None
         if job.callback is not None:
-            after = dataclasses.replace(
-                job, status=outcome.status, finished=now, expires=expires, due=None, error=outcome.error
-            )
+            after = job._replace(status=outcome.status, finished=now, expires=expires, due=None, error=outcome.error)
             body = to_json(status_document(after, job.base, offset=self._clock.offset, with_callback=False))
             callback = (parse_target(job.callback.url).receiver, body)
         return Finish(

@@ -13,7 +13,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +160,7 @@ def test_request_and_result_come_back_byte_for_byte(store: SqliteStore, size: in
     done(store.add, submission(new, sent))
     request = store.request(new.key)
     assert request is not None
-    assert request == replace(submission(new).request, body=sent)
+    assert request == submission(new).request._replace(body=sent)
     loaded = store.load(new.key.seq)
     assert loaded is not None and loaded.request.body == sent
     assert done(store.finish, finish(new, given)) is True
@@ -502,9 +501,9 @@ def test_a_text_that_a_job_came_for_meanwhile_is_kept(store: SqliteStore, path: 
 def test_a_row_that_cannot_be_written_does_not_fail_its_neighbours(store: SqliteStore, bad: str) -> None:
     jobs = [job() for _ in range(9)]
     spoiled = {
-        "beyond 64 bits": submission(replace(job(), created=1 << 70)),
-        "lone surrogate": submission(replace(job(), base="\ud800")),
-        "key taken": submission(replace(jobs[0], flow="other")),
+        "beyond 64 bits": submission(job()._replace(created=1 << 70)),
+        "lone surrogate": submission(job()._replace(base="\ud800")),
+        "key taken": submission(jobs[0]._replace(flow="other")),
     }[bad]
     with held(store):
         before = [Written(store.add, submission(new)) for new in jobs[:4]]
