@@ -515,10 +515,19 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
         _check_depth(text, MAX_JSON_CONTAINERS if decoder is _decoder else len(text))
     try:
-        value = decoder.decode(text)
+        try:
+            value, end = decoder.raw_decode(text)
+        except json.JSONDecodeError:
+            end = -1
+        if end != len(text) and (end < 0 or text[end:].strip(" \t\r\n")):
+            value = decoder.decode(text)  # white space before it, or a fault that it names
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    if ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    if (
+        "\\u" in text
+        and ("\\ud" in text or "\\uD" in text)
+        and _SURROGATE.search(json.dumps(value, ensure_ascii=False))
+    ):
         raise ValueError("a string has half of a surrogate pair")
     return value
 
@@ -2838,19 +2847,20 @@ class Flow:
         query = parse_query(request.query)
         params: dict[str, Any] = {}
         for item in self.parameters:
-            if item.where == "path":
-                given = [segments[item.name]]
-            elif item.where == "query":
-                given = query.get(item.name, [])
+            given: Sequence[str]
+            if item.where == "query":
+                given = query.get(item.name, ())
+            elif item.where == "path":
+                given = (segments[item.name],)
             else:
-                given = [request.headers[item.name.lower()]] if item.name.lower() in request.headers else []
+                given = (request.headers[item.name.lower()],) if item.name.lower() in request.headers else ()
             params[item.name] = _bind_parameter(item, given, errors)
         if self.strict:
             known = [item.name for item in self.parameters if item.where == "query"] + self.selection.names
             for name in [name for name in query if name not in known][:_MOST_ERRORS]:
                 errors.append({"in": "query", "name": name, "message": "is not declared" + suggest(name, known)})
         body = self._bind_body(request, errors)
-        selected = self.selection.read(request.path, query, errors) if any(self.selection) else _ALL_ROWS
+        selected = _ALL_ROWS if self.selection == _NO_SELECTION else self.selection.read(request.path, query, errors)
         if errors:
             raise InputError(errors)
         plain = {name: values[0] if len(values) == 1 else values for name, values in query.items()}
@@ -2869,7 +2879,7 @@ class Flow:
         )
 
     def _bind_body(self, request: StoredRequest, errors: list[dict[str, str]]) -> Any:
-        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        media, charset_is_known = _media_of(request.headers.get("content-type", ""))
         if not request.body:
             if self.body_required:
                 errors.append({"in": "body", "name": "", "message": "is missing: send " + self.content_types[0]})
@@ -2878,7 +2888,9 @@ class Flow:
             accepted = " or ".join(self.content_types)
             message = f"must be {accepted}, and the Content-Type must say so"
             raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
-        _check_charset(request.headers.get("content-type", ""), media)
+        if not charset_is_known:
+            message = "the charset must be utf-8"
+            raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
         try:
             value = _read_body(request.body, media)
         except ValueError as error:
@@ -2886,12 +2898,18 @@ class Flow:
             return None
         before = len(errors)
         checked = self.body.check(value, "", errors) if self.body else value
-        if len(errors) == before and _LONG_NUMBER.search(request.body) and _is_json(media):
+        if len(errors) == before and _is_json(media) and _has_long_number(request.body):
             _refuse_large(value, "", errors)
         return checked
 
 
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_NO_DIGITS = bytes(set(range(256)) - set(b"0123456789"))
+
+
+def _has_long_number(text: bytes) -> bool:
+    """Whether there are 19 digits in a row; that there are none at all is found at once."""
+    return len(text.translate(None, _NO_DIGITS)) >= 19 and _LONG_NUMBER.search(text) is not None
 
 
 def _refuse_large(value: Any, place: str, errors: list[dict[str, str]]) -> None:
@@ -2981,16 +2999,23 @@ def _read_body(body: bytes, media: str) -> Any:
     return {name: values[0] if len(values) == 1 else values for name, values in pairs.items()}
 
 
-def _check_charset(content_type: str, media: str) -> None:
-    """Raise InputError for text in another encoding than the one that is read."""
+@lru_cache(maxsize=64)
+def _media_of(content_type: str) -> tuple[str, bool]:
+    """The media type, and whether text of it comes in the encoding that is read."""
+    media = content_type.partition(";")[0].strip().lower()
     charset = _CHARSET.search(content_type)
     if charset is None or charset[2].strip().lower() in ("utf-8", "utf8", "us-ascii"):
-        return
-    if _is_json(media) or media.startswith("text/") or media == CONTENT_TYPES["form"]:
-        raise InputError([{"in": "header", "name": "Content-Type", "message": "the charset must be utf-8"}], status=415)
+        return media, True
+    return media, not (_is_json(media) or media.startswith("text/") or media == CONTENT_TYPES["form"])
 
 
-def _bind_parameter(item: Parameter, given: list[str], errors: list[dict[str, str]]) -> Any:
+def _bind_parameter(item: Parameter, given: Sequence[str], errors: list[dict[str, str]]) -> Any:
+    if len(given) == 1 and not item.array and not item.schema.rules and (given[0] or item.text):
+        try:  # most parameters have a type and no rules
+            return item.parse(given[0])
+        except ValueError:
+            pass  # which is told below
+
     def refuse(message: str) -> None:
         errors.append({"in": item.where, "name": item.name, "message": message})
 
@@ -3042,13 +3067,21 @@ def unquote(text: str, plus: bool = False) -> str:
 def parse_query(query: str) -> dict[str, list[str]]:
     """Names and values of a query; raises InputError for what does not decode."""
     result: dict[str, list[str]] = {}
+    if not query:
+        return result
+    encoded = "%" in query or "+" in query
     for pair in query.split("&"):
         if pair:
             name, _, value = pair.partition("=")
-            try:
-                result.setdefault(unquote(name, plus=True), []).append(unquote(value, plus=True))
-            except ValueError as error:
-                raise InputError([{"in": "query", "name": name[:_LONGEST_NAME], "message": str(error)}]) from None
+            if encoded:
+                try:
+                    name, value = unquote(name, plus=True), unquote(value, plus=True)
+                except ValueError as error:
+                    raise InputError([{"in": "query", "name": name[:_LONGEST_NAME], "message": str(error)}]) from None
+            if name in result:
+                result[name].append(value)
+            else:
+                result[name] = [value]
     return result
 
 
