@@ -8278,6 +8278,9 @@ class Principal(NamedTuple):
         return self.flows is None or flow in self.flows
 
 
+ANYBODY = Principal()
+
+
 class Limits(NamedTuple):
     """What the wire and the loop need to know. Sizes are bytes, durations seconds."""
 
@@ -9167,7 +9170,7 @@ class Access:
         """Who the bearer token stands for; raises AccessError (RFC 6750)."""
         tokens = [*self._setting, *self._tokens()]
         if not tokens and self._open:
-            return Principal()
+            return ANYBODY
         scheme, _, given = (authorization or "").partition(" ")
         digest = hashlib.sha256(given.strip().encode("latin-1", "replace")).digest()
         found = [token for token in tokens if hmac.compare_digest(digest, token.digest)]  # all, so that none is sooner
@@ -10554,6 +10557,19 @@ _FLOW_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Content-Security-Polic
 PROBLEM_STATUS: dict[type[AsteraError], int] = {NotFound: 404, StoreError: 503, FlowError: 400, ConfigError: 400}
 
 
+class Peer(Protocol):
+    """Where a request came from."""
+
+    def answer(self, x: Exchange, reply: Reply) -> None:
+        """Write the answer, unless there was one."""
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Call a function on the loop: at once if this is its thread, else soon."""
+
+    def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
+        """Call a function on the loop after so many seconds, unless the answer was given by then."""
+
+
 class Exchange:
     """One request and the way to its answer.
 
@@ -10563,8 +10579,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "_answer", "_later", "_post", "answered", "app", "base", "body", "caller", "cors_origin", "flow", "head",
-        "on_close", "origin", "path", "request_id", "route", "values",
+        "_peer", "answered", "app", "base", "body", "caller", "cors_origin", "flow", "head", "on_close",
+        "origin", "path", "request_id", "route", "values",
     )  # fmt: skip
 
     def __init__(
@@ -10573,18 +10589,17 @@ class Exchange:
         head: Head,
         request_id: str,
         base: str,
-        answer: Callable[[Exchange, Reply], None],
-        post: Callable[[Callable[[], None]], None],
-        later: Callable[[float, Callable[[], None], bool], None],
+        origin: str,
+        peer: Peer,
     ) -> None:
         self.app, self.head, self.request_id, self.base = app, head, request_id, base
-        self._answer, self._post, self._later = answer, post, later
+        self.origin = origin  # as the request names the server, whatever public_url says
+        self._peer = peer
         self.body = b""
-        self.caller = Principal()
+        self.caller = ANYBODY
         self.cors_origin: str | None = None
         self.route: Route | None = None
         self.values: dict[str, str] = {}
-        self.origin = base  # as the request names the server, whatever public_url says
         self.flow: Flow | None = None
         self.path = ""  # raw, behind the prefix of a publishing route
         self.answered = False
@@ -10594,15 +10609,15 @@ class Exchange:
 
     def answer(self, reply: Reply) -> None:
         """Give the answer; on the loop."""
-        self._answer(self, reply)
+        self._peer.answer(self, reply)
 
     def post(self, function: Callable[[], None]) -> None:
-        """Have a function called on the loop; from any thread."""
-        self._post(partial(self._call, function))
+        """Have a function called on the loop, at once if this is it; from any thread."""
+        self._peer.post(partial(self._call, function))
 
     def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
         """Call a function on the loop after so many seconds, unless the answer was given by then."""
-        self._later(seconds, partial(self._call, function), early)
+        self._peer.later(seconds, partial(self._call, function), early)
 
     def _call(self, function: Callable[[], None]) -> None:
         try:
@@ -11452,13 +11467,18 @@ class Handler(BaseRequestHandler):
     def advance(self) -> None:
         """Take requests from the buffer, one at a time, until one is in flight or nothing is complete."""
         if self.advancing or self.yielded:
+            self.update_interest()
             return
         self.advancing = True
-        turn_ends = time.monotonic() + _TURN_S
+        turn_ends = 0.0
         try:
             # an answer that the client does not take holds up the next, or all would wait in memory
             while not (self.in_flight or self.out or self.ending or self.closed) and self.take_request():
-                if self.parser.begun and time.monotonic() > turn_ends:
+                if not self.parser.begun:
+                    break
+                now = time.monotonic()
+                turn_ends = turn_ends or now + _TURN_S
+                if now >= turn_ends:
                     self.yielded = True
                     self.loop.post(self.go_on)
                     break
@@ -11531,11 +11551,20 @@ class Handler(BaseRequestHandler):
 
     # --- writing ---
 
-    def respond(self, x: Exchange, reply: Reply) -> None:
-        """Write the answer to the request in flight, and go on with the next."""
+    def answer(self, x: Exchange, reply: Reply) -> None:
+        """Write the answer to the request in flight, unless there was one, and go on with the next."""
+        if x.answered:
+            return
+        x.answered = True
+        head, access = x.head, self.loop.access
+        if access.origins:  # the answer would be another one for another origin, also where none was named
+            reply = reply._replace(headers=[*reply.headers, ("Vary", "Origin")])
+        if x.cors_origin is not None:
+            cors = [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
+            reply = reply._replace(headers=[*reply.headers, *cors])
+        log.debug("%s %s %s %d", x.request_id, head.method, head.path, reply.status)
         if self.closed or x is not self.exchange:
             return
-        head = x.head
         if not head.keep_alive or self.loop.stopping or reply.status == 405:
             self.ending = True
         if len(reply.body) > _AHEAD and self.loop.buffered + len(reply.body) > _MAX_BUFFERED and head.method != "HEAD":
@@ -11544,17 +11573,14 @@ class Handler(BaseRequestHandler):
         self.exchange, self.in_flight, self.at_deadline = None, False, None
         self.deadline, self.taken = time.monotonic() + self.loop.limits.request_timeout, 0
         if head.method == "HEAD" or reply.status in (204, 304):
-            self.write(data)
+            self.out.append(data)
         elif reply.stream is not None:
             self.out += (data, _whole(reply.stream, reply.length))
-            self.flush()
         elif len(reply.body) <= _READ:
-            self.write(data + reply.body)
+            self.out.append(data + reply.body)
         else:
             self.out += (data, memoryview(reply.body))
-            self.flush()
-        if not self.closed:
-            self.advance()
+        self.flush()
 
     def turn_away(self, data: bytes) -> None:
         """Write the answer that there is no room for this connection, and close."""
@@ -11588,11 +11614,11 @@ class Handler(BaseRequestHandler):
                 else:
                     self.out[0] = memoryview(first)[sent:]
         except (BlockingIOError, InterruptedError):
-            self.update_interest()
+            self.advance()  # no further, but what is held is counted, and waited for
             return
         except OSError as error:
             if self.loop.tls is not None and self.loop.tls_waits(error):
-                self.update_interest()
+                self.advance()
             else:
                 self.close()
             return
@@ -11610,7 +11636,6 @@ class Handler(BaseRequestHandler):
                 seconds = limits.request_timeout if self.parser.begun else limits.idle_timeout
                 self.deadline = time.monotonic() + seconds
             self.advance()
-            self.update_interest()
 
     def finish(self) -> None:
         """Everything is written: close, but not under a client that still sends and has not read its answer."""
@@ -11647,6 +11672,13 @@ class Handler(BaseRequestHandler):
         else:
             self.loop.selector.modify(self.sock, events, self)
         self.events = events
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Call a function on the loop: at once if this is its thread, else soon."""
+        if threading.get_ident() == self.loop.ident:
+            function()
+        else:
+            self.loop.post(function)
 
     def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
         """Call a function after so many seconds, unless the request in flight was answered by then."""
@@ -11699,6 +11731,16 @@ def _whole(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
         raise StoreError("a part of it is gone, or another's")
 
 
+class _Listener(NamedTuple):
+    """What is ready to be read, and is no connection."""
+
+    function: Callable[[], None]
+
+    def on_events(self, mask: int) -> None:
+        self.function()
+
+
+_EXPOSED = "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, Idempotency-Replayed"
 _NO_HEAD = Head("", "", "", 11, {}, 0, False, False, False)
 
 
@@ -11747,6 +11789,7 @@ class Server(ThreadingHTTPServer):
         self._request_prefix = os.urandom(5).hex()
         self._ended = threading.Event()
         self._serving = False
+        self.ident = 0  # of the thread that serves
         self._thread: threading.Thread | None = None
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -11833,21 +11876,27 @@ class Server(ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until stopped."""
         selector = self.selector
-        self._serving = True
-        selector.register(self.socket, selectors.EVENT_READ, self._accept)
-        selector.register(self._wake_in, selectors.EVENT_READ, self._woken)
+        self._serving, self.ident = True, threading.get_ident()
+        selector.register(self.socket, selectors.EVENT_READ, _Listener(self._accept))
+        selector.register(self._wake_in, selectors.EVENT_READ, _Listener(self._woken))
         self._stop_at = math.inf
         try:
             while not (self.stopping and not self.handlers) and time.monotonic() < self._stop_at:
                 timeout = 0 if self._inbox else max(self._sweep_at - time.monotonic(), 0)
-                for key, mask in selector.select(timeout):
-                    if isinstance(key.data, Handler):
-                        self._guarded(partial(key.data.on_events, mask), key.data)
-                    else:
-                        key.data()
+                events = selector.select(timeout)
+                self._awake = True  # what is posted from here on is seen below
+                for key, mask in events:
+                    handler = key.data
+                    try:
+                        handler.on_events(mask)
+                    except Exception:  # the door of the loop: a fault must end no more than its own connection
+                        self._failed(handler)
                 self._awake = False
                 for _ in range(len(self._inbox)):
-                    self._guarded(self._inbox.popleft())
+                    try:
+                        self._inbox.popleft()()
+                    except Exception:
+                        self._failed(None)
                 if time.monotonic() >= self._sweep_at:
                     self._sweep()
         finally:
@@ -11867,14 +11916,10 @@ class Server(ThreadingHTTPServer):
         self._wake_in.close()
         self._wake_out.close()
 
-    def _guarded(self, function: Callable[[], None], handler: Handler | None = None) -> None:
-        """Call a function whose fault must end no more than its own connection."""
-        try:
-            function()
-        except Exception:  # the door of the loop
-            log.exception("the loop")
-            if handler is not None:
-                handler.close()
+    def _failed(self, handler: Any) -> None:
+        log.exception("the loop")
+        if isinstance(handler, Handler):
+            handler.close()
 
     def _woken(self) -> None:
         try:
@@ -11931,13 +11976,16 @@ class Server(ThreadingHTTPServer):
         """Once a second, or when somebody waits for less: see to connections whose deadline has passed."""
         now = time.monotonic()
         for handler in [handler for handler in self.handlers if handler.deadline <= now]:
-            self._guarded(handler.overdue, handler)
+            try:
+                handler.overdue()
+            except Exception:
+                self._failed(handler)
         waiting = [handler.deadline for handler in self.handlers if handler.at_deadline is not None]
         self._sweep_at = max(min([now + 1, *waiting]), now + _SWEEP_S)
         if now >= self._accept_at:
             self._accept_at = math.inf
             if not self.stopping:
-                self.selector.register(self.socket, selectors.EVENT_READ, self._accept)
+                self.selector.register(self.socket, selectors.EVENT_READ, _Listener(self._accept))
 
     def sweep_by(self, moment: float) -> None:
         """Sweep no later than at a moment on the monotonic clock."""
@@ -11966,11 +12014,7 @@ class Server(ThreadingHTTPServer):
         """A new exchange on a connection."""
         origin = f"{self.scheme}://{head.headers.get('host') or self.url.partition('//')[2]}"
         base = self.base or origin
-        x = Exchange(
-            self.app, head, self._next_request_id(), base, partial(self._answer, handler), self.post, handler.later
-        )
-        x.origin = origin
-        return x
+        return Exchange(self.app, head, self._next_request_id(), base, origin, handler)
 
     def handle(self, x: Exchange) -> None:
         """Call the route; its errors become problem documents here."""
@@ -11982,22 +12026,6 @@ class Server(ThreadingHTTPServer):
             return
         if reply is not None:
             x.answer(reply)
-
-    def _answer(self, handler: Handler, x: Exchange, reply: Reply) -> None:
-        if x.answered:
-            return
-        x.answered = True
-        if self.access.origins:  # the answer would be another one for another origin, also where none was named
-            reply = reply._replace(headers=[*reply.headers, ("Vary", "Origin")])
-        if x.cors_origin is not None:
-            exposed = (
-                "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, "
-                "Idempotency-Replayed"
-            )
-            cors = [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", exposed)]
-            reply = reply._replace(headers=[*reply.headers, *cors])
-        log.debug("%s %s %s %d", x.request_id, x.head.method, x.head.path, reply.status)
-        handler.respond(x, reply)
 
 
 def _may_be_open(settings: Settings, loopback: bool) -> bool:

@@ -555,13 +555,13 @@ def test_a_client_that_does_not_wait_for_answers_lets_others_have_their_turn(
             sock.sendall(request("GET", "/nothing"))
             one_answer(sock)
         order: list[str] = []
-        original = it.server._answer
+        original = Handler.answer
 
         def recording(handler: Handler, x: Any, reply: Any) -> None:
             order.append(x.head.path)
             original(handler, x, reply)
 
-        monkeypatch.setattr(it.server, "_answer", recording)
+        monkeypatch.setattr(Handler, "answer", recording)
         with held_up(it.server):
             greedy.sendall(request("GET", "/greedy") * 199 + request("GET", "/greedy", close=True))
             modest.sendall(request("GET", "/modest", close=True))
