@@ -6092,7 +6092,7 @@ UPGRADES: dict[int, str] = {
     """,
 }
 
-Done = Callable[[Any, AsteraError | None], None]  # (result, error), called by the store's writer thread
+Done = Callable[[Any, AsteraError | None], None]  # (result, error), called by the thread that committed
 
 
 def _ignore(result: Any, error: AsteraError | None) -> None:
@@ -6163,8 +6163,9 @@ class Finish(NamedTuple):
 
 
 class Store(Protocol):
-    """The storage contract. Everything is durable once `done` is called; a write's `done` runs on the store's thread.
+    """The storage contract. Everything is durable once `done` is called.
 
+    A write's `done` runs on the store's thread, or on one that attends, in `commit`.
     Reads may be called from any thread, also the loop: they do not wait for writes. A failed write or read is a
     StoreError. Times are milliseconds since the epoch.
     """
@@ -6185,6 +6186,12 @@ class Store(Protocol):
 
     def requeue(self, key: JobKey, attempt: int) -> None:
         """Take back that a run began: it was stopped with the server and is not to count as interrupted."""
+
+    def attend(self, attending: bool) -> None:
+        """Say that the calling thread will call `commit` soon after each of its writes, or will not any more."""
+
+    def commit(self) -> None:
+        """Commit what waits: here, where that holds the calling thread for less than two milliseconds or so."""
 
     def barrier(self, done: Done) -> None:
         """Call `done` when everything written before is committed."""
@@ -6285,11 +6292,19 @@ class Store(Protocol):
         """Finish what is queued, and let go of the database."""
 
 
+class _NewRow(NamedTuple):
+    """A new job that is one row, and may be written with others."""
+
+    job: Job
+    values: Sequence[Any]
+    size: int  # bytes, about
+
+
 class _Write(NamedTuple):
     run: Callable[[sqlite3.Connection], Any]
     done: Done
     keep: bool  # an environment's failure (disk full) puts it off instead of failing it
-    row: tuple[Job, Sequence[Any]] | None = None  # of a new job that is one row, and may be written with others
+    new: _NewRow | None = None
 
 
 _JOB_COLUMNS = (
@@ -6301,10 +6316,13 @@ _SELECT_JOB = f"SELECT {_JOB_COLUMNS}, {_CALLBACK_COLUMNS} FROM jobs LEFT JOIN c
 _CHILD_TABLES = ("pieces", "steps", "callbacks", "attempts")
 _BATCH = 512  # writes committed together at the most; more would make the first of them wait
 _RETRY_S = 0.5
+_ROW_BYTES = 2048  # that a job takes beside its bodies, about
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
 _MINUTE_OF_SEQ = 60_000 << 12  # between the `seq` of two jobs that were created a minute apart
 _WAL_BYTES = 8 << 20  # of the write-ahead log, above which a purge folds it into the file and gives its room back
 _BUSY_MS = 1000  # that a write waits for another process's lock
+_QUICK_S = 0.001  # that a commit may take (the disk's part of it) to be made by the thread that answers requests
+_CHECKPOINT_PAGES = 1000  # of the log (of 4 KiB), after which it is folded into the file, by the store's own thread
 _GIVE_BACK = 1024  # pages (of 4 KiB) that a purge gives back to the system at the most, so that no write waits long
 _FULL = frozenset(
     "SQLITE_FULL SQLITE_IOERR SQLITE_CANTOPEN SQLITE_READONLY SQLITE_BUSY SQLITE_LOCKED SQLITE_NOMEM".split()
@@ -6404,7 +6422,16 @@ class SqliteStore:
         self._durability = durability
         self._read_only = read_only
         self._readers: list[sqlite3.Connection] = []
-        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._queue: deque[_Write] = deque()
+        self._kept: deque[_Write] = deque()  # put off: the disk was full, the database locked
+        self._committing = threading.Lock()  # guards the writing connection; its holder alone takes from the queue
+        self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()  # for the store's thread to commit
+        self._called = False
+        self._stopping = False
+        self._attending: set[int] = set()  # threads that commit what they write
+        self._quick: deque[bool] = deque([False] * 8, 8)  # whether the last commits were
+        self._unfolded = 0  # bytes, about, that attending threads added to the log
+        self._patient = True  # the writing connection waits for locks, and folds the log
         self._versions: set[int] = set()
         self._owner: sqlite3.Connection | None = None
         folder = os.path.dirname(self.path)
@@ -6520,51 +6547,97 @@ class SqliteStore:
         run: Callable[[sqlite3.Connection], Any],
         done: Done = _ignore,
         keep: bool = False,
-        row: tuple[Job, Sequence[Any]] | None = None,
+        new: _NewRow | None = None,
     ) -> None:
-        self._queue.put(_Write(run, done, keep, row))
+        self._queue.append(_Write(run, done, keep, new))
+        if threading.get_ident() not in self._attending:
+            self._call()
         if self._closed:
             self._refuse()
 
+    def _call(self) -> None:
+        """Have the store's thread commit."""
+        if not self._called:
+            self._called = True
+            self._calls.put(None)
+
+    def _take(self, count: int) -> list[_Write]:
+        return [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
+
     def _refuse(self) -> None:
         """Tell writes that came after the end, or their callers would wait for ever."""
-        try:
+        with contextlib.suppress(IndexError):
             while True:
-                write = self._queue.get_nowait()
-                if write is not None:
-                    self._tell(write, None, StoreError("the database is closed"))
-        except queue.Empty:
-            pass
+                self._tell(self._queue.popleft(), None, StoreError("the database is closed"))
 
     def _write(self) -> None:
-        """The writer thread: commit together whatever waits."""
-        kept: deque[_Write] = deque()
-        stopping = False
-        while not stopping or kept:
-            batch = list(kept)
-            kept.clear()
-            try:
-                first = self._queue.get(timeout=_RETRY_S if batch or self.fault else None)
-                while first is not None:
-                    batch.append(first)
-                    if len(batch) >= _BATCH:
+        """The store's thread: commit together whatever waits."""
+        kept = self._kept
+        while True:
+            with contextlib.suppress(queue.Empty):
+                self._calls.get(timeout=_RETRY_S if kept or self.fault else None)
+            self._called, stopping = False, self._stopping  # before it looks at the queue
+            with self._committing:
+                while self._queue or kept:
+                    batch = [*kept, *self._take(_BATCH)]
+                    kept.clear()
+                    self._commit(batch)
+                    if kept:
                         break
-                    first = self._queue.get_nowait()
-                else:
-                    stopping = True
-            except queue.Empty:
-                pass
-            if batch:
-                self._commit(batch, kept)
-            if self.fault is not None and not self._damaged and not kept and not stopping:
-                self._probe()
-            if stopping and kept and time.monotonic() >= self._give_up_at:
-                log.error("%d writes could not be made: %s", len(kept), self.fault)
-                for write in kept:
-                    self._tell(write, None, StoreError(self.fault or ""))
-                break
+                if self.fault is not None and not self._damaged and not kept and not stopping:
+                    self._probe()
+                if stopping and kept and time.monotonic() >= self._give_up_at:
+                    log.error("%d writes could not be made: %s", len(kept), self.fault)
+                    for write in kept:
+                        self._tell(write, None, StoreError(self.fault or ""))
+                    kept.clear()
+                if stopping and not kept:
+                    break
         self._closed = True
         self._refuse()
+
+    def attend(self, attending: bool) -> None:
+        if attending:
+            self._attending.add(threading.get_ident())
+        else:
+            self._attending.discard(threading.get_ident())
+            self._call()
+
+    def commit(self) -> None:
+        """Commit new jobs that are a row each, as long as the disk is quick; all else is left to the store's thread."""
+        if not self._queue:
+            return
+        here = sum(self._quick) >= 7 and self.fault is None and self._unfolded < _CHECKPOINT_PAGES << 12
+        if not here or not self._committing.acquire(timeout=_QUICK_S):
+            self._call()
+            return
+        try:
+            if self._kept or self._closed:
+                self._call()
+                return
+            batch = self._take(_BATCH)
+            try:
+                if all(write.new for write in batch):
+                    self._told(batch, self._transact(batch, patient=False))
+                    self._unfolded += sum(write.new.size for write in batch if write.new)
+                    batch = []
+            except Exception:  # the thread meets it again, and can wait
+                log.debug("a commit is left to the store's thread", exc_info=True)
+                self._quick.append(False)
+            self._queue.extendleft(reversed(batch))
+            if self._queue:
+                self._call()
+        finally:
+            self._committing.release()
+
+    def _be_patient(self, patient: bool) -> None:
+        """Let the writing connection wait for other processes' locks and fold the log, or neither of it."""
+        if patient:
+            self._unfolded = 0
+        if patient != self._patient:
+            self._patient = patient
+            self._writer.execute(f"PRAGMA busy_timeout = {_BUSY_MS if patient else 0}")
+            self._writer.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES if patient else 0}")
 
     def _probe(self) -> None:
         """Find out whether a store that failed is well again, for perhaps nobody brings a write any more."""
@@ -6572,7 +6645,7 @@ class SqliteStore:
         if now >= self._probe_at:
             self._probe_at = now + _RETRY_S
             sql = "INSERT OR REPLACE INTO pieces VALUES (0, 'result', 0, 0, zeroblob(?))"
-            self._commit([_Write(partial(_execute, sql, (PIECE,)), _ignore, False)], deque())
+            self._commit([_Write(partial(_execute, sql, (PIECE,)), _ignore, False)])
             if self.fault is None:
                 self._put(partial(_execute, "DELETE FROM pieces WHERE job = 0", ()), keep=True)
 
@@ -6589,46 +6662,60 @@ class SqliteStore:
             log.error("%s; new jobs are refused until the server is started with a good one", failure)
         return failure
 
-    def _commit(self, batch: list[_Write], kept: deque[_Write]) -> None:
+    def _transact(self, batch: list[_Write], patient: bool = True) -> tuple[list[Any], bool]:
+        """What each write of a transaction brings, once it is committed, and whether it changed anything."""
         writer = self._writer
         changes = writer.total_changes
         try:
             self._check_in_place()
+            self._be_patient(patient)
             if writer.in_transaction:  # the last one could not be rolled back
                 writer.execute("ROLLBACK")
             writer.execute("BEGIN IMMEDIATE")
             results = self._run(batch)
+            began = time.monotonic()
             writer.execute("COMMIT")
-        except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
+            self._quick.append(time.monotonic() - began < _QUICK_S)
+        except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 if writer.in_transaction:
                     writer.execute("ROLLBACK")
-            if _environmental(error):
-                self._put_off(batch, kept, error)
-            elif len(batch) > 1:  # one bad row must not fail the others
-                for write in batch:
-                    self._commit([write], kept)
-            else:
-                known = isinstance(error, AsteraError) or _is_damage(error)
-                log.error("a write failed: %s", error, exc_info=not known)
-                self._tell(batch[0], None, error if isinstance(error, AsteraError) else self._noted(error))
-            return
-        changed = writer.total_changes > changes  # a commit that changed nothing says nothing about the disk
-        if self.fault is not None and changed and not self._damaged:
+            raise
+        return results, writer.total_changes > changes
+
+    def _told(self, batch: list[_Write], made: tuple[list[Any], bool]) -> None:
+        results, changed = made
+        if self.fault is not None and changed and not self._damaged:  # one without a change says nothing about the disk
             log.info("the database can be written again")
             self.fault = None
         for write, result in zip(batch, results, strict=True):
             self._tell(write, result, None)
 
+    def _commit(self, batch: list[_Write]) -> None:
+        try:
+            made = self._transact(batch)
+        except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
+            if _environmental(error):
+                self._put_off(batch, error)
+            elif len(batch) > 1:  # one bad row must not fail the others
+                for write in batch:
+                    self._commit([write])
+            else:
+                known = isinstance(error, AsteraError) or _is_damage(error)
+                log.error("a write failed: %s", error, exc_info=not known)
+                self._tell(batch[0], None, error if isinstance(error, AsteraError) else self._noted(error))
+            return
+        self._told(batch, made)
+
     def _run(self, batch: list[_Write]) -> list[Any]:
         """What each write of a transaction brings. New jobs that are no more than a row come first, all together."""
-        plain = [write.row if write.row and write.row[0].version in self._versions else None for write in batch]
-        _insert_jobs(self._writer, [row for _, row in filter(None, plain)])
+        plain = [write.new if write.new and write.new.job.version in self._versions else None for write in batch]
+        _insert_jobs(self._writer, [new.values for new in plain if new])
         return [
-            Added(row[0], False) if row else write.run(self._writer) for row, write in zip(plain, batch, strict=True)
+            Added(new.job, False) if new else write.run(self._writer) for new, write in zip(plain, batch, strict=True)
         ]
 
-    def _put_off(self, batch: list[_Write], kept: deque[_Write], error: Exception) -> None:
+    def _put_off(self, batch: list[_Write], error: Exception) -> None:
         failure = _store_error(error)
         if self.fault is None:
             log.error("%s; new jobs are refused until that is mended", failure)
@@ -6636,7 +6723,7 @@ class SqliteStore:
             self.fault = str(failure)
         for write in batch:
             if write.keep:
-                kept.append(write)
+                self._kept.append(write)
             else:
                 self._tell(write, None, failure)
 
@@ -6694,7 +6781,7 @@ class SqliteStore:
 
         owes = submission.ended is not None and submission.ended.callback is not None
         plain = submission.idempotency_key is None and not cells and not owes
-        self._put(run, stored, row=(job, row) if plain else None)
+        self._put(run, stored, new=_NewRow(job, row, _ROW_BYTES + len(request.body)) if plain else None)
 
     def _put_pieces(self, cells: list[tuple[int, str, int, int, bytes]], keep: bool) -> None:
         for cell in cells:
@@ -7050,7 +7137,8 @@ class SqliteStore:
     def close(self, timeout_s: float = 10.0) -> None:
         if self._owner is not None:
             self._give_up_at = time.monotonic() + timeout_s * 0.8
-            self._queue.put(None)
+            self._stopping = True
+            self._calls.put(None)
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 log.error("the database did not take the last writes within %s", show_duration(timeout_s))
@@ -8258,9 +8346,6 @@ class Housekeeper:
 # ======================================================================================================================
 # 11 Service
 # ======================================================================================================================
-
-
-_ROW_BYTES = 2048  # that a job takes beside its bodies, about
 
 
 class Principal(NamedTuple):
@@ -11880,6 +11965,8 @@ class Server(ThreadingHTTPServer):
         selector.register(self.socket, selectors.EVENT_READ, _Listener(self._accept))
         selector.register(self._wake_in, selectors.EVENT_READ, _Listener(self._woken))
         self._stop_at = math.inf
+        self.app.store.attend(True)
+        commit = self.app.store.commit
         try:
             while not (self.stopping and not self.handlers) and time.monotonic() < self._stop_at:
                 timeout = 0 if self._inbox else max(self._sweep_at - time.monotonic(), 0)
@@ -11891,17 +11978,20 @@ class Server(ThreadingHTTPServer):
                         handler.on_events(mask)
                     except Exception:  # the door of the loop: a fault must end no more than its own connection
                         self._failed(handler)
+                commit()  # what these requests wrote
                 self._awake = False
                 for _ in range(len(self._inbox)):
                     try:
                         self._inbox.popleft()()
                     except Exception:
                         self._failed(None)
+                commit()
                 if time.monotonic() >= self._sweep_at:
                     self._sweep()
         finally:
             for handler in list(self.handlers):
                 handler.close()
+            self.app.store.attend(False)
             self._close_own()
             self._ended.set()
 

@@ -891,3 +891,92 @@ def test_a_write_that_cannot_be_rolled_back_does_not_end_the_writer(store: Sqlit
     store._put(lambda db: db.execute("SELECT * FROM nowhere"))
     new = added(store)
     assert store.get(new.key) == new
+
+
+# --- commits by the thread that answers ---
+
+
+@pytest.fixture
+def attended(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqliteStore]:
+    """A store whose disk is found quick, attended by this thread."""
+    monkeypatch.setattr(astera_lite, "_QUICK_S", 60.0)
+    for _ in range(8):
+        added(store)
+    store.attend(True)
+    yield store
+    store.attend(False)
+
+
+def add_here(store: SqliteStore, new: Job) -> list[tuple[Any, Exception | None, int]]:
+    told: list[tuple[Any, Exception | None, int]] = []
+    store.add(submission(new), lambda result, error: told.append((result, error, threading.get_ident())))
+    return told
+
+
+def test_a_thread_that_attends_commits_what_it_wrote(attended: SqliteStore, path: str) -> None:
+    jobs = [job() for _ in range(50)]
+    told = [add_here(attended, new) for new in jobs]
+    assert not any(told), "nothing is told before it is committed"
+    attended.commit()
+    assert [found[0] for found in told] == [(Added(new, False), None, threading.get_ident()) for new in jobs]
+    with closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT count(*) FROM jobs").fetchone() == (58,)
+
+
+def test_on_a_slow_disk_the_stores_thread_commits(attended: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(astera_lite, "_QUICK_S", 0.0)
+    for _ in range(2):  # the first ones are met unawares
+        told = add_here(attended, job())
+        attended.commit()
+        until(lambda told=told: told)
+    told = add_here(attended, job())
+    attended.commit()
+    until(lambda: told)
+    assert told[0][2] == attended._thread.ident
+
+
+def test_a_commit_that_another_process_holds_up_holds_up_no_answer(attended: SqliteStore, path: str) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        told = add_here(attended, job())
+        attended.commit()  # comes back, although the lock is held
+        assert not told
+        other.execute("ROLLBACK")
+    until(lambda: told)
+    assert told[0][1] is None and told[0][2] == attended._thread.ident
+
+
+def test_a_bad_row_in_a_commit_by_the_attending_thread_fails_alone(attended: SqliteStore) -> None:
+    good, bad = job(), job()._replace(created=1 << 70)
+    told = [add_here(attended, new) for new in (good, bad, job())]
+    attended.commit()
+    until(lambda: all(told))
+    assert [type(found[0][1]) for found in told] == [type(None), StoreError, type(None)]
+    assert attended.get(good.key) == good
+
+
+def test_what_may_take_long_is_left_to_the_stores_thread(attended: SqliteStore) -> None:
+    told: list[int] = []
+    new = add_here(attended, job())
+    attended.purge(T, 100, lambda result, error: told.append(threading.get_ident()))
+    attended.commit()
+    until(lambda: told and new)
+    assert told == [attended._thread.ident]
+
+
+def test_the_log_is_folded_although_one_thread_commits_all(attended: SqliteStore, path: str) -> None:
+    here = 0
+    for _ in range(400):
+        told = [add_here(attended, job()) for _ in range(20)]
+        attended.commit()
+        until(lambda told=told: all(told))
+        here += told[0][0][2] == threading.get_ident()
+    assert here > 200, "most commits are made here"
+    assert os.stat(f"{path}-wal").st_size < 12 << 20
+
+
+def test_what_nobody_commits_any_more_is_committed_by_the_stores_thread(attended: SqliteStore) -> None:
+    told = add_here(attended, job())
+    attended.attend(False)
+    until(lambda: told)
+    assert told[0][1] is None
