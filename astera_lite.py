@@ -2254,9 +2254,9 @@ _INT64 = range(-(1 << 63), 1 << 63)
 
 
 def _integer_text(text: str) -> int:
-    if not text.isascii() or not _INTEGER.fullmatch(text) or int(text) not in _INT64:
-        raise ValueError("must be an integer such as 3 or -12, in 64 bits")
-    return int(text)
+    if text.isascii() and _INTEGER.fullmatch(text) and (number := int(text)) in _INT64:
+        return number
+    raise ValueError("must be an integer such as 3 or -12, in 64 bits")
 
 
 def _number_text(text: str) -> float | int:
@@ -2585,6 +2585,8 @@ class Schema:
         return value
 
     def _object(self, value: dict[str, Any], place: str, errors: list[dict[str, str]], where: str) -> dict[str, Any]:
+        if self.additional is True and not (self.properties or self.required):
+            return value
         result = {}
         for name, item in value.items():
             at = f"{place}/{pointer(name)}"
@@ -3344,7 +3346,8 @@ def run_flow(run: Run) -> Outcome | Suspended:
     scope = run.scope()
     try:
         value = run_steps(flow.steps, run, scope, "")
-        run.progress = Progress(None, len(flow.steps), len(flow.steps))
+        if flow.steps:
+            run.progress = Progress(None, len(flow.steps), len(flow.steps))
         return Outcome(_respond(flow, run, scope, value))
     except _Answered as answered:
         return Outcome(answered.answer)
@@ -3572,10 +3575,12 @@ def make_answer(status: Any, headers: Mapping[str, Any], body: Any, max_bytes: i
     """A flow's values as a response; ExpressionError if they are none."""
     if type(status) is not int or not 200 <= status <= 599:
         raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
-    pairs = [(name, _field_value(name, as_text(value))) for name, value in headers.items() if value is not None]
-    media = next(
-        (value.partition(";")[0].strip().lower() for name, value in pairs if name.lower() == "content-type"), ""
-    )
+    pairs, media = [], ""
+    for name, value in headers.items():
+        if value is not None:
+            pairs.append((name, _field_value(name, as_text(value))))
+            if name.lower() == "content-type":
+                media = media or pairs[-1][1].partition(";")[0].strip().lower()
     if empty or status in (204, 304):
         return Answer(status, tuple(pairs))
     if type(body) is bytes:
@@ -3590,8 +3595,7 @@ def make_answer(status: Any, headers: Mapping[str, Any], body: Any, max_bytes: i
     if len(data) > max_bytes:
         raise ExpressionError(f"/response/body: it is larger than max_result ({show_size(max_bytes)})")
     if not media:
-        pairs = [(name, value) for name, value in pairs if name.lower() != "content-type"]
-        pairs.append(("Content-Type", default))
+        pairs = [pair for pair in pairs if pair[0].lower() != "content-type"] + [("Content-Type", default)]
     return Answer(status, tuple(pairs), data)
 
 
@@ -5957,6 +5961,8 @@ class Deployments:
     def match(self, path: str) -> list[dict[str, Flow]]:
         """Flows by method for every resource that a raw path matches, the most literal first."""
         found = [self._exact[path]] if path in self._exact else []
+        if not self._patterns:
+            return found
         segments = path.split("/")[1:]
         for pattern, methods in self._patterns.get(len(segments), ()):
             if all(want == got or (want[0] == "{" and got) for want, got in zip(pattern, segments, strict=True)):
@@ -7463,6 +7469,10 @@ class MeasuringJournal(Journal):
         return len(to_saved(value))
 
 
+_MEASURING = MeasuringJournal()
+_NEVER = Cancel()  # of a run that nobody can cancel, because it holds the thread that would be told
+
+
 def _await(write: Callable[[Done], None], timeout_s: float) -> Any:
     """Make a write and wait for it; raises its error, or TimeoutError."""
     answer: list[tuple[Any, AsteraError | None]] = []
@@ -7586,7 +7596,7 @@ class Engine:
         if not flow.light or flow.version in self._dear or given.size > _LIGHT_BODY:
             return None
         began = self._clock.monotonic()
-        run = Run(flow, given, self._outside, began + 1, MeasuringJournal(), trace)
+        run = Run(flow, given, self._outside, began + 1, _MEASURING, trace, _NEVER)
         run.purse = Purse(_PURSE)
         try:
             outcome = run_flow(run)
@@ -9219,6 +9229,7 @@ class Access:
         tokens: Callable[[], Sequence[Token]] = lambda: (),
         is_open: bool = True,
     ) -> None:
+        self._good_hosts: set[str] = set()  # as they came, port and all
         self._setting = [] if token is None else [Token(ADMIN_TOKEN, token_digest(token), "admin")]
         self._tokens, self._open = tokens, is_open
         self._hosts: set[str] | None = None
@@ -9235,11 +9246,13 @@ class Access:
 
     def check_origin(self, headers: Mapping[str, str], base: str, navigation: bool) -> str | None:
         """Raise AccessError for a name not ours, or a page of another origin; the origin to answer, if allowed."""
-        host = headers.get("host", "").lower()
-        if self._hosts is not None and host:
-            match = _HOST.fullmatch(host)
+        host = headers.get("host", "")
+        if self._hosts is not None and host and host not in self._good_hosts:
+            match = _HOST.fullmatch(host.lower())
             if match is None or match[1] not in self._hosts:
-                raise AccessError(421, f"This server is not {shown(host)}: call it as localhost or 127.0.0.1.")
+                raise AccessError(421, f"This server is not {shown(host.lower())}: call it as localhost or 127.0.0.1.")
+            if len(self._good_hosts) < 64:
+                self._good_hosts.add(host)
         origin = headers.get("origin")
         if origin is not None and origin in self.origins:
             return origin
@@ -9253,7 +9266,9 @@ class Access:
 
     def principal(self, authorization: str | None) -> Principal:
         """Who the bearer token stands for; raises AccessError (RFC 6750)."""
-        tokens = [*self._setting, *self._tokens()]
+        tokens: Sequence[Token] = self._tokens()
+        if self._setting:
+            tokens = [*self._setting, *tokens]
         if not tokens and self._open:
             return ANYBODY
         scheme, _, given = (authorization or "").partition(" ")
@@ -9596,12 +9611,19 @@ def _http_date(_cache: list[Any] = [0, ""]) -> str:  # noqa: B006 (the date of t
     return str(_cache[1])
 
 
+def _header_lines(headers: Iterable[tuple[str, str]]) -> str:
+    return "".join([f"{name}: {value}\r\n" for name, value in headers])
+
+
+_known_header_lines = lru_cache(maxsize=256)(_header_lines)
+
+
 def response_head(response: Reply, request_id: str, keep_alive: bool, version: int = 11) -> bytes:
     """Status line and headers, with the framing that RFC 9112 asks for."""
     status = response.status
-    lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n", "Date: ", _http_date(), "\r\n"]
-    for name, value in response.headers:
-        lines += (name, ": ", value, "\r\n")
+    headers = response.headers
+    block = _known_header_lines(headers) if type(headers) is tuple else _header_lines(headers)
+    lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n", "Date: ", _http_date(), "\r\n", block]
     if status != 204 and status != 304:
         lines.append(f"Content-Length: {len(response.body) or response.length}\r\n")
     if not keep_alive:
@@ -10858,11 +10880,15 @@ _VARY = (("Vary", "Prefer"),)
 
 
 def _flow_response(answer: Answer, more: Iterable[tuple[str, str]] = ()) -> Reply:
-    headers = [*answer.headers, *_FLOW_HEADERS, *more]
-    names = {name.lower() for name, _ in answer.headers}
-    if "cache-control" not in names:
-        headers.append(_NO_STORE if answer.headers[:1] == (_PROBLEM,) else ("Cache-Control", "private, no-store"))
-    return Reply(answer.code, headers, answer.body)
+    return Reply(answer.code, (*_with_policy(answer.headers), *more), answer.body)
+
+
+@lru_cache(maxsize=256)  # a flow's headers are mostly the same
+def _with_policy(headers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """What a flow's response says of itself, and what browsers and caches must be told of it."""
+    if not any(name.lower() == "cache-control" for name, _ in headers):
+        headers += (_NO_STORE if headers[:1] == (_PROBLEM,) else ("Cache-Control", "private, no-store"),)
+    return headers + _FLOW_HEADERS
 
 
 def publish_async(x: Exchange) -> None:
@@ -10878,7 +10904,9 @@ def find_flow(mode: str, x: Exchange) -> None:
     if not matches:
         raise NotFound(f"No flow publishes {shown(path, 200)}. The endpoints are listed at /api/deployments.")
     method = "GET" if x.head.method == "HEAD" and mode == "synchronous" else x.head.method
-    flow = next((methods[method] for methods in matches if method in methods), None)
+    flow = None
+    for methods in matches:
+        flow = flow or methods.get(method)
     if flow is None:
         raise MethodNotAllowed(_allowed(matches, mode))
     if mode not in flow.modes:
