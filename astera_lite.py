@@ -407,6 +407,7 @@ def _json_writer() -> Callable[[Any], str]:
 
 
 _encode_json = _json_writer()
+_quoted = json.encoder.encode_basestring  # a text as JSON
 
 
 def to_json(value: Any) -> str:
@@ -904,6 +905,18 @@ class Progress(NamedTuple):
     step: str | None
     done: int
     total: int
+
+
+def new_job_document(job: Job, base: str, offset: int = 0) -> bytes:
+    """What `status_document` says of a job that was just accepted, as JSON: written for each 202."""
+    job_id = job.id
+    status_url = _quoted(f"{base}/api/jobs/{job_id}/status")
+    return (
+        f'{{"id":"{job_id}","status":"Running","flow":{_quoted(job.flow)},'
+        f'"createdAt":"{timestamp(job.created, offset)}",'
+        '"startedAt":null,"finishedAt":null,"expiresAt":null,"attempt":0,"progress":null,'
+        f'"statusUrl":{status_url},"resultUrl":null,"error":null,"callback":null}}\n'
+    ).encode()
 
 
 def status_document(
@@ -6746,8 +6759,9 @@ class SqliteStore:
         job, request = submission.job, submission.request
         cells = _cells(job.key, "request_body", 0, request.body) if len(request.body) > PIECE else []
         self._put_pieces(cells, keep=False)
-        sent = to_json(
-            {"method": request.method, "path": request.path, "query": request.query, "headers": request.headers}
+        sent = (
+            f'{{"method":"{request.method}","path":{_quoted(request.path)},"query":{_quoted(request.query)},'
+            f'"headers":{_object_json(tuple(request.headers.items()))}}}'
         )
         row = (
             *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
@@ -7170,6 +7184,11 @@ _NOT_ENDED = ("Running", 0) + (None,) * 9
 
 
 _headers_json = lru_cache(maxsize=64)(to_json)  # a flow's headers are mostly the same
+
+
+@lru_cache(maxsize=64)  # those that a flow reads are mostly the same too
+def _object_json(pairs: tuple[tuple[str, str], ...]) -> str:
+    return to_json(dict(pairs))
 
 
 def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
@@ -8827,12 +8846,14 @@ class AsteraLite:
                 log_outcome("job", job.id, call.flow, ended.outcome)
                 if ended.callback is not None:
                     self.housekeeper.wake()
-            with self._counting:
-                self._on_the_way -= 1
+            if ended is None:
+                with self._counting:
+                    self._on_the_way -= 1
             done(result, error)
 
-        with self._counting:
-            self._on_the_way += 1
+        if ended is None:
+            with self._counting:
+                self._on_the_way += 1
         submission = Submission(job, call.request, call.flow.text, call.idempotency_key, fingerprint, ended)
         self.store.add(submission, stored)
 
@@ -10670,7 +10691,7 @@ class Peer(Protocol):
     def answer(self, x: Exchange, reply: Reply) -> None:
         """Write the answer, unless there was one."""
 
-    def post(self, function: Callable[[], None]) -> None:
+    def post(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function on the loop: at once if this is its thread, else soon."""
 
     def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
@@ -10718,17 +10739,17 @@ class Exchange:
         """Give the answer; on the loop."""
         self._peer.answer(self, reply)
 
-    def post(self, function: Callable[[], None]) -> None:
+    def post(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have a function called on the loop, at once if this is it; from any thread."""
-        self._peer.post(partial(self._call, function))
+        self._peer.post(self._call, function, *arguments)
 
     def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
         """Call a function on the loop after so many seconds, unless the answer was given by then."""
         self._peer.later(seconds, partial(self._call, function), early)
 
-    def _call(self, function: Callable[[], None]) -> None:
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
-            function()
+            function(*arguments)
         except Exception as error:  # the door of a request, for what other threads hand over
             self.fail(error)
 
@@ -11025,7 +11046,7 @@ def _submit(x: Exchange, flow: Flow, path: str, preferences: Mapping[str, str], 
     headers = [*_VARY, *_applied(applied)]
 
     def accepted(result: Any, error: AsteraError | None) -> None:
-        x.post(lambda: _accepted(x, result, error, wait_s, headers))
+        x.post(_accepted, x, result, error, wait_s, headers)
 
     x.app.accept(Call(key, flow, request, given, x.base, callback_url, idempotency_key), x.caller, accepted)
 
@@ -11095,7 +11116,10 @@ def _status_response(
         headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
     elif code == 200:
         headers.append(("Location", f"{x.base}/api/jobs/{job.id}/result"))
-    return Reply(code, headers, json_body(status_document(job, x.base, progress, offset=x.app.clock.offset)))
+    offset = x.app.clock.offset
+    if job.status is Status.RUNNING and job.attempt == 0 and job.callback is None and progress is None:
+        return Reply(code, headers, new_job_document(job, x.base, offset))
+    return Reply(code, headers, json_body(status_document(job, x.base, progress, offset=offset)))
 
 
 def _unknown(x: Exchange) -> Reply:
@@ -11786,12 +11810,12 @@ class Handler(BaseRequestHandler):
             self.loop.selector.modify(self.sock, events, self)
         self.events = events
 
-    def post(self, function: Callable[[], None]) -> None:
+    def post(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function on the loop: at once if this is its thread, else soon."""
         if threading.get_ident() == self.loop.ident:
-            function()
+            function(*arguments)
         else:
-            self.loop.post(function)
+            self.loop.post(partial(function, *arguments))
 
     def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
         """Call a function after so many seconds, unless the request in flight was answered by then."""

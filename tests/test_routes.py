@@ -1233,3 +1233,11 @@ def test_a_long_poll_whose_client_has_gone_leaves_no_watcher(tmp_path: Path) -> 
             poller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             poller.close()  # a reset, not an end
         until(lambda: not server.app._watchers)
+
+
+def test_the_short_way_to_write_a_new_jobs_document_says_the_same() -> None:
+    key = astera_lite.JobKeys().new(1_790_000_000_123)
+    for base, flow in (("http://h:1", "f"), ('http://ä"\\', 'quo"te\n')):
+        job = astera_lite.Job(key, flow, 1, astera_lite.Status.RUNNING, 1_790_000_000_123, base)
+        long = astera_lite.json_body(astera_lite.status_document(job, base, offset=77))
+        assert astera_lite.new_job_document(job, base, 77) == long
