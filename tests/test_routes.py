@@ -20,6 +20,7 @@ import pytest
 import requests
 from support import ECHO, Client, FakeClock, Running, Sink, get_flow, running, talk
 
+import astera_lite
 from astera_lite import Answer, Job, JobKey, Outcome, Store, StoreError
 
 WORDS = {"Running", "Completed", "Error", "Unknown"}
