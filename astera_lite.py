@@ -426,6 +426,17 @@ def check_written(value: Any, limit: int = MAX_WRITTEN) -> None:
 
     A value of a flow may hold one part many times, so that a few steps of `[x, x]` make more than any memory takes.
     """
+    if type(value) is dict and len(value) < 1000:  # mostly it is flat, and nothing can be there twice
+        characters = 0
+        for item in value.values():
+            kind = type(item)
+            if kind is str:
+                characters += len(item)
+            elif kind is not int and kind is not float and kind is not bool and item is not None:
+                break
+        else:
+            if characters < limit:
+                return
     sizes: dict[int, int] = {}
 
     def size(part: Any) -> int:
@@ -2899,7 +2910,8 @@ class Flow:
             if self.body_required:
                 errors.append({"in": "body", "name": "", "message": "is missing: send " + self.content_types[0]})
             return None
-        if self.content_types and not any(_same_media(media, accepted) for accepted in self.content_types):
+        accepts = self.content_types
+        if accepts and media not in accepts and not any(_same_media(media, accepted) for accepted in accepts):
             accepted = " or ".join(self.content_types)
             message = f"must be {accepted}, and the Content-Type must say so"
             raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
@@ -6801,7 +6813,8 @@ class SqliteStore:
 
         owes = submission.ended is not None and submission.ended.callback is not None
         plain = submission.idempotency_key is None and not cells and not owes
-        self._put(run, stored, new=_NewRow(job, row, _ROW_BYTES + len(request.body)) if plain else None)
+        told = done if job.version in self._versions and not cells else stored
+        self._put(run, told, new=_NewRow(job, row, _ROW_BYTES + len(request.body)) if plain else None)
 
     def _put_pieces(self, cells: list[tuple[int, str, int, int, bytes]], keep: bool) -> None:
         for cell in cells:
@@ -7207,7 +7220,7 @@ def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
     at = 0
     for count in _ROWS_AT_ONCE:
         while len(rows) - at >= count:
-            db.execute(_INSERT_JOBS[count], [value for row in rows[at : at + count] for value in row])
+            db.execute(_INSERT_JOBS[count], list(itertools.chain.from_iterable(rows[at : at + count])))
             at += count
 
 
@@ -11060,6 +11073,9 @@ def _accepted(
         x.fail(refusal)
         return
     job, replayed = result
+    if not (wait_s or replayed):
+        x.answer(_status_response(x, (job, None), 202, [_location(x, job), *headers]))
+        return
     more = [*headers, ("Idempotency-Replayed", "true")] if replayed else headers
 
     def answer(found: tuple[Job, Progress | None] | None) -> Reply:
@@ -11067,14 +11083,16 @@ def _accepted(
         if wait_s is not None and present[0].status is not Status.RUNNING:
             where = ("Content-Location", f"{x.base}/api/jobs/{job.id}/result")
             return _result_response(x, present[0], [where, *more])
-        return _status_response(x, present, 202, [("Location", f"{x.base}/api/jobs/{job.id}/status"), *more])
+        return _status_response(x, present, 202, [_location(x, job), *more])
 
     if wait_s:
         _when_finished(x, job.key, wait_s, answer)
-    elif replayed:
-        x.answer(answer(x.app.look(job.key, x.caller)))
     else:
-        x.answer(answer(None))
+        x.answer(answer(x.app.look(job.key, x.caller)))
+
+
+def _location(x: Exchange, job: Job) -> tuple[str, str]:
+    return "Location", f"{x.base}/api/jobs/{job.id}/status"
 
 
 def _when_finished(
