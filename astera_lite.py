@@ -6123,7 +6123,8 @@ UPGRADES: dict[int, str] = {
     """,
 }
 
-Done = Callable[[Any, AsteraError | None], None]  # (result, error), called by the thread that committed
+Done = Callable[[Any, AsteraError | None], None]  # (result, error)
+Post = Callable[[Callable[[], None]], None]  # has a function called by a certain thread
 
 
 def _ignore(result: Any, error: AsteraError | None) -> None:
@@ -6196,7 +6197,7 @@ class Finish(NamedTuple):
 class Store(Protocol):
     """The storage contract. Everything is durable once `done` is called.
 
-    A write's `done` runs on the store's thread, or on one that attends, in `commit`.
+    A write's `done` runs on the store's thread, or, if the thread that wrote attends, on that one.
     Reads may be called from any thread, also the loop: they do not wait for writes. A failed write or read is a
     StoreError. Times are milliseconds since the epoch.
     """
@@ -6218,11 +6219,14 @@ class Store(Protocol):
     def requeue(self, key: JobKey, attempt: int) -> None:
         """Take back that a run began: it was stopped with the server and is not to count as interrupted."""
 
-    def attend(self, attending: bool) -> None:
-        """Say that the calling thread will call `commit` soon after each of its writes, or will not any more."""
+    def attend(self, post: Post | None) -> None:
+        """Say that the calling thread calls `commit` after its writes, and what `post` is given; None: not any more."""
 
-    def commit(self) -> None:
-        """Commit what waits: here, where that holds the calling thread for less than two milliseconds or so."""
+    def commit(self, more: bool = False) -> None:
+        """Commit what waits: here, where that holds the calling thread for less than two milliseconds or so.
+
+        `more` says that it will write more before it waits for anything.
+        """
 
     def barrier(self, done: Done) -> None:
         """Call `done` when everything written before is committed."""
@@ -6336,6 +6340,7 @@ class _Write(NamedTuple):
     done: Done
     keep: bool  # an environment's failure (disk full) puts it off instead of failing it
     new: _NewRow | None = None
+    post: Post | None = None  # of the attending thread that made it
 
 
 _JOB_COLUMNS = (
@@ -6459,7 +6464,7 @@ class SqliteStore:
         self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()  # for the store's thread to commit
         self._called = False
         self._stopping = False
-        self._attending: set[int] = set()  # threads that commit what they write
+        self._attending: dict[int, Post] = {}  # threads that commit what they write
         self._quick: deque[bool] = deque([False] * 8, 8)  # whether the last commits were
         self._unfolded = 0  # bytes, about, that attending threads added to the log
         self._patient = True  # the writing connection waits for locks, and folds the log
@@ -6580,8 +6585,9 @@ class SqliteStore:
         keep: bool = False,
         new: _NewRow | None = None,
     ) -> None:
-        self._queue.append(_Write(run, done, keep, new))
-        if threading.get_ident() not in self._attending:
+        post = self._attending.get(threading.get_ident())
+        self._queue.append(_Write(run, done, keep, new, post))
+        if post is None:
             self._call()
         if self._closed:
             self._refuse()
@@ -6627,18 +6633,21 @@ class SqliteStore:
         self._closed = True
         self._refuse()
 
-    def attend(self, attending: bool) -> None:
-        if attending:
-            self._attending.add(threading.get_ident())
+    def attend(self, post: Post | None) -> None:
+        if post is not None:
+            self._attending[threading.get_ident()] = post
         else:
-            self._attending.discard(threading.get_ident())
+            with self._committing:  # what is posted from here on is nothing
+                self._attending.pop(threading.get_ident(), None)
             self._call()
 
-    def commit(self) -> None:
+    def commit(self, more: bool = False) -> None:
         """Commit new jobs that are a row each, as long as the disk is quick; all else is left to the store's thread."""
         if not self._queue:
             return
         here = sum(self._quick) >= 7 and self.fault is None and self._unfolded < _CHECKPOINT_PAGES << 12
+        if here and more:
+            return
         if not here or not self._committing.acquire(timeout=_QUICK_S):
             self._call()
             return
@@ -6719,7 +6728,18 @@ class SqliteStore:
         if self.fault is not None and changed and not self._damaged:  # one without a change says nothing about the disk
             log.info("the database can be written again")
             self.fault = None
+        elsewhere: dict[Post, list[tuple[_Write, Any]]] = {}
+        others = {post for thread, post in self._attending.items() if thread != threading.get_ident()}
         for write, result in zip(batch, results, strict=True):
+            if write.post in others:
+                elsewhere.setdefault(write.post, []).append((write, result))
+            else:
+                self._tell(write, result, None)
+        for post, told in elsewhere.items():  # one message for all: each wakes a thread
+            post(partial(self._tell_all, told))
+
+    def _tell_all(self, told: list[tuple[_Write, Any]]) -> None:
+        for write, result in told:
             self._tell(write, result, None)
 
     def _commit(self, batch: list[_Write]) -> None:
@@ -11515,6 +11535,7 @@ _UNSENT = 256 << 10  # bytes that the system takes beyond what it can send, or i
 _SLOWEST_READER = 32 << 10
 _MAX_BUFFERED = 256 << 20  # bytes of requests and answers in all connections together
 _ACCEPTS_A_TURN = 64
+_EVENTS_AT_ONCE = 32  # after which a slow disk is given its work, and answers that are ready are sent
 _TURNED_AWAY = 128  # connections too many that are given the time to read why
 _TURN_S = 0.002  # seconds after which a client that sends requests without waiting lets the others have their turn
 _SWEEP_S = 0.02  # seconds between sweeps at the least
@@ -12035,33 +12056,33 @@ class Server(ThreadingHTTPServer):
         selector.register(self.socket, selectors.EVENT_READ, _Listener(self._accept))
         selector.register(self._wake_in, selectors.EVENT_READ, _Listener(self._woken))
         self._stop_at = math.inf
-        self.app.store.attend(True)
+        self.app.store.attend(self.post)
         commit = self.app.store.commit
         try:
             while not (self.stopping and not self.handlers) and time.monotonic() < self._stop_at:
                 timeout = 0 if self._inbox else max(self._sweep_at - time.monotonic(), 0)
                 events = selector.select(timeout)
                 self._awake = True  # what is posted from here on is seen below
-                for key, mask in events:
+                for at, (key, mask) in enumerate(events, 1):
                     handler = key.data
                     try:
                         handler.on_events(mask)
                     except Exception:  # the door of the loop: a fault must end no more than its own connection
                         self._failed(handler)
-                commit()  # what these requests wrote
+                    if not at % _EVENTS_AT_ONCE:  # who was first is not to wait for all who came after
+                        commit(more=True)
+                        self._run_posted()
+                commit()
                 self._awake = False
-                for _ in range(len(self._inbox)):
-                    try:
-                        self._inbox.popleft()()
-                    except Exception:
-                        self._failed(None)
+                self._run_posted()
                 commit()
                 if time.monotonic() >= self._sweep_at:
                     self._sweep()
         finally:
             for handler in list(self.handlers):
                 handler.close()
-            self.app.store.attend(False)
+            self.app.store.attend(None)
+            self._run_posted()
             self._close_own()
             self._ended.set()
 
@@ -12075,6 +12096,13 @@ class Server(ThreadingHTTPServer):
         self.selector.close()
         self._wake_in.close()
         self._wake_out.close()
+
+    def _run_posted(self) -> None:
+        for _ in range(len(self._inbox)):
+            try:
+                self._inbox.popleft()()
+            except Exception:
+                self._failed(None)
 
     def _failed(self, handler: Any) -> None:
         log.exception("the loop")
