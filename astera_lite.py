@@ -52,7 +52,6 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import difflib
 import hashlib
 import heapq
 import hmac
@@ -68,7 +67,6 @@ import logging
 import math
 import operator
 import os
-import pkgutil
 import queue
 import random
 import re
@@ -246,20 +244,21 @@ class Clock:
 
 def resource(name: str) -> bytes:
     """A file shipped beside the module: in a checkout, in a zipapp, or in a wheel's `astera_lite/` folder."""
-    for candidate in (name, f"astera_lite/{name}"):
-        try:
-            data = pkgutil.get_data("astera_lite", candidate)
-        except OSError:
-            continue
-        if data is not None:
-            return data
+    loader: Any = globals()["__loader__"]  # of a file or of a zip; pkgutil would ask it too, and takes 0.7 MB
+    for candidate in (name, os.path.join("astera_lite", name)):
+        with contextlib.suppress(OSError):
+            return bytes(loader.get_data(os.path.join(os.path.dirname(__file__), candidate)))
     raise ConfigError([Fault(name, "", "is missing: it belongs beside astera_lite.py, copy both")])
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean "x"?` where a known word is near, else an empty string."""
     words = list(known) if len(word) <= 100 else []  # a longer one is none that was misspelt
-    near = [each for each in words if each.lower() == word.lower()] or difflib.get_close_matches(word, words, 1)
+    near = [each for each in words if each.lower() == word.lower()]
+    if words and not near:
+        import difflib  # noqa: PLC0415 (where nothing is misspelt it is not needed)
+
+        near = difflib.get_close_matches(word, words, 1)
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
