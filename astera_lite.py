@@ -244,6 +244,9 @@ class Clock:
         return 0
 
 
+SHIPPED = ("schema.sql",)  # files that the module needs beside it
+
+
 def resource(name: str) -> bytes:
     """A file shipped beside the module: in a checkout, in a zipapp, or in a wheel's `astera_lite/` folder."""
     for candidate in (name, f"astera_lite/{name}"):
@@ -12014,14 +12017,28 @@ exit codes: 0 stopped; 1 a fault in settings or in what was checked; 2 usage; 3 
 """
 
 
+_SCRIPT = "python astera_lite.py"
+
+
+def _started_as() -> str:
+    """What a user types to start us: the command of an installation, a zipapp, a module, or the script."""
+    name = os.path.basename(sys.argv[0])
+    if name == "astera-lite":
+        return name
+    if name.endswith(".pyz"):
+        return f"python {name}"
+    return "python -m astera_lite" if "-m" in sys.orig_argv[: -len(sys.argv)] else _SCRIPT
+
+
 def _parser() -> argparse.ArgumentParser:
     import argparse  # noqa: PLC0415 (an embedding program has no command line of ours)
 
+    started_as = _started_as()
     parser = argparse.ArgumentParser(
         prog="astera_lite",
-        usage="astera_lite.py [COMMAND] [settings]",
+        usage=f"{started_as} [COMMAND] [settings]",
         description="Publish API flows over HTTP: call them synchronously, or as jobs to poll or be called back for.",
-        epilog=_EPILOG,
+        epilog=_EPILOG.replace(_SCRIPT, started_as),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -12034,7 +12051,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
-            usage=" ".join(["astera_lite.py", name, *(f"[{w}]" if w[0] == "-" else w for w in words), "[settings]"]),
+            usage=" ".join([started_as, name, *(f"[{w}]" if w[0] == "-" else w for w in words), "[settings]"]),
             allow_abbrev=False,
         )
         for argument, options_ in arguments:
@@ -12147,7 +12164,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     _set_up_logging(settings)
     sys.setswitchinterval(0.00005)  # or each thread that computes would hold up the loop for 5 ms, many times a request
     _raise_descriptor_limit(settings.max_connections)
-    app = AsteraLite(settings)
+    app = _Supervised(settings)
     app.start()
     try:
         server = Server(app)
@@ -12168,6 +12185,9 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     _settle()
     sys.stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
     sys.stderr.flush()
+    notify(f"READY=1\nSTATUS=listening on {server.url}")
+    if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+        app.beat = partial(server.post, partial(notify, "WATCHDOG=1"))
     server.serve_forever()
     server.server_close()
     left = app.stop()
@@ -12176,6 +12196,28 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
         sys.stderr.flush()
         os._exit(0)
     return 0
+
+
+class _Supervised(AsteraLite):
+    """A server that tells the service manager's watchdog, through its housekeeper and its loop, that both are alive."""
+
+    beat: Callable[[], None] | None = None
+
+    def look_around(self) -> None:
+        """Once a second, on the housekeeper's thread."""
+        super().look_around()
+        if self.beat is not None:
+            self.beat()
+
+
+def notify(state: str) -> None:
+    """Tell the service manager that started this process (sd_notify(3)); nothing where NOTIFY_SOCKET names none."""
+    name = os.environ.get("NOTIFY_SOCKET", "")
+    if not name.startswith(("/", "@")):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(1.0)
+        sock.sendto(state.encode(), name if name[0] == "/" else "\0" + name[1:])
 
 
 def _install_signals(app: AsteraLite, server: Server) -> None:
@@ -12187,6 +12229,7 @@ def _install_signals(app: AsteraLite, server: Server) -> None:
             os._exit(0)  # what is on disk is safe
         asked = True
         server.request_stop()
+        notify("STOPPING=1")
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -12195,9 +12238,11 @@ def _install_signals(app: AsteraLite, server: Server) -> None:
 
 
 def _reload(app: AsteraLite) -> None:
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     app.read_tokens()
     faults = app.reload()
     log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
+    notify("READY=1")
 
 
 def _settle() -> None:
@@ -12418,7 +12463,7 @@ def new(args: argparse.Namespace, settings: Settings) -> int:
     except OSError as error:
         print(f"{path}: {_reason(error)}", file=sys.stderr)
         return 1
-    print(f"wrote {path}; run it with: python astera_lite.py try {args.name} id=7", file=sys.stderr)
+    print(f"wrote {path}; run it with: {_started_as()} try {args.name} id=7", file=sys.stderr)
     return 0
 
 
@@ -12515,6 +12560,30 @@ def _print_tokens(tokens: Sequence[Token]) -> None:
         print(f"{each.name:<24}  {each.role if each.digest else 'revoked':<7}  {timestamp(each.created)}  {flows}")
 
 
+def pack(args: argparse.Namespace, settings: Settings) -> int:
+    """zipapp: the server as one file."""
+    import py_compile  # noqa: PLC0415 (as below: for this command only)
+    import tempfile  # noqa: PLC0415
+    import zipapp  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "astera_lite.py")
+        for name in ("astera_lite.py", *SHIPPED):
+            Path(folder, name).write_bytes(resource(name))
+        Path(folder, "__main__.py").write_text("import sys\n\nimport astera_lite\n\nsys.exit(astera_lite.main())\n")
+        # Another version of Python passes over bytecode that is not its own, and takes the source.
+        unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH  # times in a zip depend on the time zone
+        py_compile.compile(source, source + "c", "astera_lite.py", optimize=0, invalidation_mode=unchecked)
+        try:
+            zipapp.create_archive(folder, args.file, "/usr/bin/env python3", compressed=True)
+        except OSError as error:
+            print(f"{args.file}: {_reason(error)}", file=sys.stderr)
+            return 1
+    version = ".".join(map(str, sys.version_info[:2]))
+    print(f"wrote {args.file}: for Python 3.11 or later, {version} starts it quickest", file=sys.stderr)
+    return 0
+
+
 def backup(args: argparse.Namespace, settings: Settings) -> int:
     """backup: a consistent copy of the database, also while the server runs."""
     if os.path.exists(args.copy):
@@ -12600,6 +12669,17 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         "copy the database, also while the server runs",
         [("copy", {"metavar": "FILE", "help": "where the copy goes; must not be there yet"})],
         ("database",),
+    ),
+    "zipapp": (
+        pack,
+        "write the server as one file, which `python FILE` runs",
+        [
+            (
+                "file",
+                {"nargs": "?", "metavar": "[FILE]", "default": "astera_lite.pyz", "help": "(default: astera_lite.pyz)"},
+            )
+        ],
+        (),
     ),
     "job": (
         show_job,
