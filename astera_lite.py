@@ -85,14 +85,14 @@ import urllib.parse
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     import argparse
@@ -101,12 +101,16 @@ if TYPE_CHECKING:
 __all__ = [
     "AsteraError",
     "AsteraLite",
+    "Busy",
     "ConfigError",
     "Conflict",
+    "Context",
+    "Fault",
     "FlowError",
     "InputError",
+    "Job",
     "NotFound",
-    "Outcome",
+    "Result",
     "Server",
     "Settings",
     "Status",
@@ -3886,6 +3890,8 @@ def _check_python(build: Build, spec: Any, place: str) -> Runner:
             f"{place}/isolate", 'needs the function by name, "module:function": a process of its own imports it'
         )
 
+    _refuse_async(build, function, f"{place}/call")
+
     def call(run: Run, scope: Scope, path: str) -> Any:
         assert callable(function)
         context = Context(run, scope, path)
@@ -3927,6 +3933,7 @@ def _check_own(function: Callable[..., Any], build: Build, spec: Any, place: str
     if not build.members(spec, place, sorted(allowed), required):
         spec = {}
     template = build.template(spec, place)
+    _refuse_async(build, function, place)
 
     def call(run: Run, scope: Scope, path: str) -> Any:
         value = function(Context(run, scope, path), **template(scope))
@@ -3935,6 +3942,13 @@ def _check_own(function: Callable[..., Any], build: Build, spec: Any, place: str
         return _as_json(value, getattr(function, "__name__", "the function"))
 
     return call
+
+
+def _refuse_async(build: Build, function: Any, place: str) -> None:
+    import inspect  # noqa: PLC0415 (loaded by dataclasses anyway)
+
+    if inspect.iscoroutinefunction(function):
+        build.fault(place, "is an async function, and steps run on threads: write def, and asyncio.run(…) inside it")
 
 
 def _as_json(value: Any, name: str) -> Any:
@@ -8310,6 +8324,12 @@ def _check_public_url(url: str | None) -> None:
         raise ConfigError([Fault("public_url", "", str(error))]) from None
 
 
+def _check_database(path: str) -> None:
+    if path in ("", ":memory:") or path.startswith("file:"):
+        fault = f"{shown(path)} is no path of a file, in which jobs are kept: one in a temporary folder will do"
+        raise ConfigError([Fault("database", "", fault)])
+
+
 def read_secrets(setting: str | None, environ: Mapping[str, str]) -> dict[str, str]:
     """The secrets that flows may read: from the environment variables that are named, or from a TOML file."""
     if setting is None:
@@ -8335,15 +8355,23 @@ def read_secrets(setting: str | None, environ: Mapping[str, str]) -> dict[str, s
     return values
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
 class AsteraLite:
     """The application without HTTP: flows, jobs, results, callbacks. `Server(app)` puts it on a socket.
 
-    A context manager; nothing starts before it is entered. Keywords are settings: AsteraLite(workers=4,
-    retention="1h"). Raises ConfigError at once, StoreError on entering.
+    A context manager; nothing starts before it is entered (or `start` is called), and all of it ends with it. Keywords
+    are settings, by their names in `Settings`: AsteraLite(workers=4, retention="1h"); flow files are read only where
+    `flows` names a folder. Raises ConfigError at once, StoreError on entering.
 
         with AsteraLite(database="jobs.db") as app:
             job = app.submit("hello", {"name": "Ada"})
             print(app.wait(job.id).status, app.result(job.id).json())
+
+    For an embedding program: `flow`, `step` and `deploy` publish; `run` calls; `submit`, `status`, `wait`, `future`,
+    `result` and `cancel` deal with jobs; all of them from any thread, and several applications may live in one process,
+    each with a database of its own. The other methods are for the server. docs/embedding.md has examples.
     """
 
     def __init__(
@@ -8363,11 +8391,12 @@ class AsteraLite:
         self.clock = clock or Clock()
         environ = os.environ if environ is None else environ
         local = is_loopback(settings.host) and settings.public_url is None
-        self.policy, self._signing_key, secrets, _ = _all_checked(
+        self.policy, self._signing_key, secrets, *_ = _all_checked(
             partial(AddressPolicy, settings.callback_allow, loopback=local),
             partial(signing_key, settings.callback_secret),
             partial(read_secrets, settings.secrets, environ),
             partial(_check_public_url, settings.public_url),
+            partial(_check_database, settings.database),
         )
         patterns = [re.escape(p.strip()).replace(r"\*", ".*") for p in settings.env_allow.split(",") if p.strip()]
         allowed = re.compile("|".join(patterns) or "(?!)")
@@ -8399,6 +8428,7 @@ class AsteraLite:
         self.deployments = Deployments()
         self.tokens: list[Token] = []
         self._running = False
+        self._open = False  # from start to the very end of stop
         self._size_at, self._size = -1.0, 0
         self._counting = threading.Lock()
         self._on_the_way = 0  # jobs that were accepted, but are not on disk and so not queued yet
@@ -8472,7 +8502,7 @@ class AsteraLite:
         if left:
             log.info("took up %d jobs that were not finished when the server stopped", len(left))
         self.housekeeper.start()
-        self._running = True
+        self._running = self._open = True
 
     def stop(self) -> int:
         """Finish what runs, within `shutdown_timeout`, and close; how many jobs were left to the next start."""
@@ -8489,6 +8519,12 @@ class AsteraLite:
         self.housekeeper.stop(5.0)
         self.housekeeper.look_at_clock()  # for the last time: what is stored is to be understood by the next start
         self.store.close(10.0)
+        self._open = False
+        with self._watching:
+            waiting = [watcher for watchers in self._watchers.values() for watcher in watchers]
+            self._watchers.clear()
+        for watcher in waiting:
+            watcher()
         return left
 
     # --- flows ---
@@ -8611,23 +8647,24 @@ class AsteraLite:
 
     def flow(
         self, route: str, *, name: str = "", processing: Sequence[str] = _MODES, **options: Any
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    ) -> Callable[[_Function], _Function]:
         """Publish a Python function as a flow: `@app.flow("GET /greet/{name}")`.
 
         The function gets a Context and, by name, the parameters of its signature: those named in the resource from the
         path, the rest from the query, typed by their annotation (str, int, float, bool), optional if they have a
         default. It returns a JSON value. `options` are members of a flow file: description, timeout, response,
-        `parameters` to describe parameters further, `body` for a schema of the body, which is passed as `body`.
+        `parameters` to describe parameters further, `body` for a schema of the body, which is passed as `body`. The
+        flow's name is `name`, or the function's with - for _. Raises FlowError.
         """
 
-        def publish(function: Callable[..., Any]) -> Callable[..., Any]:
+        def publish(function: _Function) -> _Function:
             tree = function_flow(function, route, list(processing), options)
             self.deploy(name or function.__name__.replace("_", "-"), tree)
             return function
 
         return publish
 
-    def step(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def step(self, name: str) -> Callable[[_Function], _Function]:
         """Add a kind of step: `@app.step("greet")` above `def greet(context, name: str, times: int = 1)`.
 
         Flows then write `{"greet": {"name": "${params.name}"}}`: the function gets a Context and these arguments, each
@@ -8636,7 +8673,7 @@ class AsteraLite:
         if name in STEP_KINDS or name in _STEP_OPTIONS or not _STEP_NAME.fullmatch(name):
             raise ConfigError([Fault("step", name, "is no new word of letters, digits and _: choose another name")])
 
-        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        def add(function: _Function) -> _Function:
             about = " ".join((function.__doc__ or "").split())
             self._kinds[name] = StepKind(partial(_check_own, function), True, about, _own_schema(function))
             if self._folder is not None and self._running:
@@ -8803,7 +8840,8 @@ class AsteraLite:
     # --- jobs ---
 
     def look(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
-        """A job, and how far it is; None if it is unknown, expired, or another token's."""
+        """A job, and how far it is; None if it is unknown, expired, or another token's. StoreError before the start."""
+        self.check_open()
         found = self.engine.peek(key) or ((job, self.engine.progress(key)) if (job := self.store.get(key)) else None)
         if found is None or not (caller.admin or found[0].token == caller.name):
             return None
@@ -8880,6 +8918,11 @@ class AsteraLite:
 
     # --- for an embedding program: the same, waiting ---
 
+    def check_open(self) -> None:
+        """Raise StoreError unless the application was started, and has not stopped."""
+        if not self._open:
+            raise StoreError("The application is not running: enter it with `with app:`, or call app.start().")
+
     def submit(
         self,
         flow: str,
@@ -8890,7 +8933,12 @@ class AsteraLite:
         idempotency_key: str | None = None,
         base: str = "",
     ) -> Job:
-        """Submit a job and return once it is on disk. Raises NotFound, InputError, Conflict, Busy, StoreError."""
+        """Submit a job and return once it is on disk.
+
+        `flow` is the name of a flow, `params` its parameters by name, `body` a JSON value (or bytes, as they are). The
+        same `idempotency_key` again brings the same job. `base` begins the URLs in callbacks; the server's if left out.
+        Raises NotFound, InputError, Conflict (the key had another input), Busy (the queue is full), StoreError.
+        """
         target, request, values = self._request(flow, params, body)
         if callback_url is not None:
             self.check_callback(callback_url)
@@ -8903,7 +8951,10 @@ class AsteraLite:
         return result.job  # type: ignore[no-any-return]
 
     def run(self, flow: str, params: Mapping[str, Any] | None = None, body: Any = None) -> Result:
-        """Run a flow and return its response, as a synchronous call gets it. Raises NotFound, InputError."""
+        """Run a flow and return its response, as a synchronous call gets it; an error of the flow is a response, too.
+
+        Raises NotFound, InputError, Busy, StoreError.
+        """
         target, request, values = self._request(flow, params, body)
         given = target.bind(request, values, str(self.new_key()))
         answers: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
@@ -8917,7 +8968,10 @@ class AsteraLite:
         return found and found[0]
 
     def wait(self, job_id: str, timeout: float | None = None) -> Job:
-        """Wait until a job is finished, `timeout` seconds at the most; the job as it then is. Raises NotFound."""
+        """Wait until a job is finished, `timeout` seconds at the most; the job as it then is, perhaps still Running.
+
+        Raises NotFound, and StoreError if the application stops meanwhile.
+        """
         key = JobKey.parse(job_id)
         deadline = time.monotonic() + timeout if timeout is not None else threading.TIMEOUT_MAX
         while key is not None:
@@ -8934,6 +8988,33 @@ class AsteraLite:
             finally:
                 self.unwatch(key, changed.set)
         raise NotFound(f"there is no job {shown(job_id)}")
+
+    def future(self, job_id: str) -> Future[Job]:
+        """A future that gets the job when it is finished, or the error that `wait` raises; it holds no thread.
+
+        In a coroutine: `job = await asyncio.wrap_future(app.future(job.id))`. What is added by add_done_callback is
+        called on a thread of the application, and so must be short.
+        """
+        key, future = JobKey.parse(job_id), Future[Job]()
+
+        def look() -> None:
+            if key is not None:
+                self.watch(key, look)  # before the look: or a job that ends in between would not be seen
+            with contextlib.suppress(InvalidStateError):  # cancelled, or another thread has just seen the end, too
+                try:
+                    found = self.look(key, Principal()) if key is not None else None
+                except StoreError as error:
+                    future.set_exception(error)
+                    return
+                if found is None:
+                    future.set_exception(NotFound(f"there is no job {shown(job_id)}"))
+                elif found[0].status is not Status.RUNNING:
+                    future.set_result(found[0])
+
+        look()
+        if key is not None:
+            future.add_done_callback(lambda _: self.unwatch(key, look))
+        return future
 
     def result(self, job_id: str) -> Result:
         """The response of a finished job. Raises NotFound, and Conflict while it runs."""
@@ -8961,6 +9042,7 @@ class AsteraLite:
     def _request(
         self, name: str, params: Mapping[str, Any] | None, body: Any
     ) -> tuple[Flow, StoredRequest, dict[str, str]]:
+        self.check_open()
         flow = self.deployments.by_name.get(name)
         if flow is None:
             raise NotFound(f'there is no flow "{name}"{suggest(name, self.deployments.by_name)}')
@@ -9004,7 +9086,11 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 class Result:
-    """A flow's response for an embedding program: `status_code`, `headers`, `content`, `text`, `json()`."""
+    """A flow's response, for an embedding program."""
+
+    status_code: int  #: 200 to 599
+    headers: dict[str, str]  #: those that the flow gives, and Content-Type
+    content: bytes  #: the body
 
     def __init__(self, answer: Answer) -> None:
         self.status_code = answer.code
@@ -9017,7 +9103,7 @@ class Result:
         return self.content.decode(errors="replace")
 
     def json(self) -> Any:
-        """The body as a JSON value."""
+        """The body as a JSON value. Raises ValueError if it is none."""
         return json.loads(self.content)
 
 
@@ -11685,13 +11771,14 @@ class Server(ThreadingHTTPServer):
 
     `serve_forever` runs in the calling thread, `start` (or the context manager) in one of its own. `host` and `port`
     are the settings' unless given; `url` is the address once the constructor returns. Raises OSError if it cannot
-    listen, ConfigError if settings forbid it.
+    listen, ConfigError if settings forbid it, StoreError if the application is not running.
     """
 
     request_queue_size = 1024
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers share a port
 
     def __init__(self, app: AsteraLite, *, host: str | None = None, port: int | None = None) -> None:
+        app.check_open()
         self.app, self.limits = app, app.limits
         settings = app.settings
         host = self.limits.host if host is None else host
