@@ -8853,7 +8853,10 @@ class AsteraLite:
         return key is not None and key.time_ms < self.clock.now() - self.settings.retention * 1000
 
     def watch(self, key: JobKey, watcher: Callable[[], None]) -> None:
-        """Call `watcher` once, on the store's thread, when the job's state changes. Watch first, then look."""
+        """Call `watcher` once when the job's state changes, on the store's thread, or when the application stops.
+
+        Watch first, then look.
+        """
         with self._watching:
             self._watchers.setdefault(key.seq, []).append(watcher)
 
@@ -12326,10 +12329,12 @@ def _install_signals(app: AsteraLite, server: Server) -> None:
 
 def _reload(app: AsteraLite) -> None:
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    app.read_tokens()
-    faults = app.reload()
-    log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
-    notify("READY=1")
+    try:
+        app.read_tokens()
+        faults = app.reload()
+        log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
+    finally:
+        notify("READY=1")
 
 
 def _settle() -> None:
