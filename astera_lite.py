@@ -11781,7 +11781,6 @@ class Server(ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers share a port
 
     def __init__(self, app: AsteraLite, *, host: str | None = None, port: int | None = None) -> None:
-        app.check_open()
         self.app, self.limits = app, app.limits
         settings = app.settings
         host = self.limits.host if host is None else host
@@ -11801,6 +11800,7 @@ class Server(ThreadingHTTPServer):
             app.policy.hosts.clear()  # the courier and the http steps share it
             app.policy.networks.clear()
         self.tls = self._tls_context() if settings.tls_cert else None
+        app.check_open()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.selector = selectors.DefaultSelector()
         self.handlers: set[Handler] = set()
