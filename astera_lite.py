@@ -83,14 +83,14 @@ import urllib.parse
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     import argparse
@@ -99,12 +99,16 @@ if TYPE_CHECKING:
 __all__ = [
     "AsteraError",
     "AsteraLite",
+    "Busy",
     "ConfigError",
     "Conflict",
+    "Context",
+    "Fault",
     "FlowError",
     "InputError",
+    "Job",
     "NotFound",
-    "Outcome",
+    "Result",
     "Server",
     "Settings",
     "Status",
@@ -240,6 +244,9 @@ class Clock:
         if abs(step) > 100:  # less is rounding
             self.forward(step)
         return 0
+
+
+SHIPPED = ("schema.sql",)  # files that the module needs beside it
 
 
 def resource(name: str) -> bytes:
@@ -3938,6 +3945,8 @@ def _check_python(build: Build, spec: Any, place: str) -> Runner:
             f"{place}/isolate", 'needs the function by name, "module:function": a process of its own imports it'
         )
 
+    _refuse_async(build, function, f"{place}/call")
+
     def call(run: Run, scope: Scope, path: str) -> Any:
         assert callable(function)
         context = Context(run, scope, path)
@@ -3979,6 +3988,7 @@ def _check_own(function: Callable[..., Any], build: Build, spec: Any, place: str
     if not build.members(spec, place, sorted(allowed), required):
         spec = {}
     template = build.template(spec, place)
+    _refuse_async(build, function, place)
 
     def call(run: Run, scope: Scope, path: str) -> Any:
         value = function(Context(run, scope, path), **template(scope))
@@ -3987,6 +3997,13 @@ def _check_own(function: Callable[..., Any], build: Build, spec: Any, place: str
         return _as_json(value, getattr(function, "__name__", "the function"))
 
     return call
+
+
+def _refuse_async(build: Build, function: Any, place: str) -> None:
+    import inspect  # noqa: PLC0415 (loaded by dataclasses anyway)
+
+    if inspect.iscoroutinefunction(function):
+        build.fault(place, "is an async function, and steps run on threads: write def, and asyncio.run(…) inside it")
 
 
 def _as_json(value: Any, name: str) -> Any:
@@ -8481,6 +8498,12 @@ def _check_public_url(url: str | None) -> None:
         raise ConfigError([Fault("public_url", "", str(error))]) from None
 
 
+def _check_database(path: str) -> None:
+    if path in ("", ":memory:") or path.startswith("file:"):
+        fault = f"{shown(path)} is no path of a file, in which jobs are kept: one in a temporary folder will do"
+        raise ConfigError([Fault("database", "", fault)])
+
+
 def read_secrets(setting: str | None, environ: Mapping[str, str]) -> dict[str, str]:
     """The secrets that flows may read: from the environment variables that are named, or from a TOML file."""
     if setting is None:
@@ -8506,15 +8529,23 @@ def read_secrets(setting: str | None, environ: Mapping[str, str]) -> dict[str, s
     return values
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
 class AsteraLite:
     """The application without HTTP: flows, jobs, results, callbacks. `Server(app)` puts it on a socket.
 
-    A context manager; nothing starts before it is entered. Keywords are settings: AsteraLite(workers=4,
-    retention="1h"). Raises ConfigError at once, StoreError on entering.
+    A context manager; nothing starts before it is entered (or `start` is called), and all of it ends with it. Keywords
+    are settings, by their names in `Settings`: AsteraLite(workers=4, retention="1h"); flow files are read only where
+    `flows` names a folder. Raises ConfigError at once, StoreError on entering.
 
         with AsteraLite(database="jobs.db") as app:
             job = app.submit("hello", {"name": "Ada"})
             print(app.wait(job.id).status, app.result(job.id).json())
+
+    For an embedding program: `flow`, `step` and `deploy` publish; `run` calls; `submit`, `status`, `wait`, `future`,
+    `result` and `cancel` deal with jobs; all of them from any thread, and several applications may live in one process,
+    each with a database of its own. The other methods are for the server. docs/embedding.md has examples.
     """
 
     def __init__(
@@ -8534,11 +8565,12 @@ class AsteraLite:
         self.clock = clock or Clock()
         environ = os.environ if environ is None else environ
         local = is_loopback(settings.host) and settings.public_url is None
-        self.policy, self._signing_key, secrets, _ = _all_checked(
+        self.policy, self._signing_key, secrets, *_ = _all_checked(
             partial(AddressPolicy, settings.callback_allow, loopback=local),
             partial(signing_key, settings.callback_secret),
             partial(read_secrets, settings.secrets, environ),
             partial(_check_public_url, settings.public_url),
+            partial(_check_database, settings.database),
         )
         patterns = [re.escape(p.strip()).replace(r"\*", ".*") for p in settings.env_allow.split(",") if p.strip()]
         allowed = re.compile("|".join(patterns) or "(?!)")
@@ -8570,6 +8602,7 @@ class AsteraLite:
         self.deployments = Deployments()
         self.tokens: list[Token] = []
         self._running = False
+        self._open = False  # from start to the very end of stop
         self._size_at, self._size = -1.0, 0
         self._counting = threading.Lock()
         self._on_the_way = 0  # jobs that were accepted, but are not on disk and so not queued yet
@@ -8643,7 +8676,7 @@ class AsteraLite:
         if left:
             log.info("took up %d jobs that were not finished when the server stopped", len(left))
         self.housekeeper.start()
-        self._running = True
+        self._running = self._open = True
 
     def stop(self) -> int:
         """Finish what runs, within `shutdown_timeout`, and close; how many jobs were left to the next start."""
@@ -8660,6 +8693,12 @@ class AsteraLite:
         self.housekeeper.stop(5.0)
         self.housekeeper.look_at_clock()  # for the last time: what is stored is to be understood by the next start
         self.store.close(10.0)
+        self._open = False
+        with self._watching:
+            waiting = [watcher for watchers in self._watchers.values() for watcher in watchers]
+            self._watchers.clear()
+        for watcher in waiting:
+            watcher()
         return left
 
     # --- flows ---
@@ -8782,23 +8821,24 @@ class AsteraLite:
 
     def flow(
         self, route: str, *, name: str = "", processing: Sequence[str] = _MODES, **options: Any
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    ) -> Callable[[_Function], _Function]:
         """Publish a Python function as a flow: `@app.flow("GET /greet/{name}")`.
 
         The function gets a Context and, by name, the parameters of its signature: those named in the resource from the
         path, the rest from the query, typed by their annotation (str, int, float, bool), optional if they have a
         default. It returns a JSON value. `options` are members of a flow file: description, timeout, response,
-        `parameters` to describe parameters further, `body` for a schema of the body, which is passed as `body`.
+        `parameters` to describe parameters further, `body` for a schema of the body, which is passed as `body`. The
+        flow's name is `name`, or the function's with - for _. Raises FlowError.
         """
 
-        def publish(function: Callable[..., Any]) -> Callable[..., Any]:
+        def publish(function: _Function) -> _Function:
             tree = function_flow(function, route, list(processing), options)
             self.deploy(name or function.__name__.replace("_", "-"), tree)
             return function
 
         return publish
 
-    def step(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def step(self, name: str) -> Callable[[_Function], _Function]:
         """Add a kind of step: `@app.step("greet")` above `def greet(context, name: str, times: int = 1)`.
 
         Flows then write `{"greet": {"name": "${params.name}"}}`: the function gets a Context and these arguments, each
@@ -8807,7 +8847,7 @@ class AsteraLite:
         if name in STEP_KINDS or name in _STEP_OPTIONS or not _STEP_NAME.fullmatch(name):
             raise ConfigError([Fault("step", name, "is no new word of letters, digits and _: choose another name")])
 
-        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        def add(function: _Function) -> _Function:
             about = " ".join((function.__doc__ or "").split())
             self._kinds[name] = StepKind(partial(_check_own, function), True, about, _own_schema(function))
             if self._folder is not None and self._running:
@@ -8976,7 +9016,8 @@ class AsteraLite:
     # --- jobs ---
 
     def look(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
-        """A job, and how far it is; None if it is unknown, expired, or another token's."""
+        """A job, and how far it is; None if it is unknown, expired, or another token's. StoreError before the start."""
+        self.check_open()
         found = self.engine.peek(key) or ((job, self.engine.progress(key)) if (job := self.store.get(key)) else None)
         if found is None or not (caller.admin or found[0].token == caller.name):
             return None
@@ -8988,7 +9029,10 @@ class AsteraLite:
         return key is not None and key.time_ms < self.clock.now() - self.settings.retention * 1000
 
     def watch(self, key: JobKey, watcher: Callable[[], None]) -> None:
-        """Call `watcher` once, on the store's thread, when the job's state changes. Watch first, then look."""
+        """Call `watcher` once when the job's state changes, on the store's thread, or when the application stops.
+
+        Watch first, then look.
+        """
         with self._watching:
             self._watchers.setdefault(key.seq, []).append(watcher)
 
@@ -9053,6 +9097,11 @@ class AsteraLite:
 
     # --- for an embedding program: the same, waiting ---
 
+    def check_open(self) -> None:
+        """Raise StoreError unless the application was started, and has not stopped."""
+        if not self._open:
+            raise StoreError("The application is not running: enter it with `with app:`, or call app.start().")
+
     def submit(
         self,
         flow: str,
@@ -9063,7 +9112,12 @@ class AsteraLite:
         idempotency_key: str | None = None,
         base: str = "",
     ) -> Job:
-        """Submit a job and return once it is on disk. Raises NotFound, InputError, Conflict, Busy, StoreError."""
+        """Submit a job and return once it is on disk.
+
+        `flow` is the name of a flow, `params` its parameters by name, `body` a JSON value (or bytes, as they are). The
+        same `idempotency_key` again brings the same job. `base` begins the URLs in callbacks; the server's if left out.
+        Raises NotFound, InputError, Conflict (the key had another input), Busy (the queue is full), StoreError.
+        """
         target, request, values = self._request(flow, params, body)
         if callback_url is not None:
             self.check_callback(callback_url)
@@ -9076,7 +9130,10 @@ class AsteraLite:
         return result.job  # type: ignore[no-any-return]
 
     def run(self, flow: str, params: Mapping[str, Any] | None = None, body: Any = None) -> Result:
-        """Run a flow and return its response, as a synchronous call gets it. Raises NotFound, InputError."""
+        """Run a flow and return its response, as a synchronous call gets it; an error of the flow is a response, too.
+
+        Raises NotFound, InputError, Busy, StoreError.
+        """
         target, request, values = self._request(flow, params, body)
         given = target.bind(request, values, str(self.new_key()))
         answers: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
@@ -9090,7 +9147,10 @@ class AsteraLite:
         return found and found[0]
 
     def wait(self, job_id: str, timeout: float | None = None) -> Job:
-        """Wait until a job is finished, `timeout` seconds at the most; the job as it then is. Raises NotFound."""
+        """Wait until a job is finished, `timeout` seconds at the most; the job as it then is, perhaps still Running.
+
+        Raises NotFound, and StoreError if the application stops meanwhile.
+        """
         key = JobKey.parse(job_id)
         deadline = time.monotonic() + timeout if timeout is not None else threading.TIMEOUT_MAX
         while key is not None:
@@ -9107,6 +9167,33 @@ class AsteraLite:
             finally:
                 self.unwatch(key, changed.set)
         raise NotFound(f"there is no job {shown(job_id)}")
+
+    def future(self, job_id: str) -> Future[Job]:
+        """A future that gets the job when it is finished, or the error that `wait` raises; it holds no thread.
+
+        In a coroutine: `job = await asyncio.wrap_future(app.future(job.id))`. What is added by add_done_callback is
+        called on a thread of the application, and so must be short.
+        """
+        key, future = JobKey.parse(job_id), Future[Job]()
+
+        def look() -> None:
+            if key is not None:
+                self.watch(key, look)  # before the look: or a job that ends in between would not be seen
+            with contextlib.suppress(InvalidStateError):  # cancelled, or another thread has just seen the end, too
+                try:
+                    found = self.look(key, Principal()) if key is not None else None
+                except StoreError as error:
+                    future.set_exception(error)
+                    return
+                if found is None:
+                    future.set_exception(NotFound(f"there is no job {shown(job_id)}"))
+                elif found[0].status is not Status.RUNNING:
+                    future.set_result(found[0])
+
+        look()
+        if key is not None:
+            future.add_done_callback(lambda _: self.unwatch(key, look))
+        return future
 
     def result(self, job_id: str) -> Result:
         """The response of a finished job. Raises NotFound, and Conflict while it runs."""
@@ -9134,6 +9221,7 @@ class AsteraLite:
     def _request(
         self, name: str, params: Mapping[str, Any] | None, body: Any
     ) -> tuple[Flow, StoredRequest, dict[str, str]]:
+        self.check_open()
         flow = self.deployments.by_name.get(name)
         if flow is None:
             raise NotFound(f'there is no flow "{name}"{suggest(name, self.deployments.by_name)}')
@@ -9177,7 +9265,11 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 class Result:
-    """A flow's response for an embedding program: `status_code`, `headers`, `content`, `text`, `json()`."""
+    """A flow's response, for an embedding program."""
+
+    status_code: int  #: 200 to 599
+    headers: dict[str, str]  #: those that the flow gives, and Content-Type
+    content: bytes  #: the body
 
     def __init__(self, answer: Answer) -> None:
         self.status_code = answer.code
@@ -9190,7 +9282,7 @@ class Result:
         return self.content.decode(errors="replace")
 
     def json(self) -> Any:
-        """The body as a JSON value."""
+        """The body as a JSON value. Raises ValueError if it is none."""
         return json.loads(self.content)
 
 
@@ -11924,7 +12016,7 @@ class Server(ThreadingHTTPServer):
 
     `serve_forever` runs in the calling thread, `start` (or the context manager) in one of its own. `host` and `port`
     are the settings' unless given; `url` is the address once the constructor returns. Raises OSError if it cannot
-    listen, ConfigError if settings forbid it.
+    listen, ConfigError if settings forbid it, StoreError if the application is not running.
     """
 
     request_queue_size = 1024
@@ -11950,6 +12042,7 @@ class Server(ThreadingHTTPServer):
             app.policy.hosts.clear()  # the courier and the http steps share it
             app.policy.networks.clear()
         self.tls = self._tls_context() if settings.tls_cert else None
+        app.check_open()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.selector = selectors.DefaultSelector()
         self.handlers: set[Handler] = set()
@@ -12254,14 +12347,28 @@ exit codes: 0 stopped; 1 a fault in settings or in what was checked; 2 usage; 3 
 """
 
 
+_SCRIPT = "python astera_lite.py"
+
+
+def _started_as() -> str:
+    """What a user types to start us: the command of an installation, a zipapp, a module, or the script."""
+    name = os.path.basename(sys.argv[0])
+    if name == "astera-lite":
+        return name
+    if name.endswith(".pyz"):
+        return f"python {name}"
+    return "python -m astera_lite" if "-m" in sys.orig_argv[: -len(sys.argv)] else _SCRIPT
+
+
 def _parser() -> argparse.ArgumentParser:
     import argparse  # noqa: PLC0415 (an embedding program has no command line of ours)
 
+    started_as = _started_as()
     parser = argparse.ArgumentParser(
         prog="astera_lite",
-        usage="astera_lite.py [COMMAND] [settings]",
+        usage=f"{started_as} [COMMAND] [settings]",
         description="Publish API flows over HTTP: call them synchronously, or as jobs to poll or be called back for.",
-        epilog=_EPILOG,
+        epilog=_EPILOG.replace(_SCRIPT, started_as),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -12274,7 +12381,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text[0].upper() + text[1:] + ".",
-            usage=" ".join(["astera_lite.py", name, *(f"[{w}]" if w[0] == "-" else w for w in words), "[settings]"]),
+            usage=" ".join([started_as, name, *(f"[{w}]" if w[0] == "-" else w for w in words), "[settings]"]),
             allow_abbrev=False,
         )
         for argument, options_ in arguments:
@@ -12387,7 +12494,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     _set_up_logging(settings)
     sys.setswitchinterval(0.00005)  # or each thread that computes would hold up the loop for 5 ms, many times a request
     _raise_descriptor_limit(settings.max_connections)
-    app = AsteraLite(settings)
+    app = _Supervised(settings)
     app.start()
     try:
         server = Server(app)
@@ -12408,6 +12515,9 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     _settle()
     sys.stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
     sys.stderr.flush()
+    notify(f"READY=1\nSTATUS=listening on {server.url}")
+    if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+        app.beat = partial(server.post, partial(notify, "WATCHDOG=1"))
     server.serve_forever()
     server.server_close()
     left = app.stop()
@@ -12416,6 +12526,28 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
         sys.stderr.flush()
         os._exit(0)
     return 0
+
+
+class _Supervised(AsteraLite):
+    """A server that tells the service manager's watchdog, through its housekeeper and its loop, that both are alive."""
+
+    beat: Callable[[], None] | None = None
+
+    def look_around(self) -> None:
+        """Once a second, on the housekeeper's thread."""
+        super().look_around()
+        if self.beat is not None:
+            self.beat()
+
+
+def notify(state: str) -> None:
+    """Tell the service manager that started this process (sd_notify(3)); nothing where NOTIFY_SOCKET names none."""
+    name = os.environ.get("NOTIFY_SOCKET", "")
+    if not name.startswith(("/", "@")):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(1.0)
+        sock.sendto(state.encode(), name if name[0] == "/" else "\0" + name[1:])
 
 
 def _install_signals(app: AsteraLite, server: Server) -> None:
@@ -12427,6 +12559,7 @@ def _install_signals(app: AsteraLite, server: Server) -> None:
             os._exit(0)  # what is on disk is safe
         asked = True
         server.request_stop()
+        notify("STOPPING=1")
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -12435,9 +12568,13 @@ def _install_signals(app: AsteraLite, server: Server) -> None:
 
 
 def _reload(app: AsteraLite) -> None:
-    app.read_tokens()
-    faults = app.reload()
-    log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        app.read_tokens()
+        faults = app.reload()
+        log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
+    finally:
+        notify("READY=1")
 
 
 def _settle() -> None:
@@ -12658,7 +12795,7 @@ def new(args: argparse.Namespace, settings: Settings) -> int:
     except OSError as error:
         print(f"{path}: {_reason(error)}", file=sys.stderr)
         return 1
-    print(f"wrote {path}; run it with: python astera_lite.py try {args.name} id=7", file=sys.stderr)
+    print(f"wrote {path}; run it with: {_started_as()} try {args.name} id=7", file=sys.stderr)
     return 0
 
 
@@ -12755,6 +12892,30 @@ def _print_tokens(tokens: Sequence[Token]) -> None:
         print(f"{each.name:<24}  {each.role if each.digest else 'revoked':<7}  {timestamp(each.created)}  {flows}")
 
 
+def pack(args: argparse.Namespace, settings: Settings) -> int:
+    """zipapp: the server as one file."""
+    import py_compile  # noqa: PLC0415 (as below: for this command only)
+    import tempfile  # noqa: PLC0415
+    import zipapp  # noqa: PLC0415
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = os.path.join(folder, "astera_lite.py")
+        for name in ("astera_lite.py", *SHIPPED):
+            Path(folder, name).write_bytes(resource(name))
+        Path(folder, "__main__.py").write_text("import sys\n\nimport astera_lite\n\nsys.exit(astera_lite.main())\n")
+        # Another version of Python passes over bytecode that is not its own, and takes the source.
+        unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH  # times in a zip depend on the time zone
+        py_compile.compile(source, source + "c", "astera_lite.py", optimize=0, invalidation_mode=unchecked)
+        try:
+            zipapp.create_archive(folder, args.file, "/usr/bin/env python3", compressed=True)
+        except OSError as error:
+            print(f"{args.file}: {_reason(error)}", file=sys.stderr)
+            return 1
+    version = ".".join(map(str, sys.version_info[:2]))
+    print(f"wrote {args.file}: for Python 3.11 or later, {version} starts it quickest", file=sys.stderr)
+    return 0
+
+
 def backup(args: argparse.Namespace, settings: Settings) -> int:
     """backup: a consistent copy of the database, also while the server runs."""
     if os.path.exists(args.copy):
@@ -12840,6 +13001,17 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         "copy the database, also while the server runs",
         [("copy", {"metavar": "FILE", "help": "where the copy goes; must not be there yet"})],
         ("database",),
+    ),
+    "zipapp": (
+        pack,
+        "write the server as one file, which `python FILE` runs",
+        [
+            (
+                "file",
+                {"nargs": "?", "metavar": "[FILE]", "default": "astera_lite.pyz", "help": "(default: astera_lite.pyz)"},
+            )
+        ],
+        (),
     ),
     "job": (
         show_job,

@@ -15,10 +15,9 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not needed once astera-lite is installed
-from astera_lite import AsteraLite, Server
+from astera_lite import AsteraLite, Context, Server
 
 EARTH_RADIUS_KM = 6371.0
 
@@ -28,7 +27,7 @@ def publish(app: AsteraLite) -> None:
 
     @app.flow("GET /distance/{latitude}/{longitude}")
     def distance(
-        context: Any, latitude: float, longitude: float, to_latitude: float = 0.0, to_longitude: float = 0.0
+        context: Context, latitude: float, longitude: float, to_latitude: float = 0.0, to_longitude: float = 0.0
     ) -> dict[str, float]:
         """The great-circle distance between two places."""
         a, b = math.radians(latitude), math.radians(to_latitude)
@@ -37,7 +36,7 @@ def publish(app: AsteraLite) -> None:
         return {"km": round(EARTH_RADIUS_KM * math.acos(max(-1.0, min(1.0, cosine))), 1)}
 
     @app.flow("POST /count-words", body={"type": "object", "required": ["text"]}, timeout="10s")
-    def count_words(context: Any, body: dict[str, str]) -> dict[str, int]:
+    def count_words(context: Context, body: dict[str, str]) -> dict[str, int]:
         """How often each word stands in a text; says how far it is."""
         words = body["text"].lower().split()
         counts: dict[str, int] = {}
@@ -48,7 +47,7 @@ def publish(app: AsteraLite) -> None:
         return counts
 
     @app.step("convert")
-    def convert(context: Any, km: float) -> dict[str, float]:
+    def convert(context: Context, km: float) -> dict[str, float]:
         """Kilometres in other units: a kind of step of this program's own."""
         return {"miles": round(km / 1.609344, 1), "nautical": round(km / 1.852, 1)}
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +21,7 @@ import requests
 from astera_lite import AsteraLite, Clock, Server
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = (sys.executable, str(ROOT / "astera_lite.py"))
 
 
 class FakeClock(Clock):
@@ -239,11 +240,11 @@ def running(folder: Path, flows: dict[str, Any] | None = None, **settings: Any) 
 
 @contextmanager
 def process(
-    folder: Path, *arguments: str, env: dict[str, str] | None = None
+    folder: Path, *arguments: str, env: dict[str, str] | None = None, program: Sequence[str] = PROGRAM
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """`python astera_lite.py` as a user starts it, in `folder`: the process, its URL, and the lines it printed."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("ASTERA_")} | (env or {})
-    command = [sys.executable, str(ROOT / "astera_lite.py"), "--port", "0", *arguments]
+    command = [*program, "--port", "0", *arguments]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environ) as started:
         lines: list[str] = []
         drain = threading.Thread(target=lambda: lines.extend(text for text in started.stderr or ()), daemon=True)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipapp
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -619,31 +618,6 @@ def test_a_reader_that_goes_away_is_no_fault(tmp_path: Path, command: list[str])
 
 
 # --- where it stands ---
-
-
-def test_the_program_in_a_zipapp(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("astera_lite.py", "schema.sql"):
-        shutil.copy(ROOT / name, source / name)
-    (source / "__main__.py").write_text("import astera_lite\n\nraise SystemExit(astera_lite.main())\n")
-    zipapp.create_archive(source, tmp_path / "astera.pyz")
-    work = tmp_path / "elsewhere"
-    work.mkdir()
-    assert run(work, "new", "first", program=str(tmp_path / "astera.pyz")).returncode == 0
-    command = [sys.executable, str(tmp_path / "astera.pyz"), "--port", "0"]
-    with subprocess.Popen(command, cwd=work, stderr=subprocess.PIPE, text=True, env=environment()) as started:
-        try:
-            assert started.stderr is not None
-            lines = iter(started.stderr.readline, "")
-            url = next(line for line in lines if line.startswith("listening on ")).split()[-1]
-            assert get(url + "/api/publishing/first/7").json()["double"] == 14
-            job = get(url + "/api/publishingAsync/first/4", headers={"Prefer": "wait=5"})
-            assert job.json()["double"] == 8
-            started.terminate()
-            assert started.wait(10) == 0
-        finally:
-            started.kill()
 
 
 def test_files_are_found_from_the_working_directory(

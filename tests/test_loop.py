@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import socket
 import ssl
 import struct
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -1015,27 +1013,6 @@ def test_ipv6_loopback(tmp_path: Path) -> None:
             assert accepted.headers["Location"].startswith(server.url + "/api/jobs/")
             assert client.finished(accepted)["status"] == "Completed"
             client.session.close()
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A self-signed certificate for 127.0.0.1 and its key."""
-    command = shutil.which("openssl")
-    if command is None:
-        pytest.skip("a certificate is made by the openssl command, which is not here")
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
-    made = subprocess.run(
-        [
-            command, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-            "-days", "2", "-keyout", key, "-out", cert, "-subj", "/CN=localhost",
-            "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost",
-        ],
-        capture_output=True, text=True, timeout=30,
-    )  # fmt: skip
-    if made.returncode:
-        pytest.skip(f"openssl makes no certificate: {made.stderr[-200:]}")
-    return cert, key
 
 
 @contextmanager

@@ -1,0 +1,149 @@
+"""What people install and copy: wheel, sdist and zipapp, built and run as they are, away from the checkout."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support import PROGRAM, ROOT, Api, process
+
+from astera_lite import SHIPPED, __version__
+
+WHEEL = f"astera_lite-{__version__}-py3-none-any.whl"
+
+
+def run(*command: str | Path, folder: Path, code: int = 0) -> str:
+    """What a command prints; it must end with this code."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("ASTERA_", "PYTHONPATH", "PIP_"))}
+    done = subprocess.run(
+        list(map(str, command)), cwd=folder, env=plain, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+class Built(NamedTuple):
+    wheel: Path
+    sdist: Path
+    pyz: Path
+    bin: Path  # of an environment that holds the wheel and nothing else
+    site: Path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("built")
+    run(sys.executable, "-m", "hatchling", "build", "-d", folder, folder=ROOT)
+    run(*PROGRAM, "zipapp", "one.pyz", folder=folder)
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "env", folder=folder)
+    scripts = folder / "env" / ("Scripts" if os.name == "nt" else "bin")
+    wheel = folder / WHEEL
+    pip = [sys.executable, "-m", "pip", "--python", scripts / "python", "install", "-q", "--no-index"]
+    run(*pip, wheel, folder=folder)
+    say = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(run(scripts / "python", "-c", say, folder=folder).strip())
+    return Built(wheel, folder / f"astera_lite-{__version__}.tar.gz", folder / "one.pyz", scripts, site)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder with flows, one of which starts a process that needs the module, too."""
+    (tmp_path / "flows").mkdir()
+    for name in ("primes.json", "numbers_of.py"):
+        (tmp_path / "flows" / name).write_bytes((ROOT / "examples" / "flows" / name).read_bytes())
+    return tmp_path
+
+
+def members(archive: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(archive) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def test_the_wheel_holds_the_module_and_what_it_needs(built: Built) -> None:
+    found = members(built.wheel)
+    assert found.pop("astera_lite.py") == (ROOT / "astera_lite.py").read_bytes()
+    assert found.pop("astera_lite/py.typed") == b""
+    for name in SHIPPED:
+        assert found.pop(f"astera_lite/{name}") == (ROOT / name).read_bytes()
+    assert {name.partition("/")[0] for name in found} == {f"astera_lite-{__version__}.dist-info"}
+
+
+def test_what_is_needed_beside_the_module_is_all_that_is_there() -> None:
+    assert sorted(SHIPPED) == sorted(path.name for kind in ("sql", "html") for path in ROOT.glob(f"*.{kind}"))
+
+
+def test_the_wheel_needs_nothing_else(built: Built) -> None:
+    (found,) = importlib.metadata.distributions(path=[str(built.site)])
+    assert found.version == __version__
+    assert all("extra ==" in line for line in found.requires or ())
+
+
+def test_the_sdist_makes_the_same_wheel(built: Built, tmp_path: Path) -> None:
+    with tarfile.open(built.sdist) as file:
+        file.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    assert (source / "tests" / "test_packaging.py").exists()
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path, folder=source)
+    assert (tmp_path / WHEEL).read_bytes() == built.wheel.read_bytes()
+
+
+@pytest.mark.parametrize("form", ["script", "zipapp", "module", "command"])
+def test_each_form_of_it_serves(built: Built, work: Path, form: str) -> None:
+    program, shown = {
+        "script": (PROGRAM, "python astera_lite.py"),
+        "zipapp": ((sys.executable, str(built.pyz)), "python one.pyz"),
+        "module": ((str(built.bin / "python"), "-m", "astera_lite"), "python -m astera_lite"),
+        "command": ((str(built.bin / "astera-lite"),), "astera-lite"),
+    }[form]
+    assert run(*program, "--version", folder=work) == f"Astera Lite {__version__}\n"
+    assert run(*program, "--help", folder=work).startswith(f"usage: {shown} [COMMAND]")
+    with process(work, program=program) as (started, url, _):
+        api = Api(url)
+        assert api.result(api.finished(api.submit("/primes", below=100))["id"]) == {"primes": 25}
+        api.session.close()
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(10) == 0
+
+
+def test_the_zipapp_is_whole_and_makes_itself(built: Built, tmp_path: Path) -> None:
+    found = members(built.pyz)
+    assert set(found) == {"__main__.py", "astera_lite.py", "astera_lite.pyc", *SHIPPED}
+    run(sys.executable, built.pyz, "zipapp", folder=tmp_path)
+    again = members(tmp_path / "astera_lite.pyz")
+    assert again.pop("astera_lite.pyc")[:16] == found.pop("astera_lite.pyc")[:16]  # the rest may be written variously
+    assert again == found
+    assert run(sys.executable, built.pyz, "zipapp", "no/such.pyz", folder=tmp_path, code=1) == ""
+
+
+@pytest.mark.parametrize(("part", "spoiled"), [("astera_lite.pyc", b"\0\0\0\0"), ("astera_lite.py", b"no Python")])
+def test_the_zipapp_has_bytecode_for_this_python_and_source_for_others(
+    built: Built, tmp_path: Path, part: str, spoiled: bytes
+) -> None:
+    with zipfile.ZipFile(tmp_path / "other.pyz", "w") as file:
+        for name, data in members(built.pyz).items():
+            file.writestr(name, spoiled + data[len(spoiled) :] if name == part else data)
+    assert run(sys.executable, "other.pyz", "--version", folder=tmp_path) == f"Astera Lite {__version__}\n"
+
+
+def test_a_program_that_embeds_it_is_type_checked(built: Built, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from astera_lite import AsteraLite, Server\n\n"
+        "with AsteraLite(database='jobs.db') as app, Server(app, port=0) as server:\n"
+        "    job = app.submit('hello', {'name': 'Ada'})\n"
+        "    reveal_type((server.url, app.wait(job.id).status, app.result(job.id).status_code))\n"
+        "    app.wait(7)\n"
+    )
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--python-executable", built.bin / "python"]
+    said = run(*mypy, program, folder=tmp_path, code=1)
+    assert 'Revealed type is "tuple[str, astera_lite.Status, int]"' in said
+    assert 'Argument 1 to "wait" of "AsteraLite" has incompatible type "int"; expected "str"' in said
+    assert "Found 1 error" in said
