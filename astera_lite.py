@@ -251,7 +251,7 @@ SHIPPED = ("schema.sql",)  # files that the module needs beside it
 
 def resource(name: str) -> bytes:
     """A file shipped beside the module: in a checkout, in a zipapp, or in a wheel's `astera_lite/` folder."""
-    loader: Any = globals()["__loader__"]  # of a file or of a zip; pkgutil would ask it too, and takes 0.7 MB
+    loader: Any = globals()["__loader__"]  # of a file or of a zip
     for candidate in (name, os.path.join("astera_lite", name)):
         with contextlib.suppress(OSError):
             return bytes(loader.get_data(os.path.join(os.path.dirname(__file__), candidate)))
