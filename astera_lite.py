@@ -6481,7 +6481,7 @@ class SqliteStore:
         self._called = False
         self._stopping = False
         self._attending: dict[int, Post] = {}  # threads that commit what they write
-        self._quick: deque[bool] = deque([False] * 8, 8)  # whether the last commits were
+        self._quick: deque[bool] = deque([False] * 8, 8)  # whether the last commits were: most of them are to be
         self._unfolded = 0  # bytes, about, that attending threads added to the log
         self._patient = True  # the writing connection waits for locks, and folds the log
         self._versions: set[int] = set()
@@ -6661,7 +6661,7 @@ class SqliteStore:
         """Commit new jobs that are a row each, as long as the disk is quick; all else is left to the store's thread."""
         if not self._queue:
             return
-        here = sum(self._quick) >= 7 and self.fault is None and self._unfolded < _CHECKPOINT_PAGES << 12
+        here = sum(self._quick) > 4 and self.fault is None and self._unfolded < _CHECKPOINT_PAGES << 12
         if here and more:
             return
         if not here or not self._committing.acquire(timeout=_QUICK_S):

@@ -934,7 +934,7 @@ def test_a_thread_that_attends_commits_what_it_wrote(attended: SqliteStore, path
 
 def test_on_a_slow_disk_the_stores_thread_commits(attended: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(astera_lite, "_QUICK_S", 0.0)
-    for _ in range(2):  # the first ones are met unawares
+    for _ in range(4):  # the first ones are met unawares
         told = add_here(attended, job())
         attended.commit()
         assert told or posted.get(timeout=10)() is None
