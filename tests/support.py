@@ -239,11 +239,11 @@ def running(folder: Path, flows: dict[str, Any] | None = None, **settings: Any) 
 
 @contextmanager
 def process(
-    folder: Path, *arguments: str, env: dict[str, str] | None = None
+    folder: Path, *arguments: str, env: dict[str, str] | None = None, program: Path = ROOT / "astera_lite.py"
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """`python astera_lite.py` as a user starts it, in `folder`: the process, its URL, and the lines it printed."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("ASTERA_")} | (env or {})
-    command = [sys.executable, str(ROOT / "astera_lite.py"), "--port", "0", *arguments]
+    command = [sys.executable, str(program), "--port", "0", *arguments]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environ) as started:
         lines: list[str] = []
         drain = threading.Thread(target=lambda: lines.extend(text for text in started.stderr or ()), daemon=True)
