@@ -624,7 +624,7 @@ def test_a_reader_that_goes_away_is_no_fault(tmp_path: Path, command: list[str])
 def test_the_program_in_a_zipapp(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("astera_lite.py", "schema.sql"):
+    for name in ("astera_lite.py", "schema.sql", "console.html"):
         shutil.copy(ROOT / name, source / name)
     (source / "__main__.py").write_text("import astera_lite\n\nraise SystemExit(astera_lite.main())\n")
     zipapp.create_archive(source, tmp_path / "astera.pyz")
@@ -640,6 +640,7 @@ def test_the_program_in_a_zipapp(tmp_path: Path) -> None:
             assert get(url + "/api/publishing/first/7").json()["double"] == 14
             job = get(url + "/api/publishingAsync/first/4", headers={"Prefer": "wait=5"})
             assert job.json()["double"] == 8
+            assert get(url).text == (ROOT / "console.html").read_text("utf-8")
             started.terminate()
             assert started.wait(10) == 0
         finally:
