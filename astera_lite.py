@@ -10142,8 +10142,9 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "/health": {
         "get": _known(
-            "Server API", "Ask whether the server is well", "Needs no token; with one, or where none is wanted, it tells"
-            " of the jobs finished since the start and the number of workers too.", (), operationId="getHealth", security=[],
+            "Server API", "Ask whether the server is well", "Needs no token. With one, or where none is wanted, it"
+            " tells how many jobs have finished since the start, and of how many workers, too.", (),
+            operationId="getHealth", security=[],
             responses={
                 "200": _response("It is.", "Health"), "503": _response("It is not.", "Health", "Retry-After"),
             },
