@@ -8882,8 +8882,7 @@ class AsteraLite:
             "deployments": {"published": len(self.deployments.by_name), "faults": len(self.deployments.faults)},
         }
         if whole:
-            document["jobs"]["finished"] = self.engine.ended
-            document["workers"] = self.settings.workers
+            document |= {"workers": self.settings.workers, "finished": self.engine.ended}
         return document
 
     # --- for an embedding program: the same, waiting ---
@@ -9894,8 +9893,9 @@ _SCHEMAS: dict[str, Any] = {
             "jobs": {"type": "object", "additionalProperties": _COUNT},
             "database": {"type": "object", "additionalProperties": _COUNT},
             "deployments": {"type": "object", "additionalProperties": _COUNT}, "workers": _COUNT,
+            "finished": {**_COUNT, "description": "jobs whose end was put on record since the start"},
         },
-        ("workers",),
+        ("workers", "finished"),
     ),
 }  # fmt: skip
 

@@ -177,15 +177,15 @@ def test_health_tells_more_to_those_who_may_know(tmp_path: Path) -> None:
         for path in ("/now", "/later"):
             client.finished(client.get(f"/api/publishingAsync{path}"))
         whole = client.get("/health").json()
-        assert whole["workers"] == 3
-        assert whole["jobs"] == {"queued": 0, "running": 0, "waiting": 0, "finished": 2}
+        assert (whole["workers"], whole["finished"]) == (3, 2)
+        assert whole["jobs"] == {"queued": 0, "running": 0, "waiting": 0}
     with running(tmp_path, flows, token="a long token") as (_, _, client):
         bearer = {"Authorization": "Bearer a long token"}
-        assert client.get("/health", headers=bearer).json()["jobs"]["finished"] == 0
+        assert client.get("/health", headers=bearer).json()["finished"] == 0
         for headers in ({}, {"Authorization": "Bearer another"}):
             answer = client.get("/health", headers=headers)
             assert answer.status_code == 200
-            assert "workers" not in answer.json() and "finished" not in answer.json()["jobs"]
+            assert not {"workers", "finished"} & answer.json().keys()
 
 
 # --- in a browser ---
@@ -360,11 +360,11 @@ def test_bodies_are_shown_as_they_were_sent(console: Seen) -> None:
     page.get_by_text("Content-Length").wait_for()
     assert raw(page, "Request: response").endswith(f"\n\n{shown}")
     page.goto(f"{console.url}/#/flows/away")
-    page.get_by_role("heading", name="/away").wait_for()
+    page.get_by_role("heading", level=1, name="/away").wait_for()
     page.get_by_role("button", name="Send", exact=True).click()
     page.get_by_text("A redirect, which browsers do not show to a page").wait_for()
     page.goto(f"{console.url}/#/flows/bytes")
-    page.get_by_role("heading", name="/bytes").wait_for()
+    page.get_by_role("heading", level=1, name="/bytes").wait_for()
     page.get_by_role("button", name="Send", exact=True).click()
     page.get_by_text("Content-Length: 180").wait_for()
 
@@ -382,7 +382,7 @@ def test_a_body_has_an_example_its_rules_and_its_content_type(console: Seen) -> 
     page.get_by_role("button", name="Example again").click()
     assert json.loads(body.input_value()) == example
     page.goto(f"{console.url}/#/flows/text")
-    page.get_by_role("heading", name="/text").wait_for()
+    page.get_by_role("heading", level=1, name="/text").wait_for()
     assert body.input_value() == "text"
     page.get_by_label("Content type").select_option("application/json")
     assert body.input_value() == '"text"'
@@ -409,7 +409,7 @@ def test_a_flow_is_tried_asynchronously_to_its_result_and_callback(console: Seen
     headers, document = sink.next()
     assert headers["location"].endswith(f"{document['id']}/result")
     page.get_by_role("link", name="Open the job").click()
-    page.get_by_role("heading", name="Job of slow").wait_for()
+    page.get_by_role("heading", level=1, name="Job of slow").wait_for()
     assert document["id"] in page.url
 
 
@@ -480,7 +480,7 @@ def test_a_job_is_cancelled_run_again_and_deleted(console: Seen) -> None:
     page.get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     said(page, "The job is forgotten")
-    page.get_by_role("heading", name="Jobs").wait_for()
+    page.get_by_role("heading", level=1, name="Jobs").wait_for()
     assert console.api.job(again)["status"] == "Unknown"
     page.go_back()
     page.get_by_text("Unknown job").wait_for()
@@ -624,7 +624,7 @@ def test_every_view_fits_and_is_accessible(console: Seen, width: int, scheme: st
     }  # fmt: skip
     for fragment, title in views.items():
         page.goto(f"{console.url}/{fragment}")
-        page.get_by_role("heading", name=title).wait_for()
+        page.get_by_role("heading", level=1, name=title).wait_for()
         if "/order" in fragment:
             page.get_by_role("button", name="Send", exact=True).click()
             said(page, "The answer is 201 Created")
@@ -658,7 +658,7 @@ def test_everything_can_be_done_by_keyboard(console: Seen) -> None:
     assert page.evaluate("document.activeElement.id") == "main"
     tab_to("Try slow")
     press("Enter")
-    page.get_by_role("heading", name="/slow").wait_for()
+    page.get_by_role("heading", level=1, name="/slow").wait_for()
     assert page.evaluate("document.activeElement.tagName") == "H1"  # so that a reader begins there
     tab_to("seconds")
     page.keyboard.type("0.2")
@@ -668,7 +668,7 @@ def test_everything_can_be_done_by_keyboard(console: Seen) -> None:
     assert json.loads(raw(page, "Result: response").partition("\n\n")[2])["waited"] == 0.2
     tab_to("Open the job")
     press("Enter")
-    page.get_by_role("heading", name="Job of slow").wait_for()
+    page.get_by_role("heading", level=1, name="Job of slow").wait_for()
     tab_to("Delete")
     press("Enter")
     page.get_by_role("dialog", name="Delete this job?").wait_for()
@@ -677,7 +677,7 @@ def test_everything_can_be_done_by_keyboard(console: Seen) -> None:
     press("Space")
     tab_to("Delete")
     press("Enter")
-    page.get_by_role("heading", name="Jobs").wait_for()
+    page.get_by_role("heading", level=1, name="Jobs").wait_for()
 
 
 def test_hostile_texts_stay_texts(console: Seen) -> None:
