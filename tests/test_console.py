@@ -507,15 +507,19 @@ def test_callbacks_are_shown_with_their_attempts_and_sent_again(console: Seen, s
 
 
 def test_steps_are_shown_with_their_output(console: Seen) -> None:
-    job = console.api.submit("/weather/Atlantis", days=2)
-    console.api.job(job, wait=20)
+    order = {"customer": "Ada", "items": [{"sku": "plum", "quantity": 1}]}
+    job = requests.post(f"{console.url}/api/publishingAsync/orders", json=order, timeout=10).json()["id"]
+    console.api.job(job, wait=5)
     page = console.open(f"#/jobs/{job}")
-    row = page.get_by_role("table", name="Steps").get_by_role("row", name="place")
-    assert "http" in row.inner_text()
-    plain = console.api.submit("/hostile", text="some words")
-    page.goto(f"{console.url}/#/jobs/{plain}")
-    row = page.get_by_role("table", name="Steps").get_by_role("row", name="said")
-    assert '"some words"' in row.inner_text() and "finished" in row.inner_text()
+    rows = page.get_by_role("table", name="Steps").get_by_role("row").all()
+    shown = [[cell.inner_text() for cell in row.get_by_role("cell").all()] for row in rows[1:]]
+    assert [(cells[0], cells[1], cells[2]) for cells in shown] == [
+        ("stock", "set", "finished"),
+        ("short", "set", "finished"),
+        ("refused", "fail", "failed"),
+    ]
+    assert [cells[-1] for cells in shown[1:]] == ['["plum"]', ""]
+    assert page.locator("h2", has_text="409 Conflict · failed").count() == 1
 
 
 def test_health_is_seen_at_a_glance(console: Seen) -> None:
