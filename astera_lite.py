@@ -246,7 +246,7 @@ class Clock:
         return 0
 
 
-SHIPPED = ("schema.sql",)  # files that the module needs beside it
+SHIPPED = ("console.html", "schema.sql")  # files that the module needs beside it
 
 
 def resource(name: str) -> bytes:
@@ -7612,6 +7612,7 @@ class Engine:
         self._draining = self._busy = self._unrecorded = 0
         self._computing, self._may_compute = 0, _COMPUTING  # of the draining threads, those in nothing that may block
         self._taken = self._taken_before = 0
+        self.ended = 0  # jobs whose end was put on record since the start; counted on the store's writer thread
         self._stopping = False
         self._idle = threading.Condition(self._lock)
         self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
@@ -7993,6 +7994,7 @@ class Engine:
                     outcome = Outcome.failed("failed", 500, "The job's end could not be stored.")
                     self._hand_over(job, self._finish(job, outcome, []), done, substitute=False)
                     return
+            self.ended += error is None and bool(moved)
             self._tell(job.key, job.callback is not None)
             done(moved, error)
 
@@ -8471,6 +8473,10 @@ class Call(NamedTuple):
     idempotency_key: str | None = None
 
 
+#: Who calls what needs no token, without one that is known.
+NOBODY = Principal(admin=False, flows=frozenset())
+
+
 def is_loopback(host: str) -> bool:
     """Whether a listener on this host is reached from this machine only."""
     addresses = literal_addresses(host)
@@ -8915,6 +8921,7 @@ class AsteraLite:
             else:
                 self.engine.dismiss(job.flow, job.key.seq)
             if added and ended is not None:
+                self.engine.ended += 1
                 log_outcome("job", job.id, call.flow, ended.outcome)
                 if ended.callback is not None:
                     self.housekeeper.wake()
@@ -9083,10 +9090,10 @@ class AsteraLite:
             live = [job for job in live if job.status is status]
         return live, jobs[limit - 1].key.seq if len(jobs) > limit else None
 
-    def health(self) -> dict[str, Any]:
-        """What /health says; `status` is ok, or why not."""
+    def health(self, whole: bool = True) -> dict[str, Any]:
+        """What /health says; `status` is ok, or why not. Without `whole`, what anybody may know."""
         fault = self.store.fault
-        return {
+        document: dict[str, Any] = {
             "status": "ok" if fault is None and self._running else "unavailable",
             "reason": fault or (None if self._running else "the server is stopping"),
             "version": __version__,
@@ -9094,6 +9101,9 @@ class AsteraLite:
             "database": {"bytes": self.store.size()},
             "deployments": {"published": len(self.deployments.by_name), "faults": len(self.deployments.faults)},
         }
+        if whole:
+            document |= {"workers": self.settings.workers, "finished": self.engine.ended}
+        return document
 
     # --- for an embedding program: the same, waiting ---
 
@@ -10162,8 +10172,10 @@ _SCHEMAS: dict[str, Any] = {
             "status": {"enum": ["ok", "unavailable"]}, "reason": _maybe(_TEXT), "version": _TEXT,
             "jobs": {"type": "object", "additionalProperties": _COUNT},
             "database": {"type": "object", "additionalProperties": _COUNT},
-            "deployments": {"type": "object", "additionalProperties": _COUNT},
-        }
+            "deployments": {"type": "object", "additionalProperties": _COUNT}, "workers": _COUNT,
+            "finished": {**_COUNT, "description": "jobs whose end was put on record since the start"},
+        },
+        ("workers", "finished"),
     ),
 }  # fmt: skip
 
@@ -10410,7 +10422,9 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "/health": {
         "get": _known(
-            "Server API", "Ask whether the server is well", "Needs no token.", (), operationId="getHealth", security=[],
+            "Server API", "Ask whether the server is well", "Needs no token. With one, or where none is wanted, it"
+            " tells how many jobs have finished since the start, and of how many workers, too.", (),
+            operationId="getHealth", security=[],
             responses={
                 "200": _response("It is.", "Health"), "503": _response("It is not.", "Health", "Retry-After"),
             },
@@ -10905,8 +10919,12 @@ def begin(x: Exchange, access: Access) -> None:
         return
     routes = find_routes(head.path, x.values)
     route = routes.get(head.method) or (routes.get("GET") if head.method == "HEAD" else None) or routes.get("*")
-    if route is None or not route.is_open:
+    try:
         x.caller = access.principal(head.headers.get("authorization"))
+    except AccessError:
+        if route is None or not route.is_open:
+            raise
+        x.caller = NOBODY
     if not routes:
         raise NotFound(f"There is nothing at {shown(head.path, 200)}. The endpoints are listed at /api/deployments.")
     if route is None:
@@ -11559,7 +11577,7 @@ def deployment_delete(x: Exchange) -> None:
 
 def health(x: Exchange) -> Reply:
     """GET /health"""
-    document = x.app.health()
+    document = x.app.health(whole=x.caller != NOBODY)
     well = document["status"] == "ok"
     more = [] if well else [("Retry-After", "5")]
     return Reply(200 if well else 503, [_JSON, _NO_STORE, *more], json_body(document))
@@ -11569,6 +11587,47 @@ def openapi_json(x: Exchange) -> Reply:
     """GET /openapi.json"""
     has_token = x.caller.name != ""
     return Reply(200, [_JSON, _NO_STORE], openapi_body(x.app.deployments, x.base, has_token, x.caller.flows))
+
+
+@lru_cache(1)
+def _console() -> tuple[bytes, tuple[tuple[str, str], ...]]:
+    """The console's page and its headers. Its own script and style may run, nothing else, whatever a flow answers."""
+    page = resource("console.html").replace(b"\r\n", b"\n")  # browsers hash what they have normalised
+
+    def digest(part: bytes) -> str:
+        return base64.b64encode(hashlib.sha256(part).digest()).decode()
+
+    def hashes(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
+        return " ".join(f"'sha256-{digest(part)}'" for part in found)
+
+    policy = (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; img-src data:;"
+        " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+        " require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return page, (
+        ("ETag", f'"{digest(page)}"'),
+        ("Cache-Control", "no-cache"),
+        ("Content-Security-Policy", policy),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Referrer-Policy", "no-referrer"),
+    )
+
+
+def console(x: Exchange) -> Reply:
+    """GET /"""
+    try:
+        page, headers = _console()
+    except ConfigError:
+        raise NotFound(
+            "The console's page, console.html, is missing: it belongs beside astera_lite.py. All else works without it;"
+            " the endpoints are listed at /api/deployments."
+        ) from None
+    known = x.head.headers.get("if-none-match", "")
+    if any(tag.strip().removeprefix("W/") in (headers[0][1], "*") for tag in known.split(",")):
+        return Reply(304, headers)
+    return Reply(200, [("Content-Type", "text/html; charset=utf-8"), *headers], page)
 
 
 ROUTES = [
@@ -11588,6 +11647,7 @@ ROUTES = [
     Route("DELETE", "/api/deployments/{name}", deployment_delete, check=_may_deploy),
     Route("GET", "/openapi.json", openapi_json),
     Route("GET", "/health", health, is_open=True),
+    Route("GET", "/", console, is_open=True),
 ]
 
 _PREFIX_ROUTES = {row.path[:-1]: {row.method: row} for row in ROUTES if row.path.endswith("/*")}
@@ -12513,6 +12573,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     if lines:
         sys.stderr.write("\n".join(["published:", *lines, ""]))
     _settle()
+    sys.stderr.write(f"console: {server.base or server.url}/\n")
     sys.stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
     sys.stderr.flush()
     notify(f"READY=1\nSTATUS=listening on {server.url}")

@@ -432,7 +432,7 @@ def test_the_log_can_be_off(tmp_path: Path) -> None:
     write(tmp_path, broken="{")
     with process(tmp_path, "--log", "off") as (_, url, lines):
         get(url + "/nowhere")
-    assert lines == [f"listening on {url}"]
+    assert lines == [f"console: {url}/", f"listening on {url}"]
 
 
 # --- check ---

@@ -1,0 +1,704 @@
+"""The console at `/`: its route, and the page as people use it, in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+import requests
+from support import ROOT, Api, Sink, get_flow, process, running, until
+
+import astera_lite
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+HOSTILE = "</textarea></pre><img src=x onerror='window.hit=1'><script>window.hit=1</script>${1}\u202e"
+FLOWS: dict[str, dict[str, Any]] = {
+    "every": get_flow(
+        "/every/{where}/{many}",
+        description="Takes a parameter of each kind.",
+        request={
+            "parameters": {
+                "where": {"in": "path", "example": "a/b c"},
+                "many": {"in": "path", "type": "array", "example": ["x", "y"]},
+                "count": {"in": "query", "type": "integer", "minimum": 1, "maximum": 5, "default": 2},
+                "sure": {"in": "query", "type": "boolean"},
+                "kind": {"in": "query", "enum": ["plain", "rich"], "required": True},
+                "tags": {"in": "query", "type": "array"},
+                "X-Who": {"in": "header"},
+            }
+        },
+        response={"body": "${params}"},
+    ),
+    "text": {
+        "request": {
+            "method": "PUT",
+            "resource": "/text",
+            "body": {"type": "string"},
+            "contentTypes": ["text", "json"],
+        },
+        "response": {"body": "${request.body}"},
+    },
+    "hostile": get_flow(
+        "/hostile",
+        description=HOSTILE,
+        request={"parameters": {"text": {"in": "query", "description": HOSTILE}}},
+        steps=[{"name": "said", "set": "${params.text}"}],
+        response={"status": 200, "headers": {"Content-Type": "text/html"}, "body": "${said}"},
+    ),
+    "numbers": get_flow("/numbers", response={"body": {"long": 9007199254740993, "none": {}, "list": [1, 2]}}),
+    "away": get_flow("/away", response={"status": 302, "headers": {"Location": "http://127.0.0.1:1/"}}),
+    "bytes": get_flow("/bytes", response={"body": "${[1] * 90000}"}),
+    "broken": {"request": {"method": "GTE", "resource": "/broken"}},
+}
+
+
+# --- the route ---
+
+
+class Parts(HTMLParser):
+    """What stands inside the elements `script` and `style`, and every attribute."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: dict[str, list[str]] = {"script": [], "style": []}
+        self.attributes: list[tuple[str, str | None]] = []
+        self.tag = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tag = tag
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        self.tag = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.tag in self.found:
+            self.found[self.tag].append(data)
+
+
+def policy_of(answer: requests.Response) -> dict[str, str]:
+    parts = (part.strip().partition(" ") for part in answer.headers["Content-Security-Policy"].split(";"))
+    return {name: value for name, _, value in parts}
+
+
+def test_the_page_may_run_what_it_holds_and_nothing_else(tmp_path: Path) -> None:
+    with running(tmp_path) as (_, _, client):
+        answer = client.get("/?x=1")
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Referrer-Policy"] == "no-referrer"
+    assert answer.headers["Cache-Control"] == "no-cache"
+    parts = Parts(answer.text)
+    hashes = {
+        tag: "'sha256-" + base64.b64encode(hashlib.sha256("".join(texts).encode()).digest()).decode() + "'"
+        for tag, texts in parts.found.items()
+    }
+    assert policy_of(answer) == {
+        "default-src": "'none'",
+        "script-src": hashes["script"],
+        "style-src": hashes["style"],
+        "img-src": "data:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",
+        "trusted-types": "'none'",
+    }
+    assert not [name for name, _ in parts.attributes if name.startswith("on") or name in ("style", "src")]
+    assert {value for name, value in parts.attributes if name == "href"} >= {"#/flows", "#/jobs"}
+
+
+def test_head_and_an_unchanged_page_send_no_body(tmp_path: Path) -> None:
+    with running(tmp_path) as (_, _, client):
+        whole, head = client.get("/"), client("HEAD", "/")
+        assert head.status_code == 200 and head.content == b""
+        assert int(head.headers["Content-Length"]) == len(whole.content)
+        tag = whole.headers["ETag"]
+        for given in (tag, f"W/{tag}", f'"x", {tag}', "*"):
+            same = client.get("/", headers={"If-None-Match": given})
+            assert (same.status_code, same.content) == (304, b"")
+            assert same.headers["ETag"] == tag
+            assert same.headers["Content-Security-Policy"] == whole.headers["Content-Security-Policy"]
+        assert client.get("/", headers={"If-None-Match": '"x"'}).status_code == 200
+        answer = client.post("/")
+        assert answer.status_code == 405 and answer.headers["Allow"] == "GET, HEAD, OPTIONS"
+
+
+def test_the_page_needs_no_token_and_holds_no_data(tmp_path: Path) -> None:
+    with running(tmp_path, {"secretly": get_flow("/secretly", response={"body": 1})}, token="a long token") as run:
+        answer = run.client.get("/")
+        assert answer.status_code == 200
+        assert answer.content == (ROOT / "console.html").read_bytes()
+        assert run.client.get("/", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
+        assert run.client.get("/api/deployments").status_code == 401
+
+
+def test_line_ends_of_a_checkout_do_not_change_the_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    page, headers = astera_lite._console()
+    monkeypatch.setattr(astera_lite, "resource", lambda name: page.replace(b"\n", b"\r\n"))
+    assert astera_lite._console.__wrapped__() == (page, headers)
+
+
+def test_without_its_file_the_server_runs_and_says_what_is_missing(tmp_path: Path) -> None:
+    for name in ("astera_lite.py", "schema.sql"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    with process(tmp_path, program=(sys.executable, str(tmp_path / "astera_lite.py"))) as (_, url, lines):
+        assert f"console: {url}/" in lines
+        answer = requests.get(url, timeout=10)
+        assert answer.status_code == 404
+        assert answer.headers["Content-Type"] == "application/problem+json"
+        assert "console.html" in answer.json()["detail"] and "beside astera_lite.py" in answer.json()["detail"]
+        assert requests.get(f"{url}/health", timeout=10).json()["status"] == "ok"
+        shutil.copy(ROOT / "console.html", tmp_path)
+        assert requests.get(url, timeout=10).status_code == 200
+
+
+def test_health_tells_more_to_those_who_may_know(tmp_path: Path) -> None:
+    flows = {
+        "now": get_flow("/now", response={"body": 1}),
+        "later": get_flow("/later", steps=[{"name": "w", "wait": 0}]),
+    }
+    with running(tmp_path, flows, workers=3) as (_, _, client):
+        for path in ("/now", "/later"):
+            client.finished(client.get(f"/api/publishingAsync{path}"))
+        whole = client.get("/health").json()
+        assert (whole["workers"], whole["finished"]) == (3, 2)
+        assert whole["jobs"] == {"queued": 0, "running": 0, "waiting": 0}
+    with running(tmp_path, flows, token="a long token") as (_, _, client):
+        bearer = {"Authorization": "Bearer a long token"}
+        assert client.get("/health", headers=bearer).json()["finished"] == 0
+        for headers in ({}, {"Authorization": "Bearer another"}):
+            answer = client.get("/health", headers=headers)
+            assert answer.status_code == 200
+            assert not {"workers", "finished"} & answer.json().keys()
+
+
+# --- in a browser ---
+
+
+class Seen(NamedTuple):
+    """A server, and a way to open its console: `open(fragment, width, scheme)`."""
+
+    url: str
+    api: Api
+    open: Callable[..., Page]
+
+
+def write_flows(folder: Path, **flows: Any) -> None:
+    shutil.copytree(ROOT / "flows", folder / "flows")
+    for name, tree in flows.items():
+        (folder / "flows" / f"{name}.json").write_text(json.dumps(tree))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        cure = "no Chromium is installed: apt-get install chromium, or Google Chrome"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(cure)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        found = started.chromium.launch(executable_path=path)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def pages(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Opens a page of a server; at the end no page may have complained, or loaded anything from elsewhere."""
+    complaints: list[str] = []
+    contexts = []
+
+    def open_page(
+        url: str, fragment: str = "", width: int = 1440, scheme: str = "light", clock: bool = False, **more: Any
+    ) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **more)
+        context.set_default_timeout(8000)
+        contexts.append(context)
+        context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
+        page = context.new_page()
+        page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda sent: sent.redirected_from or sent.url.startswith(url) or complaints.append(sent.url))
+        if clock:
+            page.clock.install()
+        page.goto(f"{url}/{fragment}")
+        page.wait_for_selector("main h1")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    answered = "Failed to load resource: "  # the browser's note of a 4xx, or of a server that is gone
+    assert [text for text in complaints if not text.startswith(answered)] == []
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Api]]:
+    folder = tmp_path_factory.mktemp("console")
+    write_flows(folder, **FLOWS)
+    with process(folder) as (_, url, _):
+        api = Api(url)
+        yield url, api
+        api.session.close()
+
+
+@pytest.fixture
+def console(server: tuple[str, Api], pages: Callable[..., Page]) -> Seen:
+    url, api = server
+    return Seen(url, api, lambda *args, **more: pages(url, *args, **more))
+
+
+def said(page: Page, text: str) -> None:
+    page.locator("#say", has_text=text).wait_for()
+
+
+def passing(page: Page, holds: Callable[[], bool]) -> None:
+    """Let the page's clock go on, a look at a time, until this holds."""
+
+    def holds_by_now() -> bool:
+        page.clock.run_for(2000)
+        page.wait_for_timeout(20)  # for the answers
+        return holds()
+
+    until(holds_by_now)
+
+
+def raw(page: Page, name: str) -> str:
+    return page.get_by_label(name, exact=True).inner_text()
+
+
+def clipboard(page: Page) -> str:
+    return str(page.evaluate("navigator.clipboard.readText()"))
+
+
+def test_flows_are_shown_with_addresses_that_can_be_copied(console: Seen) -> None:
+    page = console.open()
+    assert page.title() == "Flows · Astera Lite"
+    card = page.locator("li.flow", has=page.get_by_text("/weather/{city}", exact=True))
+    assert card.locator(".mode").all_inner_texts() == ["sync", "async"]
+    assert card.locator(".method").inner_text() == "GET"
+    assert "warm days ahead" in card.inner_text()
+    card.get_by_role("button", name="Copy the asynchronous URL of weather").click()
+    said(page, "Copied")
+    assert clipboard(page) == f"{console.url}/api/publishingAsync/weather/{{city}}"
+    faults = page.get_by_role("region", name="Files with faults").inner_text()
+    assert "broken.json at /request/method" in faults and 'did you mean "GET"?' in faults
+    page.get_by_role("button", name="Copy the synchronous curl line of order").click()
+    until(lambda: clipboard(page).startswith("curl "))
+    if shutil.which("curl"):
+        done = subprocess.run(["sh", "-c", f"{clipboard(page)} -s"], capture_output=True, text=True, timeout=20)
+        assert json.loads(done.stdout)["customer"] == "Ada"
+
+
+def test_copying_works_without_a_clipboard_for_pages(console: Seen) -> None:
+    page = console.open("#/jobs")
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")  # as on http://192.168.1.2
+    page.get_by_role("link", name="Flows").click()
+    copy = page.get_by_role("button", name="Copy the synchronous URL of hello")
+    copy.click()
+    said(page, "Copied")
+    assert copy.evaluate("element => element === document.activeElement")
+    page.get_by_role("link", name="Jobs").click()
+    page.get_by_label("Open by id").focus()
+    page.keyboard.press("Control+V")
+    assert page.get_by_label("Open by id").input_value() == f"{console.url}/api/publishing/hello"
+
+
+def test_a_flow_is_tried_synchronously(console: Seen) -> None:
+    page = console.open("#/flows/every")
+    for label, text in {"where *": "ü/ &", "many *": "1\n2", "count": "5", "tags": "x y\nz=1", "X-Who": "me"}.items():
+        page.get_by_label(label, exact=True).fill(text)
+    page.get_by_label("sure").select_option("true")
+    page.get_by_label("kind *").select_option("rich")
+    assert "integer · 1 to 5 · default 2" in page.locator("#p-count-hint").inner_text()
+    page.get_by_role("button", name="Copy as curl").click()
+    said(page, "Copied")
+    page.get_by_role("button", name="Send", exact=True).click()
+    said(page, "The answer is 200 OK")
+    sent = raw(page, "Request: request").split("\n")
+    path = "/api/publishing/every/%C3%BC%2F%20%26/1%2C2?count=5&sure=true&kind=rich&tags=x%20y&tags=z%3D1"
+    assert sent[:3] == [f"GET {path} HTTP/1.1", f"Host: {console.url.removeprefix('http://')}", "X-Who: me"]
+    head, _, body = raw(page, "Request: response").partition("\n\n")
+    assert head.startswith("HTTP/1.1 200 OK\n") and "\nX-Request-Id: " in head
+    given = {"where": "ü/ &", "many": ["1", "2"], "count": 5, "sure": True, "kind": "rich", "tags": ["x y", "z=1"]}
+    assert json.loads(body) == given | {"X-Who": "me"}
+    if shutil.which("curl"):
+        done = subprocess.run(["sh", "-c", f"{clipboard(page)} -s"], capture_output=True, text=True, timeout=20)
+        assert json.loads(done.stdout) == json.loads(body)
+
+
+def test_what_the_server_refuses_is_shown_as_it_says_it(console: Seen) -> None:
+    page = console.open("#/flows/every")
+    page.get_by_label("count").fill("many")
+    page.get_by_role("button", name="Send", exact=True).click()
+    said(page, "The answer is 400 Bad Request")
+    errors = json.loads(raw(page, "Request: response").partition("\n\n")[2])["errors"]
+    assert {error["name"] for error in errors} == {"count", "kind"}
+
+
+def test_bodies_are_shown_as_they_were_sent(console: Seen) -> None:
+    page = console.open("#/flows/numbers")
+    page.get_by_role("button", name="Send", exact=True).click()
+    shown = '{\n  "long": 9007199254740993,\n  "none": {},\n  "list": [\n    1,\n    2\n  ]\n}'
+    page.get_by_text("Content-Length").wait_for()
+    assert raw(page, "Request: response").endswith(f"\n\n{shown}")
+    page.goto(f"{console.url}/#/flows/away")
+    page.get_by_role("heading", level=1, name="/away").wait_for()
+    page.get_by_role("button", name="Send", exact=True).click()
+    page.get_by_text("A redirect, which browsers do not show to a page").wait_for()
+    page.goto(f"{console.url}/#/flows/bytes")
+    page.get_by_role("heading", level=1, name="/bytes").wait_for()
+    page.get_by_role("button", name="Send", exact=True).click()
+    page.get_by_text("Content-Length: 180").wait_for()
+
+
+def test_a_body_has_an_example_its_rules_and_its_content_type(console: Seen) -> None:
+    page = console.open("#/flows/order")
+    body = page.get_by_label("Body")
+    example = {"customer": "Ada", "items": [{"sku": "apple", "quantity": 1}]}
+    assert json.loads(body.input_value()) == example
+    page.get_by_text("What the body may have").click()
+    assert "items[].quantity * integer · at least 1" in page.locator("#try details").inner_text()
+    body.fill('{"customer": ')
+    assert "application/json · " in page.locator("#body-hint").inner_text()
+    assert body.get_attribute("aria-invalid") == "true"
+    page.get_by_role("button", name="Example again").click()
+    assert json.loads(body.input_value()) == example
+    page.goto(f"{console.url}/#/flows/text")
+    page.get_by_role("heading", level=1, name="/text").wait_for()
+    assert body.input_value() == "text"
+    page.get_by_label("Content type").select_option("application/json")
+    assert body.input_value() == '"text"'
+    page.get_by_role("button", name="Send", exact=True).click()
+    said(page, "The answer is 200 OK")
+    assert "PUT /api/publishing/text HTTP/1.1" in raw(page, "Request: request")
+    assert "Content-Type: application/json" in raw(page, "Request: request")
+
+
+def test_a_flow_is_tried_asynchronously_to_its_result_and_callback(console: Seen, sink: Sink) -> None:
+    page = console.open("#/flows/slow")
+    assert page.get_by_label("synchronous", exact=True).count() == 0
+    page.get_by_label("seconds").fill("300")
+    page.get_by_label("callbackUrl").fill(f"{sink.url}/done?a=b&c")
+    page.get_by_role("button", name="Send", exact=True).click()
+    page.get_by_text("step pause, 1 of 2 done").wait_for()
+    accepted = raw(page, "Request: response")
+    assert accepted.startswith("HTTP/1.1 202 Accepted\n")
+    job = json.loads(accepted.partition("\n\n")[2])["id"]
+    requests.post(f"{console.url}/api/jobs/{job}/cancel", timeout=10)
+    page.get_by_role("region", name="Result").wait_for()
+    assert "\nJob-Status: Error" in raw(page, "Status: response")
+    assert raw(page, "Result: response").startswith("HTTP/1.1 409 Conflict\n")
+    headers, document = sink.next()
+    assert headers["location"].endswith(f"{document['id']}/result")
+    page.get_by_role("link", name="Open the job").click()
+    page.get_by_role("heading", level=1, name="Job of slow").wait_for()
+    assert document["id"] in page.url
+
+
+def test_the_list_of_jobs_is_live_filtered_and_paged(console: Seen) -> None:
+    ids = [console.api.submit("/hello", name=str(number)) for number in range(55)]
+    page = console.open("#/jobs")
+    rows = page.locator("tbody tr")
+    assert rows.count() == 50
+    first = page.get_by_role("link", name=ids[-1])
+    first.focus()
+    failed = requests.post(
+        f"{console.url}/api/publishingAsync/orders",
+        json={"customer": "Ada", "items": [{"sku": "plum", "quantity": 1}]},
+        timeout=10,
+    ).json()["id"]
+    page.get_by_role("link", name=failed).wait_for()
+    assert first.evaluate("element => element === document.activeElement")
+    page.get_by_role("link", name="Older").click()
+    page.get_by_role("link", name=ids[0]).wait_for()
+    assert "cursor=" in page.url and page.get_by_role("link", name=ids[-1]).count() == 0
+    page.get_by_role("link", name="Newest").click()
+    page.get_by_role("link", name=failed).wait_for()
+    page.get_by_role("combobox", name="Status").select_option("Error")
+    page.get_by_role("link", name=ids[-1]).wait_for(state="detached")
+    assert set(rows.locator("td:first-child").all_inner_texts()) == {"Error"}
+    page.get_by_role("combobox", name="Flow").select_option("hello")
+    page.get_by_text("No such jobs").wait_for()
+    page.get_by_role("link", name="Show all jobs").click()
+    page.get_by_role("link", name=failed).wait_for()
+    assert page.get_by_role("combobox", name="Status").input_value() == ""
+    page.go_back()
+    page.get_by_text("No such jobs").wait_for()
+    assert page.get_by_role("combobox", name="Status").input_value() == "Error"
+    page.reload()
+    page.get_by_text("No such jobs").wait_for()
+    page.get_by_label("Open by id").fill(failed)
+    page.get_by_label("Open by id").press("Enter")
+    page.get_by_text("not enough in stock: plum", exact=True).wait_for()
+    assert page.get_by_label("Raw response").inner_text().startswith("HTTP/1.1 409 Conflict")
+
+
+def test_a_job_is_cancelled_run_again_and_deleted(console: Seen) -> None:
+    job = console.api.submit("/slow", seconds=300)
+    page = console.open(f"#/jobs/{job}")
+    page.get_by_text("step pause, 1 of 2 done").wait_for()
+    assert page.get_by_role("listitem").all_inner_texts()[0].startswith("Accepted")
+    page.get_by_role("button", name="Delete").click(force=True)
+    said(page, "Not now: it still runs.")
+    page.get_by_role("button", name="Cancel").click()
+    page.locator(".head .state", has_text="Error").wait_for()
+    page.get_by_text("The job was cancelled.", exact=True).wait_for()
+    page.get_by_role("button", name="Cancel").click(force=True)
+    said(page, "Not now: it is finished.")
+    page.get_by_role("button", name="Run again").click()
+    page.wait_for_url(lambda url: "#/jobs/" in url and job not in url)
+    page.locator(".head .state", has_text="Running").wait_for()
+    assert page.get_by_label("Raw request").inner_text() == "GET /slow?seconds=300"
+    page.get_by_role("button", name="Cancel").click()
+    page.locator(".head .state", has_text="Error").wait_for()
+    again = page.url.rpartition("/")[2]
+    page.get_by_role("button", name="Copy id").click()
+    said(page, "Copied")
+    assert clipboard(page) == again
+    page.get_by_role("button", name="Delete").click()
+    assert page.get_by_role("button", name="Keep it").evaluate("element => element === document.activeElement")
+    page.get_by_role("button", name="Keep it").click()
+    assert console.api.job(again)["status"] == "Error"
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    said(page, "The job is forgotten")
+    page.get_by_role("heading", level=1, name="Jobs").wait_for()
+    assert console.api.job(again)["status"] == "Unknown"
+    page.go_back()
+    page.get_by_text("Unknown job").wait_for()
+
+
+def test_callbacks_are_shown_with_their_attempts_and_sent_again(console: Seen, sink: Sink) -> None:
+    job = console.api.submit("/hello", callbackUrl=f"{sink.url}/done")
+    sink.next()
+    page = console.open(f"#/jobs/{job}")
+    page.get_by_text("Called back").wait_for()
+    page.get_by_role("button", name="Send callback again").click()
+    said(page, "The callback is sent again")
+    sink.next()
+    page.get_by_text("2 attempts").wait_for()
+    attempts = page.get_by_role("table", name="Callback attempts").get_by_role("row")
+    assert [row.get_by_role("cell").last.inner_text() for row in attempts.all()[1:]] == ["204", "204"]
+    sink.answers = [500]
+    owed = console.api.submit("/hello", callbackUrl=f"{sink.url}/done")
+    sink.next()
+    page.goto(f"{console.url}/#/jobs/{owed}")
+    page.get_by_text(re.compile(r"1 attempt, next in \d")).wait_for()
+    page.get_by_role("button", name="Delete").click(force=True)
+    said(page, "Not now: its callback is still owed.")
+
+
+def test_steps_are_shown_with_their_output(console: Seen) -> None:
+    order = {"customer": "Ada", "items": [{"sku": "plum", "quantity": 1}]}
+    job = requests.post(f"{console.url}/api/publishingAsync/orders", json=order, timeout=10).json()["id"]
+    console.api.job(job, wait=5)
+    page = console.open(f"#/jobs/{job}")
+    rows = page.get_by_role("table", name="Steps").get_by_role("row").all()
+    shown = [[cell.inner_text() for cell in row.get_by_role("cell").all()] for row in rows[1:]]
+    assert [(cells[0], cells[1], cells[2]) for cells in shown] == [
+        ("stock", "set", "finished"),
+        ("short", "set", "finished"),
+        ("refused", "fail", "failed"),
+    ]
+    assert [cells[-1] for cells in shown[1:]] == ['["plum"]', ""]
+    assert page.locator("h2", has_text="409 Conflict · failed").count() == 1
+
+
+def test_health_is_seen_at_a_glance(console: Seen) -> None:
+    page = console.open("#/jobs")
+    health = page.get_by_role("region", name="Health")
+    before = health.inner_text()
+    assert "well" in before and "of 32" in before and "iB" in before
+    for number in range(20):
+        console.api.submit("/hello", name=str(number))
+    rate = health.locator("dd", has_text="/ s")
+    until(lambda: rate.count() and float(rate.inner_text().split()[0]) > 0)
+    name = health.get_by_role("img", name="Jobs finished a second").get_attribute("aria-label")
+    assert name is not None and float(name.split()[-1]) > 0
+
+
+def test_a_server_that_is_not_well_says_why(console: Seen) -> None:
+    page = console.open("#/jobs", clock=True)
+    ill = console.api.session.get(f"{console.url}/health", timeout=10).json()
+    ill |= {"status": "unavailable", "reason": "the disk is full"}
+    page.route("**/health", lambda route: route.fulfill(status=503, json=ill))
+    alert = page.get_by_role("alert").filter(has_text="The server takes no jobs: the disk is full")
+    passing(page, alert.is_visible)
+    assert "unavailable" in page.get_by_role("region", name="Health").inner_text()
+    page.unroute("**/health")
+    passing(page, alert.is_hidden)
+
+
+def test_a_page_that_is_not_seen_asks_for_nothing(console: Seen) -> None:
+    page = console.open("#/jobs", clock=True)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url.removeprefix(console.url).partition("?")[0]))
+    look = "Object.defineProperty(document, 'visibilityState', {value: '%s', configurable: true});"
+    tell = "document.dispatchEvent(new Event('visibilitychange'))"
+
+    passing(page, lambda: set(asked) >= {"/api/jobs", "/health"})
+    page.evaluate(look % "hidden" + tell)
+    page.wait_for_timeout(200)  # for what is under way
+    asked.clear()
+    for _ in range(5):
+        page.clock.run_for(3000)
+        page.wait_for_timeout(50)
+    assert asked == []
+    page.evaluate(look % "visible" + tell)
+    passing(page, lambda: set(asked) >= {"/api/jobs", "/health"})
+
+
+def test_tokens_are_asked_for_and_kept_in_memory_only(tmp_path: Path, pages: Callable[..., Page]) -> None:
+    write_flows(tmp_path)
+    token = "schlüssel-☃-of-some-length"
+    with process(tmp_path, env={"ASTERA_LITE_TOKEN": token}) as (_, url, _):
+        page = pages(url, "#/jobs")
+        page.get_by_text("The server wants a token").wait_for()
+        assert "with a token" in page.locator("#health").inner_text()
+        page.get_by_role("button", name="Enter token").click()
+        page.locator("#token-text").fill("wrong")
+        page.get_by_role("button", name="Use it").click()
+        page.get_by_text("it may be mistyped, or revoked").wait_for()
+        page.get_by_role("button", name="Token ✓").click()
+        page.locator("#token-text").fill(token)
+        page.keyboard.press("Enter")
+        page.get_by_text("No jobs yet").wait_for()
+        page.get_by_role("link", name="try a flow").click()
+        page.get_by_role("link", name="Try hello").click()
+        page.get_by_role("button", name="Send", exact=True).click()
+        said(page, "The answer is 200 OK")
+        assert "Authorization: Bearer ••••" in raw(page, "Request: request")
+        assert '-H "Authorization: Bearer $TOKEN"' in page.locator("#curl").inner_text()
+        kept = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])")
+        assert "schl" not in kept and "schl" not in page.content()
+        page.get_by_role("button", name="Token ✓").click()
+        page.get_by_role("button", name="Forget it").click()
+        page.get_by_text("The server wants a token").wait_for()
+        page.get_by_role("button", name="Enter token").click()
+        page.get_by_role("button", name="Cancel").click()
+        assert page.get_by_role("dialog").count() == 0
+
+
+def test_a_server_that_is_gone_is_told_and_looked_for(tmp_path: Path, pages: Callable[..., Page]) -> None:
+    (tmp_path / "flows").mkdir()
+    with process(tmp_path) as (_, url, _):
+        page = pages(url, clock=True)
+        page.get_by_text("python astera_lite.py new NAME").wait_for()
+    alert = page.get_by_role("alert").filter(has_text="The server does not answer")
+    passing(page, alert.is_visible)
+    assert "gone" in page.get_by_role("region", name="Health").inner_text()
+    page.get_by_text("python astera_lite.py new NAME").wait_for()  # what was there stays
+    (tmp_path / "flows" / "hello.json").write_text((ROOT / "flows" / "hello.json").read_text())
+    with process(tmp_path, "--port", url.rpartition(":")[2]):
+        passing(page, alert.is_hidden)
+        said(page, "The server answers again")
+        page.get_by_role("link", name="Try hello").wait_for()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 1440])
+def test_every_view_fits_and_is_accessible(console: Seen, width: int, scheme: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    console.api.submit("/slow", seconds=300)
+    owed = console.api.submit("/hello", name="A" * 80, callbackUrl="http://127.0.0.1:1/" + "x" * 80)
+    waits = console.api.submit("/slow", seconds=300)
+    page = console.open(width=width, scheme=scheme, bypass_csp=True)  # for what looks at the page
+    views = {
+        "#/flows": "Flows", "#/flows/every": "/every", "#/flows/order": "/orders", "#/jobs": "Jobs",
+        f"#/jobs/{owed}": "Job of hello", f"#/jobs/{waits}": "Job of slow", "#/jobs/nothing": "Job nothing",
+    }  # fmt: skip
+    for fragment, title in views.items():
+        page.goto(f"{console.url}/{fragment}")
+        page.get_by_role("heading", level=1, name=title).wait_for()
+        if "/order" in fragment:
+            page.get_by_role("button", name="Send", exact=True).click()
+            said(page, "The answer is 201 Created")
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), fragment
+        found = Axe().run(page)
+        assert found.violations_count == 0, found.generate_report()
+    page.get_by_role("button", name="Colours: auto").click()
+    assert page.evaluate("getComputedStyle(document.body).colorScheme") == "light"
+    page.reload()
+    page.get_by_role("button", name="Colours: light").click()
+    assert page.evaluate("getComputedStyle(document.body).colorScheme") == "dark"
+
+
+def test_everything_can_be_done_by_keyboard(console: Seen) -> None:
+    page = console.open()
+    press = page.keyboard.press
+    name_of = "(e => e.ariaLabel || e.labels?.[0]?.innerText || e.innerText)(document.activeElement)"
+
+    def tab_to(name: str) -> None:
+        seen = []
+        for _ in range(80):
+            press("Tab")
+            seen.append(page.evaluate(name_of))
+            if seen[-1] == name:
+                return
+        raise AssertionError(f"{name} is not among {seen}")
+
+    press("Tab")
+    assert page.evaluate("document.activeElement.innerText") == "Skip to the content"
+    press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    tab_to("Try slow")
+    press("Enter")
+    page.get_by_role("heading", level=1, name="/slow").wait_for()
+    assert page.evaluate("document.activeElement.tagName") == "H1"  # so that a reader begins there
+    tab_to("seconds")
+    page.keyboard.type("0.2")
+    tab_to("Send")
+    press("Enter")
+    page.get_by_role("region", name="Result").wait_for()
+    assert json.loads(raw(page, "Result: response").partition("\n\n")[2])["waited"] == 0.2
+    tab_to("Open the job")
+    press("Enter")
+    page.get_by_role("heading", level=1, name="Job of slow").wait_for()
+    tab_to("Delete")
+    press("Enter")
+    page.get_by_role("dialog", name="Delete this job?").wait_for()
+    press("Escape")
+    assert page.evaluate("document.activeElement.innerText") == "Delete"
+    press("Space")
+    tab_to("Delete")
+    press("Enter")
+    page.get_by_role("heading", level=1, name="Jobs").wait_for()
+
+
+def test_hostile_texts_stay_texts(console: Seen) -> None:
+    job = console.api.submit("/hostile", text=HOSTILE, callbackUrl="http://127.0.0.1:1/?<img%20src=x>")
+    console.api.job(job, wait=5)
+    page = console.open()
+    assert HOSTILE in page.get_by_role("main").text_content()
+    page.goto(f"{console.url}/#/flows/hostile")
+    page.locator("#p-text").fill(HOSTILE)
+    page.get_by_role("button", name="Send", exact=True).click()
+    said(page, "The answer is 200 OK")
+    assert HOSTILE in page.get_by_label("Request: response").text_content()
+    for fragment in (f"#/jobs?flow={HOSTILE}", f"#/flows/{HOSTILE}", f"#/jobs/{HOSTILE}", "#/flows/%E0%A4%A"):
+        page.goto(f"{console.url}/{fragment}")
+        page.wait_for_timeout(150)
+        page.locator("main h1").wait_for()
+    page.goto(f"{console.url}/#/jobs/{job}")
+    page.get_by_label("Raw response").get_by_text("onerror").wait_for()
+    assert page.evaluate("window.hit") is None
+    assert page.locator("main img, main script").count() == 0
