@@ -3059,7 +3059,13 @@ def _bind_parameter(item: Parameter, given: Sequence[str], errors: list[dict[str
     if not item.array and len(given) > 1:
         refuse("must be given once")
         return None
-    texts = given if not item.array else [part for text in given for part in text.split(",")] if given != [""] else []
+    texts = (
+        given
+        if not item.array
+        else [part for text in given for part in text.split(",")]
+        if any(given) or len(given) > 1
+        else []
+    )
     values = []
     for text in texts:
         if not text and not item.text:
