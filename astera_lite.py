@@ -20,7 +20,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
     11 Service             AsteraLite: the application without HTTP
     12 Access              tokens, Host and Origin rules
     13 Wire                bytes <-> requests and responses, strict, without sockets
-    14 Documents           OpenAPI, the endpoint list, a starter flow, the JSON Schema of a flow file
+    14 Documents           OpenAPI, Postman, the endpoint list, a starter flow, the JSON Schema of a flow file
     15 Routes              the ROUTES table and its functions
     16 Loop                Handler and Server: every socket, every deadline of a connection
     17 Command line        subcommands, signals, logging, main()
@@ -9553,15 +9553,43 @@ def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
 
 
 def _example(flow: Flow, name: str) -> str:
-    spec = flow.tree["request"].get("parameters", {}).get(name, {})
-    example = spec.get("example", spec.get("default", name))
-    texts = [as_text(item) for item in example] if isinstance(example, list) else [as_text(example)]
-    return ",".join(urllib.parse.quote(text, safe="") for text in texts)
+    example = _sample(flow.tree["request"].get("parameters", {}).get(name, {}), name)
+    return ",".join(urllib.parse.quote(text, safe="") for text in _texts(example))
 
 
 def _example_query(flow: Flow) -> str:
     needed = [item.name for item in flow.parameters if item.where == "query" and item.required]
     return "?" + "&".join(f"{name}={_example(flow, name)}" for name in needed) if needed else ""
+
+
+def _texts(value: Any) -> list[str]:
+    return [as_text(item) for item in value] if isinstance(value, list) else [as_text(value)]
+
+
+_SAMPLES = {"boolean": True, "null": None, "date": "2026-01-31", "date-time": "2026-01-31T12:00:00Z"}
+
+
+def _sample(spec: Mapping[str, Any], name: str) -> Any:
+    """A value for a flow file's schema: its example, its default, or one made up, which a pattern may still refuse."""
+    for given in ("example", "default"):
+        if given in spec:
+            return spec[given]
+    if spec.get("enum"):
+        return spec["enum"][0]
+    kinds = spec.get("type") or ("object" if "properties" in spec else "string")
+    kind = kinds[0] if isinstance(kinds, list) else kinds
+    least = max(spec.get("minLength", 0), spec.get("minItems", 0))
+    if kind in ("integer", "number"):
+        low = spec.get("minimum", min(1, spec.get("maximum", 1)))
+        return math.ceil(low) if kind == "integer" else low
+    if kind == "array":
+        return [_sample(spec.get("items", {}), name)] * max(least, 1)
+    if kind == "object":
+        known, required = spec.get("properties", {}), spec.get("required")
+        needed = required if isinstance(required, list) else []
+        members = dict.fromkeys([*needed, *(member for member, item in known.items() if "example" in item)]) or known
+        return {member: _sample(known.get(member, {}), member) for member in members}
+    return name.ljust(least, "x")[: spec.get("maxLength", len(name) + least)] if kind == "string" else _SAMPLES[kind]
 
 
 def _object(required: Sequence[str] = (), /, **properties: Any) -> dict[str, Any]:
@@ -10146,6 +10174,17 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
             },
         )
     },
+    "/postman.json": {
+        "get": _known(
+            "Server API", "Fetch a Postman collection", "A collection (format 2.1.0) of all that is published.", (),
+            operationId="getPostman",
+            responses={
+                "200": {
+                    "description": "The collection.", "headers": _headers(), "content": _content({"type": "object"})
+                }
+            },
+        )
+    },
 }  # fmt: skip
 _TAGS = {
     "Jobs API": "What became of asynchronous requests.",
@@ -10509,10 +10548,236 @@ def _referenced(document: Any, shared: Mapping[str, Mapping[str, Any]]) -> dict[
     }
 
 
-@lru_cache(maxsize=8)
-def openapi_body(deployments: Deployments, base: str, secured: bool, only: frozenset[str] | None) -> bytes:
-    """The document as it is sent; kept, for it is the same until a flow changes."""
-    return json_body(openapi_document(deployments, base, secured, only))
+# --- Postman ---
+
+#: What the scripts of a chain hand on, from one request to the next.
+_CHAIN = {"statusUrl": "", "resultUrl": "", "polls": "0"}
+_MOST_POLLS = 100  # of one job; the pauses between them are what Retry-After says, 5 seconds at the most
+_ALL_TESTS = """\
+pm.test("The answer names its request", () => pm.response.to.have.header("X-Request-Id"));"""
+_PROBLEM_TEST = """\
+const isProblem = (pm.response.headers.get("Content-Type") || "").startsWith("application/problem+json");
+if (isProblem) pm.test("An error says why", () => {
+    const problem = pm.response.json();
+    pm.expect(problem.status).to.equal(pm.response.code);
+    pm.expect(problem.detail).to.be.a("string").that.is.not.empty;
+});"""
+_OWN_STATUS_TEST = """\
+pm.test("The status is one that this flow gives: " + STATUSES.join(", "), () => {
+    pm.expect(pm.response.code).to.be.oneOf(STATUSES);
+});"""
+_ANY_STATUS_TEST = """\
+pm.test("The server is not at fault", () => pm.expect(pm.response.code).to.not.equal(500));"""
+_JSON_TEST = """\
+if (/[/+]json/.test(pm.response.headers.get("Content-Type")) && pm.response.text()) {
+    pm.test("The body is JSON", () => pm.response.json());
+}"""
+_FORGET_CHAIN = """\
+Object.entries(CHAIN).forEach(([name, value]) => pm.collectionVariables.set(name, value));"""
+_SUBMIT_TEST = """\
+const refused = REFUSED.includes(pm.response.code);  // the example values do not suffice
+if (!refused) pm.test("The job is accepted", () => {
+    pm.response.to.have.status(202);
+    pm.response.to.have.header("Retry-After");
+    const job = pm.response.json();
+    pm.expect(job.id).to.match(/^[0-9a-f-]{36}$/);
+    pm.expect(job.flow).to.equal(FLOW);
+    pm.expect(job.status).to.be.oneOf(["Running", "Completed", "Error"]);
+    pm.expect(pm.response.headers.get("Job-Status")).to.equal(job.status);
+    pm.expect(pm.response.headers.get("Location")).to.equal(job.statusUrl);
+    pm.collectionVariables.set("statusUrl", pm.response.headers.get("Location"));
+});"""
+_SKIP_TEST = """\
+if (!pm.collectionVariables.get(NAME)) pm.execution.skipRequest();  // send the request before this one first"""
+_POLL_TEST = """\
+pm.test("The status is told", () => {
+    pm.response.to.have.status(200);
+    const job = pm.response.json();
+    pm.expect(pm.response.headers.get("Job-Status")).to.equal(job.status);
+    const polls = Number(pm.collectionVariables.get("polls")) + 1;
+    pm.collectionVariables.set("polls", polls);
+    if (job.status === "Running" && polls < MOST) {
+        const seconds = Math.min(Number(pm.response.headers.get("Retry-After")) || 1, 5);
+        setTimeout(() => {}, seconds * 1000);  // the next request waits for it
+        pm.execution.setNextRequest(pm.info.requestId);
+        return;
+    }
+    pm.expect(job.status, "after " + polls + " polls").to.be.oneOf(["Completed", "Error"]);
+    pm.expect(pm.response.headers.get("Location")).to.equal(job.resultUrl);
+    pm.collectionVariables.set("resultUrl", pm.response.headers.get("Location"));
+});"""
+_FETCH_TEST = """\
+pm.test("The job is finished", () => {
+    pm.expect(pm.response.headers.get("Job-Status")).to.be.oneOf(["Completed", "Error"]);
+});"""
+_HEALTH_TEST = """\
+pm.test("The server is well", () => {
+    pm.response.to.have.status(200);
+    pm.expect(pm.response.json().status).to.equal("ok");
+});"""
+_LIST_TEST = """\
+pm.test("Jobs are listed, newest first", () => {
+    pm.response.to.have.status(200);
+    const page = pm.response.json();
+    pm.expect(page).to.have.property("next");
+    const times = page.jobs.map((job) => job.createdAt);
+    pm.expect(times).to.deep.equal([...times].sort().reverse());
+});"""
+
+
+def _script(listen: str, *parts: str, **values: Any) -> dict[str, Any]:
+    """An event of a collection: parts of JavaScript, in which NAME stands for the value of `name`."""
+    text = "\n".join(parts)
+    for name, value in values.items():
+        text = re.sub(rf"\b{name.upper()}\b", lambda match, value=value: to_json(value), text)  # type: ignore[misc]
+    return {"listen": listen, "script": {"type": "text/javascript", "exec": text.split("\n")}}
+
+
+def _item(name: str, request: Mapping[str, Any], *events: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "event": list(events), "request": request, "response": []}
+
+
+def _field(name: str, value: str, words: str, disabled: bool = False) -> dict[str, Any]:
+    return {"key": name, "value": value, "description": words} | ({"disabled": True} if disabled else {})
+
+
+def _ask(url: str, words: str, *query: dict[str, Any], **more: Any) -> dict[str, Any]:
+    parts = {"raw": url, "host": [url.partition("/")[0]], "path": url.split("/")[1:], "query": list(query)}
+    return {"method": "GET", "url": {name: part for name, part in parts.items() if part}, "description": words} | more
+
+
+def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
+    """The body of an example request, as Postman has it and as it is sent."""
+    if not flow.content_types:
+        return None
+    media, spec = flow.content_types[0], flow.tree["request"].get("body") or {}
+    value = _sample(spec, "text")
+    if media == CONTENT_TYPES["form"] and isinstance(value, dict):
+        pairs = [(name, text) for name, item in value.items() for text in _texts(item)]
+        fields = [{"key": name, "value": text, "type": "text"} for name, text in pairs]
+        return {"mode": "urlencoded", "urlencoded": fields}, urllib.parse.urlencode(pairs).encode()
+    text = json.dumps(value, indent=2, ensure_ascii=False) if _is_json(media) else as_text(value)
+    options_ = {"options": {"raw": {"language": "json"}}} if _is_json(media) else {}
+    return {"mode": "raw", "raw": text, **options_}, text.encode()
+
+
+#: How Postman wants a value, by the place where it stands: it escapes blanks and the like, but not what has a meaning.
+_IN_POSTMAN: dict[str, Callable[[str], str]] = {
+    "path": partial(urllib.parse.quote, safe=""),
+    "query": partial(urllib.parse.quote, safe="/:@, "),
+    "header": str,
+}
+
+
+def _sample_request(flow: Flow, mode: str) -> tuple[dict[str, Any], list[int]]:
+    """An example request of a flow, as Postman has it, and the status that refuses it if its values do not suffice."""
+    specs = flow.tree["request"].get("parameters", {})
+    params: dict[str, Any] = {}
+    fields: dict[str, list[dict[str, Any]]] = {"path": [], "query": [], "header": []}
+    for item in flow.parameters:
+        spec = specs.get(item.name, {})
+        value, note = _sample(spec, item.name), str(spec.get("description", ""))
+        sent = item.required or "example" in spec or "default" in spec
+        if sent:
+            params[item.name] = value
+        texts = [_IN_POSTMAN[item.where](text) for text in _texts(value)]
+        for text in texts if item.where == "query" else [",".join(texts)]:
+            fields[item.where].append(_field(item.name, text, note, not sent))
+    for name in flow.selection.names:
+        fields["query"].append(_field(name, "", _SELECTING.get(name, _FILTERING), True))
+    if mode == "asynchronous":
+        fields["query"].append(_field("callbackUrl", "", _PARAMETERS["CallbackUrl"]["description"], True))
+        for about, value in ((_PARAMETERS["Wait"], "wait=10"), (_PARAMETERS["IdempotencyKey"], "{{$guid}}")):
+            fields["header"].append(_field(about["name"], value, about["description"], True))
+    body = _sample_body(flow)
+    refused, words = [], flow.description
+    try:
+        request = request_for(flow, params, body and body[1])
+        flow.bind(request, path_values(flow, request.path))
+    except InputError as error:
+        refused = [error.status]
+        words += "\n\nGive it other values than these, which are made up: " + "; ".join(
+            f"{fault['name'] or fault['in']} {fault['message']}" for fault in error.errors
+        )
+    if body is not None:
+        fields["header"].append(_field("Content-Type", flow.content_types[0], ""))
+    path = [f":{part[1:-1]}" if part[0] == "{" else part for part in flow.segments]
+    url = "/".join(["{{baseUrl}}" + PREFIXES[mode], *path])
+    asked = _ask(url, words, *fields["query"], method=flow.method, header=fields["header"])
+    query = "&".join(f"{one['key']}={one['value']}" for one in fields["query"] if "disabled" not in one)
+    asked["url"] |= {"raw": f"{url}?{query}" if query else url} | (
+        {"variable": fields["path"]} if fields["path"] else {}
+    )
+    return asked | ({"body": body[0]} if body else {}), refused
+
+
+def _flow_folder(flow: Flow) -> dict[str, Any]:
+    """The requests of a flow: the synchronous one, and the chain of submit, poll and fetch."""
+    own = _own_responses(flow)
+    given = [int(code) for code, answer in own.items() if code.isdigit() and (code != "500" or "$ref" not in answer)]
+    items = []
+    for mode in (mode for mode in _MODES if mode in flow.modes):
+        asked, refused = _sample_request(flow, mode)
+        statuses = sorted({*given, *refused})
+        status_test = _ANY_STATUS_TEST if "default" in own else _OWN_STATUS_TEST
+        result = (status_test, _PROBLEM_TEST, _JSON_TEST)
+        if mode == "synchronous":
+            items.append(_item(f"{flow.name}: run", asked, _script("test", *result, statuses=statuses)))
+            continue
+        poll = _ask("{{statusUrl}}", "Asks until the job is finished; the pauses are what Retry-After says.")
+        fetch = _ask("{{resultUrl}}", "The flow's own response, as often as asked until it expires.")
+        items += [
+            _item(
+                f"{flow.name}: submit", asked, _script("prerequest", _FORGET_CHAIN, chain=_CHAIN),
+                _script("test", _SUBMIT_TEST, _PROBLEM_TEST, refused=refused, flow=flow.name),
+            ),
+            _item(
+                f"{flow.name}: poll", poll, _script("prerequest", _SKIP_TEST, name="statusUrl"),
+                _script("test", _POLL_TEST, most=_MOST_POLLS),
+            ),
+            _item(
+                f"{flow.name}: fetch", fetch, _script("prerequest", _SKIP_TEST, name="resultUrl"),
+                _script("test", _FETCH_TEST, *result, statuses=statuses),
+            ),
+        ]  # fmt: skip
+    return {"name": flow.name, "description": flow.description, "item": items}
+
+
+def postman_document(
+    deployments: Deployments, base: str, secured: bool, only: Collection[str] | None = None
+) -> dict[str, Any]:
+    """A Postman collection (format 2.1.0) of the published flows, which runs as it is; arguments as of OpenAPI's."""
+    flows = [flow for name, flow in sorted(deployments.by_name.items()) if only is None or name in only]
+    health = _ask("{{baseUrl}}/health", "Needs no token.", auth={"type": "noauth"})
+    limit = _field("limit", "20", "How many at the most.")
+    jobs = _ask("{{baseUrl}}/api/jobs?limit=20", "Jobs that the caller may see, newest first.", limit)
+    jobs["url"]["path"] = ["api", "jobs"]
+    server = [
+        _item("health", health, _script("test", _HEALTH_TEST)),
+        _item("jobs", jobs, _script("test", _LIST_TEST)),
+    ]
+    variables = {"baseUrl": base, "token": "", **_CHAIN}
+    bearer = [{"key": "token", "value": "{{token}}", "type": "string"}]
+    return {
+        "info": {
+            "name": "Astera Lite",
+            "description": "Every published flow: run it, or submit, poll and fetch it. Run the collection as it is; "
+            + ("put a token of the server into the variable `token` first." if secured else "it needs no token."),
+            "schema": "https://schema.getpostman.com/json/collection/v2.1.0/collection.json",
+        },
+        "item": [*map(_flow_folder, flows), {"name": "Server", "item": server}],
+        "auth": {"type": "bearer", "bearer": bearer} if secured else {"type": "noauth"},
+        "event": [_script("test", _ALL_TESTS)],
+        "variable": [{"key": name, "value": value, "type": "string"} for name, value in variables.items()],
+    }
+
+
+@lru_cache(maxsize=16)
+def document_body(
+    make: Callable[..., Any], deployments: Deployments, base: str, secured: bool, only: frozenset[str] | None
+) -> bytes:
+    """A document of the flows as it is sent; kept, for it is the same until a flow changes."""
+    return json_body(make(deployments, base, secured, only))
 
 
 # ======================================================================================================================
@@ -11259,10 +11524,10 @@ def health(x: Exchange) -> Reply:
     return Reply(200 if well else 503, [_JSON, _NO_STORE, *more], json_body(document))
 
 
-def openapi_json(x: Exchange) -> Reply:
-    """GET /openapi.json"""
+def flow_document(make: Callable[..., Any], x: Exchange) -> Reply:
+    """GET /openapi.json, GET /postman.json"""
     has_token = x.caller.name != ""
-    return Reply(200, [_JSON, _NO_STORE], openapi_body(x.app.deployments, x.base, has_token, x.caller.flows))
+    return Reply(200, [_JSON, _NO_STORE], document_body(make, x.app.deployments, x.base, has_token, x.caller.flows))
 
 
 ROUTES = [
@@ -11280,7 +11545,8 @@ ROUTES = [
     Route("GET", "/api/deployments/{name}", deployment_one),
     Route("PUT", "/api/deployments/{name}", deployment_put, check=_may_deploy),
     Route("DELETE", "/api/deployments/{name}", deployment_delete, check=_may_deploy),
-    Route("GET", "/openapi.json", openapi_json),
+    Route("GET", "/openapi.json", partial(flow_document, openapi_document)),
+    Route("GET", "/postman.json", partial(flow_document, postman_document)),
     Route("GET", "/health", health, is_open=True),
 ]
 
@@ -12394,14 +12660,14 @@ def schema(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def openapi(args: argparse.Namespace, settings: Settings) -> int:
-    """openapi: print the OpenAPI document of the flows; exit 1 if some are faulty and so not in it."""
+def print_document(make: Callable[..., Any], args: argparse.Namespace, settings: Settings) -> int:
+    """openapi, postman: print a document of the flows; exit 1 if some are faulty and so not in it."""
     app = AsteraLite(settings)
     found = app.read_flows()
     for fault in found.faults:
         print(fault, file=sys.stderr)
     secured = settings.token is not None or bool(_tokens_of(settings.database))
-    print(json.dumps(openapi_document(found, app.base, secured), indent=2, ensure_ascii=False))
+    print(json.dumps(make(found, app.base, secured), indent=2, ensure_ascii=False))
     return 1 if found.faults else 0
 
 
@@ -12531,6 +12797,7 @@ def backup(args: argparse.Namespace, settings: Settings) -> int:
 
 _Command = Callable[["argparse.Namespace", Settings], int]
 _RUNNING = ("flows", "data", "env_allow", "secrets", "callback_allow", "max_step_response", "max_result", "job_timeout")
+_DOCUMENTED = ("flows", "host", "port", "public_url", "env_allow", "secrets")
 
 
 def _positive(text: str) -> int:
@@ -12565,10 +12832,16 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
     ),
     "schema": (schema, "print a JSON Schema of the flow file, for editors", [], ()),
     "openapi": (
-        openapi,
+        partial(print_document, openapi_document),
         "print the OpenAPI document of the flows",
         [],
-        ("flows", "host", "port", "public_url", "env_allow", "secrets"),
+        _DOCUMENTED,
+    ),
+    "postman": (
+        partial(print_document, postman_document),
+        "print a Postman collection of the flows, to import or to run with newman",
+        [],
+        _DOCUMENTED,
     ),
     "new": (new, "write a starter flow", [("name", {"metavar": "NAME", "help": "name of the flow"})], ("flows",)),
     "jobs": (

@@ -263,7 +263,7 @@ def test_serve_prints_every_endpoint_ready_to_use(tmp_path: Path) -> None:
             ["both", "synchronous"], ["both", "asynchronous"], ["hello", "synchronous"], ["hello", "asynchronous"],
             ["sum", "synchronous"],
         ]  # fmt: skip
-        assert printed[4][2] == f"-X POST '{url}/api/publishing/sum/a'"
+        assert printed[4][2] == f"-X POST '{url}/api/publishing/sum/1'"
         for row in printed[:4]:
             code = 200 if row[1] == "synchronous" else 202
             assert get(row[2].strip("'")).status_code == code
