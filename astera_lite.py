@@ -20,7 +20,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
     11 Service             AsteraLite: the application without HTTP
     12 Access              tokens, Host and Origin rules
     13 Wire                bytes <-> requests and responses, strict, without sockets
-    14 Documents           OpenAPI, Postman, the endpoint list, a starter flow, the JSON Schema of a flow file
+    14 Documents           OpenAPI, Postman, metrics, the endpoint list, a starter flow, the JSON Schema of a flow file
     15 Routes              the ROUTES table and its functions
     16 Loop                Handler and Server: every socket, every deadline of a connection
     17 Command line        subcommands, signals, logging, main()
@@ -47,6 +47,7 @@ if __name__ == "__main__":
 import ast
 import base64
 import binascii
+import bisect
 import codecs
 import contextlib
 import copy
@@ -83,7 +84,7 @@ import time
 import types
 import urllib.parse
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -316,6 +317,34 @@ class JobKeys:
                 self._salts = [number >> 2 for number in struct.unpack("256Q", os.urandom(2048))]
             self._last = max(self._last + 1, now_ms << 12)
             return JobKey(self._last, self._salts.pop())
+
+
+#: Upper bounds of the classes that run times are counted in, in seconds.
+RUN_TIMES = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0, 1800.0)
+
+
+class Metrics:
+    """What happened since the start, in plain numbers; any thread may count.
+
+    There is no lock: CPython lets no other thread run within `counts[key] += 1`. Where it has no lock of its own, two
+    that count in one instant may be taken for one.
+    """
+
+    def __init__(self) -> None:
+        self.accepted: dict[str, int] = defaultdict(int)  # jobs by flow
+        self.ended: dict[tuple[str, str], int] = defaultdict(int)  # jobs by flow and end
+        self.runs: dict[str, list[int]] = {}  # by flow: runs of each class of RUN_TIMES, and longer ones
+        self.run_seconds: dict[str, float] = defaultdict(float)  # by flow
+        self.callbacks: dict[str, int] = defaultdict(int)  # attempts by what followed
+        self.requests: dict[tuple[str, str, int], int] = defaultdict(int)  # by method, path of the route, and status
+        self.connections: list[Collection[Any]] = []  # of each server, those that are open
+
+    def ran(self, flow: str, seconds: float) -> None:
+        """Count a run, synchronous or of a job."""
+        counts = self.runs.get(flow) or self.runs.setdefault(flow, [0] * (len(RUN_TIMES) + 1))
+        bucket = bisect.bisect_left(RUN_TIMES, seconds)
+        counts[bucket] += 1
+        self.run_seconds[flow] += seconds
 
 
 def timestamp(ms: int | None, offset: int = 0) -> str | None:
@@ -814,6 +843,10 @@ class Answer:
     body: bytes = b""
 
 
+#: How a job may end: it answered, or the code of its error.
+ENDS = ("completed", "failed", "timeout", "cancelled", "interrupted")
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a run ended. `error` is the problem with its `code`; None when the flow answered."""
@@ -826,6 +859,11 @@ class Outcome:
     def status(self) -> Status:
         """Completed, or Error."""
         return Status.COMPLETED if self.error is None else Status.ERROR
+
+    @property
+    def end(self) -> str:
+        """One of ENDS."""
+        return "completed" if self.error is None else str(self.error["code"])
 
     @classmethod
     def failed(cls, code: str, status: int, detail: str, reason: str = "", **members: Any) -> Outcome:
@@ -7394,8 +7432,9 @@ class Engine:
         job_timeout: float,
         prepare: Callable[[int], Prepared | Outcome | None],
         finished: Callable[[JobKey, bool], None],
+        metrics: Metrics,
     ) -> None:
-        self._store, self._outside, self._clock = store, outside, outside.clock
+        self._store, self._outside, self._clock, self._metrics = store, outside, outside.clock, metrics
         self._prepare, self._tell = prepare, finished
         self._workers, self._retention_ms, self._job_timeout = workers, round(retention * 1000), job_timeout
         self._threads = workers + max(1, workers // 4)
@@ -7434,6 +7473,10 @@ class Engine:
     def counts(self) -> dict[str, int]:
         """What the engine has in hand, for people."""
         return {"queued": self.queued, "running": self._busy, "waiting": len(self._asleep)}
+
+    def threads(self) -> tuple[int, int]:
+        """The threads that run jobs and synchronous flows: how many there are, and how many of them are busy."""
+        return self._threads, self._draining
 
     def put(self, seq: int, prepared: Prepared | None = None) -> None:
         """Queue a stored job; what is prepared already is kept in memory as long as the queue is short."""
@@ -7704,7 +7747,8 @@ class Engine:
         if isinstance(outcome, Suspended):
             self._suspend(live, journal, outcome.until, trace)
             return
-        self._measure(flow, self._clock.monotonic() - began)
+        if not live.overdue:  # or it was measured then
+            self._measure(flow, self._clock.monotonic() - began, spent)
         self._record(live, flow, outcome, trace)
 
     def _suspend(self, live: _Live, journal: JobJournal, due: int, trace: list[dict[str, Any]]) -> None:
@@ -7748,7 +7792,7 @@ class Engine:
         with self._lock:
             self._unrecorded += 1
         try:
-            self._store.finish(finish, self._finished(job, done, substitute))
+            self._store.finish(finish, self._finished(job, finish.outcome, done, substitute))
         except BaseException:  # out of memory: it is not on its way
             with self._lock:
                 self._unrecorded -= 1
@@ -7786,7 +7830,7 @@ class Engine:
             callback,
         )
 
-    def _finished(self, job: Job, done: Done, substitute: bool) -> Done:
+    def _finished(self, job: Job, outcome: Outcome, done: Done, substitute: bool) -> Done:
         """What follows when a job's end is on disk; one that cannot be stored is replaced by a small one, once."""
 
         def recorded(moved: Any, error: AsteraError | None) -> None:
@@ -7799,17 +7843,21 @@ class Engine:
             if error is not None:
                 log.error("the end of job %s could not be recorded: %s", job.id, error)
                 if substitute and not self._stopping:
-                    outcome = Outcome.failed("failed", 500, "The job's end could not be stored.")
-                    self._hand_over(job, self._finish(job, outcome, []), done, substitute=False)
+                    instead = Outcome.failed("failed", 500, "The job's end could not be stored.")
+                    self._hand_over(job, self._finish(job, instead, []), done, substitute=False)
                     return
+            if moved:
+                self._metrics.ended[job.flow, outcome.end] += 1
             self._tell(job.key, job.callback is not None)
             done(moved, error)
 
         return recorded
 
-    def _measure(self, flow: Flow, seconds: float) -> None:
+    def _measure(self, flow: Flow, seconds: float, waited: float = 0.0) -> None:
+        """Note how long a run held its thread, and how long it was under way before that."""
         mean = self._mean_s.get(flow.name, seconds)
         self._mean_s[flow.name] = mean + 0.2 * (seconds - mean)
+        self._metrics.ran(flow.name, waited + seconds)
 
     # --- what others ask ---
 
@@ -7863,7 +7911,8 @@ class Engine:
         for live in late:
             live.overdue = True
             live.cancel.set()
-            assert live.run is not None
+            assert live.run is not None and live.started is not None
+            self._measure(live.run.flow, (self._clock.now() - live.started) / 1000)
             outcome = Outcome.failed("timeout", 504, "The flow took longer than it may.", "its thread does not end")
             self._record(live, live.run.flow, outcome, list(live.run.trace or []))
 
@@ -8124,10 +8173,11 @@ class Housekeeper:
         engine: Engine,
         courier: Courier,
         clock: Clock,
+        metrics: Metrics,
         look_around: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._engine, self._courier, self._clock = store, engine, courier, clock
-        self._look_around = look_around
+        self._metrics, self._look_around = metrics, look_around
         self._unsettled: deque[JobKey] = deque()  # deliveries whose outcome could not be stored
         self._wake = threading.Event()
         self._stopping = False
@@ -8224,6 +8274,7 @@ class Housekeeper:
             if error is not None:  # not at once again, or a lasting fault would be a storm of deliveries
                 self._unsettled.append(job.key)
                 return
+            self._metrics.callbacks[state] += 1
             self._courier.settled(job.key)
             self.wake()
 
@@ -8396,6 +8447,8 @@ class AsteraLite:
         self.deployments = Deployments()
         self.tokens: list[Token] = []
         self._running = False
+        self.metrics = Metrics()
+        self.started_at = 0  # milliseconds since the epoch, by the system's clock
         self._size_at, self._size = -1.0, 0
         self._counting = threading.Lock()
         self._on_the_way = 0  # jobs that were accepted, but are not on disk and so not queued yet
@@ -8439,6 +8492,7 @@ class AsteraLite:
             job_timeout=settings.job_timeout,
             prepare=self._prepare,
             finished=self._finished,
+            metrics=self.metrics,
         )
         self.courier = Courier(
             self.outside.outbound,
@@ -8448,7 +8502,9 @@ class AsteraLite:
             timeout=settings.callback_timeout,
             retries=settings.callback_retries,
         )
-        self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, self.look_around)
+        self.housekeeper = Housekeeper(
+            self.store, self.engine, self.courier, self.clock, self.metrics, self.look_around
+        )
         self.clock.begin(self.store.last_seen())
         if self.clock.offset:
             log.warning(
@@ -8469,6 +8525,7 @@ class AsteraLite:
         if left:
             log.info("took up %d jobs that were not finished when the server stopped", len(left))
         self.housekeeper.start()
+        self.started_at = self.clock.wall()
         self._running = True
 
     def stop(self) -> int:
@@ -8696,6 +8753,10 @@ class AsteraLite:
 
         def stored(result: Any, error: AsteraError | None) -> None:
             added = isinstance(result, Added) and not result.replayed
+            if added:
+                self.metrics.accepted[job.flow] += 1
+                if ended is not None:
+                    self.metrics.ended[job.flow, ended.outcome.end] += 1
             if added and ended is None:
                 self.engine.put(job.key.seq, Prepared(job, call.flow, call.input))
             else:
@@ -9845,7 +9906,7 @@ _SCHEMAS: dict[str, Any] = {
         {
             "type": {"type": "string", "format": "uri-reference"}, "title": _TEXT, "status": _CODE, "detail": _TEXT,
             "errors": {"type": "array", "items": _ERROR_SCHEMA, "description": "everything wrong with the input"},
-            "code": {"enum": ["failed", "timeout", "cancelled", "interrupted"]},
+            "code": {"enum": list(ENDS[1:])},
             "requestId": {**_TEXT, "description": "where to look in the server's log"},
         },
         ("errors", "code", "requestId"),
@@ -10171,6 +10232,15 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
                 "200": {
                     "description": "The document.", "headers": _headers(), "content": _content({"type": "object"})
                 }
+            },
+        )
+    },
+    "/metrics": {
+        "get": _known(
+            "Server API", "Fetch the metrics", "Prometheus text format; not for a token that is limited to flows.", (),
+            operationId="getMetrics",
+            responses={
+                "200": {"description": "They.", "headers": _headers(), "content": _content(_TEXT, "text/plain")}
             },
         )
     },
@@ -10548,6 +10618,116 @@ def _referenced(document: Any, shared: Mapping[str, Mapping[str, Any]]) -> dict[
     }
 
 
+# --- metrics ---
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+#: What is said of a callback's state after an attempt.
+_FOLLOWS = {"delivered": "delivered", "pending": "retried", "failed": "failed", "gone": "gone"}
+#: The value; or several, each with its labels as they are written.
+_Samples = float | Iterable[tuple[str, float]]
+
+
+def _labels(**labels: Any) -> str:
+    """Labels as they are written: {flow="weather"}."""
+    escape = {"\\": "\\\\", '"': '\\"', "\n": "\\n"}
+    texts = {name: "".join(escape.get(char, char) for char in str(value)) for name, value in labels.items()}
+    return "{" + ",".join(f'{name}="{text}"' for name, text in texts.items()) + "}"
+
+
+def _run_times(app: AsteraLite) -> Iterator[tuple[str, float]]:
+    for flow in sorted(app.deployments.by_name):
+        counts = list(app.metrics.runs.get(flow, [0] * (len(RUN_TIMES) + 1)))
+        for bound, count in zip([*RUN_TIMES, "+Inf"], itertools.accumulate(counts), strict=True):
+            yield "_bucket" + _labels(flow=flow, le=bound), count
+        yield "_sum" + _labels(flow=flow), app.metrics.run_seconds.get(flow, 0.0)
+        yield "_count" + _labels(flow=flow), sum(counts)
+
+
+def _resident_bytes(app: AsteraLite) -> _Samples:
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError):  # not on Linux
+        return []
+
+
+#: The metrics: name, type, help, and what gives the samples. Flows that are deployed now are told of, and no others.
+_METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
+    (
+        "astera_jobs_accepted_total", "counter", "Jobs that were accepted.",
+        lambda app: [(_labels(flow=f), app.metrics.accepted.get(f, 0)) for f in sorted(app.deployments.by_name)],
+    ),
+    (
+        "astera_jobs_finished_total", "counter", "Jobs that ended, by how they did.",
+        lambda app: [
+            (_labels(flow=f, outcome=end), app.metrics.ended.get((f, end), 0))
+            for f in sorted(app.deployments.by_name) for end in ENDS
+        ],
+    ),
+    (
+        "astera_run_duration_seconds", "histogram",
+        "Times of runs, synchronous ones and those of jobs, from begin to end.", _run_times,
+    ),
+    ("astera_jobs_queued", "gauge", "Jobs that wait for a thread.", lambda app: app.engine.counts()["queued"]),
+    ("astera_jobs_running", "gauge", "Jobs that have a thread.", lambda app: app.engine.counts()["running"]),
+    (
+        "astera_jobs_waiting", "gauge", "Jobs that wait for a time without a thread.",
+        lambda app: app.engine.counts()["waiting"],
+    ),
+    (
+        "astera_workers", "gauge", "Threads for jobs and synchronous flows.",
+        lambda app: app.engine.threads()[0],
+    ),
+    ("astera_workers_busy", "gauge", "Those of them that run something.", lambda app: app.engine.threads()[1]),
+    (
+        "astera_callback_attempts_total", "counter", "Attempts to deliver a callback, by what followed.",
+        lambda app: [
+            (_labels(outcome=word), app.metrics.callbacks.get(state, 0)) for state, word in _FOLLOWS.items()
+        ],
+    ),
+    (
+        "astera_callbacks_under_way", "gauge", "Callbacks that are being delivered.",
+        lambda app: len(app.courier.under_way()),
+    ),
+    (
+        "astera_http_requests_total", "counter", "Requests that were answered.",
+        lambda app: [
+            (_labels(method=method, route=path, code=code), count)
+            for (method, path, code), count in sorted(app.metrics.requests.items())
+        ],
+    ),
+    ("astera_connections", "gauge", "Open connections.", lambda app: sum(map(len, app.metrics.connections))),
+    ("astera_database_bytes", "gauge", "The database with its write-ahead log.", lambda app: app.store.size()),
+    (
+        "astera_healthy", "gauge", "1, or 0 where /health tells why not.",
+        lambda app: float(app.health()["status"] == "ok"),
+    ),
+    ("astera_flows", "gauge", "Published flows.", lambda app: len(app.deployments.by_name)),
+    (
+        "astera_flow_faults", "gauge", "Faults of files that are not published, or not in their present form.",
+        lambda app: len(app.deployments.faults),
+    ),
+    (
+        "astera_build_info", "gauge", "Always 1; the labels say what runs.",
+        lambda app: [(_labels(version=__version__, python=".".join(map(str, sys.version_info[:3]))), 1)],
+    ),
+    ("astera_start_time_seconds", "gauge", "When it started (Unix time).", lambda app: app.started_at / 1000),
+    ("process_cpu_seconds_total", "counter", "Time of the processor.", lambda app: time.process_time()),
+    ("process_resident_memory_bytes", "gauge", "Memory in use.", _resident_bytes),
+]  # fmt: skip
+
+
+def metrics_text(app: AsteraLite) -> str:
+    """The text format of Prometheus, version 0.0.4."""
+    lines = []
+    for name, kind, words, samples in _METRICS:
+        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
+        found = samples(app)
+        pairs = [("", found)] if isinstance(found, int | float) else found
+        lines += [f"{name}{labels} {value!r}" for labels, value in pairs]
+    return "\n".join([*lines, ""])
+
+
 # --- Postman ---
 
 #: What the scripts of a chain hand on, from one request to the next.
@@ -10874,7 +11054,7 @@ def begin(x: Exchange, access: Access) -> None:
     head = x.head
     x.cors_origin = access.check_origin(head.headers, x.origin, navigation=head.method == "GET" and head.path == "/")
     if head.method == "OPTIONS":
-        x.route = Route("OPTIONS", head.path, options, True)
+        x.route = Route("OPTIONS", "*", options, True)
         return
     routes = find_routes(head.path, x.values)
     route = routes.get(head.method) or (routes.get("GET") if head.method == "HEAD" else None) or routes.get("*")
@@ -11524,6 +11704,16 @@ def health(x: Exchange) -> Reply:
     return Reply(200 if well else 503, [_JSON, _NO_STORE, *more], json_body(document))
 
 
+def _may_measure(x: Exchange) -> None:
+    if x.caller.flows is not None:
+        raise AccessError(403, f"The token {x.caller.name} is limited to flows: the metrics tell of all of them.")
+
+
+def metrics(x: Exchange) -> Reply:
+    """GET /metrics"""
+    return Reply(200, [("Content-Type", METRICS_TYPE), _NO_STORE], metrics_text(x.app).encode())
+
+
 def flow_document(make: Callable[..., Any], x: Exchange) -> Reply:
     """GET /openapi.json, GET /postman.json"""
     has_token = x.caller.name != ""
@@ -11548,6 +11738,7 @@ ROUTES = [
     Route("GET", "/openapi.json", partial(flow_document, openapi_document)),
     Route("GET", "/postman.json", partial(flow_document, postman_document)),
     Route("GET", "/health", health, is_open=True),
+    Route("GET", "/metrics", metrics, check=_may_measure),
 ]
 
 _PREFIX_ROUTES = {row.path[:-1]: {row.method: row} for row in ROUTES if row.path.endswith("/*")}
@@ -11977,6 +12168,8 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.selector = selectors.DefaultSelector()
         self.handlers: set[Handler] = set()
+        self.requests = app.metrics.requests
+        app.metrics.connections.append(self.handlers)
         self.buffered = 0
         self.turned_away = 0  # handlers that only tell their client that there are too many
         self.stopping = False
@@ -12160,6 +12353,7 @@ class Server(ThreadingHTTPServer):
             handler.turn_away(self._too_many())
 
     def _too_many(self) -> bytes:
+        self.requests["", "", 503] += 1
         body = json_body(problem(503, "The server has as many connections as it can."))
         reply = Reply(503, [_PROBLEM, _NO_STORE, ("Retry-After", "5")], body)
         return response_head(reply, self._next_request_id(), False) + reply.body
@@ -12237,6 +12431,7 @@ class Server(ThreadingHTTPServer):
             )
             cors = [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", exposed)]
             reply = reply._replace(headers=[*reply.headers, *cors])
+        self.requests[x.head.method, x.route.path if x.route else "", reply.status] += 1
         log.debug("%s %s %s %d", x.request_id, x.head.method, x.head.path, reply.status)
         handler.respond(x, reply)
 
