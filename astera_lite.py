@@ -883,6 +883,7 @@ class Delivery:
     last_status: int | None = None
     next_at: int | None = None
     body: str = ""
+    trace: Trace | None = None  # known when it is due
 
 
 @dataclass(frozen=True, slots=True)
@@ -895,6 +896,43 @@ class Attempt:
     error: str | None = None
 
 
+class Trace(NamedTuple):
+    """Whose work a request is part of (W3C Trace Context): the trace, whether it is recorded, and `tracestate`."""
+
+    id: str  # 32 hexadecimal digits
+    sampled: bool
+    state: str = ""
+
+    def headers(self) -> dict[str, str]:
+        """What a request carries on that this one causes: the same trace, and a new id of its own."""
+        parent = f"00-{self.id}-{os.urandom(8).hex()}-0{self.sampled:d}"
+        return {"traceparent": parent} | ({"tracestate": self.state} if self.state else {})
+
+
+_TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(-.*)?")
+_STATE_KEY = r"[a-z0-9][a-z0-9_\-*/]{0,255}|[a-z0-9][a-z0-9_\-*/]{0,240}@[a-z][a-z0-9_\-*/]{0,13}"
+_STATE_VALUE = r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
+_STATE_MEMBER = re.compile(rf"({_STATE_KEY})={_STATE_VALUE}")
+_LONGEST_STATE = 512  # characters that have to be passed on
+
+
+def parse_trace(headers: Mapping[str, str]) -> Trace | None:
+    """The trace that a request belongs to; None without a `traceparent`, or with a malformed one."""
+    match = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    if match is None or (match[1] == "00" and match[4]):  # only a later version may say more
+        return None
+    state = headers.get("tracestate", "")
+    members = [_STATE_MEMBER.fullmatch(text) for part in state.split(",") if (text := part.strip(" \t"))]
+    keys = [member[1] for member in members if member]
+    well = len(state) <= _LONGEST_STATE and len(keys) == len(members) == len(set(keys)) <= 32
+    return Trace(match[2], bool(int(match[3], 16) & 1), state if well and keys else "")
+
+
+def about(what: str, its_id: str, flow: str, trace: Trace | None) -> dict[str, str]:
+    """Members of a line of the log about a job, or a request, as its `extra`."""
+    return {what: its_id, "flow": flow} | ({"trace": trace.id} if trace else {})
+
+
 @dataclass(frozen=True, slots=True)
 class StoredRequest:
     """What a client sent, as the job keeps it: enough to bind it to the flow again."""
@@ -904,6 +942,7 @@ class StoredRequest:
     query: str = ""  # raw, without callbackUrl
     headers: dict[str, str] = field(default_factory=dict)  # declared ones and the content type, lower case
     body: bytes = b""
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -2794,6 +2833,7 @@ class Input:
     request: dict[str, Any]
     selected: Selected = _ALL_ROWS
     size: int = 0  # bytes of the body as it came
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -2910,6 +2950,7 @@ class Flow:
             },
             selected,
             len(request.body),
+            request.trace,
         )
 
     def _bind_body(self, request: StoredRequest, errors: list[dict[str, str]]) -> Any:
@@ -3287,6 +3328,12 @@ class Run:
         names = {"params": given.params, "request": given.request, "env": outside.env, "secrets": outside.secrets}
         return names if self.purse is None else {**names, PURSE: self.purse}
 
+    @property
+    def about(self) -> dict[str, str]:
+        """What its lines of the log are about."""
+        its_id = str(self.input.request["id"])
+        return about("job" if JobKey.parse(its_id) else "request", its_id, self.flow.name, self.input.trace)
+
     def branch(self, **changes: Any) -> Run:
         """A run of a part of this one, under the same deadlines; `changes` are its attributes that differ."""
         part = copy.copy(self)
@@ -3377,7 +3424,7 @@ def run_flow(run: Run) -> Outcome | Suspended:
     except BaseException as error:  # sys.exit(), or a cancelled future, ends the run and not a thread of the pool
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
-        log.debug("flow %s", flow.name, exc_info=True)
+        log.debug("flow %s", flow.name, exc_info=True, extra=run.about)
         return _broken(run, f"{type(error).__name__}: {error}")
 
 
@@ -3424,7 +3471,8 @@ def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
             if isinstance(error, StepError):
                 raise StepError(error.status, f'step "{step.name}": {error.detail}', f"step {path}: {error}") from error
             raise
-        log.info("flow %s: step %s failed, going on: %s", run.flow.name, path, run.outside.masked(str(error)))
+        reason = run.outside.masked(str(error))
+        log.info("flow %s: step %s failed, going on: %s", run.flow.name, path, reason, extra=run.about)
         value, state = step.on_error(scope), "failed"
     size = run.journal.record(path, value) if step.save else None
     if state == "finished":
@@ -3839,7 +3887,7 @@ class Context:
         self.request: dict[str, Any] = scope["request"]
         self.steps: dict[str, Any] = {k: v for k, v in scope.items() if k not in _BASE_NAMES}
         self.secrets: dict[str, str] = run.outside.secrets
-        self.log = logging.LoggerAdapter(log, {"flow": run.flow.name, "step": path})
+        self.log = logging.LoggerAdapter(log, run.about | {"step": path})
         self._path = path
 
     @property
@@ -4080,6 +4128,8 @@ class _HttpCall(NamedTuple):
         request.set_body(self.body_kind, self.body(scope))
         names = {name.lower() for name in own}
         request.headers = {name: text for name, text in request.headers.items() if name.lower() not in names} | own
+        if run.input.trace is not None and "traceparent" not in map(str.lower, request.headers):
+            request.headers |= run.input.trace.headers()
         for name, text in request.headers.items():
             if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
                 raise ExpressionError(f"{self.place}/headers/{name}: it has characters that no header may have")
@@ -5072,7 +5122,8 @@ class Isolated:
             run.progress = Progress(path, *message["progress"])
         if "log" in message:
             level, text = message["log"]
-            log.log(level, "flow %s: step %s: %s", run.flow.name, path, run.outside.masked(text))
+            said = run.outside.masked(text)
+            log.log(level, "flow %s: step %s: %s", run.flow.name, path, said, extra=run.about | {"step": path})
 
     def close(self) -> None:
         """End the processes that are idle; those at work end with their step."""
@@ -6309,6 +6360,7 @@ _JOB_COLUMNS = (
 )
 _CALLBACK_COLUMNS = "c.state, c.attempts, c.last_status, c.next, c.body"
 _SELECT_JOB = f"SELECT {_JOB_COLUMNS}, {_CALLBACK_COLUMNS} FROM jobs LEFT JOIN callbacks c ON c.job = seq"  # noqa: S608
+_SELECT_OWED = _SELECT_JOB.replace(" FROM", ", request FROM")
 _CHILD_TABLES = ("pieces", "steps", "callbacks", "attempts")
 _BATCH = 512  # writes committed together at the most; more would make the first of them wait
 _RETRY_S = 0.5
@@ -6339,6 +6391,11 @@ def _job(row: Sequence[Any]) -> Job:
         JobKey(seq, salt), flow, version, Status(status), created, base, token, attempt, due, started, finished,
         expires, error and json.loads(error), callback,
     )  # fmt: skip
+
+
+def _trace(sent: Mapping[str, Any]) -> Trace | None:
+    """The trace in the column `request`."""
+    return Trace(*sent["trace"]) if "trace" in sent else None
 
 
 def _store_error(error: Exception) -> StoreError:
@@ -6664,9 +6721,8 @@ class SqliteStore:
         job, request = submission.job, submission.request
         cells = _cells(job.key, "request_body", 0, request.body) if len(request.body) > PIECE else []
         self._put_pieces(cells, keep=False)
-        sent = to_json(
-            {"method": request.method, "path": request.path, "query": request.query, "headers": request.headers}
-        )
+        members = {"method": request.method, "path": request.path, "query": request.query, "headers": request.headers}
+        sent = to_json(members if request.trace is None else {**members, "trace": request.trace})
         row = (
             *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
             submission.fingerprint, job.callback.url if job.callback else None, sent, None if cells else request.body,
@@ -6910,7 +6966,7 @@ class SqliteStore:
         if body is None:
             sql = "SELECT data FROM pieces WHERE job = ? AND part = 'request_body' ORDER BY n"
             body = b"".join(piece for (piece,) in db.execute(sql, (key.seq,)))
-        return StoredRequest(sent["method"], sent["path"], sent["query"], sent["headers"], body)
+        return StoredRequest(sent["method"], sent["path"], sent["query"], sent["headers"], body, _trace(sent))
 
     def request(self, key: JobKey) -> StoredRequest | None:
         with self._reader() as db:
@@ -6989,9 +7045,9 @@ class SqliteStore:
                 f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, *(only or ()), limit + len(skip))
             ).fetchall()
             wanted = [seq for (seq,) in found if seq not in skip][:limit]
-            rows = [db.execute(f"{_SELECT_JOB} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
-        jobs = [_job(row) for row in rows if row is not None]
-        return [(job, job.callback) for job in jobs if job.callback is not None]
+            rows = [db.execute(f"{_SELECT_OWED} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
+        jobs = [(_job(row), _trace(json.loads(row[20]))) for row in rows if row is not None]
+        return [(job, dataclasses.replace(job.callback, trace=trace)) for job, trace in jobs if job.callback]
 
     def next_delivery(self, now: int) -> int | None:
         with self._reader() as db:
@@ -7546,7 +7602,7 @@ class Engine:
         assert isinstance(outcome, Outcome)
         self._measure(run.flow, self._clock.monotonic() - began)
         self._leave(run.flow)
-        log_outcome("request", str(run.input.request["id"]), run.flow, outcome)
+        log_outcome("request", run.flow, run.input, outcome)
         sync.done(outcome)
 
     # --- limits of flows ---
@@ -7682,14 +7738,14 @@ class Engine:
                 with self._lock:
                     self._live.pop(seq, None)
         except AsteraError as error:  # the database failed while the job was read: it is tried again
-            log.error("job %s could not be begun: %s", JobKey(seq, 0), error)
+            log.error("job %s could not be begun: %s", JobKey(seq, 0), error, extra={"job": str(JobKey(seq, 0))})
             with self._lock:
                 self._live.pop(seq, None)
                 if live.cancel.is_set:
                     self._to_cancel.add(seq)
                 self._sleep(self._clock.now() + 1000, seq)
         except Exception:  # the door of a job's run: a fault of ours must not cost the thread
-            log.exception("job %s", JobKey(seq, 0))
+            log.exception("job %s", JobKey(seq, 0), extra=live.run.about if live.run else {"job": str(JobKey(seq, 0))})
             if live.job is not None:
                 self.end(live.job, Outcome.failed("failed", 500, "The server failed to run the job."))
             with self._lock:
@@ -7723,7 +7779,7 @@ class Engine:
         if prepared.interrupted and (job.attempt >= MAX_ATTEMPTS or flow.restart == "fail"):
             times = f"{job.attempt} times" if job.attempt > 1 else "once"
             detail = f"The server stopped {times} while the job ran; it is not tried again."
-            self._record(live, flow, Outcome.failed("interrupted", 500, detail), [])
+            self._record(live, prepared, Outcome.failed("interrupted", 500, detail), [])
             return
         if prepared.interrupted and flow.restart == "rerun":
             prepared = prepared._replace(saved={}, waits={}, trace=())
@@ -7749,7 +7805,7 @@ class Engine:
             return
         if not live.overdue:  # or it was measured then
             self._measure(flow, self._clock.monotonic() - began, spent)
-        self._record(live, flow, outcome, trace)
+        self._record(live, prepared, outcome, trace)
 
     def _suspend(self, live: _Live, journal: JobJournal, due: int, trace: list[dict[str, Any]]) -> None:
         job = live.job
@@ -7771,11 +7827,11 @@ class Engine:
         suspension = Suspension(job.key, live.attempt, live.started, due, *journal.waiting, to_json(trace))
         self._store.suspend(suspension, suspended)
 
-    def _record(self, live: _Live, flow: Flow, outcome: Outcome, trace: list[dict[str, Any]]) -> None:
+    def _record(self, live: _Live, ran: Prepared | Run, outcome: Outcome, trace: list[dict[str, Any]]) -> None:
         job = live.job
         assert job is not None
         finish = self._finish(job, outcome, trace)
-        log_outcome("job", job.id, flow, outcome)
+        log_outcome("job", ran.flow, ran.input, outcome)
         with self._lock:
             crowded = self._unrecorded >= _MAX_UNRECORDED
         if crowded:
@@ -7841,7 +7897,8 @@ class Engine:
                 self._dropped.discard(job.key.seq)
             self.dismiss(job.flow, job.key.seq)
             if error is not None:
-                log.error("the end of job %s could not be recorded: %s", job.id, error)
+                this = about("job", job.id, job.flow, None)
+                log.error("the end of job %s could not be recorded: %s", job.id, error, extra=this)
                 if substitute and not self._stopping:
                     instead = Outcome.failed("failed", 500, "The job's end could not be stored.")
                     self._hand_over(job, self._finish(job, instead, []), done, substitute=False)
@@ -7914,7 +7971,7 @@ class Engine:
             assert live.run is not None and live.started is not None
             self._measure(live.run.flow, (self._clock.now() - live.started) / 1000)
             outcome = Outcome.failed("timeout", 504, "The flow took longer than it may.", "its thread does not end")
-            self._record(live, live.run.flow, outcome, list(live.run.trace or []))
+            self._record(live, live.run, outcome, list(live.run.trace or []))
 
     def _overdue_calls(self, now: float) -> list[_SyncRun]:
         """Synchronous calls that were held until their time was over; they are held no more."""
@@ -7944,14 +8001,16 @@ class Engine:
         return len(left_over)
 
 
-def log_outcome(what: str, its_id: str, flow: Flow, outcome: Outcome) -> None:
-    if outcome.error is None:
-        log.debug("%s %s: flow %s answered %d", what, its_id, flow.name, outcome.answer.code)
-    else:
-        reason = outcome.reason or outcome.error["detail"]
-        log.warning(
-            "%s %s: flow %s ended as %s: %s", what, its_id, flow.name, outcome.error["code"], shown(reason, 500)
-        )
+def log_outcome(what: str, flow: Flow, given: Input, outcome: Outcome) -> None:
+    """Log how a job, or a synchronous request, ended."""
+    level = logging.DEBUG if outcome.error is None else logging.WARNING
+    if log.isEnabledFor(level):
+        its_id = str(given.request["id"])
+        words = f"answered {outcome.answer.code}"
+        if outcome.error is not None:
+            words = f"ended as {outcome.end}: {shown(outcome.reason or outcome.error['detail'], 500)}"
+        this = about(what, its_id, flow.name, given.trace)
+        log.log(level, "%s %s: flow %s %s", what, its_id, flow.name, words, extra=this)
 
 
 # ======================================================================================================================
@@ -8114,7 +8173,8 @@ class Courier:
         state, next_at = next_try(attempt, number, retry_after_s, self._retries, now, expires)
         words = f"answered {attempt.status}" if answered else f"gave no answer: {attempt.error}"
         level = logging.DEBUG if state == "delivered" else logging.WARNING
-        log.log(level, "callback of job %s: %s %s; it is %s", job.id, receiver, words, state)
+        this = about("job", job.id, job.flow, delivery.trace)
+        log.log(level, "callback of job %s: %s %s; it is %s", job.id, receiver, words, state, extra=this)
         done(attempt, state, next_at)
 
     def deliver(self, job: Job, delivery: Delivery) -> tuple[Attempt, float]:
@@ -8130,6 +8190,9 @@ class Courier:
         }
         if self._key is not None:
             headers["webhook-signature"] = sign(self._key, message_id, sent_s, body)
+        if delivery.trace is not None:
+            headers |= delivery.trace.headers()
+        this = about("job", job.id, job.flow, delivery.trace)
         status, error, retry_after_s = None, None, 0.0
         started = self._clock.monotonic()
         try:
@@ -8139,12 +8202,12 @@ class Courier:
             status = answer.status
             retry_after_s = parse_retry_after(header_value(answer.headers, "retry-after"), self._clock.wall())
         except AddressRefused as refused:
-            log.warning("callback of job %s: %s", job.id, refused)
+            log.warning("callback of job %s: %s", job.id, refused, extra=this)
             error = "refused"
         except OutboundError as failed:
             error = str(failed)
         except Exception as odd:  # the door of a delivery: whatever it is, the debt stays
-            log.exception("callback of job %s", job.id)
+            log.exception("callback of job %s", job.id, extra=this)
             error = type(odd).__name__
         return Attempt(began, round((self._clock.monotonic() - started) * 1000), status, error), retry_after_s
 
@@ -8709,7 +8772,8 @@ class AsteraLite:
                     flow = self._build(json.loads(stored[1]), stored[0])
                     self._old_flows[job.version] = flow
             except FlowError as error:
-                log.warning("job %s: the flow it was accepted with cannot be deployed any more: %s", job.id, error)
+                message = "job %s: the flow it was accepted with cannot be deployed any more: %s"
+                log.warning(message, job.id, error, extra=about("job", job.id, job.flow, None))
         return flow or self.deployments.by_name.get(job.flow)
 
     # --- accepting ---
@@ -8762,7 +8826,7 @@ class AsteraLite:
             else:
                 self.engine.dismiss(job.flow, job.key.seq)
             if added and ended is not None:
-                log_outcome("job", job.id, call.flow, ended.outcome)
+                log_outcome("job", call.flow, call.input, ended.outcome)
                 if ended.callback is not None:
                     self.housekeeper.wake()
             with self._counting:
@@ -8811,7 +8875,7 @@ class AsteraLite:
         """Run a flow that only computes, on the calling thread; None if it wants one of its own."""
         outcome = self.engine.run_at_once(flow, given)
         if outcome is not None:
-            log_outcome("request", str(given.request["id"]), flow, outcome)
+            log_outcome("request", flow, given, outcome)
         return outcome
 
     def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:
@@ -8842,7 +8906,8 @@ class AsteraLite:
                 raise NotFound(f"the flow {job.flow} is not deployed any more")
             given = flow.bind(loaded.request, path_values(flow, loaded.request.path), job.id)
         except (NotFound, InputError, ValueError) as error:
-            log.warning("job %s cannot be run: %s", job.id, error)
+            this = about("job", job.id, job.flow, loaded.request.trace)
+            log.warning("job %s cannot be run: %s", job.id, error, extra=this)
             outcome = Outcome.failed("interrupted", 500, "The flow that was called is not there any more.")
             self.engine.end(job, outcome)
             return outcome
@@ -8890,7 +8955,7 @@ class AsteraLite:
         """Cancel a Running job; True if it had not begun, and so ends now, False if it stops at its next step."""
         return self.engine.cancel(job)
 
-    def rerun(self, job: Job, base: str, caller: Principal, done: Done) -> None:
+    def rerun(self, job: Job, base: str, caller: Principal, trace: Trace | None, done: Done) -> None:
         """Submit a finished job's input again, to the flow as it is now; raises Conflict, InputError, Busy."""
         request = self.store.request(job.key)
         flow = self.deployments.by_name.get(job.flow)
@@ -8901,6 +8966,7 @@ class AsteraLite:
         if "asynchronous" not in flow.modes:
             raise Conflict(f'The flow "{job.flow}" is published synchronously only now.', job=job.status)
         key = self.new_key()
+        request = dataclasses.replace(request, trace=trace)
         given = flow.bind(request, path_values(flow, request.path), str(key))
         self.accept(Call(key, flow, request, given, base, job.callback.url if job.callback else None), caller, done)
 
@@ -10983,8 +11049,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "_answer", "_later", "_post", "answered", "app", "base", "body", "caller", "cors_origin", "flow", "head",
-        "on_close", "origin", "path", "request_id", "route", "values",
+        "_answer", "_later", "_post", "answered", "app", "base", "began", "body", "caller", "cors_origin", "flow",
+        "head", "on_close", "origin", "path", "request_id", "route", "values",
     )  # fmt: skip
 
     def __init__(
@@ -10999,6 +11065,7 @@ class Exchange:
     ) -> None:
         self.app, self.head, self.request_id, self.base = app, head, request_id, base
         self._answer, self._post, self._later = answer, post, later
+        self.began = time.monotonic()
         self.body = b""
         self.caller = Principal()
         self.cors_origin: str | None = None
@@ -11033,6 +11100,14 @@ class Exchange:
     def fail(self, error: Exception) -> None:
         """Answer with an error."""
         self.answer(error_response(self, error))
+
+    def about(self) -> dict[str, Any]:
+        """Members of a line of the log about it."""
+        trace = parse_trace(self.head.headers)
+        job = JobKey.parse(self.values.get("id", ""))
+        this = {"request": self.request_id, "method": self.head.method, "path": self.head.path}
+        more = {"flow": self.flow and self.flow.name, "job": job and str(job), "trace": trace and trace.id}
+        return this | {name: value for name, value in more.items() if value}
 
     def query(self) -> dict[str, list[str]]:
         """The query, decoded; raises InputError."""
@@ -11087,7 +11162,8 @@ def error_response(x: Exchange, error: Exception) -> Reply:
     if x.head.path.startswith(tuple(PREFIXES.values())):
         headers += _VARY
     if not isinstance(error, AsteraError):
-        log.error("request %s: %s %s", x.request_id, x.head.method, shown(x.head.path, 200), exc_info=error)
+        words = "request %s: %s %s"
+        log.error(words, x.request_id, x.head.method, shown(x.head.path, 200), exc_info=error, extra=x.about())
         detail = "The server failed. Its log has the reason under this request id."
         return Reply(500, headers, json_body(problem(500, detail, requestId=x.request_id)))
     status = getattr(error, "status", PROBLEM_STATUS.get(type(error), 500))
@@ -11251,7 +11327,9 @@ def _stored_request(x: Exchange, flow: Flow, path: str, query: str) -> StoredReq
     _check_coding(x)
     sent = x.head.headers
     names = flow.header_names
-    return StoredRequest(flow.method, path, query, {name: sent[name] for name in names if name in sent}, x.body)
+    declared = {name: sent[name] for name in names if name in sent}
+    trace = parse_trace(sent) if "traceparent" in sent else None
+    return StoredRequest(flow.method, path, query, declared, x.body, trace)
 
 
 def _take_callback(x: Exchange) -> tuple[str | None, str]:
@@ -11565,7 +11643,9 @@ def job_rerun(x: Exchange) -> Reply | None:
     if job.status is Status.RUNNING:
         raise Conflict("The job still runs.", job=job.status)
     _check_may_call(x, job.flow)
-    x.app.rerun(job, x.base, x.caller, lambda result, error: x.post(lambda: _accepted(x, result, error, None, ())))
+    trace = parse_trace(x.head.headers)
+    done: Done = lambda result, error: x.post(lambda: _accepted(x, result, error, None, ()))  # noqa: E731
+    x.app.rerun(job, x.base, x.caller, trace, done)
     return None
 
 
@@ -12432,7 +12512,11 @@ class Server(ThreadingHTTPServer):
             cors = [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", exposed)]
             reply = reply._replace(headers=[*reply.headers, *cors])
         self.requests[x.head.method, x.route.path if x.route else "", reply.status] += 1
-        log.debug("%s %s %s %d", x.request_id, x.head.method, x.head.path, reply.status)
+        if log.isEnabledFor(logging.DEBUG):
+            ms = round((time.monotonic() - x.began) * 1000, 1)
+            more = {"status": reply.status, "ms": ms}
+            words = "%s %s %s %d %s ms"
+            log.debug(words, x.request_id, x.head.method, x.head.path, reply.status, ms, extra=x.about() | more)
         handler.respond(x, reply)
 
 
@@ -12566,11 +12650,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object a line; `about` and Exchange.about name its further members."""
+
+    _MEMBERS = ("request", "method", "path", "status", "ms", "job", "flow", "step", "trace")
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
         entry["message"] = record.getMessage()
+        entry |= {name: value for name in self._MEMBERS if (value := getattr(record, name, None)) is not None}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry)  # in ASCII: other characters may end a line, or turn it round, where it is read
