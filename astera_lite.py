@@ -93,7 +93,7 @@ from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TextIO
 
 if TYPE_CHECKING:
     import argparse
@@ -1008,6 +1008,14 @@ def status_document(
             "nextAttemptAt": timestamp(job.callback.next_at, offset),
         }
     return document
+
+
+def attempt_documents(attempts: Sequence[Attempt], offset: int) -> list[dict[str, Any]]:
+    """The attempts of a callback, as a job's document has them; `offset` is the clock's (milliseconds)."""
+    return [
+        {"at": timestamp(one.at, offset), "status": one.status, "error": one.error, "durationMs": one.duration_ms}
+        for one in attempts
+    ]
 
 
 # ======================================================================================================================
@@ -7078,10 +7086,10 @@ class SqliteStore:
     def keep_clock_offset(self, offset: int) -> None:
         self._put(partial(_execute, "INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,)), keep=True)
 
-    def backup(self, path: str) -> None:
+    def backup(self, path: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile.
 
-        The file is there when it is whole, or not at all.
+        The file is there when it is whole, or not at all. `progress` is told how many pages are done of how many.
         """
         part = f"{path}.part"
         place, words, keep = path, "", False
@@ -7089,7 +7097,12 @@ class SqliteStore:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part)  # of a backup that was killed
             with contextlib.closing(sqlite3.connect(part)) as copy_, self._reader() as db:
-                db.backup(copy_)  # in one step: begun anew at each write of the server's, it would not come to an end
+                db.execute("BEGIN")
+                db.execute("SELECT 1 FROM sqlite_master").fetchone()  # the moment; or each write would begin it anew
+                try:
+                    db.backup(copy_, pages=1024, progress=lambda _, left, total: progress(total - left, total))
+                finally:
+                    db.execute("ROLLBACK")
                 keep = copy_.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok"
             if not keep:
                 _give_name(part, path)
@@ -11547,15 +11560,7 @@ def job_details(x: Exchange) -> Reply:
     document["request"] = _request_document(app, job)
     document["steps"] = app.engine.trace(job.key) or app.store.trace(job.key)
     if document["callback"] is not None:
-        document["callback"]["history"] = [
-            {
-                "at": timestamp(attempt.at, offset),
-                "status": attempt.status,
-                "error": attempt.error,
-                "durationMs": attempt.duration_ms,
-            }
-            for attempt in app.store.attempts(job.key)
-        ]
+        document["callback"]["history"] = attempt_documents(app.store.attempts(job.key), offset)
     return Reply(200, [_JSON, *_job_headers(job)], json_body(document))
 
 
@@ -12621,7 +12626,28 @@ def _load_settings(args: argparse.Namespace) -> Settings:
     if config is None and os.path.exists("astera_lite.toml"):
         config = "astera_lite.toml"
     flags = {name.removeprefix("set_"): value for name, value in given.items() if name.startswith("set_")}
-    return Settings.load(config, os.environ, flags)
+    early = _Early()
+    log.addHandler(early)
+    settings = Settings()
+    try:
+        settings = Settings.load(config, os.environ, flags)
+    finally:
+        log.removeHandler(early)
+        if (handler := _log_handler(settings)) is not None:
+            for record in early.records:
+                handler.handle(record)
+    return settings
+
+
+class _Early(logging.Handler):
+    """Keeps what is logged before it is known in which form it is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -12678,14 +12704,16 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def _set_up_logging(settings: Settings) -> None:
+def _log_handler(settings: Settings) -> logging.Handler | None:
     if settings.log == "off":
-        log.addHandler(logging.NullHandler())
-        log.propagate = False
-        return
+        return None
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines() if settings.log == "json" else _TextLines())
-    log.addHandler(handler)
+    return handler
+
+
+def _set_up_logging(settings: Settings) -> None:
+    log.addHandler(_log_handler(settings) or logging.NullHandler())
     log.setLevel(settings.log_level.upper())
     log.propagate = False
 
@@ -12923,9 +12951,12 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
         print(f'there is no flow "{name}"{suggest(name, flows)}')
     chosen = [flow for flow in flows.values() if not args.names or flow.name in args.names]
     passed = failed = 0
+    total, tell = sum(len(flow.tests) for flow in chosen), _progress("testing")
     for flow in sorted(chosen, key=lambda flow: flow.name):
         for each in flow.tests:
+            tell(passed + failed, total)
             differences, canned = run_test(flow, each, app.outside)
+            tell(total, total)  # the line is free for what follows
             passed, failed = passed + (not differences), failed + bool(differences)
             print(f"{'FAILED' if differences else 'ok':<6} {flow.name}: {each.name} ({canned} canned)")
             for line in differences:
@@ -12970,50 +13001,202 @@ def new(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _columns(text: str) -> int:
+    """Columns of a terminal that a text takes."""
+    import unicodedata  # noqa: PLC0415 (a server has no use for it)
+
+    narrow = (0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+    return len(text) if text.isascii() else sum(narrow)
+
+
+def _cut(text: str, room: int) -> str:
+    """The text, or as much of it as there is room for."""
+    if _columns(text) <= room:
+        return text
+    while text and _columns(text) >= room:
+        text = text[:-1]
+    return text + "…" * (room > 0)
+
+
+_COLOURS = {"Completed": 32, "delivered": 32, "Running": 33, "pending": 33, "Error": 31, "failed": 31, "gone": 31}
+_LEAST_CELLS = 8  # of the column that gives way
+
+
+class _Sheet:
+    """What people read: on a terminal in its width and with a little colour, elsewhere plain and complete."""
+
+    def __init__(self, stream: TextIO) -> None:
+        import shutil  # noqa: PLC0415 (a server has no use for it)
+
+        self.stream, self.terminal = stream, stream.isatty()
+        self._width = shutil.get_terminal_size().columns if self.terminal else sys.maxsize
+        self._colour = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+    def _painted(self, text: str, colour: int | None) -> str:
+        return f"\x1b[{colour}m{text}\x1b[0m" if colour is not None and self._colour else text
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], gives_way: int) -> None:
+        """Rows under a head. What is too wide shortens the column `gives_way`, then the last ones are left out."""
+        lines = [[_one_line(text) for text in row] for row in (head, *rows)]
+        widths = [max(map(_columns, column)) for column in zip(*lines, strict=True)]
+        excess = sum(widths) + 2 * (len(widths) - 1) - self._width
+        widths[gives_way] = max(widths[gives_way] - max(excess, 0), min(widths[gives_way], _LEAST_CELLS))
+        while len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > self._width:
+            widths.pop()
+        for n, line in enumerate(lines):
+            cells = [_cut(text, width) for text, width in zip(line, widths, strict=False)]
+            padded = [text + " " * (width - _columns(text)) for text, width in zip(cells, widths, strict=True)]
+            padded[-1] = cells[-1]
+            colours = [_COLOURS.get(text.partition(" ")[0]) if n else 2 for text in cells]
+            print("  ".join(map(self._painted, padded, colours)).rstrip(), file=self.stream)
+
+    def fields(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Names and values; those without a value are left out."""
+        width = max(len(name) for name, _ in pairs)
+        for name, text in pairs:
+            if text:
+                shown_text = self._painted(_one_line(text), _COLOURS.get(text.partition(" ")[0]))
+                print(f"{self._painted(name.ljust(width), 2)}  {shown_text}", file=self.stream)
+
+    def moment(self, ms: int | None, now: int, offset: int, with_date: bool = False) -> str:
+        """A time: on a terminal as far as it is from now, and by the clock on the wall; elsewhere in UTC."""
+        if ms is None or not self.terminal:
+            return timestamp(ms, offset) or ""
+        words = f"in {_span(ms - now)}" if ms > now else f"{_span(now - ms)} ago"
+        local = datetime.datetime.fromtimestamp((ms + offset) / 1000)
+        return f"{local:%Y-%m-%d %H:%M:%S} ({words})" if with_date else words
+
+
+def _span(ms: int) -> str:
+    """A time that passed, for people."""
+    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000)):
+        if ms >= 2 * size:
+            return f"{ms // size} {unit}"
+    return f"{ms / 1000:.1f} s" if ms >= 1000 else f"{ms} ms"
+
+
+def _took(job: Job) -> str:
+    return _span(job.finished - job.started) if job.finished is not None and job.started is not None else ""
+
+
+def _status_words(job: Job) -> str:
+    detail = job.error["code"] if job.error else "waiting" if job.due else ""
+    return f"{job.status.value} ({detail})" if detail else job.status.value
+
+
 def jobs(args: argparse.Namespace, settings: Settings) -> int:
     """jobs: list the jobs in the database, newest first."""
-    store = SqliteStore(settings.database, read_only=True)
-    status = Status(args.status) if args.status else None
-    offset = store.clock_offset()
-    found = store.page(Clock().now() - offset, args.limit, None, args.flow, status, None)
-    print(f"{'id':<36}  {'flow':<16}  {'status':<9}  {'created':<24}  {'finished':<24}  callback")
+    with contextlib.closing(SqliteStore(settings.database, read_only=True)) as store:
+        status = Status(args.status) if args.status else None
+        offset = store.clock_offset()
+        now = Clock().now() - offset
+        found = store.page(now, args.limit, None, args.flow, status, None)
+    if args.json:
+        documents = [status_document(job, job.base, offset=offset) for job in found]
+        print(json.dumps({"jobs": documents}, indent=2, ensure_ascii=False))
+        return 0
+    sheet = _Sheet(sys.stdout)
+    rows = []
     for job in found:
         callback = f"{job.callback.state} ({job.callback.attempts})" if job.callback else ""
-        finished = timestamp(job.finished, offset) or ("waiting" if job.due else "")
-        print(
-            f"{job.id}  {job.flow:<16}  {job.status.value:<9}  {timestamp(job.created, offset)}"
-            f"  {finished:<24}  {callback}".rstrip()
-        )
-    store.close()
+        created = sheet.moment(job.created, now, offset)
+        if sheet.terminal:  # what matters most comes first: the last columns may find no room
+            rows.append((job.id, _status_words(job), job.flow, created, _took(job), callback))
+        else:
+            finished = timestamp(job.finished, offset) or ("waiting" if job.due else "")
+            rows.append((job.id, job.flow, job.status.value, created, finished, callback))
+    head = "id status flow created took callback" if sheet.terminal else "id flow status created finished callback"
+    sheet.table(head.split(), rows, 2)
     return 0
 
 
 def show_job(args: argparse.Namespace, settings: Settings) -> int:
-    """job: one job, its callback attempts and its result."""
-    store = SqliteStore(settings.database, read_only=True)
-    key = JobKey.parse(args.id)
-    job = store.get(key) if key else None
-    if job is None:
-        store.close()
-        print(f"there is no job {shown(args.id)}", file=sys.stderr)
-        return 1
-    offset = store.clock_offset()
-    document = status_document(job, job.base, offset=offset)
-    document["steps"] = store.trace(job.key)
-    if job.callback is not None:
-        document["callback"]["history"] = [
-            {"at": timestamp(a.at, offset), "status": a.status, "error": a.error, "durationMs": a.duration_ms}
-            for a in store.attempts(job.key)
-        ]
-    print(json.dumps(document, indent=2, ensure_ascii=False), file=sys.stderr if args.result else sys.stdout)
-    stored = store.result(job.key)
-    if args.result and stored is not None:
-        pieces = [stored.body] if stored.body is not None else store.result_pieces(job.key, stored.attempt)
-        for piece in pieces:
-            sys.stdout.buffer.write(piece)
-        sys.stdout.buffer.flush()
-    store.close()
+    """job: one job, its steps, its callback attempts and its result."""
+    with contextlib.closing(SqliteStore(settings.database, read_only=True)) as store:
+        key = JobKey.parse(args.id)
+        job = store.get(key) if key else None
+        if job is None:
+            print(f"there is no job {shown(args.id)}", file=sys.stderr)
+            return 1
+        steps, attempts, stored = store.trace(job.key), store.attempts(job.key), store.result(job.key)
+        offset = store.clock_offset()
+        stream = sys.stderr if args.result else sys.stdout
+        if args.json:
+            document = status_document(job, job.base, offset=offset) | {"steps": steps}
+            if job.callback is not None:
+                document["callback"]["history"] = attempt_documents(attempts, offset)
+            print(json.dumps(document, indent=2, ensure_ascii=False), file=stream)
+        else:
+            _print_job(_Sheet(stream), job, stored, steps, attempts, offset)
+        if args.result and stored is not None:
+            pieces = [stored.body] if stored.body is not None else store.result_pieces(job.key, stored.attempt)
+            for piece in pieces:
+                sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
     return 0
+
+
+def _print_job(
+    sheet: _Sheet,
+    job: Job,
+    stored: StoredResult | None,
+    steps: Sequence[Mapping[str, Any]],
+    attempts: Sequence[Attempt],
+    offset: int,
+) -> None:
+    now = Clock().now() - offset
+    moments = [(name, getattr(job, name)) for name in ("created", "started", "finished", "expires")]
+    callback = job.callback
+    again = callback and sheet.moment(callback.next_at, now, offset, True)
+    sheet.fields(
+        [
+            ("id", job.id),
+            ("flow", job.flow),
+            ("status", _status_words(job)),
+            ("error", job.error["detail"] if job.error else ""),
+            *((name, sheet.moment(ms, now, offset, True)) for name, ms in moments),
+            ("took", _took(job)),
+            ("attempt", str(job.attempt) if job.attempt > 1 else ""),
+            ("result", f"{stored.code}, {stored.size:,} bytes" if stored else ""),
+            ("callback", f"{callback.state} ({callback.attempts}) {callback.url}" if callback else ""),
+            ("next try", again or ""),
+        ]
+    )
+    if steps:
+        print(file=sheet.stream)
+        sheet.table(("step", "kind", "state", "took", "bytes", "output"), [_step_row(step) for step in steps], 5)
+    if attempts:
+        rows = [
+            (sheet.moment(one.at, now, offset), str(one.status or ""), _span(one.duration_ms), one.error or "")
+            for one in attempts
+        ]
+        print(file=sheet.stream)
+        sheet.table(("callback", "status", "took", "error"), rows, 3)
+
+
+def _step_row(step: Mapping[str, Any]) -> tuple[str, ...]:
+    began, ended = (datetime.datetime.fromisoformat(step[name]) for name in ("startedAt", "finishedAt"))
+    took = _span(round((ended - began).total_seconds() * 1000))
+    size = "" if step["size"] is None else f"{step['size']:,}"
+    state = f"{step['state']} ({step['status']})" if "status" in step else step["state"]
+    return step["path"], step["kind"], state, took, size, step["preview"] or ""
+
+
+def _progress(words: str) -> Callable[[int, int], None]:
+    """What says on stderr, where that is a terminal, how much is done of how much."""
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+    told = -math.inf
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if done < total and time.monotonic() - told < 0.1:
+            return
+        told = time.monotonic()
+        line = f"{words} {100 * done // total} %" if done < total else ""
+        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def token(args: argparse.Namespace, settings: Settings) -> int:
@@ -13070,7 +13253,7 @@ def backup(args: argparse.Namespace, settings: Settings) -> int:
         return 1
     store = SqliteStore(settings.database, read_only=True)
     try:
-        store.backup(args.copy)
+        store.backup(args.copy, _progress("copying"))
     finally:
         store.close()
     print(f"wrote {args.copy}, {os.path.getsize(args.copy):,} bytes", file=sys.stderr)
@@ -13086,6 +13269,9 @@ def _positive(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or int(text) < 1:
         raise ValueError
     return int(text)
+
+
+_JSON_FLAG: tuple[str, dict[str, Any]] = ("--json", {"action": "store_true", "help": "print JSON, for programs"})
 
 
 #: The commands: function, help, arguments, and the settings that its help shows.
@@ -13136,6 +13322,7 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
                 "--limit",
                 {"type": _positive, "metavar": "N", "default": 50, "help": "so many at the most (default: 50)"},
             ),
+            _JSON_FLAG,
         ],
         ("database",),
     ),
@@ -13162,6 +13349,7 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         [
             ("id", {"metavar": "ID", "help": "id of the job"}),
             ("--result", {"action": "store_true", "help": "print its result to stdout, the rest to stderr"}),
+            _JSON_FLAG,
         ],
         ("database",),
     ),
