@@ -10319,7 +10319,7 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "Server API", "Fetch the metrics", "Prometheus text format; not for a token that is limited to flows.", (),
             operationId="getMetrics",
             responses={
-                "200": {"description": "They.", "headers": _headers(), "content": _content(_TEXT, "text/plain")}
+                "200": {"description": "The metrics.", "headers": _headers(), "content": _content(_TEXT, "text/plain")}
             },
         )
     },
@@ -10702,15 +10702,14 @@ def _referenced(document: Any, shared: Mapping[str, Mapping[str, Any]]) -> dict[
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 #: What is said of a callback's state after an attempt.
 _FOLLOWS = {"delivered": "delivered", "pending": "retried", "failed": "failed", "gone": "gone"}
+_IN_LABEL = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 #: The value; or several, each with its labels as they are written.
 _Samples = float | Iterable[tuple[str, float]]
 
 
 def _labels(**labels: Any) -> str:
     """Labels as they are written: {flow="weather"}."""
-    escape = {"\\": "\\\\", '"': '\\"', "\n": "\\n"}
-    texts = {name: "".join(escape.get(char, char) for char in str(value)) for name, value in labels.items()}
-    return "{" + ",".join(f'{name}="{text}"' for name, text in texts.items()) + "}"
+    return "{" + ",".join(f'{name}="{str(value).translate(_IN_LABEL)}"' for name, value in labels.items()) + "}"
 
 
 def _run_times(app: AsteraLite) -> Iterator[tuple[str, float]]:

@@ -722,6 +722,7 @@ def test_a_backup_is_of_one_moment_and_no_write_begins_it_anew(tmp_path: Path) -
 
         def tell(done: int, total: int) -> None:
             told.append((done, total))
+            assert len(told) < 50
             app.wait(app.submit("large").id)
 
         store = SqliteStore(str(tmp_path / "jobs.db"), read_only=True)
