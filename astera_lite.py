@@ -20,7 +20,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
     11 Service             AsteraLite: the application without HTTP
     12 Access              tokens, Host and Origin rules
     13 Wire                bytes <-> requests and responses, strict, without sockets
-    14 Documents           OpenAPI, the endpoint list, a starter flow, the JSON Schema of a flow file
+    14 Documents           OpenAPI, Postman, metrics, the endpoint list, a starter flow, the JSON Schema of a flow file
     15 Routes              the ROUTES table and its functions
     16 Loop                Handler and Server: every socket, every deadline of a connection
     17 Command line        subcommands, signals, logging, main()
@@ -47,6 +47,7 @@ if __name__ == "__main__":
 import ast
 import base64
 import binascii
+import bisect
 import codecs
 import contextlib
 import copy
@@ -81,7 +82,7 @@ import time
 import types
 import urllib.parse
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TextIO, TypeVar
 
 if TYPE_CHECKING:
     import argparse
@@ -322,6 +323,34 @@ class JobKeys:
                 self._salts = [number >> 2 for number in struct.unpack("256Q", os.urandom(2048))]
             self._last = max(self._last + 1, now_ms << 12)
             return JobKey(self._last, self._salts.pop())
+
+
+#: Upper bounds of the classes that run times are counted in, in seconds.
+RUN_TIMES = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0, 1800.0)
+
+
+class Metrics:
+    """What happened since the start, in plain numbers; any thread may count.
+
+    There is no lock: CPython lets no other thread run within `counts[key] += 1`. Where it has no lock of its own, two
+    that count in one instant may be taken for one.
+    """
+
+    def __init__(self) -> None:
+        self.accepted: dict[str, int] = defaultdict(int)  # jobs by flow
+        self.ended: dict[tuple[str, str], int] = defaultdict(int)  # jobs by flow and end
+        self.runs: dict[str, list[int]] = {}  # by flow: runs of each class of RUN_TIMES, and longer ones
+        self.run_seconds: dict[str, float] = defaultdict(float)  # by flow
+        self.callbacks: dict[str, int] = defaultdict(int)  # attempts by what followed
+        self.requests: dict[tuple[str, str, int], int] = defaultdict(int)  # by method, path of the route, and status
+        self.connections: list[Collection[Any]] = []  # of each server, those that are open
+
+    def ran(self, flow: str, seconds: float) -> None:
+        """Count a run, synchronous or of a job."""
+        counts = self.runs.get(flow) or self.runs.setdefault(flow, [0] * (len(RUN_TIMES) + 1))
+        bucket = bisect.bisect_left(RUN_TIMES, seconds)
+        counts[bucket] += 1
+        self.run_seconds[flow] += seconds
 
 
 def timestamp(ms: int | None, offset: int = 0) -> str | None:
@@ -840,6 +869,10 @@ class Answer(NamedTuple):
     body: bytes = b""
 
 
+#: How a job may end: it answered, or the code of its error.
+ENDS = ("completed", "failed", "timeout", "cancelled", "interrupted")
+
+
 class Outcome(NamedTuple):
     """How a run ended. `error` is the problem with its `code`; None when the flow answered."""
 
@@ -851,6 +884,11 @@ class Outcome(NamedTuple):
     def status(self) -> Status:
         """Completed, or Error."""
         return Status.COMPLETED if self.error is None else Status.ERROR
+
+    @property
+    def end(self) -> str:
+        """One of ENDS."""
+        return "completed" if self.error is None else str(self.error["code"])
 
     @classmethod
     def failed(cls, code: str, status: int, detail: str, reason: str = "", **members: Any) -> Outcome:
@@ -870,6 +908,7 @@ class Delivery:
     last_status: int | None = None
     next_at: int | None = None
     body: str = ""
+    trace: Trace | None = None  # known when it is due
 
 
 @dataclass(frozen=True, slots=True)
@@ -882,6 +921,43 @@ class Attempt:
     error: str | None = None
 
 
+class Trace(NamedTuple):
+    """Whose work a request is part of (W3C Trace Context): the trace, whether it is recorded, and `tracestate`."""
+
+    id: str  # 32 hexadecimal digits
+    sampled: bool
+    state: str = ""
+
+    def headers(self) -> dict[str, str]:
+        """What a request carries on that this one causes: the same trace, and a new id of its own."""
+        parent = f"00-{self.id}-{os.urandom(8).hex()}-0{self.sampled:d}"
+        return {"traceparent": parent} | ({"tracestate": self.state} if self.state else {})
+
+
+_TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(-.*)?")
+_STATE_KEY = r"[a-z0-9][a-z0-9_\-*/]{0,255}|[a-z0-9][a-z0-9_\-*/]{0,240}@[a-z][a-z0-9_\-*/]{0,13}"
+_STATE_VALUE = r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
+_STATE_MEMBER = re.compile(rf"({_STATE_KEY})={_STATE_VALUE}")
+_LONGEST_STATE = 512  # characters that have to be passed on
+
+
+def parse_trace(headers: Mapping[str, str]) -> Trace | None:
+    """The trace that a request belongs to; None without a `traceparent`, or with a malformed one."""
+    match = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    if match is None or (match[1] == "00" and match[4]):  # only a later version may say more
+        return None
+    state = headers.get("tracestate", "")
+    members = [_STATE_MEMBER.fullmatch(text) for part in state.split(",") if (text := part.strip(" \t"))]
+    keys = [member[1] for member in members if member]
+    well = len(state) <= _LONGEST_STATE and len(keys) == len(members) == len(set(keys)) <= 32
+    return Trace(match[2], bool(int(match[3], 16) & 1), state if well and keys else "")
+
+
+def about(what: str, its_id: str, flow: str, trace: Trace | None) -> dict[str, str]:
+    """Members of a line of the log about a job, or a request, as its `extra`."""
+    return {what: its_id, "flow": flow} | ({"trace": trace.id} if trace else {})
+
+
 class StoredRequest(NamedTuple):
     """What a client sent, as the job keeps it: enough to bind it to the flow again."""
 
@@ -890,6 +966,7 @@ class StoredRequest(NamedTuple):
     query: str = ""  # raw, without callbackUrl
     headers: Mapping[str, str] = types.MappingProxyType({})  # declared ones and the content type, lower case
     body: bytes = b""
+    trace: Trace | None = None
 
 
 class Job(NamedTuple):
@@ -965,6 +1042,14 @@ def status_document(
             "nextAttemptAt": timestamp(job.callback.next_at, offset),
         }
     return document
+
+
+def attempt_documents(attempts: Sequence[Attempt], offset: int) -> list[dict[str, Any]]:
+    """The attempts of a callback, as a job's document has them; `offset` is the clock's (milliseconds)."""
+    return [
+        {"at": timestamp(one.at, offset), "status": one.status, "error": one.error, "durationMs": one.duration_ms}
+        for one in attempts
+    ]
 
 
 # ======================================================================================================================
@@ -2791,6 +2876,7 @@ class Input(NamedTuple):
     request: dict[str, Any]
     selected: Selected = _ALL_ROWS
     size: int = 0  # bytes of the body as it came
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -2908,6 +2994,7 @@ class Flow:
             },
             selected,
             len(request.body),
+            request.trace,
         )
 
     def _bind_body(self, request: StoredRequest, errors: list[dict[str, str]]) -> Any:
@@ -3315,6 +3402,12 @@ class Run:
         names = {"params": given.params, "request": given.request, "env": outside.env, "secrets": outside.secrets}
         return names if self.purse is None else {**names, PURSE: self.purse}
 
+    @property
+    def about(self) -> dict[str, str]:
+        """What its lines of the log are about."""
+        its_id = str(self.input.request["id"])
+        return about("job" if JobKey.parse(its_id) else "request", its_id, self.flow.name, self.input.trace)
+
     def branch(self, **changes: Any) -> Run:
         """A run of a part of this one, under the same deadlines; `changes` are its attributes that differ."""
         part = copy.copy(self)
@@ -3406,7 +3499,7 @@ def run_flow(run: Run) -> Outcome | Suspended:
     except BaseException as error:  # sys.exit(), or a cancelled future, ends the run and not a thread of the pool
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
-        log.debug("flow %s", flow.name, exc_info=True)
+        log.debug("flow %s", flow.name, exc_info=True, extra=run.about)
         return _broken(run, f"{type(error).__name__}: {error}")
 
 
@@ -3453,7 +3546,8 @@ def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
             if isinstance(error, StepError):
                 raise StepError(error.status, f'step "{step.name}": {error.detail}', f"step {path}: {error}") from error
             raise
-        log.info("flow %s: step %s failed, going on: %s", run.flow.name, path, run.outside.masked(str(error)))
+        reason = run.outside.masked(str(error))
+        log.info("flow %s: step %s failed, going on: %s", run.flow.name, path, reason, extra=run.about)
         value, state = step.on_error(scope), "failed"
     size = run.journal.record(path, value) if step.save else None
     if state == "finished":
@@ -3869,7 +3963,7 @@ class Context:
         self.request: dict[str, Any] = scope["request"]
         self.steps: dict[str, Any] = {k: v for k, v in scope.items() if k not in _BASE_NAMES}
         self.secrets: dict[str, str] = run.outside.secrets
-        self.log = logging.LoggerAdapter(log, {"flow": run.flow.name, "step": path})
+        self.log = logging.LoggerAdapter(log, run.about | {"step": path})
         self._path = path
 
     @property
@@ -4120,6 +4214,8 @@ class _HttpCall(NamedTuple):
         request.set_body(self.body_kind, self.body(scope))
         names = {name.lower() for name in own}
         request.headers = {name: text for name, text in request.headers.items() if name.lower() not in names} | own
+        if run.input.trace is not None and "traceparent" not in map(str.lower, request.headers):
+            request.headers |= run.input.trace.headers()
         for name, text in request.headers.items():
             if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
                 raise ExpressionError(f"{self.place}/headers/{name}: it has characters that no header may have")
@@ -5112,7 +5208,8 @@ class Isolated:
             run.progress = Progress(path, *message["progress"])
         if "log" in message:
             level, text = message["log"]
-            log.log(level, "flow %s: step %s: %s", run.flow.name, path, run.outside.masked(text))
+            said = run.outside.masked(text)
+            log.log(level, "flow %s: step %s: %s", run.flow.name, path, said, extra=run.about | {"step": path})
 
     def close(self) -> None:
         """End the processes that are idle; those at work end with their step."""
@@ -6371,6 +6468,7 @@ _JOB_COLUMNS = (
 )
 _CALLBACK_COLUMNS = "c.state, c.attempts, c.last_status, c.next, c.body"
 _SELECT_JOB = f"SELECT {_JOB_COLUMNS}, {_CALLBACK_COLUMNS} FROM jobs LEFT JOIN callbacks c ON c.job = seq"  # noqa: S608
+_SELECT_OWED = _SELECT_JOB.replace(" FROM", ", request FROM")
 _CHILD_TABLES = ("pieces", "steps", "callbacks", "attempts")
 _BATCH = 512  # writes committed together at the most; more would make the first of them wait
 _RETRY_S = 0.5
@@ -6404,6 +6502,11 @@ def _job(row: Sequence[Any]) -> Job:
         JobKey(seq, salt), flow, version, Status(status), created, base, token, attempt, due, started, finished,
         expires, error and json.loads(error), callback,
     )  # fmt: skip
+
+
+def _trace(sent: Mapping[str, Any]) -> Trace | None:
+    """The trace in the column `request`."""
+    return Trace(*sent["trace"]) if "trace" in sent else None
 
 
 def _store_error(error: Exception) -> StoreError:
@@ -6815,7 +6918,8 @@ class SqliteStore:
         self._put_pieces(cells, keep=False)
         sent = (
             f'{{"method":"{request.method}","path":{_quoted(request.path)},"query":{_quoted(request.query)},'
-            f'"headers":{_object_json(tuple(request.headers.items()))}}}'
+            f'"headers":{_object_json(tuple(request.headers.items()))}'
+            + ("}" if request.trace is None else f',"trace":{to_json(request.trace)}}}')
         )
         row = (
             *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
@@ -7061,7 +7165,7 @@ class SqliteStore:
         if body is None:
             sql = "SELECT data FROM pieces WHERE job = ? AND part = 'request_body' ORDER BY n"
             body = b"".join(piece for (piece,) in db.execute(sql, (key.seq,)))
-        return StoredRequest(sent["method"], sent["path"], sent["query"], sent["headers"], body)
+        return StoredRequest(sent["method"], sent["path"], sent["query"], sent["headers"], body, _trace(sent))
 
     def request(self, key: JobKey) -> StoredRequest | None:
         with self._reader() as db:
@@ -7140,9 +7244,9 @@ class SqliteStore:
                 f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, *(only or ()), limit + len(skip))
             ).fetchall()
             wanted = [seq for (seq,) in found if seq not in skip][:limit]
-            rows = [db.execute(f"{_SELECT_JOB} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
-        jobs = [_job(row) for row in rows if row is not None]
-        return [(job, job.callback) for job in jobs if job.callback is not None]
+            rows = [db.execute(f"{_SELECT_OWED} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
+        jobs = [(_job(row), _trace(json.loads(row[20]))) for row in rows if row is not None]
+        return [(job, dataclasses.replace(job.callback, trace=trace)) for job, trace in jobs if job.callback]
 
     def next_delivery(self, now: int) -> int | None:
         with self._reader() as db:
@@ -7173,10 +7277,10 @@ class SqliteStore:
     def keep_clock_offset(self, offset: int) -> None:
         self._put(partial(_execute, "INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,)), keep=True)
 
-    def backup(self, path: str) -> None:
+    def backup(self, path: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile.
 
-        The file is there when it is whole, or not at all.
+        The file is there when it is whole, or not at all. `progress` is told how many pages are done of how many.
         """
         part = f"{path}.part"
         place, words, keep = path, "", False
@@ -7184,7 +7288,12 @@ class SqliteStore:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part)  # of a backup that was killed
             with contextlib.closing(sqlite3.connect(part)) as copy_, self._reader() as db:
-                db.backup(copy_)  # in one step: begun anew at each write of the server's, it would not come to an end
+                db.execute("BEGIN")
+                db.execute("SELECT 1 FROM sqlite_master").fetchone()  # the moment; or each write would begin it anew
+                try:
+                    db.backup(copy_, pages=1024, progress=lambda _, left, total: progress(total - left, total))
+                finally:
+                    db.execute("ROLLBACK")
                 keep = copy_.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok"
             if not keep:
                 _give_name(part, path)
@@ -7593,8 +7702,9 @@ class Engine:
         job_timeout: float,
         prepare: Callable[[int], Prepared | Outcome | None],
         finished: Callable[[JobKey, bool], None],
+        metrics: Metrics,
     ) -> None:
-        self._store, self._outside, self._clock = store, outside, outside.clock
+        self._store, self._outside, self._clock, self._metrics = store, outside, outside.clock, metrics
         self._prepare, self._tell = prepare, finished
         self._workers, self._retention_ms, self._job_timeout = workers, round(retention * 1000), job_timeout
         self._threads = workers + max(1, workers // 4)
@@ -7618,7 +7728,6 @@ class Engine:
         self._draining = self._busy = self._unrecorded = 0
         self._computing, self._may_compute = 0, _COMPUTING  # of the draining threads, those in nothing that may block
         self._taken = self._taken_before = 0
-        self.ended = 0  # jobs whose end was put on record since the start; counted on the store's writer thread
         self._stopping = False
         self._idle = threading.Condition(self._lock)
         self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
@@ -7634,6 +7743,10 @@ class Engine:
     def counts(self) -> dict[str, int]:
         """What the engine has in hand, for people."""
         return {"queued": self.queued, "running": self._busy, "waiting": len(self._asleep)}
+
+    def threads(self) -> tuple[int, int]:
+        """The threads that run jobs and synchronous flows: how many there are, and how many of them are busy."""
+        return self._threads, self._draining
 
     def put(self, seq: int, prepared: Prepared | None = None) -> None:
         """Queue a stored job; what is prepared already is kept in memory as long as the queue is short."""
@@ -7703,7 +7816,7 @@ class Engine:
         assert isinstance(outcome, Outcome)
         self._measure(run.flow, self._clock.monotonic() - began)
         self._leave(run.flow)
-        log_outcome("request", str(run.input.request["id"]), run.flow, outcome)
+        log_outcome("request", run.flow, run.input, outcome)
         sync.done(outcome)
 
     # --- limits of flows ---
@@ -7839,14 +7952,14 @@ class Engine:
                 with self._lock:
                     self._live.pop(seq, None)
         except AsteraError as error:  # the database failed while the job was read: it is tried again
-            log.error("job %s could not be begun: %s", JobKey(seq, 0), error)
+            log.error("job %s could not be begun: %s", JobKey(seq, 0), error, extra={"job": str(JobKey(seq, 0))})
             with self._lock:
                 self._live.pop(seq, None)
                 if live.cancel.is_set:
                     self._to_cancel.add(seq)
                 self._sleep(self._clock.now() + 1000, seq)
         except Exception:  # the door of a job's run: a fault of ours must not cost the thread
-            log.exception("job %s", JobKey(seq, 0))
+            log.exception("job %s", JobKey(seq, 0), extra=live.run.about if live.run else {"job": str(JobKey(seq, 0))})
             if live.job is not None:
                 self.end(live.job, Outcome.failed("failed", 500, "The server failed to run the job."))
             with self._lock:
@@ -7880,7 +7993,7 @@ class Engine:
         if prepared.interrupted and (job.attempt >= MAX_ATTEMPTS or flow.restart == "fail"):
             times = f"{job.attempt} times" if job.attempt > 1 else "once"
             detail = f"The server stopped {times} while the job ran; it is not tried again."
-            self._record(live, flow, Outcome.failed("interrupted", 500, detail), [])
+            self._record(live, prepared, Outcome.failed("interrupted", 500, detail), [])
             return
         if prepared.interrupted and flow.restart == "rerun":
             prepared = prepared._replace(saved={}, waits={}, trace=())
@@ -7904,8 +8017,9 @@ class Engine:
         if isinstance(outcome, Suspended):
             self._suspend(live, journal, outcome.until, trace)
             return
-        self._measure(flow, self._clock.monotonic() - began)
-        self._record(live, flow, outcome, trace)
+        if not live.overdue:  # or it was measured then
+            self._measure(flow, self._clock.monotonic() - began, spent)
+        self._record(live, prepared, outcome, trace)
 
     def _suspend(self, live: _Live, journal: JobJournal, due: int, trace: list[dict[str, Any]]) -> None:
         job = live.job
@@ -7927,11 +8041,11 @@ class Engine:
         suspension = Suspension(job.key, live.attempt, live.started, due, *journal.waiting, to_json(trace))
         self._store.suspend(suspension, suspended)
 
-    def _record(self, live: _Live, flow: Flow, outcome: Outcome, trace: list[dict[str, Any]]) -> None:
+    def _record(self, live: _Live, ran: Prepared | Run, outcome: Outcome, trace: list[dict[str, Any]]) -> None:
         job = live.job
         assert job is not None
         finish = self._finish(job, outcome, trace)
-        log_outcome("job", job.id, flow, outcome)
+        log_outcome("job", ran.flow, ran.input, outcome)
         with self._lock:
             crowded = self._unrecorded >= _MAX_UNRECORDED
         if crowded:
@@ -7948,7 +8062,7 @@ class Engine:
         with self._lock:
             self._unrecorded += 1
         try:
-            self._store.finish(finish, self._finished(job, done, substitute))
+            self._store.finish(finish, self._finished(job, finish.outcome, done, substitute))
         except BaseException:  # out of memory: it is not on its way
             with self._lock:
                 self._unrecorded -= 1
@@ -7984,7 +8098,7 @@ class Engine:
             callback,
         )
 
-    def _finished(self, job: Job, done: Done, substitute: bool) -> Done:
+    def _finished(self, job: Job, outcome: Outcome, done: Done, substitute: bool) -> Done:
         """What follows when a job's end is on disk; one that cannot be stored is replaced by a small one, once."""
 
         def recorded(moved: Any, error: AsteraError | None) -> None:
@@ -7995,20 +8109,24 @@ class Engine:
                 self._dropped.discard(job.key.seq)
             self.dismiss(job.flow, job.key.seq)
             if error is not None:
-                log.error("the end of job %s could not be recorded: %s", job.id, error)
+                this = about("job", job.id, job.flow, None)
+                log.error("the end of job %s could not be recorded: %s", job.id, error, extra=this)
                 if substitute and not self._stopping:
-                    outcome = Outcome.failed("failed", 500, "The job's end could not be stored.")
-                    self._hand_over(job, self._finish(job, outcome, []), done, substitute=False)
+                    instead = Outcome.failed("failed", 500, "The job's end could not be stored.")
+                    self._hand_over(job, self._finish(job, instead, []), done, substitute=False)
                     return
-            self.ended += error is None and bool(moved)
+            if moved:
+                self._metrics.ended[job.flow, outcome.end] += 1
             self._tell(job.key, job.callback is not None)
             done(moved, error)
 
         return recorded
 
-    def _measure(self, flow: Flow, seconds: float) -> None:
+    def _measure(self, flow: Flow, seconds: float, waited: float = 0.0) -> None:
+        """Note how long a run held its thread, and how long it was under way before that."""
         mean = self._mean_s.get(flow.name, seconds)
         self._mean_s[flow.name] = mean + 0.2 * (seconds - mean)
+        self._metrics.ran(flow.name, waited + seconds)
 
     # --- what others ask ---
 
@@ -8062,9 +8180,10 @@ class Engine:
         for live in late:
             live.overdue = True
             live.cancel.set()
-            assert live.run is not None
+            assert live.run is not None and live.started is not None
+            self._measure(live.run.flow, (self._clock.now() - live.started) / 1000)
             outcome = Outcome.failed("timeout", 504, "The flow took longer than it may.", "its thread does not end")
-            self._record(live, live.run.flow, outcome, list(live.run.trace or []))
+            self._record(live, live.run, outcome, list(live.run.trace or []))
 
     def _overdue_calls(self, now: float) -> list[_SyncRun]:
         """Synchronous calls that were held until their time was over; they are held no more."""
@@ -8094,14 +8213,16 @@ class Engine:
         return len(left_over)
 
 
-def log_outcome(what: str, its_id: str, flow: Flow, outcome: Outcome) -> None:
-    if outcome.error is None:
-        log.debug("%s %s: flow %s answered %d", what, its_id, flow.name, outcome.answer.code)
-    else:
-        reason = outcome.reason or outcome.error["detail"]
-        log.warning(
-            "%s %s: flow %s ended as %s: %s", what, its_id, flow.name, outcome.error["code"], shown(reason, 500)
-        )
+def log_outcome(what: str, flow: Flow, given: Input, outcome: Outcome) -> None:
+    """Log how a job, or a synchronous request, ended."""
+    level = logging.DEBUG if outcome.error is None else logging.WARNING
+    if log.isEnabledFor(level):
+        its_id = str(given.request["id"])
+        words = f"answered {outcome.answer.code}"
+        if outcome.error is not None:
+            words = f"ended as {outcome.end}: {shown(outcome.reason or outcome.error['detail'], 500)}"
+        this = about(what, its_id, flow.name, given.trace)
+        log.log(level, "%s %s: flow %s %s", what, its_id, flow.name, words, extra=this)
 
 
 # ======================================================================================================================
@@ -8264,7 +8385,8 @@ class Courier:
         state, next_at = next_try(attempt, number, retry_after_s, self._retries, now, expires)
         words = f"answered {attempt.status}" if answered else f"gave no answer: {attempt.error}"
         level = logging.DEBUG if state == "delivered" else logging.WARNING
-        log.log(level, "callback of job %s: %s %s; it is %s", job.id, receiver, words, state)
+        this = about("job", job.id, job.flow, delivery.trace)
+        log.log(level, "callback of job %s: %s %s; it is %s", job.id, receiver, words, state, extra=this)
         done(attempt, state, next_at)
 
     def deliver(self, job: Job, delivery: Delivery) -> tuple[Attempt, float]:
@@ -8280,6 +8402,9 @@ class Courier:
         }
         if self._key is not None:
             headers["webhook-signature"] = sign(self._key, message_id, sent_s, body)
+        if delivery.trace is not None:
+            headers |= delivery.trace.headers()
+        this = about("job", job.id, job.flow, delivery.trace)
         status, error, retry_after_s = None, None, 0.0
         started = self._clock.monotonic()
         try:
@@ -8289,12 +8414,12 @@ class Courier:
             status = answer.status
             retry_after_s = parse_retry_after(header_value(answer.headers, "retry-after"), self._clock.wall())
         except AddressRefused as refused:
-            log.warning("callback of job %s: %s", job.id, refused)
+            log.warning("callback of job %s: %s", job.id, refused, extra=this)
             error = "refused"
         except OutboundError as failed:
             error = str(failed)
         except Exception as odd:  # the door of a delivery: whatever it is, the debt stays
-            log.exception("callback of job %s", job.id)
+            log.exception("callback of job %s", job.id, extra=this)
             error = type(odd).__name__
         return Attempt(began, round((self._clock.monotonic() - started) * 1000), status, error), retry_after_s
 
@@ -8323,10 +8448,11 @@ class Housekeeper:
         engine: Engine,
         courier: Courier,
         clock: Clock,
+        metrics: Metrics,
         look_around: Callable[[], None] = lambda: None,
     ) -> None:
         self._store, self._engine, self._courier, self._clock = store, engine, courier, clock
-        self._look_around = look_around
+        self._metrics, self._look_around = metrics, look_around
         self._unsettled: deque[JobKey] = deque()  # deliveries whose outcome could not be stored
         self._wake = threading.Event()
         self._stopping = False
@@ -8423,6 +8549,7 @@ class Housekeeper:
             if error is not None:  # not at once again, or a lasting fault would be a storm of deliveries
                 self._unsettled.append(job.key)
                 return
+            self._metrics.callbacks[state] += 1
             self._courier.settled(job.key)
             self.wake()
 
@@ -8615,6 +8742,8 @@ class AsteraLite:
         self.tokens: list[Token] = []
         self._running = False
         self._open = False  # from start to the very end of stop
+        self.metrics = Metrics()
+        self.started_at = 0  # milliseconds since the epoch, by the system's clock
         self._size_at, self._size = -1.0, 0
         self._counting = threading.Lock()
         self._on_the_way = 0  # jobs that were accepted, but are not on disk and so not queued yet
@@ -8658,6 +8787,7 @@ class AsteraLite:
             job_timeout=settings.job_timeout,
             prepare=self._prepare,
             finished=self._finished,
+            metrics=self.metrics,
         )
         self.courier = Courier(
             self.outside.outbound,
@@ -8667,7 +8797,9 @@ class AsteraLite:
             timeout=settings.callback_timeout,
             retries=settings.callback_retries,
         )
-        self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, self.look_around)
+        self.housekeeper = Housekeeper(
+            self.store, self.engine, self.courier, self.clock, self.metrics, self.look_around
+        )
         self.clock.begin(self.store.last_seen())
         if self.clock.offset:
             log.warning(
@@ -8688,6 +8820,7 @@ class AsteraLite:
         if left:
             log.info("took up %d jobs that were not finished when the server stopped", len(left))
         self.housekeeper.start()
+        self.started_at = self.clock.wall()
         self._running = self._open = True
 
     def stop(self) -> int:
@@ -8878,7 +9011,8 @@ class AsteraLite:
                     flow = self._build(json.loads(stored[1]), stored[0])
                     self._old_flows[job.version] = flow
             except FlowError as error:
-                log.warning("job %s: the flow it was accepted with cannot be deployed any more: %s", job.id, error)
+                message = "job %s: the flow it was accepted with cannot be deployed any more: %s"
+                log.warning(message, job.id, error, extra=about("job", job.id, job.flow, None))
         return flow or self.deployments.by_name.get(job.flow)
 
     # --- accepting ---
@@ -8922,13 +9056,16 @@ class AsteraLite:
 
         def stored(result: Any, error: AsteraError | None) -> None:
             added = isinstance(result, Added) and not result.replayed
+            if added:
+                self.metrics.accepted[job.flow] += 1
+                if ended is not None:
+                    self.metrics.ended[job.flow, ended.outcome.end] += 1
             if added and ended is None:
                 self.engine.put(job.key.seq, Prepared(job, call.flow, call.input))
             else:
                 self.engine.dismiss(job.flow, job.key.seq)
             if added and ended is not None:
-                self.engine.ended += 1
-                log_outcome("job", job.id, call.flow, ended.outcome)
+                log_outcome("job", call.flow, call.input, ended.outcome)
                 if ended.callback is not None:
                     self.housekeeper.wake()
             if ended is None:
@@ -8979,7 +9116,7 @@ class AsteraLite:
         """Run a flow that only computes, on the calling thread; None if it wants one of its own."""
         outcome = self.engine.run_at_once(flow, given)
         if outcome is not None:
-            log_outcome("request", str(given.request["id"]), flow, outcome)
+            log_outcome("request", flow, given, outcome)
         return outcome
 
     def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:
@@ -9010,7 +9147,8 @@ class AsteraLite:
                 raise NotFound(f"the flow {job.flow} is not deployed any more")
             given = flow.bind(loaded.request, path_values(flow, loaded.request.path), job.id)
         except (NotFound, InputError, ValueError) as error:
-            log.warning("job %s cannot be run: %s", job.id, error)
+            this = about("job", job.id, job.flow, loaded.request.trace)
+            log.warning("job %s cannot be run: %s", job.id, error, extra=this)
             outcome = Outcome.failed("interrupted", 500, "The flow that was called is not there any more.")
             self.engine.end(job, outcome)
             return outcome
@@ -9062,7 +9200,7 @@ class AsteraLite:
         """Cancel a Running job; True if it had not begun, and so ends now, False if it stops at its next step."""
         return self.engine.cancel(job)
 
-    def rerun(self, job: Job, base: str, caller: Principal, done: Done) -> None:
+    def rerun(self, job: Job, base: str, caller: Principal, trace: Trace | None, done: Done) -> None:
         """Submit a finished job's input again, to the flow as it is now; raises Conflict, InputError, Busy."""
         request = self.store.request(job.key)
         flow = self.deployments.by_name.get(job.flow)
@@ -9073,6 +9211,7 @@ class AsteraLite:
         if "asynchronous" not in flow.modes:
             raise Conflict(f'The flow "{job.flow}" is published synchronously only now.', job=job.status)
         key = self.new_key()
+        request = request._replace(trace=trace)
         given = flow.bind(request, path_values(flow, request.path), str(key))
         self.accept(Call(key, flow, request, given, base, job.callback.url if job.callback else None), caller, done)
 
@@ -9108,7 +9247,8 @@ class AsteraLite:
             "deployments": {"published": len(self.deployments.by_name), "faults": len(self.deployments.faults)},
         }
         if whole:
-            document |= {"workers": self.settings.workers, "finished": self.engine.ended}
+            finished = sum(list(self.metrics.ended.values()))
+            document |= {"workers": self.settings.workers, "finished": finished}
         return document
 
     # --- for an embedding program: the same, waiting ---
@@ -9849,15 +9989,43 @@ def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
 
 
 def _example(flow: Flow, name: str) -> str:
-    spec = flow.tree["request"].get("parameters", {}).get(name, {})
-    example = spec.get("example", spec.get("default", name))
-    texts = [as_text(item) for item in example] if isinstance(example, list) else [as_text(example)]
-    return ",".join(urllib.parse.quote(text, safe="") for text in texts)
+    example = _sample(flow.tree["request"].get("parameters", {}).get(name, {}), name)
+    return ",".join(urllib.parse.quote(text, safe="") for text in _texts(example))
 
 
 def _example_query(flow: Flow) -> str:
     needed = [item.name for item in flow.parameters if item.where == "query" and item.required]
     return "?" + "&".join(f"{name}={_example(flow, name)}" for name in needed) if needed else ""
+
+
+def _texts(value: Any) -> list[str]:
+    return [as_text(item) for item in value] if isinstance(value, list) else [as_text(value)]
+
+
+_SAMPLES = {"boolean": True, "null": None, "date": "2026-01-31", "date-time": "2026-01-31T12:00:00Z"}
+
+
+def _sample(spec: Mapping[str, Any], name: str) -> Any:
+    """A value for a flow file's schema: its example, its default, or one made up, which a pattern may still refuse."""
+    for given in ("example", "default"):
+        if given in spec:
+            return spec[given]
+    if spec.get("enum"):
+        return spec["enum"][0]
+    kinds = spec.get("type") or ("object" if "properties" in spec else "string")
+    kind = kinds[0] if isinstance(kinds, list) else kinds
+    least = max(spec.get("minLength", 0), spec.get("minItems", 0))
+    if kind in ("integer", "number"):
+        low = spec.get("minimum", min(1, spec.get("maximum", 1)))
+        return math.ceil(low) if kind == "integer" else low
+    if kind == "array":
+        return [_sample(spec.get("items", {}), name)] * max(least, 1)
+    if kind == "object":
+        known, required = spec.get("properties", {}), spec.get("required")
+        needed = required if isinstance(required, list) else []
+        members = dict.fromkeys([*needed, *(member for member, item in known.items() if "example" in item)]) or known
+        return {member: _sample(known.get(member, {}), member) for member in members}
+    return name.ljust(least, "x")[: spec.get("maxLength", len(name) + least)] if kind == "string" else _SAMPLES[kind]
 
 
 def _object(required: Sequence[str] = (), /, **properties: Any) -> dict[str, Any]:
@@ -10113,7 +10281,7 @@ _SCHEMAS: dict[str, Any] = {
         {
             "type": {"type": "string", "format": "uri-reference"}, "title": _TEXT, "status": _CODE, "detail": _TEXT,
             "errors": {"type": "array", "items": _ERROR_SCHEMA, "description": "everything wrong with the input"},
-            "code": {"enum": ["failed", "timeout", "cancelled", "interrupted"]},
+            "code": {"enum": list(ENDS[1:])},
             "requestId": {**_TEXT, "description": "where to look in the server's log"},
         },
         ("errors", "code", "requestId"),
@@ -10442,6 +10610,26 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
             responses={
                 "200": {
                     "description": "The document.", "headers": _headers(), "content": _content({"type": "object"})
+                }
+            },
+        )
+    },
+    "/metrics": {
+        "get": _known(
+            "Server API", "Fetch the metrics", "Prometheus text format; not for a token that is limited to flows.", (),
+            operationId="getMetrics",
+            responses={
+                "200": {"description": "The metrics.", "headers": _headers(), "content": _content(_TEXT, "text/plain")}
+            },
+        )
+    },
+    "/postman.json": {
+        "get": _known(
+            "Server API", "Fetch a Postman collection", "A collection (format 2.1.0) of all that is published.", (),
+            operationId="getPostman",
+            responses={
+                "200": {
+                    "description": "The collection.", "headers": _headers(), "content": _content({"type": "object"})
                 }
             },
         )
@@ -10809,10 +10997,345 @@ def _referenced(document: Any, shared: Mapping[str, Mapping[str, Any]]) -> dict[
     }
 
 
-@lru_cache(maxsize=8)
-def openapi_body(deployments: Deployments, base: str, secured: bool, only: frozenset[str] | None) -> bytes:
-    """The document as it is sent; kept, for it is the same until a flow changes."""
-    return json_body(openapi_document(deployments, base, secured, only))
+# --- metrics ---
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+#: What is said of a callback's state after an attempt.
+_FOLLOWS = {"delivered": "delivered", "pending": "retried", "failed": "failed", "gone": "gone"}
+_IN_LABEL = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+#: The value; or several, each with its labels as they are written.
+_Samples = float | Iterable[tuple[str, float]]
+
+
+def _labels(**labels: Any) -> str:
+    """Labels as they are written: {flow="weather"}."""
+    return "{" + ",".join(f'{name}="{str(value).translate(_IN_LABEL)}"' for name, value in labels.items()) + "}"
+
+
+def _run_times(app: AsteraLite) -> Iterator[tuple[str, float]]:
+    for flow in sorted(app.deployments.by_name):
+        counts = list(app.metrics.runs.get(flow, [0] * (len(RUN_TIMES) + 1)))
+        for bound, count in zip([*RUN_TIMES, "+Inf"], itertools.accumulate(counts), strict=True):
+            yield "_bucket" + _labels(flow=flow, le=bound), count
+        yield "_sum" + _labels(flow=flow), app.metrics.run_seconds.get(flow, 0.0)
+        yield "_count" + _labels(flow=flow), sum(counts)
+
+
+def _resident_bytes(app: AsteraLite) -> _Samples:
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError):  # not on Linux
+        return []
+
+
+#: The metrics: name, type, help, and what gives the samples. Flows that are deployed now are told of, and no others.
+_METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
+    (
+        "astera_jobs_accepted_total", "counter", "Jobs that were accepted.",
+        lambda app: [(_labels(flow=f), app.metrics.accepted.get(f, 0)) for f in sorted(app.deployments.by_name)],
+    ),
+    (
+        "astera_jobs_finished_total", "counter", "Jobs that ended, by how they did.",
+        lambda app: [
+            (_labels(flow=f, outcome=end), app.metrics.ended.get((f, end), 0))
+            for f in sorted(app.deployments.by_name) for end in ENDS
+        ],
+    ),
+    (
+        "astera_run_duration_seconds", "histogram",
+        "Times of runs, synchronous ones and those of jobs, from begin to end.", _run_times,
+    ),
+    ("astera_jobs_queued", "gauge", "Jobs that wait for a thread.", lambda app: app.engine.counts()["queued"]),
+    ("astera_jobs_running", "gauge", "Jobs that have a thread.", lambda app: app.engine.counts()["running"]),
+    (
+        "astera_jobs_waiting", "gauge", "Jobs that wait for a time without a thread.",
+        lambda app: app.engine.counts()["waiting"],
+    ),
+    (
+        "astera_workers", "gauge", "Threads for jobs and synchronous flows.",
+        lambda app: app.engine.threads()[0],
+    ),
+    ("astera_workers_busy", "gauge", "Those of them that run something.", lambda app: app.engine.threads()[1]),
+    (
+        "astera_callback_attempts_total", "counter", "Attempts to deliver a callback, by what followed.",
+        lambda app: [
+            (_labels(outcome=word), app.metrics.callbacks.get(state, 0)) for state, word in _FOLLOWS.items()
+        ],
+    ),
+    (
+        "astera_callbacks_under_way", "gauge", "Callbacks that are being delivered.",
+        lambda app: len(app.courier.under_way()),
+    ),
+    (
+        "astera_http_requests_total", "counter", "Requests that were answered.",
+        lambda app: [
+            (_labels(method=method, route=path, code=code), count)
+            for (method, path, code), count in sorted(app.metrics.requests.items())
+        ],
+    ),
+    ("astera_connections", "gauge", "Open connections.", lambda app: sum(map(len, app.metrics.connections))),
+    ("astera_database_bytes", "gauge", "The database with its write-ahead log.", lambda app: app.store.size()),
+    (
+        "astera_healthy", "gauge", "1, or 0 where /health tells why not.",
+        lambda app: float(app.health()["status"] == "ok"),
+    ),
+    ("astera_flows", "gauge", "Published flows.", lambda app: len(app.deployments.by_name)),
+    (
+        "astera_flow_faults", "gauge", "Faults of files that are not published, or not in their present form.",
+        lambda app: len(app.deployments.faults),
+    ),
+    (
+        "astera_build_info", "gauge", "Always 1; the labels say what runs.",
+        lambda app: [(_labels(version=__version__, python=".".join(map(str, sys.version_info[:3]))), 1)],
+    ),
+    ("astera_start_time_seconds", "gauge", "When it started (Unix time).", lambda app: app.started_at / 1000),
+    ("process_cpu_seconds_total", "counter", "Time of the processor.", lambda app: time.process_time()),
+    ("process_resident_memory_bytes", "gauge", "Memory in use.", _resident_bytes),
+]  # fmt: skip
+
+
+def metrics_text(app: AsteraLite) -> str:
+    """The text format of Prometheus, version 0.0.4."""
+    lines = []
+    for name, kind, words, samples in _METRICS:
+        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
+        found = samples(app)
+        pairs = [("", found)] if isinstance(found, int | float) else found
+        lines += [f"{name}{labels} {value!r}" for labels, value in pairs]
+    return "\n".join([*lines, ""])
+
+
+# --- Postman ---
+
+#: What the scripts of a chain hand on, from one request to the next.
+_CHAIN = {"statusUrl": "", "resultUrl": "", "polls": "0"}
+_MOST_POLLS = 100  # of one job; the pauses between them are what Retry-After says, 5 seconds at the most
+_ALL_TESTS = """\
+pm.test("The answer names its request", () => pm.response.to.have.header("X-Request-Id"));"""
+_PROBLEM_TEST = """\
+const isProblem = (pm.response.headers.get("Content-Type") || "").startsWith("application/problem+json");
+if (isProblem) pm.test("An error says why", () => {
+    const problem = pm.response.json();
+    pm.expect(problem.status).to.equal(pm.response.code);
+    pm.expect(problem.detail).to.be.a("string").that.is.not.empty;
+});"""
+_OWN_STATUS_TEST = """\
+pm.test("The status is one that this flow gives: " + STATUSES.join(", "), () => {
+    pm.expect(pm.response.code).to.be.oneOf(STATUSES);
+});"""
+_ANY_STATUS_TEST = """\
+pm.test("The server is not at fault", () => pm.expect(pm.response.code).to.not.equal(500));"""
+_JSON_TEST = """\
+if (/[/+]json/.test(pm.response.headers.get("Content-Type")) && pm.response.text()) {
+    pm.test("The body is JSON", () => pm.response.json());
+}"""
+_FORGET_CHAIN = """\
+Object.entries(CHAIN).forEach(([name, value]) => pm.collectionVariables.set(name, value));"""
+_SUBMIT_TEST = """\
+const refused = REFUSED.includes(pm.response.code);  // the example values do not suffice
+if (!refused) pm.test("The job is accepted", () => {
+    pm.response.to.have.status(202);
+    pm.response.to.have.header("Retry-After");
+    const job = pm.response.json();
+    pm.expect(job.id).to.match(/^[0-9a-f-]{36}$/);
+    pm.expect(job.flow).to.equal(FLOW);
+    pm.expect(job.status).to.be.oneOf(["Running", "Completed", "Error"]);
+    pm.expect(pm.response.headers.get("Job-Status")).to.equal(job.status);
+    pm.expect(pm.response.headers.get("Location")).to.equal(job.statusUrl);
+    pm.collectionVariables.set("statusUrl", pm.response.headers.get("Location"));
+});"""
+_SKIP_TEST = """\
+if (!pm.collectionVariables.get(NAME)) pm.execution.skipRequest();  // send the request before this one first"""
+_POLL_TEST = """\
+pm.test("The status is told", () => {
+    pm.response.to.have.status(200);
+    const job = pm.response.json();
+    pm.expect(pm.response.headers.get("Job-Status")).to.equal(job.status);
+    const polls = Number(pm.collectionVariables.get("polls")) + 1;
+    pm.collectionVariables.set("polls", polls);
+    if (job.status === "Running" && polls < MOST) {
+        const seconds = Math.min(Number(pm.response.headers.get("Retry-After")) || 1, 5);
+        setTimeout(() => {}, seconds * 1000);  // the next request waits for it
+        pm.execution.setNextRequest(pm.info.requestId);
+        return;
+    }
+    pm.expect(job.status, "after " + polls + " polls").to.be.oneOf(["Completed", "Error"]);
+    pm.expect(pm.response.headers.get("Location")).to.equal(job.resultUrl);
+    pm.collectionVariables.set("resultUrl", pm.response.headers.get("Location"));
+});"""
+_FETCH_TEST = """\
+pm.test("The job is finished", () => {
+    pm.expect(pm.response.headers.get("Job-Status")).to.be.oneOf(["Completed", "Error"]);
+});"""
+_HEALTH_TEST = """\
+pm.test("The server is well", () => {
+    pm.response.to.have.status(200);
+    pm.expect(pm.response.json().status).to.equal("ok");
+});"""
+_LIST_TEST = """\
+pm.test("Jobs are listed, newest first", () => {
+    pm.response.to.have.status(200);
+    const page = pm.response.json();
+    pm.expect(page).to.have.property("next");
+    const times = page.jobs.map((job) => job.createdAt);
+    pm.expect(times).to.deep.equal([...times].sort().reverse());
+});"""
+
+
+def _script(listen: str, *parts: str, **values: Any) -> dict[str, Any]:
+    """An event of a collection: parts of JavaScript, in which NAME stands for the value of `name`."""
+    text = "\n".join(parts)
+    for name, value in values.items():
+        text = re.sub(rf"\b{name.upper()}\b", lambda match, value=value: to_json(value), text)  # type: ignore[misc]
+    return {"listen": listen, "script": {"type": "text/javascript", "exec": text.split("\n")}}
+
+
+def _item(name: str, request: Mapping[str, Any], *events: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "event": list(events), "request": request, "response": []}
+
+
+def _field(name: str, value: str, words: str, disabled: bool = False) -> dict[str, Any]:
+    return {"key": name, "value": value, "description": words} | ({"disabled": True} if disabled else {})
+
+
+def _ask(url: str, words: str, *query: dict[str, Any], **more: Any) -> dict[str, Any]:
+    parts = {"raw": url, "host": [url.partition("/")[0]], "path": url.split("/")[1:], "query": list(query)}
+    return {"method": "GET", "url": {name: part for name, part in parts.items() if part}, "description": words} | more
+
+
+def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
+    """The body of an example request, as Postman has it and as it is sent."""
+    if not flow.content_types:
+        return None
+    media, spec = flow.content_types[0], flow.tree["request"].get("body") or {}
+    value = _sample(spec, "text")
+    if media == CONTENT_TYPES["form"] and isinstance(value, dict):
+        pairs = [(name, text) for name, item in value.items() for text in _texts(item)]
+        fields = [{"key": name, "value": text, "type": "text"} for name, text in pairs]
+        return {"mode": "urlencoded", "urlencoded": fields}, urllib.parse.urlencode(pairs).encode()
+    text = json.dumps(value, indent=2, ensure_ascii=False) if _is_json(media) else as_text(value)
+    options_ = {"options": {"raw": {"language": "json"}}} if _is_json(media) else {}
+    return {"mode": "raw", "raw": text, **options_}, text.encode()
+
+
+#: How Postman wants a value, by the place where it stands: it escapes blanks and the like, but not what has a meaning.
+_IN_POSTMAN: dict[str, Callable[[str], str]] = {
+    "path": partial(urllib.parse.quote, safe=""),
+    "query": partial(urllib.parse.quote, safe="/:@, "),
+    "header": str,
+}
+
+
+def _sample_request(flow: Flow, mode: str) -> tuple[dict[str, Any], list[int]]:
+    """An example request of a flow, as Postman has it, and the status that refuses it if its values do not suffice."""
+    specs = flow.tree["request"].get("parameters", {})
+    params: dict[str, Any] = {}
+    fields: dict[str, list[dict[str, Any]]] = {"path": [], "query": [], "header": []}
+    for item in flow.parameters:
+        spec = specs.get(item.name, {})
+        value, note = _sample(spec, item.name), str(spec.get("description", ""))
+        sent = item.required or "example" in spec or "default" in spec
+        if sent:
+            params[item.name] = value
+        texts = [_IN_POSTMAN[item.where](text) for text in _texts(value)]
+        for text in texts if item.where == "query" else [",".join(texts)]:
+            fields[item.where].append(_field(item.name, text, note, not sent))
+    for name in flow.selection.names:
+        fields["query"].append(_field(name, "", _SELECTING.get(name, _FILTERING), True))
+    if mode == "asynchronous":
+        fields["query"].append(_field("callbackUrl", "", _PARAMETERS["CallbackUrl"]["description"], True))
+        for about, value in ((_PARAMETERS["Wait"], "wait=10"), (_PARAMETERS["IdempotencyKey"], "{{$guid}}")):
+            fields["header"].append(_field(about["name"], value, about["description"], True))
+    body = _sample_body(flow)
+    refused, words = [], flow.description
+    try:
+        request = request_for(flow, params, body and body[1])
+        flow.bind(request, path_values(flow, request.path))
+    except InputError as error:
+        refused = [error.status]
+        words += "\n\nGive it other values than these, which are made up: " + "; ".join(
+            f"{fault['name'] or fault['in']} {fault['message']}" for fault in error.errors
+        )
+    if body is not None:
+        fields["header"].append(_field("Content-Type", flow.content_types[0], ""))
+    path = [f":{part[1:-1]}" if part[0] == "{" else part for part in flow.segments]
+    url = "/".join(["{{baseUrl}}" + PREFIXES[mode], *path])
+    asked = _ask(url, words, *fields["query"], method=flow.method, header=fields["header"])
+    query = "&".join(f"{one['key']}={one['value']}" for one in fields["query"] if "disabled" not in one)
+    asked["url"] |= {"raw": f"{url}?{query}" if query else url} | (
+        {"variable": fields["path"]} if fields["path"] else {}
+    )
+    return asked | ({"body": body[0]} if body else {}), refused
+
+
+def _flow_folder(flow: Flow) -> dict[str, Any]:
+    """The requests of a flow: the synchronous one, and the chain of submit, poll and fetch."""
+    own = _own_responses(flow)
+    given = [int(code) for code, answer in own.items() if code.isdigit() and (code != "500" or "$ref" not in answer)]
+    items = []
+    for mode in (mode for mode in _MODES if mode in flow.modes):
+        asked, refused = _sample_request(flow, mode)
+        statuses = sorted({*given, *refused})
+        status_test = _ANY_STATUS_TEST if "default" in own else _OWN_STATUS_TEST
+        result = (status_test, _PROBLEM_TEST, _JSON_TEST)
+        if mode == "synchronous":
+            items.append(_item(f"{flow.name}: run", asked, _script("test", *result, statuses=statuses)))
+            continue
+        poll = _ask("{{statusUrl}}", "Asks until the job is finished; the pauses are what Retry-After says.")
+        fetch = _ask("{{resultUrl}}", "The flow's own response, as often as asked until it expires.")
+        items += [
+            _item(
+                f"{flow.name}: submit", asked, _script("prerequest", _FORGET_CHAIN, chain=_CHAIN),
+                _script("test", _SUBMIT_TEST, _PROBLEM_TEST, refused=refused, flow=flow.name),
+            ),
+            _item(
+                f"{flow.name}: poll", poll, _script("prerequest", _SKIP_TEST, name="statusUrl"),
+                _script("test", _POLL_TEST, most=_MOST_POLLS),
+            ),
+            _item(
+                f"{flow.name}: fetch", fetch, _script("prerequest", _SKIP_TEST, name="resultUrl"),
+                _script("test", _FETCH_TEST, *result, statuses=statuses),
+            ),
+        ]  # fmt: skip
+    return {"name": flow.name, "description": flow.description, "item": items}
+
+
+def postman_document(
+    deployments: Deployments, base: str, secured: bool, only: Collection[str] | None = None
+) -> dict[str, Any]:
+    """A Postman collection (format 2.1.0) of the published flows, which runs as it is; arguments as of OpenAPI's."""
+    flows = [flow for name, flow in sorted(deployments.by_name.items()) if only is None or name in only]
+    health = _ask("{{baseUrl}}/health", "Needs no token.", auth={"type": "noauth"})
+    limit = _field("limit", "20", "How many at the most.")
+    jobs = _ask("{{baseUrl}}/api/jobs?limit=20", "Jobs that the caller may see, newest first.", limit)
+    jobs["url"]["path"] = ["api", "jobs"]
+    server = [
+        _item("health", health, _script("test", _HEALTH_TEST)),
+        _item("jobs", jobs, _script("test", _LIST_TEST)),
+    ]
+    variables = {"baseUrl": base, "token": "", **_CHAIN}
+    bearer = [{"key": "token", "value": "{{token}}", "type": "string"}]
+    return {
+        "info": {
+            "name": "Astera Lite",
+            "description": "Every published flow: run it, or submit, poll and fetch it. Run the collection as it is; "
+            + ("put a token of the server into the variable `token` first." if secured else "it needs no token."),
+            "schema": "https://schema.getpostman.com/json/collection/v2.1.0/collection.json",
+        },
+        "item": [*map(_flow_folder, flows), {"name": "Server", "item": server}],
+        "auth": {"type": "bearer", "bearer": bearer} if secured else {"type": "noauth"},
+        "event": [_script("test", _ALL_TESTS)],
+        "variable": [{"key": name, "value": value, "type": "string"} for name, value in variables.items()],
+    }
+
+
+@lru_cache(maxsize=16)
+def document_body(
+    make: Callable[..., Any], deployments: Deployments, base: str, secured: bool, only: frozenset[str] | None
+) -> bytes:
+    """A document of the flows as it is sent; kept, for it is the same until a flow changes."""
+    return json_body(make(deployments, base, secured, only))
 
 
 # ======================================================================================================================
@@ -10851,7 +11374,7 @@ class Exchange:
     """
 
     __slots__ = (
-        "_peer", "answered", "app", "base", "body", "caller", "cors_origin", "flow", "head", "on_close",
+        "_peer", "answered", "app", "base", "began", "body", "caller", "cors_origin", "flow", "head", "on_close",
         "origin", "path", "request_id", "route", "values",
     )  # fmt: skip
 
@@ -10867,6 +11390,7 @@ class Exchange:
         self.app, self.head, self.request_id, self.base = app, head, request_id, base
         self.origin = origin  # as the request names the server, whatever public_url says
         self._peer = peer
+        self.began = time.monotonic()
         self.body = b""
         self.caller = ANYBODY
         self.cors_origin: str | None = None
@@ -10901,6 +11425,14 @@ class Exchange:
         """Answer with an error."""
         self.answer(error_response(self, error))
 
+    def about(self) -> dict[str, Any]:
+        """Members of a line of the log about it."""
+        trace = parse_trace(self.head.headers)
+        job = JobKey.parse(self.values.get("id", ""))
+        this = {"request": self.request_id, "method": self.head.method, "path": self.head.path}
+        more = {"flow": self.flow and self.flow.name, "job": job and str(job), "trace": trace and trace.id}
+        return this | {name: value for name, value in more.items() if value}
+
     def query(self) -> dict[str, list[str]]:
         """The query, decoded; raises InputError."""
         return parse_query(self.head.query)
@@ -10921,7 +11453,7 @@ def begin(x: Exchange, access: Access) -> None:
     head = x.head
     x.cors_origin = access.check_origin(head.headers, x.origin, navigation=head.method == "GET" and head.path == "/")
     if head.method == "OPTIONS":
-        x.route = Route("OPTIONS", head.path, options, True)
+        x.route = Route("OPTIONS", "*", options, True)
         return
     routes = find_routes(head.path, x.values)
     route = routes.get(head.method) or (routes.get("GET") if head.method == "HEAD" else None) or routes.get("*")
@@ -10958,7 +11490,8 @@ def error_response(x: Exchange, error: Exception) -> Reply:
     if x.head.path.startswith(tuple(PREFIXES.values())):
         headers += _VARY
     if not isinstance(error, AsteraError):
-        log.error("request %s: %s %s", x.request_id, x.head.method, shown(x.head.path, 200), exc_info=error)
+        words = "request %s: %s %s"
+        log.error(words, x.request_id, x.head.method, shown(x.head.path, 200), exc_info=error, extra=x.about())
         detail = "The server failed. Its log has the reason under this request id."
         return Reply(500, headers, json_body(problem(500, detail, requestId=x.request_id)))
     status = getattr(error, "status", PROBLEM_STATUS.get(type(error), 500))
@@ -11128,7 +11661,9 @@ def _stored_request(x: Exchange, flow: Flow, path: str, query: str) -> StoredReq
     _check_coding(x)
     sent = x.head.headers
     names = flow.header_names
-    return StoredRequest(flow.method, path, query, {name: sent[name] for name in names if name in sent}, x.body)
+    declared = {name: sent[name] for name in names if name in sent}
+    trace = parse_trace(sent) if "traceparent" in sent else None
+    return StoredRequest(flow.method, path, query, declared, x.body, trace)
 
 
 def _take_callback(x: Exchange) -> tuple[str | None, str]:
@@ -11354,15 +11889,7 @@ def job_details(x: Exchange) -> Reply:
     document["request"] = _request_document(app, job)
     document["steps"] = app.engine.trace(job.key) or app.store.trace(job.key)
     if document["callback"] is not None:
-        document["callback"]["history"] = [
-            {
-                "at": timestamp(attempt.at, offset),
-                "status": attempt.status,
-                "error": attempt.error,
-                "durationMs": attempt.duration_ms,
-            }
-            for attempt in app.store.attempts(job.key)
-        ]
+        document["callback"]["history"] = attempt_documents(app.store.attempts(job.key), offset)
     return Reply(200, [_JSON, *_job_headers(job)], json_body(document))
 
 
@@ -11450,7 +11977,9 @@ def job_rerun(x: Exchange) -> Reply | None:
     if job.status is Status.RUNNING:
         raise Conflict("The job still runs.", job=job.status)
     _check_may_call(x, job.flow)
-    x.app.rerun(job, x.base, x.caller, lambda result, error: x.post(lambda: _accepted(x, result, error, None, ())))
+    trace = parse_trace(x.head.headers)
+    done: Done = lambda result, error: x.post(lambda: _accepted(x, result, error, None, ()))  # noqa: E731
+    x.app.rerun(job, x.base, x.caller, trace, done)
     return None
 
 
@@ -11589,10 +12118,20 @@ def health(x: Exchange) -> Reply:
     return Reply(200 if well else 503, [_JSON, _NO_STORE, *more], json_body(document))
 
 
-def openapi_json(x: Exchange) -> Reply:
-    """GET /openapi.json"""
+def _may_measure(x: Exchange) -> None:
+    if x.caller.flows is not None:
+        raise AccessError(403, f"The token {x.caller.name} is limited to flows: the metrics tell of all of them.")
+
+
+def metrics(x: Exchange) -> Reply:
+    """GET /metrics"""
+    return Reply(200, [("Content-Type", METRICS_TYPE), _NO_STORE], metrics_text(x.app).encode())
+
+
+def flow_document(make: Callable[..., Any], x: Exchange) -> Reply:
+    """GET /openapi.json, GET /postman.json"""
     has_token = x.caller.name != ""
-    return Reply(200, [_JSON, _NO_STORE], openapi_body(x.app.deployments, x.base, has_token, x.caller.flows))
+    return Reply(200, [_JSON, _NO_STORE], document_body(make, x.app.deployments, x.base, has_token, x.caller.flows))
 
 
 @lru_cache(1)
@@ -11651,8 +12190,10 @@ ROUTES = [
     Route("GET", "/api/deployments/{name}", deployment_one),
     Route("PUT", "/api/deployments/{name}", deployment_put, check=_may_deploy),
     Route("DELETE", "/api/deployments/{name}", deployment_delete, check=_may_deploy),
-    Route("GET", "/openapi.json", openapi_json),
+    Route("GET", "/openapi.json", partial(flow_document, openapi_document)),
+    Route("GET", "/postman.json", partial(flow_document, postman_document)),
     Route("GET", "/health", health, is_open=True),
+    Route("GET", "/metrics", metrics, check=_may_measure),
     Route("GET", "/", console, is_open=True),
 ]
 
@@ -11895,7 +12436,11 @@ class Handler(BaseRequestHandler):
         if x.cors_origin is not None:
             cors = [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
             reply = reply._replace(headers=[*reply.headers, *cors])
-        log.debug("%s %s %s %d", x.request_id, head.method, head.path, reply.status)
+        self.loop.requests[head.method, x.route.path if x.route else "", reply.status] += 1
+        if log.isEnabledFor(logging.DEBUG):
+            ms = round((time.monotonic() - x.began) * 1000, 1)
+            more = x.about() | {"status": reply.status, "ms": ms}
+            log.debug("%s %s %s %d %s ms", x.request_id, head.method, head.path, reply.status, ms, extra=more)
         if self.closed or x is not self.exchange:
             return
         if not head.keep_alive or self.loop.stopping or reply.status == 405:
@@ -12112,6 +12657,8 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.selector = selectors.DefaultSelector()
         self.handlers: set[Handler] = set()
+        self.requests = app.metrics.requests
+        app.metrics.connections.append(self.handlers)
         self.buffered = 0
         self.turned_away = 0  # handlers that only tell their client that there are too many
         self.stopping = False
@@ -12310,6 +12857,7 @@ class Server(ThreadingHTTPServer):
             handler.turn_away(self._too_many())
 
     def _too_many(self) -> bytes:
+        self.requests["", "", 503] += 1
         body = json_body(problem(503, "The server has as many connections as it can."))
         reply = Reply(503, [_PROBLEM, _NO_STORE, ("Retry-After", "5")], body)
         return response_head(reply, self._next_request_id(), False) + reply.body
@@ -12489,7 +13037,28 @@ def _load_settings(args: argparse.Namespace) -> Settings:
     if config is None and os.path.exists("astera_lite.toml"):
         config = "astera_lite.toml"
     flags = {name.removeprefix("set_"): value for name, value in given.items() if name.startswith("set_")}
-    return Settings.load(config, os.environ, flags)
+    early = _Early()
+    log.addHandler(early)
+    settings = Settings()
+    try:
+        settings = Settings.load(config, os.environ, flags)
+    finally:
+        log.removeHandler(early)
+        if (handler := _log_handler(settings)) is not None:
+            for record in early.records:
+                handler.handle(record)
+    return settings
+
+
+class _Early(logging.Handler):
+    """Keeps what is logged before it is known in which form it is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -12518,11 +13087,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object a line; `about` and Exchange.about name its further members."""
+
+    _MEMBERS = ("request", "method", "path", "status", "ms", "job", "flow", "step", "trace")
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
         entry["message"] = record.getMessage()
+        entry |= {name: value for name in self._MEMBERS if (value := getattr(record, name, None)) is not None}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry)  # in ASCII: other characters may end a line, or turn it round, where it is read
@@ -12543,14 +13115,16 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def _set_up_logging(settings: Settings) -> None:
+def _log_handler(settings: Settings) -> logging.Handler | None:
     if settings.log == "off":
-        log.addHandler(logging.NullHandler())
-        log.propagate = False
-        return
+        return None
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines() if settings.log == "json" else _TextLines())
-    log.addHandler(handler)
+    return handler
+
+
+def _set_up_logging(settings: Settings) -> None:
+    log.addHandler(_log_handler(settings) or logging.NullHandler())
     log.setLevel(settings.log_level.upper())
     log.propagate = False
 
@@ -12819,9 +13393,12 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
         print(f'there is no flow "{name}"{suggest(name, flows)}')
     chosen = [flow for flow in flows.values() if not args.names or flow.name in args.names]
     passed = failed = 0
+    total, tell = sum(len(flow.tests) for flow in chosen), _progress("testing")
     for flow in sorted(chosen, key=lambda flow: flow.name):
         for each in flow.tests:
+            tell(passed + failed, total)
             differences, canned = run_test(flow, each, app.outside)
+            tell(total, total)  # the line is free for what follows
             passed, failed = passed + (not differences), failed + bool(differences)
             print(f"{'FAILED' if differences else 'ok':<6} {flow.name}: {each.name} ({canned} canned)")
             for line in differences:
@@ -12838,14 +13415,14 @@ def schema(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def openapi(args: argparse.Namespace, settings: Settings) -> int:
-    """openapi: print the OpenAPI document of the flows; exit 1 if some are faulty and so not in it."""
+def print_document(make: Callable[..., Any], args: argparse.Namespace, settings: Settings) -> int:
+    """openapi, postman: print a document of the flows; exit 1 if some are faulty and so not in it."""
     app = AsteraLite(settings)
     found = app.read_flows()
     for fault in found.faults:
         print(fault, file=sys.stderr)
     secured = settings.token is not None or bool(_tokens_of(settings.database))
-    print(json.dumps(openapi_document(found, app.base, secured), indent=2, ensure_ascii=False))
+    print(json.dumps(make(found, app.base, secured), indent=2, ensure_ascii=False))
     return 1 if found.faults else 0
 
 
@@ -12866,50 +13443,202 @@ def new(args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _columns(text: str) -> int:
+    """Columns of a terminal that a text takes."""
+    import unicodedata  # noqa: PLC0415 (a server has no use for it)
+
+    narrow = (0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+    return len(text) if text.isascii() else sum(narrow)
+
+
+def _cut(text: str, room: int) -> str:
+    """The text, or as much of it as there is room for."""
+    if _columns(text) <= room:
+        return text
+    while text and _columns(text) >= room:
+        text = text[:-1]
+    return text + "…" * (room > 0)
+
+
+_COLOURS = {"Completed": 32, "delivered": 32, "Running": 33, "pending": 33, "Error": 31, "failed": 31, "gone": 31}
+_LEAST_CELLS = 8  # of the column that gives way
+
+
+class _Sheet:
+    """What people read: on a terminal in its width and with a little colour, elsewhere plain and complete."""
+
+    def __init__(self, stream: TextIO) -> None:
+        import shutil  # noqa: PLC0415 (a server has no use for it)
+
+        self.stream, self.terminal = stream, stream.isatty()
+        self._width = shutil.get_terminal_size().columns if self.terminal else sys.maxsize
+        self._colour = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+    def _painted(self, text: str, colour: int | None) -> str:
+        return f"\x1b[{colour}m{text}\x1b[0m" if colour is not None and self._colour else text
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], gives_way: int) -> None:
+        """Rows under a head. What is too wide shortens the column `gives_way`, then the last ones are left out."""
+        lines = [[_one_line(text) for text in row] for row in (head, *rows)]
+        widths = [max(map(_columns, column)) for column in zip(*lines, strict=True)]
+        excess = sum(widths) + 2 * (len(widths) - 1) - self._width
+        widths[gives_way] = max(widths[gives_way] - max(excess, 0), min(widths[gives_way], _LEAST_CELLS))
+        while len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > self._width:
+            widths.pop()
+        for n, line in enumerate(lines):
+            cells = [_cut(text, width) for text, width in zip(line, widths, strict=False)]
+            padded = [text + " " * (width - _columns(text)) for text, width in zip(cells, widths, strict=True)]
+            padded[-1] = cells[-1]
+            colours = [_COLOURS.get(text.partition(" ")[0]) if n else 2 for text in cells]
+            print("  ".join(map(self._painted, padded, colours)).rstrip(), file=self.stream)
+
+    def fields(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Names and values; those without a value are left out."""
+        width = max(len(name) for name, _ in pairs)
+        for name, text in pairs:
+            if text:
+                shown_text = self._painted(_one_line(text), _COLOURS.get(text.partition(" ")[0]))
+                print(f"{self._painted(name.ljust(width), 2)}  {shown_text}", file=self.stream)
+
+    def moment(self, ms: int | None, now: int, offset: int, with_date: bool = False) -> str:
+        """A time: on a terminal as far as it is from now, and by the clock on the wall; elsewhere in UTC."""
+        if ms is None or not self.terminal:
+            return timestamp(ms, offset) or ""
+        words = f"in {_span(ms - now)}" if ms > now else f"{_span(now - ms)} ago"
+        local = datetime.datetime.fromtimestamp((ms + offset) / 1000)
+        return f"{local:%Y-%m-%d %H:%M:%S} ({words})" if with_date else words
+
+
+def _span(ms: int) -> str:
+    """A time that passed, for people."""
+    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000)):
+        if ms >= 2 * size:
+            return f"{ms // size} {unit}"
+    return f"{ms / 1000:.1f} s" if ms >= 1000 else f"{ms} ms"
+
+
+def _took(job: Job) -> str:
+    return _span(job.finished - job.started) if job.finished is not None and job.started is not None else ""
+
+
+def _status_words(job: Job) -> str:
+    detail = job.error["code"] if job.error else "waiting" if job.due else ""
+    return f"{job.status.value} ({detail})" if detail else job.status.value
+
+
 def jobs(args: argparse.Namespace, settings: Settings) -> int:
     """jobs: list the jobs in the database, newest first."""
-    store = SqliteStore(settings.database, read_only=True)
-    status = Status(args.status) if args.status else None
-    offset = store.clock_offset()
-    found = store.page(Clock().now() - offset, args.limit, None, args.flow, status, None)
-    print(f"{'id':<36}  {'flow':<16}  {'status':<9}  {'created':<24}  {'finished':<24}  callback")
+    with contextlib.closing(SqliteStore(settings.database, read_only=True)) as store:
+        status = Status(args.status) if args.status else None
+        offset = store.clock_offset()
+        now = Clock().now() - offset
+        found = store.page(now, args.limit, None, args.flow, status, None)
+    if args.json:
+        documents = [status_document(job, job.base, offset=offset) for job in found]
+        print(json.dumps({"jobs": documents}, indent=2, ensure_ascii=False))
+        return 0
+    sheet = _Sheet(sys.stdout)
+    rows = []
     for job in found:
         callback = f"{job.callback.state} ({job.callback.attempts})" if job.callback else ""
-        finished = timestamp(job.finished, offset) or ("waiting" if job.due else "")
-        print(
-            f"{job.id}  {job.flow:<16}  {job.status.value:<9}  {timestamp(job.created, offset)}"
-            f"  {finished:<24}  {callback}".rstrip()
-        )
-    store.close()
+        created = sheet.moment(job.created, now, offset)
+        if sheet.terminal:  # what matters most comes first: the last columns may find no room
+            rows.append((job.id, _status_words(job), job.flow, created, _took(job), callback))
+        else:
+            finished = timestamp(job.finished, offset) or ("waiting" if job.due else "")
+            rows.append((job.id, job.flow, job.status.value, created, finished, callback))
+    head = "id status flow created took callback" if sheet.terminal else "id flow status created finished callback"
+    sheet.table(head.split(), rows, 2)
     return 0
 
 
 def show_job(args: argparse.Namespace, settings: Settings) -> int:
-    """job: one job, its callback attempts and its result."""
-    store = SqliteStore(settings.database, read_only=True)
-    key = JobKey.parse(args.id)
-    job = store.get(key) if key else None
-    if job is None:
-        store.close()
-        print(f"there is no job {shown(args.id)}", file=sys.stderr)
-        return 1
-    offset = store.clock_offset()
-    document = status_document(job, job.base, offset=offset)
-    document["steps"] = store.trace(job.key)
-    if job.callback is not None:
-        document["callback"]["history"] = [
-            {"at": timestamp(a.at, offset), "status": a.status, "error": a.error, "durationMs": a.duration_ms}
-            for a in store.attempts(job.key)
-        ]
-    print(json.dumps(document, indent=2, ensure_ascii=False), file=sys.stderr if args.result else sys.stdout)
-    stored = store.result(job.key)
-    if args.result and stored is not None:
-        pieces = [stored.body] if stored.body is not None else store.result_pieces(job.key, stored.attempt)
-        for piece in pieces:
-            sys.stdout.buffer.write(piece)
-        sys.stdout.buffer.flush()
-    store.close()
+    """job: one job, its steps, its callback attempts and its result."""
+    with contextlib.closing(SqliteStore(settings.database, read_only=True)) as store:
+        key = JobKey.parse(args.id)
+        job = store.get(key) if key else None
+        if job is None:
+            print(f"there is no job {shown(args.id)}", file=sys.stderr)
+            return 1
+        steps, attempts, stored = store.trace(job.key), store.attempts(job.key), store.result(job.key)
+        offset = store.clock_offset()
+        stream = sys.stderr if args.result else sys.stdout
+        if args.json:
+            document = status_document(job, job.base, offset=offset) | {"steps": steps}
+            if job.callback is not None:
+                document["callback"]["history"] = attempt_documents(attempts, offset)
+            print(json.dumps(document, indent=2, ensure_ascii=False), file=stream)
+        else:
+            _print_job(_Sheet(stream), job, stored, steps, attempts, offset)
+        if args.result and stored is not None:
+            pieces = [stored.body] if stored.body is not None else store.result_pieces(job.key, stored.attempt)
+            for piece in pieces:
+                sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
     return 0
+
+
+def _print_job(
+    sheet: _Sheet,
+    job: Job,
+    stored: StoredResult | None,
+    steps: Sequence[Mapping[str, Any]],
+    attempts: Sequence[Attempt],
+    offset: int,
+) -> None:
+    now = Clock().now() - offset
+    moments = [(name, getattr(job, name)) for name in ("created", "started", "finished", "expires")]
+    callback = job.callback
+    again = callback and sheet.moment(callback.next_at, now, offset, True)
+    sheet.fields(
+        [
+            ("id", job.id),
+            ("flow", job.flow),
+            ("status", _status_words(job)),
+            ("error", job.error["detail"] if job.error else ""),
+            *((name, sheet.moment(ms, now, offset, True)) for name, ms in moments),
+            ("took", _took(job)),
+            ("attempt", str(job.attempt) if job.attempt > 1 else ""),
+            ("result", f"{stored.code}, {stored.size:,} bytes" if stored else ""),
+            ("callback", f"{callback.state} ({callback.attempts}) {callback.url}" if callback else ""),
+            ("next try", again or ""),
+        ]
+    )
+    if steps:
+        print(file=sheet.stream)
+        sheet.table(("step", "kind", "state", "took", "bytes", "output"), [_step_row(step) for step in steps], 5)
+    if attempts:
+        rows = [
+            (sheet.moment(one.at, now, offset), str(one.status or ""), _span(one.duration_ms), one.error or "")
+            for one in attempts
+        ]
+        print(file=sheet.stream)
+        sheet.table(("callback", "status", "took", "error"), rows, 3)
+
+
+def _step_row(step: Mapping[str, Any]) -> tuple[str, ...]:
+    began, ended = (datetime.datetime.fromisoformat(step[name]) for name in ("startedAt", "finishedAt"))
+    took = _span(round((ended - began).total_seconds() * 1000))
+    size = "" if step["size"] is None else f"{step['size']:,}"
+    state = f"{step['state']} ({step['status']})" if "status" in step else step["state"]
+    return step["path"], step["kind"], state, took, size, step["preview"] or ""
+
+
+def _progress(words: str) -> Callable[[int, int], None]:
+    """What says on stderr, where that is a terminal, how much is done of how much."""
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+    told = -math.inf
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        if done < total and time.monotonic() - told < 0.1:
+            return
+        told = time.monotonic()
+        line = f"{words} {100 * done // total} %" if done < total else ""
+        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def token(args: argparse.Namespace, settings: Settings) -> int:
@@ -12990,7 +13719,7 @@ def backup(args: argparse.Namespace, settings: Settings) -> int:
         return 1
     store = SqliteStore(settings.database, read_only=True)
     try:
-        store.backup(args.copy)
+        store.backup(args.copy, _progress("copying"))
     finally:
         store.close()
     print(f"wrote {args.copy}, {os.path.getsize(args.copy):,} bytes", file=sys.stderr)
@@ -12999,12 +13728,16 @@ def backup(args: argparse.Namespace, settings: Settings) -> int:
 
 _Command = Callable[["argparse.Namespace", Settings], int]
 _RUNNING = ("flows", "data", "env_allow", "secrets", "callback_allow", "max_step_response", "max_result", "job_timeout")
+_DOCUMENTED = ("flows", "host", "port", "public_url", "env_allow", "secrets")
 
 
 def _positive(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or int(text) < 1:
         raise ValueError
     return int(text)
+
+
+_JSON_FLAG: tuple[str, dict[str, Any]] = ("--json", {"action": "store_true", "help": "print JSON, for programs"})
 
 
 #: The commands: function, help, arguments, and the settings that its help shows.
@@ -13033,10 +13766,16 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
     ),
     "schema": (schema, "print a JSON Schema of the flow file, for editors", [], ()),
     "openapi": (
-        openapi,
+        partial(print_document, openapi_document),
         "print the OpenAPI document of the flows",
         [],
-        ("flows", "host", "port", "public_url", "env_allow", "secrets"),
+        _DOCUMENTED,
+    ),
+    "postman": (
+        partial(print_document, postman_document),
+        "print a Postman collection of the flows, to import or to run with newman",
+        [],
+        _DOCUMENTED,
     ),
     "new": (new, "write a starter flow", [("name", {"metavar": "NAME", "help": "name of the flow"})], ("flows",)),
     "jobs": (
@@ -13049,6 +13788,7 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
                 "--limit",
                 {"type": _positive, "metavar": "N", "default": 50, "help": "so many at the most (default: 50)"},
             ),
+            _JSON_FLAG,
         ],
         ("database",),
     ),
@@ -13086,6 +13826,7 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         [
             ("id", {"metavar": "ID", "help": "id of the job"}),
             ("--result", {"action": "store_true", "help": "print its result to stdout, the rest to stderr"}),
+            _JSON_FLAG,
         ],
         ("database",),
     ),

@@ -30,7 +30,7 @@ CREATE TABLE jobs (
     headers         TEXT,                -- headers of the result: JSON, list of [name, value]
     error           TEXT,                -- the problem document of a job that is Error: JSON
     trace           TEXT,                -- what became of each step: JSON, list of objects
-    request         TEXT    NOT NULL,    -- what was sent: JSON object of method, path, query, headers
+    request         TEXT    NOT NULL,    -- what was sent: JSON object of method, path, query, headers; trace (W3C Trace Context)
     request_body    BLOB,                -- body that was sent; NULL: none, or in pieces
     result          BLOB                 -- body of the result; NULL: none yet, or in pieces
 );

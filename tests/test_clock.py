@@ -311,7 +311,7 @@ def test_the_command_line_tells_the_same_times(
         monkeypatch.setattr(time, "time_ns", lambda: clock.wall() * 1_000_000)
         assert main(["jobs", "--database", str(tmp_path / "jobs.db")]) == 0
         assert shown["createdAt"] in capsys.readouterr().out
-        assert main(["job", job.id, "--database", str(tmp_path / "jobs.db")]) == 0
+        assert main(["job", job.id, "--json", "--database", str(tmp_path / "jobs.db")]) == 0
         assert f'"createdAt": "{shown["createdAt"]}"' in capsys.readouterr().out
 
 

@@ -262,7 +262,7 @@ def test_serve_prints_every_endpoint_ready_to_use(tmp_path: Path) -> None:
             ["both", "synchronous"], ["both", "asynchronous"], ["hello", "synchronous"], ["hello", "asynchronous"],
             ["sum", "synchronous"],
         ]  # fmt: skip
-        assert printed[4][2] == f"-X POST '{url}/api/publishing/sum/a'"
+        assert printed[4][2] == f"-X POST '{url}/api/publishing/sum/1'"
         for row in printed[:4]:
             code = 200 if row[1] == "synchronous" else 202
             assert get(row[2].strip("'")).status_code == code
@@ -356,7 +356,7 @@ def test_a_signal_stops_gracefully(tmp_path: Path, sink: Sink, number: int) -> N
         client.join(10)
         assert started.wait(10) == 0
     assert answers[0].json() == "done"
-    shown = run(tmp_path, "job", job["id"])
+    shown = run(tmp_path, "job", job["id"], "--json")
     assert shown.returncode == 0
     assert json.loads(shown.stdout)["status"] in ("Running", "Completed")
 
@@ -409,6 +409,20 @@ def test_json_lines_are_json_lines(tmp_path: Path) -> None:
     assert after and all(line.startswith("{") for line in after)
     assert all({"time", "level", "message"} <= set(entry) for entry in logged)
     assert [entry for entry in logged if "broken.json" in entry["message"] and entry["level"] == "error"]
+
+
+@pytest.mark.parametrize("form", ["text", "json", "off"])
+def test_what_is_logged_before_the_form_is_known_has_it_too(tmp_path: Path, form: str) -> None:
+    env = {"ASTERA_LITE_SERVICE_HOST": "x", "ASTERA_LITE_LOG": form}
+    with process(tmp_path, env=env) as (_, url, lines):
+        assert lines[-1] == f"listening on {url}"
+        early = lines[:-1]
+    if form == "off":
+        assert not [line for line in early if "SERVICE_HOST" in line]
+    elif form == "json":
+        assert "ASTERA_LITE_SERVICE_HOST is no setting" in json.loads(early[0])["message"]
+    else:
+        assert re.match(r"[0-9T:.-]+Z warning ASTERA_LITE_SERVICE_HOST is no setting", early[0])
 
 
 def test_a_path_cannot_forge_a_line_of_the_log(tmp_path: Path) -> None:
@@ -570,14 +584,14 @@ def test_jobs_and_job_look_at_a_running_servers_database(here: Here, tmp_path: P
             found = here("jobs", *more).stdout.splitlines()[1:]
             assert [row.split()[0] for row in found] == [wanted]
 
-        document = json.loads(here("job", first).stdout)
+        document = json.loads(here("job", first, "--json").stdout)
         assert (document["id"], document["status"]) == (first, "Completed")
         assert document["statusUrl"] == f"{url}/api/jobs/{first}/status"
         assert [entry["status"] for entry in document["callback"]["history"]] == [204]
-        result = here("job", first, "--result")
+        result = here("job", first, "--result", "--json")
         assert json.loads(result.stdout) == {"hello": "world"}
         assert json.loads(result.stderr)["id"] == first
-        assert json.loads(here("job", second).stdout)["error"]["code"] == "failed"
+        assert json.loads(here("job", second, "--json").stdout)["error"]["code"] == "failed"
         assert get(url + "/health").status_code == 200
 
 

@@ -713,6 +713,28 @@ def test_a_backup_that_is_killed_leaves_no_file_of_that_name_and_the_next_one_wo
     assert (folder / "copy.db").read_bytes() == before
 
 
+def test_a_backup_is_of_one_moment_and_no_write_begins_it_anew(tmp_path: Path) -> None:
+    large: dict[str, Any] = get_flow("/large", response={"body": "${'x' * 9000000}"})
+    told: list[tuple[int, int]] = []
+    with AsteraLite(database=str(tmp_path / "jobs.db")) as app:
+        app.deploy("large", large)
+        first = app.wait(app.submit("large").id)
+
+        def tell(done: int, total: int) -> None:
+            told.append((done, total))
+            assert len(told) < 50
+            app.wait(app.submit("large").id)
+
+        store = SqliteStore(str(tmp_path / "jobs.db"), read_only=True)
+        store.backup(str(tmp_path / "copy.db"), tell)
+        store.close()
+    assert len(told) > 2 and told == sorted(told) and len({total for _, total in told}) == 1
+    assert told[-1][0] == told[-1][1]
+    copied = SqliteStore(str(tmp_path / "copy.db"), read_only=True)
+    assert [job.id for job in copied.page(0, 10, None, None, None, None)] == [first.id]
+    copied.close()
+
+
 def test_a_backup_overwrites_no_file_that_came_meanwhile(folder: Path) -> None:
     filled(folder, 3)
     store = SqliteStore(str(folder / "astera_lite.db"), read_only=True)

@@ -1,0 +1,172 @@
+"""What the commands show to people: in a terminal's width there, plain and complete elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from support import ROOT, Api, get_flow, process, until
+
+fcntl = pytest.importorskip("fcntl", reason="there are no pseudo-terminals here")
+import pty  # noqa: E402
+import termios  # noqa: E402
+
+PROGRAM = str(ROOT / "astera_lite.py")
+COLOUR = re.compile(r"\x1b\[[0-9]+m")
+WIDE = "文字" * 60
+EVIL = "\x1b[2J\nevil\u202e"
+
+
+def environment(**more: str) -> dict[str, str]:
+    dropped = ("NO_COLOR", "COLUMNS", "LINES", "TERM")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ASTERA_") and name not in dropped}
+    return kept | {"TERM": "xterm"} | more
+
+
+def on_terminal(folder: Path, *arguments: str, columns: int = 80, **env: str) -> str:
+    """What a command writes to a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    command = [sys.executable, PROGRAM, *arguments]
+    with subprocess.Popen(command, cwd=folder, stdout=theirs, stderr=theirs, env=environment(**env)) as started:
+        os.close(theirs)
+        written = b""
+        while True:
+            try:
+                data = os.read(ours, 65536)
+            except OSError:  # Linux says so at the end
+                break
+            if not data:
+                break
+            written += data
+        os.close(ours)
+        assert started.wait(60) == 0, written
+    return written.decode().replace("\r\n", "\n")
+
+
+def elsewhere(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, PROGRAM, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, env=environment())
+
+
+def cells(text: str) -> int:
+    plain = unicodedata.normalize("NFC", text)
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in plain)
+
+
+class Place(NamedTuple):
+    folder: Path
+    jobs: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("terminal")
+    (folder / "flows").mkdir()
+    long_name = "a-flow-with-a-name-that-is-as-long-as-sixty-four-characters-are"
+    flows: dict[str, Any] = {
+        long_name: get_flow("/long", steps=[{"name": "text", "set": WIDE}, {"name": "e", "set": "e\u0301" * 90}]),
+        "failing": get_flow("/failing", steps=[{"name": "no", "fail": {"status": 422, "message": f"no {EVIL}"}}]),
+        "waiting": get_flow("/waiting", steps=[{"name": "rest", "wait": "1h"}]),
+        "large": get_flow("/large", steps=[{"name": "text", "set": "${'x' * 9000000}"}]),
+    }
+    flows["failing"]["tests"] = [{"name": f"no {n}", "response": {"status": 422}} for n in range(3)]
+    for name, tree in flows.items():
+        (folder / "flows" / f"{name}.json").write_text(json.dumps(tree))
+    jobs = {}
+    with process(folder, "--callback-retries", "") as (_, url, _):
+        api = Api(url)
+        for name, tree in flows.items():
+            jobs[name] = api.submit(tree["request"]["resource"], callbackUrl="http://127.0.0.1:1/none")
+            until(lambda: api.counts()["running"] == 0)
+        until(lambda: all("failed" in elsewhere(folder, "job", jobs[name]).stdout for name in [long_name, "failing"]))
+        yield Place(folder, {**jobs, "long": jobs[long_name]})
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60, 80, 100, 132, 250])
+def test_a_table_fits_the_terminal(place: Place, columns: int) -> None:
+    for command in (["jobs"], ["job", place.jobs["long"]]):
+        lines = COLOUR.sub("", on_terminal(place.folder, *command, columns=columns)).splitlines()
+        table = lines if command == ["jobs"] else lines[lines.index("") + 1 :]
+        assert all(cells(line) <= max(columns, 36) for line in table), table
+    rows = COLOUR.sub("", on_terminal(place.folder, "jobs", columns=columns)).splitlines()
+    assert [row.split()[0] for row in rows] == ["id", *list(place.jobs.values())[3::-1]]
+
+
+def test_columns_are_aligned_whatever_they_hold(place: Place) -> None:
+    lines = COLOUR.sub("", on_terminal(place.folder, "job", place.jobs["long"], columns=80)).splitlines()
+    head, *rows = lines[lines.index("") + 1 : lines.index("", lines.index("") + 1)]
+    assert head.split() == ["step", "kind", "state", "took", "bytes", "output"]
+    at = cells(head[: head.index("output")])
+    for row in rows:
+        before = next(n for n in range(len(row)) if cells(row[:n]) == at)
+        assert row[before - 1] == " " and row[before] == '"' and row.endswith("…")
+    head, *rows = COLOUR.sub("", on_terminal(place.folder, "jobs", columns=200)).splitlines()
+    for name in ("status", "flow", "created"):
+        assert all(row[head.index(name) - 1] == " " != row[head.index(name)] for row in rows)
+
+
+def test_a_terminal_shows_words_and_a_little_colour(place: Place) -> None:
+    text = on_terminal(place.folder, "jobs", columns=200)
+    assert re.search(r"\x1b\[31mError \(failed\) *\x1b\[0m", text)
+    assert re.search(r"\x1b\[33mRunning \(waiting\) *\x1b\[0m", text)
+    assert " s ago" in text and "failed (1)" in text
+    for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        assert "\x1b" not in on_terminal(place.folder, "jobs", columns=200, **env)
+    one = on_terminal(place.folder, "job", place.jobs["failing"], columns=200, NO_COLOR="1")
+    assert re.search(r"^created   \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \(.* ago\)$", one, re.MULTILINE)
+    assert re.search(r"^expires   .* \(in 23 h\)$", one, re.MULTILINE)
+
+
+def test_what_came_from_outside_does_not_reach_the_terminal_as_it_is(place: Place) -> None:
+    for text in (
+        on_terminal(place.folder, "job", place.jobs["failing"], NO_COLOR="1"),
+        elsewhere(place.folder, "job", place.jobs["failing"]).stdout,
+    ):
+        assert "\\x1b[2J" in text and "evil" in text
+        assert "\x1b" not in text and "\u202e" not in text and "\nevil" not in text
+
+
+def test_elsewhere_everything_is_there(place: Place) -> None:
+    done = elsewhere(place.folder, "jobs")
+    head, *rows = done.stdout.splitlines()
+    assert head.split() == ["id", "flow", "status", "created", "finished", "callback"]
+    found = {row.split()[0]: row.split() for row in rows}
+    for name in ("large", "waiting", "failing"):
+        assert found[place.jobs[name]][1] == name
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT[0-9:]{8}\.\d{3}Z", found[place.jobs[name]][3])
+    assert found[place.jobs["waiting"]][2:] == ["Running", found[place.jobs["waiting"]][3], "waiting", "pending", "(0)"]
+    assert "\x1b" not in done.stdout and "…" not in done.stdout and done.stderr == ""
+    text = elsewhere(place.folder, "job", place.jobs["failing"]).stdout
+    for line in (f"id +{place.jobs['failing']}", "flow +failing", r"status +Error \(failed\)", "result +422, .* bytes"):
+        assert re.search(f"^{line}$", text, re.MULTILINE), text
+    assert re.search(r"^no +fail +failed", text, re.MULTILINE) and "http://127.0.0.1:1/none" in text
+
+
+def test_programs_get_json(place: Place) -> None:
+    listed = json.loads(elsewhere(place.folder, "jobs", "--json", "--flow", "failing").stdout)
+    assert [job["id"] for job in listed["jobs"]] == [place.jobs["failing"]]
+    assert listed == json.loads(on_terminal(place.folder, "jobs", "--json", "--flow", "failing"))
+    one = json.loads(elsewhere(place.folder, "job", place.jobs["failing"], "--json").stdout)
+    assert one.items() >= {k: v for k, v in listed["jobs"][0].items() if k != "callback"}.items()
+    assert one["steps"][0]["name"] == "no" and len(one["callback"]["history"]) == 1
+
+
+def test_progress_is_told_where_the_terminal_is_one(place: Place) -> None:
+    text = on_terminal(place.folder, "backup", "copy-1.db")
+    assert re.search(r"\rcopying \d+ %\x1b\[K", text) and re.search(r"\r\x1b\[Kwrote copy-1\.db, ", text)
+    done = elsewhere(place.folder, "backup", "copy-2.db")
+    assert re.fullmatch(r"wrote copy-2\.db, [0-9,]+ bytes\n", done.stderr) and done.stdout == ""
+    text = on_terminal(place.folder, "test")
+    assert "\rtesting 0 %\x1b[K\r\x1b[Kok " in text and text.count("\r\x1b[Kok ") == 3
+    done = elsewhere(place.folder, "test")
+    assert "\r" not in done.stdout + done.stderr and "testing" not in done.stderr
