@@ -6861,7 +6861,10 @@ class SqliteStore:
             else:
                 self._tell(write, result, None)
         for post, told in elsewhere.items():  # one message for all: each wakes a thread
-            post(partial(self._tell_all, told))
+            try:
+                post(partial(self._tell_all, told))
+            except Exception:  # as for a listener
+                log.exception("after a write")
 
     def _tell_all(self, told: list[tuple[_Write, Any]]) -> None:
         for write, result in told:
