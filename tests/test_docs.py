@@ -44,7 +44,10 @@ PORTS = ("9261", "9262", "9263")
 #: What programs listen on by themselves, so that it can be replaced.
 DEFAULT_PORTS = {"examples/callback_listener.py": "9262", "examples/slow_api.py": "9263"}
 #: What differs from run to run; those of the first kind are the same wherever they come again.
-SAME = r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}|\bastera_[A-Za-z0-9_-]{43}\b"
+SAME = (
+    r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}"
+    r"|\bastera_[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])|\bwhsec_[A-Za-z0-9+/]{43}="
+)
 ANY = [
     r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d+)?Z",
     r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT",
