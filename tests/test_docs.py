@@ -320,7 +320,8 @@ class Walk:
             return
         end = time.monotonic() + READER_S
         while True:
-            self.here.type(f"{{ {self.real(command)}\n}} </dev/null; printf '\\nDONE %s\\n' $?\n")
+            kept = f"{{ (exit ${{last:-0}}); {self.real(command)}\n}} </dev/null; last=$?"
+            self.here.type(f"{kept}; printf '\\nDONE %s\\n' $last\n")
             done = self.here.until(re.compile(f"(?s:.*?)\n{DONE}"), self.written)
             assert done, f"{where}\nit does not end:\n{self.here.unread}"
             match = pattern.fullmatch(done[0])
