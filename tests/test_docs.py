@@ -304,7 +304,7 @@ class Walk:
             assert (self.folder / name[1]).read_text().strip() == text.strip(), where
         elif name and re.search(r"\bin `[^`]*`:$", before):
             parts = [part.strip("\n") for part in text.split("\n…\n")]
-            assert all(part in (ROOT / name[1]).read_text() for part in parts), where
+            assert all(f"\n{part}\n" in (ROOT / name[1]).read_text() for part in parts), where
         else:
             raise AssertionError(f"{where}: nobody runs this")
 
@@ -363,3 +363,44 @@ def test_what_a_document_says(page: Path, tmp_path: Path, cache: Path) -> None:
         walk.run(items_of(page.read_text("utf-8")))
     if walk.missing:
         pytest.skip(f"{page.name}: {'; '.join(walk.missing)}; all else was run")
+
+
+KEY = "01a20acd-0ddd-7000-bcdb-8f18d955a4cc"
+OTHER = "01a20acd-1a92-7000-8a6a-d4a80adcfcf4"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="this wants a POSIX shell")
+@pytest.mark.parametrize(
+    "page",
+    [
+        "    $ echo one\n    two",
+        "    $ echo one; echo two\n    one",
+        "    $ echo one",
+        "    $ echo 2026-11-24T12:45:40.318Z\n    …T12:45:40\n",
+        f"    $ echo {KEY} {OTHER}\n    {KEY} {KEY}",
+        "    $ false",
+        "    words that nobody runs",
+        "Save this as `a.txt`:\n\n    one\n\nThen:\n\n    $ cat a.txt\n    two",
+        "This writes `flows/hello.json`:\n\n    {}",
+        "    $ echo listening on listener; cat\n    listening on listener\n\nThe listener prints:\n\n    more",
+        "It is in `astera_lite.py`:\n\n    def main() -> Nothing:",
+    ],
+)
+def test_a_wrong_document_fails(page: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_docs.DEADLINE_S", 0.5)
+    with Walk("page.md", tmp_path, cache) as walk, pytest.raises(AssertionError, match=r"page\.md|no such terminal"):
+        walk.run(items_of(page))
+
+
+def test_ids_times_and_ports_are_those_of_the_run(tmp_path: Path, cache: Path) -> None:
+    page = f"""
+    $ echo {KEY} 9261 http://127.0.0.1:9261/ 2026-11-24T12:45:40.318Z; echo more; echo {OTHER}
+    {OTHER} … http://127.0.0.1:9261/ 2020-01-01T00:00:00Z
+    …
+    {KEY}
+    $ echo {OTHER} {KEY}
+    {OTHER} {KEY}
+"""
+    with Walk("page.md", tmp_path, cache) as walk:
+        walk.run(items_of(page))
+        assert walk.same == {OTHER: KEY, KEY: OTHER}
