@@ -216,9 +216,7 @@ class Walk:
             text = re.sub(rf"(python \S*{re.escape(program)})(?!.*--port)", rf"\1 --port {port}", text)
         for written, port in self.ports.items():
             text = re.sub(rf"(?<!\d){written}(?!\d)", port, text)
-        for written, found in self.same.items():
-            text = text.replace(written, found)
-        return text
+        return re.sub(SAME, lambda found: self.same.get(found[0], found[0]), text)
 
     def written(self, output: str) -> str:
         """What was printed, with the document's ports and paths."""
