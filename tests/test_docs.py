@@ -9,8 +9,8 @@ A document is run in a folder of its own that looks like a checkout, with free p
   stands below a paragraph such as "The listener prints:"; "Stop the server with Ctrl-C" ends it.
 - A block below "Save … `name`:" is written to that file, below "… writes `name`:" it must be that file, below "… in
   `name`:" it must be a part of it.
-- `<!-- needs: node -->` above a block skips it where there is no such program, and then the whole document is reported
-  as skipped, with the reason; `<!-- not run: why -->` says why nobody runs it. Any other block is a fault.
+- `<!-- needs: node -->` above a block skips it where there is no such program (or, as `/metrics`, no such route), and then
+  the document is reported as skipped; `<!-- not run: why -->` says why nobody runs it. Any other block is a fault.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from typing import NamedTuple
 
 import pytest
 from support import ROOT
+
+from astera_lite import ROUTES
 
 ELSEWHERE = {"flows.md": "test_docs_flows.py", "embedding.md": "test_docs_embedding.py"}
 PAGES = [
@@ -61,6 +63,7 @@ ANY = [
 MASK = re.compile(
     "|".join([f"(?P<same>{SAME})", *(f"(?P<any{n}>{mask})" for n, mask in enumerate(ANY)), "(?P<dots>…)"])
 )
+PATHS = {route.path for route in ROUTES}
 DEADLINE_S = 20
 #: A reader is slower than a test: a command that only looks is given again until it sees what the document says.
 LOOKS = re.compile(r"curl (?!.*(-X|-d|--data|publishingAsync))|python astera_lite.py jobs?\b")
@@ -277,7 +280,7 @@ class Walk:
                     assert self.named(before).interrupt(), f"{where}: it does not stop"
             else:
                 what, _, word = directive.partition(": ")
-                if what == "needs" and not shutil.which(word):
+                if what == "needs" and not (word in PATHS if word[0] == "/" else shutil.which(word)):
                     self.missing.append(f"line {item.line} needs {word}")
                 elif what != "not run":
                     self.block(where, before, item.text)
@@ -361,6 +364,18 @@ def test_what_a_document_says(page: Path, tmp_path: Path, cache: Path) -> None:
         walk.run(items_of(page.read_text("utf-8")))
     if walk.missing:
         pytest.skip(f"{page.name}: {'; '.join(walk.missing)}; all else was run")
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+            if "://" not in link:
+                path, _, place = link.partition("#")
+                target = (page.parent / path) if path else page
+                assert target.exists(), f"{page.name}: {link}"
+                heads = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.MULTILINE) if place else []
+                assert not place or place in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in heads], link
 
 
 KEY = "01a20acd-0ddd-7000-bcdb-8f18d955a4cc"
