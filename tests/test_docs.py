@@ -9,8 +9,8 @@ A document is run in a folder of its own that looks like a checkout, with free p
   stands below a paragraph such as "The listener prints:"; "Stop the server with Ctrl-C" ends it.
 - A block below "Save … `name`:" is written to that file, below "… writes `name`:" it must be that file, below "… in
   `name`:" it must be a part of it.
-- `<!-- needs: node -->` above a block skips it where there is no such program (or, as `/metrics`, no such route), and then
-  the document is reported as skipped; `<!-- not run: why -->` says why nobody runs it. Any other block is a fault.
+- `<!-- needs: node -->` above a block skips it where there is no such program (or route: `/metrics`), and then the
+  document is reported as skipped; `<!-- not run: why -->` says why nobody runs it. Any other block is a fault.
 """
 
 from __future__ import annotations
