@@ -304,8 +304,8 @@ class Walk:
         elif name and re.search(r"\bwrites `[^`]*`:$", before):
             assert (self.folder / name[1]).read_text().strip() == text.strip(), where
         elif name and re.search(r"\bin `[^`]*`:$", before):
-            parts = [part.strip("\n") for part in text.split("\n…\n")]
-            assert all(f"\n{part}\n" in (ROOT / name[1]).read_text() for part in parts), where
+            for part in text.split("\n…\n"):
+                assert f"\n{part}\n" in (ROOT / name[1]).read_text(), f"{where}: not there:\n{part}"
         else:
             raise AssertionError(f"{where}: nobody runs this")
 
