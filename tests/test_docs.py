@@ -34,14 +34,11 @@ from typing import NamedTuple
 import pytest
 from support import ROOT
 
-from astera_lite import ROUTES
+from astera_lite import COMMANDS, ROUTES, SETTING_FIELDS
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+#: Whose other blocks are tested by themselves.
 ELSEWHERE = {"flows.md": "test_docs_flows.py", "embedding.md": "test_docs_embedding.py"}
-PAGES = [
-    ROOT / "README.md",
-    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in ELSEWHERE),
-    ROOT / "CONTRIBUTING.md",
-]
 PORTS = ("9261", "9262", "9263")
 #: What programs listen on by themselves, so that it can be replaced.
 DEFAULT_PORTS = {"examples/callback_listener.py": "9262", "examples/slow_api.py": "9263"}
@@ -307,7 +304,7 @@ class Walk:
             for part in text.split("\n…\n"):
                 assert f"\n{part}\n" in (ROOT / name[1]).read_text(), f"{where}: not there:\n{part}"
         else:
-            raise AssertionError(f"{where}: nobody runs this")
+            assert self.page in ELSEWHERE, f"{where}: nobody runs this"
 
     def command(self, where: str, command: str, expected: str) -> None:
         goes_on = "listening on" in expected.rpartition("\n")[2]
@@ -364,6 +361,17 @@ def test_what_a_document_says(page: Path, tmp_path: Path, cache: Path) -> None:
         walk.run(items_of(page.read_text("utf-8")))
     if walk.missing:
         pytest.skip(f"{page.name}: {'; '.join(walk.missing)}; all else was run")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_sentences_are_commands(page: Path) -> None:
+    for span in re.findall(
+        r"`(?:[A-Z_]+=\S+ )?python (?:-m )?astera_lite(?:\.pyz?)?((?: [^`]*)?)`", page.read_text("utf-8")
+    ):
+        name, *words = [*span.split(), "serve"] if span.strip()[:1] != "-" else ["serve", *span.split()]
+        assert name in COMMANDS, span
+        known = {argument.strip("-") for argument, _ in COMMANDS[name][2]} | {*SETTING_FIELDS, "config", "version"}
+        assert {word[2:].replace("-", "_") for word in words if word[:2] == "--"} <= known, span
 
 
 def test_links_lead_somewhere() -> None:
