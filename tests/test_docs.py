@@ -9,8 +9,8 @@ A document is run in a folder of its own that looks like a checkout, with free p
   stands below a paragraph such as "The listener prints:"; "Stop the server with Ctrl-C" ends it.
 - A block below "Save … `name`:" is written to that file, below "… writes `name`:" it must be that file, below "… in
   `name`:" it must be a part of it.
-- `<!-- needs: node -->` above a block skips it where there is no such program (or route: `/metrics`), and then the
-  document is reported as skipped; `<!-- not run: why -->` says why nobody runs it. Any other block is a fault.
+- `<!-- needs: node -->` above a block skips it where there is no such program, and then the document is reported as
+  skipped; `<!-- not run: why -->` says why nobody runs it. Any other block is a fault.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import NamedTuple
 import pytest
 from support import ROOT
 
-from astera_lite import COMMANDS, ROUTES, SETTING_FIELDS
+from astera_lite import COMMANDS, SETTING_FIELDS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 #: Whose other blocks are tested by themselves.
@@ -60,7 +60,6 @@ ANY = [
 MASK = re.compile(
     "|".join([f"(?P<same>{SAME})", *(f"(?P<any{n}>{mask})" for n, mask in enumerate(ANY)), "(?P<dots>…)"])
 )
-PATHS = {route.path for route in ROUTES}
 DEADLINE_S = 20
 #: A reader is slower than a test: a command that only looks is given again until it sees what the document says.
 LOOKS = re.compile(r"curl (?!.*(-X|-d|--data|publishingAsync))|python astera_lite.py jobs?\b")
@@ -277,7 +276,7 @@ class Walk:
                     assert self.named(before).interrupt(), f"{where}: it does not stop"
             else:
                 what, _, word = directive.partition(": ")
-                if what == "needs" and not (word in PATHS if word[0] == "/" else shutil.which(word)):
+                if what == "needs" and not shutil.which(word):
                     self.missing.append(f"line {item.line} needs {word}")
                 elif what != "not run":
                     self.block(where, before, item.text)
