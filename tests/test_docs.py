@@ -345,15 +345,19 @@ def commands(block: str) -> Iterator[tuple[str, str]]:
         yield "\n".join(lines[:count]), "\n".join(lines[count:]).strip("\n")
 
 
+posix = pytest.mark.skipif(
+    os.name != "posix" or not (shutil.which("bash") and shutil.which("curl")),
+    reason="wants bash and curl: install them",
+)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where bytecode is kept, so that not each command compiles the module."""
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.mark.skipif(
-    os.name != "posix" or not shutil.which("curl"), reason="the documents are for a POSIX shell with curl"
-)
+@posix
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_document_says(page: Path, tmp_path: Path, cache: Path) -> None:
     with Walk(page.name, tmp_path, cache) as walk:
@@ -389,7 +393,7 @@ KEY = "01a20acd-0ddd-7000-bcdb-8f18d955a4cc"
 OTHER = "01a20acd-1a92-7000-8a6a-d4a80adcfcf4"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="this wants a POSIX shell")
+@posix
 @pytest.mark.parametrize(
     "page",
     [
@@ -412,6 +416,7 @@ def test_a_wrong_document_fails(page: str, tmp_path: Path, cache: Path, monkeypa
         walk.run(items_of(page))
 
 
+@posix
 def test_ids_times_and_ports_are_those_of_the_run(tmp_path: Path, cache: Path) -> None:
     page = f"""
     $ echo {KEY} 9261 http://127.0.0.1:9261/ 2026-11-24T12:45:40.318Z; echo more; echo {OTHER}
