@@ -116,7 +116,7 @@ __all__ = [
     "StoreError",
     "main",
 ]
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 log = logging.getLogger("astera_lite")
 
