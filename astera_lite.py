@@ -461,17 +461,23 @@ def check_written(value: Any, limit: int = MAX_WRITTEN) -> None:
 
     A value of a flow may hold one part many times, so that a few steps of `[x, x]` make more than any memory takes.
     """
-    if type(value) is dict and len(value) < 1000:  # mostly it is flat, and nothing can be there twice
-        characters = 0
-        for item in value.values():
-            kind = type(item)
-            if kind is str:
-                characters += len(item)
-            elif kind is not int and kind is not float and kind is not bool and item is not None:
+    todo, seen, characters = [value], 0, 0
+    while todo:  # a small value, as most are, is seen whole before long, however often it holds a part
+        part = todo.pop()
+        kind = type(part)
+        if kind is str:
+            characters += len(part)
+        elif kind is dict or kind is list or kind is tuple:
+            seen += len(part)
+            if seen > 1000:
                 break
-        else:
-            if characters < limit:
-                return
+            if kind is dict:
+                characters += sum([len(name) for name in part if type(name) is str])
+                part = part.values()
+            todo += part
+    else:
+        if characters <= limit:
+            return
     sizes: dict[int, int] = {}
 
     def size(part: Any) -> int:
@@ -6446,12 +6452,15 @@ class Store(Protocol):
         """Finish what is queued, and let go of the database."""
 
 
+_WRITE_BYTES = 8 << 10  # that a write adds to the log, about, beside the values that it stores
+_COMMIT_BYTES = 16 << 10  # that a commit adds, about, for indexes and half-filled pages
+
+
 class _NewRow(NamedTuple):
     """A new job that is one row, and may be written with others."""
 
     job: Job
     values: Sequence[Any]
-    size: int  # bytes, about
 
 
 class _Write(NamedTuple):
@@ -6459,6 +6468,7 @@ class _Write(NamedTuple):
     done: Done
     keep: bool  # an environment's failure (disk full) puts it off instead of failing it
     new: _NewRow | None = None
+    size: int = _WRITE_BYTES  # that it adds to the log, about
     post: Post | None = None  # of the attending thread that made it
 
 
@@ -6475,10 +6485,12 @@ _RETRY_S = 0.5
 _ROW_BYTES = 2048  # that a job takes beside its bodies, about
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
 _MINUTE_OF_SEQ = 60_000 << 12  # between the `seq` of two jobs that were created a minute apart
-_WAL_BYTES = 8 << 20  # of the write-ahead log, above which a purge folds it into the file and gives its room back
+_FOLD = "PRAGMA wal_checkpoint(PASSIVE)"
+_WAL_BYTES = 16 << 20  # of the write-ahead log, above which a purge folds it into the file and gives its room back
 _BUSY_MS = 1000  # that a write waits for another process's lock
 _QUICK_S = 0.001  # that a commit may take (the disk's part of it) to be made by the thread that answers requests
-_CHECKPOINT_PAGES = 1000  # of the log (of 4 KiB), after which it is folded into the file, by the store's own thread
+_FOLD_BYTES = 4 << 20  # of the log, about, after which they are folded into the file, beside what is written meanwhile
+_RESET_BYTES = 16 << 20  # of the log, about, at which even waiting writes are held up so that it can begin anew
 _GIVE_BACK = 1024  # pages (of 4 KiB) that a purge gives back to the system at the most, so that no write waits long
 _FULL = frozenset(
     "SQLITE_FULL SQLITE_IOERR SQLITE_CANTOPEN SQLITE_READONLY SQLITE_BUSY SQLITE_LOCKED SQLITE_NOMEM".split()
@@ -6591,8 +6603,11 @@ class SqliteStore:
         self._stopping = False
         self._attending: dict[int, Post] = {}  # threads that commit what they write
         self._quick: deque[bool] = deque([False] * 8, 8)  # whether the last commits were: most of them are to be
-        self._unfolded = 0  # bytes, about, that attending threads added to the log
-        self._patient = True  # the writing connection waits for locks, and folds the log
+        self._patient = True  # the writing connection waits for other processes' locks
+        self._unfolded = self._log_bytes = 0  # added to the log, about, since it was folded, and since it began anew
+        self._reset_due = False  # the log was folded just now: what came since is little
+        self._folds: queue.SimpleQueue[bool] = queue.SimpleQueue()  # for the thread that folds it; False: end
+        self._folding = threading.Thread(target=self._fold_on_demand, name="astera-fold", daemon=True)
         self._versions: set[int] = set()
         self._owner: sqlite3.Connection | None = None
         folder = os.path.dirname(self.path)
@@ -6653,6 +6668,9 @@ class SqliteStore:
             if mode != "wal":
                 raise StoreError(f"{self.path}: write-ahead logging cannot be used here (journal mode {mode})")
             connection.execute("PRAGMA journal_size_limit = 67108864")
+            connection.execute(
+                f"PRAGMA wal_autocheckpoint = {_RESET_BYTES >> 10}"
+            )  # only if it grew by far more than told
             connection.execute(f"PRAGMA synchronous = {'FULL' if self._durability == 'full' else 'NORMAL'}")
             self._upgrade(connection)
             self._version = SCHEMA_VERSION
@@ -6709,9 +6727,10 @@ class SqliteStore:
         done: Done = _ignore,
         keep: bool = False,
         new: _NewRow | None = None,
+        size: int = _WRITE_BYTES,
     ) -> None:
         post = self._attending.get(threading.get_ident())
-        self._queue.append(_Write(run, done, keep, new, post))
+        self._queue.append(_Write(run, done, keep, new, size, post))
         if post is None:
             self._call()
         if self._closed:
@@ -6740,7 +6759,10 @@ class SqliteStore:
                 self._calls.get(timeout=_RETRY_S if kept or self.fault else None)
             self._called, stopping = False, self._stopping  # before it looks at the queue
             with self._committing:
-                while self._queue or kept:
+                while self._queue or kept or self._reset_due:
+                    if self._reset_due and (self._log_bytes >= _RESET_BYTES or not (self._queue or kept)):
+                        self._reset()
+                        continue
                     batch = [*kept, *self._take(_BATCH)]
                     kept.clear()
                     self._commit(batch)
@@ -6770,7 +6792,7 @@ class SqliteStore:
         """Commit new jobs that are a row each, as long as the disk is quick; all else is left to the store's thread."""
         if not self._queue:
             return
-        here = sum(self._quick) > 4 and self.fault is None and self._unfolded < _CHECKPOINT_PAGES << 12
+        here = sum(self._quick) > 4 and self.fault is None
         if here and more:
             return
         if not here or not self._committing.acquire(timeout=_QUICK_S):
@@ -6784,7 +6806,6 @@ class SqliteStore:
             try:
                 if all(write.new for write in batch):
                     self._told(batch, self._transact(batch, patient=False))
-                    self._unfolded += sum(write.new.size for write in batch if write.new)
                     batch = []
             except Exception:  # the thread meets it again, and can wait
                 log.debug("a commit is left to the store's thread", exc_info=True)
@@ -6796,13 +6817,41 @@ class SqliteStore:
             self._committing.release()
 
     def _be_patient(self, patient: bool) -> None:
-        """Let the writing connection wait for other processes' locks and fold the log, or neither of it."""
-        if patient:
-            self._unfolded = 0
+        """Let the writing connection wait for other processes' locks, or not."""
         if patient != self._patient:
             self._patient = patient
             self._writer.execute(f"PRAGMA busy_timeout = {_BUSY_MS if patient else 0}")
-            self._writer.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES if patient else 0}")
+
+    def _grown(self, size: int) -> None:
+        """Have the log folded when it has grown by enough; the sizes are estimates, for SQLite tells of none."""
+        self._unfolded += size
+        self._log_bytes += size
+        if self._unfolded >= _FOLD_BYTES:
+            self._unfolded, self._reset_due = 0, False
+            if not self._folding.ident:
+                self._folding.start()
+            self._folds.put(True)
+
+    def _fold_on_demand(self) -> None:
+        """A thread of its own: fold the log into the file beside the commits, of which each would wait for it else."""
+        db = None
+        while self._folds.get():
+            try:
+                self._check_in_place()
+                db = db or sqlite3.connect(self.path, isolation_level=None)
+                db.execute(_FOLD).fetchone()
+            except (sqlite3.Error, _Moved) as error:  # a commit meets it too, and tells
+                log.debug("the log was not folded: %s", error)
+            self._reset_due = True
+            self._call()
+        if db is not None:
+            db.close()
+
+    def _reset(self) -> None:
+        """Fold what came meanwhile, with no commit beside it: SQLite begins a log anew that is all folded."""
+        self._log_bytes, self._reset_due = 0, False
+        with contextlib.suppress(sqlite3.Error):
+            self._writer.execute(_FOLD).fetchone()
 
     def _probe(self) -> None:
         """Find out whether a store that failed is well again, for perhaps nobody brings a write any more."""
@@ -6841,6 +6890,7 @@ class SqliteStore:
             began = time.monotonic()
             writer.execute("COMMIT")
             self._quick.append(time.monotonic() - began < _QUICK_S)
+            self._grown(sum([write.size for write in batch]) + _COMMIT_BYTES)
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 if writer.in_transaction:
@@ -6898,6 +6948,7 @@ class SqliteStore:
         failure = _store_error(error)
         if self.fault is None:
             log.error("%s; new jobs are refused until that is mended", failure)
+        self._reset()  # on a full disk there is room in the log once it is folded
         if not self._damaged:
             self.fault = str(failure)
         for write in batch:
@@ -6963,11 +7014,13 @@ class SqliteStore:
         owes = submission.ended is not None and submission.ended.callback is not None
         plain = submission.idempotency_key is None and not cells and not owes
         told = done if job.version in self._versions and not cells else stored
-        self._put(run, told, new=_NewRow(job, row, _ROW_BYTES + len(request.body)) if plain else None)
+        size = _ROW_BYTES + len(request.body) + (len(row[-1] or b"") if submission.ended else 0)
+        self._put(run, told, new=_NewRow(job, row) if plain else None, size=size)
 
     def _put_pieces(self, cells: list[tuple[int, str, int, int, bytes]], keep: bool) -> None:
         for cell in cells:
-            self._put(partial(_execute, "INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?, ?)", cell), keep=keep)
+            sql = "INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?, ?)"
+            self._put(partial(_execute, sql, cell), keep=keep, size=len(cell[-1]) + _WRITE_BYTES)
 
     def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
         sql = "UPDATE jobs SET attempt = ?, started = ?, due = NULL WHERE seq = ? AND status = 'Running'"
@@ -7021,7 +7074,7 @@ class SqliteStore:
                 _owe(db, finish)
             return True
 
-        self._put(run, done, keep=True)
+        self._put(run, done, keep=True, size=_WRITE_BYTES + len(finish.outcome.answer.body))
 
     def delete(self, key: JobKey, done: Done) -> None:
         def run(db: sqlite3.Connection) -> str:
@@ -7330,6 +7383,9 @@ class SqliteStore:
             if self._thread.is_alive():
                 log.error("the database did not take the last writes within %s", show_duration(timeout_s))
                 return
+        if self._owner is not None and self._folding.ident:
+            self._folds.put(False)
+            self._folding.join(timeout_s)
         while self._readers:
             self._readers.pop().close()
         if self._owner is not None:

@@ -975,19 +975,36 @@ def test_what_may_take_long_is_left_to_the_stores_thread(attended: SqliteStore) 
     until_posted(lambda: new and told)
 
 
-def test_the_log_is_folded_although_one_thread_commits_all(attended: SqliteStore, path: str) -> None:
-    here = 0
-    for _ in range(400):
-        told = [add_here(attended, job()) for _ in range(20)]
-        attended.commit()
-        here += bool(told[0])
-        until_posted(lambda told=told: all(told))
-    assert here > 200, "most commits are made here"
-    assert os.stat(f"{path}-wal").st_size < 12 << 20
-
-
 def test_what_nobody_commits_any_more_is_committed_by_the_stores_thread(attended: SqliteStore) -> None:
     told = add_here(attended, job())
     attended.attend(None)
     until(lambda: told)
     assert told[0][1] is None
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_the_log_begins_anew_under_a_steady_load(
+    store: SqliteStore, path: str, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(astera_lite, "_FOLD_BYTES", 1 << 20)
+    monkeypatch.setattr(astera_lite, "_RESET_BYTES", 2 << 20)
+    monkeypatch.setattr(astera_lite, "_QUICK_S", 60.0 if here else 0.0)
+    store._writer.execute("PRAGMA wal_autocheckpoint = 0")
+    if here:
+        store.attend(posted.put)
+    written = 0
+    while written < 40 << 20:
+        told = []
+        for _ in range(20):
+            new = job()
+            store.add(submission(new, b"x" * 20_000), lambda result, error, told=told: told.append(error))
+            written += 20_000
+        store.commit()
+        if here:
+            until_posted(lambda told=told: len(told) == 20)
+        else:
+            until(lambda told=told: len(told) == 20)
+        assert not any(told)
+    assert os.stat(f"{path}-wal").st_size < 20 << 20
+    if here:
+        store.attend(None)
