@@ -507,6 +507,25 @@ def check_written(value: Any, limit: int = MAX_WRITTEN) -> None:
         raise ValueError(f"the value is larger than {show_size(limit)}")
 
 
+Pairs = tuple[tuple[str, str], ...]  # headers
+
+
+_T = TypeVar("_T")
+
+
+def _cached_if_short(make: Callable[[Pairs], _T]) -> Callable[[Pairs], _T]:
+    """Keep what a function makes of headers, unless they are so long that keeping them would cost more than memory."""
+    cached = lru_cache(maxsize=256)(make)
+
+    def made(pairs: Pairs) -> _T:
+        size = 0
+        for _, value in pairs:
+            size += len(value)
+        return cached(pairs) if size < 512 else make(pairs)
+
+    return made
+
+
 def json_body(value: Any) -> bytes:
     """JSON as the bytes of a body, ended by a line feed so that a terminal's prompt starts on its own line."""
     return to_json(value).encode() + b"\n"
@@ -3712,12 +3731,13 @@ def make_answer(status: Any, headers: Mapping[str, Any], body: Any, max_bytes: i
     """A flow's values as a response; ExpressionError if they are none."""
     if type(status) is not int or not 200 <= status <= 599:
         raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
-    pairs, media = [], ""
+    pairs: list[tuple[str, str]] = []
+    media = None
     for name, value in headers.items():
         if value is not None:
             pairs.append((name, _field_value(name, as_text(value))))
             if name.lower() == "content-type":
-                media = media or pairs[-1][1].partition(";")[0].strip().lower()
+                media = pairs[-1][1].partition(";")[0].strip().lower() if media is None else media
     if empty or status in (204, 304):
         return Answer(status, tuple(pairs))
     if type(body) is bytes:
@@ -6347,6 +6367,9 @@ class Store(Protocol):
     def attend(self, post: Post | None) -> None:
         """Say that the calling thread calls `commit` after its writes, and what `post` is given; None: not any more."""
 
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        """The calling thread waits for what it writes inside, so that it cannot attend."""
+
     def commit(self, more: bool = False) -> None:
         """Commit what waits: here, where that holds the calling thread for less than two milliseconds or so.
 
@@ -6472,6 +6495,9 @@ class _Write(NamedTuple):
     post: Post | None = None  # of the attending thread that made it
 
 
+_Made = tuple[list[Any], bool]  # what each write of a transaction brought, and whether it changed anything
+
+
 _JOB_COLUMNS = (
     "seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, "
     "callback_url"
@@ -6489,6 +6515,7 @@ _FOLD = "PRAGMA wal_checkpoint(PASSIVE)"
 _WAL_BYTES = 16 << 20  # of the write-ahead log, above which a purge folds it into the file and gives its room back
 _BUSY_MS = 1000  # that a write waits for another process's lock
 _QUICK_S = 0.001  # that a commit may take (the disk's part of it) to be made by the thread that answers requests
+_HICCUP_S = 0.005  # for which a commit may hold up requests; after a longer one none may for a hundred times as long
 _FOLD_BYTES = 4 << 20  # of the log, about, after which they are folded into the file, beside what is written meanwhile
 _RESET_BYTES = 16 << 20  # of the log, about, at which even waiting writes are held up so that it can begin anew
 _GIVE_BACK = 1024  # pages (of 4 KiB) that a purge gives back to the system at the most, so that no write waits long
@@ -6603,6 +6630,7 @@ class SqliteStore:
         self._stopping = False
         self._attending: dict[int, Post] = {}  # threads that commit what they write
         self._quick: deque[bool] = deque([False] * 8, 8)  # whether the last commits were: most of them are to be
+        self._slow_until = 0.0  # after a commit that took long, on the monotonic clock
         self._patient = True  # the writing connection waits for other processes' locks
         self._unfolded = self._log_bytes = 0  # added to the log, about, since it was folded, and since it began anew
         self._reset_due = False  # the log was folded just now: what came since is little
@@ -6743,13 +6771,17 @@ class SqliteStore:
             self._calls.put(None)
 
     def _take(self, count: int) -> list[_Write]:
-        return [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
+        taken: list[_Write] = []
+        with contextlib.suppress(IndexError):
+            while len(taken) < count:
+                taken.append(self._queue.popleft())
+        return taken
 
     def _refuse(self) -> None:
         """Tell writes that came after the end, or their callers would wait for ever."""
-        with contextlib.suppress(IndexError):
-            while True:
-                self._tell(self._queue.popleft(), None, StoreError("the database is closed"))
+        while writes := self._take(_BATCH):
+            for write in writes:
+                self._tell(write, None, StoreError("the database is closed"))
 
     def _write(self) -> None:
         """The store's thread: commit together whatever waits."""
@@ -6758,63 +6790,77 @@ class SqliteStore:
             with contextlib.suppress(queue.Empty):
                 self._calls.get(timeout=_RETRY_S if kept or self.fault else None)
             self._called, stopping = False, self._stopping  # before it looks at the queue
-            with self._committing:
-                while self._queue or kept or self._reset_due:
-                    if self._reset_due and (self._log_bytes >= _RESET_BYTES or not (self._queue or kept)):
-                        self._reset()
-                        continue
-                    batch = [*kept, *self._take(_BATCH)]
-                    kept.clear()
-                    self._commit(batch)
-                    if kept:
-                        break
-                if self.fault is not None and not self._damaged and not kept and not stopping:
-                    self._probe()
-                if stopping and kept and time.monotonic() >= self._give_up_at:
-                    log.error("%d writes could not be made: %s", len(kept), self.fault)
-                    for write in kept:
-                        self._tell(write, None, StoreError(self.fault or ""))
-                    kept.clear()
-                if stopping and not kept:
-                    break
+            while self._commit_next() and not kept:
+                pass
+            if self.fault is not None and not self._damaged and not kept and not stopping:
+                self._probe()
+            if stopping and kept and time.monotonic() >= self._give_up_at:
+                log.error("%d writes could not be made: %s", len(kept), self.fault)
+                for write in kept:
+                    self._tell(write, None, StoreError(self.fault or ""))
+                kept.clear()
+            if stopping and not kept:
+                break
         self._closed = True
         self._refuse()
 
+    def _commit_next(self) -> bool:
+        """Commit what was put off and what waits, or fold the log; False if there was nothing to do."""
+        with self._committing:  # not while `done` is called, which may wait for others
+            batch = [*self._kept, *self._take(_BATCH)]
+            if self._reset_due and (self._log_bytes >= _RESET_BYTES or not batch):
+                self._reset()
+            elif not batch:
+                return False
+            self._kept.clear()
+            made = self._attempt(batch) if batch else ([], False)
+        self._conclude(batch, made)
+        return True
+
     def attend(self, post: Post | None) -> None:
+        me, others = threading.get_ident(), dict(self._attending)
+        others.pop(me, None)
+        self._attending = others if post is None else {**others, me: post}  # replaced, for others look through it
+        self._call()
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        post = self._attending.get(threading.get_ident())
         if post is not None:
-            self._attending[threading.get_ident()] = post
-        else:
-            with self._committing:  # what is posted from here on is nothing
-                self._attending.pop(threading.get_ident(), None)
-            self._call()
+            self.attend(None)
+        try:
+            yield
+        finally:
+            if post is not None:
+                self.attend(post)
 
     def commit(self, more: bool = False) -> None:
         """Commit new jobs that are a row each, as long as the disk is quick; all else is left to the store's thread."""
         if not self._queue:
             return
-        here = sum(self._quick) > 4 and self.fault is None
+        here = sum(self._quick) > 4 and self.fault is None and time.monotonic() >= self._slow_until
         if here and more:
             return
         if not here or not self._committing.acquire(timeout=_QUICK_S):
             self._call()
             return
+        made, batch = None, list[_Write]()
         try:
-            if self._kept or self._closed:
-                self._call()
-                return
-            batch = self._take(_BATCH)
-            try:
+            if not (self._kept or self._closed):
+                batch = self._take(_BATCH)
                 if all(write.new for write in batch):
-                    self._told(batch, self._transact(batch, patient=False))
-                    batch = []
-            except Exception:  # the thread meets it again, and can wait
-                log.debug("a commit is left to the store's thread", exc_info=True)
-                self._quick.append(False)
-            self._queue.extendleft(reversed(batch))
+                    made = self._transact(batch, patient=False)
+        except Exception:  # the thread meets it again, and can wait
+            log.debug("a commit is left to the store's thread", exc_info=True)
+            self._quick.append(False)
+        finally:
+            if made is None:
+                self._queue.extendleft(reversed(batch))
+            self._committing.release()
             if self._queue:
                 self._call()
-        finally:
-            self._committing.release()
+        if made is not None:
+            self._told(batch, made)
 
     def _be_patient(self, patient: bool) -> None:
         """Let the writing connection wait for other processes' locks, or not."""
@@ -6876,7 +6922,7 @@ class SqliteStore:
             log.error("%s; new jobs are refused until the server is started with a good one", failure)
         return failure
 
-    def _transact(self, batch: list[_Write], patient: bool = True) -> tuple[list[Any], bool]:
+    def _transact(self, batch: list[_Write], patient: bool = True) -> _Made:
         """What each write of a transaction brings, once it is committed, and whether it changed anything."""
         writer = self._writer
         changes = writer.total_changes
@@ -6889,7 +6935,10 @@ class SqliteStore:
             results = self._run(batch)
             began = time.monotonic()
             writer.execute("COMMIT")
-            self._quick.append(time.monotonic() - began < _QUICK_S)
+            ended = time.monotonic()
+            self._quick.append(ended - began < _QUICK_S)
+            if ended - began > _HICCUP_S:
+                self._slow_until = ended + 100 * (ended - began)
             self._grown(sum([write.size for write in batch]) + _COMMIT_BYTES)
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
@@ -6898,43 +6947,59 @@ class SqliteStore:
             raise
         return results, writer.total_changes > changes
 
-    def _told(self, batch: list[_Write], made: tuple[list[Any], bool]) -> None:
+    def _told(self, batch: list[_Write], made: _Made) -> None:
         results, changed = made
         if self.fault is not None and changed and not self._damaged:  # one without a change says nothing about the disk
             log.info("the database can be written again")
             self.fault = None
+        me, attending = threading.get_ident(), self._attending
+        others = {post for thread, post in attending.items() if thread != me}
         elsewhere: dict[Post, list[tuple[_Write, Any]]] = {}
-        others = {post for thread, post in self._attending.items() if thread != threading.get_ident()}
-        for write, result in zip(batch, results, strict=True):
+        told = list(zip(batch, results, strict=True))
+        for write, result in told:
             if write.post in others:
                 elsewhere.setdefault(write.post, []).append((write, result))
-            else:
-                self._tell(write, result, None)
-        for post, told in elsewhere.items():  # one message for all: each wakes a thread
+        self._tell_all([(write, result) for write, result in told if write.post not in others] if others else told)
+        for post, theirs in elsewhere.items():  # one message for all: each wakes a thread
             try:
-                post(partial(self._tell_all, told))
+                post(partial(self._tell_all, theirs))
             except Exception:  # as for a listener
                 log.exception("after a write")
 
     def _tell_all(self, told: list[tuple[_Write, Any]]) -> None:
-        for write, result in told:
-            self._tell(write, result, None)
+        left = iter(told)
+        try:
+            for write, result in left:
+                self._tell(write, result, None)
+        finally:  # an interrupt of the program ends it in the middle: the store's thread tells the others
+            for write, result in left:
+                self._queue.append(_Write(partial(_given, result), write.done, keep=True))
+                self._call()
+
+    def _attempt(self, batch: list[_Write]) -> _Made | Exception:
+        try:
+            return self._transact(batch)
+        except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
+            return error
+
+    def _conclude(self, batch: list[_Write], made: _Made | Exception) -> None:
+        """Say what became of a transaction; of one that failed, do what can be done still."""
+        if not isinstance(made, Exception):
+            self._told(batch, made)
+        elif _environmental(made):
+            self._put_off(batch, made)
+        elif len(batch) > 1:  # one bad row must not fail the others
+            for write in batch:
+                self._commit([write])
+        else:
+            known = isinstance(made, AsteraError) or _is_damage(made)
+            log.error("a write failed: %s", made, exc_info=None if known else made)
+            self._tell(batch[0], None, made if isinstance(made, AsteraError) else self._noted(made))
 
     def _commit(self, batch: list[_Write]) -> None:
-        try:
-            made = self._transact(batch)
-        except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
-            if _environmental(error):
-                self._put_off(batch, error)
-            elif len(batch) > 1:  # one bad row must not fail the others
-                for write in batch:
-                    self._commit([write])
-            else:
-                known = isinstance(error, AsteraError) or _is_damage(error)
-                log.error("a write failed: %s", error, exc_info=not known)
-                self._tell(batch[0], None, error if isinstance(error, AsteraError) else self._noted(error))
-            return
-        self._told(batch, made)
+        with self._committing:
+            made = self._attempt(batch)
+        self._conclude(batch, made)
 
     def _run(self, batch: list[_Write]) -> list[Any]:
         """What each write of a transaction brings. New jobs that are no more than a row come first, all together."""
@@ -6948,7 +7013,8 @@ class SqliteStore:
         failure = _store_error(error)
         if self.fault is None:
             log.error("%s; new jobs are refused until that is mended", failure)
-        self._reset()  # on a full disk there is room in the log once it is folded
+        with self._committing:
+            self._reset()  # on a full disk there is room in the log once it is folded
         if not self._damaged:
             self.fault = str(failure)
         for write in batch:
@@ -7406,11 +7472,13 @@ _INSERT_JOBS = {count: _INSERT_JOB + ", ".join([_JOB_MARKS] * count) for count i
 _NOT_ENDED = ("Running", 0) + (None,) * 9
 
 
-_headers_json = lru_cache(maxsize=64)(to_json)  # a flow's headers are mostly the same
+@_cached_if_short  # a flow's headers are mostly the same
+def _headers_json(pairs: Pairs) -> str:
+    return to_json(pairs)
 
 
-@lru_cache(maxsize=64)  # those that a flow reads are mostly the same too
-def _object_json(pairs: tuple[tuple[str, str], ...]) -> str:
+@_cached_if_short  # those that a flow reads are mostly the same too
+def _object_json(pairs: Pairs) -> str:
     return to_json(dict(pairs))
 
 
@@ -7526,6 +7594,10 @@ class _Reading:
         self._store._readers.append(self._connection)
         if isinstance(error, sqlite3.Error):
             raise self._store._noted(error) from None
+
+
+def _given(result: Any, db: sqlite3.Connection) -> Any:
+    return result
 
 
 def _execute(sql: str, values: Sequence[Any] | Mapping[str, Any], db: sqlite3.Connection) -> bool:
@@ -9339,7 +9411,8 @@ class AsteraLite:
         key = self.new_key()
         given = target.bind(request, values, str(key))
         call = Call(key, target, request, given, base or self.base, callback_url, idempotency_key)
-        result = _await(partial(self.accept, call, Principal()), threading.TIMEOUT_MAX)
+        with self.store.apart():
+            result = _await(partial(self.accept, call, Principal()), threading.TIMEOUT_MAX)
         if isinstance(result, Conflict):
             raise result
         return result.job  # type: ignore[no-any-return]
@@ -9975,14 +10048,14 @@ def _header_lines(headers: Iterable[tuple[str, str]]) -> str:
     return "".join([f"{name}: {value}\r\n" for name, value in headers])
 
 
-_known_header_lines = lru_cache(maxsize=256)(_header_lines)
+_known_header_lines = _cached_if_short(_header_lines)
 
 
 def response_head(response: Reply, request_id: str, keep_alive: bool, version: int = 11) -> bytes:
     """Status line and headers, with the framing that RFC 9112 asks for."""
     status = response.status
     headers = response.headers
-    block = _known_header_lines(headers) if type(headers) is tuple else _header_lines(headers)
+    block = _known_header_lines(headers) if isinstance(headers, tuple) else _header_lines(headers)
     lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n", "Date: ", _http_date(), "\r\n", block]
     if status != 204 and status != 304:
         lines.append(f"Content-Length: {len(response.body) or response.length}\r\n")
@@ -11644,8 +11717,8 @@ def _flow_response(answer: Answer, more: Iterable[tuple[str, str]] = ()) -> Repl
     return Reply(answer.code, (*_with_policy(answer.headers), *more), answer.body)
 
 
-@lru_cache(maxsize=256)  # a flow's headers are mostly the same
-def _with_policy(headers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+@_cached_if_short  # a flow's headers are mostly the same
+def _with_policy(headers: Pairs) -> Pairs:
     """What a flow's response says of itself, and what browsers and caches must be told of it."""
     if not any(name.lower() == "cache-control" for name, _ in headers):
         headers += (_NO_STORE if headers[:1] == (_PROBLEM,) else ("Cache-Control", "private, no-store"),)
@@ -12730,6 +12803,7 @@ class Server(ThreadingHTTPServer):
         self._ended = threading.Event()
         self._serving = False
         self.ident = 0  # of the thread that serves
+        self._over = False  # it does not serve any more
         self._thread: threading.Thread | None = None
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -12774,7 +12848,9 @@ class Server(ThreadingHTTPServer):
     def post(self, function: Callable[[], None]) -> None:
         """Run a function on the loop's thread, soon. May be called from anywhere."""
         self._inbox.append(function)
-        if not self._awake:
+        if self._over:
+            self._run_posted()  # or it would wait for ever
+        elif not self._awake:
             self._awake = True
             try:
                 self._wake_out.send(b"\0")
@@ -12839,13 +12915,14 @@ class Server(ThreadingHTTPServer):
                 commit()
                 self._awake = False
                 self._run_posted()
-                commit()
                 if time.monotonic() >= self._sweep_at:
                     self._sweep()
+                commit()
         finally:
             for handler in list(self.handlers):
                 handler.close()
             self.app.store.attend(None)
+            self._over = True
             self._run_posted()
             self._close_own()
             self._ended.set()
@@ -12864,7 +12941,11 @@ class Server(ThreadingHTTPServer):
     def _run_posted(self) -> None:
         for _ in range(len(self._inbox)):
             try:
-                self._inbox.popleft()()
+                function = self._inbox.popleft()
+            except IndexError:  # after the end others run it too
+                return
+            try:
+                function()
             except Exception:
                 self._failed(None)
 
@@ -12881,6 +12962,8 @@ class Server(ThreadingHTTPServer):
             pass
 
     def _accept(self) -> None:
+        if self.stopping:  # since the selector said so
+            return
         for _ in range(_ACCEPTS_A_TURN):
             try:
                 request, address = self.socket.accept()
