@@ -989,7 +989,7 @@ class StoredRequest(NamedTuple):
     method: str
     path: str  # raw, behind the prefix: "/weather/Berlin"
     query: str = ""  # raw, without callbackUrl
-    headers: Mapping[str, str] = types.MappingProxyType({})  # declared ones and the content type, lower case
+    headers: dict[str, str] = {}  # declared ones and the content type, lower case; not to be changed
     body: bytes = b""
     trace: Trace | None = None
 
@@ -6790,8 +6790,11 @@ class SqliteStore:
             with contextlib.suppress(queue.Empty):
                 self._calls.get(timeout=_RETRY_S if kept or self.fault else None)
             self._called, stopping = False, self._stopping  # before it looks at the queue
-            while self._commit_next() and not kept:
-                pass
+            try:
+                while self._commit_next() and not kept:
+                    pass
+            except Exception:  # none is foreseen, but all writes depend on this thread
+                log.exception("the store")
             if self.fault is not None and not self._damaged and not kept and not stopping:
                 self._probe()
             if stopping and kept and time.monotonic() >= self._give_up_at:
@@ -12874,11 +12877,15 @@ class Server(ThreadingHTTPServer):
         """Begin to stop: no new connection, open requests are answered. May be called by a signal handler."""
         self.post(self._stop_accepting)
 
+    def ended(self, timeout_s: float) -> bool:
+        """Whether the loop has ended, which is waited for so long."""
+        return self._ended.wait(timeout_s)
+
     def shutdown(self) -> None:
         """Stop serving and wait until the loop has ended."""
         self.request_stop()
         if self._serving:
-            self._ended.wait(self.app.settings.shutdown_timeout + 5)
+            self.ended(self.app.settings.shutdown_timeout + 5)
 
     def stop(self) -> None:
         """Stop serving, and close."""
@@ -13290,7 +13297,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     except ConfigError:
         app.stop()
         raise
-    _install_signals(app, server)
+    overdue = _install_signals(app, server)
     lines = endpoint_lines(app.deployments, server.base or server.url)
     if lines:
         sys.stderr.write("\n".join(["published:", *lines, ""]))
@@ -13301,11 +13308,15 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     notify(f"READY=1\nSTATUS=listening on {server.url}")
     if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
         app.beat = partial(server.post, partial(notify, "WATCHDOG=1"))
-    server.serve_forever()
-    server.server_close()
+    server.start()  # on a thread of its own: this one is free for signals, whatever holds that one up
+    while not server.ended(1.0) and not overdue():
+        pass
+    stuck = not server.ended(0)
+    if not stuck:
+        server.server_close()
     left = app.stop()
     logging.shutdown()
-    if left:  # threads that do not end would hold the interpreter for ever
+    if left or stuck:  # threads that do not end would hold the interpreter for ever
         sys.stderr.flush()
         os._exit(0)
     return 0
@@ -13333,14 +13344,15 @@ def notify(state: str) -> None:
         sock.sendto(state.encode(), name if name[0] == "/" else "\0" + name[1:])
 
 
-def _install_signals(app: AsteraLite, server: Server) -> None:
-    asked = False
+def _install_signals(app: AsteraLite, server: Server) -> Callable[[], bool]:
+    """Have signals stop the server, or read flows and tokens again; returns what says that a stop is overdue."""
+    stop_by = math.inf
 
     def stop(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal stop_by
+        if stop_by < math.inf:
             os._exit(0)  # what is on disk is safe
-        asked = True
+        stop_by = time.monotonic() + app.settings.shutdown_timeout + 5
         server.request_stop()
         notify("STOPPING=1")
 
@@ -13348,6 +13360,7 @@ def _install_signals(app: AsteraLite, server: Server) -> None:
     signal.signal(signal.SIGINT, stop)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda number, frame: server.post(lambda: _reload(app)))
+    return lambda: time.monotonic() > stop_by
 
 
 def _reload(app: AsteraLite) -> None:

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -903,6 +905,7 @@ posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 def attended(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqliteStore]:
     """A store whose disk is found quick, attended by this thread."""
     monkeypatch.setattr(astera_lite, "_QUICK_S", 60.0)
+    monkeypatch.setattr(astera_lite, "_HICCUP_S", 60.0)
     for _ in range(8):
         added(store)
     store.attend(posted.put)
@@ -989,6 +992,7 @@ def test_the_log_begins_anew_under_a_steady_load(
     monkeypatch.setattr(astera_lite, "_FOLD_BYTES", 1 << 20)
     monkeypatch.setattr(astera_lite, "_RESET_BYTES", 2 << 20)
     monkeypatch.setattr(astera_lite, "_QUICK_S", 60.0 if here else 0.0)
+    monkeypatch.setattr(astera_lite, "_HICCUP_S", 60.0)
     store._writer.execute("PRAGMA wal_autocheckpoint = 0")
     if here:
         store.attend(posted.put)
@@ -1008,3 +1012,66 @@ def test_the_log_begins_anew_under_a_steady_load(
     assert os.stat(f"{path}-wal").st_size < 20 << 20
     if here:
         store.attend(None)
+
+
+def test_after_a_commit_that_took_long_the_stores_thread_commits_for_a_while(
+    attended: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = add_here(attended, job())
+    attended.commit()
+    assert first, "the disk is quick"
+    monkeypatch.setattr(astera_lite, "_HICCUP_S", -1.0)  # the next commit is taken for a long one
+    told = add_here(attended, job())
+    attended.commit()
+    assert told
+    attended._slow_until = time.monotonic() + 60
+    second = add_here(attended, job())
+    attended.commit()
+    assert not second
+    until_posted(lambda: second)
+
+
+def test_who_is_told_by_the_stores_thread_holds_up_no_commit(attended: SqliteStore) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold(result: Any, error: Exception | None) -> None:
+        entered.set()
+        go_on.wait(10)
+
+    with ThreadPoolExecutor(1) as other:
+        other.submit(attended.barrier, hold).result()
+        assert entered.wait(10)
+        told = add_here(attended, job())
+        attended.commit()
+        assert told and told[0][1] is None
+        go_on.set()
+
+
+def test_a_thread_that_attends_may_wait_for_a_write_all_the_same(attended: SqliteStore) -> None:
+    with attended.apart():
+        assert isinstance(done(attended.add, submission(job())), Added)
+    told = add_here(attended, job())
+    assert not told
+    attended.commit()
+    assert told
+
+
+def test_an_interrupt_while_results_are_told_leaves_nobody_waiting(attended: SqliteStore) -> None:
+    def interrupted(result: Any, error: Exception | None) -> None:
+        raise KeyboardInterrupt
+
+    attended.add(submission(job()), interrupted)
+    told = add_here(attended, job())
+    with pytest.raises(KeyboardInterrupt):
+        attended.commit()
+    until(lambda: told)
+    assert told[0][1] is None
+
+
+def test_long_headers_are_not_kept() -> None:
+    made: list[int] = []
+    render = astera_lite._cached_if_short(lambda pairs: made.append(len(pairs)))
+    for value in ("short", "x" * 1000):
+        for _ in range(3):
+            render((("Name", value),))
+    assert len(made) == 1 + 3
