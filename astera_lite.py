@@ -6075,6 +6075,7 @@ class Deployments:
     ) -> None:
         """`previous` are the flows in service so far: one of them stays where its new text cannot take its place."""
         self.faults = list(faults)
+        self.documents: dict[Any, list[bytes]] = {}  # those made of these flows
         self._exact: dict[str, dict[str, Flow]] = {}
         self._patterns: dict[int, list[tuple[list[str], dict[str, Flow]]]] = {}
         self.by_name = self._agreeing({flow.name: flow for flow in flows}, dict(previous or {}))
@@ -11389,12 +11390,18 @@ def postman_document(
     }
 
 
-@lru_cache(maxsize=16)
 def document_body(
     make: Callable[..., Any], deployments: Deployments, base: str, secured: bool, only: frozenset[str] | None
 ) -> bytes:
-    """A document of the flows as it is sent; kept, for it is the same until a flow changes."""
-    return json_body(make(deployments, base, secured, only))
+    """A document of the flows as it is sent; kept with them, but for the base, which each client may spell anew."""
+    kept, key = deployments.documents, (make, secured, only)
+    parts = kept.get(key)
+    if parts is None:
+        if len(kept) >= 16:
+            kept.clear()
+        mark = os.urandom(16).hex()  # which no text of a flow is
+        parts = kept[key] = json_body(make(deployments, mark, secured, only)).split(to_json(mark).encode())
+    return to_json(base).encode().join(parts)
 
 
 # ======================================================================================================================
@@ -12853,6 +12860,8 @@ class Server(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Close the listener, and what the loop waits on; http.server's hook, called too where it cannot listen."""
         super().server_close()
+        connections = self.app.metrics.connections
+        connections[:] = [those for those in connections if those is not self.handlers]
         if not self._serving:  # else the loop does it as it ends
             self._close_own()
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -217,6 +218,25 @@ def test_threads_descriptors_and_memory_are_given_back(tmp_path: Path) -> None:
     assert our_threads() == before
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert memory_mb() - memory < 5  # an application with its server takes more than 10
+
+
+def test_documents_and_counters_of_a_server_go_with_it(tmp_path: Path) -> None:
+    def once(app: AsteraLite) -> weakref.ref[Any]:
+        def own(context: Context) -> int:
+            return 1
+
+        app.flow("GET /own")(own)
+        with app, Server(app, port=0), Server(app, port=0) as server:
+            for path in ("/openapi.json", "/postman.json", "/metrics"):
+                urllib.request.urlopen(server.url + path, timeout=10).close()
+        return weakref.ref(own)
+
+    app = application(tmp_path)
+    own = once(app)
+    assert app.metrics.connections == []
+    del app
+    gc.collect()
+    assert own() is None
 
 
 def test_two_applications_with_servers_know_nothing_of_each_other(tmp_path: Path) -> None:
