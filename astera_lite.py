@@ -3524,8 +3524,7 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
             run.progress = Progress(step.name, position, len(steps))
         if path in run.journal.saved:
             value = scope[step.name] = run.journal.saved[path]
-            if run.trace is not None and not any(entry["path"] == path for entry in run.trace):
-                _note(run, step, path, "resumed", run.outside.clock.wall(), None, value)
+            _note(run, step, path, "resumed", run.outside.clock.wall(), None, value)
             continue
         if step.when is not None and not run.settled(step.when, scope, f"{path}?"):
             scope[step.name] = None
@@ -3536,14 +3535,18 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
 
 
 def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
-    began = run.outside.clock.wall()
+    resumed = run.journal.saved.get(f"{path}<")
+    began = run.outside.clock.wall() if resumed is None else resumed
     try:
         canned, value = run.canned.output(step, path) if run.canned is not None else (False, None)
         if not canned:
             value = _attempts(step, run, scope, path)
         state = "finished"
     except _Signal as signal_:
-        if not isinstance(signal_, _Suspend):
+        if isinstance(signal_, _Suspend):
+            if resumed is None and run.trace is not None:
+                run.journal.record(f"{path}<", began)
+        else:
             _note(run, step, path, "answered" if isinstance(signal_, _Answered) else "failed", began, None)
         raise
     except Exception as error:
@@ -3605,6 +3608,8 @@ def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | N
     """Put a line into the trace, which is what people see of the steps."""
     if run.trace is None or (len(run.trace) >= _MAX_TRACE and "/" in path):
         return
+    if (run.journal.saved or run.journal.waits) and any(entry["path"] == path for entry in run.trace):
+        return  # from before the run was suspended
     calls = step.kind in ("http", "call") and isinstance(value, dict)
     telling = value.get("items", value["body"]) if calls else value  # its headers would fill the preview
     preview = None if telling is None else shown(_outline(telling, run.outside.masked), 200)
@@ -8135,8 +8140,10 @@ class Engine:
         if outcome is None or len(outcome.answer.body) > PIECE:
             return None
         if job.callback is None:
-            expires = job.created + self._retention_ms
-            return Finish(job.key, 1, outcome, job.created, job.created, expires, to_json(trace) if trace else None)
+            now = self._clock.now()
+            return Finish(
+                job.key, 1, outcome, job.created, now, now + self._retention_ms, to_json(trace) if trace else None
+            )
         return self._finish(job._replace(attempt=1, started=job.created), outcome, trace)
 
     def _finish(self, job: Job, outcome: Outcome, trace: list[dict[str, Any]]) -> Finish:
