@@ -80,6 +80,7 @@ import sys
 import threading
 import time
 import types
+import typing
 import urllib.parse
 import warnings
 from collections import Counter, defaultdict, deque
@@ -3082,7 +3083,7 @@ def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> Stor
     """The request that a client would send to call a flow with these parameters; InputError for unknown ones."""
     known = {item.name: item for item in flow.parameters}
     errors = [
-        {"in": "query", "name": name, "message": "is no parameter" + suggest(name, known)}
+        {"in": "query", "name": str(name), "message": "is no parameter" + suggest(str(name), known)}
         for name in params
         if name not in known and name not in flow.selection.names
     ]
@@ -3091,9 +3092,10 @@ def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> Stor
     path, query, headers = flow.resource, [], {}
     for name, value in params.items():
         where = known[name].where if name in known else "query"
-        texts = [as_text(item) for item in (value if isinstance(value, list | tuple) else [value])]
+        texts = [_sent(item, where, name, as_text) for item in (value if isinstance(value, list | tuple) else [value])]
         if where == "path":
-            path = path.replace(f"{{{name}}}", urllib.parse.quote(texts[0], safe=""))
+            for text in texts[:1]:
+                path = path.replace(f"{{{name}}}", urllib.parse.quote(text, safe=""))
         elif where == "query":
             query += [(name, text) for text in texts]
         else:
@@ -3103,9 +3105,25 @@ def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> Stor
         raise InputError([{"in": "path", "name": name, "message": "is missing"} for name in missing])
     data = b""
     if body is not None:
-        data = body if isinstance(body, bytes) else to_json(body).encode()
+        data = body if isinstance(body, bytes) else _sent(body, "body", "", to_json).encode()
         headers["content-type"] = flow.content_types[0] if flow.content_types else CONTENT_TYPES["json"]
     return StoredRequest(flow.method, path, urllib.parse.urlencode(query), headers, data)
+
+
+def _sent(value: Any, where: str, name: str, write: Callable[[Any], str]) -> str:
+    """A value as a request has it; raises InputError with the member that JSON or UTF-8 cannot say."""
+    try:
+        text = write(value)
+        text.encode()
+        return text
+    except (TypeError, ValueError) as error:
+        members = (
+            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+        )
+        if len(name) < _LONGEST_NAME:
+            for key, member in members:
+                _sent(member, where, f"{name}/{pointer(str(key))}", to_json)
+        raise InputError([{"in": where, "name": name, "message": str(error)}]) from None
 
 
 def _is_json(media: str) -> bool:
@@ -3543,8 +3561,7 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
             run.progress = Progress(step.name, position, len(steps))
         if path in run.journal.saved:
             value = scope[step.name] = run.journal.saved[path]
-            if run.trace is not None and not any(entry["path"] == path for entry in run.trace):
-                _note(run, step, path, "resumed", run.outside.clock.wall(), None, value)
+            _note(run, step, path, "resumed", run.outside.clock.wall(), None, value)
             continue
         if step.when is not None and not run.settled(step.when, scope, f"{path}?"):
             scope[step.name] = None
@@ -3555,14 +3572,18 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
 
 
 def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
-    began = run.outside.clock.wall()
+    resumed = run.journal.saved.get(f"{path}<")
+    began = run.outside.clock.wall() if resumed is None else resumed
     try:
         canned, value = run.canned.output(step, path) if run.canned is not None else (False, None)
         if not canned:
             value = _attempts(step, run, scope, path)
         state = "finished"
     except _Signal as signal_:
-        if not isinstance(signal_, _Suspend):
+        if isinstance(signal_, _Suspend):
+            if resumed is None and run.trace is not None:
+                run.journal.record(f"{path}<", began)
+        else:
             _note(run, step, path, "answered" if isinstance(signal_, _Answered) else "failed", began, None)
         raise
     except Exception as error:
@@ -3624,6 +3645,8 @@ def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | N
     """Put a line into the trace, which is what people see of the steps."""
     if run.trace is None or (len(run.trace) >= _MAX_TRACE and "/" in path):
         return
+    if (run.journal.saved or run.journal.waits) and any(entry["path"] == path for entry in run.trace):
+        return  # from before the run was suspended
     calls = step.kind in ("http", "call") and isinstance(value, dict)
     telling = value.get("items", value["body"]) if calls else value  # its headers would fill the preview
     preview = None if telling is None else shown(_outline(telling, run.outside.masked), 200)
@@ -6095,6 +6118,7 @@ class Deployments:
     ) -> None:
         """`previous` are the flows in service so far: one of them stays where its new text cannot take its place."""
         self.faults = list(faults)
+        self.documents: dict[Any, list[bytes]] = {}  # those made of these flows
         self._exact: dict[str, dict[str, Flow]] = {}
         self._patterns: dict[int, list[tuple[list[str], dict[str, Flow]]]] = {}
         self.by_name = self._agreeing({flow.name: flow for flow in flows}, dict(previous or {}))
@@ -8209,8 +8233,10 @@ class Engine:
         if outcome is None or len(outcome.answer.body) > PIECE:
             return None
         if job.callback is None:
-            expires = job.created + self._retention_ms
-            return Finish(job.key, 1, outcome, job.created, job.created, expires, to_json(trace) if trace else None)
+            now = self._clock.now()
+            return Finish(
+                job.key, 1, outcome, job.created, now, now + self._retention_ms, to_json(trace) if trace else None
+            )
         return self._finish(job._replace(attempt=1, started=job.created), outcome, trace)
 
     def _finish(self, job: Job, outcome: Outcome, trace: list[dict[str, Any]]) -> Finish:
@@ -9104,14 +9130,20 @@ class AsteraLite:
         """Publish a Python function as a flow: `@app.flow("GET /greet/{name}")`.
 
         The function gets a Context and, by name, the parameters of its signature: those named in the resource from the
-        path, the rest from the query, typed by their annotation (str, int, float, bool), optional if they have a
-        default. It returns a JSON value. `options` are members of a flow file: description, timeout, response,
-        `parameters` to describe parameters further, `body` for a schema of the body, which is passed as `body`. The
-        flow's name is `name`, or the function's with - for _. Raises FlowError.
+        path, the rest from the query, typed by their annotation (str, int, float, bool, a list of these), optional if
+        they have a default or may be None. But for GET, an argument `body` gets the JSON body. It returns a JSON value.
+        `options` are members of a flow file: description, timeout, response, `parameters` to describe parameters
+        further, `body` for a schema of the body. The flow's name is `name`, or the function's with - for _. Raises
+        FlowError, also for an argument that no request could give.
         """
 
+        if not isinstance(route, str):
+            fault = 'stands under a bare @app.flow: write the method and the resource, @app.flow("GET /name")'
+            raise FlowError([Fault(getattr(route, "__name__", "flow"), "", fault)])
+        modes = [processing] if isinstance(processing, str) else list(processing)
+
         def publish(function: _Function) -> _Function:
-            tree = function_flow(function, route, list(processing), options)
+            tree = function_flow(function, route, modes, options)
             self.deploy(name or function.__name__.replace("_", "-"), tree)
             return function
 
@@ -9431,18 +9463,20 @@ class AsteraLite:
         self.run_sync(target, given, answers.put)
         return Result(answers.get().answer)
 
-    def status(self, job_id: str) -> Job | None:
-        """A job by its id; None if it is unknown or expired."""
-        key = JobKey.parse(job_id)
+    def status(self, job_id: str | Job) -> Job | None:
+        """A job by its id, or as it was once known; None if it is unknown or expired."""
+        self.check_open()
+        key = _key_of(job_id)
         found = self.look(key, Principal()) if key else None
         return found and found[0]
 
-    def wait(self, job_id: str, timeout: float | None = None) -> Job:
+    def wait(self, job_id: str | Job, timeout: float | None = None) -> Job:
         """Wait until a job is finished, `timeout` seconds at the most; the job as it then is, perhaps still Running.
 
         Raises NotFound, and StoreError if the application stops meanwhile.
         """
-        key = JobKey.parse(job_id)
+        self.check_open()
+        key = _key_of(job_id)
         deadline = time.monotonic() + timeout if timeout is not None else threading.TIMEOUT_MAX
         while key is not None:
             changed = threading.Event()
@@ -9457,27 +9491,28 @@ class AsteraLite:
                 changed.wait(left)
             finally:
                 self.unwatch(key, changed.set)
-        raise NotFound(f"there is no job {shown(job_id)}")
+        raise _no_job(job_id)
 
-    def future(self, job_id: str) -> Future[Job]:
+    def future(self, job_id: str | Job) -> Future[Job]:
         """A future that gets the job when it is finished, or the error that `wait` raises; it holds no thread.
 
         In a coroutine: `job = await asyncio.wrap_future(app.future(job.id))`. What is added by add_done_callback is
         called on a thread of the application, and so must be short.
         """
-        key, future = JobKey.parse(job_id), Future[Job]()
+        key, future = _key_of(job_id), Future[Job]()
 
         def look() -> None:
             if key is not None:
                 self.watch(key, look)  # before the look: or a job that ends in between would not be seen
             with contextlib.suppress(InvalidStateError):  # cancelled, or another thread has just seen the end, too
                 try:
+                    self.check_open()
                     found = self.look(key, Principal()) if key is not None else None
                 except StoreError as error:
                     future.set_exception(error)
                     return
                 if found is None:
-                    future.set_exception(NotFound(f"there is no job {shown(job_id)}"))
+                    future.set_exception(_no_job(job_id))
                 elif found[0].status is not Status.RUNNING:
                     future.set_result(found[0])
 
@@ -9486,22 +9521,22 @@ class AsteraLite:
             future.add_done_callback(lambda _: self.unwatch(key, look))
         return future
 
-    def result(self, job_id: str) -> Result:
+    def result(self, job_id: str | Job) -> Result:
         """The response of a finished job. Raises NotFound, and Conflict while it runs."""
         job = self.status(job_id)
         if job is None:
-            raise NotFound(f"there is no job {shown(job_id)}")
+            raise _no_job(job_id)
         stored = self.store.result(job.key)
         if stored is None:
             raise Conflict("The job is not finished.")
         body = stored.body if stored.body is not None else b"".join(self.store.result_pieces(job.key, stored.attempt))
         return Result(Answer(stored.code, tuple(stored.headers), body))
 
-    def cancel(self, job_id: str) -> bool:
+    def cancel(self, job_id: str | Job) -> bool:
         """Cancel a job; True if it ends now, False if it stops at its next step. Raises NotFound, Conflict."""
         job = self.status(job_id)
         if job is None:
-            raise NotFound(f"there is no job {shown(job_id)}")
+            raise _no_job(job_id)
         if job.status is not Status.RUNNING:
             raise already_finished(job)
         if not self.cancel_job(job):
@@ -9515,9 +9550,18 @@ class AsteraLite:
         self.check_open()
         flow = self.deployments.by_name.get(name)
         if flow is None:
-            raise NotFound(f'there is no flow "{name}"{suggest(name, self.deployments.by_name)}')
-        request = request_for(flow, params or {}, body)
+            raise NotFound(f'there is no flow "{name}"{suggest(str(name), self.deployments.by_name)}')
+        given = {name: value for name, value in (params or {}).items() if value is not None}
+        request = request_for(flow, given, body)
         return flow, request, path_values(flow, request.path)
+
+
+def _key_of(job: str | Job) -> JobKey | None:
+    return job.key if isinstance(job, Job) else JobKey.parse(str(job))
+
+
+def _no_job(job: str | Job) -> NotFound:
+    return NotFound(f"there is no job {shown(job.id if isinstance(job, Job) else job)}")
 
 
 def already_finished(job: Job) -> Conflict:
@@ -9587,41 +9631,119 @@ def _fingerprint(call: Call) -> bytes:
     return hashlib.sha256(to_json(values).encode() + b"\0" + request.body).digest()
 
 
-_ANNOTATIONS = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}
-_ANNOTATIONS_BY_NAME: dict[Any, str] = {kind.__name__: name for kind, name in _ANNOTATIONS.items()}
+_PLAIN_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}
+_PLAIN_WORDS = "str, int, float, bool, a list of one of these, or one of them | None"
+
+
+def _hint(function: Callable[..., Any], annotation: Any) -> tuple[Any, bool]:
+    """What an annotation means, without `| None`, and whether that was there; raises what its evaluation raises."""
+    import inspect  # noqa: PLC0415 (loaded by dataclasses anyway)
+
+    def alone() -> None:
+        """Carries this annotation only: the function's others need not be known when it runs."""
+
+    alone.__annotations__ = {"it": annotation}
+    hint = typing.get_type_hints(alone, getattr(inspect.unwrap(function), "__globals__", {}))["it"]
+    inside = [part for part in typing.get_args(hint) if part is not type(None)]
+    optional = typing.get_origin(hint) in (typing.Union, types.UnionType) and len(inside) == 1
+    return (inside[0] if optional else hint), optional
+
+
+def _hint_schema(hint: Any, in_body: bool) -> dict[str, Any] | None:
+    """The schema of the values that an annotation allows, in a JSON body or as a parameter; None for any other."""
+    kind, inside = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if hint is Any:
+        return {} if in_body else {"type": "string"}
+    if kind is list and inside:
+        items = _hint_schema(inside[0], in_body)
+        fits = items is not None and (in_body or items["type"] != "array")
+        return {"type": "array", "items": items} if fits else None
+    if in_body and (kind in (dict, Mapping) or typing.is_typeddict(hint)):
+        return {"type": "object"}
+    return {"type": _PLAIN_TYPES[hint]} if isinstance(hint, type) and hint in _PLAIN_TYPES else None
 
 
 def function_flow(
     function: Callable[..., Any], route: str, processing: list[str], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The tree of a flow that calls one Python function; its parameters follow from the signature."""
+    """The tree of a flow that calls one Python function; its parameters follow from the signature.
+
+    Raises FlowError for what the signature has and a request cannot give.
+    """
     import inspect  # noqa: PLC0415 (loaded by dataclasses anyway)
 
     method, _, resource_path = route.partition(" ")
     described = dict(options.get("parameters", {}))
+    body = {"body": options["body"]} if "body" in options else {}
     parameters: dict[str, Any] = {}
     args: dict[str, str] = {}
-    for item in list(inspect.signature(function).parameters.values())[1:]:
-        if item.name == "body" and "body" in options:
-            args["body"] = "${request.body}"
+    faults: list[Fault] = []
+
+    def refuse(name: str, message: str) -> None:
+        faults.append(Fault(getattr(function, "__name__", "function"), name, message))
+
+    items = list(inspect.signature(function).parameters.values())
+    first = items[0] if items else None
+    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        refuse("", "has no argument for its Context: begin with `context: Context`")
+    elif first.name in ("self", "cls"):
+        refuse(first.name, "makes it a method: publish that of an object, app.flow(…)(object.method)")
+    elif f"{{{first.name}}}" in resource_path or first.annotation in (
+        *_PLAIN_TYPES,
+        *[t.__name__ for t in _PLAIN_TYPES],
+    ):
+        refuse(first.name, "is the first argument, which gets the Context: put `context: Context` before it")
+    for item in items[1:]:
+        if item.kind not in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY):
+            refuse(item.name, "cannot be given by name, as each argument is: write the arguments one by one")
             continue
-        kind = _ANNOTATIONS_BY_NAME.get(getattr(item.annotation, "__name__", item.annotation), "string")
         in_path = f"{{{item.name}}}" in resource_path
-        spec: dict[str, Any] = {"in": "path" if in_path else "query", "type": kind}
-        if item.default is not item.empty and item.default is not None:
-            spec["default"] = item.default
-        elif item.default is item.empty and not in_path:
-            spec["required"] = True
-        parameters[item.name] = spec | described.pop(item.name, {})
-        args[item.name] = f"${{params.{item.name}}}"
+        is_body = item.name == "body" and not in_path and (bool(body) or method != "GET")
+        args[item.name] = "${request.body}" if is_body else f"${{params.{item.name}}}"
+        if is_body and body:
+            continue
+        more = {} if is_body else described.pop(item.name, {})
+        has_default = item.default is not item.empty
+        try:
+            hint, optional = _hint(function, Any if item.annotation is item.empty else item.annotation)
+            schema = _hint_schema(hint, is_body)
+        except (NameError, AttributeError, TypeError, SyntaxError) as error:
+            hint, optional, schema = error, False, None
+        if schema is None and "type" not in more:
+            refuse(item.name, _not_taken(item.name, item.annotation, hint, is_body))
+        elif is_body:
+            if has_default and item.default is not None:
+                refuse("body", "can have no default but None, which a body that is left out is")
+            body["body"] = (schema or {}) | ({"required": False} if optional or has_default else {})
+        else:
+            spec: dict[str, Any] = {"in": "path" if in_path else "query", **(schema or {})}
+            if has_default and item.default is not None:
+                spec["default"] = item.default
+            elif not (has_default or optional or in_path):
+                spec["required"] = True
+            parameters[item.name] = spec | more
+    if faults:
+        raise FlowError(faults)
     request: dict[str, Any] = {"method": method, "resource": resource_path.strip(), "processing": processing}
-    request["parameters"] = parameters | described
-    if "body" in options:
-        request["body"] = options["body"]
-    rest = {name: value for name, value in options.items() if name not in ("parameters", "body")}
+    request |= {"parameters": parameters | described, **body}
+    others = {name: value for name, value in options.items() if name not in ("parameters", "body")}
     description = " ".join((function.__doc__ or "").split())
     step = {"name": "result", "python": {"call": function, "args": args}}
-    return {"description": description, **rest, "request": request, "steps": [step]}
+    return {"description": description, **others, "request": request, "steps": [step]}
+
+
+def _not_taken(name: str, annotation: Any, hint: Any, in_body: bool) -> str:
+    """What is wrong with an annotation that `_hint_schema` knows no schema of, and what would be right."""
+    import inspect  # noqa: PLC0415 (loaded by dataclasses anyway)
+
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    if isinstance(hint, Exception):
+        return f"has an annotation that cannot be read where the function is defined, {text}: {hint}"
+    if in_body:
+        return f"cannot be {text}: write dict, Any, {_PLAIN_WORDS}, or give app.flow a schema, body={{…}}"
+    named = "date" if hint is datetime.date else "date-time" if hint is datetime.datetime else ""
+    cure = f' and parameters={{"{name}": {{"type": "{named}"}}}}: it comes as text that was checked' if named else ""
+    return f"cannot be {text}: write {f'str{cure}' if cure else _PLAIN_WORDS}"
 
 
 # ======================================================================================================================
@@ -11465,12 +11587,18 @@ def postman_document(
     }
 
 
-@lru_cache(maxsize=16)
 def document_body(
     make: Callable[..., Any], deployments: Deployments, base: str, secured: bool, only: frozenset[str] | None
 ) -> bytes:
-    """A document of the flows as it is sent; kept, for it is the same until a flow changes."""
-    return json_body(make(deployments, base, secured, only))
+    """A document of the flows as it is sent; kept with them, but for the base, which each client may spell anew."""
+    kept, key = deployments.documents, (make, secured, only)
+    parts = kept.get(key)
+    if parts is None:
+        if len(kept) >= 16:
+            kept.clear()
+        mark = os.urandom(16).hex()  # which no text of a flow is
+        parts = kept[key] = json_body(make(deployments, mark, secured, only)).split(to_json(mark).encode())
+    return to_json(base).encode().join(parts)
 
 
 # ======================================================================================================================
@@ -12937,6 +13065,8 @@ class Server(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Close the listener, and what the loop waits on; http.server's hook, called too where it cannot listen."""
         super().server_close()
+        connections = self.app.metrics.connections
+        connections[:] = [those for those in connections if those is not self.handlers]
         if not self._serving:  # else the loop does it as it ends
             self._close_own()
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import gc
 import inspect
+import json
+import math
 import os
 import subprocess
 import sys
 import threading
 import urllib.request
+import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Optional
 
 import pytest
 from support import ROOT, until
@@ -22,8 +26,10 @@ import astera_lite
 from astera_lite import (
     AsteraLite,
     ConfigError,
+    Conflict,
     Context,
     FlowError,
+    InputError,
     NotFound,
     Server,
     Status,
@@ -67,6 +73,8 @@ def open_gate(app: AsteraLite, name: str) -> None:
         lambda app, job: app.result(job),
         lambda app, job: app.cancel(job),
         lambda app, job: app.future(job).result(0),
+        lambda app, job: app.future("nonsense").result(0),
+        lambda app, job: app.wait("nonsense"),
         lambda app, job: Server(app, port=0),
     ],
 )
@@ -99,6 +107,159 @@ def test_an_async_function_is_refused_where_it_is_published(tmp_path: Path) -> N
     app.step("later")(later)
     with pytest.raises(FlowError, match="/steps/0/later: is an async function"):
         app.deploy("f", {"request": {"method": "GET", "resource": "/f"}, "steps": [{"name": "s", "later": {}}]})
+
+
+@pytest.mark.parametrize(
+    ("annotation", "calls"),
+    [
+        (int | None, {"": None, "a=3": 3}),
+        ("int | None", {"": None, "a=3": 3}),
+        (Optional[float], {"": None, "a=3.5": 3.5}),  # noqa: UP045
+        (list[int], {"a=3,4": [3, 4]}),
+        ("list[bool] | None", {"": None, "a=true": [True]}),
+        (list, {"a=3": ["3"]}),
+        (Annotated[int, "a note"], {"a=3": 3}),
+        (inspect.Parameter.empty, {"a=3": "3"}),
+    ],
+)
+def test_what_annotations_mean(tmp_path: Path, annotation: Any, calls: dict[str, Any]) -> None:
+    def own(context: OnlyForTypes, a) -> OnlyForTypes:  # type: ignore[no-untyped-def, name-defined] # noqa: F821
+        return [a]
+
+    own.__annotations__["a"] = annotation
+    if annotation is inspect.Parameter.empty:
+        del own.__annotations__["a"]
+    with application(tmp_path) as app, Server(app, port=0) as server:
+        app.flow("GET /own")(own)
+        for query, value in calls.items():
+            with urllib.request.urlopen(f"{server.url}/api/publishing/own?{query}", timeout=10) as answer:
+                assert json.load(answer) == [value]
+        if None in calls.values():
+            assert app.run("own", {"a": None}).json() == [None]
+        else:
+            with pytest.raises(InputError, match="a: is missing"):
+                app.run("own")
+
+
+def test_an_argument_body_gets_the_json_body(tmp_path: Path) -> None:
+    with application(tmp_path) as app:
+
+        @app.flow("POST /count")
+        def count(context: Context, body: dict[str, int], add: int = 0) -> int:
+            return sum(body.values()) + add
+
+        @app.flow("PUT /maybe")
+        def maybe(context: Context, body: list[str] | None) -> Any:
+            return body
+
+        @app.flow("GET /search")
+        def search(context: Context, body: str) -> str:
+            return body
+
+        assert app.run("count", {"add": 3}, {"a": 1, "b": 2}).json() == 6
+        for wrong in ([1], None):
+            with pytest.raises(InputError, match="body"):
+                app.run("count", body=wrong)
+        assert [app.run("maybe", body=body).json() for body in (["x"], None)] == [["x"], None]
+        assert app.run("search", {"body": "text"}).json() == "text"
+
+
+class Thing:
+    def method(self, context: Context) -> None: ...
+    def bound(self, context: Context, n: int = 1) -> int:
+        return n
+
+
+def _refused() -> dict[str, tuple[str, Any]]:
+    def day(context: Context, day: datetime.date) -> None: ...
+    def either(context: Context, a: int | str) -> None: ...
+    def nested(context: Context, a: list[list[int]]) -> None: ...
+    def unknown(context: Context, a: Unheard) -> None: ...  # type: ignore[name-defined] # noqa: F821
+    def rest(context: Context, *args: int, **more: int) -> None: ...
+    def position(context: Context, a: int, /) -> None: ...
+    def nothing() -> None: ...
+    def no_context(a: int) -> None: ...
+    def data(context: Context, body: bytes) -> None: ...
+    def default(context: Context, body: dict[str, int] = {}) -> None: ...  # noqa: B006
+
+    return {
+        r'day: day: cannot be datetime.date: write str and parameters={"day": {"type": "date"}}': ("GET /x", day),
+        r"either: a: cannot be int \| str: write str, int, .* \| None": ("GET /x", either),
+        r"nested: a: cannot be list\[list\[int\]\]": ("GET /x", nested),
+        r"unknown: a: .* cannot be read .* Unheard: name 'Unheard' is not defined": ("GET /x", unknown),
+        r"(?s)rest: args: cannot be given by name.*rest: more: cannot": ("GET /x", rest),
+        r"position: a: cannot be given by name": ("GET /x", position),
+        r"nothing: has no argument for its Context": ("GET /x", nothing),
+        r"no_context: a: is the first argument, which gets the Context": ("GET /x", no_context),
+        r"method: self: makes it a method": ("GET /x", Thing.method),
+        r"data: body: cannot be bytes: write dict": ("POST /x", data),
+        r"default: body: can have no default but None": ("POST /x", default),
+    }
+
+
+@pytest.mark.parametrize(("message", "published"), _refused().items())
+def test_a_function_that_no_request_can_call_is_refused(
+    tmp_path: Path, message: str, published: tuple[str, Any]
+) -> None:
+    app = application(tmp_path)
+    with pytest.raises(FlowError, match=message):
+        app.flow(published[0])(published[1])
+
+
+def test_other_ways_to_publish(tmp_path: Path) -> None:
+    with application(tmp_path) as app:
+        with pytest.raises(FlowError, match=r'own: stands under a bare @app.flow: .*@app.flow\("GET /name"\)'):
+
+            @app.flow  # type: ignore[arg-type]
+            def own(context: Context) -> None: ...
+
+        @app.flow("GET /day", processing="asynchronous", parameters={"day": {"type": "date"}})
+        def day(context: Context, day: Literal["2026-11-24", "2026-11-25"]) -> str:
+            return day
+
+        app.flow("GET /bound")(Thing().bound)
+        assert app.run("bound", {"n": 2}).json() == 2
+        with pytest.raises(InputError, match="must be a date"):
+            app.run("day", {"day": "today"})
+        assert app.deployments.by_name["day"].modes == {"asynchronous"}
+
+
+@pytest.mark.parametrize(
+    ("params", "body", "message"),
+    [
+        ({}, {"x": [1, math.nan]}, r"^body /x/1: .*not JSON"),
+        ({}, {"a/b": object()}, r"^body /a~1b: a value of type object cannot"),
+        ({}, {(1,): 2}, "^body : "),
+        ({}, "\ud800", "^body : .*surrogates"),
+        ({"n": object()}, None, r"^query n: a value of type object cannot"),
+        ({"n": [1, math.inf]}, None, r"^query n: .*not JSON"),
+        ({1: 2}, None, "^query 1: is no parameter"),
+    ],
+)
+def test_a_value_that_cannot_be_sent_is_an_input_error(
+    tmp_path: Path, params: dict[Any, Any], body: Any, message: str
+) -> None:
+    with application(tmp_path) as app:
+
+        @app.flow("POST /own")
+        def own(context: Context, body: Any = None, n: int = 1) -> None: ...
+
+        for call in (app.run, app.submit):
+            with pytest.raises(InputError, match=message):
+                call("own", params, body)
+
+
+def test_a_job_stands_for_its_id(tmp_path: Path) -> None:
+    with application(tmp_path) as app:
+        job = app.submit("double", {"n": 4})
+        assert app.wait(job, 10).status is app.status(job).status is Status.COMPLETED  # type: ignore[union-attr]
+        assert app.future(job).result(10).id == job.id
+        assert app.result(job).json() == 8
+        with pytest.raises(Conflict):
+            app.cancel(job)
+        gone = job._replace(key=job.key._replace(seq=1))
+        with pytest.raises(NotFound, match=f'there is no job "{gone.id}"'):
+            app.wait(gone)
 
 
 def test_every_public_name_is_there_and_described() -> None:
@@ -217,6 +378,25 @@ def test_threads_descriptors_and_memory_are_given_back(tmp_path: Path) -> None:
     assert our_threads() == before
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert memory_mb() - memory < 5  # an application with its server takes more than 10
+
+
+def test_documents_and_counters_of_a_server_go_with_it(tmp_path: Path) -> None:
+    def once(app: AsteraLite) -> weakref.ref[Any]:
+        def own(context: Context) -> int:
+            return 1
+
+        app.flow("GET /own")(own)
+        with app, Server(app, port=0), Server(app, port=0) as server:
+            for path in ("/openapi.json", "/postman.json", "/metrics"):
+                urllib.request.urlopen(server.url + path, timeout=10).close()
+        return weakref.ref(own)
+
+    app = application(tmp_path)
+    own = once(app)
+    assert app.metrics.connections == []
+    del app
+    gc.collect()
+    assert own() is None
 
 
 def test_two_applications_with_servers_know_nothing_of_each_other(tmp_path: Path) -> None:

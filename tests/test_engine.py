@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,27 @@ def test_a_waiting_job_is_cancelled_at_once(tmp_path: Path) -> None:
         app.housekeeper.tick(clock.tick(100))  # its time comes: nothing happens
         until(lambda: app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0})
         assert code_of(app, job) == "cancelled"
+
+
+def test_a_step_that_was_suspended_began_before_its_wait(tmp_path: Path) -> None:
+    clock = FakeClock()
+    inner = [{"name": "s", "set": 1}, {"name": "v", "wait": 60}, {"name": "w", "wait": 5}]
+    flows = {"w": get_flow("/w", steps=[{"name": "c", "choose": [{"steps": inner}]}])}
+    with serving(tmp_path, flows, clock) as app:
+        job = app.submit("w")
+        suspended(app)
+    with serving(tmp_path, flows, clock) as app:  # it is known after a restart, too
+        suspended(app)
+        app.housekeeper.tick(clock.tick(60))
+        until(lambda: app.store.get(job.key).due == clock.ms + 5000)  # type: ignore[union-attr]
+        suspended(app)
+        app.housekeeper.tick(clock.tick(5))
+        assert finished(app, job).status is Status.COMPLETED
+        took = []
+        for step in app.store.trace(job.key):
+            began, ended = (datetime.fromisoformat(step[name]) for name in ("startedAt", "finishedAt"))
+            took.append((step["name"], (ended - began).total_seconds()))
+        assert took == [("s", 0), ("v", 60), ("w", 5), ("c", 65)]  # each once, however often the run was resumed
 
 
 def test_a_cancel_that_meets_the_suspension_ends_the_job(tmp_path: Path) -> None:

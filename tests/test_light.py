@@ -106,6 +106,22 @@ def test_a_job_of_a_light_flow_is_like_any_other(tmp_path: Path, spy: Spy) -> No
     assert spy.tried == [True]
 
 
+def test_a_job_ends_after_its_steps(tmp_path: Path) -> None:
+    class Passing(FakeClock):
+        """Each look at it takes a millisecond."""
+
+        def now(self) -> int:
+            return self.tick(0.001)
+
+        def wall(self) -> int:
+            return self.tick(0.001)
+
+    with running(tmp_path, FLOWS, clock=Passing()) as run:
+        job = run.client.get(f"/api/jobs/{post(run, 'four').json()['id']}").json()
+        assert job["createdAt"] == job["startedAt"] < job["steps"][0]["startedAt"]
+        assert job["steps"][-1]["finishedAt"] < job["finishedAt"] < job["expiresAt"]
+
+
 @pytest.mark.parametrize(
     ("n", "code", "body", "status"),
     [
