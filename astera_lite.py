@@ -990,7 +990,7 @@ class StoredRequest(NamedTuple):
     method: str
     path: str  # raw, behind the prefix: "/weather/Berlin"
     query: str = ""  # raw, without callbackUrl
-    headers: dict[str, str] = {}  # declared ones and the content type, lower case; not to be changed
+    headers: dict[str, str] = {}  # noqa: RUF012 (never changed) declared ones and the content type, lower case
     body: bytes = b""
     trace: Trace | None = None
 
@@ -6848,7 +6848,8 @@ class SqliteStore:
         me, others = threading.get_ident(), dict(self._attending)
         others.pop(me, None)
         self._attending = others if post is None else {**others, me: post}  # replaced, for others look through it
-        self._call()
+        if post is None:
+            self._call()
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
