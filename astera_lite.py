@@ -11169,6 +11169,7 @@ def metrics_text(app: AsteraLite) -> str:
 
 #: What the scripts of a chain hand on, from one request to the next.
 _CHAIN = {"statusUrl": "", "resultUrl": "", "polls": "0"}
+_COLLECTION_ID = "df816507-1066-5ba7-bd21-be63fe063aba"  # always the same: a new import replaces the old one
 _MOST_POLLS = 100  # of one job; the pauses between them are what Retry-After says, 5 seconds at the most
 _ALL_TESTS = """\
 pm.test("The answer names its request", () => pm.response.to.have.header("X-Request-Id"));"""
@@ -11186,7 +11187,8 @@ pm.test("The status is one that this flow gives: " + STATUSES.join(", "), () => 
 _ANY_STATUS_TEST = """\
 pm.test("The server is not at fault", () => pm.expect(pm.response.code).to.not.equal(500));"""
 _JSON_TEST = """\
-if (/[/+]json/.test(pm.response.headers.get("Content-Type")) && pm.response.text()) {
+const media = (pm.response.headers.get("Content-Type") || "").split(";")[0].trim();
+if (/[/+]json$/i.test(media) && pm.response.text()) {
     pm.test("The body is JSON", () => pm.response.json());
 }"""
 _FORGET_CHAIN = """\
@@ -11251,7 +11253,8 @@ def _script(listen: str, *parts: str, **values: Any) -> dict[str, Any]:
 
 
 def _item(name: str, request: Mapping[str, Any], *events: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "event": list(events), "request": request, "response": []}
+    item = {"name": name, "event": list(events), "request": request, "response": []}
+    return item | {"protocolProfileBehavior": {"followRedirects": False}}  # a flow's 302 is its answer
 
 
 def _field(name: str, value: str, words: str, disabled: bool = False) -> dict[str, Any]:
@@ -11263,6 +11266,14 @@ def _ask(url: str, words: str, *query: dict[str, Any], **more: Any) -> dict[str,
     return {"method": "GET", "url": {name: part for name, part in parts.items() if part}, "description": words} | more
 
 
+def _no_variables(text: str, brace: str = "{ ") -> str:
+    """
+    A text in which Postman finds no `{{variable}}`, such as the caller's token, to replace. It knows no escape:
+    where the text's own form has none for a `brace` either, the braces are parted.
+    """
+    return re.sub(r"\{(?=\{)", lambda match: brace, text)
+
+
 def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
     """The body of an example request, as Postman has it and as it is sent."""
     if not flow.content_types:
@@ -11271,9 +11282,13 @@ def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
     value = _sample(spec, "text")
     if media == CONTENT_TYPES["form"] and isinstance(value, dict):
         pairs = [(name, text) for name, item in value.items() for text in _texts(item)]
+        pairs = [(_no_variables(name), _no_variables(text)) for name, text in pairs]
         fields = [{"key": name, "value": text, "type": "text"} for name, text in pairs]
         return {"mode": "urlencoded", "urlencoded": fields}, urllib.parse.urlencode(pairs).encode()
-    text = json.dumps(value, indent=2, ensure_ascii=False) if _is_json(media) else as_text(value)
+    if _is_json(media):
+        text = _no_variables(json.dumps(value, indent=2, ensure_ascii=False), "\\u007b")  # {{ is in strings only
+    else:
+        text = _no_variables(as_text(value))
     options_ = {"options": {"raw": {"language": "json"}}} if _is_json(media) else {}
     return {"mode": "raw", "raw": text, **options_}, text.encode()
 
@@ -11282,7 +11297,7 @@ def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
 _IN_POSTMAN: dict[str, Callable[[str], str]] = {
     "path": partial(urllib.parse.quote, safe=""),
     "query": partial(urllib.parse.quote, safe="/:@, "),
-    "header": str,
+    "header": _no_variables,
 }
 
 
@@ -11377,6 +11392,7 @@ def postman_document(
     bearer = [{"key": "token", "value": "{{token}}", "type": "string"}]
     return {
         "info": {
+            "_postman_id": _COLLECTION_ID,
             "name": "Astera Lite",
             "description": "Every published flow: run it, or submit, poll and fetch it. Run the collection as it is; "
             + ("put a token of the server into the variable `token` first." if secured else "it needs no token."),
