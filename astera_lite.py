@@ -13434,14 +13434,13 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     app.outside.close()
     _print_trace(trace)
     if outcome.reason:
-        print(f"reason: {outcome.reason}", file=sys.stderr)
+        print(f"reason: {_one_line(outcome.reason)}", file=sys.stderr)
     answer = outcome.answer
     print(f"{outcome.status.value} {answer.code} {http.client.responses.get(answer.code, '')}", file=sys.stderr)
     for name, value in answer.headers:
         print(f"{name}: {value}", file=sys.stderr)
     sys.stderr.flush()
-    sys.stdout.buffer.write(answer.body)
-    sys.stdout.buffer.flush()
+    _write_body([answer.body])
     return 0 if outcome.error is None else 1
 
 
@@ -13451,7 +13450,7 @@ def _print_trace(trace: list[dict[str, Any]]) -> None:
         took = f"{(ended - began).total_seconds() * 1000:.0f} ms"
         about = [str(step["status"])] if "status" in step else []
         about += [f"{step['size']} bytes"] if step["size"] is not None else []
-        line = f"{step['path']:<20} {step['kind']:<8} {step['state']:<9} {took:>8}  {step['preview'] or ''}"
+        line = f"{step['path']:<20} {step['kind']:<8} {step['state']:<9} {took:>8}  {_one_line(step['preview'] or '')}"
         print(f"{line}  ({', '.join(about)})" if about else line, file=sys.stderr)
 
 
@@ -13486,7 +13485,7 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
 
 def schema(args: argparse.Namespace, settings: Settings) -> int:
     """schema: print a JSON Schema of the flow file."""
-    print(json.dumps(flow_schema(STEP_KINDS), indent=2, ensure_ascii=False))
+    _print_json(flow_schema(STEP_KINDS))
     return 0
 
 
@@ -13497,7 +13496,7 @@ def print_document(make: Callable[..., Any], args: argparse.Namespace, settings:
     for fault in found.faults:
         print(fault, file=sys.stderr)
     secured = settings.token is not None or bool(_tokens_of(settings.database))
-    print(json.dumps(make(found, app.base, secured), indent=2, ensure_ascii=False))
+    _print_json(make(found, app.base, secured))
     return 1 if found.faults else 0
 
 
@@ -13516,6 +13515,26 @@ def new(args: argparse.Namespace, settings: Settings) -> int:
         return 1
     print(f"wrote {path}; run it with: {_started_as()} try {args.name} id=7", file=sys.stderr)
     return 0
+
+
+def _printable(text: str) -> str:
+    """A text of several lines, or JSON, in which what commands a terminal is escaped as JSON has it."""
+    return re.sub(r"[^\t\n -~]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1], text)
+
+
+def _print_json(document: Any, stream: TextIO | None = None) -> None:
+    print(_printable(json.dumps(document, indent=2, ensure_ascii=False)), file=stream)
+
+
+def _write_body(pieces: Iterable[bytes]) -> None:
+    """Write a response's body to stdout: as it is, or what a terminal may be given of it."""
+    if sys.stdout.isatty():
+        decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+        for piece in (*pieces, b""):
+            sys.stdout.write(_printable(decoder.decode(piece, final=not piece)))
+    else:
+        sys.stdout.buffer.writelines(pieces)
+    sys.stdout.flush()
 
 
 def _columns(text: str) -> int:
@@ -13610,7 +13629,7 @@ def jobs(args: argparse.Namespace, settings: Settings) -> int:
         found = store.page(now, args.limit, None, args.flow, status, None)
     if args.json:
         documents = [status_document(job, job.base, offset=offset) for job in found]
-        print(json.dumps({"jobs": documents}, indent=2, ensure_ascii=False))
+        _print_json({"jobs": documents})
         return 0
     sheet = _Sheet(sys.stdout)
     rows = []
@@ -13642,14 +13661,12 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
             document = status_document(job, job.base, offset=offset) | {"steps": steps}
             if job.callback is not None:
                 document["callback"]["history"] = attempt_documents(attempts, offset)
-            print(json.dumps(document, indent=2, ensure_ascii=False), file=stream)
+            _print_json(document, stream)
         else:
             _print_job(_Sheet(stream), job, stored, steps, attempts, offset)
         if args.result and stored is not None:
             pieces = [stored.body] if stored.body is not None else store.result_pieces(job.key, stored.attempt)
-            for piece in pieces:
-                sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
+            _write_body(pieces)
     return 0
 
 
