@@ -5256,9 +5256,10 @@ def isolated_main() -> None:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            say({"log": [record.levelno, record.getMessage()]})
+            say({"log": [record.levelno, _message(record)]})
 
     logging.basicConfig(level=logging.DEBUG, handlers=[Handler()])
+    logging.captureWarnings(True)
     functions: dict[str | None, Functions] = {}
     for line in sys.stdin.buffer:
         task = from_saved(line.decode())
@@ -13161,6 +13162,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _message(record: logging.LogRecord) -> str:
+    """What a record says; where its arguments do not fit its text, both as they are."""
+    try:
+        return record.getMessage()
+    except Exception:
+        return f"cannot be formatted: {shown([record.msg, record.args], 500)}"
+
+
 class _JsonLines(logging.Formatter):
     """One JSON object a line; `about` and Exchange.about name its further members."""
 
@@ -13168,8 +13177,9 @@ class _JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
-        entry["message"] = record.getMessage()
-        entry |= {name: value for name in self._MEMBERS if (value := getattr(record, name, None)) is not None}
+        entry["message"] = _message(record)
+        about = {name: value for name in self._MEMBERS if (value := getattr(record, name, None)) is not None}
+        entry |= {name: it if isinstance(it, str | int | float) else shown(it) for name, it in about.items()}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry)  # in ASCII: other characters may end a line, or turn it round, where it is read
@@ -13179,7 +13189,7 @@ class _TextLines(logging.Formatter):
     """Time, level and message; what came from outside cannot begin a line of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {_one_line(record.getMessage())}"
+        text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {_one_line(_message(record))}"
         if record.exc_info:
             lines = self.formatException(record.exc_info).split("\n")
             text += "".join(f"\n    {_one_line(line)}" for line in lines)
@@ -13207,6 +13217,8 @@ def _set_up_logging(settings: Settings) -> None:
 def serve(args: argparse.Namespace, settings: Settings) -> int:
     """serve: until SIGTERM or SIGINT."""
     _set_up_logging(settings)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(log.handlers[-1])
     sys.setswitchinterval(0.00005)  # or each thread that computes would hold up the loop for 5 ms, many times a request
     _raise_descriptor_limit(settings.max_connections)
     app = _Supervised(settings)
@@ -13224,11 +13236,15 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
         app.stop()
         raise
     _install_signals(app, server)
-    lines = endpoint_lines(app.deployments, server.base or server.url)
-    if lines:
-        sys.stderr.write("\n".join(["published:", *lines, ""]))
+    base = server.base or server.url
+    lines = endpoint_lines(app.deployments, base)
+    if settings.log == "json":
+        for line in lines:
+            log.info("published: %s", " ".join(line.split()))
+        log.info("console: %s/", base)
+    else:
+        sys.stderr.write("\n".join([*(["published:"] if lines else []), *lines, f"console: {base}/", ""]))
     _settle()
-    sys.stderr.write(f"console: {server.base or server.url}/\n")
     sys.stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
     sys.stderr.flush()
     notify(f"READY=1\nSTATUS=listening on {server.url}")
