@@ -13033,7 +13033,8 @@ examples:
   python astera_lite.py check                       say what is wrong with the flows
   python astera_lite.py try lookup id=7             run a flow here and show its steps
 
-exit codes: 0 stopped; 1 a fault in settings or in what was checked; 2 usage; 3 cannot listen; 4 database unusable
+exit codes: 0 stopped; 1 a fault in settings or in what was checked; 2 usage; 3 cannot listen; 4 database unusable;
+            5 a fault of the server's own
 """
 
 
@@ -13250,14 +13251,19 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     notify(f"READY=1\nSTATUS=listening on {server.url}")
     if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
         app.beat = partial(server.post, partial(notify, "WATCHDOG=1"))
-    server.serve_forever()
+    code = 0
+    try:
+        server.serve_forever()
+    except Exception:
+        log.critical("the server ends by a fault of its own", exc_info=True)
+        code = 5  # the interpreter's own 1 says that settings are faulty, where to start again is of no use
     server.server_close()
     left = app.stop()
     logging.shutdown()
     if left:  # threads that do not end would hold the interpreter for ever
         sys.stderr.flush()
-        os._exit(0)
-    return 0
+        os._exit(code)
+    return code
 
 
 class _Supervised(AsteraLite):

@@ -411,6 +411,20 @@ def test_json_lines_are_json_lines(tmp_path: Path) -> None:
     assert [entry for entry in logged if "broken.json" in entry["message"] and entry["level"] == "error"]
 
 
+def test_a_fault_of_the_servers_own_is_no_fault_in_settings(tmp_path: Path) -> None:
+    code = """
+import sys, astera_lite
+def fail(self, poll_interval=0.5):
+    raise ArithmeticError("on purpose")
+astera_lite.Server.serve_forever = fail
+sys.exit(astera_lite.main(["serve", "--port", "0", "--log", "json"]))
+"""
+    more: dict[str, Any] = {"env": environment({"PYTHONPATH": str(ROOT)}), "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=30, check=False, **more)
+    last = json.loads(done.stderr.splitlines()[-1])
+    assert done.returncode == 5 and last["level"] == "critical" and "on purpose" in last["exception"]
+
+
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize("isolated", [False, True])
 def test_a_log_call_that_is_wrong_is_a_line_all_the_same(tmp_path: Path, form: str, isolated: bool) -> None:
