@@ -928,15 +928,15 @@ class Attempt:
 
 
 class Trace(NamedTuple):
-    """Whose work a request is part of (W3C Trace Context): the trace, whether it is recorded, and `tracestate`."""
+    """Whose work a request is part of (W3C Trace Context): the trace, its flags, and `tracestate`."""
 
     id: str  # 32 hexadecimal digits
-    sampled: bool
+    flags: int  # 1: the caller records it; 2: its id is random (Level 2); others mean nothing yet, and are not sent
     state: str = ""
 
     def headers(self) -> dict[str, str]:
         """What a request carries on that this one causes: the same trace, and a new id of its own."""
-        parent = f"00-{self.id}-{os.urandom(8).hex()}-0{self.sampled:d}"
+        parent = f"00-{self.id}-{os.urandom(8).hex()}-0{self.flags:d}"
         return {"traceparent": parent} | ({"tracestate": self.state} if self.state else {})
 
 
@@ -944,19 +944,23 @@ _TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16}
 _STATE_KEY = r"[a-z0-9][a-z0-9_\-*/]{0,255}|[a-z0-9][a-z0-9_\-*/]{0,240}@[a-z][a-z0-9_\-*/]{0,13}"
 _STATE_VALUE = r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
 _STATE_MEMBER = re.compile(rf"({_STATE_KEY})={_STATE_VALUE}")
-_LONGEST_STATE = 512  # characters that have to be passed on
+_MOST_STATES, _LONGEST_STATE = 32, 512  # members of a list; characters that have to be passed on
 
 
 def parse_trace(headers: Mapping[str, str]) -> Trace | None:
-    """The trace that a request belongs to; None without a `traceparent`, or with a malformed one."""
+    """The trace that a request belongs to; None without a `traceparent`, or with a malformed one.
+
+    A malformed `tracestate` is dropped; of one that is too long, the last members are.
+    """
     match = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
     if match is None or (match[1] == "00" and match[4]):  # only a later version may say more
         return None
-    state = headers.get("tracestate", "")
-    members = [_STATE_MEMBER.fullmatch(text) for part in state.split(",") if (text := part.strip(" \t"))]
-    keys = [member[1] for member in members if member]
-    well = len(state) <= _LONGEST_STATE and len(keys) == len(members) == len(set(keys)) <= 32
-    return Trace(match[2], bool(int(match[3], 16) & 1), state if well and keys else "")
+    parts = [text for part in headers.get("tracestate", "").split(",") if (text := part.strip(" \t"))]
+    keys = {member[1] for text in parts if (member := _STATE_MEMBER.fullmatch(text))}
+    sent = parts[:_MOST_STATES] if len(keys) == len(parts) else []
+    while len(state := ",".join(sent)) > _LONGEST_STATE:
+        sent.pop()
+    return Trace(match[2], int(match[3], 16) & 3, state)
 
 
 def about(what: str, its_id: str, flow: str, trace: Trace | None) -> dict[str, str]:
@@ -4220,8 +4224,9 @@ class _HttpCall(NamedTuple):
         request.set_body(self.body_kind, self.body(scope))
         names = {name.lower() for name in own}
         request.headers = {name: text for name, text in request.headers.items() if name.lower() not in names} | own
-        if run.input.trace is not None and "traceparent" not in map(str.lower, request.headers):
-            request.headers |= run.input.trace.headers()
+        given = {name.lower() for name in request.headers}
+        if run.input.trace is not None and "traceparent" not in given:
+            request.headers |= {name: text for name, text in run.input.trace.headers().items() if name not in given}
         for name, text in request.headers.items():
             if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
                 raise ExpressionError(f"{self.place}/headers/{name}: it has characters that no header may have")
