@@ -10681,7 +10681,7 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "/metrics": {
         "get": _known(
-            "Server API", "Fetch the metrics", "Prometheus text format; not for a token that is limited to flows.", (),
+            "Server API", "Fetch the metrics", "Prometheus text format; for tokens of role admin.", (),
             operationId="getMetrics",
             responses={
                 "200": {"description": "The metrics.", "headers": _headers(), "content": _content(_TEXT, "text/plain")}
@@ -12200,8 +12200,8 @@ def health(x: Exchange) -> Reply:
 
 
 def _may_measure(x: Exchange) -> None:
-    if x.caller.flows is not None:
-        raise AccessError(403, f"The token {x.caller.name} is limited to flows: the metrics tell of all of them.")
+    if not x.caller.admin:
+        raise AccessError(403, f"The token {x.caller.name} is of role user: the metrics tell of everybody's jobs.")
 
 
 def metrics(x: Exchange) -> Reply:
@@ -13075,6 +13075,7 @@ def _parser() -> argparse.ArgumentParser:
         words = [argument if argument.startswith("--") else o.get("metavar", argument) for argument, o in arguments]
         command = commands.add_parser(
             name,
+            prog=f"{started_as} {name}",
             help=text,
             description=text[0].upper() + text[1:] + ".",
             usage=" ".join([started_as, name, *(f"[{w}]" if w[0] == "-" else w for w in words), "[settings]"]),
@@ -13670,6 +13671,8 @@ def jobs(args: argparse.Namespace, settings: Settings) -> int:
             rows.append((job.id, job.flow, job.status.value, created, finished, callback))
     head = "id status flow created took callback" if sheet.terminal else "id flow status created finished callback"
     sheet.table(head.split(), rows, 2)
+    if not found:
+        print("none", file=sys.stderr)
     return 0
 
 
@@ -13917,7 +13920,7 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         [
             ("name", {"nargs": "?", "metavar": "[NAME]", "help": "whose it is; without a name, all are listed"}),
             ("--flows", {"metavar": "a,b", "help": "it may call these flows only"}),
-            ("--role", {"choices": ["user", "admin"], "help": "admin: sees all jobs, may deploy (default: user)"}),
+            ("--role", {"choices": ["user", "admin"], "help": "admin: sees and deploys everything (default: user)"}),
             ("--revoke", {"action": "store_true", "help": "let it in no more"}),
         ],
         ("database",),

@@ -165,6 +165,7 @@ def test_wrong_usage_is_2(here: Here, tmp_path: Path, arguments: list[str]) -> N
     done = here(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: ")
+    assert " [settings]" not in done.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -177,6 +177,8 @@ def test_elsewhere_everything_is_there(place: Place) -> None:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT[0-9:]{8}\.\d{3}Z", found[place.jobs[name]][3])
     assert found[place.jobs["waiting"]][2:] == ["Running", found[place.jobs["waiting"]][3], "waiting", "pending", "(0)"]
     assert "\x1b" not in done.stdout and "…" not in done.stdout and done.stderr == ""
+    done = elsewhere(place.folder, "jobs", "--flow", "nosuch")
+    assert (len(done.stdout.splitlines()), done.stderr, done.returncode) == (1, "none\n", 0)
     text = elsewhere(place.folder, "job", place.jobs["failing"]).stdout
     for line in (f"id +{place.jobs['failing']}", "flow +failing", r"status +Error \(failed\)", "result +422, .* bytes"):
         assert re.search(f"^{line}$", text, re.MULTILINE), text
