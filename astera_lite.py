@@ -13814,21 +13814,37 @@ def pack(args: argparse.Namespace, settings: Settings) -> int:
     """zipapp: the server as one file."""
     import py_compile  # noqa: PLC0415 (as below: for this command only)
     import tempfile  # noqa: PLC0415
-    import zipapp  # noqa: PLC0415
+    import zipfile  # noqa: PLC0415
 
+    main_ = b"import sys\n\nimport astera_lite\n\nsys.exit(astera_lite.main())\n"
+    files = {"__main__.py": main_, "astera_lite.py": resource("astera_lite.py")}
+    for name in SHIPPED:
+        try:
+            files[name] = resource(name)
+        except ConfigError:
+            if name != "console.html":
+                raise
+            print("console.html is missing, so it is left out: there will be no console", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        source = os.path.join(folder, "astera_lite.py")
-        for name in ("astera_lite.py", *SHIPPED):
-            Path(folder, name).write_bytes(resource(name))
-        Path(folder, "__main__.py").write_text("import sys\n\nimport astera_lite\n\nsys.exit(astera_lite.main())\n")
+        source = Path(folder, "astera_lite.py")
+        source.write_bytes(files[source.name])
         # Another version of Python passes over bytecode that is not its own, and takes the source.
         unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH  # times in a zip depend on the time zone
-        py_compile.compile(source, source + "c", "astera_lite.py", optimize=0, invalidation_mode=unchecked)
-        try:
-            zipapp.create_archive(folder, args.file, "/usr/bin/env python3", compressed=True)
-        except OSError as error:
-            print(f"{args.file}: {_reason(error)}", file=sys.stderr)
-            return 1
+        compiled = py_compile.compile(
+            str(source), f"{source}c", source.name, doraise=True, optimize=0, invalidation_mode=unchecked
+        )
+        files["astera_lite.pyc"] = Path(str(compiled)).read_bytes()
+    try:
+        with open(args.file, "wb") as file:
+            file.write(b"#!/usr/bin/env python3\n")
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, data in files.items():
+                    archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)  # all of 1980: ever the same
+            mode = os.fstat(file.fileno()).st_mode
+        os.chmod(args.file, mode | (mode & 0o444) >> 2)  # who may read it may run it
+    except OSError as error:
+        print(f"{args.file}: {_reason(error)}", file=sys.stderr)
+        return 1
     version = ".".join(map(str, sys.version_info[:2]))
     print(f"wrote {args.file}: for Python 3.11 or later, {version} starts it quickest", file=sys.stderr)
     return 0

