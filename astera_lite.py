@@ -13183,10 +13183,10 @@ class _JsonLines(logging.Formatter):
     _MEMBERS = ("request", "method", "path", "status", "ms", "job", "flow", "step", "trace")
 
     def format(self, record: logging.LogRecord) -> str:
-        entry = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
+        entry: dict[str, Any] = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
         entry["message"] = _message(record)
-        about = {name: value for name in self._MEMBERS if (value := getattr(record, name, None)) is not None}
-        entry |= {name: it if isinstance(it, str | int | float) else shown(it) for name, it in about.items()}
+        given = {name: value for name in self._MEMBERS if (value := getattr(record, name, None)) is not None}
+        entry |= {name: it if isinstance(it, str | int | float) else shown(it) for name, it in given.items()}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry)  # in ASCII: other characters may end a line, or turn it round, where it is read
