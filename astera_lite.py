@@ -948,15 +948,15 @@ class Attempt:
 
 
 class Trace(NamedTuple):
-    """Whose work a request is part of (W3C Trace Context): the trace, whether it is recorded, and `tracestate`."""
+    """Whose work a request is part of (W3C Trace Context): the trace, its flags, and `tracestate`."""
 
     id: str  # 32 hexadecimal digits
-    sampled: bool
+    flags: int  # 1: the caller records it; 2: its id is random (Level 2); others mean nothing yet, and are not sent
     state: str = ""
 
     def headers(self) -> dict[str, str]:
         """What a request carries on that this one causes: the same trace, and a new id of its own."""
-        parent = f"00-{self.id}-{os.urandom(8).hex()}-0{self.sampled:d}"
+        parent = f"00-{self.id}-{os.urandom(8).hex()}-0{self.flags:d}"
         return {"traceparent": parent} | ({"tracestate": self.state} if self.state else {})
 
 
@@ -964,19 +964,23 @@ _TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16}
 _STATE_KEY = r"[a-z0-9][a-z0-9_\-*/]{0,255}|[a-z0-9][a-z0-9_\-*/]{0,240}@[a-z][a-z0-9_\-*/]{0,13}"
 _STATE_VALUE = r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
 _STATE_MEMBER = re.compile(rf"({_STATE_KEY})={_STATE_VALUE}")
-_LONGEST_STATE = 512  # characters that have to be passed on
+_MOST_STATES, _LONGEST_STATE = 32, 512  # members of a list; characters that have to be passed on
 
 
 def parse_trace(headers: Mapping[str, str]) -> Trace | None:
-    """The trace that a request belongs to; None without a `traceparent`, or with a malformed one."""
+    """The trace that a request belongs to; None without a `traceparent`, or with a malformed one.
+
+    A malformed `tracestate` is dropped; of one that is too long, the last members are.
+    """
     match = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
     if match is None or (match[1] == "00" and match[4]):  # only a later version may say more
         return None
-    state = headers.get("tracestate", "")
-    members = [_STATE_MEMBER.fullmatch(text) for part in state.split(",") if (text := part.strip(" \t"))]
-    keys = [member[1] for member in members if member]
-    well = len(state) <= _LONGEST_STATE and len(keys) == len(members) == len(set(keys)) <= 32
-    return Trace(match[2], bool(int(match[3], 16) & 1), state if well and keys else "")
+    parts = [text for part in headers.get("tracestate", "").split(",") if (text := part.strip(" \t"))]
+    keys = {member[1] for text in parts if (member := _STATE_MEMBER.fullmatch(text))}
+    sent = parts[:_MOST_STATES] if len(keys) == len(parts) else []
+    while len(state := ",".join(sent)) > _LONGEST_STATE:
+        sent.pop()
+    return Trace(match[2], int(match[3], 16) & 3, state)
 
 
 def about(what: str, its_id: str, flow: str, trace: Trace | None) -> dict[str, str]:
@@ -4263,8 +4267,9 @@ class _HttpCall(NamedTuple):
         request.set_body(self.body_kind, self.body(scope))
         names = {name.lower() for name in own}
         request.headers = {name: text for name, text in request.headers.items() if name.lower() not in names} | own
-        if run.input.trace is not None and "traceparent" not in map(str.lower, request.headers):
-            request.headers |= run.input.trace.headers()
+        given = {name.lower() for name in request.headers}
+        if run.input.trace is not None and "traceparent" not in given:
+            request.headers |= {name: text for name, text in run.input.trace.headers().items() if name not in given}
         for name, text in request.headers.items():
             if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
                 raise ExpressionError(f"{self.place}/headers/{name}: it has characters that no header may have")
@@ -5299,9 +5304,10 @@ def isolated_main() -> None:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            say({"log": [record.levelno, record.getMessage()]})
+            say({"log": [record.levelno, _message(record)]})
 
     logging.basicConfig(level=logging.DEBUG, handlers=[Handler()])
+    logging.captureWarnings(True)
     functions: dict[str | None, Functions] = {}
     for line in sys.stdin.buffer:
         task = from_saved(line.decode())
@@ -10874,7 +10880,7 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "/metrics": {
         "get": _known(
-            "Server API", "Fetch the metrics", "Prometheus text format; not for a token that is limited to flows.", (),
+            "Server API", "Fetch the metrics", "Prometheus text format; for tokens of role admin.", (),
             operationId="getMetrics",
             responses={
                 "200": {"description": "The metrics.", "headers": _headers(), "content": _content(_TEXT, "text/plain")}
@@ -11368,6 +11374,7 @@ def metrics_text(app: AsteraLite) -> str:
 
 #: What the scripts of a chain hand on, from one request to the next.
 _CHAIN = {"statusUrl": "", "resultUrl": "", "polls": "0"}
+_COLLECTION_ID = "df816507-1066-5ba7-bd21-be63fe063aba"  # always the same: a new import replaces the old one
 _MOST_POLLS = 100  # of one job; the pauses between them are what Retry-After says, 5 seconds at the most
 _ALL_TESTS = """\
 pm.test("The answer names its request", () => pm.response.to.have.header("X-Request-Id"));"""
@@ -11385,7 +11392,8 @@ pm.test("The status is one that this flow gives: " + STATUSES.join(", "), () => 
 _ANY_STATUS_TEST = """\
 pm.test("The server is not at fault", () => pm.expect(pm.response.code).to.not.equal(500));"""
 _JSON_TEST = """\
-if (/[/+]json/.test(pm.response.headers.get("Content-Type")) && pm.response.text()) {
+const media = (pm.response.headers.get("Content-Type") || "").split(";")[0].trim();
+if (/[/+]json$/i.test(media) && pm.response.text()) {
     pm.test("The body is JSON", () => pm.response.json());
 }"""
 _FORGET_CHAIN = """\
@@ -11450,7 +11458,8 @@ def _script(listen: str, *parts: str, **values: Any) -> dict[str, Any]:
 
 
 def _item(name: str, request: Mapping[str, Any], *events: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "event": list(events), "request": request, "response": []}
+    item = {"name": name, "event": list(events), "request": request, "response": []}
+    return item | {"protocolProfileBehavior": {"followRedirects": False}}  # a flow's 302 is its answer
 
 
 def _field(name: str, value: str, words: str, disabled: bool = False) -> dict[str, Any]:
@@ -11462,6 +11471,14 @@ def _ask(url: str, words: str, *query: dict[str, Any], **more: Any) -> dict[str,
     return {"method": "GET", "url": {name: part for name, part in parts.items() if part}, "description": words} | more
 
 
+def _no_variables(text: str, brace: str = "{ ") -> str:
+    """
+    A text in which Postman finds no `{{variable}}`, such as the caller's token, to replace. It knows no escape:
+    where the text's own form has none for a `brace` either, the braces are parted.
+    """
+    return re.sub(r"\{(?=\{)", lambda match: brace, text)
+
+
 def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
     """The body of an example request, as Postman has it and as it is sent."""
     if not flow.content_types:
@@ -11470,9 +11487,13 @@ def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
     value = _sample(spec, "text")
     if media == CONTENT_TYPES["form"] and isinstance(value, dict):
         pairs = [(name, text) for name, item in value.items() for text in _texts(item)]
+        pairs = [(_no_variables(name), _no_variables(text)) for name, text in pairs]
         fields = [{"key": name, "value": text, "type": "text"} for name, text in pairs]
         return {"mode": "urlencoded", "urlencoded": fields}, urllib.parse.urlencode(pairs).encode()
-    text = json.dumps(value, indent=2, ensure_ascii=False) if _is_json(media) else as_text(value)
+    if _is_json(media):
+        text = _no_variables(json.dumps(value, indent=2, ensure_ascii=False), "\\u007b")  # {{ is in strings only
+    else:
+        text = _no_variables(as_text(value))
     options_ = {"options": {"raw": {"language": "json"}}} if _is_json(media) else {}
     return {"mode": "raw", "raw": text, **options_}, text.encode()
 
@@ -11481,7 +11502,7 @@ def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
 _IN_POSTMAN: dict[str, Callable[[str], str]] = {
     "path": partial(urllib.parse.quote, safe=""),
     "query": partial(urllib.parse.quote, safe="/:@, "),
-    "header": str,
+    "header": _no_variables,
 }
 
 
@@ -11576,6 +11597,7 @@ def postman_document(
     bearer = [{"key": "token", "value": "{{token}}", "type": "string"}]
     return {
         "info": {
+            "_postman_id": _COLLECTION_ID,
             "name": "Astera Lite",
             "description": "Every published flow: run it, or submit, poll and fetch it. Run the collection as it is; "
             + ("put a token of the server into the variable `token` first." if secured else "it needs no token."),
@@ -12383,8 +12405,8 @@ def health(x: Exchange) -> Reply:
 
 
 def _may_measure(x: Exchange) -> None:
-    if x.caller.flows is not None:
-        raise AccessError(403, f"The token {x.caller.name} is limited to flows: the metrics tell of all of them.")
+    if not x.caller.admin:
+        raise AccessError(403, f"The token {x.caller.name} is of role user: the metrics tell of everybody's jobs.")
 
 
 def metrics(x: Exchange) -> Reply:
@@ -12936,6 +12958,7 @@ class Server(ThreadingHTTPServer):
         self._serving = False
         self.ident = 0  # of the thread that serves
         self._over = False  # it does not serve any more
+        self.fault: Exception | None = None  # that ended it
         self._thread: threading.Thread | None = None
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -12992,9 +13015,16 @@ class Server(ThreadingHTTPServer):
     def start(self) -> Self:
         """Serve in a thread of its own."""
         self._serving = True  # or a stop that comes at once would not wait for it
-        self._thread = threading.Thread(target=self.serve_forever, name="astera-loop", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="astera-loop", daemon=True)
         self._thread.start()
         return self
+
+    def _serve(self) -> None:
+        try:
+            self.serve_forever()
+        except Exception as error:
+            self.fault = error
+            log.critical("the server ends by a fault of its own", exc_info=True)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -13237,7 +13267,8 @@ examples:
   python astera_lite.py check                       say what is wrong with the flows
   python astera_lite.py try lookup id=7             run a flow here and show its steps
 
-exit codes: 0 stopped; 1 a fault in settings or in what was checked; 2 usage; 3 cannot listen; 4 database unusable
+exit codes: 0 stopped; 1 a fault in settings or in what was checked; 2 usage; 3 cannot listen; 4 database unusable;
+            5 a fault of the server's own
 """
 
 
@@ -13273,6 +13304,7 @@ def _parser() -> argparse.ArgumentParser:
         words = [argument if argument.startswith("--") else o.get("metavar", argument) for argument, o in arguments]
         command = commands.add_parser(
             name,
+            prog=f"{started_as} {name}",
             help=text,
             description=text[0].upper() + text[1:] + ".",
             usage=" ".join([started_as, name, *(f"[{w}]" if w[0] == "-" else w for w in words), "[settings]"]),
@@ -13366,15 +13398,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _message(record: logging.LogRecord) -> str:
+    """What a record says; where its arguments do not fit its text, both as they are."""
+    try:
+        return record.getMessage()
+    except Exception:
+        return f"cannot be formatted: {shown([record.msg, record.args], 500)}"
+
+
 class _JsonLines(logging.Formatter):
     """One JSON object a line; `about` and Exchange.about name its further members."""
 
     _MEMBERS = ("request", "method", "path", "status", "ms", "job", "flow", "step", "trace")
 
     def format(self, record: logging.LogRecord) -> str:
-        entry = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
-        entry["message"] = record.getMessage()
-        entry |= {name: value for name in self._MEMBERS if (value := getattr(record, name, None)) is not None}
+        entry: dict[str, Any] = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
+        entry["message"] = _message(record)
+        given = {name: value for name in self._MEMBERS if (value := getattr(record, name, None)) is not None}
+        entry |= {name: it if isinstance(it, str | int | float) else shown(it) for name, it in given.items()}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry)  # in ASCII: other characters may end a line, or turn it round, where it is read
@@ -13384,7 +13425,7 @@ class _TextLines(logging.Formatter):
     """Time, level and message; what came from outside cannot begin a line of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {_one_line(record.getMessage())}"
+        text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {_one_line(_message(record))}"
         if record.exc_info:
             lines = self.formatException(record.exc_info).split("\n")
             text += "".join(f"\n    {_one_line(line)}" for line in lines)
@@ -13412,6 +13453,8 @@ def _set_up_logging(settings: Settings) -> None:
 def serve(args: argparse.Namespace, settings: Settings) -> int:
     """serve: until SIGTERM or SIGINT."""
     _set_up_logging(settings)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(log.handlers[-1])
     sys.setswitchinterval(0.00005)  # or each thread that computes would hold up the loop for 5 ms, many times a request
     _raise_descriptor_limit(settings.max_connections)
     app = _Supervised(settings)
@@ -13429,11 +13472,15 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
         app.stop()
         raise
     overdue = _install_signals(app, server)
-    lines = endpoint_lines(app.deployments, server.base or server.url)
-    if lines:
-        sys.stderr.write("\n".join(["published:", *lines, ""]))
+    base = server.base or server.url
+    lines = endpoint_lines(app.deployments, base)
+    if settings.log == "json":
+        for line in lines:
+            log.info("published: %s", " ".join(line.split()))
+        log.info("console: %s/", base)
+    else:
+        sys.stderr.write("\n".join([*(["published:"] if lines else []), *lines, f"console: {base}/", ""]))
     _settle()
-    sys.stderr.write(f"console: {server.base or server.url}/\n")
     sys.stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
     sys.stderr.flush()
     notify(f"READY=1\nSTATUS=listening on {server.url}")
@@ -13445,12 +13492,14 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     stuck = not server.ended(0)
     if not stuck:
         server.server_close()
+    # The interpreter's own 1 says that settings are faulty, where to start again is of no use.
+    code = 5 if server.fault is not None else 0
     left = app.stop()
     logging.shutdown()
     if left or stuck:  # threads that do not end would hold the interpreter for ever
         sys.stderr.flush()
-        os._exit(0)
-    return 0
+        os._exit(code)
+    return code
 
 
 class _Supervised(AsteraLite):
@@ -13645,14 +13694,13 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     app.outside.close()
     _print_trace(trace)
     if outcome.reason:
-        print(f"reason: {outcome.reason}", file=sys.stderr)
+        print(f"reason: {_one_line(outcome.reason)}", file=sys.stderr)
     answer = outcome.answer
     print(f"{outcome.status.value} {answer.code} {http.client.responses.get(answer.code, '')}", file=sys.stderr)
     for name, value in answer.headers:
         print(f"{name}: {value}", file=sys.stderr)
     sys.stderr.flush()
-    sys.stdout.buffer.write(answer.body)
-    sys.stdout.buffer.flush()
+    _write_body([answer.body])
     return 0 if outcome.error is None else 1
 
 
@@ -13662,7 +13710,7 @@ def _print_trace(trace: list[dict[str, Any]]) -> None:
         took = f"{(ended - began).total_seconds() * 1000:.0f} ms"
         about = [str(step["status"])] if "status" in step else []
         about += [f"{step['size']} bytes"] if step["size"] is not None else []
-        line = f"{step['path']:<20} {step['kind']:<8} {step['state']:<9} {took:>8}  {step['preview'] or ''}"
+        line = f"{step['path']:<20} {step['kind']:<8} {step['state']:<9} {took:>8}  {_one_line(step['preview'] or '')}"
         print(f"{line}  ({', '.join(about)})" if about else line, file=sys.stderr)
 
 
@@ -13697,7 +13745,7 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
 
 def schema(args: argparse.Namespace, settings: Settings) -> int:
     """schema: print a JSON Schema of the flow file."""
-    print(json.dumps(flow_schema(STEP_KINDS), indent=2, ensure_ascii=False))
+    _print_json(flow_schema(STEP_KINDS))
     return 0
 
 
@@ -13708,7 +13756,7 @@ def print_document(make: Callable[..., Any], args: argparse.Namespace, settings:
     for fault in found.faults:
         print(fault, file=sys.stderr)
     secured = settings.token is not None or bool(_tokens_of(settings.database))
-    print(json.dumps(make(found, app.base, secured), indent=2, ensure_ascii=False))
+    _print_json(make(found, app.base, secured))
     return 1 if found.faults else 0
 
 
@@ -13727,6 +13775,26 @@ def new(args: argparse.Namespace, settings: Settings) -> int:
         return 1
     print(f"wrote {path}; run it with: {_started_as()} try {args.name} id=7", file=sys.stderr)
     return 0
+
+
+def _printable(text: str) -> str:
+    """A text of several lines, or JSON, in which what commands a terminal is escaped as JSON has it."""
+    return re.sub(r"[^\t\n -~]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1], text)
+
+
+def _print_json(document: Any, stream: TextIO | None = None) -> None:
+    print(_printable(json.dumps(document, indent=2, ensure_ascii=False)), file=stream)
+
+
+def _write_body(pieces: Iterable[bytes]) -> None:
+    """Write a response's body to stdout: as it is, or what a terminal may be given of it."""
+    if sys.stdout.isatty():
+        decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+        for piece in (*pieces, b""):
+            sys.stdout.write(_printable(decoder.decode(piece, final=not piece)))
+    else:
+        sys.stdout.buffer.writelines(pieces)
+    sys.stdout.flush()
 
 
 def _columns(text: str) -> int:
@@ -13821,7 +13889,7 @@ def jobs(args: argparse.Namespace, settings: Settings) -> int:
         found = store.page(now, args.limit, None, args.flow, status, None)
     if args.json:
         documents = [status_document(job, job.base, offset=offset) for job in found]
-        print(json.dumps({"jobs": documents}, indent=2, ensure_ascii=False))
+        _print_json({"jobs": documents})
         return 0
     sheet = _Sheet(sys.stdout)
     rows = []
@@ -13835,6 +13903,8 @@ def jobs(args: argparse.Namespace, settings: Settings) -> int:
             rows.append((job.id, job.flow, job.status.value, created, finished, callback))
     head = "id status flow created took callback" if sheet.terminal else "id flow status created finished callback"
     sheet.table(head.split(), rows, 2)
+    if not found:
+        print("none", file=sys.stderr)
     return 0
 
 
@@ -13853,14 +13923,12 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
             document = status_document(job, job.base, offset=offset) | {"steps": steps}
             if job.callback is not None:
                 document["callback"]["history"] = attempt_documents(attempts, offset)
-            print(json.dumps(document, indent=2, ensure_ascii=False), file=stream)
+            _print_json(document, stream)
         else:
             _print_job(_Sheet(stream), job, stored, steps, attempts, offset)
         if args.result and stored is not None:
             pieces = [stored.body] if stored.body is not None else store.result_pieces(job.key, stored.attempt)
-            for piece in pieces:
-                sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
+            _write_body(pieces)
     return 0
 
 
@@ -13978,21 +14046,37 @@ def pack(args: argparse.Namespace, settings: Settings) -> int:
     """zipapp: the server as one file."""
     import py_compile  # noqa: PLC0415 (as below: for this command only)
     import tempfile  # noqa: PLC0415
-    import zipapp  # noqa: PLC0415
+    import zipfile  # noqa: PLC0415
 
+    main_ = b"import sys\n\nimport astera_lite\n\nsys.exit(astera_lite.main())\n"
+    files = {"__main__.py": main_, "astera_lite.py": resource("astera_lite.py")}
+    for name in SHIPPED:
+        try:
+            files[name] = resource(name)
+        except ConfigError:
+            if name != "console.html":
+                raise
+            print("console.html is missing, so it is left out: there will be no console", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        source = os.path.join(folder, "astera_lite.py")
-        for name in ("astera_lite.py", *SHIPPED):
-            Path(folder, name).write_bytes(resource(name))
-        Path(folder, "__main__.py").write_text("import sys\n\nimport astera_lite\n\nsys.exit(astera_lite.main())\n")
+        source = Path(folder, "astera_lite.py")
+        source.write_bytes(files[source.name])
         # Another version of Python passes over bytecode that is not its own, and takes the source.
         unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH  # times in a zip depend on the time zone
-        py_compile.compile(source, source + "c", "astera_lite.py", optimize=0, invalidation_mode=unchecked)
-        try:
-            zipapp.create_archive(folder, args.file, "/usr/bin/env python3", compressed=True)
-        except OSError as error:
-            print(f"{args.file}: {_reason(error)}", file=sys.stderr)
-            return 1
+        compiled = py_compile.compile(
+            str(source), f"{source}c", source.name, doraise=True, optimize=0, invalidation_mode=unchecked
+        )
+        files["astera_lite.pyc"] = Path(str(compiled)).read_bytes()
+    try:
+        with open(args.file, "wb") as file:
+            file.write(b"#!/usr/bin/env python3\n")
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, data in files.items():
+                    archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)  # all of 1980: ever the same
+            mode = os.fstat(file.fileno()).st_mode
+        os.chmod(args.file, mode | (mode & 0o444) >> 2)  # who may read it may run it
+    except OSError as error:
+        print(f"{args.file}: {_reason(error)}", file=sys.stderr)
+        return 1
     version = ".".join(map(str, sys.version_info[:2]))
     print(f"wrote {args.file}: for Python 3.11 or later, {version} starts it quickest", file=sys.stderr)
     return 0
@@ -14084,7 +14168,7 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         [
             ("name", {"nargs": "?", "metavar": "[NAME]", "help": "whose it is; without a name, all are listed"}),
             ("--flows", {"metavar": "a,b", "help": "it may call these flows only"}),
-            ("--role", {"choices": ["user", "admin"], "help": "admin: sees all jobs, may deploy (default: user)"}),
+            ("--role", {"choices": ["user", "admin"], "help": "admin: sees and deploys everything (default: user)"}),
             ("--revoke", {"action": "store_true", "help": "let it in no more"}),
         ],
         ("database",),

@@ -165,6 +165,7 @@ def test_wrong_usage_is_2(here: Here, tmp_path: Path, arguments: list[str]) -> N
     done = here(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: ")
+    assert " [settings]" not in done.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -409,6 +410,49 @@ def test_json_lines_are_json_lines(tmp_path: Path) -> None:
     assert after and all(line.startswith("{") for line in after)
     assert all({"time", "level", "message"} <= set(entry) for entry in logged)
     assert [entry for entry in logged if "broken.json" in entry["message"] and entry["level"] == "error"]
+
+
+def test_a_fault_of_the_servers_own_is_no_fault_in_settings(tmp_path: Path) -> None:
+    code = """
+import sys, astera_lite
+def fail(self, poll_interval=0.5):
+    raise ArithmeticError("on purpose")
+astera_lite.Server.serve_forever = fail
+sys.exit(astera_lite.main(["serve", "--port", "0", "--log", "json"]))
+"""
+    more: dict[str, Any] = {"env": environment({"PYTHONPATH": str(ROOT)}), "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=30, check=False, **more)
+    last = json.loads(done.stderr.splitlines()[-1])
+    assert done.returncode == 5 and last["level"] == "critical" and "on purpose" in last["exception"]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_log_call_that_is_wrong_is_a_line_all_the_same(tmp_path: Path, form: str, isolated: bool) -> None:
+    step = {"call": "own:talk"} | ({"isolate": True} if isolated else {})
+    write(tmp_path, talk=get_flow("/talk", steps=[{"name": "talk", "python": step}], response={"body": "said"}))
+    (tmp_path / "flows" / "own.py").write_text("""
+import logging, warnings
+def talk(context):
+    context.log.warning("bad %s %d", "x")
+    context.log.warning("bad %d", "\\n", extra={"job": {1}})
+    logging.getLogger("astera_lite").warning("a set", extra={"job": {1}})
+    warnings.warn("a new one")
+""")
+    with process(tmp_path, "--log", form) as (started, url, lines):
+        assert get(url + "/api/publishing/talk").json() == "said"
+        until(lambda: [line for line in lines if "a new one" in line], "the warning is not logged")
+        started.terminate()
+        assert started.wait(10) == 0
+    after = lines if form == "json" else lines[lines.index(f"listening on {url}") + 1 :]
+    said = [line for line in after if not line.startswith("listening on ")]
+    if form == "json":
+        assert {"time", "level", "message"} <= set.intersection(*(set(json.loads(line)) for line in said))
+        assert [line for line in said if f"published: talk synchronous '{url}/api/publishing/talk'" in line]
+    else:
+        assert all(re.match(r"[0-9T:.-]+Z \w+ ", line) for line in said)
+    told = "\n".join(said)
+    assert told.count("cannot be formatted: [") == 2 and "a set" in told and "--- Logging error" not in told
 
 
 @pytest.mark.parametrize("form", ["text", "json", "off"])

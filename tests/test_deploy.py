@@ -15,7 +15,7 @@ import pytest
 import requests
 from support import ROOT, Api, Sink, get_flow, running, until
 
-from astera_lite import SETTING_FIELDS, Settings, parse_duration, settings_table
+from astera_lite import SETTING_FIELDS, SHIPPED, Settings, parse_duration, settings_table
 
 DEPLOY = ROOT / "examples" / "deploy"
 SETTINGS = (ROOT / "examples" / "settings.toml").read_text("utf-8")
@@ -87,6 +87,8 @@ def test_the_dockerfile_copies_what_there_is() -> None:
     assert "python astera_lite.py zipapp" in text
     assert re.search(r"^USER [1-9]", text, re.MULTILINE)
     assert f"127.0.0.1:{Settings().port}/health" in text
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()[1:]
+    assert ignored == ["*", "!astera_lite.py", *(f"!{name}" for name in SHIPPED)]
 
 
 # --- behind a proxy ---

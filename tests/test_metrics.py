@@ -245,7 +245,7 @@ def test_who_may_read_them(tmp_path: Path) -> None:
     with process(tmp_path):
         made = {
             name: subprocess.run([*command, name, *more], capture_output=True, text=True, cwd=tmp_path, check=True)
-            for name, more in (("ada", []), ("bob", ["--flows", "light"]))
+            for name, more in (("ada", []), ("bob", ["--flows", "light"]), ("eve", ["--role", "admin"]))
         }
     with process(tmp_path) as (_, url, _):
         session = Api(url).session
@@ -254,7 +254,7 @@ def test_who_may_read_them(tmp_path: Path) -> None:
         for name, done in made.items():
             headers = {"Authorization": f"Bearer {done.stdout.strip()}"}
             codes[name] = session.get(f"{url}/metrics", headers=headers, timeout=10).status_code
-        assert codes == {"ada": 200, "bob": 403}
+        assert codes == {"ada": 403, "bob": 403, "eve": 200}
 
 
 def test_labels_are_escaped() -> None:

