@@ -13025,6 +13025,7 @@ class Server(ThreadingHTTPServer):
         except Exception as error:
             self.fault = error
             log.critical("the server ends by a fault of its own", exc_info=True)
+            self._ended.set()
 
     def __enter__(self) -> Self:
         return self.start()
