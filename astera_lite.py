@@ -164,7 +164,7 @@ class InputError(AsteraError):
     def __init__(self, errors: Sequence[dict[str, str]], detail: str = "", status: int = 400) -> None:
         self.errors = list(errors)
         self.status = status
-        super().__init__(detail or "; ".join(f"{e['in']} {e['name']}: {e['message']}".strip() for e in errors))
+        super().__init__(detail or "; ".join(f"{e['in']} {e['name']}".strip() + f": {e['message']}" for e in errors))
 
 
 class NotFound(AsteraError):
