@@ -168,5 +168,5 @@ def test_a_program_that_embeds_it_is_type_checked(built: Built, tmp_path: Path) 
     mypy = [sys.executable, "-m", "mypy", "--strict", "--no-incremental", "--python-executable", built.bin / "python"]
     said = run(*mypy, program, folder=tmp_path, code=1)
     assert 'Revealed type is "tuple[str, astera_lite.Status, int]"' in said
-    assert 'Argument 1 to "wait" of "AsteraLite" has incompatible type "int"; expected "str"' in said
+    assert 'Argument 1 to "wait" of "AsteraLite" has incompatible type "int"; expected "str | Job"' in said
     assert "Found 1 error" in said
