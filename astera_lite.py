@@ -13,7 +13,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
      4 Expressions         `${...}` compiled to code objects that reach nothing of Python's own
      5 Outbound            the one HTTP client: resolve, judge, connect to the judged address, deadline
      6 Flows               validation with places, STEP_KINDS, run_flow
-     7 Store               the storage contract and SqliteStore: all SQL, one writer thread
+     7 Store               the storage contract and SqliteStore: all SQL, commits in common
      8 Engine              the thread pool that runs jobs and synchronous flows
      9 Courier             one callback delivery: signature, outcome, next try
     10 Housekeeper         the background thread: purge, callbacks due, jobs due, changed flow files
@@ -6635,7 +6635,10 @@ def _cells(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple[int
 
 
 class SqliteStore:
-    """The Store on SQLite: one writer thread that commits together whatever waits, and a few read connections.
+    """The Store on SQLite: whatever waits is committed together; a few connections read.
+
+    A thread of its own commits, and, while the disk is quick, the loop itself (`attend`, `commit`): one at a time, by
+    the lock `_committing`. Another thread folds the log into the file.
 
     One owner for each database: a lock on a file beside it, which the system releases when the process dies, so every
     Running row that is found at start belongs to a run that is dead. Raises StoreError.
@@ -9206,7 +9209,7 @@ class AsteraLite:
             raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
 
     def accept(self, call: Call, caller: Principal, done: Done) -> None:
-        """Store a job; `done` gets Added or Conflict on the store's thread, once it is on disk, and the job then runs.
+        """Store a job; `done` gets Added or Conflict once it is on disk; then it runs (see Store for the thread).
 
         Raises Busy when nothing more can be taken.
         """
@@ -9353,7 +9356,7 @@ class AsteraLite:
         return key is not None and key.time_ms < self.clock.now() - self.settings.retention * 1000
 
     def watch(self, key: JobKey, watcher: Callable[[], None]) -> None:
-        """Call `watcher` once when the job's state changes, on the store's thread, or when the application stops.
+        """Call `watcher` once, on a thread of the store's choice: when the job changes, or the application stops.
 
         Watch first, then look.
         """
