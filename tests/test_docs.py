@@ -106,6 +106,7 @@ class Terminal:
         self.shell = subprocess.Popen(
             ["bash"], cwd=folder, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whatever started us may have ignored it
         )  # fmt: skip
         self.command, self.unread, self.ended = "", "", False
         self.news = threading.Condition()
