@@ -6548,7 +6548,7 @@ _QUICK_S = 0.001  # that a commit may take (the disk's part of it) to be made by
 _HICCUP_S = 0.005  # for which a commit may hold up requests; after a longer one none may for a hundred times as long
 _FOLD_BYTES = 4 << 20  # of the log, about, after which they are folded into the file, beside what is written meanwhile
 _RESET_BYTES = 16 << 20  # of the log, about, at which even waiting writes are held up so that it can begin anew
-_GIVE_BACK = 1024  # pages (of 4 KiB) that a purge gives back to the system at the most, so that no write waits long
+_GIVE_BACK = 512  # pages (of 4 KiB) that a purge gives back to the system at the most, so that no write waits long
 _FULL = frozenset(
     "SQLITE_FULL SQLITE_IOERR SQLITE_CANTOPEN SQLITE_READONLY SQLITE_BUSY SQLITE_LOCKED SQLITE_NOMEM".split()
 )
@@ -8604,7 +8604,7 @@ class Courier:
 # To add a chore: a method that does one piece of it and says when it wants to be called again, and a row in `tick`.
 # ======================================================================================================================
 
-_PURGE_BATCH = 200
+_PURGE_BATCH = 128
 _CHORES_EVERY_MS = 1000
 _FORGET_EVERY_MS = 3_600_000
 
