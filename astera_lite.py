@@ -6923,7 +6923,7 @@ class SqliteStore:
                 self._check_in_place()
                 db = db or sqlite3.connect(self.path, isolation_level=None)
                 db.execute(_FOLD).fetchone()
-            except (sqlite3.Error, _Moved) as error:  # a commit meets it too, and tells
+            except Exception as error:  # a commit meets it too, and tells; the next one is to be folded all the same
                 log.debug("the log was not folded: %s", error)
             self._reset_due = True
             self._call()
