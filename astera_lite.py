@@ -6932,9 +6932,13 @@ class SqliteStore:
 
     def _reset(self) -> None:
         """Fold what came meanwhile, with no commit beside it: SQLite begins a log anew that is all folded."""
-        self._log_bytes, self._reset_due = 0, False
+        self._reset_due = False
         with contextlib.suppress(sqlite3.Error):
-            self._writer.execute(_FOLD).fetchone()
+            _, pages, folded = self._writer.execute(_FOLD).fetchone()
+            if pages == folded:
+                self._log_bytes = 0
+            else:  # a reader held it up: it is tried again before long
+                self._unfolded = max(self._unfolded, _FOLD_BYTES * 3 // 4)
 
     def _probe(self) -> None:
         """Find out whether a store that failed is well again, for perhaps nobody brings a write any more."""

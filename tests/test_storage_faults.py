@@ -269,6 +269,7 @@ def test_a_disk_that_is_full_when_a_server_starts_again(folder: Path, small_disk
 
 
 def test_max_database_refuses_before_the_disk_is_full_and_leaves_room_for_ends(folder: Path, small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=24m", small_disk], check=True)  # beside the 4 MiB: the log, and ends
     with process(folder, "--database", "disk/jobs.db", "--max-database", "4MiB") as (_, url, lines):
         api = Faulty(url)
         held = [api.submit("/held", size=200_000) for _ in range(4)]
