@@ -462,20 +462,24 @@ def check_written(value: Any, limit: int = MAX_WRITTEN) -> None:
 
     A value of a flow may hold one part many times, so that a few steps of `[x, x]` make more than any memory takes.
     """
-    todo, seen, characters = [value], 0, 0
-    while todo:  # a small value, as most are, is seen whole before long, however often it holds a part
-        part = todo.pop()
-        kind = type(part)
-        if kind is str:
-            characters += len(part)
-        elif kind is dict or kind is list or kind is tuple:
-            seen += len(part)
-            if seen > 1000:
-                break
-            if kind is dict:
-                characters += sum([len(name) for name in part if type(name) is str])
-                part = part.values()
-            todo += part
+    todo: list[Any] = [(value,)]
+    seen = characters = 0
+    for part in todo:  # a small value, as most are, is seen whole before long, however often it holds a part
+        seen += len(part)
+        if seen > 1000:
+            break
+        items = part
+        if type(part) is dict:
+            for name in part:
+                if type(name) is str:
+                    characters += len(name)
+            items = part.values()
+        for item in items:
+            kind = type(item)
+            if kind is str:
+                characters += len(item)
+            elif kind is dict or kind is list or kind is tuple:
+                todo.append(item)
     else:
         if characters <= limit:
             return
@@ -596,11 +600,7 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
             value = decoder.decode(text)  # white space before it, or a fault that it names
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    if (
-        "\\u" in text
-        and ("\\ud" in text or "\\uD" in text)
-        and _SURROGATE.search(json.dumps(value, ensure_ascii=False))
-    ):
+    if "\\" in text and ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise ValueError("a string has half of a surrogate pair")
     return value
 
@@ -2983,6 +2983,7 @@ class Flow:
     source: str  # the file's name, for people
     header_names: tuple[str, ...] = ()  # of a request, in lower case: those that matter to the flow
     light: bool = False  # computes only, and is short: it may be run where a thread must not be held for long
+    remembered: dict[str, tuple[dict[str, Any], dict[str, Any]]] = dataclasses.field(default_factory=dict)  # by query
 
     @property
     def segments(self) -> list[str]:
@@ -2992,6 +2993,33 @@ class Flow:
     def bind(self, request: StoredRequest, segments: Mapping[str, str], request_id: str = "") -> Input:
         """Check a request against the declaration; raises InputError with every fault at once."""
         errors: list[dict[str, str]] = []
+        remembered = None if segments else self.remembered.get(request.query)
+        if remembered is not None:  # a client that calls one flow mostly sends the same query again
+            params, plain, selected = remembered[0].copy(), remembered[1].copy(), _ALL_ROWS
+        else:
+            params, plain, selected = self._bind_query(request, segments, errors)
+        body = self._bind_body(request, errors)
+        if errors:
+            raise InputError(errors)
+        return Input(
+            params,
+            {
+                "method": request.method,
+                "path": request.path,
+                "query": plain,
+                "headers": request.headers,
+                "body": body,
+                "id": request_id,
+            },
+            selected,
+            len(request.body),
+            request.trace,
+        )
+
+    def _bind_query(
+        self, request: StoredRequest, segments: Mapping[str, str], errors: list[dict[str, str]]
+    ) -> tuple[dict[str, Any], dict[str, Any], Selected]:
+        """The parameters, the query as expressions see it, and what it asks of the rows."""
         query = parse_query(request.query)
         params: dict[str, Any] = {}
         for item in self.parameters:
@@ -3007,25 +3035,16 @@ class Flow:
             known = [item.name for item in self.parameters if item.where == "query"] + self.selection.names
             for name in [name for name in query if name not in known][:_MOST_ERRORS]:
                 errors.append({"in": "query", "name": name, "message": "is not declared" + suggest(name, known)})
-        body = self._bind_body(request, errors)
-        selected = _ALL_ROWS if self.selection == _NO_SELECTION else self.selection.read(request.path, query, errors)
-        if errors:
-            raise InputError(errors)
+        selects = self.selection != _NO_SELECTION
+        selected = self.selection.read(request.path, query, errors) if selects else _ALL_ROWS
         plain = {name: values[0] if len(values) == 1 else values for name, values in query.items()}
-        return Input(
-            params,
-            {
-                "method": request.method,
-                "path": request.path,
-                "query": plain,
-                "headers": request.headers,
-                "body": body,
-                "id": request_id,
-            },
-            selected,
-            len(request.body),
-            request.trace,
-        )
+        depends = selects or bool(segments) or len(self.header_names) > 1  # on more than the query
+        values = [*params.values(), *plain.values()]
+        if not errors and not depends and len(request.query) < 256 and all(type(value) in _SCALARS for value in values):
+            if len(self.remembered) >= 64:
+                self.remembered.clear()
+            self.remembered[request.query] = params.copy(), plain.copy()
+        return params, plain, selected
 
     def _bind_body(self, request: StoredRequest, errors: list[dict[str, str]]) -> Any:
         media, charset_is_known = _media_of(request.headers.get("content-type", ""))
@@ -3053,6 +3072,7 @@ class Flow:
         return checked
 
 
+_SCALARS = (str, int, float, bool, type(None))  # which nobody can change
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _NO_DIGITS = bytes(set(range(256)) - set(b"0123456789"))
 
@@ -3146,7 +3166,7 @@ def _read_body(body: bytes, media: str) -> Any:
     """A body as a value; ValueError says what is wrong with it."""
     if _is_json(media):
         value = from_json(body)
-        if b"\\u0000" in body and _ESCAPED_NUL.search(body.decode()):
+        if b"\\" in body and b"\\u0000" in body and _ESCAPED_NUL.search(body.decode()):
             raise ValueError("a string has a NUL character")
         return value
     if media != CONTENT_TYPES["form"] and not media.startswith("text/"):
@@ -7074,7 +7094,7 @@ class SqliteStore:
         if self._damaged:
             done(None, StoreError(self.fault or ""))
             return
-        job, request = submission.job, submission.request
+        job, request, ended = submission.job, submission.request, submission.ended
         cells = _cells(job.key, "request_body", 0, request.body) if len(request.body) > PIECE else []
         self._put_pieces(cells, keep=False)
         sent = (
@@ -7085,44 +7105,45 @@ class SqliteStore:
         row = (
             *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
             submission.fingerprint, job.callback.url if job.callback else None, sent, None if cells else request.body,
-            *_end_columns(submission.ended),
+            *_end_columns(ended),
         )  # fmt: skip
+        size = _ROW_BYTES + len(request.body) + (0 if ended is None else len(ended.outcome.answer.body))
+        plain = submission.idempotency_key is None and not cells and (ended is None or ended.callback is None)
+        told = done if plain and job.version in self._versions else partial(self._inserted, job, cells, done)
+        insert = partial(self._insert, submission, row, len(cells))
+        self._put(insert, told, new=_NewRow(job, row) if plain else None, size=size)
 
-        def run(db: sqlite3.Connection) -> Added | Conflict:
-            if submission.idempotency_key is not None:
-                known = self._of_key(db, job.flow, job.token, submission.idempotency_key, job.created)
-                if known is not None:
-                    db.execute("DELETE FROM pieces WHERE job = ?", (job.key.seq,))
-                    return Added(known[0], True) if known[1] == submission.fingerprint else key_conflict()
-                db.execute(
-                    "UPDATE jobs SET idempotency_key = NULL WHERE flow = ? AND token = ? AND idempotency_key = ?",
-                    (job.flow, job.token, submission.idempotency_key),
-                )
-            if cells:
-                count = "SELECT count(*) FROM pieces WHERE job = ? AND part = 'request_body'"
-                if db.execute(count, (job.key.seq,)).fetchone()[0] != len(cells):
-                    raise StoreError(self.fault or "a part of the request could not be stored")
-            if job.version not in self._versions:
-                db.execute(
-                    "INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text)
-                )
-            _insert_jobs(db, [row])
-            if submission.ended is not None and submission.ended.callback is not None:
-                _owe(db, submission.ended)
-            return Added(job, False)
+    def _insert(
+        self, submission: Submission, row: Sequence[Any], pieces: int, db: sqlite3.Connection
+    ) -> Added | Conflict:
+        """Write a new job, whose request is in so many pieces, unless its key is known."""
+        job = submission.job
+        if submission.idempotency_key is not None:
+            known = self._of_key(db, job.flow, job.token, submission.idempotency_key, job.created)
+            if known is not None:
+                db.execute("DELETE FROM pieces WHERE job = ?", (job.key.seq,))
+                return Added(known[0], True) if known[1] == submission.fingerprint else key_conflict()
+            db.execute(
+                "UPDATE jobs SET idempotency_key = NULL WHERE flow = ? AND token = ? AND idempotency_key = ?",
+                (job.flow, job.token, submission.idempotency_key),
+            )
+        if pieces:
+            count = "SELECT count(*) FROM pieces WHERE job = ? AND part = 'request_body'"
+            if db.execute(count, (job.key.seq,)).fetchone()[0] != pieces:
+                raise StoreError(self.fault or "a part of the request could not be stored")
+        if job.version not in self._versions:
+            db.execute("INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text))
+        _insert_jobs(db, [row])
+        if submission.ended is not None and submission.ended.callback is not None:
+            _owe(db, submission.ended)
+        return Added(job, False)
 
-        def stored(result: Any, error: AsteraError | None) -> None:
-            if isinstance(result, Added) and not result.replayed:
-                self._versions.add(job.version)  # its text is on disk now
-            elif cells and error is not None:  # or what was refused for want of room would take it away for good
-                self._put(partial(_execute, _FORGET_PIECES, {"seq": job.key.seq}), keep=True)
-            done(result, error)
-
-        owes = submission.ended is not None and submission.ended.callback is not None
-        plain = submission.idempotency_key is None and not cells and not owes
-        told = done if job.version in self._versions and not cells else stored
-        size = _ROW_BYTES + len(request.body) + (len(row[-1] or b"") if submission.ended else 0)
-        self._put(run, told, new=_NewRow(job, row) if plain else None, size=size)
+    def _inserted(self, job: Job, cells: Sequence[Any], done: Done, result: Any, error: AsteraError | None) -> None:
+        if isinstance(result, Added) and not result.replayed:
+            self._versions.add(job.version)  # its text is on disk now
+        elif cells and error is not None:  # or what was refused for want of room would take it away for good
+            self._put(partial(_execute, _FORGET_PIECES, {"seq": job.key.seq}), keep=True)
+        done(result, error)
 
     def _put_pieces(self, cells: list[tuple[int, str, int, int, bytes]], keep: bool) -> None:
         for cell in cells:
@@ -7529,7 +7550,7 @@ def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
         return _NOT_ENDED
     answer, error = finish.outcome.answer, finish.outcome.error
     return (
-        finish.outcome.status.value, finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
+        finish.outcome.status._value_, finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
         len(answer.body), _headers_json(answer.headers), error and to_json(error), finish.trace,
         None if len(answer.body) > PIECE else answer.body,
     )  # fmt: skip
@@ -7910,7 +7931,8 @@ class Engine:
     @property
     def queued(self) -> int:
         """Jobs that have not begun to run."""
-        return len(self._ready) + sum(map(len, self._held.values())) - len(self._gone)
+        held = sum(map(len, self._held.values())) if self._held else 0
+        return len(self._ready) + held - len(self._gone)
 
     def counts(self) -> dict[str, int]:
         """What the engine has in hand, for people."""
@@ -8323,8 +8345,8 @@ class Engine:
 
     def retry_after(self, flow: str) -> int:
         """Whole seconds, at least 1, after which a new job of this flow is likely to be finished."""
-        mean = self._mean_s.get(flow, 0.5)
-        return min(max(1, math.ceil(mean * (1 + len(self._ready) / self._workers))), 3600)
+        seconds = self._mean_s.get(flow, 0.5) * (1 + len(self._ready) / self._workers)
+        return 1 if seconds <= 1 else min(math.ceil(seconds), 3600)
 
     def cancel(self, job: Job) -> bool:
         """Cancel a Running job; True if it had not begun or waits, and so is ended now, False if it ends by itself."""
@@ -9233,31 +9255,31 @@ class AsteraLite:
 
         # A flow that only computes is run before its job is stored, so that both need one commit.
         ended = self.engine.ended_at_once(job, call.flow, call.input)
-
-        def stored(result: Any, error: AsteraError | None) -> None:
-            added = isinstance(result, Added) and not result.replayed
-            if added:
-                self.metrics.accepted[job.flow] += 1
-                if ended is not None:
-                    self.metrics.ended[job.flow, ended.outcome.end] += 1
-            if added and ended is None:
-                self.engine.put(job.key.seq, Prepared(job, call.flow, call.input))
-            else:
-                self.engine.dismiss(job.flow, job.key.seq)
-            if added and ended is not None:
-                log_outcome("job", call.flow, call.input, ended.outcome)
-                if ended.callback is not None:
-                    self.housekeeper.wake()
-            if ended is None:
-                with self._counting:
-                    self._on_the_way -= 1
-            done(result, error)
-
         if ended is None:
             with self._counting:
                 self._on_the_way += 1
         submission = Submission(job, call.request, call.flow.text, call.idempotency_key, fingerprint, ended)
-        self.store.add(submission, stored)
+        self.store.add(submission, partial(self._accepted, submission, call, done))
+
+    def _accepted(self, submission: Submission, call: Call, done: Done, result: Any, error: AsteraError | None) -> None:
+        """Go on with a job that is on disk, or could not be put there."""
+        job, ended = submission.job, submission.ended
+        added = isinstance(result, Added) and not result.replayed
+        if added:
+            self.metrics.accepted[job.flow] += 1
+        if ended is None:
+            if added:
+                self.engine.put(job.key.seq, Prepared(job, call.flow, call.input))
+            with self._counting:
+                self._on_the_way -= 1
+        elif added:
+            self.metrics.ended[job.flow, ended.outcome.end] += 1
+            log_outcome("job", call.flow, call.input, ended.outcome)
+            if ended.callback is not None:
+                self.housekeeper.wake()
+        if ended is not None or not added:
+            self.engine.dismiss(job.flow, job.key.seq)
+        done(result, error)
 
     def _replay(
         self, call: Call, token: str, fingerprint: bytes, full: Busy, done: Done, result: Any, error: AsteraError | None
@@ -12019,16 +12041,13 @@ def _submit(x: Exchange, flow: Flow, path: str, preferences: Mapping[str, str], 
     wait_s = _wait_of(x, preferences)
     if wait_s is not None:
         applied = [*applied, f"wait={wait_s}"]
-    headers = [*_VARY, *_applied(applied)]
-
-    def accepted(result: Any, error: AsteraError | None) -> None:
-        x.post(_accepted, x, result, error, wait_s, headers)
-
-    x.app.accept(Call(key, flow, request, given, x.base, callback_url, idempotency_key), x.caller, accepted)
+    headers = [*_VARY, *_applied(applied)] if applied else _VARY
+    call = Call(key, flow, request, given, x.base, callback_url, idempotency_key)
+    x.app.accept(call, x.caller, partial(x.post, _accepted, x, wait_s, headers))
 
 
 def _accepted(
-    x: Exchange, result: Any, error: AsteraError | None, wait_s: int | None, headers: Sequence[tuple[str, str]]
+    x: Exchange, wait_s: int | None, headers: Sequence[tuple[str, str]], result: Any, error: AsteraError | None
 ) -> None:
     """On the loop, once the job is on disk: 202, or the result if the client waits for it."""
     refusal = error or (result if isinstance(result, Conflict) else None)
@@ -12084,22 +12103,18 @@ def _when_finished(
 # --- jobs ---
 
 
-def _job_headers(job: Job) -> list[tuple[str, str]]:
-    return [("Job-Status", job.status.value), _NO_STORE]
-
-
 def _status_response(
     x: Exchange, found: tuple[Job, Progress | None], code: int = 200, more: Iterable[tuple[str, str]] = ()
 ) -> Reply:
     job, progress = found
-    headers = [_JSON, *_job_headers(job), *more]
+    headers = [_JSON, ("Job-Status", job.status._value_), _NO_STORE, *more]
+    offset = x.app.clock.offset
     if job.status is Status.RUNNING:
         headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
+        if job.attempt == 0 and job.callback is None and progress is None:
+            return Reply(code, headers, new_job_document(job, x.base, offset))
     elif code == 200:
         headers.append(("Location", f"{x.base}/api/jobs/{job.id}/result"))
-    offset = x.app.clock.offset
-    if job.status is Status.RUNNING and job.attempt == 0 and job.callback is None and progress is None:
-        return Reply(code, headers, new_job_document(job, x.base, offset))
     return Reply(code, headers, json_body(status_document(job, x.base, progress, offset=offset)))
 
 
@@ -12183,7 +12198,7 @@ def job_details(x: Exchange) -> Reply:
     document["steps"] = app.engine.trace(job.key) or app.store.trace(job.key)
     if document["callback"] is not None:
         document["callback"]["history"] = attempt_documents(app.store.attempts(job.key), offset)
-    return Reply(200, [_JSON, *_job_headers(job)], json_body(document))
+    return Reply(200, [_JSON, ("Job-Status", job.status), _NO_STORE], json_body(document))
 
 
 def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
@@ -12271,8 +12286,7 @@ def job_rerun(x: Exchange) -> Reply | None:
         raise Conflict("The job still runs.", job=job.status)
     _check_may_call(x, job.flow)
     trace = parse_trace(x.head.headers)
-    done: Done = lambda result, error: x.post(lambda: _accepted(x, result, error, None, ()))  # noqa: E731
-    x.app.rerun(job, x.base, x.caller, trace, done)
+    x.app.rerun(job, x.base, x.caller, trace, partial(x.post, _accepted, x, None, ()))
     return None
 
 
@@ -12615,12 +12629,13 @@ class Handler(BaseRequestHandler):
                 return
             if self.lingering:
                 continue
-            if not (self.parser.begun or self.in_flight or self.out):
-                self.deadline = time.monotonic() + self.loop.limits.request_timeout
+            begins = not (self.parser.begun or self.in_flight or self.out)
             self.parser.feed(data)
             self.advance()
             if self.closed:
                 return
+            if begins and self.parser.begun and not (self.in_flight or self.out or self.lingering):
+                self.deadline = time.monotonic() + self.loop.limits.request_timeout
         if self.loop.tls is not None:
             self.loop.post(self.on_readable_again)
 
@@ -12742,7 +12757,7 @@ class Handler(BaseRequestHandler):
             reply = error_response(x, Busy("The server holds as many bytes of answers as it can.", 5))
         data = response_head(reply, x.request_id, not self.ending, head.version)
         self.exchange, self.in_flight, self.at_deadline = None, False, None
-        self.deadline, self.taken = time.monotonic() + self.loop.limits.request_timeout, 0
+        self.taken = 0
         if head.method == "HEAD" or reply.status in (204, 304):
             self.out.append(data)
         elif reply.stream is not None:
@@ -12752,6 +12767,8 @@ class Handler(BaseRequestHandler):
         else:
             self.out += (data, memoryview(reply.body))
         self.flush()
+        if self.out:  # the client did not take it all at once
+            self.deadline = time.monotonic() + self.loop.limits.request_timeout
 
     def turn_away(self, data: bytes) -> None:
         """Write the answer that there is no room for this connection, and close."""
@@ -12801,12 +12818,16 @@ class Handler(BaseRequestHandler):
             return
         if self.ending:
             self.finish()
-        else:
-            if self.exchange is None:  # else it was 100 Continue, and the time of its request goes on
-                limits = self.loop.limits
-                seconds = limits.request_timeout if self.parser.begun else limits.idle_timeout
-                self.deadline = time.monotonic() + seconds
+            return
+        begun = self.parser.begun
+        if self.exchange is None:  # else it was 100 Continue, and the time of its request goes on
+            limits = self.loop.limits
+            self.deadline = time.monotonic() + (limits.request_timeout if begun else limits.idle_timeout)
+        if begun or self.at_end or self.want_write or self.events != selectors.EVENT_READ:
             self.advance()
+        else:  # the same in short, for there is nothing more
+            self.loop.buffered -= self.counted
+            self.counted = 0
 
     def finish(self) -> None:
         """Everything is written: close, but not under a client that still sends and has not read its answer."""
