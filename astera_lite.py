@@ -6562,12 +6562,11 @@ _ROW_BYTES = 2048  # that a job takes beside its bodies, about
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
 _MINUTE_OF_SEQ = 60_000 << 12  # between the `seq` of two jobs that were created a minute apart
 _FOLD = "PRAGMA wal_checkpoint(PASSIVE)"
-_WAL_BYTES = 16 << 20  # of the write-ahead log, above which a purge folds it into the file and gives its room back
 _BUSY_MS = 1000  # that a write waits for another process's lock
 _QUICK_S = 0.001  # that a commit may take (the disk's part of it) to be made by the thread that answers requests
 _HICCUP_S = 0.005  # for which a commit may hold up requests; after a longer one none may for a hundred times as long
 _FOLD_BYTES = 4 << 20  # of the log, about, after which they are folded into the file, beside what is written meanwhile
-_RESET_BYTES = 16 << 20  # of the log, about, at which even waiting writes are held up so that it can begin anew
+_LOG_BYTES = 64 << 20  # of the log, about, at which even waiting writes are held up so that it can begin anew
 _GIVE_BACK = 512  # pages (of 4 KiB) that a purge gives back to the system at the most, so that no write waits long
 _FULL = frozenset(
     "SQLITE_FULL SQLITE_IOERR SQLITE_CANTOPEN SQLITE_READONLY SQLITE_BUSY SQLITE_LOCKED SQLITE_NOMEM".split()
@@ -6658,14 +6657,17 @@ class SqliteStore:
     """The Store on SQLite: whatever waits is committed together; a few connections read.
 
     A thread of its own commits, and, while the disk is quick, the loop itself (`attend`, `commit`): one at a time, by
-    the lock `_committing`. Another thread folds the log into the file.
+    the lock `_committing`. Another thread folds the log into the file; it begins anew at some `log_bytes`.
 
     One owner for each database: a lock on a file beside it, which the system releases when the process dies, so every
     Running row that is found at start belongs to a run that is dead. Raises StoreError.
     """
 
-    def __init__(self, path: str, durability: str = "full", read_only: bool = False) -> None:
+    def __init__(
+        self, path: str, durability: str = "full", read_only: bool = False, log_bytes: int = _LOG_BYTES
+    ) -> None:
         self.fault: str | None = None
+        self._log_limit, self._fold_at = log_bytes, min(_FOLD_BYTES, log_bytes // 4)
         self._damaged = False  # a page could not be read, which does not mend by itself
         self._probe_at = 0.0  # when a store that is not well tries next whether it is, on the monotonic clock
         self._files: dict[str, _Identity | None] = {}  # those that must stay in place while they are open
@@ -6750,8 +6752,8 @@ class SqliteStore:
                 raise StoreError(f"{self.path}: write-ahead logging cannot be used here (journal mode {mode})")
             connection.execute("PRAGMA journal_size_limit = 67108864")
             connection.execute(
-                f"PRAGMA wal_autocheckpoint = {_RESET_BYTES >> 10}"
-            )  # only if it grew by far more than told
+                f"PRAGMA wal_autocheckpoint = {self._log_limit >> 10}"
+            )  # if it grew by far more than told
             connection.execute(f"PRAGMA synchronous = {'FULL' if self._durability == 'full' else 'NORMAL'}")
             self._upgrade(connection)
             self._version = SCHEMA_VERSION
@@ -6864,7 +6866,7 @@ class SqliteStore:
         """Commit what was put off and what waits, or fold the log; False if there was nothing to do."""
         with self._committing:  # not while `done` is called, which may wait for others
             batch = [*self._kept, *self._take(_BATCH)]
-            if self._reset_due and (self._log_bytes >= _RESET_BYTES or not batch):
+            if self._reset_due and (self._log_bytes >= self._log_limit or not batch):
                 self._reset()
             elif not batch:
                 return False
@@ -6929,7 +6931,7 @@ class SqliteStore:
         """Have the log folded when it has grown by enough; the sizes are estimates, for SQLite tells of none."""
         self._unfolded += size
         self._log_bytes += size
-        if self._unfolded >= _FOLD_BYTES:
+        if self._unfolded >= self._fold_at:
             self._unfolded, self._reset_due = 0, False
             if not self._folding.ident:
                 self._folding.start()
@@ -6958,7 +6960,7 @@ class SqliteStore:
             if pages == folded:
                 self._log_bytes = 0
             else:  # a reader held it up: it is tried again before long
-                self._unfolded = max(self._unfolded, _FOLD_BYTES * 3 // 4)
+                self._unfolded = max(self._unfolded, self._fold_at * 3 // 4)
 
     def _probe(self) -> None:
         """Find out whether a store that failed is well again, for perhaps nobody brings a write any more."""
@@ -7285,7 +7287,7 @@ class SqliteStore:
     def _fold(self) -> None:
         """Give back the room of a log that grew while a reader held it up; between transactions, waiting for nobody."""
         with contextlib.suppress(OSError, sqlite3.Error):  # it is tried again by the next purge
-            if os.stat(f"{self.path}-wal").st_size > _WAL_BYTES:
+            if os.stat(f"{self.path}-wal").st_size > self._log_limit * 5 // 4:
                 self._writer.execute("PRAGMA busy_timeout = 0")
                 try:
                     self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -8962,7 +8964,9 @@ class AsteraLite:
     def start(self) -> None:
         """Open the database, load the flows, take up what was left, and start the threads."""
         settings = self.settings
-        self.store: Store = SqliteStore(settings.database, settings.durability)
+        # The log counts too where the size is limited: it must not be what the room is taken by.
+        log_bytes = min(_LOG_BYTES, (settings.max_database or math.inf) // 4)
+        self.store: Store = SqliteStore(settings.database, settings.durability, log_bytes=int(log_bytes))
         try:
             self._start()
         except BaseException as error:
@@ -13484,7 +13488,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     _set_up_logging(settings)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(log.handlers[-1])
-    sys.setswitchinterval(0.00005)  # or each thread that computes would hold up the loop for 5 ms, many times a request
+    sys.setswitchinterval(0.00001)  # or each thread that computes would hold up the loop for 5 ms, many times a request
     _raise_descriptor_limit(settings.max_connections)
     app = _Supervised(settings)
     app.start()

@@ -284,6 +284,15 @@ def test_max_database_refuses_before_the_disk_is_full_and_leaves_room_for_ends(f
     assert not any("full" in line for line in lines)
 
 
+def test_a_log_that_many_writes_made_long_does_not_leave_the_server_refusing(folder: Path) -> None:
+    with process(folder, "--max-database", "4MiB") as (_, url, _lines):
+        api = Faulty(url)
+        for _ in range(15):  # of which nothing stays
+            until(lambda: not churn(api, 400_000), 30)
+        until(lambda: api.send("after").status_code == 202, 30)
+        api.all_there()
+
+
 def test_a_reader_that_held_up_the_log_does_not_leave_the_server_refusing(folder: Path) -> None:
     with process(folder, "--max-database", "24MiB") as (_, url, _lines):
         api = Faulty(url)
@@ -309,11 +318,11 @@ def test_a_reader_that_held_up_the_log_does_not_leave_the_server_refusing(folder
         api.all_there()
 
 
-def churn(api: Faulty) -> bool:
-    """Write and forget 2 MB; whether that was refused."""
+def churn(api: Faulty, size: int = 2_000_000) -> bool:
+    """Write and forget so many bytes; whether that was refused."""
     answer = api.session.post(
         f"{api.url}/api/publishingAsync/echo",
-        data="c" * 2_000_000,
+        data="c" * size,
         headers={"Content-Type": "text/plain", "Prefer": "wait=9"},
         timeout=10,
     )

@@ -989,8 +989,8 @@ def test_what_nobody_commits_any_more_is_committed_by_the_stores_thread(attended
 def test_the_log_begins_anew_under_a_steady_load(
     store: SqliteStore, path: str, here: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(astera_lite, "_FOLD_BYTES", 1 << 20)
-    monkeypatch.setattr(astera_lite, "_RESET_BYTES", 2 << 20)
+    monkeypatch.setattr(store, "_fold_at", 1 << 20)
+    monkeypatch.setattr(store, "_log_limit", 2 << 20)
     monkeypatch.setattr(astera_lite, "_QUICK_S", 60.0 if here else 0.0)
     monkeypatch.setattr(astera_lite, "_HICCUP_S", 60.0)
     store._writer.execute("PRAGMA wal_autocheckpoint = 0")
