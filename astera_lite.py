@@ -6841,6 +6841,10 @@ class SqliteStore:
 
     def _write(self) -> None:
         """The store's thread: commit together whatever waits."""
+        # Each commit waits some twenty times for the interpreter's lock, by a timer to which Linux adds up to 0.05 ms.
+        slack = f"/proc/{threading.get_native_id()}/timerslack_ns"
+        with contextlib.suppress(OSError), open(slack, "w", encoding="ascii") as file:
+            file.write("1000")
         kept = self._kept
         while True:
             with contextlib.suppress(queue.Empty):
