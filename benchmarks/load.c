@@ -5,10 +5,13 @@
  *   submit     POST PATH, 202; the next one follows the answer (closed loop)
  *   sync       POST PATH, 200; closed loop
  *   get        GET PATH, 200; closed loop
- *   poll       GET PATH, 200, every INTERVAL_MS on each connection, timed from the moment it was due (open loop)
+ *   poll       GET PATH, 200
  *   cycle      POST PATH; GET the status at once and then 2 ms after each answer until it says Completed; GET the result
  *   completed  submit for SECONDS, then follow the last job of each connection until it is Completed;
  *              the rate is jobs by the time until the last of these is
+ *
+ * With INTERVAL_MS each connection begins anew so often (open loop), and what it does is timed from the moment that it
+ * was due; without, when it has its answer (closed loop).
  *
  * A POST has a JSON body of 400 bytes. Where a 202 has a Location, that is the status; where the status has one, that
  * is the result, else the status with /result for /status. Prints one JSON object: what was done (requests: submits,
@@ -185,7 +188,7 @@ static void answered(struct connection *c)
         return; /* this connection is through: neither busy nor due */
     sample(c->started);
     c->stage = FIRST;
-    if (mode == POLL) {
+    if (interval) {
         c->planned += interval;
         c->due = c->planned;
     } else if (now() < ending) {
@@ -335,8 +338,8 @@ int main(int argc, char **argv)
 
     began = now();
     ending = began + (int64_t)(atof(argv[5]) * 1e9);
-    for (int i = 0; i < count; i++) /* polls are spread over the interval; all else starts at once */
-        connections[i].due = connections[i].planned = began + (mode == POLL ? interval * i / count : 0);
+    for (int i = 0; i < count; i++) /* spread over the interval, if there is one */
+        connections[i].due = connections[i].planned = began + interval * i / count;
     int64_t armed = 0;
     for (;;) {
         int64_t present = now(), next = INT64_MAX;
