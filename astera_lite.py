@@ -755,6 +755,7 @@ class Settings:
     log_level: str = _setting(
         "info", "text", "least level that is logged", choices=("debug", "info", "warning", "error")
     )
+    access_log: bool = _setting(False, "bool", "a line in the log for each request, at level info instead of debug")
 
     @classmethod
     def load(
@@ -12754,10 +12755,8 @@ class Handler(BaseRequestHandler):
             cors = [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
             reply = reply._replace(headers=[*reply.headers, *cors])
         self.loop.requests[head.method, x.route.path if x.route else "", reply.status] += 1
-        if log.isEnabledFor(logging.DEBUG):
-            ms = round((time.monotonic() - x.began) * 1000, 1)
-            more = x.about() | {"status": reply.status, "ms": ms}
-            log.debug("%s %s %s %d %s ms", x.request_id, head.method, head.path, reply.status, ms, extra=more)
+        if log.isEnabledFor(self.loop.access_level):
+            self.log_access(x, reply)
         if self.closed or x is not self.exchange:
             return
         if not head.keep_alive or self.loop.stopping or reply.status == 405:
@@ -12778,6 +12777,16 @@ class Handler(BaseRequestHandler):
         self.flush()
         if self.out:  # the client did not take it all at once
             self.deadline = time.monotonic() + self.loop.limits.request_timeout
+
+    def log_access(self, x: Exchange, reply: Reply) -> None:
+        """A line of the log for a request. Its query, which may hold what nobody is to read, is left out."""
+        ms = round((time.monotonic() - x.began) * 1000, 1)
+        client = str(self.client_address[0])
+        this = x.about() | {"status": reply.status, "ms": ms, "client": client, "token": x.caller.name or None}
+        caller = f"{client} {x.caller.name or '-'}"
+        words = "%s %s %s %d %s ms, %s"
+        arguments = (x.request_id, x.head.method, x.head.path, reply.status, ms, caller)
+        log.log(self.loop.access_level, words, *arguments, extra=this)
 
     def turn_away(self, data: bytes) -> None:
         """Write the answer that there is no room for this connection, and close."""
@@ -12976,6 +12985,7 @@ class Server(ThreadingHTTPServer):
             app.policy.hosts.clear()  # the courier and the http steps share it
             app.policy.networks.clear()
         self.tls = self._tls_context() if settings.tls_cert else None
+        self.access_level = logging.INFO if settings.access_log else logging.DEBUG
         app.check_open()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.selector = selectors.DefaultSelector()
@@ -13449,7 +13459,7 @@ def _message(record: logging.LogRecord) -> str:
 class _JsonLines(logging.Formatter):
     """One JSON object a line; `about` and Exchange.about name its further members."""
 
-    _MEMBERS = ("request", "method", "path", "status", "ms", "job", "flow", "step", "trace")
+    _MEMBERS = ("request", "method", "path", "status", "ms", "client", "token", "job", "flow", "step", "trace")
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}

@@ -22,7 +22,7 @@ import pytest
 import requests
 from support import ROOT, Sink, get_flow, process
 
-from astera_lite import COMMANDS, SETTING_FIELDS, AsteraLite, __version__, log, main, starter_flow
+from astera_lite import ADMIN_TOKEN, COMMANDS, SETTING_FIELDS, AsteraLite, __version__, log, main, starter_flow
 
 PROGRAM = str(ROOT / "astera_lite.py")
 HELLO = get_flow("/hello", response={"body": {"hello": "world"}})
@@ -410,6 +410,45 @@ def test_json_lines_are_json_lines(tmp_path: Path) -> None:
     assert after and all(line.startswith("{") for line in after)
     assert all({"time", "level", "message"} <= set(entry) for entry in logged)
     assert [entry for entry in logged if "broken.json" in entry["message"] and entry["level"] == "error"]
+
+
+def test_requests_are_logged_where_it_is_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO)
+    with process(tmp_path, "--access-log") as (started, url, lines):
+        asked = requests.get(url + "/api/publishing/hello?name=secret", timeout=10)
+        requests.post(url + "/nowhere", timeout=10)
+        started.terminate()
+        assert started.wait(10) == 0
+    told = [line.split(maxsplit=2)[2].rstrip("\n") for line in lines if " GET /" in line or " POST /" in line]
+    assert len(told) == 2 and not any("secret" in line for line in lines)
+    request_id = asked.headers["X-Request-Id"]
+    assert re.fullmatch(rf"{request_id} GET /api/publishing/hello 200 [0-9.]+ ms, 127\.0\.0\.1 -", told[0])
+    assert re.fullmatch(r"[0-9a-f]+ POST /nowhere 404 [0-9.]+ ms, 127\.0\.0\.1 -", told[1])
+
+
+def test_requests_in_the_json_log_name_client_and_token(tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO)
+    arguments = ("--log", "json", "--access-log")
+    with process(tmp_path, *arguments, env={"ASTERA_LITE_TOKEN": "t" * 20}) as (started, url, lines):
+        for headers in ({"Authorization": "Bearer " + "t" * 20}, {}):
+            requests.get(url + "/api/publishing/hello", headers=headers, timeout=10)
+        started.terminate()
+        assert started.wait(10) == 0
+    logged = [entry for line in lines if line.startswith("{") and "method" in (entry := json.loads(line))]
+    assert [(entry["status"], entry["client"], entry.get("token")) for entry in logged] == [
+        (200, "127.0.0.1", ADMIN_TOKEN),
+        (401, "127.0.0.1", None),
+    ]
+    assert all(entry["level"] == "info" and entry["path"] == "/api/publishing/hello" for entry in logged)
+
+
+def test_requests_are_not_logged_unless_it_is_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO)
+    with process(tmp_path) as (started, url, lines):
+        requests.get(url + "/api/publishing/hello", timeout=10)
+        started.terminate()
+        assert started.wait(10) == 0
+    assert not any("GET" in line for line in lines)
 
 
 def test_a_fault_of_the_servers_own_is_no_fault_in_settings(tmp_path: Path) -> None:
