@@ -6692,6 +6692,8 @@ class SqliteStore:
         self._unfolded = self._log_bytes = 0  # added to the log, about, since it was folded, and since it began anew
         self._reset_due = False  # the log was folded just now: what came since is little
         self._folds: queue.SimpleQueue[bool] = queue.SimpleQueue()  # for the thread that folds it; False: end
+        self._fold_asked = False
+        self._fold_lock = threading.Lock()  # held by who folds: of two at one time SQLite lets only one
         self._folding = threading.Thread(target=self._fold_on_demand, name="astera-fold", daemon=True)
         self._versions: set[int] = set()
         self._owner: sqlite3.Connection | None = None
@@ -6753,9 +6755,8 @@ class SqliteStore:
             if mode != "wal":
                 raise StoreError(f"{self.path}: write-ahead logging cannot be used here (journal mode {mode})")
             connection.execute("PRAGMA journal_size_limit = 67108864")
-            connection.execute(
-                f"PRAGMA wal_autocheckpoint = {self._log_limit >> 10}"
-            )  # if it grew by far more than told
+            pages = max(self._log_limit >> 11, 16)  # twice that: the threads that see to it did not come to it
+            connection.execute(f"PRAGMA wal_autocheckpoint = {pages}")
             connection.execute(f"PRAGMA synchronous = {'FULL' if self._durability == 'full' else 'NORMAL'}")
             self._upgrade(connection)
             self._version = SCHEMA_VERSION
@@ -6937,8 +6938,9 @@ class SqliteStore:
         """Have the log folded when it has grown by enough; the sizes are estimates, for SQLite tells of none."""
         self._unfolded += size
         self._log_bytes += size
-        if self._unfolded >= self._fold_at:
-            self._unfolded, self._reset_due = 0, False
+        if self._unfolded >= self._fold_at and not self._fold_asked:
+            self._unfolded, self._fold_asked = 0, True
+            self._reset_due &= self._log_bytes >= self._log_limit  # else what came since the last fold is not little
             if not self._folding.ident:
                 self._folding.start()
             self._folds.put(True)
@@ -6947,10 +6949,12 @@ class SqliteStore:
         """A thread of its own: fold the log into the file beside the commits, of which each would wait for it else."""
         db = None
         while self._folds.get():
+            self._fold_asked = False
             try:
                 self._check_in_place()
                 db = db or sqlite3.connect(self.path, isolation_level=None)
-                db.execute(_FOLD).fetchone()
+                with self._fold_lock:
+                    db.execute(_FOLD).fetchone()
             except Exception as error:  # a commit meets it too, and tells; the next one is to be folded all the same
                 log.debug("the log was not folded: %s", error)
             self._reset_due = True
@@ -6961,12 +6965,17 @@ class SqliteStore:
     def _reset(self) -> None:
         """Fold what came meanwhile, with no commit beside it: SQLite begins a log anew that is all folded."""
         self._reset_due = False
-        with contextlib.suppress(sqlite3.Error):
-            _, pages, folded = self._writer.execute(_FOLD).fetchone()
-            if pages == folded:
-                self._log_bytes = 0
-            else:  # a reader held it up: it is tried again before long
-                self._unfolded = max(self._unfolded, self._fold_at * 3 // 4)
+        if not self._fold_lock.acquire(blocking=self._log_bytes >= self._log_limit):
+            return  # the end of that fold asks for this again
+        try:
+            with contextlib.suppress(sqlite3.Error):
+                _, pages, folded = self._writer.execute(_FOLD).fetchone()
+                if pages == folded:
+                    self._log_bytes = 0
+                else:  # a reader held it up: it is tried again before long
+                    self._unfolded = max(self._unfolded, self._fold_at * 3 // 4)
+        finally:
+            self._fold_lock.release()
 
     def _probe(self) -> None:
         """Find out whether a store that failed is well again, for perhaps nobody brings a write any more."""
