@@ -10,9 +10,10 @@ from common import SUBMIT, arguments, count_jobs, ours, table, temporary, writte
 def main() -> None:
     args = arguments(__doc__, seconds=3.0)
     rows = []
-    for durability in ("full", "normal"):
+    for durability, pages in (("full", "4KiB"), ("normal", "4KiB"), ("full", "1KiB"), ("normal", "1KiB")):
         for connections in (1, 64, 256):
-            with temporary() as folder, ours("--durability", durability, folder=folder, sync_ms=0) as server:
+            settings = ("--durability", durability, "--page-size", pages)
+            with temporary() as folder, ours(*settings, folder=folder, sync_ms=0) as server:
                 database = folder / "astera_lite.db"
                 empty, written, syncs = database.stat().st_size, written_bytes(server.pid), server.syncs()
                 jobs = server.load("completed", SUBMIT, connections, args.seconds)["jobs"]
@@ -21,8 +22,8 @@ def main() -> None:
                 assert count_jobs(database) == jobs
                 stays = database.stat().st_size - empty
             cells = (f"{stays / jobs:.0f}", f"{written / jobs:.0f}", f"{syncs / jobs:.3f}")
-            rows.append((f"{durability}, {connections} connection(s)", f"{jobs:,}", *cells))
-    print(table(rows, ("durability", "jobs", "bytes kept for each", "bytes written for each", "syncs for each")))
+            rows.append((f"{durability}, {pages}, {connections} connection(s)", f"{jobs:,}", *cells))
+    print(table(rows, ("durability, pages", "jobs", "bytes kept for each", "bytes written for each", "syncs for each")))
 
 
 if __name__ == "__main__":

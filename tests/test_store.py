@@ -787,6 +787,16 @@ def test_the_journal_is_ahead_and_synced_as_told(path: str, durability: str, lev
         assert store.size() == os.stat(path).st_size + os.stat(path + "-wal").st_size
 
 
+def test_the_size_of_pages_is_that_of_the_setting_when_the_database_was_made(tmp_path: Path) -> None:
+    path = str(tmp_path / "jobs.db")
+    for size, wanted in (("1KiB", 1024), ("16KiB", 1024)):
+        with AsteraLite(database=path, page_size=size) as app:
+            store: Any = app.store
+            assert store._writer.execute("PRAGMA page_size").fetchone() == (wanted,)
+            assert store._writer.execute("PRAGMA wal_autocheckpoint").fetchone() == ((128 << 20) // wanted,)
+            assert store._writer.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+
+
 def test_full_durability_is_the_default(store: SqliteStore, tmp_path: Path) -> None:
     assert store._writer.execute("PRAGMA synchronous").fetchone() == (2,)
     with AsteraLite(database=str(tmp_path / "other.db")) as app:
