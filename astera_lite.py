@@ -36,7 +36,11 @@ if __name__ == "__main__":
 
     serves = (sys.argv[1:] or ["serve"])[0].startswith(("serve", "-"))
     if serves and os.name == "posix" and len(sys.orig_argv) == len(sys.argv) + 1:
-        home = os.path.dirname(os.path.abspath(__file__))
+        from importlib.machinery import SourceFileLoader
+
+        file = os.path.abspath(__file__)
+        SourceFileLoader("astera_lite", file).get_code("astera_lite")  # fills the cache: a tree made there would stay
+        home = os.path.dirname(file)
         path = f"sys.path[:] = [{home!r}, *filter(None, sys.path)]"
         code = f"import sys; {path}; import astera_lite; sys.exit(astera_lite.main())"
         os.execv(sys.executable, [sys.executable, "-c", code, *sys.argv[1:]])  # noqa: S606 (as we were started)

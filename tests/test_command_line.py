@@ -412,6 +412,19 @@ def test_json_lines_are_json_lines(tmp_path: Path) -> None:
     assert [entry for entry in logged if "broken.json" in entry["message"] and entry["level"] == "error"]
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="/proc tells the memory of a process: Linux")
+def test_the_first_start_takes_no_more_memory_than_the_next(tmp_path: Path) -> None:
+    for name in ("astera_lite.py", "schema.sql", "console.html"):
+        shutil.copy(ROOT / name, tmp_path)
+    program = [sys.executable, str(tmp_path / "astera_lite.py")]
+    sizes = []
+    for _ in range(2):
+        with process(tmp_path, program=program, env={"PYTHONDONTWRITEBYTECODE": ""}) as (started, _, _lines):
+            status = Path(f"/proc/{started.pid}/status").read_text()
+            sizes.append(int(status.partition("VmRSS:")[2].split()[0]))
+    assert sizes[0] < 1.2 * sizes[1]
+
+
 def test_requests_are_logged_where_it_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path, hello=HELLO)
     with process(tmp_path, "--access-log") as (started, url, lines):
