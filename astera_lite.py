@@ -13537,7 +13537,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     _set_up_logging(settings)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(log.handlers[-1])
-    sys.setswitchinterval(0.00001)  # or each thread that computes would hold up the loop for 5 ms, many times a request
+    sys.setswitchinterval(0.00005)  # or each thread that computes would hold up the loop for 5 ms, many times a request
     _raise_descriptor_limit(settings.max_connections)
     app = _Supervised(settings)
     app.start()
