@@ -6766,10 +6766,8 @@ class SqliteStore:
             connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
             connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
             self._check_format(connection)
-            connection.execute(
-                f"PRAGMA page_size = {self._page_size}"
-            )  # like the next only heeded before the first table
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            connection.execute(f"PRAGMA page_size = {self._page_size}")  # heeded only before the first table
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # the same
             mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
             if mode != "wal":
                 raise StoreError(f"{self.path}: write-ahead logging cannot be used here (journal mode {mode})")
@@ -7586,7 +7584,7 @@ def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
     if finish is None:
         return _NOT_ENDED
     answer, error = finish.outcome.answer, finish.outcome.error
-    return (
+    return (  # `_value_`, for `value` is a property, which this is done too often for
         finish.outcome.status._value_, finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
         len(answer.body), _headers_json(answer.headers), error and to_json(error), finish.trace,
         None if len(answer.body) > PIECE else answer.body,
@@ -12676,7 +12674,7 @@ class Handler(BaseRequestHandler):
             self.advance()
             if self.closed:
                 return
-            if begins and self.parser.begun and not (self.in_flight or self.out or self.lingering):
+            if begins and self.parser.begun and not (self.in_flight or self.lingering):
                 self.deadline = time.monotonic() + self.loop.limits.request_timeout
         if self.loop.tls is not None:
             self.loop.post(self.on_readable_again)
