@@ -18,10 +18,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import requests
 from support import ROOT, Sink, get_flow, process
 
+import astera_lite
 from astera_lite import ADMIN_TOKEN, COMMANDS, SETTING_FIELDS, AsteraLite, __version__, log, main, starter_flow
 
 PROGRAM = str(ROOT / "astera_lite.py")
@@ -119,17 +122,68 @@ def help_text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_help_names_every_setting_and_its_default(help_text: str, name: str) -> None:
     item = SETTING_FIELDS[name]
     flag = "--" + name.replace("_", "-")
-    if item.metadata.get("secret"):
+    if item.secret:
         assert not re.search(rf"{flag}\b(?!-)", help_text)
         assert f"ASTERA_LITE_{name.upper()}" in help_text
         return
     entry = re.search(rf"^  {flag} (.*?)(?=^  -|^\S)", help_text, re.MULTILINE | re.DOTALL)
     assert entry is not None
     text = " ".join(entry[1].split())
-    assert re.sub(r"\s", "", item.metadata["help"]) in re.sub(r"\s", "", text)
+    assert re.sub(r"\s", "", item.help) in re.sub(r"\s", "", text)
     assert "(default: " in text
     if isinstance(item.default, str):
         assert f"(default: {item.default})" in text
+
+
+_PLAIN = [
+    *("serve", "--port", "--port=1", "--config", "--config=c", "--database", "--access-log", "--access-log=true"),
+    "--token",
+    *("--no-such", "--help", "--limit", "--flows=a=b", "--log=", "-", "-x", "--", "1", "a", "a=b", "", "check", "text"),
+]  # fmt: skip
+
+
+@hypothesis.given(st.lists(st.sampled_from(_PLAIN), max_size=5))
+@hypothesis.example([])
+@hypothesis.example(["serve", "--port", "1", "--config=c", "--port=2", "--access-log", "true"])
+def test_settings_alone_are_read_as_the_whole_parser_reads_them(given: list[str]) -> None:
+    plain = astera_lite._plain_arguments(given)
+    if plain is None:
+        return
+    parsed = vars(astera_lite._parser().parse_args(given))
+    assert {**parsed, "command": parsed["command"] or "serve"} == vars(plain)
+
+
+def test_a_server_loads_no_module_that_it_has_no_use_for(tmp_path: Path) -> None:
+    (tmp_path / "flows").mkdir()
+    for flow in (ROOT / "flows").glob("*.json"):
+        shutil.copy(flow, tmp_path / "flows")
+    code = """
+import os, signal, sys, astera_lite
+start = astera_lite.Server.start
+def ready(server):
+    start(server)
+    print(*sys.modules, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+astera_lite.Server.start = ready
+sys.exit(astera_lite.main(["--port", "0"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment({"PYTHONPATH": str(ROOT)}),
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert {"sqlite3", "http.server"} <= loaded
+    assert not loaded & {
+        "argparse",
+        "dataclasses",
+        "inspect",
+        "tomllib",
+        "urllib.request",
+        "subprocess",
+        "asyncio",
+        "dis",
+    }
 
 
 def test_help_names_every_command_and_exit_code(help_text: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,10 +14,12 @@ from support import ROOT
 
 import astera_lite
 from astera_lite import (
+    FUNCTIONS,
     AsteraError,
     ExpressionError,
     Fault,
     FlowError,
+    _takes,
     as_text,
     compile_template,
     make_answer,
@@ -271,6 +275,19 @@ def test_a_list_that_cannot_be_joined_is_explained() -> None:
 )
 def test_what_is_not_in_the_language_is_a_fault_at_deployment(source: str, message: str) -> None:
     assert message in deployment_fault(f"${{{source}}}")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arguments_are_judged_as_python_judges_them(name: str) -> None:
+    function = FUNCTIONS[name][0]
+    takes = 0
+    for count in range(6):
+        for words in ([], ["descending"], ["default"], ["reverse"], ["nope"]):
+            if _takes(function, count, words):
+                takes += 1
+                with suppress(ValueError):  # a builtin without a signature
+                    inspect.signature(function).bind(*[None] * count, **dict.fromkeys(words))
+    assert takes
 
 
 def test_every_fault_of_a_tree_is_reported_with_its_place() -> None:

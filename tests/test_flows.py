@@ -46,6 +46,7 @@ def surroundings(**more: Any) -> Surroundings:
     values: dict[str, Any] = {
         "clock": FakeClock(), "outbound": Outbound(), "policy": AddressPolicy("none"), "env": {}, "secrets": {},
         "max_result": 1 << 20, "max_step_response": 1 << 20,
+        "connections": {}, "hidden": set(), "helpers": threading.Semaphore(64),
     }  # fmt: skip
     return Surroundings(**values | more)
 
