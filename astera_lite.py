@@ -92,7 +92,6 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from enum import StrEnum
 from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
-from pathlib import Path
 from socketserver import BaseRequestHandler, TCPServer
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TextIO, TypeVar
 
@@ -829,12 +828,23 @@ def _read_toml(path: str, faults: list[Fault]) -> dict[str, Any]:
     import tomllib  # noqa: PLC0415 (half of all starts have no TOML to read)
 
     try:
-        return tomllib.loads(Path(path).read_text("utf-8-sig"))
+        return tomllib.loads(_read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         faults.append(Fault(path, "", f"cannot be read: {_reason(error)}"))
     except tomllib.TOMLDecodeError as error:
         faults.append(Fault(path, "", f"is not TOML: {error}"))
     return {}
+
+
+def _read_text(path: str) -> str:
+    """A file's text; Windows editors write a byte order mark. Raises OSError, UnicodeDecodeError."""
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read()
+
+
+def _read_bytes(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _reason(error: Exception) -> str:
@@ -4081,7 +4091,7 @@ class Context:
 class Functions:
     """Finds the functions of `python` steps: in the flows folder, or in an installed module."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self._folder = folder
         self._modules: dict[tuple[str, int], types.ModuleType] = {}
 
@@ -4107,10 +4117,10 @@ class Functions:
     def _module(self, name: str) -> types.ModuleType:
         import importlib.util  # noqa: PLC0415 (flows without Python do without it)
 
-        path = self._folder / f"{name}.py" if self._folder and "." not in name else None
-        if path is None or not path.is_file():
+        path = os.path.join(self._folder, f"{name}.py") if self._folder and "." not in name else ""
+        if not os.path.isfile(path):
             return importlib.import_module(name)
-        key = (str(path), path.stat().st_mtime_ns)
+        key = (path, os.stat(path).st_mtime_ns)
         if key not in self._modules:  # by its place, so that it can be loaded anew, and two servers do not mix theirs
             spec = importlib.util.spec_from_file_location(f"astera_flow_{name}_{len(self._modules)}", path)
             if spec is None or spec.loader is None:
@@ -4969,6 +4979,8 @@ def _sql_connect(run: Run, name: str, write: bool) -> sqlite3.Connection:
         os.makedirs(root, exist_ok=True)
     elif not os.path.isfile(file):
         raise StepError(500, "its database is missing", f"there is no {shown(name)} in the data folder", {"missing"})
+    from pathlib import Path  # noqa: PLC0415 (0.2 MB that flows without SQL do without)
+
     uri = f"{Path(file).as_uri()}?mode={'rwc' if write else 'ro'}"
     patience = min(_SQL_LOCKED_S, run.left() + 0.01)  # SQLite counts whole milliseconds; the step's own end comes first
     db = sqlite3.connect(uri, timeout=patience, isolation_level=None, uri=True)
@@ -5360,7 +5372,7 @@ def isolated_main() -> None:
         task = from_saved(line.decode())
         folder = task["folder"]
         try:
-            loader = functions.setdefault(folder, Functions(Path(folder) if folder else None))
+            loader = functions.setdefault(folder, Functions(folder))
             value = loader.load(task["function"])(_IsolatedContext(task, say), **task["args"])
             say({"value": _as_json(value, task["function"])})
         except (Exception, SystemExit) as error:
@@ -6267,34 +6279,36 @@ def path_values(flow: Flow, path: str) -> dict[str, str]:
     return values
 
 
-def load_connections(folder: Path, previous: dict[str, Connection]) -> tuple[dict[str, Connection], list[Fault]]:
+def load_connections(
+    folder: str | os.PathLike[str], previous: dict[str, Connection]
+) -> tuple[dict[str, Connection], list[Fault]]:
     """The connections of a folder's connections.json; where it is faulty, those before stay in service."""
-    path = folder / CONNECTIONS_FILE
     try:
-        return _check_connections(parse_flow_text(_read_flow_file(path), path.name), path.name), []
+        return _check_connections(_read_flow_file(folder, CONNECTIONS_FILE), CONNECTIONS_FILE), []
     except FileNotFoundError:
         return {}, []
     except FlowError as error:
         return previous, error.faults
 
 
-def _read_flow_file(path: Path) -> str:
+def _read_flow_file(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
     try:
-        return path.read_text("utf-8-sig")
+        text = _read_text(os.path.join(folder, name))
     except FileNotFoundError:
         raise
     except UnicodeDecodeError as error:
         message = f"is not UTF-8 (byte {error.start}): save it with that encoding"
-        raise FlowError([Fault(path.name, "", message)]) from None
+        raise FlowError([Fault(name, "", message)]) from None
     except OSError as error:
-        raise FlowError([Fault(path.name, "", f"cannot be read: {_reason(error)}")]) from None
+        raise FlowError([Fault(name, "", f"cannot be read: {_reason(error)}")]) from None
+    return parse_flow_text(text, name)
 
 
 CONNECTIONS_FILE = "connections.json"
 
 
 def load_flows(
-    folder: Path, build: Callable[[dict[str, Any], str, str], Flow], previous: Mapping[str, Flow]
+    folder: str | os.PathLike[str], build: Callable[[dict[str, Any], str, str], Flow], previous: Mapping[str, Flow]
 ) -> tuple[list[Flow], list[Fault]]:
     """Flows of a folder and the faults of its files; for a faulty file the flow deployed before stays in service.
 
@@ -6302,21 +6316,26 @@ def load_flows(
     """
     flows: dict[str, Flow] = {}
     faults: list[Fault] = []
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".toml"))
-    for path in files:
-        if path.name == CONNECTIONS_FILE:
+    try:
+        files = sorted(os.listdir(folder))
+    except OSError as error:
+        kept = [flow for flow in previous.values() if "." in flow.source]
+        return kept, [Fault(os.fspath(folder), "", f"cannot be read: {_reason(error)}")]
+    for file in files:
+        name, suffix = os.path.splitext(file)
+        if suffix not in (".json", ".toml") or file == CONNECTIONS_FILE:
             continue
         try:
-            if path.stem in flows:
-                taken = flows[path.stem].source
-                raise FlowError([Fault(path.name, "", f'"{path.stem}" is deployed from {taken} already: rename one')])
-            flows[path.stem] = build(parse_flow_text(_read_flow_file(path), path.name), path.stem, path.name)
+            if name in flows:
+                taken = flows[name].source
+                raise FlowError([Fault(file, "", f'"{name}" is deployed from {taken} already: rename one')])
+            flows[name] = build(_read_flow_file(folder, file), name, file)
         except FileNotFoundError:
             continue  # removed meanwhile
         except FlowError as error:
             faults += error.faults
-        if path.stem not in flows and path.stem in previous:
-            flows[path.stem] = previous[path.stem]
+        if name not in flows and name in previous:
+            flows[name] = previous[name]
     return list(flows.values()), faults
 
 
@@ -8978,7 +8997,7 @@ class AsteraLite:
             isolated=Isolated(os.path.abspath(settings.flows) if settings.flows else None),
         )
         self.base = (settings.public_url or f"http://{settings.host}:{settings.port}").rstrip("/")
-        self._folder = Path(settings.flows) if settings.flows else None
+        self._folder = settings.flows or None
         self._functions = Functions(self._folder)
         self._own_flows: dict[str, Flow] = {}
         self._deploying = threading.RLock()  # held while flows are read, and taken into service
@@ -9106,7 +9125,7 @@ class AsteraLite:
     def read_flows(self) -> Deployments:
         """The flows as the files are now, beside those of the program itself, and the faults of files."""
         flows, faults = list(self._own_flows.values()), list[Fault]()
-        if self._folder is not None and self._folder.is_dir():
+        if self._folder is not None and os.path.isdir(self._folder):
             connections, faults = load_connections(self._folder, self.outside.connections)
             for gone in self.outside.connections.keys() - connections:
                 del self.outside.connections[gone]
@@ -9114,7 +9133,7 @@ class AsteraLite:
             read, found = load_flows(self._folder, self._build, self.deployments.by_name)
             flows, faults = flows + read, faults + found
         elif self._folder is not None:
-            faults = [Fault(str(self._folder), "", "there is no such folder: `new NAME` makes it with a first flow")]
+            faults = [Fault(self._folder, "", "there is no such folder: `new NAME` makes it with a first flow")]
         return Deployments(flows, faults, self.deployments.by_name)
 
     def reload(self) -> list[Fault]:
@@ -9168,7 +9187,7 @@ class AsteraLite:
             deployments = Deployments([*others.values(), flow], faults, others)
             if len(deployments.faults) > len(faults):
                 raise FlowError(deployments.faults[len(faults) :])
-            _write_whole(folder / file, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+            _write_whole(os.path.join(folder, file), json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
             self.deployments = deployments
         log.info("deployed %s", name)
         return flow, new
@@ -9176,27 +9195,29 @@ class AsteraLite:
     def delete_deployment(self, name: str) -> None:
         """Take a flow out of service and delete its file; raises NotFound, or Conflict if others call it."""
         with self._deploying:
-            path = self._folder_of(name) / f"{name}.json"
-            if name not in self.deployments.by_name and not path.exists():
+            file = f"{name}.json"
+            path = os.path.join(self._folder_of(name), file)
+            if name not in self.deployments.by_name and not os.path.exists(path):
                 raise NotFound(f"There is no deployment {shown(name)}.")
             callers = [f.name for f in self.deployments.by_name.values() if name in [called for called, _ in f.calls]]
             if callers:
                 raise Conflict(f"It is called by {', '.join(callers)}.")
             others = [flow for flow in self.deployments.by_name.values() if flow.name != name]
-            faults = [fault for fault in self.deployments.faults if fault.where != path.name]
-            path.unlink(missing_ok=True)
+            faults = [fault for fault in self.deployments.faults if fault.where != file]
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
             self.deployments = Deployments(others, faults, {flow.name: flow for flow in others})
         log.info("deleted the deployment %s", name)
 
-    def _folder_of(self, name: str) -> Path:
+    def _folder_of(self, name: str) -> str:
         """The folder where a deployment's file is kept; raises Conflict, NotFound."""
         if not _FLOW_NAME.fullmatch(name):
             raise NotFound(f"{shown(name)} is no name of a deployment: letters, digits, - and _.")
         if self._folder is None or name in self._own_flows:
             raise Conflict("It is published by the program that this server runs in, not by a file.")
-        if (self._folder / f"{name}.toml").exists():
+        if os.path.exists(os.path.join(self._folder, f"{name}.toml")):
             raise Conflict(f"It is kept in {name}.toml: change that file.")
-        self._folder.mkdir(parents=True, exist_ok=True)
+        os.makedirs(self._folder, exist_ok=True)
         return self._folder
 
     def _build(self, tree: dict[str, Any], name: str, source: str = "") -> Flow:
@@ -9673,7 +9694,7 @@ def check_cancelled(job: Job) -> None:
 _Signature = tuple[tuple[str, int, int], ...]
 
 
-def _signature(folder: Path | None) -> _Signature:
+def _signature(folder: str | None) -> _Signature:
     """Name, time and size of every file in a folder that flows are made of."""
     found = []
     with contextlib.suppress(OSError):
@@ -9684,9 +9705,10 @@ def _signature(folder: Path | None) -> _Signature:
     return tuple(sorted(found))
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_whole(path: str, text: str) -> None:
     """Write a file so that it is found as it was or as it is to be, whatever happens meanwhile."""
-    part = path.with_name(f".{path.name}.part")
+    folder, name = os.path.split(path)
+    part = os.path.join(folder, f".{name}.part")
     with open(part, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -13718,7 +13740,7 @@ def _tokens_of(path: str) -> list[Token]:
 def line_of(path: str, place: str) -> str:
     """`:12` if a JSON Pointer leads to line 12 of a JSON file, else an empty string."""
     try:
-        text = Path(path).read_text("utf-8-sig") if path.endswith(".json") and place.startswith("/") else ""
+        text = _read_text(path) if path.endswith(".json") and place.startswith("/") else ""
         from_json(text)
     except (OSError, ValueError):
         return ""
@@ -13776,7 +13798,7 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
             return 2
         if name == "body":
             try:
-                body = Path(value[1:]).read_bytes() if value.startswith("@") else value.encode()
+                body = _read_bytes(value[1:]) if value.startswith("@") else value.encode()
             except OSError as error:
                 print(f"{value[1:]}: cannot be read: {_reason(error)}", file=sys.stderr)
                 return 1
@@ -13867,9 +13889,9 @@ def new(args: argparse.Namespace, settings: Settings) -> int:
     if not _FLOW_NAME.fullmatch(args.name):
         print(f"{shown(args.name)} must consist of letters, digits, - and _", file=sys.stderr)
         return 1
-    path = Path(settings.flows) / f"{args.name}.json"
+    path = os.path.join(settings.flows, f"{args.name}.json")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(settings.flows or ".", exist_ok=True)
         with open(path, "x", encoding="utf-8") as file:
             file.write(starter_flow(args.name))
     except OSError as error:
@@ -14160,14 +14182,15 @@ def pack(args: argparse.Namespace, settings: Settings) -> int:
                 raise
             print("console.html is missing, so it is left out: there will be no console", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "astera_lite.py")
-        source.write_bytes(files[source.name])
+        source = os.path.join(folder, "astera_lite.py")
+        with open(source, "wb") as file:
+            file.write(files["astera_lite.py"])
         # Another version of Python passes over bytecode that is not its own, and takes the source.
         unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH  # times in a zip depend on the time zone
         compiled = py_compile.compile(
-            str(source), f"{source}c", source.name, doraise=True, optimize=0, invalidation_mode=unchecked
+            source, f"{source}c", "astera_lite.py", doraise=True, optimize=0, invalidation_mode=unchecked
         )
-        files["astera_lite.pyc"] = Path(str(compiled)).read_bytes()
+        files["astera_lite.pyc"] = _read_bytes(str(compiled))
     try:
         with open(args.file, "wb") as file:
             file.write(b"#!/usr/bin/env python3\n")

@@ -617,6 +617,19 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     assert (len(flows), faults) == (1, [])
 
 
+def test_the_flows_of_a_folder_that_cannot_be_read_stay_in_service(tmp_path: Path) -> None:
+    folder = tmp_path / "flows"
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps(get_flow("/a")))
+    own = build(get_flow("/own"), "own", "")
+    before, _ = load_flows(folder, build, {"own": own})
+    folder.rename(tmp_path / "aside")
+    folder.write_text("a file")
+    after, faults = load_flows(folder, build, {"own": own, "a": before[0]})
+    assert after == before
+    assert str(faults[0]) == f"{folder}: cannot be read: Not a directory"
+
+
 # --- steps ---
 
 
