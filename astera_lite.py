@@ -75,6 +75,7 @@ import queue
 import random
 import re
 import selectors
+import shutil
 import signal
 import socket
 import sqlite3
@@ -6462,7 +6463,10 @@ class Store(Protocol):
         """Take back that a run began: it was stopped with the server and is not to count as interrupted."""
 
     def attend(self, post: Post | None) -> None:
-        """Say that the calling thread calls `commit` after its writes, and what `post` is given; None: not any more."""
+        """Say that the calling thread calls `commit` after its writes, and after each function that `post` is given.
+
+        None: not any more.
+        """
 
     def apart(self) -> contextlib.AbstractContextManager[None]:
         """The calling thread waits for what it writes inside, so that it cannot attend."""
@@ -6595,6 +6599,14 @@ class _Write(NamedTuple):
 _Made = tuple[list[Any], bool]  # what each write of a transaction brought, and whether it changed anything
 
 
+class _Filled(NamedTuple):
+    """A transaction that is made and not committed yet."""
+
+    batch: list[_Write]
+    results: list[Any]
+    changes: int  # that the connection had made before
+
+
 _JOB_COLUMNS = (
     "seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, "
     "callback_url"
@@ -6603,17 +6615,20 @@ _CALLBACK_COLUMNS = "c.state, c.attempts, c.last_status, c.next, c.body"
 _SELECT_JOB = f"SELECT {_JOB_COLUMNS}, {_CALLBACK_COLUMNS} FROM jobs LEFT JOIN callbacks c ON c.job = seq"  # noqa: S608
 _SELECT_OWED = _SELECT_JOB.replace(" FROM", ", request FROM")
 _CHILD_TABLES = ("pieces", "steps", "callbacks", "attempts")
+_COMMIT, _FOLDED, _QUIET = range(3)  # calls of the store's thread: writes wait, the log was folded, nobody called
 _BATCH = 512  # writes committed together at the most; more would make the first of them wait
 _RETRY_S = 0.5
+_QUIET_S = 0.02  # without a commit, after which a log that was folded begins anew
 _ROW_BYTES = 2048  # that a job takes beside its bodies, about
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
 _MINUTE_OF_SEQ = 60_000 << 12  # between the `seq` of two jobs that were created a minute apart
 _FOLD = "PRAGMA wal_checkpoint(PASSIVE)"
 _BUSY_MS = 1000  # that a write waits for another process's lock
 _QUICK_S = 0.001  # that a commit may take (the disk's part of it) to be made by the thread that answers requests
+_FILL_BYTES = 1 << 20  # of a transaction, up to which it is made by the thread that answers requests
 _HICCUP_S = 0.005  # for which a commit may hold up requests; after a longer one none may for a hundred times as long
 _FOLD_BYTES = 4 << 20  # of the log, about, after which they are folded into the file, beside what is written meanwhile
-_LOG_BYTES = 64 << 20  # of the log, about, at which even waiting writes are held up so that it can begin anew
+_LOG_BYTES = 128 << 20  # of the log, about, at which even waiting writes are held up so that it can begin anew
 _GIVE_BACK = 512  # pages that a purge gives back to the system at the most, so that no write waits long
 _FULL = frozenset(
     "SQLITE_FULL SQLITE_IOERR SQLITE_CANTOPEN SQLITE_READONLY SQLITE_BUSY SQLITE_LOCKED SQLITE_NOMEM".split()
@@ -6703,9 +6718,10 @@ def _cells(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple[int
 class SqliteStore:
     """The Store on SQLite: whatever waits is committed together; a few connections read.
 
-    A thread of its own commits, and, while the disk is quick, the loop itself (`attend`, `commit`): one at a time, by
-    the lock `_committing`. Another thread folds the log into the file; it begins anew at some `log_bytes`. A database
-    that is made has pages of `page_size` bytes.
+    A thread of its own writes and commits. New jobs are written by the loop itself (`attend`, `commit`), which leaves
+    to that thread no more than to wait for the disk; where the disk is quick, not even that. One at a time, by the lock
+    `_committing`. Another thread folds the log into the file; it begins anew at some `log_bytes`, or a quarter of the
+    room on the disk. A database that is made has pages of `page_size` bytes.
 
     One owner for each database: a lock on a file beside it, which the system releases when the process dies, so every
     Running row that is found at start belongs to a run that is dead. Raises StoreError.
@@ -6720,7 +6736,6 @@ class SqliteStore:
         page_size: int = 4 << 10,
     ) -> None:
         self.fault: str | None = None
-        self._log_limit, self._fold_at = log_bytes, min(_FOLD_BYTES, log_bytes // 4)
         self._damaged = False  # a page could not be read, which does not mend by itself
         self._probe_at = 0.0  # when a store that is not well tries next whether it is, on the monotonic clock
         self._files: dict[str, _Identity | None] = {}  # those that must stay in place while they are open
@@ -6733,8 +6748,10 @@ class SqliteStore:
         self._queue: deque[_Write] = deque()
         self._kept: deque[_Write] = deque()  # put off: the disk was full, the database locked
         self._committing = threading.Lock()  # guards the writing connection; its holder alone takes from the queue
-        self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()  # for the store's thread to commit
+        self._calls: queue.SimpleQueue[int] = queue.SimpleQueue()  # for the store's thread
         self._called = False
+        self._resting = False  # the store's thread waits to be called
+        self._filled: _Filled | None = None  # left for the store's thread to commit, which is all that it is to do then
         self._stopping = False
         self._attending: dict[int, Post] = {}  # threads that commit what they write
         self._quick: deque[bool] = deque([False] * 8, 8)  # whether the last commits were: most of them are to be
@@ -6751,6 +6768,9 @@ class SqliteStore:
         folder = os.path.dirname(self.path)
         if not os.path.isdir(folder):
             raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
+        # A log must not be what a small disk is filled by.
+        self._log_limit = min(log_bytes, max(shutil.disk_usage(folder).free // 4, 1 << 18))
+        self._fold_at = min(_FOLD_BYTES, self._log_limit // 4)
         if read_only:
             if not os.path.isfile(self.path):
                 raise StoreError(f"there is no database {self.path}: a server makes it when it starts")
@@ -6807,8 +6827,8 @@ class SqliteStore:
             if mode != "wal":
                 raise StoreError(f"{self.path}: write-ahead logging cannot be used here (journal mode {mode})")
             connection.execute("PRAGMA journal_size_limit = 67108864")
-            page_size = connection.execute("PRAGMA page_size").fetchone()[0]
-            pages = 2 * self._log_limit // page_size  # twice that: the threads that see to it did not come to it
+            self._page_size = connection.execute("PRAGMA page_size").fetchone()[0]
+            pages = 2 * self._log_limit // self._page_size  # twice that: the threads that see to it did not come to it
             connection.execute(f"PRAGMA wal_autocheckpoint = {max(pages, 16)}")
             connection.execute(f"PRAGMA synchronous = {'FULL' if self._durability == 'full' else 'NORMAL'}")
             self._upgrade(connection)
@@ -6879,7 +6899,7 @@ class SqliteStore:
         """Have the store's thread commit."""
         if not self._called:
             self._called = True
-            self._calls.put(None)
+            self._calls.put(_COMMIT)
 
     def _take(self, count: int) -> list[_Write]:
         taken: list[_Write] = []
@@ -6896,18 +6916,24 @@ class SqliteStore:
 
     def _write(self) -> None:
         """The store's thread: commit together whatever waits."""
-        # Each commit waits some twenty times for the interpreter's lock, by a timer to which Linux adds up to 0.05 ms.
+        # Each commit waits several times for the interpreter's lock, by a timer to which Linux adds up to 0.05 ms.
         slack = f"/proc/{threading.get_native_id()}/timerslack_ns"
         with contextlib.suppress(OSError), open(slack, "w", encoding="ascii") as file:
             file.write("1000")
         kept = self._kept
         while True:
-            with contextlib.suppress(queue.Empty):
-                self._calls.get(timeout=_RETRY_S if kept or self.fault else None)
-            self._called, stopping = False, self._stopping  # before it looks at the queue
+            self._resting, call = True, _COMMIT  # before it looks whether anything is left
+            if kept or not (self._stopping or self._is_mine()):
+                grown = self._unfolded
+                try:
+                    timeout = _RETRY_S if kept or self.fault else _QUIET_S if self._reset_due else None
+                    call = self._calls.get(timeout=timeout)
+                except queue.Empty:
+                    call = _QUIET if kept or self._unfolded == grown else _FOLDED
+            self._resting = False
+            self._called, stopping, busy = False, self._stopping, False  # before it looks at the queue
             try:
-                while self._commit_next() and not kept:
-                    pass
+                busy = self._commit_next(call)
             except Exception:  # none is foreseen, but all writes depend on this thread
                 log.exception("the store")
             if self.fault is not None and not self._damaged and not kept and not stopping:
@@ -6917,21 +6943,41 @@ class SqliteStore:
                 for write in kept:
                     self._tell(write, None, StoreError(self.fault or ""))
                 kept.clear()
-            if stopping and not kept:
+            if stopping and not kept and not busy:
                 break
         self._closed = True
         self._refuse()
 
-    def _commit_next(self) -> bool:
-        """Commit what was put off and what waits, or fold the log; False if there was nothing to do."""
+    def _is_mine(self) -> bool:
+        """Whether the store's thread is to go on with what waits. A new job's writer is to, who is reminded of it."""
+        try:
+            first = self._queue[0]
+        except IndexError:
+            return False
+        if first.new is None or first.post is None or first.post not in self._attending.values():
+            return True
+        try:
+            first.post(lambda: None)
+        except Exception:  # as for a listener
+            log.exception("before a write")
+            return True
+        return False
+
+    def _commit_next(self, call: int) -> bool:
+        """Commit what was put off and what waits, or have the log begin anew; False if there was nothing to do."""
         with self._committing:  # not while `done` is called, which may wait for others
-            batch = [*self._kept, *self._take(_BATCH)]
-            if self._reset_due and (self._log_bytes >= self._log_limit or not batch):
-                self._reset()
-            elif not batch:
-                return False
-            self._kept.clear()
-            made = self._attempt(batch) if batch else ([], False)
+            filled = self._filled
+            if filled is not None:
+                batch, made = filled.batch, self._attempt(partial(self._end, filled))
+                self._filled = None
+            else:
+                batch = [*self._kept, *self._take(_BATCH)] if call != _FOLDED else []
+                if self._reset_due and (self._log_bytes >= self._log_limit or (call == _QUIET and not batch)):
+                    self._reset()
+                elif not batch:
+                    return False
+                self._kept.clear()
+                made = self._attempt(partial(self._transact, batch)) if batch else ([], False)
         self._conclude(batch, made)
         return True
 
@@ -6954,29 +7000,39 @@ class SqliteStore:
                 self.attend(post)
 
     def commit(self, more: bool = False) -> None:
-        """Commit new jobs that are a row each, as long as the disk is quick; all else is left to the store's thread."""
-        if not self._queue:
+        """Commit new jobs that are a row each, as long as the disk is quick; all else is left to the store's thread.
+
+        While the disk is slow new jobs are written all the same, and that thread only waits for the disk: if both ran
+        Python they would wait for each other, some forty times a commit.
+        """
+        if not self._queue or self._filled is not None:
             return
         here = sum(self._quick) > 4 and self.fault is None and time.monotonic() >= self._slow_until
         if here and more:
             return
-        if not here or not self._committing.acquire(timeout=_QUICK_S):
+        if not (here or self._resting):
+            return  # that thread looks, before it rests, whether anything is left
+        if not self._committing.acquire(timeout=_QUICK_S if here else 0):
             self._call()
             return
         made, batch = None, list[_Write]()
         try:
-            if not (self._kept or self._closed):
+            if not (self._kept or self._closed) and (here or self._resting):
                 batch = self._take(_BATCH)
-                if all(write.new for write in batch):
+                if not all(write.new for write in batch):
+                    pass
+                elif here:
                     made = self._transact(batch, patient=False)
+                elif sum([write.size for write in batch]) < _FILL_BYTES:
+                    self._filled = self._begin(batch, patient=False)
         except Exception:  # the thread meets it again, and can wait
             log.debug("a commit is left to the store's thread", exc_info=True)
             self._quick.append(False)
         finally:
-            if made is None:
+            if made is None and self._filled is None:
                 self._queue.extendleft(reversed(batch))
             self._committing.release()
-            if self._queue:
+            if self._queue or self._filled is not None:
                 self._call()
         if made is not None:
             self._told(batch, made)
@@ -6988,7 +7044,7 @@ class SqliteStore:
             self._writer.execute(f"PRAGMA busy_timeout = {_BUSY_MS if patient else 0}")
 
     def _grown(self, size: int) -> None:
-        """Have the log folded when it has grown by enough; the sizes are estimates, for SQLite tells of none."""
+        """Have the log folded when it has grown by enough; the sizes are estimates, for SQLite tells then only."""
         self._unfolded += size
         self._log_bytes += size
         if self._unfolded >= self._fold_at and not self._fold_asked:
@@ -7007,11 +7063,13 @@ class SqliteStore:
                 self._check_in_place()
                 db = db or sqlite3.connect(self.path, isolation_level=None)
                 with self._fold_lock:
-                    db.execute(_FOLD).fetchone()
+                    _, pages, _ = db.execute(_FOLD).fetchone()
+                if pages > 0:
+                    self._log_bytes = pages * self._page_size
             except Exception as error:  # a commit meets it too, and tells; the next one is to be folded all the same
                 log.debug("the log was not folded: %s", error)
             self._reset_due = True
-            self._call()
+            self._calls.put(_FOLDED)
         if db is not None:
             db.close()
 
@@ -7055,28 +7113,41 @@ class SqliteStore:
 
     def _transact(self, batch: list[_Write], patient: bool = True) -> _Made:
         """What each write of a transaction brings, once it is committed, and whether it changed anything."""
+        return self._end(self._begin(batch, patient))
+
+    def _begin(self, batch: list[_Write], patient: bool) -> _Filled:
+        """All of a transaction but its end."""
         writer = self._writer
         changes = writer.total_changes
+        self._check_in_place()
+        self._be_patient(patient)
         try:
-            self._check_in_place()
-            self._be_patient(patient)
             if writer.in_transaction:  # the last one could not be rolled back
                 writer.execute("ROLLBACK")
             writer.execute("BEGIN IMMEDIATE")
-            results = self._run(batch)
-            began = time.monotonic()
-            writer.execute("COMMIT")
-            ended = time.monotonic()
-            self._quick.append(ended - began < _QUICK_S)
-            if ended - began > _HICCUP_S:
-                self._slow_until = ended + 100 * (ended - began)
-            self._grown(sum([write.size for write in batch]) + _COMMIT_BYTES)
+            return _Filled(batch, self._run(batch), changes)
         except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                if writer.in_transaction:
-                    writer.execute("ROLLBACK")
+            self._roll_back()
             raise
-        return results, writer.total_changes > changes
+
+    def _end(self, filled: _Filled) -> _Made:
+        try:
+            began = time.monotonic()
+            self._writer.execute("COMMIT")
+            ended = time.monotonic()
+        except BaseException:
+            self._roll_back()
+            raise
+        self._quick.append(ended - began < _QUICK_S)
+        if ended - began > _HICCUP_S:
+            self._slow_until = ended + 100 * (ended - began)
+        self._grown(sum([write.size for write in filled.batch]) + _COMMIT_BYTES)
+        return filled.results, self._writer.total_changes > filled.changes
+
+    def _roll_back(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")
 
     def _told(self, batch: list[_Write], made: _Made) -> None:
         results, changed = made
@@ -7107,9 +7178,9 @@ class SqliteStore:
                 self._queue.append(_Write(partial(_given, result), write.done, keep=True))
                 self._call()
 
-    def _attempt(self, batch: list[_Write]) -> _Made | Exception:
+    def _attempt(self, transact: Callable[[], _Made]) -> _Made | Exception:
         try:
-            return self._transact(batch)
+            return transact()
         except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
             return error
 
@@ -7129,7 +7200,7 @@ class SqliteStore:
 
     def _commit(self, batch: list[_Write]) -> None:
         with self._committing:
-            made = self._attempt(batch)
+            made = self._attempt(partial(self._transact, batch))
         self._conclude(batch, made)
 
     def _run(self, batch: list[_Write]) -> list[Any]:
@@ -7576,7 +7647,7 @@ class SqliteStore:
         if self._owner is not None:
             self._give_up_at = time.monotonic() + timeout_s * 0.8
             self._stopping = True
-            self._calls.put(None)
+            self._calls.put(_COMMIT)
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 log.error("the database did not take the last writes within %s", show_duration(timeout_s))
@@ -13946,8 +14017,6 @@ class _Sheet:
     """What people read: on a terminal in its width and with a little colour, elsewhere plain and complete."""
 
     def __init__(self, stream: TextIO) -> None:
-        import shutil  # noqa: PLC0415 (a server has no use for it)
-
         self.stream, self.terminal = stream, stream.isatty()
         self._width = shutil.get_terminal_size().columns if self.terminal else sys.maxsize
         self._colour = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -793,7 +794,7 @@ def test_the_size_of_pages_is_that_of_the_setting_when_the_database_was_made(tmp
         with AsteraLite(database=path, page_size=size) as app:
             store: Any = app.store
             assert store._writer.execute("PRAGMA page_size").fetchone() == (wanted,)
-            assert store._writer.execute("PRAGMA wal_autocheckpoint").fetchone() == ((128 << 20) // wanted,)
+            assert store._writer.execute("PRAGMA wal_autocheckpoint").fetchone() == ((256 << 20) // wanted,)
             assert store._writer.execute("PRAGMA auto_vacuum").fetchone() == (2,)
 
 
@@ -911,6 +912,16 @@ def test_a_write_that_cannot_be_rolled_back_does_not_end_the_writer(store: Sqlit
 posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
 
+def posting(store: SqliteStore) -> Callable[[Callable[[], None]], None]:
+    """What a thread that attends is posted to by, as a server's loop is: it commits after each function."""
+
+    def run(function: Callable[[], None]) -> None:
+        function()
+        store.commit()
+
+    return lambda function: posted.put(partial(run, function))
+
+
 @pytest.fixture
 def attended(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqliteStore]:
     """A store whose disk is found quick, attended by this thread."""
@@ -918,7 +929,7 @@ def attended(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sq
     monkeypatch.setattr(astera_lite, "_HICCUP_S", 60.0)
     for _ in range(8):
         added(store)
-    store.attend(posted.put)
+    store.attend(posting(store))
     yield store
     store.attend(None)
 
@@ -1005,7 +1016,7 @@ def test_the_log_begins_anew_under_a_steady_load(
     monkeypatch.setattr(astera_lite, "_HICCUP_S", 60.0)
     store._writer.execute("PRAGMA wal_autocheckpoint = 0")
     if here:
-        store.attend(posted.put)
+        store.attend(posting(store))
     written = 0
     while written < 40 << 20:
         told = []
