@@ -6933,7 +6933,7 @@ class SqliteStore:
             self._resting = False
             self._called, stopping, busy = False, self._stopping, False  # before it looks at the queue
             try:
-                busy = self._commit_next(call)
+                busy = self._commit_next(_COMMIT if stopping else call)
             except Exception:  # none is foreseen, but all writes depend on this thread
                 log.exception("the store")
             if self.fault is not None and not self._damaged and not kept and not stopping:
@@ -6972,11 +6972,13 @@ class SqliteStore:
                 self._filled = None
             else:
                 batch = [*self._kept, *self._take(_BATCH)] if call != _FOLDED else []
-                if self._reset_due and (self._log_bytes >= self._log_limit or (call == _QUIET and not batch)):
+                cheap = not batch and (call == _QUIET or self._is_quick())
+                if self._reset_due and (cheap or self._log_bytes >= self._log_limit):
                     self._reset()
                 elif not batch:
                     return False
-                self._kept.clear()
+                if batch:
+                    self._kept.clear()
                 made = self._attempt(partial(self._transact, batch)) if batch else ([], False)
         self._conclude(batch, made)
         return True
@@ -7007,7 +7009,7 @@ class SqliteStore:
         """
         if not self._queue or self._filled is not None:
             return
-        here = sum(self._quick) > 4 and self.fault is None and time.monotonic() >= self._slow_until
+        here = self._is_quick() and self.fault is None and time.monotonic() >= self._slow_until
         if here and more:
             return
         if not (here or self._resting):
@@ -7036,6 +7038,9 @@ class SqliteStore:
                 self._call()
         if made is not None:
             self._told(batch, made)
+
+    def _is_quick(self) -> bool:
+        return sum(self._quick) > 4
 
     def _be_patient(self, patient: bool) -> None:
         """Let the writing connection wait for other processes' locks, or not."""

@@ -1036,6 +1036,105 @@ def test_the_log_begins_anew_under_a_steady_load(
         store.attend(None)
 
 
+def test_the_end_of_a_fold_loses_nothing_that_was_put_off(store: SqliteStore) -> None:
+    class Full:
+        """A connection to a disk that is full for now."""
+
+        def __init__(self, connection: sqlite3.Connection) -> None:
+            self.connection, self.full = connection, True
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.connection, name)
+
+        def execute(self, sql: str, *values: Any) -> Any:
+            if self.full and sql == "COMMIT":
+                error = sqlite3.OperationalError("database or disk is full")
+                error.sqlite_errorname, error.sqlite_errorcode = "SQLITE_FULL", sqlite3.SQLITE_FULL
+                raise error
+            return self.connection.execute(sql, *values)
+
+    new = added(store)
+    writer: Any = Full(store._writer)
+    store._writer = writer
+    told: list[Any] = []
+    store._put(lambda db: db.execute("DELETE FROM jobs"), lambda *result: told.append(result), keep=True)
+    until(lambda: store._kept)
+    store._quick.extend([True] * 8)
+    for _ in range(3):
+        store._reset_due = True
+        store._calls.put(astera_lite._FOLDED)
+        until(lambda: not store._reset_due)
+    assert store._kept
+    assert not told
+    writer.full = False
+    until(lambda: told)
+    assert store.get(new.key) is None
+
+
+def test_a_store_that_stops_when_a_fold_ends_commits_what_waits(store: SqliteStore) -> None:
+    told: list[Any] = []
+    write = astera_lite._Write(lambda db: None, lambda *result: told.append(result), keep=False)
+
+    class Calls:
+        """What is called for while the thread waits: a write comes, a fold ends, and the store is closed."""
+
+        def get(self, timeout: float | None) -> int:
+            store._queue.append(write)
+            store._stopping = True
+            return astera_lite._FOLDED
+
+    calls: Any = store._calls
+    store._calls = Calls()  # type: ignore[assignment]
+    calls.put(astera_lite._COMMIT)
+    until(lambda: told)
+    assert told == [(None, None)]
+    store._calls = calls
+
+
+def test_on_a_slow_disk_the_attending_thread_writes_and_the_stores_thread_commits(
+    attended: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(astera_lite, "_QUICK_S", 0.0)
+    attended._quick.extend([False] * 8)
+    wrote: list[int] = []
+    run = attended._run
+    monkeypatch.setattr(attended, "_run", lambda batch: (wrote.append(threading.get_ident()), run(batch))[1])
+    for _ in range(50):
+        told = [add_here(attended, job()) for _ in range(3)]
+        until(lambda: attended._resting)
+        attended.commit()
+        more = [add_here(attended, job()) for _ in range(3)]
+        attended.commit()  # the disk is busy: these wait, and this thread is reminded of them
+        until_posted(lambda told=told, more=more: all(told) and all(more))
+        assert not [error for each in told + more for _, error, _ in each if error]
+    assert wrote.count(threading.get_ident()) >= 50
+
+
+def test_a_transaction_that_was_written_here_and_cannot_be_committed_is_told_of(
+    attended: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(astera_lite, "_QUICK_S", 0.0)
+    attended._quick.extend([False] * 8)
+    end = attended._end
+
+    def full(filled: Any) -> Any:
+        monkeypatch.setattr(attended, "_end", end)
+        attended._roll_back()
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorname = "SQLITE_FULL"
+        raise error
+
+    monkeypatch.setattr(attended, "_end", full)
+    told = add_here(attended, job())
+    attended.commit()
+    until(lambda: told)
+    assert "full" in str(told[0][1])
+    again = add_here(attended, job())
+    attended.commit()
+    until_posted(lambda: again)
+    assert again[0][1] is None
+
+
 def test_after_a_commit_that_took_long_the_stores_thread_commits_for_a_while(
     attended: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
