@@ -6769,7 +6769,9 @@ class SqliteStore:
         if not os.path.isdir(folder):
             raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
         # A log must not be what a small disk is filled by.
-        self._log_limit = min(log_bytes, max(shutil.disk_usage(folder).free // 4, 1 << 18))
+        self._log_limit = log_bytes
+        with contextlib.suppress(OSError):  # not every file system tells
+            self._log_limit = min(log_bytes, max(shutil.disk_usage(folder).free // 4, 1 << 18))
         self._fold_at = min(_FOLD_BYTES, self._log_limit // 4)
         if read_only:
             if not os.path.isfile(self.path):
@@ -7004,8 +7006,8 @@ class SqliteStore:
     def commit(self, more: bool = False) -> None:
         """Commit new jobs that are a row each, as long as the disk is quick; all else is left to the store's thread.
 
-        While the disk is slow new jobs are written all the same, and that thread only waits for the disk: if both ran
-        Python they would wait for each other, some forty times a commit.
+        While the disk is slow new jobs are written here all the same, and that thread only commits them: if both ran
+        Python they would wait for each other, some forty times a commit. It reminds of what is left out meanwhile.
         """
         if not self._queue or self._filled is not None:
             return
@@ -7021,11 +7023,10 @@ class SqliteStore:
         try:
             if not (self._kept or self._closed) and (here or self._resting):
                 batch = self._take(_BATCH)
-                if not all(write.new for write in batch):
-                    pass
-                elif here:
+                rows = all(write.new for write in batch)
+                if rows and here:
                     made = self._transact(batch, patient=False)
-                elif sum([write.size for write in batch]) < _FILL_BYTES:
+                elif rows and sum([write.size for write in batch]) < _FILL_BYTES:
                     self._filled = self._begin(batch, patient=False)
         except Exception:  # the thread meets it again, and can wait
             log.debug("a commit is left to the store's thread", exc_info=True)
