@@ -13093,9 +13093,15 @@ class _Listener(NamedTuple):
     """What is ready to be read, and is no connection."""
 
     function: Callable[[], None]
+    deadline: float = 0  # it comes first
 
     def on_events(self, mask: int) -> None:
         self.function()
+
+
+def _deadline(event: tuple[selectors.SelectorKey, int]) -> float:
+    deadline: float = event[0].data.deadline
+    return deadline
 
 
 _EXPOSED = "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, Idempotency-Replayed"
@@ -13264,6 +13270,7 @@ class Server(ThreadingHTTPServer):
             while not (self.stopping and not self.handlers) and time.monotonic() < self._stop_at:
                 timeout = 0 if self._inbox else max(self._sweep_at - time.monotonic(), 0)
                 events = selector.select(timeout)
+                events.sort(key=_deadline)  # who was answered longest ago first: epoll has an order of its own
                 self._awake = True  # what is posted from here on is seen below
                 for at, (key, mask) in enumerate(events, 1):
                     handler = key.data

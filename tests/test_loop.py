@@ -477,21 +477,45 @@ def test_one_connection_too_many_is_turned_away(tmp_path: Path) -> None:
         assert answers(talk(it.server, request("GET", "/health", close=True)))[0].status == 200
 
 
-@contextmanager
-def held_up(server: Server) -> Iterator[None]:
-    """The loop does nothing meanwhile; what was sent to it then is there all at once."""
+def hold(server: Server) -> tuple[threading.Event, threading.Event]:
+    """Hold the loop up from its next turn on: set once it is, and to be set to let it go on."""
     entered, go_on = threading.Event(), threading.Event()
 
-    def hold() -> None:
+    def held() -> None:
         entered.set()
         go_on.wait(10)
 
-    server.post(hold)
+    server.post(held)
+    return entered, go_on
+
+
+@contextmanager
+def held_up(server: Server) -> Iterator[None]:
+    """The loop does nothing meanwhile; what was sent to it then is there all at once."""
+    entered, go_on = hold(server)
     assert entered.wait(5)
     try:
         yield
     finally:
         go_on.set()
+
+
+def test_of_clients_that_wait_the_one_that_was_answered_longest_ago_comes_first(tmp_path: Path) -> None:
+    """A selector may tell first of those that it told of last, whenever they have sent."""
+    with running(tmp_path, FLOWS) as it, connected(it.server) as idle, connected(it.server) as busy:
+        for sock in (idle, busy):
+            sock.sendall(request("GET", "/nothing"))
+            one_answer(sock)
+        with held_up(it.server):
+            busy.sendall(request("GET", "/nothing"))
+            again, go_on = hold(it.server)
+        assert again.wait(5)
+        one_answer(busy)
+        for sock in (idle, busy):
+            sock.sendall(request("GET", "/nothing"))
+        go_on.set()
+        first, second = (one_answer(sock).headers["x-request-id"] for sock in (idle, busy))
+        assert first < second, "the ids are counted in the order of the requests"
 
 
 def test_who_is_turned_away_can_read_why_although_he_has_sent_much(tmp_path: Path) -> None:
