@@ -174,8 +174,8 @@ sys.exit(astera_lite.main(["--port", "0"]))
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert {"sqlite3", "http.server"} <= loaded
-    spared = {"argparse", "asyncio", "dataclasses", "inspect", "pathlib", "subprocess", "tomllib", "urllib.request"}
-    assert not loaded & spared
+    spared = "argparse asyncio dataclasses hashlib hmac inspect pathlib subprocess tomllib urllib.request"
+    assert not loaded.intersection(spared.split())
 
 
 def test_help_names_every_command_and_exit_code(help_text: str) -> None:
