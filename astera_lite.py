@@ -7046,11 +7046,11 @@ class SqliteStore:
         try:
             if not (self._kept or self._closed) and (here or self._resting):
                 batch = self._take(_BATCH)
-                rows = all(write.new for write in batch)
-                if rows and here:
-                    made = self._transact(batch, patient=False)
-                elif rows and sum([write.size for write in batch]) < _FILL_BYTES:
-                    self._filled = self._begin(batch, patient=False)
+                if all(write.new for write in batch) and sum([write.size for write in batch]) < _FILL_BYTES:
+                    if here:
+                        made = self._transact(batch, patient=False)
+                    else:
+                        self._filled = self._begin(batch, patient=False)
         except Exception:  # the thread meets it again, and can wait
             log.debug("a commit is left to the store's thread", exc_info=True)
             self._quick.append(False)
@@ -7062,6 +7062,9 @@ class SqliteStore:
                 self._call()
         if made is not None:
             self._told(batch, made)
+            post = self._attending.get(threading.get_ident())
+            if self._queue and post is not None:  # who was answered brought more, and nothing else may wake this thread
+                post(lambda: None)
 
     def _is_quick(self) -> bool:
         return sum(self._quick) > 4
@@ -7077,10 +7080,15 @@ class SqliteStore:
         self._unfolded += size
         self._log_bytes += size
         if self._unfolded >= self._fold_at and not self._fold_asked:
-            self._unfolded, self._fold_asked = 0, True
+            self._unfolded = 0
             self._reset_due &= self._log_bytes >= self._log_limit  # else what came since the last fold is not little
-            if not self._folding.ident:
-                self._folding.start()
+            try:
+                if not self._folding.ident:
+                    self._folding.start()
+            except (RuntimeError, MemoryError) as error:  # no more threads: later perhaps; what was committed stays so
+                log.debug("the log is not folded: %s", error)
+                return
+            self._fold_asked = True
             self._folds.put(True)
 
     def _fold_on_demand(self) -> None:
@@ -7110,7 +7118,7 @@ class SqliteStore:
         try:
             with contextlib.suppress(sqlite3.Error):
                 _, pages, folded = self._writer.execute(_FOLD).fetchone()
-                if pages == folded:
+                if -1 < pages == folded:  # -1, -1: another process folds it
                     self._log_bytes = 0
                 else:  # a reader held it up: it is tried again before long
                     self._unfolded = max(self._unfolded, self._fold_at * 3 // 4)
@@ -7456,11 +7464,9 @@ class SqliteStore:
         """Give back the room of a log that grew while a reader held it up; between transactions, waiting for nobody."""
         with contextlib.suppress(OSError, sqlite3.Error):  # it is tried again by the next purge
             if os.stat(f"{self.path}-wal").st_size > self._log_limit * 5 // 4:
-                self._writer.execute("PRAGMA busy_timeout = 0")
-                try:
+                with self._committing:
+                    self._be_patient(False)
                     self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-                finally:
-                    self._writer.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
 
     # --- reading ---
 
