@@ -1036,6 +1036,60 @@ def test_the_log_begins_anew_under_a_steady_load(
         store.attend(None)
 
 
+def test_who_is_answered_may_bring_more(attended: SqliteStore) -> None:
+    told = []
+
+    def more(result: Any, error: Exception | None) -> None:
+        told.append(result)
+        if len(told) < 5:
+            attended.add(submission(job()), more)
+
+    attended.add(submission(job()), more)
+    attended.commit()
+    until_posted(lambda: len(told) == 5)
+
+
+def test_large_jobs_do_not_hold_up_the_thread_that_answers(attended: SqliteStore) -> None:
+    news = [job() for _ in range(8)]
+    told = [add_large(attended, new) for new in news]
+    attended.commit()
+    assert not any(told)
+    until_posted(lambda: all(told))
+    assert all(attended.get(new.key) == new for new in news)
+
+
+def add_large(store: SqliteStore, new: Job) -> list[Exception | None]:
+    told: list[Exception | None] = []
+    store.add(submission(new, b"x" * 200_000), lambda result, error: told.append(error))
+    return told
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_what_is_committed_is_no_failure_because_no_thread_can_be_started(
+    attended: SqliteStore, here: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(attended, "_fold_at", 1 << 16)
+    if not here:
+        attended.attend(None)
+    with monkeypatch.context() as lacking:
+        lacking.setattr(attended._folding, "start", start)
+        for _ in range(50):
+            new, told = job(), list[tuple[Any, Exception | None]]()
+            attended.add(submission(new), lambda result, error, told=told: told.append((result, error)))
+            attended.commit()
+            until(lambda told=told: told)  # type: ignore[misc]
+            assert told == [(Added(new, False), None)]
+    for _ in range(50):
+        new = job()
+        attended.add(submission(new), lambda *_: None)
+        attended.commit()
+        until(lambda new=new: attended.get(new.key))  # type: ignore[misc]
+    assert attended._folding.is_alive()  # once there are threads again
+
+
 def test_the_end_of_a_fold_loses_nothing_that_was_put_off(store: SqliteStore) -> None:
     class Full:
         """A connection to a disk that is full for now."""
