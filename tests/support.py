@@ -21,7 +21,6 @@ import requests
 from astera_lite import AsteraLite, Clock, Server
 
 ROOT = Path(__file__).resolve().parent.parent
-SOON = 10  # seconds that even a busy machine does not need for what is prompt; what stalls takes longer by far
 PROGRAM = (sys.executable, str(ROOT / "astera_lite.py"))
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from support import ROOT, SOON
+from support import ROOT
 
 import astera_lite
 from astera_lite import (
@@ -452,7 +452,7 @@ def test_what_would_eat_time_or_memory_is_refused_soon(source: str, monkeypatch:
     began = time.perf_counter()
     with pytest.raises(ExpressionError):
         value(f"${{{source}}}")
-    assert time.perf_counter() - began < SOON
+    assert time.perf_counter() - began < 2
 
 
 # The child has a limit of its own: what a fault in the budget would cost must not fall on the whole test run.
@@ -530,7 +530,7 @@ def test_what_is_too_deep_or_too_long_is_a_fault_at_deployment(source: str) -> N
     began = time.perf_counter()
     message = deployment_fault(f"${{{source}}}")
     assert len(message) < 500
-    assert time.perf_counter() - began < SOON
+    assert time.perf_counter() - began < 2
 
 
 def test_a_tree_that_is_too_deep_is_a_fault() -> None:
@@ -551,7 +551,7 @@ def test_a_hostile_text_is_split_in_linear_time(text: str) -> None:
         compile_template(text, ["a"])
     except FlowError as error:
         assert error.faults
-    assert time.perf_counter() - began < SOON
+    assert time.perf_counter() - began < 4
 
 
 def test_doubling_over_steps_is_bounded() -> None:

@@ -16,7 +16,7 @@ import pytest
 import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import EVERYTHING, SOON, Running, get_flow, process, running, talk
+from support import EVERYTHING, Running, get_flow, process, running, talk
 
 import astera_lite
 from astera_lite import from_json, parse_prefer, unquote
@@ -197,7 +197,7 @@ RIGHT_JSON = {
 def test_json_that_is_refused(run: Running, mode: str, name: str) -> None:
     began = time.monotonic()
     refused(run.client.post(f"{mode}/anything", data=WRONG_JSON[name], headers=JSON))
-    assert time.monotonic() - began < SOON
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("name", RIGHT_JSON)
@@ -234,7 +234,7 @@ def test_a_heavy_body_does_not_stall_the_server(run: Running, name: str) -> None
     path, body, headers, status = HEAVY[name]
     began = time.monotonic()
     answer = run.client.post(ASYNC + path, data=body, headers=headers)
-    assert time.monotonic() - began < SOON
+    assert time.monotonic() - began < 3
     assert answer.status_code == status, answer.text[:200]
     assert len(answer.content) < 100_000
 
@@ -332,7 +332,7 @@ def test_evil_headers(run: Running, name: str) -> None:
         for method, mode in (("GET", SYNC), ("GET", ASYNC), ("OPTIONS", SYNC), ("POST", ASYNC)):
             path = "/headers" if method != "POST" else "/once"
             is_clean(*raw(run, method, mode + path, f"{name}: ".encode() + value + b"\r\n"))
-    assert time.monotonic() - began < SOON
+    assert time.monotonic() - began < 5
 
 
 # --- where a parser meets the world ---

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import requests
-from support import ECHO, SOON, Client, Running, get_flow, running, talk
+from support import ECHO, Client, Running, get_flow, running, talk
 
 import astera_lite
 from astera_lite import AsteraLite, ConfigError, Handler, Server, StoreError
@@ -826,7 +826,7 @@ def test_a_reader_that_takes_nothing_of_a_large_result_is_cut(tmp_path: Path) ->
                 (handler,) = [handler for handler in it.server.handlers if handler.out]
                 began = time.monotonic()
                 eventually(lambda handler=handler: handler.closed)  # type: ignore[misc]
-                assert time.monotonic() - began < SOON  # two windows, each seen by a sweep: 2.6 s at the most
+                assert time.monotonic() - began < 2 * 0.3 + 2 * 1  # two windows, each seen by a sweep
 
 
 def test_a_reader_that_is_slow_but_honest_gets_all(large: tuple[Running, str, bytes]) -> None:
@@ -880,7 +880,7 @@ def test_stopping_answers_open_requests_and_closes_idle_connections(tmp_path: Pa
             assert (answered.json, answered.headers["connection"]) == ("through", "close")
         began = time.monotonic()
         it.server.stop()
-        assert time.monotonic() - began < SOON
+        assert time.monotonic() - began < 1
 
 
 def test_stopping_answers_long_polls_at_once(tmp_path: Path) -> None:
