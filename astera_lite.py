@@ -2800,8 +2800,11 @@ class Schema:
             return value
         result = {}
         for name, item in value.items():
-            at = f"{place}/{pointer(name)}"
             schema = self.properties.get(name, self.additional)
+            if schema is True:  # hundreds of thousands may come, whose places nobody asks for
+                result[name] = item
+                continue
+            at = f"{place}/{pointer(name)}"
             if schema is False:
                 if _enough(errors, place, where):
                     break
@@ -9848,13 +9851,13 @@ class Result:
 
 def _fingerprint(call: Call) -> bytes:
     """What makes two requests under one idempotency key the same."""
+    import hashlib  # noqa: PLC0415 (for bodies of any size OpenSSL's code is worth its memory)
+
     request = call.request
     query = [part.partition("=")[::2] for part in request.query.split("&") if part]
     decoded = [(unquote(name, plus=True), unquote(value, plus=True)) for name, value in query]
     segments = [unquote(segment) for segment in request.path.split("/")]
     values = [request.method, segments, decoded, call.callback_url, request.headers]
-    import hashlib  # noqa: PLC0415 (for bodies of any size OpenSSL's code is worth its memory)
-
     return hashlib.sha256(to_json(values).encode() + b"\0" + request.body).digest()
 
 
