@@ -98,6 +98,7 @@ TARGETS = (
     Target("accepts-64", "rate", "starlette", 1.5, 3),
     Target("completed-256", "rate", "fastapi-sqlite3", 14, 35),
     Target("cycles-64", "rate", "fastapi-sqlite3", 10, 25),
+    Target("cycles-64", "rate", "starlette", 1.5, 3),
     Target("sync-64", "rate", "fastapi-sqlite3", 5, 12),
     Target("sync-64", "rate", "starlette", 1, 2),
     Target("accepts-64", "p99", "fastapi-sqlite3", 10, 40),

@@ -1,14 +1,15 @@
-"""FastAPI with sqlite3 in its thread pool: plain `def` paths, a connection for each request, BackgroundTasks."""
+"""FastAPI with sqlite3 in its thread pool: plain `def` paths, a connection kept for each thread, BackgroundTasks."""
 
 import json
 import sqlite3
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Response
+from fastapi import BackgroundTasks, FastAPI, HTTPException, Response
 from pydantic import BaseModel
 
 
@@ -16,38 +17,39 @@ class Pad(BaseModel):
     pad: str
 
 
-def connect() -> Iterator[sqlite3.Connection]:
-    db = sqlite3.connect("peer.db", timeout=30, check_same_thread=False)
-    db.execute("PRAGMA synchronous = FULL")
-    try:
-        yield db
-    finally:
-        db.close()
+kept = threading.local()
+
+
+def connect() -> sqlite3.Connection:
+    """The connection of the calling thread."""
+    if not hasattr(kept, "db"):
+        kept.db = sqlite3.connect("peer.db", timeout=30)
+        kept.db.execute("PRAGMA synchronous = FULL")
+    db: sqlite3.Connection = kept.db
+    return db
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    for db in connect():
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("CREATE TABLE jobs (id TEXT PRIMARY KEY, status TEXT, created REAL, request TEXT, result TEXT)")
-        db.commit()
+    db = connect()
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("CREATE TABLE jobs (id TEXT PRIMARY KEY, status TEXT, created REAL, request TEXT, result TEXT)")
+    db.commit()
     yield
 
 
 app = FastAPI(lifespan=lifespan)
-Db = Annotated[sqlite3.Connection, Depends(connect)]
 
 
 def run(job: str, a: int, b: str, body: dict[str, Any]) -> None:
-    for db in connect():
-        result = json.dumps({"a": a, "b": b, "body": body})
-        db.execute("UPDATE jobs SET status = 'Completed', result = ? WHERE id = ?", (result, job))
-        db.commit()
+    db, result = connect(), json.dumps({"a": a, "b": b, "body": body})
+    db.execute("UPDATE jobs SET status = 'Completed', result = ? WHERE id = ?", (result, job))
+    db.commit()
 
 
 @app.post("/submit", status_code=202)
-def submit(a: int, b: str, body: Pad, response: Response, tasks: BackgroundTasks, db: Db) -> dict[str, Any]:
-    job = str(uuid.uuid4())
+def submit(a: int, b: str, body: Pad, response: Response, tasks: BackgroundTasks) -> dict[str, Any]:
+    db, job = connect(), str(uuid.uuid4())
     request = json.dumps({"a": a, "b": b, "body": body.model_dump()})
     db.execute("INSERT INTO jobs VALUES (?, 'Running', ?, ?, NULL)", (job, time.time(), request))
     db.commit()
@@ -57,16 +59,16 @@ def submit(a: int, b: str, body: Pad, response: Response, tasks: BackgroundTasks
 
 
 @app.get("/jobs/{job}/status")
-def status(job: str, db: Db) -> dict[str, Any]:
-    row = db.execute("SELECT status FROM jobs WHERE id = ?", (job,)).fetchone()
+def status(job: str) -> dict[str, Any]:
+    row = connect().execute("SELECT status FROM jobs WHERE id = ?", (job,)).fetchone()
     if row is None:
         raise HTTPException(404)
     return {"id": job, "status": row[0]}
 
 
 @app.get("/jobs/{job}/result")
-def result(job: str, db: Db) -> Response:
-    row = db.execute("SELECT result FROM jobs WHERE id = ?", (job,)).fetchone()
+def result(job: str) -> Response:
+    row = connect().execute("SELECT result FROM jobs WHERE id = ?", (job,)).fetchone()
     if row is None or row[0] is None:
         raise HTTPException(404)
     return Response(row[0], media_type="application/json")
