@@ -3681,7 +3681,8 @@ def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
         reason = run.outside.masked(str(error))
         log.info("flow %s: step %s failed, going on: %s", run.flow.name, path, reason, extra=run.about)
         value, state = step.on_error(scope), "failed"
-    size = run.journal.record(path, value) if step.save else None
+    # What stands for a failure is kept too, or a resumed run would fail, and act, once more.
+    size = run.journal.record(path, value) if step.save or state == "failed" else None
     if state == "finished":
         _note(run, step, path, state, began, size, value)
     return value
@@ -3733,8 +3734,9 @@ def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | N
         return
     if (run.journal.saved or run.journal.waits) and any(entry["path"] == path for entry in run.trace):
         return  # from before the run was suspended
-    calls = step.kind in ("http", "call") and isinstance(value, dict)
-    telling = value.get("items", value["body"]) if calls else value  # its headers would fill the preview
+    # Its headers would fill the preview. What `onError` gave may be anything, also when it is read back.
+    calls = step.kind in ("http", "call") and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
+    telling = value.get("items", value["body"]) if calls else value
     preview = None if telling is None else shown(_outline(telling, run.outside.masked), 200)
     run.trace.append(
         {

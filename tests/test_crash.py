@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -25,6 +26,10 @@ from astera_lite import SqliteStore
 
 WORK = '''
 import os, time
+
+def boom(context):
+    mark(context, 5)
+    raise ValueError("it went wrong")
 
 def mark(context, n, pause=0.0):
     """A side effect that can be counted: one line for each time it happens."""
@@ -269,6 +274,90 @@ def test_a_job_keeps_its_flow_when_the_file_is_edited_while_the_server_is_down(f
             new = api.submit("/elsewhere")
             api.finished(new)
             assert api.result(new) == "new"
+
+
+def counted(n: int) -> dict[str, Any]:
+    return {"call": "work:mark", "args": {"n": n}}
+
+
+FAILS = {"name": "no", "python": "work:boom"}
+SUM = "SELECT 40 + 2 AS n, x'00ff' AS bytes"
+#: A step of each kind, what it brings, and the same kind so that it fails.
+KINDS: dict[str, tuple[dict[str, Any], Any, dict[str, Any]]] = {
+    "http": ({"http": {"method": "POST", "url": "SINK/"}}, 204, {"http": "http://127.0.0.1:1/"}),
+    "python": ({"python": counted(1)}, 2, {"python": "work:boom"}),
+    "isolated": (
+        {"python": counted(2) | {"isolate": True}},
+        4,
+        {"python": {"call": "work:boom", "isolate": True}},
+    ),
+    "sql": (
+        {"sql": {"database": "a.db", "query": SUM, "one": True}},
+        42,
+        {"sql": {"database": "a.db", "query": "SELECT * FROM missing"}},
+    ),
+    "run": ({"run": ["sh", "-c", "echo 3 >> ../marks; echo out"]}, "out\n", {"run": ["false"]}),
+    "set": ({"set": {"a": "${uuid()[:0]}", "b": [None, 1.5, 10**17]}}, [None, 1.5, 10**17], {"set": "${1 / 0}"}),
+    "each": (
+        {"each": {"of": [4, 5], "steps": [{"name": "e", "python": counted(4)}]}},
+        [8, 8],
+        {"each": {"of": [4, 5], "steps": [{"name": "m", "python": counted(6)}, FAILS]}},
+    ),
+    "choose": ({"choose": [{"steps": [{"name": "c", "python": counted(8)}]}]}, 16, {"choose": [{"steps": [FAILS]}]}),
+    "call": ({"call": "called"}, {"called": 18}, {"call": "failing"}),
+    "wait": ({"wait": "300ms"}, None, {"wait": {"until": "${str(1)}"}}),
+}
+PART = {"http": ".status", "sql": ".n", "run": ".stdout", "set": ".b", "call": ".body"}
+INSTEAD: dict[str, Any] = {"continue": None, "object": {"instead": True}, "text": "instead"}
+
+
+@pytest.fixture(scope="module")
+def behind_each_kind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Api, dict[str, str], Counter[int]]]:
+    """A server that was killed behind a step of each kind, and started again: a job for each."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for name in ("flows", "data"):
+        (folder / name).mkdir()
+    (folder / "flows" / "work.py").write_text(WORK)
+    with closing(sqlite3.connect(folder / "data" / "a.db")) as db:
+        db.execute("CREATE TABLE t (n)")
+    write(
+        folder,
+        "called",
+        get_flow("/called", steps=[{"name": "o", "python": counted(9)}], response={"body": {"called": "${o}"}}),
+    )
+    write(folder, "failing", get_flow("/failing", steps=[FAILS]))
+    held = {"name": "held", "python": "work:held"}
+    with Sink() as sink:
+        for kind, (good, _, bad) in KINDS.items():
+            good = json.loads(json.dumps(good).replace("SINK", sink.url))
+            steps = [{"name": "s", **good}, held]
+            write(folder, kind, get_flow(f"/{kind}", steps=steps, response={"body": f"${{s{PART.get(kind, '')}}}"}))
+            for name, value in INSTEAD.items():
+                steps = [{"name": "s", **bad, "onError": value if name != "continue" else name}, held]
+                write(folder, f"{kind}-{name}", get_flow(f"/{kind}-{name}", steps=steps, response={"body": "${s}"}))
+        names = [f"{kind}{more}" for kind in KINDS for more in ("", *(f"-{name}" for name in INSTEAD))]
+        with process(folder, "--workers", "64") as (server, url, _):
+            api = Api(url)
+            ids = {name: api.submit(f"/{name}") for name in names}
+            until(lambda: marks(folder)[7] == len(ids))
+            server.kill()
+        (folder / "go").touch()
+        with process(folder, "--workers", "64") as (_, url, _lines):
+            yield Api(url), ids, marks(folder)
+        assert sink.got.qsize() == 1
+    counts = marks(folder)
+    assert counts == {1: 1, 2: 1, 3: 1, 4: 2, 5: 5 * len(INSTEAD), 6: len(INSTEAD), 7: 2 * len(ids), 8: 1, 9: 1}
+
+
+@pytest.mark.parametrize("name", ["", *INSTEAD])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kill_behind_each_kind_of_step_resumes_behind_it(
+    behind_each_kind: tuple[Api, dict[str, str], Counter[int]], kind: str, name: str
+) -> None:
+    api, ids, _ = behind_each_kind
+    document = api.finished(ids[f"{kind}-{name}" if name else kind])
+    assert document["attempt"] == 2
+    assert api.result(document["id"]) == (INSTEAD[name] if name else KINDS[kind][1])
 
 
 MAKE = "import astera_lite, sys; astera_lite.SqliteStore(sys.argv[1]).close()"
