@@ -10474,7 +10474,8 @@ def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
                 path = "/" + "/".join(parts)
                 method = "" if flow.method == "GET" else f"-X {flow.method} "
                 query = _example_query(flow)
-                rows.append((flow.name, mode, f"{method}'{base}{PREFIXES[mode]}{path}{query}'"))
+                url = f"{base}{PREFIXES[mode]}{path}{query}".replace("'", r"'\''")
+                rows.append((flow.name, mode, f"{method}'{url}'"))
     width = max((len(name) for name, _, _ in rows), default=0)
     return [f"  {name:<{width}}  {mode:<12}  {url}" for name, mode, url in rows]
 
@@ -10486,7 +10487,8 @@ def _example(flow: Flow, name: str) -> str:
 
 def _example_query(flow: Flow) -> str:
     needed = [item.name for item in flow.parameters if item.where == "query" and item.required]
-    return "?" + "&".join(f"{name}={_example(flow, name)}" for name in needed) if needed else ""
+    pairs = [f"{urllib.parse.quote(name, safe='')}={_example(flow, name)}" for name in needed]
+    return "?" + "&".join(pairs) if pairs else ""
 
 
 def _texts(value: Any) -> list[str]:
@@ -10923,12 +10925,7 @@ _PARAMETERS: dict[str, Any] = {
     "DeploymentName": _parameter("name", "path", "The name of a deployment.", {**_TEXT, "maxLength": 64}),
     "Wait": _parameter(
         "Prefer", "header", "`wait=N` (RFC 7240): answer when the job is finished, after N seconds at the latest.",
-        _TEXT, example="wait=10",
-    ),
-    "Async": _parameter(
-        "Prefer", "header",
-        "`respond-async` (RFC 7240) makes a job of this request, as the asynchronous operation does.", _TEXT,
-        example="respond-async",
+        _TEXT,
     ),
     "CallbackUrl": _parameter(
         "callbackUrl", "query",
@@ -10947,29 +10944,28 @@ _PARAMETERS: dict[str, Any] = {
         {"type": "integer", "minimum": 1, "maximum": _MAX_LIST, "default": _DEFAULT_LIST},
     ),
     "Cursor": _parameter("cursor", "query", "`next` of the page before.", {**_TEXT, "pattern": "^[0-9a-f]{15}$"}),
+    "ResultLocation": _parameter("Location", "header", "The URL of the result.", _URI, required=True),
+    "WebhookId": _parameter("webhook-id", "header", "The same on every attempt.", _TEXT, required=True),
+    "WebhookTimestamp": _parameter(
+        "webhook-timestamp", "header", "Seconds since the epoch, of this attempt.", {**_TEXT, "pattern": "^[0-9]+$"},
+        required=True,
+    ),
+    "WebhookSignature": _parameter(
+        "webhook-signature", "header",
+        "`v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`; sent if the server has a secret.", _TEXT,
+    ),
 }  # fmt: skip
+_CALLBACK_HEADERS = ("ResultLocation", "WebhookId", "WebhookTimestamp", "WebhookSignature")
+#: Stands in every operation that takes a callbackUrl: some generators refuse a reference in its place.
 _CALLBACK: dict[str, Any] = {
     "{$request.query.callbackUrl}": {
         "post": {
-            "operationId": "callback",
             "tags": ["Jobs API"],
             "summary": "Tell that a job is finished",
             "description": "Sent when the job is finished, whatever its end (Standard Webhooks 1.0); sent again"
             " after a pause if it is not taken, as long as the result is kept.",
             "security": [],
-            "parameters": [
-                _parameter("Location", "header", "The URL of the result.", _URI, required=True),
-                _parameter("webhook-id", "header", "The same on every attempt.", _TEXT, required=True),
-                _parameter(
-                    "webhook-timestamp", "header", "Seconds since the epoch, of this attempt.",
-                    {**_TEXT, "pattern": "^[0-9]+$"}, required=True,
-                ),
-                _parameter(
-                    "webhook-signature", "header",
-                    "`v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`; sent if the server has a secret.",
-                    _TEXT,
-                ),
-            ],
+            "parameters": [_ref("parameters", name) for name in _CALLBACK_HEADERS],
             "requestBody": {"required": True, "content": _content(_ref("schemas", "FinishedJob"))},
             "responses": {
                 "2XX": {"description": "It was taken."},
@@ -10999,10 +10995,9 @@ _JOB_NOW["headers"] |= {
     "Retry-After": _WHILE_IT_RUNS,
     "Location": {**_HEADERS["Location"], "required": False, "description": "When it is finished: the result."},
 }
-_ANY_ANSWER = {
+_OWN_RESULT = {
     "description": "The flow's own response, with its own status, headers and body.",
     "headers": _headers("Job-Status", "Preference-Applied"),
-    "content": {"*/*": {}},
 }
 _FLOW_BODY = {"required": True, "content": _content(_ref("schemas", "Flow"))}
 _GONE, _STATE = {"_404": "UnknownJob"}, {"_202": "Accepted", "_404": "UnknownJob"}
@@ -11037,7 +11032,7 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "/api/jobs/{id}/result": {
         "get": _known(
             "Jobs API", "Fetch the result", "As often as wanted, until it expires.", ("JobId", "Wait"),
-            operationId="getJobResult", responses=_answers(**_STATE) | {"2XX": _ANY_ANSWER, "default": _ANY_ANSWER},
+            operationId="getJobResult", responses=_answers(**_STATE),
         )
     },
     "/api/jobs/{id}/cancel": {
@@ -11370,12 +11365,27 @@ def _own_responses(flow: Flow) -> dict[str, dict[str, Any]]:
     return responses
 
 
+def _add_results(responses: dict[str, dict[str, Any]], answers: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """What flows answer is what the result of a job may be; of any status, where one of them computes it."""
+    known = {"2XX": {"application/json"}, "default": {"application/json", "application/problem+json"}}
+    for code, answer in answers:
+        one = code if code in responses else "2XX" if code[0] == "2" else "default"
+        for status in [*responses, *known] if code == "default" else [one]:
+            known.setdefault(status, set()).update(answer.get("content", ()))
+    for status, media in known.items():
+        if media:
+            kinds = sorted(media, key=lambda kind: (kind != "application/json", kind))  # generators take the first
+            schemas = {"application/problem+json": _ref("schemas", "Problem")}
+            content = {kind: {"schema": schemas.get(kind, {})} for kind in kinds}
+            _add_answer(responses, status, {**_OWN_RESULT, "content": content})
+
+
 def _flow_operation(flow: Flow, mode: str, renamed: Mapping[str, str]) -> dict[str, Any]:
     """How a flow is called in one mode."""
-    asynchronous, both = mode == "asynchronous", len(flow.modes) == 2
+    asynchronous = mode == "asynchronous"
     parameters = _flow_parameters(flow, renamed)
     own = {item["name"].lower() for item in parameters if item["in"] == "header"}
-    shared = ["CallbackUrl", "Wait", "IdempotencyKey"] if asynchronous else ["Async"] if both else []
+    shared = ["CallbackUrl", "Wait", "IdempotencyKey"] if asynchronous else []
     names = [name for name in shared if _PARAMETERS[name]["name"].lower() not in own]
     responses = _own_responses(flow)
     if asynchronous:
@@ -11383,9 +11393,9 @@ def _flow_operation(flow: Flow, mode: str, renamed: Mapping[str, str]) -> dict[s
             if "$ref" not in answer:
                 answer["headers"] = answer["headers"] | _headers("Job-Status", "Content-Location", "Preference-Applied")
     problems = [404] + [413, 415] * bool(flow.content_types) + [429] * (flow.when_full == "refuse" and bool(flow.limit))
-    for status in problems + [422] * (asynchronous or both):
+    for status in problems + [422] * asynchronous:
         _add_answer(responses, str(status), _ref("responses", _PROBLEMS[status][0]))
-    if asynchronous or both:
+    if asynchronous:
         _add_answer(responses, "202", _ref("responses", "Accepted"))
     words = flow.description or f"The flow {flow.name}."
     if flow.strict:
@@ -11394,6 +11404,8 @@ def _flow_operation(flow: Flow, mode: str, renamed: Mapping[str, str]) -> dict[s
         words += (
             "\n\nAnswers 202 once the job is stored; with `Prefer: wait=N`, if it is finished in time, as its result."
         )
+    elif len(flow.modes) == 2:
+        words += f"\n\n`Prefer: respond-async` (RFC 7240) makes a job of the request, as `{flow.name}.submit` does."
     operation = {
         "operationId": f"{flow.name}.{'submit' if asynchronous else 'run'}",
         "tags": [flow.name],
@@ -11403,7 +11415,7 @@ def _flow_operation(flow: Flow, mode: str, renamed: Mapping[str, str]) -> dict[s
         **_body_of(flow),
         "responses": responses,
     }
-    return operation | ({"callbacks": {"finished": _ref("callbacks", "finished")}} if asynchronous else {})
+    return operation | ({"callbacks": {"finished": _CALLBACK}} if asynchronous else {})
 
 
 def openapi_document(
@@ -11428,6 +11440,7 @@ def openapi_document(
             if mode in flow.modes:
                 path = paths.setdefault(PREFIXES[mode] + resource_path, {})
                 path[flow.method.lower()] = _flow_operation(flow, mode, renamed)
+    answers = [item for methods in paths.values() for one in methods.values() for item in one["responses"].items()]
     paths = dict(sorted(paths.items())) | {
         path: {method: copy.deepcopy(operation) for method, operation in methods.items()}
         for path, methods in _OPERATIONS.items()
@@ -11437,6 +11450,8 @@ def openapi_document(
             is_open = not secured or operation.get("security") == []
             for status in _ALWAYS + (() if is_open else (401,)):
                 _add_answer(operation["responses"], str(status), _ref("responses", _PROBLEMS[status][0]))
+            if operation.get("operationId") == "getJobResult":
+                _add_results(operation["responses"], answers)
             operation["responses"] = dict(sorted(operation["responses"].items()))
     document: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -11457,7 +11472,6 @@ def openapi_document(
         "responses": _RESPONSES,
         "parameters": _PARAMETERS,
         "headers": _HEADERS,
-        "callbacks": {"finished": _CALLBACK},
     }
     components = _referenced(document, shared)
     if secured:
@@ -11725,7 +11739,7 @@ def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
     return {"mode": "raw", "raw": text, **options_}, text.encode()
 
 
-#: How Postman wants a value, by the place where it stands: it escapes blanks and the like, but not what has a meaning.
+#: How Postman wants names and values, by the place where they stand: it escapes blanks, but not what has a meaning.
 _IN_POSTMAN: dict[str, Callable[[str], str]] = {
     "path": partial(urllib.parse.quote, safe=""),
     "query": partial(urllib.parse.quote, safe="/:@, "),
@@ -11744,11 +11758,12 @@ def _sample_request(flow: Flow, mode: str) -> tuple[dict[str, Any], list[int]]:
         sent = item.required or "example" in spec or "default" in spec
         if sent:
             params[item.name] = value
-        texts = [_IN_POSTMAN[item.where](text) for text in _texts(value)]
+        write = _IN_POSTMAN[item.where]
+        texts = [write(text) for text in _texts(value)]
         for text in texts if item.where == "query" else [",".join(texts)]:
-            fields[item.where].append(_field(item.name, text, note, not sent))
+            fields[item.where].append(_field(write(item.name), text, note, not sent))
     for name in flow.selection.names:
-        fields["query"].append(_field(name, "", _SELECTING.get(name, _FILTERING), True))
+        fields["query"].append(_field(_IN_POSTMAN["query"](name), "", _SELECTING.get(name, _FILTERING), True))
     if mode == "asynchronous":
         fields["query"].append(_field("callbackUrl", "", _PARAMETERS["CallbackUrl"]["description"], True))
         for about, value in ((_PARAMETERS["Wait"], "wait=10"), (_PARAMETERS["IdempotencyKey"], "{{$guid}}")):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from support import EVERYTHING, ROOT, Client, Running, get_flow, process, running
+from support import EVERYTHING, ROOT, Client, Running, Sink, get_flow, process, running
 
 import astera_lite
 from astera_lite import Deployments, build_flow, openapi_document, portable_pattern
@@ -102,7 +102,7 @@ def test_nothing_shared_is_unused_and_nothing_used_is_missing() -> None:
     for kind, parts in WHOLE["components"].items():
         for name in parts:
             assert f'"#/components/{kind}/{name}"' in text
-    assert not (set(WHOLE["components"]) - {"schemas", "responses", "parameters", "headers", "callbacks"})
+    assert not (set(WHOLE["components"]) - {"schemas", "responses", "parameters", "headers"})
 
 
 def test_a_token_is_declared_only_where_one_is_wanted() -> None:
@@ -119,14 +119,47 @@ def test_a_token_is_declared_only_where_one_is_wanted() -> None:
 
 def test_asynchronous_operations_declare_what_a_job_needs() -> None:
     operation = WHOLE["paths"]["/api/publishingAsync/once"]["get"]
-    callback = resolved(WHOLE, operation["callbacks"]["finished"])
-    assert list(callback) == ["{$request.query.callbackUrl}"]
+    assert list(operation["callbacks"]["finished"]) == ["{$request.query.callbackUrl}"]
     names = {resolved(WHOLE, item)["name"] for item in operation["parameters"]}
     assert names == {"callbackUrl", "Prefer", "Idempotency-Key"}
     accepted = resolved(WHOLE, operation["responses"]["202"])
     assert accepted["headers"].keys() >= {"Location", "Retry-After", "Job-Status", "Preference-Applied"}
     body = {"type": "array", "minItems": 2, "maxItems": 2, "items": {}}
     assert operation["responses"]["201"]["content"] == {"application/json": {"schema": body}}
+
+
+def test_a_synchronous_operation_is_synchronous() -> None:
+    both = WHOLE["paths"]["/api/publishing/rows"]["get"]
+    assert "202" not in both["responses"] and "422" not in both["responses"]
+    assert {item["name"] for item in both["parameters"]} == {"cursor", "state", "sort_by"}
+    assert (
+        "`Prefer: respond-async` (RFC 7240) makes a job of the request, as `rows.submit` does." in both["description"]
+    )
+    # A form for people sends what an example says.
+    shared = [item for item in WHOLE["components"]["parameters"].values() if item["in"] == "header"]
+    assert shared and not [item for item in shared if {"example", "examples"} & (item.keys() | item["schema"].keys())]
+
+
+def test_a_result_is_what_flows_answer() -> None:
+    flows = {
+        "page": get_flow("/page", response={"headers": {"Content-Type": "text/html"}, "body": "<p>"}),
+        "lost": get_flow("/lost", response={"status": 404, "headers": {"Content-Type": "text/csv"}, "body": "a,b"}),
+        "made": get_flow("/made", response={"status": "${200}", "headers": {"Content-Type": "image/png"}, "body": "x"}),
+    }
+
+    def result_of(*names: str) -> dict[str, dict[str, Any]]:
+        tree = document(*((name, flows[name]) for name in names))
+        responses = tree["paths"]["/api/jobs/{id}/result"]["get"]["responses"]
+        return {code: resolved(tree, answer)["content"] for code, answer in responses.items()}
+
+    plain, media = result_of(), {"schema": {}}
+    assert plain["2XX"] == {"application/json": media}
+    problem, unknown = ({"$ref": f"#/components/schemas/{name}"} for name in ("Problem", "UnknownJobProblem"))
+    assert plain["default"] == {"application/json": media, "application/problem+json": {"schema": problem}}
+    assert result_of("page") == plain | {"2XX": {"application/json": media, "text/html": media}}
+    either = {"schema": {"anyOf": [unknown, problem]}}
+    assert result_of("lost") == plain | {"404": {"application/problem+json": either, "text/csv": media}}
+    assert all("image/png" in content for content in result_of("made").values())
 
 
 def test_what_a_flow_may_answer_is_told_as_far_as_it_is_known() -> None:
@@ -187,6 +220,112 @@ def test_a_pattern_means_what_json_schema_says() -> None:
     assert end.search("12") and not end.search("12\n") and not end.search("١٢")
     assert astera_lite.compile_pattern(r"^\s.\S$").search("\u00a0ab")
     assert not astera_lite.compile_pattern("^.$").search("\u2028")
+
+
+def called(*command: str, cwd: Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+PYTHON_CALLER = """
+import sys
+from uuid import UUID
+
+from made.api.hello import hello_run, hello_submit
+from made.api.jobs_api import get_job_result, get_job_status
+from made.api.order import order_run
+from made.client import Client
+from made.models.hello_run_response_200 import HelloRunResponse200
+from made.models.order_run_body import OrderRunBody
+from made.models.order_run_body_items_item import OrderRunBodyItemsItem
+from made.models.order_run_body_items_item_sku import OrderRunBodyItemsItemSku
+from made.models.problem import Problem
+from made.models.status_document import StatusDocument
+
+with Client(base_url=sys.argv[1], raise_on_unexpected_status=True) as client:
+    hello = hello_run.sync(client=client, name="Ada & Bob")
+    assert isinstance(hello, HelloRunResponse200)
+    print(hello.greeting)
+    job = hello_submit.sync(client=client, name="ü", callback_url=sys.argv[2])
+    assert isinstance(job, StatusDocument)
+    status = get_job_status.sync(job.id, client=client, prefer="wait=10")
+    assert isinstance(status, StatusDocument)
+    print(status.status, get_job_result.sync(job.id, client=client))
+    items = [OrderRunBodyItemsItem(sku=OrderRunBodyItemsItemSku.PLUM, quantity=1)]
+    refused = order_run.sync(client=client, body=OrderRunBody(customer="Ada", items=items))
+    assert isinstance(refused, Problem)
+    print(refused.detail)
+    lost = get_job_result.sync(UUID(int=0), client=client)
+    print(type(lost).__name__)
+"""
+
+
+def test_a_client_in_python_is_generated_checked_and_calls(tmp_path: Path, sink: Sink) -> None:
+    (tmp_path / "all.json").write_text(json.dumps(WHOLE))
+    program = str(Path(sys.executable).with_name("openapi-python-client"))
+    (tmp_path / "bare.yml").write_text("post_hooks: []")  # they tidy what is made, with whatever ruff is found
+    make = (program, "generate", "--meta", "none", "--config", "bare.yml", "--output-path")
+    warned = [line for line in called(*make, "whole", "--path", "all.json", cwd=tmp_path).split("\n") if "WARN" in line]
+    # Dates in headers, and bodies that are text, are beyond it.
+    paths = ["publishing/headers", "publishingAsync/headers", "publishing/text", "publishingAsync/text"]
+    assert sorted(line.split("/api/")[1].split()[0] for line in warned) == sorted(paths)
+    (tmp_path / "caller.py").write_text(PYTHON_CALLER)
+    with process(tmp_path, "--flows", str(ROOT / "flows")) as (_, url, _):
+        called(*make, "made", "--url", f"{url}/openapi.json", "--fail-on-warning", cwd=tmp_path)
+        called(sys.executable, "-m", "mypy", "caller.py", cwd=tmp_path)
+        said = called(sys.executable, "caller.py", url, f"{sink.url}/done", cwd=tmp_path).splitlines()
+    greeting, result, detail, lost = said
+    assert greeting == "Hello, Ada & Bob!"
+    assert result == "Completed {'greeting': 'Hello, ü!'}"
+    assert detail == "not enough in stock: plum"
+    assert lost == "UnknownJobProblem"
+    assert sink.next()[1]["status"] == "Completed"
+
+
+OPENAPI_TYPESCRIPT = ROOT / "node_modules" / ".bin" / "openapi-typescript"
+TYPESCRIPT_CALLER = """
+import type { operations } from "./api";
+
+type Operation = { parameters: { query?: object }, responses: object };
+type Body<O extends Operation, Status> =
+    O["responses"] extends { [S in Status & number]: { content: { "application/json": infer B } } } ? B : never;
+
+async function call<Id extends keyof operations, Status extends number>(
+    _: Id, path: string, status: Status, query: NonNullable<operations[Id]["parameters"]["query"]> = {},
+): Promise<Body<operations[Id], Status>> {
+    const words = Object.entries(query).map((pair) => pair.map((text) => encodeURIComponent(String(text))).join("="));
+    const answer = await fetch(`URL${path}?${words.join("&")}`);
+    if (answer.status !== status) throw new Error(`${path}: ${answer.status}`);
+    return answer.json();
+}
+
+const greeting: string = (await call("hello.run", "/api/publishing/hello", 200, { name: "Ada & Bob" })).greeting;
+const job = await call("hello.submit", "/api/publishingAsync/hello", 202, { name: "ü" });
+const result: operations["getJobResult"]["responses"]["2XX"]["content"]["application/json"] =
+    await (await fetch(job.statusUrl.replace(/status$/, "result"), { headers: { Prefer: "wait=10" } })).json();
+const { jobs } = await call("listJobs", "/api/jobs", 200, { flow: "hello", status: "Completed" });
+console.log(JSON.stringify([greeting, result, jobs.map((one) => one.flow)]));
+export {};
+"""
+
+
+@pytest.mark.skipif(
+    not OPENAPI_TYPESCRIPT.exists() and not os.environ.get("CI"),
+    reason="there is no openapi-typescript here: npm install --no-save openapi-typescript@7.13.0",
+)
+def test_a_client_in_typescript_is_generated_compiled_and_calls(tmp_path: Path) -> None:
+    (tmp_path / "all.json").write_text(json.dumps(WHOLE))
+    compiler = str(OPENAPI_TYPESCRIPT.with_name("tsc"))
+    compile_ = (compiler, "--strict", "--target", "es2022", "--module", "es2022", "--moduleResolution", "bundler")
+    called(str(OPENAPI_TYPESCRIPT), "all.json", "--output", "whole.ts", cwd=tmp_path)
+    called(*compile_, "--noEmit", "whole.ts", cwd=tmp_path)
+    with process(tmp_path, "--flows", str(ROOT / "flows")) as (_, url, _):
+        called(str(OPENAPI_TYPESCRIPT), f"{url}/openapi.json", "--output", "api.ts", cwd=tmp_path)
+        (tmp_path / "caller.mts").write_text(TYPESCRIPT_CALLER.replace("URL", url))
+        called(*compile_, "caller.mts", cwd=tmp_path)
+        said = called("node", "caller.mjs", cwd=tmp_path)
+    assert json.loads(said) == ["Hello, Ada & Bob!", {"greeting": "Hello, ü!"}, ["hello"]]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,27 @@ def test_examples_come_from_the_flow() -> None:
         "sent": "2026-01-31T12:00:00Z",
         "tags": ["x"],
     }
+
+
+ODD_NAMES = {name: name[::-1] + "," for name in ("q&a", "x=y", "a b", "1+1", "50%", "ä#", "[x]", "{{token}}", "it's")}
+
+
+@needs(NEWMAN, "newman")
+def test_names_of_query_parameters_are_sent_as_they_are(tmp_path: Path) -> None:
+    parameters = {name: {"in": "query", "example": value, "required": True} for name, value in ODD_NAMES.items()}
+    flow = get_flow("/it's", request={"parameters": parameters, "strict": True}, response={"body": "${params}"})
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "odd.json").write_text(json.dumps(flow))
+    with process(tmp_path) as (_, url, lines):
+        sent, failures = newman(tmp_path, f"{url}/postman.json")
+        printed = [shlex.split(line) for line in lines if "/api/publishing/" in line]
+        client = astera_lite.Outbound()
+        answer = client.fetch("GET", printed[0][-1], {}, None, timeout=10, max_bytes=1 << 20)
+    assert failures == [] and sent["odd: run"] == sent["odd: fetch"] == 1
+    executions = json.loads((tmp_path / "report.json").read_text())["run"]["executions"]
+    bodies = {each["item"]["name"]: bytes(each["response"]["stream"]["data"]) for each in executions}
+    for body in (bodies["odd: run"], bodies["odd: fetch"], answer.body):
+        assert json.loads(body) == ODD_NAMES
 
 
 def test_values_that_do_not_suffice_are_told() -> None:
