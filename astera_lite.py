@@ -6488,7 +6488,7 @@ class Store(Protocol):
         """Put on record that a job waits, in which step, and until when; `done` gets whether it is Running."""
 
     def requeue(self, key: JobKey, attempt: int) -> None:
-        """Take back that a run began: it was stopped with the server and is not to count as interrupted."""
+        """Put on record that an orderly stop broke a run off: unlike a crash it does not count as an attempt."""
 
     def attend(self, post: Post | None) -> None:
         """Say that the calling thread calls `commit` after its writes, and after each function that `post` is given.
@@ -7351,7 +7351,7 @@ class SqliteStore:
         self._put(run, done, keep=True)
 
     def requeue(self, key: JobKey, attempt: int) -> None:
-        sql = "UPDATE jobs SET attempt = ?, started = NULL WHERE seq = ? AND status = 'Running' AND attempt > ?"
+        sql = "UPDATE jobs SET attempt = ? WHERE seq = ? AND status = 'Running' AND attempt > ?"
         self._put(partial(_execute, sql, (attempt - 1, key.seq, attempt - 1)), keep=True)
 
     def barrier(self, done: Done) -> None:
@@ -7941,7 +7941,7 @@ _COMPUTING = 2  # threads that run Python at one time: more would only hand the 
 
 
 class Prepared(NamedTuple):
-    """A job that can run. `interrupted` says that a run of it died with its server."""
+    """A job that can run. `interrupted` says that a run of it began and was broken off by the end of its server."""
 
     job: Job
     flow: Flow
@@ -8584,7 +8584,10 @@ class Engine:
                 live.abandoned = True
         for live in left_over:
             assert live.job is not None
-            self._store.requeue(live.job.key, live.attempt)
+            if live.cancel.is_set:  # it was to end, and is not to begin again
+                self.end(live.job, Outcome.failed("cancelled", 409, "The job was cancelled."))
+            else:
+                self._store.requeue(live.job.key, live.attempt)
             live.cancel.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         return len(left_over)
@@ -9218,7 +9221,7 @@ class AsteraLite:
         left = self.engine.stop(self.settings.shutdown_timeout)
         if left:
             log.warning(
-                "%d jobs still ran after %gs; they run again after the next start", left, self.settings.shutdown_timeout
+                "%d jobs still ran after %gs; the next start takes them up", left, self.settings.shutdown_timeout
             )
         self.outside.close()
         self.courier.stop()
@@ -9547,7 +9550,7 @@ class AsteraLite:
             outcome = Outcome.failed("interrupted", 500, "The flow that was called is not there any more.")
             self.engine.end(job, outcome)
             return outcome
-        interrupted = job.attempt > 0 and job.due is None and job.started is not None
+        interrupted = job.started is not None and job.due is None
         saved = {path: from_saved(text, self.outside.secrets) for path, text in loaded.saved.items()}
         return Prepared(job, flow, given, saved, loaded.waits, loaded.trace, interrupted)
 

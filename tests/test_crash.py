@@ -38,6 +38,11 @@ def mark(context, n, pause=0.0):
     time.sleep(pause)
     return n * 2
 
+def deaf(context):
+    """Runs until the process ends."""
+    while True:
+        mark(context, 3, 0.02)
+
 def held(context):
     """Runs until a file is there."""
     mark(context, 7)
@@ -224,16 +229,45 @@ def test_sigterm_lets_running_jobs_end_and_leaves_the_queue_to_the_next_start(fo
     assert marks(folder) == {7: 1, 100: 1, 101: 1}
 
 
-def test_a_job_that_outlasts_the_shutdown_runs_again_and_was_not_interrupted(folder: Path) -> None:
+@pytest.mark.parametrize("restart", ["resume", "rerun", "fail"])
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_a_run_that_the_server_broke_off_was_interrupted_however_it_stopped(
+    folder: Path, how: str, restart: str
+) -> None:
+    steps = [{"name": "once", "python": counted(1)}, {"name": "h", "python": "work:held"}]
+    write(folder, "f", get_flow("/f", steps=steps, restart=restart))
     with process(folder, "--shutdown-timeout", "50ms") as (server, url, lines):
-        job_id = Api(url).submit("/held")
+        job_id = Api(url).submit("/f")
         until(lambda: marks(folder)[7] == 1)
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 0
-        until(lambda: any("still ran" in line for line in lines))
+        if how == "stopped":
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(10) == 0
+            until(lambda: any("still ran" in line for line in lines))
+        else:
+            server.kill()
     (folder / "go").touch()
     with process(folder) as (_, url, _lines):
-        assert Api(url).finished(job_id)["attempt"] == 1
+        document = Api(url).job(job_id, wait=15)
+        assert (document["status"], document["error"] and document["error"]["code"]) == (
+            ("Error", "interrupted") if restart == "fail" else ("Completed", None)
+        )
+        assert document["attempt"] == (1 if how == "stopped" else 2)  # a stop is no crash
+    assert marks(folder) == {1: 2 if restart == "rerun" else 1, 7: 1 if restart == "fail" else 2}
+
+
+def test_a_job_that_was_cancelled_does_not_run_again_after_a_stop(folder: Path) -> None:
+    write(folder, "f", get_flow("/f", steps=[{"name": "h", "python": "work:deaf"}]))
+    with process(folder, "--shutdown-timeout", "50ms") as (server, url, _):
+        api = Api(url)
+        job_id = api.submit("/f")
+        until(lambda: marks(folder)[3] > 0)
+        assert api.session.post(f"{url}/api/jobs/{job_id}/cancel", timeout=10).status_code == 202
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0
+    before = marks(folder)
+    with process(folder) as (_, url, _lines):
+        assert Api(url).job(job_id, wait=15)["error"]["code"] == "cancelled"
+    assert marks(folder) == before
 
 
 def test_a_second_server_on_the_database_exits_4_and_the_first_is_unharmed(folder: Path) -> None:
