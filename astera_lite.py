@@ -735,7 +735,9 @@ class Settings(NamedTuple):
     sync_timeout: float = _setting(60.0, "duration", "longest synchronous run", low=0.001)
     max_wait: float = _setting(60.0, "duration", "longest wait that a client may ask for (Prefer: wait=N)")
     max_queue: int = _setting(100_000, "int", "accepted jobs not yet started; one more is refused (503)", low=1)
-    max_connections: int = _setting(1000, "int", "open connections; one more is refused (503)", low=1)
+    max_connections: int = _setting(
+        1000, "int", "open connections; at the limit the one idle longest gives way (503 if all work)", low=1
+    )
     max_header: int = _setting(64 << 10, "size", "longest header block of a request (431)", low=1024)
     max_url: int = _setting(16 << 10, "size", "longest URL of a request (414)", low=256)
     max_body: int = _setting(10 << 20, "size", "longest body of a request (413)")
@@ -12758,6 +12760,7 @@ _MAX_BUFFERED = 256 << 20  # bytes of requests and answers in all connections to
 _ACCEPTS_A_TURN = 64
 _EVENTS_AT_ONCE = 32  # after which a slow disk is given its work, and answers that are ready are sent
 _TURNED_AWAY = 128  # connections too many that are given the time to read why
+_GRACE_S = 0.01  # who came, or was answered, more recently is about to ask, and does not give way to a newcomer
 _TURN_S = 0.002  # seconds after which a client that sends requests without waiting lets the others have their turn
 _SWEEP_S = 0.02  # seconds between sweeps at the least
 
@@ -12785,7 +12788,8 @@ class Handler(BaseRequestHandler):
         self.taken = 0  # bytes of the answer that the client took since its deadline was set
         self.counted = 0  # bytes buffered, as the server counts them
         self.events = selectors.EVENT_READ
-        self.deadline = time.monotonic() + (limits.request_timeout if self.shaking else limits.idle_timeout)
+        self.since = time.monotonic()  # when it came, or the client had its last answer
+        self.deadline = self.since + (limits.request_timeout if self.shaking else limits.idle_timeout)
         self.at_deadline: tuple[Callable[[], None], bool] | None = None  # of the request in flight, and may it be early
         server.selector.register(request, self.events, self)
 
@@ -12842,6 +12846,8 @@ class Handler(BaseRequestHandler):
                     self.close()
                 else:
                     self.update_interest()
+                    if self.at_deadline is not None and self.at_deadline[1]:
+                        self.call_deadline()  # the client may have gone: it does not wait, and holds no place
                 return
             if self.lingering:
                 continue
@@ -13045,8 +13051,8 @@ class Handler(BaseRequestHandler):
             return
         begun = self.parser.begun
         if self.exchange is None:  # else it was 100 Continue, and the time of its request goes on
-            limits = self.loop.limits
-            self.deadline = time.monotonic() + (limits.request_timeout if begun else limits.idle_timeout)
+            limits, self.since = self.loop.limits, time.monotonic()
+            self.deadline = self.since + (limits.request_timeout if begun else limits.idle_timeout)
         if begun or self.at_end or self.want_write or self.events != selectors.EVENT_READ:
             self.advance()
         else:  # the same in short, for there is nothing more
@@ -13067,8 +13073,8 @@ class Handler(BaseRequestHandler):
         except OSError:
             self.close()
             return
-        self.lingering = True
-        self.deadline = time.monotonic() + _LINGER_S
+        self.lingering, self.since = True, time.monotonic()
+        self.deadline = self.since + _LINGER_S
         self.update_interest()
 
     def update_interest(self) -> None:
@@ -13099,7 +13105,7 @@ class Handler(BaseRequestHandler):
     def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
         """Call a function after so many seconds, unless the request in flight was answered by then."""
         self.at_deadline = (function, early)
-        self.deadline = time.monotonic() + (0 if early and self.loop.stopping else seconds)
+        self.deadline = time.monotonic() + (0 if early and (self.loop.stopping or self.at_end) else seconds)
         self.loop.sweep_by(self.deadline)
 
     def call_deadline(self) -> None:
@@ -13107,6 +13113,10 @@ class Handler(BaseRequestHandler):
         if self.at_deadline is not None:
             function, self.at_deadline, self.deadline = self.at_deadline[0], None, math.inf
             function()
+
+    def gives_way(self) -> bool:
+        """Whether it is idle, its request is not complete, or the client sends no more and may have gone."""
+        return not (self.out or self.yielded or self.turned_away or (self.in_flight and not self.at_end))
 
     def overdue(self) -> None:
         """The deadline has passed: say so if a request was begun, then close."""
@@ -13151,7 +13161,7 @@ class _Listener(NamedTuple):
     """What is ready to be read, and is no connection."""
 
     function: Callable[[], None]
-    deadline: float = 0  # it comes first
+    deadline: float = math.inf  # it comes last: what a client has sent is read before it gives way to a newcomer
 
     def on_events(self, mask: int) -> None:
         self.function()
@@ -13206,6 +13216,8 @@ class Server(ThreadingHTTPServer):
         app.metrics.connections.append(self.handlers)
         self.buffered = 0
         self.turned_away = 0  # handlers that only tell their client that there are too many
+        self._next_to_go: list[tuple[float, int, Handler]] = []  # who waits for its client longest, the last first
+        self._fresh_from = 0.0  # who came or was answered later does not go
         self.stopping = False
         self._inbox: deque[Callable[[], None]] = deque()
         self._awake = False
@@ -13393,6 +13405,7 @@ class Server(ThreadingHTTPServer):
     def _accept(self) -> None:
         if self.stopping:  # since the selector said so
             return
+        self._fresh_from = time.monotonic() - _GRACE_S
         for _ in range(_ACCEPTS_A_TURN):
             try:
                 request, address = self.socket.accept()
@@ -13410,7 +13423,7 @@ class Server(ThreadingHTTPServer):
         request.setblocking(False)
         try:
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            crowded = len(self.handlers) - self.turned_away >= self.limits.max_connections
+            crowded = len(self.handlers) - self.turned_away >= self.limits.max_connections and not self._make_room()
             if crowded and self.turned_away >= _TURNED_AWAY:
                 if self.tls is None:
                     request.send(self._too_many())
@@ -13426,6 +13439,20 @@ class Server(ThreadingHTTPServer):
         if crowded:
             self.turned_away += 1
             handler.turn_away(self._too_many())
+
+    def _make_room(self) -> bool:
+        """Close the connection whose client has kept it waiting longest; False where all are at work, or fresh."""
+        while True:
+            while self._next_to_go:
+                since, _, handler = self._next_to_go.pop()
+                if handler.since == since and handler.gives_way() and not handler.closed:
+                    handler.close()
+                    return True
+            waiting = ((h.since, id(h), h) for h in self.handlers if h.since < self._fresh_from and h.gives_way())
+            # many at once, or each newcomer would cost a look at all
+            self._next_to_go = heapq.nsmallest(_ACCEPTS_A_TURN, waiting)[::-1]
+            if not self._next_to_go:
+                return False
 
     def _too_many(self) -> bytes:
         self.requests["", "", 503] += 1

@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -246,6 +247,29 @@ def test_a_half_closed_client_still_gets_its_answer(tmp_path: Path) -> None:
             assert answered.json == "through"
 
 
+def test_a_client_that_hangs_up_within_a_long_poll_holds_no_place(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS) as it:
+        gate = Gate(it.app)
+        poll = urlsplit(it.client.get("/api/publishingAsync/gate").json()["statusUrl"]).path
+        assert gate.entered.wait(5)
+        held = len(it.server.handlers)
+        waits = "Prefer: wait=60"
+        for path in (
+            poll,
+            poll.replace("/status", "/result"),
+            "/api/publishingAsync/hello/1",
+            "/api/publishingAsync/gate",
+        ):
+            with connected(it.server) as sock:
+                sock.sendall(request("GET", path, waits) * 2)
+        eventually(lambda: len(it.server.handlers) == held)
+        with connected(it.server) as half:  # who still reads is told how it stands
+            half.sendall(request("GET", poll, waits) * 2)
+            half.shutdown(socket.SHUT_WR)
+            assert [each.json["status"] for each in answers(read_to_end(half))] == ["Running", "Running"]
+        gate.opened.set()
+
+
 def test_a_half_closed_client_gets_every_answer_it_asked_for(tmp_path: Path) -> None:
     with running(tmp_path, FLOWS) as it:
         gate = Gate(it.app)
@@ -457,24 +481,109 @@ def test_a_client_that_sends_too_much_can_read_why(tmp_path: Path) -> None:
     assert answer.status_code == 413
 
 
-def test_one_connection_too_many_is_turned_away(tmp_path: Path) -> None:
-    with (
-        running(tmp_path, FLOWS, max_connections=2) as it,
-        connected(it.server) as first,
-        connected(it.server) as second,
-    ):
-        for sock in (first, second):
-            sock.sendall(request("GET", "/nothing"))
-            one_answer(sock)
+@contextmanager
+def working(it: Running) -> Iterator[tuple[socket.socket, threading.Event]]:
+    """A connection whose request runs until the event is set."""
+    gate = Gate(it.app)
+    with connected(it.server) as sock:
+        sock.sendall(request("GET", sync("/gate"), close=True))
+        assert gate.entered.wait(5)
+        try:
+            yield sock, gate.opened
+        finally:
+            gate.opened.set()
+
+
+def aged(server: Server, sock: socket.socket) -> Handler:
+    """The server's side of a connection, which from now on is there for longer than all that are not aged."""
+    (found,) = (each for each in server.handlers if each.client_address == sock.getsockname())
+    found.since -= 10
+    return found
+
+
+def answers_a_newcomer(server: Server) -> bool:
+    return answers(talk(server, request("GET", "/health", close=True)))[0].status == 200
+
+
+def test_where_all_are_at_work_one_connection_too_many_is_turned_away(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, max_connections=1) as it, working(it) as (first, opened):
         (answered,) = answers(talk(it.server))
         assert (answered.status, answered.headers["connection"]) == (503, "close")
         assert int(answered.headers["retry-after"]) >= 1
         assert answered.json["status"] == 503
-        first.sendall(request("GET", sync("/hello/1"), close=True))  # who is in stays in
-        assert answers(read_to_end(first))[0].status == 200
+        opened.set()  # who is in stays in
+        assert answers(read_to_end(first))[0].json == "through"
         first.close()
-        eventually(lambda: len(it.server.handlers) < 2)
-        assert answers(talk(it.server, request("GET", "/health", close=True)))[0].status == 200
+        eventually(lambda: not it.server.handlers)
+        assert answers_a_newcomer(it.server)
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [b"", request("GET", "/nothing"), b"GET /health HTTP/1.1\r\nX: ", post_json(sync("/echo"), b"12")[:-1]],
+    ids=["never asked", "idle", "half a head", "half a body"],
+)
+def test_who_keeps_the_server_waiting_longest_gives_way_to_a_newcomer(tmp_path: Path, wire: bytes) -> None:
+    with (
+        running(tmp_path, FLOWS, max_connections=3) as it,
+        working(it) as (worker, opened),
+        connected(it.server) as other,
+        connected(it.server) as longest,
+    ):
+        longest.sendall(wire)
+        if wire == request("GET", "/nothing"):
+            one_answer(longest)
+        for sock in (worker, other, longest):
+            other.sendall(request("GET", "/nothing"))  # so that the server has read what the others sent
+            one_answer(other)
+            aged(it.server, sock)
+        aged(it.server, longest)
+        assert answers_a_newcomer(it.server)
+        assert longest.recv(1) == b""
+        other.sendall(request("GET", "/nothing"))
+        assert one_answer(other).status == 404
+        opened.set()
+        assert answers(read_to_end(worker))[0].json == "through"
+
+
+def test_many_idle_connections_lock_nobody_out(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, max_connections=100) as it, ExitStack() as stack:
+        for _ in range(300):
+            idle = stack.enter_context(connected(it.server))
+        idle.sendall(request("GET", "/nothing"))
+        eventually(lambda: answers_a_newcomer(it.server))
+        assert len(it.server.handlers) - it.server.turned_away <= 100
+
+
+def test_a_client_that_has_gone_while_its_flow_runs_gives_way(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, max_connections=1) as it, working(it) as (gone, _):
+        handler = aged(it.server, gone)
+        gone.shutdown(socket.SHUT_WR)
+        eventually(lambda: handler.at_end)
+        assert answers_a_newcomer(it.server)
+
+
+def test_who_has_sent_a_request_does_not_give_way(tmp_path: Path) -> None:
+    """Its bytes may be there before the newcomer, but not read yet."""
+    with running(tmp_path, FLOWS, max_connections=1) as it, connected(it.server) as first:
+        first.sendall(request("GET", "/nothing"))
+        one_answer(first)
+        aged(it.server, first)
+        with held_up(it.server):
+            newcomer = stack_free(it.server)
+            first.sendall(request("GET", "/nothing"))
+        assert one_answer(first).status == 404
+        with newcomer:
+            assert one_answer(newcomer).status == 503
+
+
+def test_who_came_together_do_not_push_each_other_out(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS, max_connections=2) as it, ExitStack() as stack:
+        with held_up(it.server):
+            crowd = [stack.enter_context(stack_free(it.server)) for _ in range(3)]
+            for sock in crowd:
+                sock.sendall(request("GET", "/nothing"))
+        assert sorted(one_answer(sock).status for sock in crowd) == [404, 404, 503]
 
 
 def hold(server: Server) -> tuple[threading.Event, threading.Event]:
@@ -519,9 +628,7 @@ def test_of_clients_that_wait_the_one_that_was_answered_longest_ago_comes_first(
 
 
 def test_who_is_turned_away_can_read_why_although_he_has_sent_much(tmp_path: Path) -> None:
-    with running(tmp_path, FLOWS, max_connections=1) as it, connected(it.server) as first:
-        first.sendall(request("GET", "/nothing"))
-        one_answer(first)
+    with running(tmp_path, FLOWS, max_connections=1) as it, working(it):
         with held_up(it.server):
             newcomers = [stack_free(it.server) for _ in range(20)]
             for sock in newcomers:
@@ -547,22 +654,20 @@ def test_beyond_those_who_may_read_why_newcomers_are_still_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(astera_lite, "_TURNED_AWAY", 0)
-    with running(tmp_path, FLOWS, max_connections=1) as it, connected(it.server) as first:
-        first.sendall(request("GET", "/nothing"))
-        one_answer(first)
+    with running(tmp_path, FLOWS, max_connections=1) as it, working(it):
         assert answers(talk(it.server))[0].status == 503
 
 
 def test_who_is_turned_away_takes_no_place(tmp_path: Path) -> None:
     with running(tmp_path, FLOWS, max_connections=1) as it:
-        with connected(it.server) as first:
-            first.sendall(request("GET", "/nothing"))
-            one_answer(first)
+        with working(it) as (first, opened):
             newcomer = stack_free(it.server)
             one_answer(newcomer)
+            opened.set()
+            read_to_end(first)
         eventually(lambda: len(it.server.handlers) == 1)  # the newcomer, who does not close
         with newcomer:
-            assert answers(talk(it.server, request("GET", "/health", close=True)))[0].status == 200
+            assert answers_a_newcomer(it.server)
 
 
 # --- fairness and memory ---
@@ -1110,13 +1215,20 @@ def test_one_connection_too_many_is_told_so_by_tls_too(tmp_path: Path, certifica
         running(tmp_path, FLOWS, tls_cert=cert, tls_key=key, max_connections=1) as it,
         secured(it.server, cert) as first,
     ):
-        first.sendall(request("GET", "/nothing"))
-        one_answer(first)
+        gate = Gate(it.app)
+        first.sendall(request("GET", sync("/gate")))
+        assert gate.entered.wait(5)
         with secured(it.server, cert) as sock:
             sock.sendall(request("GET", "/health"))
             (answered,) = answers(read_to_end(sock))
             assert (answered.status, answered.headers["retry-after"]) == (503, "5")
         eventually(lambda: len(it.server.handlers) == 1)
+        gate.opened.set()
+        one_answer(first)
+        aged(it.server, first)
+        with secured(it.server, cert) as sock:  # TLS gives way too
+            sock.sendall(request("GET", "/health"))
+            assert one_answer(sock).status == 200
 
 
 @pytest.mark.parametrize("wire", [b"", b"\x16\x03\x01\x02\x00"], ids=["never begun", "broken off"])

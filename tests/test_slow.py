@@ -202,11 +202,11 @@ def test_a_thousand_slow_connections_hold_up_nobody_and_are_cut(tmp_path: Path) 
         assert siege.cut_after < 2.5 * timeout
         assert siege.memory[1] - siege.memory[0] < 100 << 10
         assert siege.threads < 60
-        crowd_is_told(url, 1100)
+        a_crowd_gives_way(url, 1100)
 
 
-def crowd_is_told(url: str, most: int) -> None:
-    """Over `most` connections every newcomer gets a 503 that can be read to its end."""
+def a_crowd_gives_way(url: str, most: int) -> None:
+    """Over `most` idle connections every newcomer gets its answer."""
     host, port = str(urlsplit(url).hostname), int(urlsplit(url).port or 0)
     with contextlib.ExitStack() as stack:
 
@@ -216,13 +216,7 @@ def crowd_is_told(url: str, most: int) -> None:
         crowd = [connect() for _ in range(most)]
         crowd[-1].sendall(ASK)
         assert crowd[-1].recv(65536).startswith(b"HTTP/1.1 200 ")
-        newcomers = [connect() for _ in range(50)]
-        for sock in newcomers:
-            with contextlib.suppress(BrokenPipeError):
-                sock.sendall(ASK)
-        for sock in newcomers:
-            data = b""
-            while piece := sock.recv(65536):
-                data += piece
-            assert data.startswith(b"HTTP/1.1 503 ")
-            assert b"\r\nRetry-After: 5\r\n" in data
+        for _ in range(200):
+            newcomer = connect()
+            newcomer.sendall(ASK)
+            assert newcomer.recv(65536).startswith(b"HTTP/1.1 200 ")
