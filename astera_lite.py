@@ -6377,7 +6377,7 @@ def load_flows(
 # ======================================================================================================================
 
 PIECE = 256 << 10  # bytes; a larger value is written in pieces, so that it does not hold up the writes behind it
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x41535431  # marks the file as ours (PRAGMA application_id)
 #: Scripts that lead from a version of the schema to the next one, by the version they start from.
 UPGRADES: dict[int, str] = {
@@ -6394,6 +6394,7 @@ UPGRADES: dict[int, str] = {
         offset INTEGER NOT NULL
     );
     """,
+    2: "CREATE INDEX jobs_token ON jobs (token, seq) WHERE token <> '';",
 }
 
 Done = Callable[[Any, AsteraError | None], None]  # (result, error)
@@ -7573,7 +7574,8 @@ class SqliteStore:
         self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
     ) -> list[Job]:
         conditions: dict[str, Any] = {"(expires IS NULL OR expires > ?)": now}
-        for condition, value in (("seq < ?", before), ("flow = ?", flow), ("token = ?", token)):
+        of_token = "token <> '' AND token = ?" if token else "token = ?"  # the same for the index of tokens
+        for condition, value in (("seq < ?", before), ("flow = ?", flow), (of_token, token)):
             if value is not None:
                 conditions[condition] = value
         if status is not None:  # written out, for the planner to see that a partial index serves

@@ -4,7 +4,7 @@
 --   SELECT datetime(created / 1000, 'unixepoch') FROM jobs;
 -- After a leap of the system's clock they are out by `clock.offset` until the database is opened again.
 -- Values larger than 256 KiB stand in `pieces`, in order, instead of in their own column, which is then NULL.
--- This file makes version 2 of the schema (PRAGMA user_version). A newer server upgrades an older database when it
+-- This file makes version 3 of the schema (PRAGMA user_version). A newer server upgrades an older database when it
 -- opens it; an older server refuses a newer one.
 
 -- One row for each asynchronous call.
@@ -41,6 +41,8 @@ CREATE INDEX jobs_running ON jobs (seq) WHERE status = 'Running';
 CREATE INDEX jobs_error ON jobs (seq) WHERE status = 'Error';
 -- Lists the jobs of one flow.
 CREATE INDEX jobs_flow ON jobs (flow, seq);
+-- Lists the jobs of one token.
+CREATE INDEX jobs_token ON jobs (token, seq) WHERE token <> '';
 -- Finds what to purge.
 CREATE INDEX jobs_expires ON jobs (expires) WHERE expires IS NOT NULL;
 -- Finds the job that a repeated Idempotency-Key belongs to.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, until
+from support import ROOT, Sink, until
 
 import astera_lite
 from astera_lite import (
@@ -835,6 +835,34 @@ def test_an_older_database_is_upgraded_step_by_step(path: str, monkeypatch: pyte
     monkeypatch.undo()
     with pytest.raises(StoreError, match=rf"newer version \({now + 2}\)"):
         SqliteStore(path)
+
+
+def test_a_database_of_version_1_0_opens_and_goes_on(path: str, sink: Sink) -> None:
+    text = (ROOT / "tests" / "version-1.0.sql").read_text("utf-8")
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(text.replace("127.0.0.1:9470", sink.url.removeprefix("http://")))
+    with AsteraLite(database=path, callback_allow="127.0.0.1") as app:
+        found = {job.flow: job for job in app.store.page(0, 100, None, None, None, None)}
+        ended = {flow: app.wait(job.id) for flow, job in found.items()}
+        assert {flow: (job.status, job.error and job.error["code"]) for flow, job in ended.items()} == {
+            "done": ("Completed", None),
+            "big": ("Completed", None),
+            "bad": ("Error", "failed"),
+            "waits": ("Completed", None),
+            "busy": ("Completed", None),
+        }
+        bodies = {flow: app.result(job.id).content for flow, job in ended.items()}
+        assert bodies.pop("bad").startswith(b'{"type":"about:blank","title":"Unprocessable')
+        assert bodies == {"done": b'{"n":7}\n', "big": b"x" * 300_000, "waits": b'"one\\n"\n', "busy": b'"one\\n"\n'}
+        assert sink.next()[1]["flow"] == "done"
+        assert [token.name for token in app.store.tokens()] == ["ada"]
+        assert app.store.find_key("done", "", "k1", 0)
+    SqliteStore(f"{path}-new").close()
+    old, new = (
+        look(file, "SELECT name, sql FROM sqlite_schema WHERE type = 'index' ORDER BY name")
+        for file in (path, f"{path}-new")
+    )
+    assert old == new
 
 
 def test_an_upgrade_that_fails_changes_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
