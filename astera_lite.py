@@ -146,8 +146,9 @@ class _FaultyError(AsteraError):
     """An error that lists everything that is wrong at once."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
-        super().__init__("\n".join(map(str, faults)))
-        self.faults = list(faults)
+        # names of files and texts of other people's errors may hold what UTF-8 cannot say
+        self.faults = [Fault(*(part.encode(errors="replace").decode() for part in fault)) for fault in faults]
+        super().__init__("\n".join(map(str, self.faults)))
 
 
 class ConfigError(_FaultyError):
@@ -4425,7 +4426,7 @@ def _check_call_out(build: Build, spec: dict[str, Any], place: str) -> _HttpCall
     else:
         if "url" in spec:
             build.fault(f"{place}/url", "stands in the connection already: give a path")
-        if connection not in build.connections:
+        if not isinstance(connection, str) or connection not in build.connections:
             known = suggest(str(connection), build.connections)
             build.fault(f"{place}/connection", f"there is no {shown(connection)} in connections.json{known}")
         url, own = _check_path(build, spec.get("path", ""), f"{place}/path"), None
@@ -4644,6 +4645,8 @@ def _check_connections(tree: Any, where: str) -> dict[str, Connection]:
     """The connections of a file; FlowError with every fault."""
     build = Build(where, {}, Functions())
     build.names = dict.fromkeys(("env", "secrets"))
+    if not isinstance(tree, dict):
+        raise FlowError([Fault(where, "", f"must be an object of connections by their names, not {_kind(tree)}")])
     connections = {}
     for name, spec in tree.items():
         place = f"/{pointer(name)}"
@@ -5601,7 +5604,7 @@ _SEGMENT = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+")
 _PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z][A-Za-z0-9_-]*)\}")
 
 
-def parse_flow_text(text: str, file_name: str) -> dict[str, Any]:
+def parse_flow_text(text: str, file_name: str) -> Any:
     """The tree of a flow file, JSON or TOML by its name; FlowError with line and column for a slip of grammar."""
     try:
         if file_name.endswith(".toml"):
@@ -5620,9 +5623,19 @@ def parse_flow_text(text: str, file_name: str) -> dict[str, Any]:
         prefix = "is not TOML: " if file_name.endswith(".toml") else ""
         cure = ": text stands in quotes there" if "Invalid value" in str(error) else ""
         raise FlowError([Fault(file_name, "", f"{prefix}{error}{cure}")]) from None
-    if not isinstance(tree, dict):
-        raise FlowError([Fault(file_name, "", f"must be an object with request, steps, response, not {_kind(tree)}")])
     return tree
+
+
+@contextlib.contextmanager
+def _faults_of(where: str) -> Iterator[None]:
+    """A door: whatever else goes wrong with one file is a fault of that file, for the others must be read too."""
+    try:
+        yield
+    except FlowError:
+        raise
+    except Exception as error:
+        log.debug("%s", where, exc_info=True)
+        raise FlowError([Fault(where, "", f"cannot be deployed: {type(error).__name__}: {error}")]) from error
 
 
 def _as_json_has_it(value: Any, place: str) -> Any:
@@ -5684,7 +5697,7 @@ def _is_light(tree: dict[str, Any], text: str) -> bool:
 
 
 def build_flow(
-    tree: dict[str, Any],
+    tree: Any,
     name: str,
     *,
     source: str = "",
@@ -5697,6 +5710,8 @@ def build_flow(
     build = Build(where, kinds, functions or Functions(), connections)
     if not _FLOW_NAME.fullmatch(name):
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _")
+    if not isinstance(tree, dict):
+        raise FlowError([Fault(where, "", f"must be an object with request, steps, response, not {_kind(tree)}")])
     build.members(tree, "", _FLOW_MEMBERS, ("request",))
     request = tree.get("request", {"method": "GET", "resource": "/x"})  # to find what else is wrong
     members = ("method", "resource", "processing", "parameters", "strict", "body", "contentTypes")
@@ -5732,7 +5747,10 @@ def build_flow(
     modes = _check_processing(build, request.get("processing", ["synchronous"]))
     if build.faults:
         raise FlowError(build.faults)
-    text = json.dumps(tree, ensure_ascii=False, separators=(",", ":"), default=_function_name)
+    try:
+        text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_function_name)
+    except ValueError as error:  # what a program that embeds the server gives
+        raise FlowError([Fault(where, "", f"is not JSON: {error}")]) from None
     if _SURROGATE.search(text):
         raise FlowError([Fault(where, "", "a string has half of a surrogate pair")])
     return Flow(
@@ -5943,7 +5961,8 @@ def check_schema(build: Build, spec: Any, place: str) -> Schema:
 def _check_body(build: Build, request: dict[str, Any]) -> tuple[Schema | None, tuple[str, ...]]:
     spec = request.get("body")
     types_given = request.get("contentTypes", ["json"] if spec is not None else [])
-    if not isinstance(types_given, list) or not all(isinstance(item, str) for item in types_given):
+    is_list = isinstance(types_given, list) and all(isinstance(item, str) for item in types_given)
+    if not is_list or ("contentTypes" in request and not types_given):
         build.fault("/request/contentTypes", f"must be a list of {', '.join(CONTENT_TYPES)} or of media types")
         types_given = []
     content_types = []
@@ -6117,8 +6136,9 @@ def _check_tests(build: Build, specs: Any) -> tuple[FlowTest, ...]:
                     build.fault(f"{place}/{part}/{pointer(name)}", f"there is no step {shown(name)}{cure}")
         for name in parts["fails"]:
             build.checked(parts["fails"], name, f"{place}/fails", _is_status, 502)
-        if not isinstance(spec.get("name"), str) or not isinstance(parts["request"].get("params", {}), dict):
-            build.fault(place, "its name must be text, and request/params an object")
+        objects = (parts["request"].get("params", {}), parts["response"].get("headers", {}))
+        if not isinstance(spec.get("name"), str) or not all(isinstance(each, dict) for each in objects):
+            build.fault(place, "its name must be text, request/params and response/headers objects")
             continue
         request = parts["request"]
         params, body = request.get("params", {}), request.get("body")
@@ -6315,14 +6335,16 @@ def load_connections(
 ) -> tuple[dict[str, Connection], list[Fault]]:
     """The connections of a folder's connections.json; where it is faulty, those before stay in service."""
     try:
-        return _check_connections(_read_flow_file(folder, CONNECTIONS_FILE), CONNECTIONS_FILE), []
+        tree = _read_flow_file(folder, CONNECTIONS_FILE)
+        with _faults_of(CONNECTIONS_FILE):
+            return _check_connections(tree, CONNECTIONS_FILE), []
     except FileNotFoundError:
         return {}, []
     except FlowError as error:
         return previous, error.faults
 
 
-def _read_flow_file(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
+def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
     try:
         text = _read_text(os.path.join(folder, name))
     except FileNotFoundError:
@@ -9340,11 +9362,12 @@ class AsteraLite:
         os.makedirs(self._folder, exist_ok=True)
         return self._folder
 
-    def _build(self, tree: dict[str, Any], name: str, source: str = "") -> Flow:
+    def _build(self, tree: Any, name: str, source: str = "") -> Flow:
         connections = self.outside.connections
-        return build_flow(
-            tree, name, source=source, kinds=self._kinds, functions=self._functions, connections=connections
-        )
+        with _faults_of(source or name):
+            return build_flow(
+                tree, name, source=source, kinds=self._kinds, functions=self._functions, connections=connections
+            )
 
     def deploy(self, name: str, tree: dict[str, Any]) -> Flow:
         """Deploy a flow that is in no file, replacing one of the same name; raises FlowError."""

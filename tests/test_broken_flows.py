@@ -6,13 +6,26 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import ROOT
 
-from astera_lite import AsteraLite, FlowError, build_flow, parse_flow_text
+from astera_lite import (
+    AsteraLite,
+    Deployments,
+    FlowError,
+    Functions,
+    build_flow,
+    load_connections,
+    openapi_document,
+    parse_flow_text,
+    postman_document,
+    run_test,
+    to_json,
+)
 
 KINDS = "http, python, sql, run, set, each, choose, call, wait, respond, fail"
 OPTIONS = "name, when, timeout, retry, onError, description"
@@ -161,6 +174,48 @@ TREES = [
     for path in sorted((ROOT / folder).glob("*.json"))
     if path.name != "connections.json"
 ]
+
+
+#: What stands for each node of each shipped flow, one at a time.
+INSTEAD: list[Any] = [None, True, 0, -1, float("inf"), "", "x", [], [[]], {}, {"a": {}}]
+SHIPPED = [
+    path
+    for folder in ("flows", "examples/flows")
+    for path in sorted((ROOT / folder).iterdir())
+    if path.suffix in (".json", ".toml")
+]
+
+
+def _nodes(tree: Any, *way: Any) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
+    """Every node below the root: what holds it, its name or number there, and the way to it."""
+    for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
+        yield tree, key, (*way, key)
+        if isinstance(value, dict | list):
+            yield from _nodes(value, *way, key)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_with_any_node_replaced_a_shipped_file_is_well_or_has_faults(path: Path, tmp_path: Path) -> None:
+    app, functions = AsteraLite(flows=str(path.parent)), Functions(path.parent)
+    assert not app.reload()
+    file = {"tree": parse_flow_text(path.read_text(), path.name)}
+    for parent, key, way in _nodes(file):
+        original = parent[key]
+        for parent[key] in INSTEAD:
+            if path.name == "connections.json":
+                (tmp_path / path.name).write_text(json.dumps(file["tree"]))
+                load_connections(tmp_path, {})
+                continue
+            try:
+                flow = build_flow(file["tree"], path.stem, functions=functions, connections=app.outside.connections)
+            except FlowError:
+                continue
+            if not {"steps", "tests"} & set(way):  # what else is made of a flow can be made of any
+                deployments = Deployments([flow])
+                to_json([make(deployments, "http://x", True) for make in (openapi_document, postman_document)])
+            for test in flow.tests if "tests" in way else ():
+                run_test(flow, test, app.outside)
+        parent[key] = original
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -104,6 +105,30 @@ def test_a_file_that_became_faulty_keeps_its_flow_and_is_logged_once(
         write(tmp_path, "hello.json", HELLO)
         look(app, clock)
         assert app.deployments.faults == []
+
+
+def test_one_bad_file_leaves_the_others_in_service(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with serving(tmp_path, clock, TOKEN, hello=HELLO) as app, calling(app) as client:
+        bad = get_flow("/bad", steps=[{"name": "a", "http": {"connection": {"name": "crm"}}}])
+        python = get_flow("/python", steps=[{"name": "a", "python": "odd:f"}])
+        write(tmp_path, "odd.py", "def __getattr__(name):\n    raise RuntimeError('odd \\udcff')\n")
+        for name, text in (("bad", bad), ("python", python), ("connections", [1])):
+            write(tmp_path, f"{name}.json", text)
+        with contextlib.suppress(OSError):  # a name that not every system takes
+            Path(os.fsdecode(os.fsencode(tmp_path) + b"/flows/\xff.json")).write_text("{}")
+        write(tmp_path, "new.json", get_flow("/new", response={"body": "new"}))
+        look(app, clock)
+        assert client.get("/api/publishing/new").json() == "new"
+        faults = client.get("/api/deployments").json()["faults"]
+        assert [fault["message"] for fault in faults][:3] == [
+            "must be an object of connections by their names, not a list",
+            'there is no {"name": "crm"} in connections.json',
+            "cannot be deployed: RuntimeError: odd ?",
+        ]
+        for refused in (bad, python, [bad], 1.5, "x"):
+            assert client("PUT", "/api/deployments/put", json=refused).status_code == 400, refused
+        assert client("PUT", "/api/deployments/put", json=HELLO | get_flow("/put")).status_code == 201
 
 
 def test_a_changed_python_module_is_loaded_anew(tmp_path: Path) -> None:
