@@ -94,6 +94,20 @@ FLOWS: dict[str, dict[str, Any]] = {
         },
         "response": {"body": "${request.body}"},
     },
+    "odd": get_flow("/odd", request={"parameters": {name: {"in": "query"} for name in ("first name", "a%20b", "a b")}}),
+    "naming": get_flow(
+        "/naming",
+        steps=[
+            {
+                "name": "enrich_customer_addresses_with_geocoding_results",
+                "each": {
+                    "of": "${[1]}",
+                    "steps": [{"name": "notifyAccountingDepartment", "set": "${'lorem ipsum ' * 30}"}],
+                },
+            }
+        ],
+        response={"body": 1},
+    ),
     "deep": get_flow("/deep", response={"body": "${" + "[" * 20 + "[1] * 90000" + "]" * 20 + "}"}),
 }
 
@@ -365,7 +379,7 @@ def test_a_flow_is_tried_synchronously(console: Seen) -> None:
         page.get_by_label(label, exact=True).fill(text)
     page.get_by_label("sure").select_option("true")
     page.get_by_label("kind *").select_option("rich")
-    assert "integer · 1 to 5 · default 2" in page.locator("#p-count-hint").inner_text()
+    assert page.locator(".hint", has_text="integer · 1 to 5 · default 2").is_visible()
     page.get_by_role("button", name="Copy as curl").click()
     said(page, "Copied")
     page.get_by_role("button", name="Send", exact=True).click()
@@ -461,6 +475,22 @@ def test_a_flow_is_tried_asynchronously_to_its_result_and_callback(console: Seen
     assert document["id"] in page.url
 
 
+def test_one_answer_of_a_server_that_is_not_well_is_not_the_end(console: Seen) -> None:
+    page = console.open("#/flows/hello", clock=True)
+    ill = {"status": 503, "json": {"status": 503}}
+    page.get_by_label("asynchronous", exact=True).check()
+    for asked in ("status", "result"):
+        page.route(f"**/{asked}", lambda route: route.fulfill(**ill), times=1)
+    page.get_by_role("button", name="Send", exact=True).click()
+    passing(page, page.get_by_role("region", name="Result").is_visible)
+    assert raw(page, "Result: response").startswith("HTTP/1.1 200 OK")
+    page.route("**/result", lambda route: route.fulfill(**ill), times=1)
+    page.get_by_role("link", name="Open the job").click()
+    page.get_by_text("The server answers 503 Service Unavailable: it is asked again.").wait_for()
+    passing(page, page.get_by_label("Raw response").is_visible)
+    assert raw(page, "Raw response").startswith("HTTP/1.1 200 OK")
+
+
 def test_one_flow_that_cannot_be_drawn_leaves_the_others_alone(console: Seen) -> None:
     page = console.open()
     for name in ("names", "nothing", "hello"):
@@ -491,9 +521,35 @@ def test_examples_keep_to_the_bounds_and_what_is_required_is_asked_for(console: 
     page.goto(f"{console.url}/#/flows/every")
     page.get_by_label("where *").fill("")
     page.get_by_role("button", name="Send", exact=True).click()
-    assert page.evaluate("document.activeElement.id") == "p-where"
+    assert page.evaluate("document.activeElement.name") == "p-where"
     assert page.locator(":user-invalid").count() == 2
     assert page.get_by_label("Request: request").count() == 0
+
+
+def test_a_line_for_curl_sends_what_the_page_sends(console: Seen) -> None:
+    page = console.open("#/flows/text")
+    for body in ("@/etc/hostname", "it's\na line"):
+        page.get_by_label("Body").fill(body)
+        page.get_by_role("button", name="Copy as curl").click()
+        until(lambda body=body: f"--data-raw '{body[:2]}" in clipboard(page))  # type: ignore[misc]
+        if shutil.which("curl"):
+            done = subprocess.run(["sh", "-c", f"{clipboard(page)} -s"], capture_output=True, text=True, timeout=20)
+            assert json.loads(done.stdout) == body
+
+
+def test_each_field_is_described_by_its_hint(console: Seen) -> None:
+    page = console.open("#/flows/odd")
+    texts = (
+        "field => field.getAttribute('aria-describedby').split(' ').map(id => document.getElementById(id)?.innerText)"
+    )
+    for name in ("first name", "a%20b", "a b"):
+        assert page.get_by_label(name, exact=True).evaluate(texts) == ["query"]
+        page.get_by_label(name, exact=True).fill(name)
+    page.get_by_role("link", name="Flows", exact=True).click()
+    page.get_by_role("heading", level=1, name="Flows").wait_for()
+    page.go_back()
+    page.get_by_role("heading", level=1, name="/odd").wait_for()
+    assert page.locator("#curl").inner_text().endswith("?first%20name=first%20name&a%2520b=a%2520b&a%20b=a%20b'")
 
 
 def test_what_was_typed_is_there_when_one_comes_back(console: Seen) -> None:
@@ -675,13 +731,51 @@ def test_steps_are_shown_with_their_output(console: Seen) -> None:
     page = console.open(f"#/jobs/{job}")
     rows = page.get_by_role("table", name="Steps").get_by_role("row").all()
     shown = [[cell.inner_text() for cell in row.get_by_role("cell").all()] for row in rows[1:]]
-    assert [(cells[0], cells[1], cells[2]) for cells in shown] == [
-        ("stock", "set", "finished"),
-        ("short", "set", "finished"),
+    assert [tuple(cells[:3]) for cells in shown[1:]] == [
+        ('short\n["plum"]', "set", "finished"),
         ("refused", "fail", "failed"),
     ]
-    assert [cells[-1] for cells in shown[1:]] == ['["plum"]', ""]
+    assert shown[0][0].startswith('stock\n{"apple":')
     assert page.locator("h2", has_text="409 Conflict · failed").count() == 1
+
+
+@pytest.mark.parametrize("width", [320, 768, 1000, 1440])
+def test_no_space_is_left_empty_and_no_word_is_broken(console: Seen, width: int) -> None:
+    job = console.api.submit("/naming")
+    console.api.finished(job)
+    page = console.open(f"#/jobs/{job}", width=width)
+    page.locator("#health dl").wait_for()
+    ends = """list => {
+        const edge = list.getBoundingClientRect().right, rows = {};
+        for (const cell of list.children) {
+            const { top, right } = cell.getBoundingClientRect();
+            rows[top] = Math.max(rows[top] ?? 0, right);
+        }
+        return Object.values(rows).map((right) => Math.round(edge - right));
+    }"""
+    assert set(page.locator("#health dl").evaluate(ends)) == {1}  # its border
+    lines = """names => names.flatMap((name) => [...name.childNodes].filter((node) => node.data).map((node) => {
+        const range = document.createRange();
+        range.selectNode(node);
+        return [node.data, range.getClientRects().length];
+    }))"""
+    parts = page.get_by_role("table", name="Steps").locator("code").evaluate_all(lines)
+    assert dict(parts)["notifyAccountingDepartment"] == 1
+    assert {count for _, count in parts} == {1}
+
+
+def test_values_are_rounded_before_they_are_written(console: Seen) -> None:
+    page = console.open("#/flows", clock=True)
+    shown = {
+        400: "400 ms", 999.6: "1.0 s", 59_940: "59.9 s", 59_960: "1 min 0 s", 119_700: "2 min 0 s",
+        3_599_400: "59 min 59 s", 3_599_700: "1 h 0 min", 7_170_000: "2 h 0 min", 8_000_000: "2 h 13 min",
+    }  # fmt: skip
+    assert page.evaluate("times => times.map(lasting)", list(shown)) == list(shown.values())
+    health = console.api.session.get(f"{console.url}/health", timeout=10).json()
+    for count, text in {1023: "1023 bytes", 1024: "1.0 KiB", (1 << 20) - 1: "1.0 MiB", 5 << 40: "5120.0 GiB"}.items():
+        health["database"]["bytes"] = count
+        page.route("**/health", lambda route: route.fulfill(json=health))
+        passing(page, page.locator("#health dd", has_text=text).is_visible)
 
 
 def test_health_is_seen_at_a_glance(console: Seen) -> None:
@@ -736,7 +830,8 @@ def test_tokens_are_asked_for_and_kept_in_memory_only(tmp_path: Path, pages: Cal
         page.locator("#token-text").fill("wrong")
         page.get_by_role("button", name="Use it").click()
         page.get_by_text("it may be mistyped, or revoked").wait_for()
-        page.get_by_role("button", name="Token ✓").click()
+        assert page.get_by_role("button", name="Token ✓").count() == 0  # which would say that the server takes it
+        page.get_by_role("button", name="Token", exact=True).click()
         page.locator("#token-text").fill(token)
         page.keyboard.press("Enter")
         page.get_by_text("No jobs yet").wait_for()
@@ -761,6 +856,12 @@ def test_a_server_that_is_gone_is_told_and_looked_for(tmp_path: Path, pages: Cal
     with process(tmp_path) as (_, url, _):
         page = pages(url, clock=True)
         page.get_by_text("python astera_lite.py new NAME").wait_for()
+        other = pages(url, "#/jobs", clock=True)
+        other.get_by_text("newest first, live").wait_for()
+    passing(
+        other, other.get_by_text(re.compile("The server does not answer: this is how it was at [0-9:]+")).is_visible
+    )
+    assert other.get_by_text("newest first").is_visible() and other.get_by_text("live").is_hidden()
     alert = page.get_by_role("alert").filter(has_text="The server does not answer")
     passing(page, alert.is_visible)
     assert "gone" in page.get_by_role("region", name="Health").inner_text()
@@ -770,10 +871,11 @@ def test_a_server_that_is_gone_is_told_and_looked_for(tmp_path: Path, pages: Cal
         passing(page, alert.is_hidden)
         said(page, "The server answers again")
         page.get_by_role("link", name="Try hello").wait_for()
+        passing(other, other.get_by_text("newest first, live").is_visible)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 1440])
+@pytest.mark.parametrize("width", [320, 768, 1440])
 def test_every_view_fits_and_is_accessible(console: Seen, width: int, scheme: str) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
@@ -855,11 +957,11 @@ def test_hostile_texts_stay_texts(console: Seen) -> None:
     seen = HOSTILE.replace("\u202e", r"\u202e")
     assert seen in page.get_by_role("main").text_content()
     page.goto(f"{console.url}/#/flows/hostile")
-    page.locator("#p-text").fill(HOSTILE)
+    page.locator("[name=p-text]").fill(HOSTILE)
     page.get_by_role("button", name="Send", exact=True).click()
     said(page, "The answer is 200 OK")
     assert seen in page.get_by_label("Request: response").text_content()
-    assert page.locator("#p-text").input_value() == HOSTILE
+    assert page.locator("[name=p-text]").input_value() == HOSTILE
     assert "\u202e" not in page.get_by_role("main").inner_text()
     for fragment in (f"#/jobs?flow={HOSTILE}", f"#/flows/{HOSTILE}", f"#/jobs/{HOSTILE}", "#/flows/%E0%A4%A"):
         page.goto(f"{console.url}/{fragment}")
