@@ -8053,6 +8053,7 @@ class MeasuringJournal(Journal):
 
 
 _MEASURING = MeasuringJournal()
+_STOPPED = Outcome.failed("interrupted", 503, "The server is stopping.")
 _NEVER = Cancel()  # of a run that nobody can cancel, because it holds the thread that would be told
 
 
@@ -8081,6 +8082,7 @@ _Task = Callable[[Callable[[], None]], None]  # takes what it calls before it ma
 class _SyncRun(NamedTuple):
     run: Run
     done: Callable[[Outcome], None]
+    turn: Callable[[], None] | None = None  # tells who runs it on a thread of their own that there may be room now
 
 
 class Engine:
@@ -8113,7 +8115,7 @@ class Engine:
         self._ready: list[int] = []  # heap of seq: jobs that can run
         self._waiting: list[tuple[int, int]] = []  # heap of (due, seq): jobs that wait for a time
         self._asleep: set[int] = set()  # those of them that were not cancelled meanwhile
-        self._sync: deque[_Task] = deque()
+        self._sync: deque[_SyncRun] = deque()
         self._inputs: dict[int, Prepared] = {}
         self._dropped: set[int] = set()  # cancelled while queued or waiting, the end not on disk yet
         self._gone: set[int] = set()  # cancelled, but still in the heap of ready jobs
@@ -8124,6 +8126,7 @@ class Engine:
         self._limits: dict[str, int] = {}  # the limits themselves
         self._held: dict[str, list[int]] = {}  # heap of seq by flow: jobs for which its limit leaves no room
         self._held_sync: dict[str, deque[_SyncRun]] = {}
+        self._calls: set[Run] = set()  # synchronous runs that have begun
         self._admitted: dict[str, set[int]] = {}  # by flow that refuses when full: unfinished jobs and calls
         self._draining = self._busy = self._unrecorded = 0
         self._computing, self._may_compute = 0, _COMPUTING  # of the draining threads, those in nothing that may block
@@ -8202,23 +8205,49 @@ class Engine:
         with self._lock:
             if self._stopping:
                 raise Busy("The server is stopping.", 5)
-            self._sync.append(partial(self._run_sync, _SyncRun(run, done)))
+            self._sync.append(_SyncRun(run, done))
             self._call_threads()
 
     def _run_sync(self, sync: _SyncRun, blocking: Callable[[], None]) -> None:
-        run = sync.run
+        if self._begin_call(sync):
+            sync.run.blocking = blocking
+            sync.done(self._run_call(sync.run))
+
+    def run_here(self, run: Run) -> Outcome:
+        """Run a flow on the calling thread: it waits anyway, and may be one of the pool's, which then need no other."""
+        answers: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        sync = _SyncRun(run, answers.put, partial(answers.put, None))
+        while not self._begin_call(sync):
+            outcome = answers.get()
+            if outcome is not None:
+                return outcome
+        return self._run_call(run)
+
+    def _begin_call(self, sync: _SyncRun) -> bool:
+        """Whether a synchronous run may begin; it is held, or told that it comes too late, if not."""
         with self._lock:
-            if not self._enter(run.flow):
-                self._held_sync.setdefault(run.flow.name, deque()).append(sync)
-                return
-        run.blocking = blocking
+            if not self._stopping:
+                if self._enter(sync.run.flow):
+                    self._calls.add(sync.run)
+                    return True
+                self._held_sync.setdefault(sync.run.flow.name, deque()).append(sync)
+                return False
+        sync.done(_STOPPED)
+        return False
+
+    def _run_call(self, run: Run) -> Outcome:
         began = self._clock.monotonic()
-        outcome = run_flow(run)
+        try:
+            outcome = run_flow(run)
+        finally:
+            self._leave(run.flow)
+            with self._lock:
+                self._calls.discard(run)
+                self._idle.notify_all()
         assert isinstance(outcome, Outcome)
         self._measure(run.flow, self._clock.monotonic() - began)
-        self._leave(run.flow)
         log_outcome("request", run.flow, run.input, outcome)
-        sync.done(outcome)
+        return outcome
 
     # --- limits of flows ---
 
@@ -8268,7 +8297,8 @@ class Engine:
         for _ in range(limit - self._running.get(name, 0)):
             syncs, jobs = self._held_sync.get(name), self._held.get(name)
             if syncs:
-                self._sync.appendleft(partial(self._run_sync, syncs.popleft()))
+                sync = syncs.popleft()
+                (sync.turn or partial(self._sync.appendleft, sync))()
             elif jobs:
                 heapq.heappush(self._ready, heapq.heappop(jobs))
 
@@ -8325,7 +8355,7 @@ class Engine:
 
     def _next(self) -> _Task | None:
         if self._sync:
-            return self._sync.popleft()
+            return partial(self._run_sync, self._sync.popleft())
         while self._ready and self._busy < self._workers and not self._stopping:
             seq = heapq.heappop(self._ready)
             if seq in self._dropped or seq in self._gone:
@@ -8372,7 +8402,7 @@ class Engine:
     def _run_within_limit(self, prepared: Prepared, live: _Live) -> None:
         flow, seq = prepared.flow, prepared.job.key.seq
         with self._lock:
-            if not self._enter(flow):
+            if self._stopping or not self._enter(flow):
                 if live.cancel.is_set:
                     self._to_cancel.add(seq)
                 self._live.pop(seq, None)
@@ -8575,7 +8605,8 @@ class Engine:
         """End jobs whose thread did not end at its deadline; what the thread brings later changes nothing."""
         now = self._clock.monotonic()
         for sync in self._overdue_calls(now):
-            sync.done(Outcome.failed("timeout", 504, "The flow had no room for this call in time.", "its limit"))
+            words = "The flow had no room for this call in time."
+            sync.done(Outcome.failed("timeout", 504, words, "its limit, or that of the threads"))
         with self._lock:
             late = [
                 live for live in self._live.values() if live.run and not live.overdue and live.run.deadline + 1 < now
@@ -8589,22 +8620,26 @@ class Engine:
             self._record(live, live.run, outcome, list(live.run.trace or []))
 
     def _overdue_calls(self, now: float) -> list[_SyncRun]:
-        """Synchronous calls that were held until their time was over; they are held no more."""
+        """Synchronous calls that waited to begin until their time was over; they wait no more."""
+        late: list[_SyncRun] = []
         with self._lock:
-            late = [sync for held in self._held_sync.values() for sync in held if sync.run.deadline <= now]
-            for sync in late:
-                self._held_sync[sync.run.flow.name].remove(sync)
+            for waiting in (self._sync, *self._held_sync.values()):
+                for _ in range(len(waiting)):
+                    sync = waiting.popleft()
+                    (late if sync.run.deadline <= now else waiting).append(sync)
         return late
 
     def stop(self, timeout_s: float) -> int:
         """Begin nothing more, give what runs so many seconds, leave the rest to the next start; how many those are."""
         deadline = time.monotonic() + timeout_s
-        for sync in self._overdue_calls(math.inf):
-            sync.done(Outcome.failed("interrupted", 503, "The server is stopping."))
         with self._lock:
             self._stopping = True
-            while self._draining and (left := deadline - time.monotonic()) > 0:
+        for sync in self._overdue_calls(math.inf):
+            sync.done(_STOPPED)
+        with self._lock:
+            while (self._draining or self._calls) and (left := deadline - time.monotonic()) > 0:
                 self._idle.wait(min(left, 0.2))  # a signal that comes just before a wait is seen behind it only
+            calls = list(self._calls)
             left_over = [live for live in self._live.values() if live.run and not live.overdue and self._draining]
             for live in left_over:
                 live.abandoned = True
@@ -8615,8 +8650,10 @@ class Engine:
             else:
                 self._store.requeue(live.job.key, live.attempt)
             live.cancel.set()
+        for call in calls:
+            call.cancel.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        return len(left_over)
+        return len(left_over) + len(calls)
 
 
 def log_outcome(what: str, flow: Flow, given: Input, outcome: Outcome) -> None:
@@ -9076,6 +9113,7 @@ def read_secrets(setting: str | None, environ: Mapping[str, str]) -> dict[str, s
     return values
 
 
+_CALLBACKS = 16  # of futures, called at one time
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -9159,6 +9197,7 @@ class AsteraLite:
         self._counting = threading.Lock()
         self._on_the_way = 0  # jobs that were accepted, but are not on disk and so not queued yet
         self._keys = JobKeys()
+        self._callbacks = ThreadPoolExecutor(_CALLBACKS, "astera-callback")  # of futures; made anew by a start
 
     # --- life ---
 
@@ -9235,19 +9274,22 @@ class AsteraLite:
                 self.engine.later(due, seq)
         if left:
             log.info("took up %d jobs that were not finished when the server stopped", len(left))
+        self._callbacks = ThreadPoolExecutor(_CALLBACKS, "astera-callback")
         self.housekeeper.start()
         self.started_at = self.clock.wall()
         self._running = self._open = True
 
     def stop(self) -> int:
-        """Finish what runs, within `shutdown_timeout`, and close; how many jobs were left to the next start."""
+        """Finish what runs, within `shutdown_timeout`, and close; how many jobs and calls still ran."""
         if not self._running:
             return 0
         self._running = False
         left = self.engine.stop(self.settings.shutdown_timeout)
         if left:
             log.warning(
-                "%d jobs still ran after %gs; the next start takes them up", left, self.settings.shutdown_timeout
+                "%d jobs and calls still ran after %gs; the next start takes the jobs up",
+                left,
+                self.settings.shutdown_timeout,
             )
         self.outside.close()
         self.courier.stop()
@@ -9255,6 +9297,7 @@ class AsteraLite:
         self.housekeeper.look_at_clock()  # for the last time: what is stored is to be understood by the next start
         self.store.close(10.0)
         self._open = False
+        self._callbacks.shutdown(wait=False)
         with self._watching:
             waiting = [watcher for watchers in self._watchers.values() for watcher in watchers]
             self._watchers.clear()
@@ -9546,7 +9589,6 @@ class AsteraLite:
 
     def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:
         """Run a flow for a caller who waits; `done` gets the outcome on the thread that ran it."""
-        limit = min(flow.timeout or self.settings.sync_timeout, self.settings.sync_timeout)
         ticket = self.new_key().seq
         self.engine.admit(flow, ticket)
 
@@ -9555,10 +9597,15 @@ class AsteraLite:
             done(outcome)
 
         try:
-            self.engine.run_sync(Run(flow, given, self.outside, self.clock.monotonic() + limit), ended)
+            self.engine.run_sync(self._call(flow, given), ended)
         except Busy:
             self.engine.dismiss(flow.name, ticket)
             raise
+
+    def _call(self, flow: Flow, given: Input) -> Run:
+        """A synchronous run, not begun."""
+        limit = min(flow.timeout or self.settings.sync_timeout, self.settings.sync_timeout)
+        return Run(flow, given, self.outside, self.clock.monotonic() + limit)
 
     def _prepare(self, seq: int) -> Prepared | Outcome | None:
         """A stored job, ready to run; what cannot be run any more is ended here."""
@@ -9714,13 +9761,16 @@ class AsteraLite:
     def run(self, flow: str, params: Mapping[str, Any] | None = None, body: Any = None) -> Result:
         """Run a flow and return its response, as a synchronous call gets it; an error of the flow is a response, too.
 
-        Raises NotFound, InputError, Busy, StoreError.
+        It runs on the thread that calls. Raises NotFound, InputError, Busy, StoreError.
         """
         target, request, values = self._request(flow, params, body)
-        given = target.bind(request, values, str(self.new_key()))
-        answers: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self.run_sync(target, given, answers.put)
-        return Result(answers.get().answer)
+        key = self.new_key()
+        given = target.bind(request, values, str(key))
+        self.engine.admit(target, key.seq)
+        try:
+            return Result(self.engine.run_here(self._call(target, given)).answer)
+        finally:
+            self.engine.dismiss(target.name, key.seq)
 
     def status(self, job_id: str | Job) -> Job | None:
         """A job by its id, or as it was once known; None if it is unknown or expired."""
@@ -9756,9 +9806,9 @@ class AsteraLite:
         """A future that gets the job when it is finished, or the error that `wait` raises; it holds no thread.
 
         In a coroutine: `job = await asyncio.wrap_future(app.future(job.id))`. What is added by add_done_callback is
-        called on a thread of the application, and so must be short.
+        called on a thread of the application that is there for this, and may use the application.
         """
-        key, future = _key_of(job_id), Future[Job]()
+        key, future = _key_of(job_id), _JobFuture(self._call_back)
 
         def look() -> None:
             if key is not None:
@@ -9777,8 +9827,21 @@ class AsteraLite:
 
         look()
         if key is not None:
-            future.add_done_callback(lambda _: self.unwatch(key, look))
+            Future.add_done_callback(future, lambda _: self.unwatch(key, look))
         return future
+
+    def _call_back(self, function: Callable[[Future[Job]], Any], future: Future[Job]) -> None:
+        def call() -> None:
+            try:
+                function(future)
+            except Exception:  # as a future does
+                log.exception("a callback of a future")
+
+        try:
+            self._callbacks.submit(call)
+        except RuntimeError:  # after the stop nobody waits for this thread; before, one of that pool's takes it
+            if not self._open:
+                call()
 
     def result(self, job_id: str | Job) -> Result:
         """The response of a finished job. Raises NotFound, and Conflict while it runs."""
@@ -9813,6 +9876,18 @@ class AsteraLite:
         given = {name: value for name, value in (params or {}).items() if value is not None}
         request = request_for(flow, given, body)
         return flow, request, path_values(flow, request.path)
+
+
+class _JobFuture(Future[Job]):
+    """Its callbacks are handed over: the thread that completes it is the one that they wait for when they submit."""
+
+    def __init__(self, hand_over: Callable[[Callable[[Future[Job]], Any], Future[Job]], None]) -> None:
+        super().__init__()
+        self._hand_over = hand_over
+
+    def add_done_callback(self, function: Callable[[Future[Job]], Any]) -> None:
+        """Have `function(future)` called when the job is finished."""
+        super().add_done_callback(partial(self._hand_over, function))
 
 
 def _key_of(job: str | Job) -> JobKey | None:

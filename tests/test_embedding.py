@@ -9,13 +9,14 @@ import inspect
 import json
 import math
 import os
+import queue
 import subprocess
 import sys
 import threading
 import urllib.request
 import weakref
 from collections.abc import Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -30,6 +31,7 @@ from astera_lite import (
     Context,
     FlowError,
     InputError,
+    Job,
     NotFound,
     Server,
     Status,
@@ -298,6 +300,30 @@ def test_a_future_gets_the_job_when_it_is_finished(tmp_path: Path) -> None:
         assert future.result(10).status is Status.COMPLETED
         until(lambda: seen == [future])
         assert app.future(job.id).result(0) == app.status(job.id)  # also one that is asked for afterwards
+
+
+def test_a_callback_of_a_future_may_do_whatever_a_program_may(tmp_path: Path) -> None:
+    with application(tmp_path) as app, ThreadPoolExecutor(1) as pool:
+        seen: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def again(done: Future[Job]) -> None:
+            n = app.result(done.result()).json()
+            seen.put(n)
+            if n < 100:
+                job = app.submit("double", {"n": n})
+                assert app.wait(job.id, 10).status is Status.COMPLETED
+                assert app.run("double", {"n": n}).json() == 2 * n
+                app.future(job).add_done_callback(again)
+
+        def fails(done: Future[Job]) -> None:
+            raise RuntimeError("it is logged")
+
+        held = app.submit("gate", {"name": "a"})
+        for callback in (fails, lambda _: again(app.future(app.submit("double", {"n": 1})))):
+            app.future(held).add_done_callback(callback)
+        open_gate(app, "a")
+        assert [seen.get(timeout=10) for _ in range(7)] == [2, 4, 8, 16, 32, 64, 128]
+        assert pool.submit(app.submit, "double", {"n": 1}).result(10)  # and others may submit all the while
 
 
 @pytest.mark.parametrize("unknown", ["nonsense", "01a20d86-331a-7000-abe7-ee1e3f366187"])

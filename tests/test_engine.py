@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +31,7 @@ from astera_lite import (
     Result,
     Status,
     StepKind,
+    StoredRequest,
 )
 
 
@@ -122,7 +125,8 @@ def test_no_step_takes_a_thread_with_it(tmp_path: Path, error: type[BaseExceptio
     with serving(tmp_path, {"f": get_flow("/f", steps=[python(step)]), "ok": get_flow("/ok")}, workers=2) as app:
         jobs = [app.submit("f") for _ in range(8)]
         assert {code_of(app, job) for job in jobs} == {"failed"}
-        assert app.run("f").status_code == 500
+        with ThreadPoolExecutor(1) as pool:  # on the main thread a KeyboardInterrupt is the person's
+            assert pool.submit(app.run, "f").result(10).status_code == 500
         assert app.run("ok").status_code == 200
         assert app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0}
 
@@ -222,6 +226,68 @@ def test_a_wait_beyond_all_times_ends_no_later_than_the_flow(tmp_path: Path, unt
         while app.wait(job.id, 0.02).status is Status.RUNNING and time.monotonic() < end:
             app.housekeeper.tick(clock.tick(70))
         assert app.wait(job.id, 0).status is Status.ERROR
+
+
+def test_calls_inside_calls_need_no_other_thread(tmp_path: Path) -> None:
+    barrier = threading.Barrier(8)
+
+    def outer(context: Context, depth: int) -> Any:
+        if depth == 0:
+            barrier.wait(10)  # all of them hold their thread
+        return app.run("outer", {"depth": depth + 1}).json() if depth < 5 else "through"
+
+    step = python(outer)
+    step["python"]["args"] = {"depth": "${params.depth}"}
+    parameters = {"depth": {"in": "query", "type": "integer", "default": 0}}
+    flow = get_flow("/outer", steps=[step], request={"parameters": parameters})
+    with serving(tmp_path, {"outer": flow}, workers=6) as app, ThreadPoolExecutor(4) as pool:
+        jobs = [app.submit("outer") for _ in range(4)]
+        calls = [pool.submit(app.run, "outer") for _ in range(4)]
+        assert [call.result(20).json() for call in calls] == ["through"] * 4
+        assert {finished(app, job).status for job in jobs} == {Status.COMPLETED}
+
+
+def test_a_call_that_finds_no_thread_ends_at_its_deadline(tmp_path: Path, gate: Gate) -> None:
+    clock, ended = FakeClock(), queue.SimpleQueue[Outcome]()
+    with serving(tmp_path, {"f": get_flow("/f", steps=[python(gate)])}, clock, workers=1) as app:
+        flow = app.deployments.by_name["f"]
+        given = flow.bind(StoredRequest("GET", "/f", "", {}, b""), {}, "id")
+        for _ in range(3):  # as the server calls; there are two threads
+            app.run_sync(flow, given, ended.put)
+        gate.entered()
+        gate.entered()
+        clock.tick(app.settings.sync_timeout)
+        app.housekeeper.tick(clock.now())
+        assert ended.get(timeout=10).answer.code == 504
+        gate.open.set()
+    assert gate.runs == 2
+
+
+@pytest.mark.parametrize("limit", [{}, {"concurrency": 1}])
+def test_no_call_begins_after_the_stop(tmp_path: Path, gate: Gate, limit: dict[str, Any]) -> None:
+    ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    app = AsteraLite(database=str(tmp_path / "jobs.db"), shutdown_timeout=0.05, workers=1)
+    app.deploy("f", get_flow("/f", steps=[python(gate)], **limit))
+    with app, ThreadPoolExecutor(1) as pool:
+        flow = app.deployments.by_name["f"]
+        given = flow.bind(StoredRequest("GET", "/f", "", {}, b""), {}, "id")
+        for _ in range(5):
+            app.run_sync(flow, given, ended.put)
+        first = 1 if limit else 2
+        for _ in range(first):
+            gate.entered()
+        inside = pool.submit(app.run, "f")
+        if not limit:
+            gate.entered()  # who calls brings the thread
+        else:
+            until(lambda: len(app.engine._held_sync["f"]) == 5)
+        app.stop()
+        assert [ended.get(timeout=10).answer.code for _ in range(5 - first)] == [503] * (5 - first)
+        began = gate.runs
+        gate.open.set()
+        assert inside.result(10).status_code == (503 if limit else 409)
+        assert {ended.get(timeout=10).answer.code for _ in range(first)} == {409}  # nobody waits for them any more
+    assert gate.runs == began == first + (not limit)
 
 
 def test_a_synchronous_caller_gets_an_answer_whatever_the_step_does(tmp_path: Path) -> None:
