@@ -2407,7 +2407,7 @@ class Outbound:
         except (AddressRefused, OutboundError):
             raise
         except TimeoutError:
-            raise OutboundError("timeout", f"no answer within {show_duration(timeout)}") from None
+            raise OutboundError("timeout", f"no answer within {show_duration(round(timeout, 3))}") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self._translated(error, timeout) from None
 
@@ -2418,7 +2418,7 @@ class Outbound:
             if isinstance(layer, AddressRefused | OutboundError):
                 return layer
             if isinstance(layer, TimeoutError):
-                return OutboundError("timeout", f"no answer within {show_duration(timeout)}")
+                return OutboundError("timeout", f"no answer within {show_duration(round(timeout, 3))}")
         layer = cause if isinstance(cause, Exception) else error
         if isinstance(layer, http.client.IncompleteRead):
             return OutboundError("transport", "the answer was cut short")
@@ -2430,6 +2430,21 @@ class Outbound:
 def header_value(headers: Iterable[tuple[str, str]], name: str) -> str | None:
     """The first value of a header, whatever its case."""
     return next((value for key, value in headers if key.lower() == name), None)
+
+
+def joined_headers(headers: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Headers by their names in lower case: several of one name are one list (RFC 9110, section 5.3).
+
+    Set-Cookie, whose values have commas of their own, is a list of them.
+    """
+    result: dict[str, Any] = {}
+    for name, value in headers:
+        key = name.lower()
+        if key == "set-cookie":
+            result.setdefault(key, []).append(value)
+        else:
+            result[key] = f"{result[key]}, {value}" if key in result else value
+    return result
 
 
 def parse_retry_after(value: str | None, now: int) -> float:
@@ -3378,11 +3393,45 @@ class _Failed(_Signal):
 
 
 class StepError(AsteraError):
-    """A step failed. `detail` may be told to the client; `status` is the response's code, `kinds` are for retry."""
+    """A step failed. `detail` may be told to the client; `status` is the response's code, `kinds` are for retry.
 
-    def __init__(self, status: int, detail: str, reason: str, kinds: Collection[str] = ()) -> None:
+    `answer` is what the API, or the called flow, answered, if it did.
+    """
+
+    def __init__(
+        self, status: int, detail: str, reason: str, kinds: Collection[str] = (), answer: Fetched | None = None
+    ) -> None:
         super().__init__(reason)
-        self.status, self.detail, self.kinds = status, detail, frozenset(kinds)
+        self.status, self.detail, self.kinds, self.answer = status, detail, frozenset(kinds), answer
+
+    @property
+    def kind(self) -> str:
+        """The one word for what happened."""
+        word = min(self.kinds - {"unsafe"}, default="error")
+        return "status" if word[0].isdigit() else "size" if word == "too_large" else word
+
+
+#: What expressions see as `error`, behind a step that failed and went on.
+_ERROR_MEMBERS = ("status", "headers", "body", "message", "kind")
+
+
+def _error_value(error: Exception, outside: Surroundings) -> dict[str, Any]:
+    """A failure as expressions see it; what an API answered with it is read as far as it can be."""
+    answer, kind, body = None, "expression" if isinstance(error, ExpressionError) else "error", None
+    if isinstance(error, StepError):
+        answer, kind = error.answer, error.kind
+    if answer is not None:
+        try:
+            body = _read_answer(answer)
+        except ValueError:
+            body = answer.body.decode("utf-8", "replace")
+    return {
+        "status": answer and answer.status,
+        "headers": joined_headers(answer.headers) if answer is not None else {},
+        "body": body,
+        "message": outside.masked(str(error) or type(error).__name__),
+        "kind": kind,
+    }
 
 
 class Suspended(NamedTuple):
@@ -3531,7 +3580,8 @@ class Run:
     def scope(self) -> Scope:
         """The names that expressions see before the first step."""
         given, outside = self.input, self.outside
-        names = {"params": given.params, "request": given.request, "env": outside.env, "secrets": outside.secrets}
+        names: Scope = {"params": given.params, "request": given.request, "env": outside.env}
+        names |= {"secrets": outside.secrets, "error": None}
         return names if self.purse is None else {**names, PURSE: self.purse}
 
     @property
@@ -3650,6 +3700,7 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
             run.progress = Progress(step.name, position, len(steps))
         if path in run.journal.saved:
             value = scope[step.name] = run.journal.saved[path]
+            scope["error"] = run.journal.saved.get(f"{path}!", scope["error"])
             _note(run, step, path, "resumed", run.outside.clock.wall(), None, value)
             continue
         if step.when is not None and not run.settled(step.when, scope, f"{path}?"):
@@ -3679,11 +3730,14 @@ def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
         _note(run, step, path, "failed", began, None)
         if step.on_error is None:
             if isinstance(error, StepError):
-                raise StepError(error.status, f'step "{step.name}": {error.detail}', f"step {path}: {error}") from error
+                detail, reason = f'step "{step.name}": {error.detail}', f"step {path}: {error}"
+                raise StepError(error.status, detail, reason, error.kinds, error.answer) from error
             raise
         reason = run.outside.masked(str(error))
         log.info("flow %s: step %s failed, going on: %s", run.flow.name, path, reason, extra=run.about)
+        scope["error"] = _error_value(error, run.outside)
         value, state = step.on_error(scope), "failed"
+        run.journal.record(f"{path}!", scope["error"])
     # What stands for a failure is kept too, or a resumed run would fail, and act, once more.
     size = run.journal.record(path, value) if step.save or state == "failed" else None
     if state == "finished":
@@ -3958,6 +4012,12 @@ def _is_status(value: Any) -> int:
     return value
 
 
+def _is_error_status(value: Any) -> int:
+    if _is_status(value) < 400:
+        raise ValueError("must be from 400 to 599: it is an error")
+    return int(value)
+
+
 def check_response(build: Build, spec: Any, place: str, with_when: bool) -> Response | None:
     """Compile `{"status", "headers", "body"}`; in a list of responses also `when`, `page`, `filter`, `sort`."""
     allowed = ["status", "headers", "body"] + ["when", "page", "filter", "sort"] * with_when
@@ -4047,14 +4107,18 @@ def _check_respond(build: Build, spec: Any, place: str) -> Runner:
 def _check_fail(build: Build, spec: Any, place: str) -> Runner:
     if not build.members(spec, place, ("status", "message"), ("message",)):
         spec = {}
-    status = build.checked(spec, "status", place, _is_status, 500)
-    if status < 400:
-        build.fault(f"{place}/status", "must be from 400 to 599: it is an error")
+    status = build.template(spec.get("status", 500), f"{place}/status")
+    if status.constant:
+        build.checked(spec, "status", place, _is_error_status, 500)
     message = build.template(spec.get("message", ""), f"{place}/message")
 
     def fail(run: Run, scope: Scope, path: str) -> NoReturn:
         text = as_text(message(scope))
-        raise _Failed(status, text.encode("utf-8", "replace").decode())  # a lone surrogate cannot be sent
+        try:
+            code = _is_error_status(status(scope))
+        except ValueError as error:
+            raise ExpressionError(f"{place}/status: {error}") from None
+        raise _Failed(code, text.encode("utf-8", "replace").decode())  # a lone surrogate cannot be sent
 
     return fail
 
@@ -4101,7 +4165,8 @@ class Context:
         self._run = run
         self.params: dict[str, Any] = scope["params"]
         self.request: dict[str, Any] = scope["request"]
-        self.steps: dict[str, Any] = {k: v for k, v in scope.items() if k not in _BASE_NAMES}
+        known = {"error": scope["error"]} if scope["error"] is not None else {}
+        self.steps: dict[str, Any] = {k: v for k, v in scope.items() if k not in (*_BASE_NAMES, "error")} | known
         self.secrets: dict[str, str] = run.outside.secrets
         self.log = logging.LoggerAdapter(log, run.about | {"step": path})
         self._path = path
@@ -4377,10 +4442,10 @@ class _HttpCall(NamedTuple):
         finally:
             run.step_deadline = outer
         if not _matches(answer.status, self.expect):
-            raise _http_failure(self.method, 502, f"the API it calls answered {answer.status}", str(answer.status))
+            raise _unexpected(self.method, answer)
         output = {
             "status": answer.status,
-            "headers": {name.lower(): value for name, value in answer.headers},
+            "headers": joined_headers(answer.headers),
             "body": _response_body(answer, self.method),
         }
         return output, len(answer.body)
@@ -4594,7 +4659,8 @@ def _all_pages(call: _HttpCall, pages: _Pages, place: str, run: Run, scope: Scop
         if following is None or count >= pages.max_pages or len(items) >= pages.max_items:
             return {"items": items[: pages.max_items], "pages": count, **output}
         if following == seen:
-            raise StepError(502, "the API it calls names the same page without end", f"page {count}", {"unsafe"})
+            detail = "the API it calls names the same page without end"
+            raise StepError(502, detail, f"{detail} (page {count})", {"next", "unsafe"})
         seen = following
         if pages.parameter:
             request = copy.copy(first)
@@ -4821,11 +4887,15 @@ def _with_query(url: str, values: Any) -> str:
     return f"{url}{'&' if '?' in url else '?'}{query}"
 
 
-def _http_failure(method: str, status: int, detail: str, *kinds: str) -> StepError:
+def _unexpected(method: str, answer: Fetched) -> StepError:
+    return _http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
+
+
+def _http_failure(method: str, status: int, detail: str, *kinds: str, answer: Fetched | None = None) -> StepError:
     found = {*kinds, *(f"{kind[0]}xx" for kind in kinds if kind.isdigit())}
     if method not in _IDEMPOTENT or not found & _WORTH_RETRYING:
         found.add("unsafe")  # is repeated only where `retry.on` asks for it
-    return StepError(status, detail, detail, found)
+    return StepError(status, detail, detail, found, answer)
 
 
 def _call_out(run: Run, request: _OutgoingRequest, follow: bool, max_bytes: int) -> Fetched:
@@ -4899,15 +4969,21 @@ def _charset(name: str) -> str:
 
 
 def _response_body(answer: Fetched, method: str) -> Any:
+    try:
+        return _read_answer(answer)
+    except ValueError as error:
+        detail = f"the API it calls answered with invalid JSON: {error}"
+        raise _http_failure(method, 502, detail, "body", answer=answer) from None
+
+
+def _read_answer(answer: Fetched) -> Any:
+    """A body as its content type says it is; ValueError for JSON that is none."""
     content_type = (header_value(answer.headers, "content-type") or "").lower()
     media = content_type.partition(";")[0].strip()
     if not answer.body:
         return None
     if _is_json(media):
-        try:
-            return from_json(answer.body, _lenient_decoder)
-        except ValueError as error:
-            raise _http_failure(method, 502, f"the API it calls answered with invalid JSON: {error}", "body") from None
+        return from_json(answer.body, _lenient_decoder)
     charset = re.search(r"charset=\"?([\w-]+)", content_type)
     if media.startswith("text/") or charset or media.endswith(("+xml", "/xml")):
         try:
@@ -5556,9 +5632,8 @@ def _check_call(build: Build, spec: Any, place: str) -> Runner:
         with _within(part, flow.timeout, f"{path}/@"):
             answer = _answer_of(flow, part, f"{path}/")
         run.progress = part.progress
-        headers = {key.lower(): value for key, value in answer.headers}
         fetched = Fetched(answer.code, list(answer.headers), answer.body)
-        return {"status": answer.code, "headers": headers, "body": _response_body(fetched, "GET")}
+        return {"status": answer.code, "headers": joined_headers(answer.headers), "body": _read_answer(fetched)}
 
     return call
 
@@ -5571,7 +5646,8 @@ def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
     except _Answered as answered:
         return answered.answer
     except _Failed as failed:
-        raise StepError(failed.status, failed.message, failed.message, {"failed"}) from None
+        answer = Fetched(failed.status, [], b"")
+        raise StepError(failed.status, failed.message, failed.message, {"failed"}, answer) from None
 
 
 #: Every kind of step. To add one: a check function as above, and a row here.
@@ -5727,6 +5803,7 @@ def build_flow(
     build.names = dict.fromkeys(_BASE_NAMES)
     build.names["params"] = [item.name for item in parameters]
     build.names["request"] = _REQUEST_MEMBERS
+    build.names["error"] = _ERROR_MEMBERS
     steps = check_steps(build, tree.get("steps", []), "/steps")
     responses = _check_responses(build, tree.get("response", []))
     selection = _all_selections(build, responses, parameters)
@@ -6003,7 +6080,7 @@ def _check_name(build: Build, name: Any, place: str) -> None:
         build.fault(place, f"{shown(name)} must be a word of letters, digits and _ that expressions can use")
     elif name in _BASE_NAMES or name in FUNCTIONS or name in _JSON_NAMES:
         build.fault(place, f'"{name}" has a meaning in expressions already: choose another name')
-    elif name in build.names:
+    elif name in build.names and build.names[name] is not _ERROR_MEMBERS:  # a flow may have a step "error"
         what = "there is another step" if name in build.step_names else "something here has the name already,"
         build.fault(place, f'{what} "{name}": names are unique')
 
@@ -6109,7 +6186,7 @@ class FlowTest(NamedTuple):
     params: Mapping[str, Any]
     body: Any
     steps: Mapping[str, Any]  # outputs by step name, or by path
-    fails: Mapping[str, int]  # statuses of the steps that fail
+    fails: Mapping[str, Any]  # steps that fail: the caller's status, or what the API answers
     response: Mapping[str, Any]
 
 
@@ -6135,7 +6212,11 @@ def _check_tests(build: Build, specs: Any) -> tuple[FlowTest, ...]:
                     cure = suggest(name, build.step_names)
                     build.fault(f"{place}/{part}/{pointer(name)}", f"there is no step {shown(name)}{cure}")
         for name in parts["fails"]:
-            build.checked(parts["fails"], name, f"{place}/fails", _is_status, 502)
+            failure, at = parts["fails"][name], f"{place}/fails/{pointer(name)}"
+            if not isinstance(failure, dict):
+                build.checked(parts["fails"], name, f"{place}/fails", _is_status, 502)
+            elif build.members(failure, at, ("status", "body"), ("status",)):
+                build.checked(failure, "status", at, _is_status, 502)
         objects = (parts["request"].get("params", {}), parts["response"].get("headers", {}))
         if not isinstance(spec.get("name"), str) or not all(isinstance(each, dict) for each in objects):
             build.fault(place, "its name must be text, request/params and response/headers objects")
@@ -6159,6 +6240,9 @@ class _Canned:
         for name in (path, step.name):
             if name in self._test.fails:
                 status = self._test.fails[name]
+                if isinstance(status, dict):
+                    body = json_body(status["body"]) if "body" in status else b""
+                    raise _unexpected("GET", Fetched(status["status"], [("Content-Type", "application/json")], body))
                 raise StepError(status, "it fails in this test", "fails", {"timeout" if status == 504 else "transport"})
             if name in self._test.steps:
                 self.used += 1
@@ -6203,7 +6287,7 @@ def _differences(outcome: Outcome, expected: Mapping[str, Any]) -> list[str]:
         if headers.get(name.lower()) != as_text(value):
             lines.append(f"header {name}: expected {shown(value)}, got {shown(headers.get(name.lower()))}")
     if "body" in expected:
-        body = _response_body(Fetched(answer.code, list(answer.headers), answer.body), "GET")
+        body = _read_answer(Fetched(answer.code, list(answer.headers), answer.body))
         lines += _unlike(expected["body"], body, "body")
     return lines
 
@@ -10688,7 +10772,9 @@ _KIND_SCHEMAS: dict[str, Any] = {
     "call": {"anyOf": [_TEXT, _object(("flow",), flow=_TEXT, params=_MAP, body=_ANY)]},
     "wait": {"anyOf": [_DURATION_SCHEMA, _object(("until",), until=_ANY)]},
     "respond": _object(**_RESPONSE),
-    "fail": _object(("message",), status={"type": "integer", "minimum": 400, "maximum": 599}, message=_TEXT),
+    "fail": _object(
+        ("message",), status={"anyOf": [{"type": "integer", "minimum": 400, "maximum": 599}, _TEMPLATE]}, message=_TEXT
+    ),
 }  # fmt: skip
 
 
@@ -11463,7 +11549,7 @@ def _own_responses(flow: Flow) -> dict[str, dict[str, Any]]:
                 f"The flow fails: {message}" if isinstance(message, str) and "${" not in message else "The flow fails."
             )
             problem_answer = _RESPONSES["ServerError"] | {"description": words.replace(" Or: ", " or: ")}
-            _add_answer(responses, str(status), problem_answer)
+            _add_answer(responses, "default" if isinstance(status, str) else str(status), problem_answer)
     calls_out = any(kind in step for step in steps for kind in ("http", "call"))
     for status in (500, 504, *[502] * calls_out):
         _add_answer(responses, str(status), _ref("responses", _PROBLEMS[status][0]))

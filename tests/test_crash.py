@@ -310,6 +310,25 @@ def test_a_job_keeps_its_flow_when_the_file_is_edited_while_the_server_is_down(f
             assert api.result(new) == "new"
 
 
+def test_a_resumed_job_knows_what_failed_before_the_kill(folder: Path) -> None:
+    steps = [
+        {"name": "c", "call": "refusing", "onError": "continue"},
+        {"name": "h", "python": "work:held"},
+        {"name": "no", "when": "${error}", "fail": {"status": "${error.status}", "message": "${error.message}"}},
+    ]
+    write(folder, "refusing", get_flow("/r", steps=[{"name": "f", "fail": {"status": 422, "message": "no more"}}]))
+    write(folder, "t", get_flow("/t", steps=steps))
+    with process(folder) as (server, url, _):
+        job_id = Api(url).submit("/t")
+        until(lambda: marks(folder)[7] == 1)
+        server.kill()
+    (folder / "go").touch()
+    with process(folder) as (_, url, _lines):
+        document = Api(url).job(job_id, wait=15)
+        assert (document["attempt"], document["status"]) == (2, "Error")
+        assert (document["error"]["status"], document["error"]["detail"]) == (422, "no more")
+
+
 def counted(n: int) -> dict[str, Any]:
     return {"call": "work:mark", "args": {"n": n}}
 

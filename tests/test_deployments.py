@@ -375,6 +375,8 @@ TWO = {"place": {"status": 200, "headers": {}, "body": {"n": 2}}}
         ({"steps": ONE, "response": {"headers": {"x-n": 1}, "body": {"n": 1, "extra": None}}}, []),
         ({"steps": TWO, "fails": {"extra": 502}, "response": {"body": {"n": 2, "extra": "none"}}}, []),
         ({"fails": {"place": 504}, "response": {"status": 504}}, []),
+        ({"steps": TWO, "fails": {"extra": {"status": 422, "body": "no"}}, "response": {"body": {"n": 2, "extra": "none"}}}, []),  # noqa: E501
+        ({"fails": {"place": {"status": 422}}, "response": {"status": 502}}, []),
         (
             {"steps": ONE, "response": {"body": {"n": 2}}},
             ["body/n: expected 2, got 1", "body/extra: expected nothing, got null"],
@@ -396,6 +398,7 @@ def test_the_tests_of_a_flow(test: Any, lines: list[str]) -> None:
         ({"name": "t"}, '/tests/0: needs a member "response"'),
         ({"name": "t", "response": {}, "steps": {"plcae": 1}}, 'there is no step "plcae"; did you mean "place"?'),
         ({"name": "t", "response": {}, "fails": {"place": "x"}}, '/fails/place: "x" is not a status from 200 to 599'),
+        ({"name": "t", "response": {}, "fails": {"place": {}}}, '/tests/0/fails/place: needs a member "status"'),
         ({"name": "t", "response": {"code": 1}}, "/tests/0/response/code: is not known here"),
     ],
 )  # fmt: skip

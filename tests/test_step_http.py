@@ -17,13 +17,13 @@ from support import FakeClock, get_flow
 
 from astera_lite import AsteraLite, FlowError, Server, Status, build_flow
 
-Reply = tuple[int, dict[str, str], Any]
+Reply = tuple[int, Any, Any]  # status, headers (also as pairs), body (JSON, or bytes)
 
 
 class Api:
     """A server that answers by a function of (path, query, handler), and keeps what it was asked."""
 
-    def __init__(self, reply: Callable[[str, dict[str, str], BaseHTTPRequestHandler], Reply]) -> None:
+    def __init__(self, reply: Callable[[str, dict[str, str], BaseHTTPRequestHandler], Reply | None]) -> None:
         api = self
         self.seen: list[tuple[str, dict[str, str]]] = []
 
@@ -33,12 +33,18 @@ class Api:
                 api.seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
                 parts = urlsplit(self.path)
                 query = {name: values[0] for name, values in parse_qs(parts.query).items()}
-                code, headers, body = reply(parts.path, query, self)
-                data = json.dumps(body).encode()
+                found = reply(parts.path, query, self)
+                if found is None:
+                    self.close_connection = True
+                    return
+                code, headers, body = found
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(code)
-                for name, value in {"Content-Type": "application/json", **headers}.items():
+                pairs = list(headers.items()) if isinstance(headers, dict) else headers
+                if "Content-Type" not in dict(pairs):
+                    self.send_header("Content-Type", "application/json")
+                for name, value in [*pairs, ("Content-Length", str(len(data)))]:
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -56,7 +62,7 @@ class Api:
 
 
 @contextmanager
-def api(reply: Callable[[str, dict[str, str], Any], Reply]) -> Iterator[Api]:
+def api(reply: Callable[[str, dict[str, str], Any], Reply | None]) -> Iterator[Api]:
     found = Api(reply)
     try:
         yield found
@@ -231,6 +237,91 @@ def test_a_changed_connection_counts_at_once_and_a_faulty_one_not_at_all(tmp_pat
         path.write_text("{")
         assert len(app.reload()) == 1
         assert answer(app)["body"] == 2
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+TAKEN = {"message": "email is taken"}
+LIMIT = "64KiB"
+
+
+def failing(path: str, query: dict[str, str], handler: Any) -> Reply | None:
+    if path == "/drop":
+        return None
+    if path == "/hang":
+        threading.Event().wait(0.5)
+    return {
+        "/taken": (422, {"X-Why": "email"}, TAKEN),
+        "/text": (404, {"Content-Type": "text/plain"}, b"gone"),
+        "/broken": (200, {}, b"{no"),
+        "/large": (200, {}, "x" * (70 << 10)),
+    }.get(path, (200, {}, TAKEN))
+
+
+FAILURES = [
+    ("/taken", {}, "status", 422, TAKEN, "the API it calls answered 422"),
+    ("/text", {}, "status", 404, "gone", "the API it calls answered 404"),
+    ("/broken", {}, "body", 200, "{no", "the API it calls answered with invalid JSON"),
+    ("/drop", {}, "transport", None, None, "the API it calls gave no answer"),
+    ("/hang", {"timeout": "50ms"}, "timeout", None, None, "no answer within 50ms"),
+    ("/large", {}, "size", None, None, "the answer is larger than 64KiB"),
+    ("/${1 / 0}", {}, "expression", None, None, "division by zero"),
+]
+
+
+@pytest.mark.parametrize(("path", "more", "kind", "status", "body", "message"), FAILURES)
+def test_a_flow_that_goes_on_knows_what_failed(
+    tmp_path: Path, path: str, more: Any, kind: str, status: Any, body: Any, message: str
+) -> None:
+    spec = {**step(path=path, **more), "onError": {"kind": "${error.kind}", "why": "${error.headers.get('x-why')}"}}
+    seen = {"name": "seen", "set": {"before": "${c}", "error": "${error}"}}
+    with (
+        api(failing) as there,
+        serving(tmp_path, {"a": {"url": there.url}}, spec, seen, max_step_response=LIMIT) as app,
+    ):
+        found = answer(app)
+        assert found["before"] == {"kind": kind, "why": "email" if path == "/taken" else None}
+        error = found["error"]
+        assert (error["kind"], error["status"], error["body"]) == (kind, status, body)
+        assert message in error["message"]
+
+
+def test_what_an_api_refuses_is_passed_on_in_one_step(tmp_path: Path) -> None:
+    tried = {**step(path="/${params.v}"), "onError": "continue"}
+    known = {"name": "no", "when": "${error}"}
+    fail = known | {"fail": {"status": "${error.status}", "message": "${error.body.message}"}}
+    respond = known | {"respond": {"status": "${error.status}", "body": "${error.body}"}}
+    with api(failing) as there, serving(tmp_path, {"a": {"url": there.url}}, tried, fail) as app:
+        result = app.run("f", {"v": "taken"})
+        assert (result.status_code, result.json()["detail"]) == (422, "email is taken")
+        assert app.run("f", {"v": "ok"}).status_code == 200  # nothing failed: error is null
+        outer = get_flow("/g", steps=[{"name": "c", "call": {"flow": "f", "params": {"v": "taken"}}}])
+        app.deploy("g", outer)
+        assert app.run("g").status_code == 422
+        app.deploy("f", get_flow("/f", steps=[tried, respond], request=V))
+        result = app.run("f", {"v": "taken"})
+        assert (result.status_code, result.json()) == (422, TAKEN)
+        fail["fail"] = {"status": "${error.status - 200}", "message": "x"}
+        app.deploy("f", get_flow("/f", steps=[tried, fail], request=V))
+        assert app.run("f", {"v": "taken"}).status_code == 500  # 222 is no error
+
+
+def test_a_failure_inside_is_known_outside_and_repeated_by_its_kind(tmp_path: Path) -> None:
+    inner = {"name": "inner", "choose": [{"steps": [step(path="/taken", method="POST")]}]}
+    told = {**inner, "retry": {"attempts": 2, "delay": 0, "on": [422]}, "onError": "${error.body.message}"}
+    with api(failing) as there, serving(tmp_path, {"a": {"url": there.url}}, told) as app:
+        assert answer(app) == "email is taken"
+        assert len(there.seen) == 2
+        app.deploy("f", get_flow("/f", steps=[{**told, "retry": {"attempts": 2, "delay": 0}}]))
+        assert answer(app) == "email is taken"
+        assert len(there.seen) == 3  # a POST that may have done something is not repeated unasked
+
+
+def test_a_step_may_be_called_error_and_a_wrong_member_of_the_failure_is_a_fault() -> None:
+    own = [{"name": "error", "set": {"own": 1}}, {"name": "s", "set": "${error.own}"}]
+    build_flow(get_flow("/f", steps=own), "f")
+    with pytest.raises(FlowError, match=r'there is no "error.stauts"; did you mean "status"'):
+        build_flow(get_flow("/f", steps=[{"name": "s", "set": "${error.stauts}"}]), "f")
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
