@@ -28,25 +28,40 @@ The rooms of the module, bottom up; each uses only what stands above it:
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (needed := (3, 11)):  # Astera Lite needs Python 3.11 or later. 3.7 and older show this line
+    this = f"this is {'.'.join(map(str, sys.version_info[:3]))} ({sys.executable})"
+    raise (SystemExit if __name__ == "__main__" else ImportError)(f"Astera Lite needs Python 3.11 or later; {this}")
+
 if __name__ == "__main__":
     # Run as a script: Python has compiled all of this, and keeps the syntax tree (30 MB) until the script ends. So a
-    # server goes on in a new interpreter, which is the same process, and takes the module from the cache.
+    # server goes on in a new interpreter, which is the same process, and takes the compiled code along in a file.
+    import contextlib
+    import marshal
     import os
-    import sys
+    import tempfile
 
+    compiled = sys._getframe().f_code
+    go_on = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("astera_lite", {os.path.realpath(__file__)!r})
+module = sys.modules["astera_lite"] = importlib.util.module_from_spec(spec)  # the one copy, so that plugins share it
+exec(compiled, vars(module))
+del compiled
+sys.exit(module.main())"""
     serves = (sys.argv[1:] or ["serve"])[0].startswith(("serve", "-"))
-    if serves and os.name == "posix" and len(sys.orig_argv) == len(sys.argv) + 1:
-        from importlib.machinery import SourceFileLoader
-
-        file = os.path.abspath(__file__)
-        SourceFileLoader("astera_lite", file).get_code("astera_lite")  # fills the cache: a tree made there would stay
-        home = os.path.dirname(file)
-        path = f"sys.path[:] = [{home!r}, *filter(None, sys.path)]"
-        code = f"import sys; {path}; import astera_lite; sys.exit(astera_lite.main())"
-        os.execv(sys.executable, [sys.executable, "-c", code, *sys.argv[1:]])  # noqa: S606 (as we were started)
-    import astera_lite  # the one importable copy, so that plugins share it
-
-    raise SystemExit(astera_lite.main())
+    flags = sys.orig_argv[1 : -len(sys.argv)]  # Python's own; not -m, where there is no tree to be rid of
+    if serves and os.name == "posix" and set("".join(flags)) <= set("-BEIPsSu"):
+        with contextlib.suppress(OSError):  # where no file can be made, the tree stays
+            file = open(os.memfd_create("code"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()  # noqa: SIM115
+            marshal.dump(compiled, file)
+            file.seek(0)
+            os.set_inheritable(file.fileno(), True)
+            take = f"import marshal, sys; sys.path[:] = {sys.path!r}\nwith open({file.fileno()}, 'rb') as file: "
+            code = f"{take}compiled = marshal.load(file)\n{go_on}"
+            os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])  # noqa: S606 (as we were started)
+    exec(go_on)  # noqa: S102 (ourselves)
 
 import ast
 import base64
@@ -78,7 +93,6 @@ import signal
 import socket
 import sqlite3
 import struct
-import sys
 import threading
 import time
 import types
@@ -255,10 +269,18 @@ SHIPPED = ("console.html", "schema.sql")  # files that the module needs beside i
 def resource(name: str) -> bytes:
     """A file shipped beside the module: in a checkout, in a zipapp, or in a wheel's `astera_lite/` folder."""
     loader: Any = globals()["__loader__"]  # of a file or of a zip
-    for candidate in (name, os.path.join("astera_lite", name)):
-        with contextlib.suppress(OSError):
-            return bytes(loader.get_data(os.path.join(os.path.dirname(__file__), candidate)))
-    raise ConfigError([Fault(name, "", "is missing: it belongs beside astera_lite.py, copy both")])
+    fault = Fault(name, "", "is missing: it belongs beside astera_lite.py, copy both")
+    for module in (__file__, os.path.realpath(__file__)):  # which may be a link
+        for candidate in (name, os.path.join("astera_lite", name)):
+            path = os.path.join(os.path.dirname(module), candidate)
+            try:
+                return bytes(loader.get_data(path))
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                if error.errno:  # 0 says that a zip does not have it
+                    fault = Fault(path, "", f"cannot be read: {_reason(error)}")
+    raise ConfigError([fault])
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -14519,14 +14541,26 @@ def _print_tokens(tokens: Sequence[Token]) -> None:
         print(f"{each.name:<24}  {each.role if each.digest else 'revoked':<7}  {timestamp(each.created)}  {flows}")
 
 
+_ZIPPED_MAIN = b"""\
+import sys
+
+if sys.version_info < (3, 11):
+    this = "this is %d.%d.%d (%s)" % (sys.version_info[:3] + (sys.executable,))
+    sys.exit("Astera Lite needs Python 3.11 or later; " + this)
+
+import astera_lite
+
+sys.exit(astera_lite.main())
+"""
+
+
 def pack(args: argparse.Namespace, settings: Settings) -> int:
     """zipapp: the server as one file."""
     import py_compile  # noqa: PLC0415 (as below: for this command only)
     import tempfile  # noqa: PLC0415
     import zipfile  # noqa: PLC0415
 
-    main_ = b"import sys\n\nimport astera_lite\n\nsys.exit(astera_lite.main())\n"
-    files = {"__main__.py": main_, "astera_lite.py": resource("astera_lite.py")}
+    files = {"__main__.py": _ZIPPED_MAIN, "astera_lite.py": resource("astera_lite.py")}
     for name in SHIPPED:
         try:
             files[name] = resource(name)

@@ -382,6 +382,9 @@ def test_a_missing_schema_says_what_to_do(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "schema.sql" in done.stderr
     assert "beside astera_lite.py" in done.stderr
+    (tmp_path / "schema.sql").mkdir()
+    done = run(tmp_path, "--port", "0", program="astera_lite.py")
+    assert (done.returncode, done.stderr) == (1, f"{tmp_path / 'schema.sql'}: cannot be read: Is a directory\n")
 
 
 # --- signals ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import signal
@@ -111,6 +112,71 @@ def test_each_form_of_it_serves(built: Built, work: Path, form: str) -> None:
         api.session.close()
         started.send_signal(signal.SIGTERM)
         assert started.wait(10) == 0
+
+
+@pytest.mark.parametrize("how", ["-I", "-P", "link", "linked module"])
+def test_a_script_serves_however_it_is_found(work: Path, how: str) -> None:
+    """With an isolated child, which has to find the module, too."""
+    script = Path(PROGRAM[1])
+    if how == "link":
+        script = work / "serve-flows"
+        script.symlink_to(PROGRAM[1])
+    elif how == "linked module":
+        (work / "astera_lite.py").symlink_to(PROGRAM[1])
+    found = ["-m", "astera_lite"] if how == "linked module" else [str(script)]
+    python = os.path.realpath(sys.executable)  # without this environment, which has the module, too
+    program = (python, *([how] if how.startswith("-") else []), *found)
+    assert run(*program, "check", folder=work).strip() == ""
+    with process(work, program=program) as (_, url, _):
+        api = Api(url)
+        assert api.result(api.finished(api.submit("/primes", below=100))["id"]) == {"primes": 25}
+        api.session.close()
+
+
+def test_a_script_is_compiled_once_where_no_bytecode_is_kept(tmp_path: Path) -> None:
+    for name in ("astera_lite.py", "schema.sql"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n\ndef tell(event, args):\n"
+        "    if event == 'compile' and str(args[1]).endswith('astera_lite.py'):\n"
+        "        open('compiled', 'a').write('again ')\n\nsys.addaudithook(tell)\n"
+    )
+    env = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tmp_path)}
+    program = (sys.executable, "astera_lite.py")
+    with process(tmp_path, program=program, env=env) as (_, url, _):
+        assert Api(url).counts()["running"] == 0
+    assert (tmp_path / "compiled").read_text() == "again "
+    subprocess.run([*program, "schema"], cwd=tmp_path, env={**os.environ, **env}, capture_output=True, check=True)
+    assert (tmp_path / "compiled").read_text() == "again again "
+
+
+def _older_pythons() -> list[str]:
+    names = [f"python3.{minor}" for minor in range(6, 11)]
+    folders = [*map(Path, os.get_exec_path()), *Path.home().glob(".pyenv/versions/*/bin")]
+    return [str(path / name) for path in folders if path.name != "shims" for name in names if (path / name).exists()]
+
+
+def test_an_older_python_reads_as_far_as_the_line_that_refuses_it() -> None:
+    source = (ROOT / "astera_lite.py").read_text("utf-8")
+    ast.parse(source, feature_version=(3, 8))
+    first = source[: source.index("sys.version_info < (needed := ")]
+    assert first.isascii()  # or Python 2 would complain of that
+
+
+@pytest.mark.parametrize("python", _older_pythons())
+def test_an_older_python_is_told_which_one_is_needed(built: Built, tmp_path: Path, python: str) -> None:
+    say = "import sys; print('this is %d.%d.%d (%s)' % (*sys.version_info[:3], sys.executable))"
+    minor = int(Path(python).name.removeprefix("python3."))
+    this = subprocess.run([python, "-c", say], capture_output=True, text=True, timeout=60, check=False).stdout
+    for program in (PROGRAM[1], built.pyz):
+        done = subprocess.run([python, program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1
+        if minor >= 8 or program == built.pyz:
+            assert done.stderr == f"Astera Lite needs Python 3.11 or later; {this}"
+        else:  # these fail before a line runs; they show the one that they stumble over
+            assert "# Astera Lite needs Python 3.11 or later" in done.stderr
+            assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_zipapp_is_whole_and_makes_itself(built: Built, tmp_path: Path) -> None:
