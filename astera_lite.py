@@ -2858,7 +2858,7 @@ class Schema:
                 errors.append({"in": where, "name": f"{place}/{pointer(name)}", "message": "is missing"})
         for name, schema in self.properties.items():
             if schema.has_default and name not in value:
-                result[name] = schema.default
+                result[name] = copy.deepcopy(schema.default)  # it may be a list, which a Python step may change
         return result
 
 
@@ -3313,7 +3313,7 @@ def _bind_parameter(item: Parameter, given: Sequence[str], errors: list[dict[str
     if not given:
         if item.required:
             refuse("is missing")
-        return item.schema.default
+        return copy.deepcopy(item.schema.default)
     if not item.array and len(given) > 1:
         refuse("must be given once")
         return None
@@ -3602,8 +3602,8 @@ class Run:
     def scope(self) -> Scope:
         """The names that expressions see before the first step."""
         given, outside = self.input, self.outside
-        names: Scope = {"params": given.params, "request": given.request, "env": outside.env}
-        names |= {"secrets": outside.secrets, "error": None}
+        env, secrets = dict(outside.env), dict(outside.secrets)  # which a Python step may change
+        names: Scope = {"params": given.params, "request": given.request, "env": env, "secrets": secrets, "error": None}
         return names if self.purse is None else {**names, PURSE: self.purse}
 
     @property
@@ -4189,7 +4189,7 @@ class Context:
         self.request: dict[str, Any] = scope["request"]
         known = {"error": scope["error"]} if scope["error"] is not None else {}
         self.steps: dict[str, Any] = {k: v for k, v in scope.items() if k not in (*_BASE_NAMES, "error")} | known
-        self.secrets: dict[str, str] = run.outside.secrets
+        self.secrets: dict[str, str] = dict(run.outside.secrets)
         self.log = logging.LoggerAdapter(log, run.about | {"step": path})
         self._path = path
 

@@ -806,6 +806,37 @@ def test_python_steps(tmp_path: Path) -> None:
         assert b"inner" not in outcome.answer.body
 
 
+def test_what_a_python_step_changes_is_changed_for_its_own_run_alone(tmp_path: Path) -> None:
+    def grow(context: Any, env: Any, secrets: Any, here: Any) -> Any:
+        values = [context.params["tags"], context.request["body"]["list"], here["list"]]
+        values += [context.steps["literal"]["list"], context.steps["failed"]["list"]]
+        for value in values:
+            value.append(1)
+        for names in (env, secrets, context.secrets, context.request["headers"]):
+            names["X-MORE"] = "x"
+        return values
+
+    request = {"method": "POST", "parameters": {"tags": {"in": "query", "type": "array", "default": []}}}
+    request["body"] = {"properties": {"list": {"default": [[0]]}}}
+    values = {"list": []}
+    flow = get_flow(
+        "/grow",
+        request=request,
+        steps=[
+            {"name": "literal", "set": values},
+            {"name": "failed", "set": "${1 / 0}", "onError": values},
+            {
+                "name": "grown",
+                "python": {"call": grow, "args": {"env": "${env}", "secrets": "${secrets}", "here": values}},
+            },
+        ],
+    )
+    with running(tmp_path, {"grow": flow}) as (app, _, client):
+        for _ in range(2):
+            assert client.post("/api/publishing/grow", json={}).json() == [[1], [[0], 1], [1], [1], [1]]
+        assert "X-MORE" not in [*app.outside.env, *app.outside.secrets]
+
+
 # --- http steps ---
 
 
