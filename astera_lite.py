@@ -3220,12 +3220,21 @@ def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> Stor
     path, query, headers = flow.resource, [], {}
     for name, value in params.items():
         where = known[name].where if name in known else "query"
-        texts = [_sent(item, where, name, as_text) for item in (value if isinstance(value, list | tuple) else [value])]
+        many, array = isinstance(value, list | tuple), name in known and known[name].array
+        texts = [_sent(item, where, name, as_text) for item in (value if many else [value])]
+        if many and array and "" in texts:
+            raise InputError([{"in": where, "name": name, "message": "has an empty item"}])
+        if many and where != "query" and (not array or "," in "".join(texts)):
+            message = (
+                "has an item with a comma, which divides items there" if array else "must be one value, not a list"
+            )
+            raise InputError([{"in": where, "name": name, "message": message}])
         if where == "path":
-            for text in texts[:1]:
-                path = path.replace(f"{{{name}}}", urllib.parse.quote(text, safe=""))
+            path = path.replace(f"{{{name}}}", urllib.parse.quote(",".join(texts), safe=""))
         elif where == "query":
             query += [(name, text) for text in texts]
+            if many and array and (not texts or (len(texts) == 1 and "," in texts[0])):
+                query.append((name, ""))  # see _bind_parameter
         else:
             headers[name.lower()] = ",".join(texts)
     missing = [match[1] for segment in path.split("/") if (match := _PARAMETER_SEGMENT.fullmatch(segment))]
@@ -3317,13 +3326,10 @@ def _bind_parameter(item: Parameter, given: Sequence[str], errors: list[dict[str
     if not item.array and len(given) > 1:
         refuse("must be given once")
         return None
-    texts = (
-        given
-        if not item.array
-        else [part for text in given for part in text.split(",")]
-        if any(given) or len(given) > 1
-        else []
-    )
+    texts = given
+    if item.array:  # one text is split, for it may be a list; of several each is an item, and an empty one is none
+        texts = given[0].split(",") if len(given) == 1 and given[0] else [text for text in given if text]
+        texts = [text.strip(" \t") for text in texts] if item.where == "header" else texts
     values = []
     for text in texts:
         if not text and not item.text:

@@ -19,6 +19,7 @@ from astera_lite import (
     Clock,
     Deployments,
     FlowError,
+    InputError,
     Job,
     Principal,
     Status,
@@ -249,6 +250,57 @@ def test_call_runs_another_flow(tmp_path: Path) -> None:
             "headers": {"x-len": "3", "content-type": "application/json"},
             "body": {"hi": "A/Ä"},
         }
+
+
+LISTS = {
+    "request": {
+        "method": "GET",
+        "resource": "/lists/{path}",
+        "parameters": {
+            "path": {"in": "path", "type": "array"},
+            "query": {"in": "query", "type": "array", "default": ["none"]},
+            "X-Head": {"in": "header", "type": "array"},
+            "one": {"in": "query"},
+        },
+    },
+    "response": {"body": "${[params.path, params.query, params['X-Head']]}"},
+}
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        [["a", "b"], ["Doe, John", "x"], ["c", "d e"]],
+        [["a"], ["Doe, John"], ["c"]],
+        [["a/ä"], [","], ["c"]],
+        [["a"], [], None],
+        [["a"], None, None],
+    ],
+)
+def test_a_list_arrives_as_the_list_that_it_was(tmp_path: Path, lists: list[Any]) -> None:
+    params = {name: value for name, value in zip(("path", "query", "X-Head"), lists, strict=True) if value is not None}
+    came = [lists[0], ["none"] if lists[1] is None else lists[1], lists[2]]
+    call = {"name": "c", "call": {"flow": "lists", "params": params}}
+    with serving(tmp_path, {"lists": LISTS, "f": steps(call)}) as app:
+        assert app.run("f").json()["body"] == came
+        assert app.run("lists", params).json() == came
+        job = app.submit("lists", params)
+        app.wait(job.id, 10)
+        assert app.result(job.id).json() == came
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"path": ["a"], "query": ["b", ""]}, "query query: has an empty item"),
+        ({"path": ["a,b", "c"]}, "path path: has an item with a comma, which divides items there"),
+        ({"path": ["a"], "X-Head": ["a, b"]}, "header X-Head: has an item with a comma, which divides items there"),
+        ({"path": ["a"], "one": ["b", "c"]}, "query one: must be given once"),
+    ],
+)
+def test_a_list_that_a_request_cannot_carry_is_refused(tmp_path: Path, params: Any, message: str) -> None:
+    with serving(tmp_path, {"lists": LISTS}) as app, pytest.raises(InputError, match=f"^{message}$"):
+        app.run("lists", params)
 
 
 @pytest.mark.parametrize(

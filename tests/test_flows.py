@@ -222,7 +222,7 @@ def test_a_broken_flow_is_refused_with_place_and_cure(tree: dict[str, Any], plac
 )
 def test_a_slip_of_grammar_is_found_by_line_and_column(name: str, text: str, place: str, message: str) -> None:
     with pytest.raises(FlowError) as caught:
-        parse_flow_text(text, name)
+        build_flow(parse_flow_text(text, name), "a", source=name)
     (fault,) = caught.value.faults
     assert fault.where == name
     assert fault.place.startswith(place)
@@ -418,6 +418,9 @@ def test_arrays_repeated_or_separated_by_commas() -> None:
     assert bind(tree, "p=1,2,3").params["p"] == [1, 2, 3]
     assert bind(tree, "").params["p"] is None
     assert bind(tree, "p=").params["p"] == []
+    names = parameter(type="array")
+    assert bind(names, "p=Doe%2C+John&p=x").params["p"] == ["Doe, John", "x"]
+    assert bind(names, "p=Doe%2C+John&p=").params["p"] == ["Doe, John"]
     for query in ("p=1,,2", "p=1,x", "p=1&p=2&p=3,4"):
         with pytest.raises(InputError):
             bind(tree, query)
