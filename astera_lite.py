@@ -3580,6 +3580,7 @@ class Run:
         "outside",
         "progress",
         "purse",
+        "reached",
         "step_deadline",
         "trace",
     )
@@ -3604,6 +3605,7 @@ class Run:
         self.canned: _Canned | None = None  # of a test
         self.held = False  # waits with its thread, for it shares its run with others
         self.purse: Purse | None = None
+        self.reached: dict[str, Any] = {}  # how far a step came, for its next attempt, by path
 
     def scope(self) -> Scope:
         """The names that expressions see before the first step."""
@@ -3774,10 +3776,14 @@ def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
 
 
 def _attempts(step: Step, run: Run, scope: Scope, path: str) -> Any:
-    retry = step.retry
-    for attempt in itertools.count(1):
+    """The step's value, perhaps at a further attempt; attempts count anew where the step came further meanwhile."""
+    retry, attempt, resumed = step.retry, 0, True
+    run.reached.pop(path, None)  # from an earlier attempt of a step around this one
+    before = None
+    while True:
+        attempt += 1
         try:
-            with _within(run, step.timeout, f"{path}@", resumed=attempt == 1):
+            with _within(run, step.timeout, f"{path}@", resumed):
                 if step.effect:
                     run.may_block()
                     run.journal.barrier()
@@ -3785,13 +3791,26 @@ def _attempts(step: Step, run: Run, scope: Scope, path: str) -> Any:
         except _Signal:
             raise
         except Exception as error:
+            if run.reached.get(path) is not before:
+                attempt, before = 1, run.reached[path]
             kinds = error.kinds if isinstance(error, StepError) else {"error"}
             wanted = retry.on is None or retry.on & set(kinds)
+            pause = max(retry.pause(attempt), _asked_pause(run, error))
             if attempt >= retry.attempts or not wanted or (retry.on is None and "unsafe" in kinds):
                 raise
-        run.check()
-        run.sleep(retry.pause(attempt))
-    raise AssertionError  # the loop does not end
+            run.check()
+            if pause > run.left():
+                raise  # better this failure now than a timeout later
+        resumed = False
+        run.sleep(pause)
+
+
+def _asked_pause(run: Run, error: Exception) -> float:
+    """Seconds for which the API asked to wait (RFC 9110, section 10.2.3)."""
+    answer = error.answer if isinstance(error, StepError) else None
+    if answer is None:
+        return 0.0
+    return parse_retry_after(header_value(answer.headers, "retry-after"), run.outside.clock.wall())
 
 
 @contextlib.contextmanager
@@ -4570,10 +4589,10 @@ _PAGE_STYLES: dict[str, tuple[str, ...]] = {
     "next": (),
     "link": (),
     "cursor": ("parameter",),
-    "offset": ("limit", "size"),
-    "page": ("start",),
+    "offset": ("limit", "size", "total"),
+    "page": ("start", "total"),
 }
-_MAX_PAGES = 10_000
+_MAX_PAGES = 10_000  # unless the flow's author wrote another limit: an API whose pages have no end fails the step
 
 
 def _parse_count(value: Any) -> int:
@@ -4598,7 +4617,8 @@ class _Pages(NamedTuple):
     size_parameter: str
     size: int
     start: int
-    max_pages: int
+    total: Template | None  # of the styles offset and page: how many items there are in all
+    max_pages: int | None
     max_items: int
 
     def first(self) -> dict[str, Any]:
@@ -4608,14 +4628,25 @@ class _Pages(NamedTuple):
         return {self.parameter: self.start} if self.style == "page" else {}
 
     def following(self, output: dict[str, Any], scope: Scope, count: int, got: int, pages: int) -> Any:
-        """What asks for the page behind this one: an address, or a value of the parameter; None at the end."""
+        """What asks for the page behind this one: an address, or a value of the parameter; None at the end.
+
+        A page that is shorter than asked for is not the last one: servers have limits of their own.
+        """
         if self.style == "link":
             return _next_link(output["headers"].get("link", ""))
         if self.next is not None:
             return self.next(scope) or None
-        if self.style == "offset":
-            return count if got >= self.size else None
-        return self.start + pages if got else None
+        total = self.total(scope) if self.total is not None else None
+        if total is None:
+            ended = not got
+        elif type(total) is not int:
+            raise ExpressionError(f"pages/total: {shown(total)} is not a number of items")
+        elif got == 0 and count < total:
+            detail = f"the API it calls has {total} items, as it says, and gave {count}"
+            raise StepError(502, detail, detail, {"next", "unsafe"})
+        else:
+            ended = count >= total
+        return None if ended else count if self.style == "offset" else self.start + pages
 
 
 def _next_link(text: str) -> str | None:
@@ -4628,14 +4659,15 @@ def _next_link(text: str) -> str | None:
 
 
 def _check_pages(build: Build, spec: Any, place: str, call: _HttpCall) -> Runner:
-    members = ("items", "maxPages", "maxItems", *_PAGE_STYLES, "parameter", "limit", "size", "start")
+    belonging = ("parameter", "limit", "size", "start", "total")
+    members = ("items", "maxPages", "maxItems", *_PAGE_STYLES, *belonging)
     if not build.members(spec, place, members):
         spec = {"next": ""}
     styles = [style for style in _PAGE_STYLES if style in spec]
     style = styles[0] if styles else "next"
     if len(styles) != 1:
         build.fault(place, f"needs exactly one of {', '.join(_PAGE_STYLES)}: how the next page is asked for")
-    for name in ("parameter", "limit", "size", "start"):
+    for name in belonging:
         if name in spec and name not in _PAGE_STYLES[style]:
             build.fault(f"{place}/{name}", f"does not belong to {style}")
     if style == "cursor" and "parameter" not in spec:
@@ -4646,6 +4678,7 @@ def _check_pages(build: Build, spec: Any, place: str, call: _HttpCall) -> Runner
         items = build.template(spec.get("items", "${page.body}"), f"{place}/items")
         computed = style in ("next", "cursor")
         following = build.template(spec.get(style), f"{place}/{style}") if computed else None
+        total = build.template(spec["total"], f"{place}/total") if "total" in spec else None
     named = {"cursor": "parameter", "offset": "offset", "page": "page"}.get(style, "")
     pages = _Pages(
         style,
@@ -4655,7 +4688,8 @@ def _check_pages(build: Build, spec: Any, place: str, call: _HttpCall) -> Runner
         build.checked(spec, "limit", place, _parse_word, "limit"),
         build.checked(spec, "size", place, _parse_count, 100),
         build.checked(spec, "start", place, _parse_start, 1),
-        min(build.checked(spec, "maxPages", place, _parse_count, 100), _MAX_PAGES),
+        total,
+        build.checked(spec, "maxPages", place, _parse_count, None),
         build.checked(spec, "maxItems", place, _parse_count, sys.maxsize),
     )
     return partial(_all_pages, call, pages, place)
@@ -4668,34 +4702,41 @@ def _parse_start(value: Any) -> int:
 
 
 def _all_pages(call: _HttpCall, pages: _Pages, place: str, run: Run, scope: Scope, path: str) -> dict[str, Any]:
-    """Call until there is no further page, or a limit is reached; all items together."""
-    left = min(call.max_bytes or sys.maxsize, run.outside.max_step_response)
-    items: list[Any] = []
-    request = call.request(run, scope)
-    first = copy.copy(request)
-    request.url = _with_query(request.url, pages.first())
-    seen: Any = None
-    for count in itertools.count(1):
-        output, size = call.send(run, copy.copy(request), left)
-        left -= size
+    """Call until there is no further page, or a limit is reached; all items together.
+
+    What is there is kept in `run.reached`, so that a further attempt goes on with the page that failed.
+    """
+    if path not in run.reached:
+        request = call.request(run, scope)
+        first = copy.copy(request)
+        request.url = _with_query(request.url, pages.first())
+        left = min(call.max_bytes or sys.maxsize, run.outside.max_step_response)
+        run.reached[path] = (1, request, first, [], left, None)
+    while True:
+        count, request, first, items, left, seen = run.reached[path]
+        output, size = call.send(run, copy.copy(request), max(left, 1))
         page_scope = {**scope, "page": output}
         found = pages.items(page_scope)
         if type(found) is not list:
             raise ExpressionError(f"{place}/items: {_kind(found)} is not a list")
-        items += found
-        following = pages.following(output, page_scope, len(items), len(found), count)
-        if following is None or count >= pages.max_pages or len(items) >= pages.max_items:
-            return {"items": items[: pages.max_items], "pages": count, **output}
-        if following == seen:
+        got = len(items) + len(found)
+        following = pages.following(output, page_scope, got, len(found), count)
+        if following is None or count == pages.max_pages or got >= pages.max_items:
+            more = following is not None or got > pages.max_items
+            del run.reached[path]
+            return {"items": [*items, *found][: pages.max_items], "pages": count, "more": more, **output}
+        if following == seen or (pages.max_pages is None and count >= _MAX_PAGES):
             detail = "the API it calls names the same page without end"
+            if following != seen:
+                detail = f"the API it calls has more than {_MAX_PAGES:,} pages: say with maxPages how many you want"
             raise StepError(502, detail, f"{detail} (page {count})", {"next", "unsafe"})
-        seen = following
         if pages.parameter:
             request = copy.copy(first)
             request.url = _with_query(first.url, {**pages.first(), pages.parameter: following})
         else:
             _go_on(request, as_text(following), call.method)
-    raise AssertionError  # the loop does not end
+        items += found
+        run.reached[path] = (count + 1, request, first, items, left - size, following)
 
 
 _LONGEST_PAUSE_S = 3600.0
@@ -10765,7 +10806,7 @@ _EXPECT = {
 _CODES = {"type": ["integer", "array"], "items": {"type": "integer"}}
 _RESPONSE: dict[str, Any] = {"status": _STATUS_SCHEMA, "headers": _MAP, "body": _ANY}
 _PAGES_SCHEMA = _object(
-    next=_TEMPLATE, link={"const": True}, cursor=_TEMPLATE, parameter=_TEXT, offset=_TEXT, limit=_TEXT,
+    next=_TEMPLATE, link={"const": True}, cursor=_TEMPLATE, parameter=_TEXT, offset=_TEXT, limit=_TEXT, total=_ANY,
     size={"type": "integer"}, page=_TEXT, start={"type": "integer"}, items=_TEMPLATE, maxPages={"type": "integer"},
     maxItems={"type": "integer"},
 )  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import email.utils
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -347,19 +349,115 @@ def paged(path: str, query: dict[str, str], handler: Any) -> Reply:
         ("/list", {"items": "${page.body.rows}", "next": "${page.body.next}"}, 5),
         ("/list", {"items": "${page.body.rows}", "link": True}, 5),
         ("/list", {"items": "${page.body.rows}", "cursor": "${page.body.cursor}", "parameter": "cursor"}, 5),
-        ("/plain", {"offset": "offset", "limit": "limit", "size": 6}, 4),
+        ("/plain", {"offset": "offset", "limit": "limit", "size": 6}, 5),
+        ("/plain", {"offset": "offset", "limit": "limit", "size": 7, "total": "${23}"}, 4),
         ("/plain", {"page": "page", "start": 0}, 6),
+        ("/plain", {"page": "page", "start": 0, "total": "${23}"}, 5),
     ],
 )
 def test_every_style_of_pages(tmp_path: Path, path: str, pages: Any, count: int) -> None:
     with api(paged) as there, serving(tmp_path, {"a": {"url": there.url}}, step(path=path, pages=pages)) as app:
         found = answer(app)
-        assert (found["items"], found["pages"], found["status"]) == (ROWS, count, 200)
+        assert (found["items"], found["pages"], found["more"], found["status"]) == (ROWS, count, False, 200)
         assert len(there.seen) == count
         app.deploy("f", get_flow("/f", steps=[step(path=path, pages={**pages, "maxItems": 7})]))
-        assert answer(app)["items"] == ROWS[:7]
+        found = answer(app)
+        assert (found["items"], found["more"]) == (ROWS[:7], True)
         app.deploy("f", get_flow("/f", steps=[step(path=path, pages={**pages, "maxPages": 2})]))
-        assert answer(app)["pages"] == 2
+        found = answer(app)
+        assert (found["pages"], found["more"]) == (2, True)
+
+
+def capped(path: str, query: dict[str, str], handler: Any) -> Reply:
+    """250 rows, 50 at a time whatever is asked for; the Link header in two lines."""
+    begin = int(query.get("offset", int(query.get("page", 1)) * 50 - 50))
+    rows = list(range(250))[begin : begin + 50]
+    link = f"<{path}?page={begin // 50 + 2}>; rel=next" if begin < 200 else "</>; rel=prev"
+    return 200, [("Link", "</>; rel=first"), ("Link", link)], {"rows": rows, "total": 250}
+
+
+@pytest.mark.parametrize(
+    ("pages", "count"),
+    [
+        ({"offset": "offset", "size": 100}, 6),
+        ({"offset": "offset", "size": 100, "total": "${page.body.total}"}, 5),
+        ({"page": "page"}, 6),
+        ({"page": "page", "total": "${page.body.total}"}, 5),
+        ({"link": True}, 5),
+    ],
+)
+def test_a_server_with_a_limit_of_its_own_gives_all_rows(tmp_path: Path, pages: Any, count: int) -> None:
+    spec = step(path="/list", pages={"items": "${page.body.rows}", **pages})
+    with api(capped) as there, serving(tmp_path, {"a": {"url": there.url}}, spec) as app:
+        found = answer(app)
+        assert (found["items"], found["pages"], found["more"]) == (list(range(250)), count, False)
+
+
+def test_pages_are_followed_to_the_end_or_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    single = lambda path, query, handler: (200, {}, [1] if int(query["offset"]) < 120 else [])  # noqa: E731
+    spec = step(pages={"offset": "offset", "size": 1})
+    with api(single) as there, serving(tmp_path, {"a": {"url": there.url}}, spec) as app:
+        found = answer(app)
+        assert (len(found["items"]), found["more"]) == (120, False)
+        app.deploy("f", get_flow("/f", steps=[step(pages={**spec["http"]["pages"], "total": "${500}"})]))
+        result = app.run("f")
+        assert (result.status_code, "has 500 items, as it says, and gave 120" in result.text) == (502, True)
+        monkeypatch.setattr("astera_lite._MAX_PAGES", 100)
+        app.deploy("f", get_flow("/f", steps=[spec]))
+        result = app.run("f")
+        assert (result.status_code, "more than 100 pages" in result.text) == (502, True)
+        app.deploy("f", get_flow("/f", steps=[step(pages={**spec["http"]["pages"], "maxPages": 110})]))
+        found = answer(app)
+        assert (len(found["items"]), found["more"]) == (110, True)
+
+
+def test_a_failed_page_is_asked_for_again_and_not_those_before_it(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def limited(path: str, query: dict[str, str], handler: Any) -> Reply:
+        asked.append(query["offset"])
+        if len(asked) % 2 and len(asked) < 11:
+            return 429, {}, None
+        return capped(path, query, handler)
+
+    spec = step(pages={"items": "${page.body.rows}", "offset": "offset"}, path="/list")
+    with api(limited) as there, serving(tmp_path, {"a": {"url": there.url}}, spec) as app:
+        app.deploy("f", get_flow("/f", steps=[{**spec, "retry": {"attempts": 2, "delay": 0}}]))
+        assert answer(app)["items"] == list(range(250))
+        assert asked == ["0", "0", "50", "50", "100", "100", "150", "150", "200", "200", "250"]
+        asked[:] = []
+        around = {"name": "whole", "choose": [{"steps": [spec]}], "retry": {"attempts": 2, "delay": 0}}
+        app.deploy("f", get_flow("/f", steps=[around]))
+        assert app.run("f").status_code == 502  # the step around has two attempts in all
+        assert asked == ["0", "0", "50"]
+
+
+def test_a_further_attempt_waits_as_long_as_the_api_asks(tmp_path: Path) -> None:
+    began: list[float] = []
+
+    def limited(path: str, query: dict[str, str], handler: Any) -> Reply:
+        began.append(time.monotonic())
+        early = began[-1] - began[0] < 0.9
+        date = email.utils.formatdate(time.time() + 2, usegmt=True)  # of a second that has begun
+        return 429 if early else 200, {"Retry-After": "1" if path == "/seconds" else date}, None
+
+    retry = {"attempts": 2, "delay": 0}
+    with api(limited) as there:
+        steps = [{**step(path=f"/{form}"), "retry": retry} for form in ("seconds", "date")]
+        steps[1]["name"] = "d"
+        with serving(tmp_path, {"a": {"url": there.url}}, steps[0]) as app:
+            assert answer(app)["status"] == 200
+            began.clear()
+            app.deploy("f", get_flow("/f", steps=steps[1:]))
+            assert answer(app)["status"] == 200
+            began.clear()
+            late = lambda path, query, handler: (503, {"Retry-After": "9999"}, None)  # noqa: E731
+            with api(late) as other:
+                spec = {"name": "c", "http": other.url, "retry": retry}
+                app.deploy("f", get_flow("/f", steps=[spec], timeout="30s"))
+                result = app.run("f")  # fails at once, with what the API said: the flow has no time for another
+                assert (result.status_code, "answered 503" in result.text) == (502, True)
+                assert len(other.seen) == 1
 
 
 @pytest.mark.parametrize("following", ["${page.body.next}", "/list"])
@@ -386,6 +484,7 @@ def test_pages_without_end_and_pages_too_large_are_errors(tmp_path: Path, follow
         ({"next": "${page.x}", "page": "p"}, "/pages: needs exactly one of"),
         ({"cursor": "${page.x}"}, '/pages: needs "parameter": the query parameter that takes the cursor'),
         ({"next": "${page.x}", "size": 5}, "/pages/size: does not belong to next"),
+        ({"link": True, "total": 5}, "/pages/total: does not belong to link"),
         ({"page": "p", "maxPages": 0}, "/pages/maxPages: 0 is not a number, 1 or more"),
         ({"offset": "${x}"}, '/pages/offset: "${x}" is not the name of a query parameter'),
     ],
