@@ -5766,8 +5766,9 @@ def parse_flow_text(text: str, file_name: str) -> Any:
         raise FlowError([Fault(file_name, "", f"it is nested deeper than {MAX_JSON_DEPTH} levels")]) from None
     except ValueError as error:  # TOMLDecodeError is one; it names line and column itself
         prefix = "is not TOML: " if file_name.endswith(".toml") else ""
-        cure = ": text stands in quotes there" if "Invalid value" in str(error) else ""
-        raise FlowError([Fault(file_name, "", f"{prefix}{error}{cure}")]) from None
+        text, _, place = str(error).removesuffix(")").partition(" (at ")
+        cure = ": text stands in quotes there" if "Invalid value" in text else ""
+        raise FlowError([Fault(file_name, place, f"{prefix}{text}{cure}")]) from None
     return tree
 
 
@@ -6498,9 +6499,12 @@ def load_connections(
 
 
 def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
+    path = os.path.join(folder, name)
     try:
-        text = _read_text(os.path.join(folder, name))
+        text = _read_text(path)
     except FileNotFoundError:
+        if os.path.islink(path):
+            raise FlowError([Fault(name, "", "is a link to a file that is not there")]) from None
         raise
     except UnicodeDecodeError as error:
         message = f"is not UTF-8 (byte {error.start}): save it with that encoding"
@@ -6511,6 +6515,28 @@ def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
 
 
 CONNECTIONS_FILE = "connections.json"
+_STRAY_SUFFIX = re.compile(r"\.(ya?ml|json[c5]|(json|toml)(\.txt)?)$", re.IGNORECASE)
+
+
+def is_flow_file(name: str) -> bool:
+    """Whether a file of this name is read as a flow; what begins with a dot is an editor's or the system's."""
+    return name.endswith((".json", ".toml")) and name[0] != "." and name != CONNECTIONS_FILE
+
+
+def _stray(folder: str | os.PathLike[str], name: str) -> str:
+    """Why something in a folder of flows is read by nobody, though somebody may think so; else an empty text."""
+    if name[0] == "." or name == CONNECTIONS_FILE:
+        return ""
+    with contextlib.suppress(OSError):  # no folder
+        inside = os.listdir(os.path.join(folder, name))
+        of_flows = any(map(is_flow_file, inside)) and not any(file.endswith(".py") for file in inside)
+        return "flows in a folder inside are not read: move them one up" if of_flows else ""
+    suffix = _STRAY_SUFFIX.search(name)
+    return (
+        f"is not read: write it as JSON or TOML, in a file that ends in .json or .toml, not {suffix[0]}"
+        if suffix
+        else ""
+    )
 
 
 def load_flows(
@@ -6528,9 +6554,10 @@ def load_flows(
         kept = [flow for flow in previous.values() if "." in flow.source]
         return kept, [Fault(os.fspath(folder), "", f"cannot be read: {_reason(error)}")]
     for file in files:
-        name, suffix = os.path.splitext(file)
-        if suffix not in (".json", ".toml") or file == CONNECTIONS_FILE:
+        if not is_flow_file(file):
+            faults += [Fault(file, "", reason) for reason in [_stray(folder, file)] if reason]
             continue
+        name = os.path.splitext(file)[0]
         try:
             if name in flows:
                 taken = flows[name].source
@@ -9471,7 +9498,9 @@ class AsteraLite:
             read, found = load_flows(self._folder, self._build, self.deployments.by_name)
             flows, faults = flows + read, faults + found
         elif self._folder is not None:
-            faults = [Fault(self._folder, "", "there is no such folder: `new NAME` makes it with a first flow")]
+            what = "is no folder" if os.path.exists(self._folder) else "there is no such folder"
+            cure = "start where it is, or name it (--flows); `new NAME` makes one with a first flow"
+            faults = [Fault(self._folder, "", f"{what}: {cure}")]
         return Deployments(flows, faults, self.deployments.by_name)
 
     def reload(self) -> list[Fault]:
@@ -9551,6 +9580,8 @@ class AsteraLite:
         """The folder where a deployment's file is kept; raises Conflict, NotFound."""
         if not _FLOW_NAME.fullmatch(name):
             raise NotFound(f"{shown(name)} is no name of a deployment: letters, digits, - and _.")
+        if name + ".json" == CONNECTIONS_FILE:
+            raise Conflict(f"{CONNECTIONS_FILE} keeps the connections: choose another name.")
         if self._folder is None or name in self._own_flows:
             raise Conflict("It is published by the program that this server runs in, not by a file.")
         if os.path.exists(os.path.join(self._folder, f"{name}.toml")):
@@ -10070,9 +10101,12 @@ def _signature(folder: str | None) -> _Signature:
     found = []
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder) if folder is not None else ():
-            if entry.name.endswith((".json", ".toml", ".py")):
-                about = entry.stat()
-                found.append((entry.name, about.st_mtime_ns, about.st_size))
+            if is_flow_file(entry.name) or entry.name == CONNECTIONS_FILE or entry.name.endswith(".py"):
+                try:
+                    about = entry.stat()
+                    found.append((entry.name, about.st_mtime_ns, about.st_size))
+                except OSError:  # a link to what is not there: it counts as one
+                    found.append((entry.name, 0, 0))
     return tuple(sorted(found))
 
 
@@ -14033,7 +14067,8 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
             log.info("published: %s", " ".join(line.split()))
         log.info("console: %s/", base)
     else:
-        sys.stderr.write("\n".join([*(["published:"] if lines else []), *lines, f"console: {base}/", ""]))
+        head = "published:" if lines else "published: no flow; `new NAME` writes a first one"
+        sys.stderr.write("\n".join([head, *lines, f"console: {base}/", ""]))
     _settle()
     sys.stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
     sys.stderr.flush()
@@ -14135,22 +14170,35 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
     wanted = {os.path.realpath(name): name for name in args.file}
     folders = sorted({os.path.dirname(path) for path in wanted}) or [settings.flows]
     faults, well = [], 0
+    for name in args.file:
+        if not os.path.lexists(name):
+            faults.append(Fault(name, "", "there is no such file"))
+        elif os.path.isdir(name):
+            faults.append(Fault(name, "", f"is a folder: name its files, or check all of it with --flows {name}"))
+        elif not name.endswith((".json", ".toml")):
+            faults.append(Fault(name, "", "is no flow file: they end in .json or .toml"))
+    named = {fault.where for fault in faults}
     for folder in folders:
         found = AsteraLite(app.settings._replace(flows=folder)).read_flows()
         for fault in found.faults:
-            path = os.path.join(folder, fault.where)
-            if not wanted or os.path.realpath(path) in wanted:
-                spelled = wanted.get(os.path.realpath(path), fault.where)
-                faults.append(fault._replace(where=spelled + line_of(path, fault.place)))
+            path = os.path.realpath(os.path.join(folder, fault.where))
+            if not wanted or (path in wanted and wanted[path] not in named):
+                faults.append(_openable(fault, folder, wanted.get(path)))
         sources = [os.path.realpath(os.path.join(folder, flow.source)) for flow in found.by_name.values()]
         well += sum(1 for source in sources if not wanted or source in wanted)
-    for name in args.file:
-        if not os.path.isfile(name) or not name.endswith((".json", ".toml")):
-            faults.append(Fault(name, "", "is no flow file: they end in .json or .toml"))
     for fault in faults:
         print(fault)
     print(f"flows that are well: {well}, faults: {len(faults)}", file=sys.stderr)
     return 1 if faults else 0
+
+
+def _openable(fault: Fault, folder: str, path: str | None = None) -> Fault:
+    """A fault of a flow file as a terminal or an editor can open it: `flows/a.json:12: …`, `flows/a.json:1:30: …`."""
+    path = path or (folder if fault.where == folder else os.path.join(folder, fault.where))
+    grammar = re.fullmatch(r"line ([0-9]+), column ([0-9]+)", fault.place)
+    if grammar:
+        return Fault(f"{path}:{grammar[1]}:{grammar[2]}", "", fault.message)
+    return fault._replace(where=path + line_of(path, fault.place))
 
 
 def _tokens_of(path: str) -> list[Token]:
@@ -14268,7 +14316,7 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
     app = AsteraLite(settings)
     faults = app.reload()
     for fault in faults:
-        print(fault)
+        print(_openable(fault, settings.flows))
     flows = app.deployments.by_name
     unknown = [name for name in args.names if name not in flows]
     for name in unknown:
@@ -14302,7 +14350,7 @@ def print_document(make: Callable[..., Any], args: argparse.Namespace, settings:
     app = AsteraLite(settings)
     found = app.read_flows()
     for fault in found.faults:
-        print(fault, file=sys.stderr)
+        print(_openable(fault, settings.flows), file=sys.stderr)
     secured = settings.token is not None or bool(_tokens_of(settings.database))
     _print_json(make(found, app.base, secured))
     return 1 if found.faults else 0
@@ -14312,6 +14360,9 @@ def new(args: argparse.Namespace, settings: Settings) -> int:
     """new: write a starter flow."""
     if not _FLOW_NAME.fullmatch(args.name):
         print(f"{shown(args.name)} must consist of letters, digits, - and _", file=sys.stderr)
+        return 1
+    if args.name + ".json" == CONNECTIONS_FILE:
+        print(f"{CONNECTIONS_FILE} keeps the connections: choose another name", file=sys.stderr)
         return 1
     path = os.path.join(settings.flows, f"{args.name}.json")
     try:

@@ -92,7 +92,7 @@ BROKEN: list[tuple[str, str, list[str]]] = [
     ('json', '{"request": {"method": "get", "resource": "/x"}}', ['/request/method: "get" is not one of GET, POST, PUT, PATCH, DELETE; did you mean "GET"?']),
     ('json', '{"request": {"method": "GET", "resource": "/x"}, "response": "${x}"}', ['/response: must be an object with status, headers, body, when, page, filter, sort, not text']),
     ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"callbackUrl": {"in": "query"}}}}', ['/request/parameters/callbackUrl: is a parameter of every asynchronous request and does not reach the flow: rename it']),
-    ('toml', '[request]\nmethod = GET\n', ['is not TOML: Invalid value (at line 2, column 10): text stands in quotes there']),
+    ('toml', '[request]\nmethod = GET\n', ['line 2, column 10: is not TOML: Invalid value: text stands in quotes there']),
     ('toml', "[request]\nmethod = 'GET'\nresource = '/x'\n[steps]\nname='a'\nset=1\n", ['/steps: must be a list of steps, not an object']),
 ]  # fmt: skip
 
@@ -113,9 +113,23 @@ def test_odd_files_in_the_folder(tmp_path: Path) -> None:
     (tmp_path / "wide.json").write_bytes(flow.encode("utf-16"))
     (tmp_path / "one.json").write_text(flow)
     (tmp_path / "two.json").write_text(flow)
-    (tmp_path / "notes.md").write_text("not a flow")
+    for name in ("notes.md", "one.json.bak", "one.json~", ".#one.json", "code.py", ".one.toml"):
+        (tmp_path / name).write_text("not a flow")
+    for name in ("a.yaml", "b.JSON", "c.jsonc", "d.json.txt", "below/one.json", "package/data.json", "package/f.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(flow)
+    for name in (".#a.json", "gone.json", "connections.json"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
     app = AsteraLite(flows=str(tmp_path))
+    unread = "is not read: write it as JSON or TOML, in a file that ends in .json or .toml, not"
     assert [str(fault) for fault in app.reload()] == [
+        "connections.json: is a link to a file that is not there",
+        f"a.yaml: {unread} .yaml",
+        f"b.JSON: {unread} .JSON",
+        "below: flows in a folder inside are not read: move them one up",
+        f"c.jsonc: {unread} .jsonc",
+        f"d.json.txt: {unread} .json.txt",
+        "gone.json: is a link to a file that is not there",
         'my flow.json: the name "my flow" must consist of letters, digits, - and _',
         "wide.json: is not UTF-8 (byte 0): save it with that encoding",
         'two.json: /request/resource: GET /x is claimed by "one" (one.json) too: change one',

@@ -319,7 +319,8 @@ def test_serve_prints_every_endpoint_ready_to_use(tmp_path: Path) -> None:
 def test_serve_works_without_a_flow(tmp_path: Path) -> None:
     with process(tmp_path) as (_, url, lines):
         assert get(url + "/health").status_code == 200
-        assert any("new NAME" in line for line in lines)
+        assert any("there is no such folder: start where it is, or name it (--flows)" in line for line in lines)
+        assert "published: no flow; `new NAME` writes a first one" in lines
 
 
 def test_serve_tells_of_faulty_flows_and_serves_the_others(tmp_path: Path) -> None:
@@ -591,7 +592,8 @@ def test_the_log_can_be_off(tmp_path: Path) -> None:
     write(tmp_path, broken="{")
     with process(tmp_path, "--log", "off") as (_, url, lines):
         get(url + "/nowhere")
-    assert lines == [f"console: {url}/", f"listening on {url}"]
+    head = "published: no flow; `new NAME` writes a first one"
+    assert lines == [head, f"console: {url}/", f"listening on {url}"]
 
 
 # --- check ---
@@ -609,9 +611,11 @@ def test_check_lists_every_fault_of_every_file(here: Here, tmp_path: Path) -> No
     done = here("check")
     assert done.returncode == 1
     faults = done.stdout.splitlines()
-    assert {line.partition(":")[0] for line in faults} == {"syntax.json", "two.json", "names.json", "twin.json"}
-    assert len([line for line in faults if line.startswith("two.json")]) == 2
-    assert any("hello" in line for line in faults if line.startswith("twin.json"))
+    names = {f"flows/{name}.json" for name in ("syntax", "two", "names", "twin")}
+    assert {line.partition(":")[0] for line in faults} == names
+    assert len([line for line in faults if line.startswith("flows/two.json:1: /request/")]) == 2
+    assert any("hello" in line for line in faults if line.startswith("flows/twin.json"))
+    assert any(line.startswith("flows/syntax.json:1:13: is not JSON") for line in faults)
     assert f"faults: {len(faults)}" in done.stderr
     assert not (tmp_path / "astera_lite.db").exists()
 
@@ -622,13 +626,44 @@ def test_check_of_named_files(here: Here, tmp_path: Path) -> None:
     assert (good.returncode, good.stdout) == (0, "")
     bad = here("check", "flows/hello.json", "flows/broken.json", "flows/missing.json")
     assert bad.returncode == 1
-    assert [line.partition(":")[0] for line in bad.stdout.splitlines()] == ["flows/broken.json", "flows/missing.json"]
+    assert [line.partition(": ")[0] for line in bad.stdout.splitlines()] == [
+        "flows/missing.json",
+        "flows/broken.json:1:2",
+    ]
+    (tmp_path / "flows" / "a.toml").write_text("[request]\nmethod = GET\n")
+    (tmp_path / "flows" / "b.yaml").write_text("request:\n")
+    for name, said in (
+        ("nope.json", "nope.json: there is no such file"),
+        ("flows", "flows: is a folder: name its files, or check all of it with --flows flows"),
+        ("flows/a.toml", "flows/a.toml:2:10: is not TOML: Invalid value: text stands in quotes there"),
+        ("flows/b.yaml", "flows/b.yaml: is no flow file: they end in .json or .toml"),
+    ):
+        done = here("check", name)
+        assert (done.returncode, done.stdout) == (1, said + "\n")
 
 
-def test_check_without_a_folder_names_the_cure(here: Here) -> None:
+def test_what_is_not_read_is_told(here: Here, tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO)
+    (tmp_path / "flows" / "more").mkdir()
+    (tmp_path / "flows" / "more" / "sum.json").write_text(json.dumps(POST))
+    (tmp_path / "flows" / "y.yaml").write_text("request: {}\n")
     done = here("check")
     assert done.returncode == 1
-    assert "new NAME" in done.stdout
+    assert done.stdout.splitlines() == [
+        "flows/more: flows in a folder inside are not read: move them one up",
+        "flows/y.yaml: is not read: write it as JSON or TOML, in a file that ends in .json or .toml, not .yaml",
+    ]
+    with process(tmp_path) as (_, _, lines):
+        assert [line.partition(": ")[0].split()[-1] for line in lines if " error " in line] == ["more", "y.yaml"]
+
+
+def test_check_without_a_folder_names_the_cure(here: Here, tmp_path: Path) -> None:
+    done = here("check")
+    assert done.returncode == 1
+    cure = "start where it is, or name it (--flows); `new NAME` makes one with a first flow"
+    assert done.stdout == f"flows: there is no such folder: {cure}\n"
+    (tmp_path / "flows").write_text("")
+    assert here("check").stdout == f"flows: is no folder: {cure}\n"
 
 
 def test_the_flows_of_the_checkout_are_well() -> None:

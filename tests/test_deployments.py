@@ -82,6 +82,32 @@ def test_changed_new_and_removed_files_are_noticed(tmp_path: Path) -> None:
         assert sorted(app.deployments.by_name) == ["hello"]
 
 
+def test_a_link_to_nowhere_does_not_hide_what_changes(tmp_path: Path) -> None:
+    """As Emacs makes one beside each file that it edits."""
+    clock = FakeClock()
+    with serving(tmp_path, clock, hello=HELLO, zero=HELLO) as app:
+        for name in (".#a.json", "b.json"):
+            (tmp_path / "flows" / name).symlink_to("nobody@nowhere:1")
+        (tmp_path / "flows" / "zero.json").unlink()
+        look(app, clock)
+        assert [fault.where for fault in app.deployments.faults] == ["b.json"]
+        for turn in range(8):  # the order of a folder is not known
+            write(tmp_path, f"more{turn}.json", get_flow(f"/more/{turn}"))
+            look(app, clock, 3)  # its own housekeeper may look meanwhile
+            assert f"more{turn}" in app.deployments.by_name
+        (tmp_path / "flows" / "b.json").unlink()
+        look(app, clock)
+        assert app.deployments.faults == []
+
+
+def test_the_file_of_connections_is_no_deployment(tmp_path: Path) -> None:
+    crm = {"crm": {"baseUrl": "http://127.0.0.1:1"}}
+    with serving(tmp_path, None, TOKEN, connections=crm) as app, calling(app) as client:
+        assert client("PUT", "/api/deployments/connections", json=HELLO).status_code == 409
+        assert client("DELETE", "/api/deployments/connections").status_code == 409
+        assert json.loads((tmp_path / "flows" / "connections.json").read_text()) == crm
+
+
 def test_a_file_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
     clock = FakeClock()
     with serving(tmp_path, clock, hello=HELLO) as app:
