@@ -14261,7 +14261,7 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     if flow is None:
         print(f'there is no flow "{args.name}"{suggest(args.name, app.deployments.by_name)}', file=sys.stderr)
         return 1
-    params: dict[str, Any] = {}
+    repeated: dict[str, list[str]] = {}
     body: Any = None
     for pair in args.values:
         name, equals, value = pair.partition("=")
@@ -14275,7 +14275,8 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
                 print(f"{value[1:]}: cannot be read: {_reason(error)}", file=sys.stderr)
                 return 1
         else:
-            params[name] = [*params[name], value] if name in params else [value]
+            repeated.setdefault(name, []).append(value)
+    params = {name: values if len(values) > 1 else values[0] for name, values in repeated.items()}
     try:
         request = request_for(flow, params, body)
         given = flow.bind(request, path_values(flow, request.path), "try")
