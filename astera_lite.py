@@ -669,7 +669,7 @@ def problem(status: int, detail: str = "", **members: Any) -> dict[str, Any]:
 
 # ======================================================================================================================
 # 2 Settings
-# To add a setting: a field of Settings. Flag, environment variable, TOML key, --help and the README's table follow.
+# To add a setting: a field of Settings. Flag, environment variable, TOML key, --help and docs/settings.md follow.
 # ======================================================================================================================
 
 
@@ -914,7 +914,7 @@ def _checked_setting(name: str, value: Any) -> Any:
 
 
 def settings_table() -> list[tuple[str, str, str]]:
-    """Rows of name, default and explanation, for --help and the README."""
+    """Rows of name, default and explanation, for --help and docs/settings.md."""
     return [
         (name, "none" if item.default is None else item.show(item.default), item.help)
         for name, item in SETTING_FIELDS.items()
