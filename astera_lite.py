@@ -472,6 +472,75 @@ def _not_json(value: Any) -> NoReturn:
     raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
 
 
+class Mask:
+    """The door for text that leaves (failures, traces, job details, the log): what is secret becomes *** there.
+
+    A secret is known as it is, in the forms that URLs and JSON have of it, and by its beginning where … cuts it off.
+    """
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        self._own, self._lock = frozenset(secrets), threading.Lock()
+        self._hidden: set[str] = set()
+        self._forms: list[str] = []  # the longest first: one secret may begin with another
+        self._pattern: re.Pattern[str] | None = None
+        self.longest = 0  # bytes: what is cut is masked before, with so much more
+        self._learn()
+
+    def hide(self, values: Iterable[str]) -> None:
+        """Mask these values from now on."""
+        new = set(values) - self._hidden
+        if new:
+            with self._lock:
+                # Of tokens that have passed there may be many.
+                self._hidden = new if len(self._hidden) > 1000 else self._hidden | new
+                self._learn()
+
+    def _learn(self) -> None:
+        forms: set[str] = set()
+        for value in filter(None, self._own | self._hidden):
+            quoted = (urllib.parse.quote(value, safe=""), urllib.parse.quote(value), urllib.parse.quote_plus(value))
+            written = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
+            forms |= {value, *quoted, *written}
+        self._forms = sorted(forms, key=len, reverse=True)
+        self.longest = max((len(form.encode("utf-8", "replace")) for form in forms), default=0)
+        self._pattern = re.compile("|".join(map(re.escape, self._forms))) if forms else None
+
+    def __call__(self, text: str) -> str:
+        """The text with every secret replaced."""
+        if self._pattern is None:
+            return text
+        text = self._pattern.sub("***", text)
+        if "…" not in text:
+            return text
+        *parts, rest = text.split("…")
+        return "…".join([*map(self._without_beginning, parts), rest])
+
+    def _without_beginning(self, text: str) -> str:
+        for form in self._forms:
+            for length in range(min(len(form) - 1, len(text)), 3, -1):
+                if text.endswith(form[:length]):
+                    return text[:-length] + "***"
+        return text
+
+    def log_record(self, record: logging.LogRecord) -> bool:
+        """Mask a line of the log, as its filter."""
+        if self._pattern is not None:
+            record.msg, record.args = self(log_message(record)), ()
+            if "path" in vars(record):
+                vars(record)["path"] = self(str(vars(record)["path"]))
+            if record.exc_info:
+                record.exc_text = self(record.exc_text or logging.Formatter().formatException(record.exc_info))
+        return True
+
+
+def log_message(record: logging.LogRecord) -> str:
+    """What a record says; where its arguments do not fit its text, both as they are."""
+    try:
+        return record.getMessage()
+    except Exception:
+        return f"cannot be formatted: {shown([record.msg, record.args], 500)}"
+
+
 def _json_writer() -> Callable[[Any], str]:
     """A JSONEncoder's `encode`, without the preparations that it makes anew for each value."""
     make: Any = getattr(json.encoder, "c_make_encoder", None)
@@ -3044,6 +3113,7 @@ class Step(NamedTuple):
     timeout: float | None = None
     retry: Retry = Retry()
     on_error: Template | None = None
+    place: str = ""  # in the flow file
 
 
 class Response(NamedTuple):
@@ -3426,6 +3496,8 @@ class StepError(AsteraError):
     `answer` is what the API, or the called flow, answered, if it did.
     """
 
+    source: dict[str, Any] | None = None  # file and line of the exception that a process of its own tells of
+
     def __init__(
         self, status: int, detail: str, reason: str, kinds: Collection[str] = (), answer: Fetched | None = None
     ) -> None:
@@ -3532,7 +3604,7 @@ class Surroundings(NamedTuple):
     max_result: int
     max_step_response: int
     connections: dict[str, Connection]  # as they are now: a reload replaces them
-    hidden: set[str]  # credentials that are masked like secrets
+    masked: Mask  # of the secrets, and of credentials
     helpers: threading.Semaphore  # a thread that helps with the items of an `each` holds one of them
     flow_named: Callable[[str], Flow | None] = lambda name: None  # for `call`
     data: str = "data"  # folder that sql steps may reach
@@ -3544,20 +3616,6 @@ class Surroundings(NamedTuple):
         """Give back what runs keep between them."""
         if self.isolated is not None:
             self.isolated.close()
-
-    def hide(self, values: Iterable[str]) -> None:
-        """Mask these values from now on."""
-        if len(self.hidden) > 1000:  # tokens that have passed
-            self.hidden.clear()
-        self.hidden.update(values)
-
-    def masked(self, text: str) -> str:
-        """The text with every secret's value replaced."""
-        for value in (*self.secrets.values(), *self.hidden):
-            if value:
-                for form in (value, urllib.parse.quote(value, safe=""), urllib.parse.quote_plus(value)):
-                    text = text.replace(form, "***")
-        return text
 
 
 _EACH_HELPERS = 64  # threads in all that help with the items of `each`
@@ -3654,7 +3712,7 @@ class Run:
         left = self.step_deadline - self.outside.clock.monotonic()
         if left <= 0:
             self.check()
-            raise StepError(504, "a step took longer than its timeout", "timeout", {"timeout"})
+            raise StepError(504, "a step took longer than its timeout", "it took longer than its timeout", {"timeout"})
         return left
 
     def sleep(self, seconds: float) -> None:
@@ -3690,34 +3748,46 @@ def run_flow(run: Run) -> Outcome | Suspended:
         value = run_steps(flow.steps, run, scope, "")
         if flow.steps:
             run.progress = Progress(None, len(flow.steps), len(flow.steps))
-        return Outcome(_respond(flow, run, scope, value))
+        return Outcome(_respond(flow, run, scope, value, ""))
     except _Answered as answered:
         return Outcome(answered.answer)
     except _Suspend as suspend:
         return Suspended(suspend.until)
     except _Cancelled:
         return Outcome.failed("cancelled", 409, "The job was cancelled.")
-    except _TimedOut:
-        return Outcome.failed("timeout", 504, "The flow took longer than it may.", "timeout")
-    except _Failed as failed:
-        return Outcome.failed("failed", failed.status, run.outside.masked(failed.message))
-    except StepError as error:
-        code = "timeout" if error.status == 504 else "failed"
-        return Outcome.failed(code, error.status, error.detail, run.outside.masked(str(error)))
-    except ExpressionError as error:
-        return _broken(run, str(error))
     except TooDear:
         raise
     except BaseException as error:  # sys.exit(), or a cancelled future, ends the run and not a thread of the pool
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
-        log.debug("flow %s", flow.name, exc_info=True, extra=run.about)
-        return _broken(run, f"{type(error).__name__}: {error}")
+        if not isinstance(error, AsteraError | _Signal):
+            log.debug("flow %s", flow.name, exc_info=True, extra=run.about)
+        return _failed(run, error)
 
 
-def _broken(run: Run, reason: str) -> Outcome:
-    detail = "The flow failed. The server's log has the reason under this id."
-    return Outcome.failed("failed", 500, detail, run.outside.masked(reason), requestId=run.input.request["id"])
+def _failed(run: Run, error: BaseException) -> Outcome:
+    """How a run ended that failed; what the client may be told, and the reason for the log."""
+    code, status, members = "failed", 500, {}
+    if isinstance(error, _TimedOut):
+        code, status, detail = "timeout", 504, "The flow took longer than it may."
+    elif isinstance(error, _Failed):
+        status, detail = error.status, error.message
+    elif isinstance(error, StepError):
+        code, status, detail = "timeout" if error.status == 504 else "failed", error.status, error.detail
+    else:
+        detail = "The flow failed. The server's log has the reason under this id."
+        members["requestId"] = run.input.request["id"]
+    reason = failure_text(_known_failure(error) or blame(run, error))
+    return Outcome.failed(code, status, run.outside.masked(detail), reason, **members)
+
+
+def blame(run: Run, error: BaseException) -> dict[str, Any]:
+    """Put a failure into the trace that came between steps, as that of the step which was about to begin."""
+    name = (run.progress.step or "").partition("/")[0]
+    step = next((step for step in run.flow.steps if step.name == name), _RESPONDING)
+    failure = _failure(error, step, run, step.name, 1)
+    _note(run, step, step.name, "failed", run.outside.clock.wall(), failures=[failure])
+    return failure
 
 
 def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any:
@@ -3725,7 +3795,6 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
     value = None
     for position, step in enumerate(steps):
         path = prefix + step.name
-        run.check()
         if not prefix:
             run.progress = Progress(step.name, position, len(steps))
         if path in run.journal.saved:
@@ -3733,9 +3802,10 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
             scope["error"] = run.journal.saved.get(f"{path}!", scope["error"])
             _note(run, step, path, "resumed", run.outside.clock.wall(), None, value)
             continue
+        run.check()
         if step.when is not None and not run.settled(step.when, scope, f"{path}?"):
             scope[step.name] = None
-            _note(run, step, path, "skipped", run.outside.clock.wall(), None)
+            _note(run, step, path, "skipped", run.outside.clock.wall())
             continue
         value = scope[step.name] = _run_step(step, run, scope, path)
     return value
@@ -3744,38 +3814,55 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
 def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
     resumed = run.journal.saved.get(f"{path}<")
     began = run.outside.clock.wall() if resumed is None else resumed
+    failures: list[dict[str, Any]] = []  # of each attempt
+    note = partial(_note, run, step, path, began=began, failures=failures)
     try:
         canned, value = run.canned.output(step, path) if run.canned is not None else (False, None)
         if not canned:
-            value = _attempts(step, run, scope, path)
+            value = _attempts(step, run, scope, path, failures)
         state = "finished"
-    except _Signal as signal_:
-        if isinstance(signal_, _Suspend):
-            if resumed is None and run.trace is not None:
-                run.journal.record(f"{path}<", began)
-        else:
-            _note(run, step, path, "answered" if isinstance(signal_, _Answered) else "failed", began, None)
+    except _Suspend:
+        if resumed is None and run.trace is not None:
+            run.journal.record(f"{path}<", began)
+        raise
+    except _Answered:
+        note("answered")
+        raise
+    except _Cancelled:
+        note("cancelled")
+        raise
+    except (_TimedOut, _Failed) as error:
+        failures.append(_failure(error, step, run, path, len(failures) + 1))
+        note("failed")
         raise
     except Exception as error:
-        _note(run, step, path, "failed", began, None)
-        if step.on_error is None:
-            if isinstance(error, StepError):
-                detail, reason = f'step "{step.name}": {error.detail}', f"step {path}: {error}"
-                raise StepError(error.status, detail, reason, error.kinds, error.answer) from error
-            raise
-        reason = run.outside.masked(str(error))
-        log.info("flow %s: step %s failed, going on: %s", run.flow.name, path, reason, extra=run.about)
-        scope["error"] = _error_value(error, run.outside)
-        value, state = step.on_error(scope), "failed"
+        if not failures:
+            failures.append(_failure(error, step, run, path, 1))
+        try:
+            if step.on_error is None:
+                if isinstance(error, StepError):
+                    detail, reason = f'step "{step.name}": {error.detail}', f"step {path}: {error}"
+                    raise StepError(error.status, detail, reason, error.kinds, error.answer) from error
+                raise
+            words = "flow %s: going on, although it failed: %s"
+            log.info(words, run.flow.name, failure_text(failures[-1]), extra=run.about)
+            scope["error"] = _error_value(error, run.outside)
+            try:
+                value, state = step.on_error(scope), "failed"
+            except ExpressionError as second:
+                failures.append(_failure(second, step, run, path, len(failures)))
+                raise
+        finally:
+            note("failed")
         run.journal.record(f"{path}!", scope["error"])
     # What stands for a failure is kept too, or a resumed run would fail, and act, once more.
     size = run.journal.record(path, value) if step.save or state == "failed" else None
     if state == "finished":
-        _note(run, step, path, state, began, size, value)
+        note(state, size=size, value=value)
     return value
 
 
-def _attempts(step: Step, run: Run, scope: Scope, path: str) -> Any:
+def _attempts(step: Step, run: Run, scope: Scope, path: str, failures: list[dict[str, Any]]) -> Any:
     """The step's value, perhaps at a further attempt; attempts count anew where the step came further meanwhile."""
     retry, attempt, resumed = step.retry, 0, True
     run.reached.pop(path, None)  # from an earlier attempt of a step around this one
@@ -3793,6 +3880,7 @@ def _attempts(step: Step, run: Run, scope: Scope, path: str) -> Any:
         except Exception as error:
             if run.reached.get(path) is not before:
                 attempt, before = 1, run.reached[path]
+            failures.append(_failure(error, step, run, path, attempt))
             kinds = error.kinds if isinstance(error, StepError) else {"error"}
             wanted = retry.on is None or retry.on & set(kinds)
             pause = max(retry.pause(attempt), _asked_pause(run, error))
@@ -3811,6 +3899,109 @@ def _asked_pause(run: Run, error: Exception) -> float:
     if answer is None:
         return 0.0
     return parse_retry_after(header_value(answer.headers, "retry-after"), run.outside.clock.wall())
+
+
+_HOLDING_STEPS = frozenset({"each", "choose", "call"})
+_TOLD_BODY = 500  # bytes of what an API answered with a failure
+_TOLD_TEXT = 2000  # characters of a message
+_TOLD_RETRIES = 10  # failed attempts of a step, besides the last one
+
+
+def _failure(error: BaseException, step: Step, run: Run, path: str, attempt: int) -> dict[str, Any]:
+    """Why a step failed, for its author: what, in which attempt, and where in the flow file.
+
+    That of a step inside it stands for the step around it.
+    """
+    known = _known_failure(error) if step.kind in _HOLDING_STEPS else None
+    if known is not None:
+        return known
+    masked, place = run.outside.masked, step.place
+    more: dict[str, Any] = {}
+    if isinstance(error, StepError):
+        kind, message = error.kind, str(error)
+        if error.answer is not None:
+            head = error.answer.body[: _TOLD_BODY + masked.longest].decode("utf-8", "replace")
+            more = {"status": error.answer.status, "body": masked(head).encode()[:_TOLD_BODY].decode("utf-8", "ignore")}
+        more |= {"source": error.source} if error.source else {}
+    elif isinstance(error, ExpressionError):
+        kind, message = "expression", str(error)
+        if message.startswith("/"):
+            place, _, message = message.partition(": ")
+    elif isinstance(error, _TimedOut):
+        kind, message = "timeout", str(error) or "the flow took longer than it may"
+    elif isinstance(error, _Failed):
+        kind, message, more = "fail", error.message, {"status": error.status}
+    else:
+        kind, message = "error", f"{type(error).__name__}: {error}"
+        if step.kind not in STEP_KINDS or step.kind == "python":
+            more = {"source": exception_source(error)}
+    failure: dict[str, Any] = {
+        "message": masked(message)[:_TOLD_TEXT],
+        "kind": kind,
+        "step": path,
+        "file": run.flow.source,
+        "pointer": place,
+        "line": _line_in_file(run.flow, run.outside.folder, place),
+        "attempt": attempt,
+        "attempts": step.retry.attempts,
+        **more,
+    }
+    error.failure = failure  # type: ignore[attr-defined]
+    return failure
+
+
+def _known_failure(error: BaseException | None) -> dict[str, Any] | None:
+    """What `_failure` said of an error, or of the one that it came of."""
+    while error is not None and not hasattr(error, "failure"):
+        error = error.__context__
+    return getattr(error, "failure", None)
+
+
+def failure_of(job: Job, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Why a job failed, by what became of its steps; None if none of them is to blame."""
+    if job.error is None or job.error["code"] not in ("failed", "timeout"):
+        return None
+    last: Mapping[str, Any] = next((step for step in reversed(steps) if "/" not in step["path"]), {})
+    return last.get("error")
+
+
+def failure_text(failure: Mapping[str, Any]) -> str:
+    """A failure in one line."""
+    source, body = failure.get("source"), failure.get("body")
+    at = f"{failure['file']}:{failure['line']}" if failure["line"] else f"{failure['file']}: {failure['pointer']}"
+    text = f"{at}: step {failure['step']}: {failure['message']}"
+    text += f" ({source['file']}:{source['line']})" if source else ""
+    text += f": {body.strip()}" if body else ""
+    return text + (f" (attempt {failure['attempt']} of {failure['attempts']})" if failure["attempts"] > 1 else "")
+
+
+def exception_source(error: BaseException) -> dict[str, Any] | None:
+    """The innermost line of the step's own code that an exception came by: of a file beside that of its function."""
+    frames = []
+    trace = error.__traceback__
+    while trace is not None:
+        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+        trace = trace.tb_next
+    theirs = [frame for frame in frames if frame[0] != __file__]
+    beside = [frame for frame in theirs if os.path.dirname(frame[0]) == os.path.dirname(theirs[0][0])]
+    return {"file": os.path.basename(beside[-1][0]), "line": beside[-1][1]} if beside else None
+
+
+@lru_cache(maxsize=64)
+def _lines_of_file(folder: str, source: str, text: str) -> Mapping[str, int]:
+    """The lines of a flow file by JSON Pointer; none where it is not the text of this flow any more."""
+    try:
+        written = _read_text(os.path.join(folder, source))
+        same = parse_flow_text(written, source) == json.loads(text)
+    except (OSError, ValueError, FlowError):
+        return {}
+    return pointer_lines(written) if same else {}
+
+
+def _line_in_file(flow: Flow, folder: str | None, place: str) -> int | None:
+    if folder is None or not flow.source.endswith(".json"):
+        return None
+    return nearest_line(_lines_of_file(folder, flow.source, flow.text), place)
 
 
 @contextlib.contextmanager
@@ -3832,8 +4023,17 @@ def _within(run: Run, timeout: float | None, key: str, resumed: bool = True) -> 
         run.step_deadline = outer
 
 
-def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | None, value: Any = None) -> None:
-    """Put a line into the trace, which is what people see of the steps."""
+def _note(
+    run: Run,
+    step: Step,
+    path: str,
+    state: str,
+    began: int,
+    size: int | None = None,
+    value: Any = None,
+    failures: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Put a line into the trace, which is what people see of the steps; `failures` are those of its attempts."""
     if run.trace is None or (len(run.trace) >= _MAX_TRACE and "/" in path):
         return
     if (run.journal.saved or run.journal.waits) and any(entry["path"] == path for entry in run.trace):
@@ -3841,7 +4041,9 @@ def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | N
     # Its headers would fill the preview. What `onError` gave may be anything, also when it is read back.
     calls = step.kind in ("http", "call") and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
     telling = value.get("items", value["body"]) if calls else value
-    preview = None if telling is None else shown(_outline(telling, run.outside.masked), 200)
+    masked = run.outside.masked
+    preview = None if telling is None else masked(shown(_outline(telling, masked), 200))
+    retries = failures[:-1] if state == "failed" else failures
     run.trace.append(
         {
             "path": path,
@@ -3854,6 +4056,8 @@ def _note(run: Run, step: Step, path: str, state: str, began: int, size: int | N
             "preview": preview,
         }
         | ({"status": value["status"]} if calls else {})
+        | ({"error": failures[-1]} if failures and state == "failed" else {})
+        | ({"retries": retries[-_TOLD_RETRIES:]} if retries else {})
     )
 
 
@@ -3871,13 +4075,22 @@ def _outline(value: Any, masked: Callable[[str], str], depth: int = 3) -> Any:
     return value
 
 
-def _respond(flow: Flow, run: Run, scope: Scope, value: Any) -> Answer:
-    if not flow.responses:
-        return make_answer(200, {}, value, run.outside.max_result)
-    for response in flow.responses:
-        if response.when is None or response.when(scope):
-            return evaluate_response(response, run, scope)
-    raise ExpressionError("/response: no response's `when` held: add a last one without `when`")
+_RESPONDING = Step("response", "response", lambda run, scope, path: None, False, False, place="/response")
+
+
+def _respond(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> Answer:
+    began = run.outside.clock.wall()
+    try:
+        if not flow.responses:
+            return make_answer(200, {}, value, run.outside.max_result)
+        for response in flow.responses:
+            if response.when is None or response.when(scope):
+                return evaluate_response(response, run, scope)
+        raise ExpressionError("/response: no response's `when` held: add a last one without `when`")
+    except Exception as error:
+        path = f"{prefix}response"
+        _note(run, _RESPONDING, path, "failed", began, failures=[_failure(error, _RESPONDING, run, path, 1)])
+        raise
 
 
 def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
@@ -4844,10 +5057,14 @@ class Auth:
         """Put the credentials into a request."""
         outside = run.outside
         values = self.values({"env": outside.env, "secrets": outside.secrets})
-        outside.hide(as_text(values[name]) for name in ("token", "password", "value", "clientSecret") if name in values)
+        outside.masked.hide(
+            as_text(values[name]) for name in ("token", "password", "value", "clientSecret") if name in values
+        )
         if self.kind == "basic":
             pair = f"{as_text(values['user'])}:{as_text(values['password'])}".encode()
-            request.headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+            proof = base64.b64encode(pair).decode()
+            outside.masked.hide([proof])
+            request.headers["Authorization"] = f"Basic {proof}"
         elif self.kind == "apiKey" and values["in"] == "query":
             request.url = _with_query(request.url, {as_text(values["name"]): values["value"]})
         elif self.kind == "apiKey":
@@ -4868,7 +5085,7 @@ class Auth:
             if run.outside.clock.monotonic() >= self._until:
                 self._token, life = self._fetch(run, values)
                 self._until = run.outside.clock.monotonic() + life - min(30.0, life / 10)
-                run.outside.hide([self._token])
+                run.outside.masked.hide([self._token])
             return self._token
         finally:
             self._lock.release()
@@ -5448,7 +5665,9 @@ class Isolated:
         finally:
             self._turns.release()
         if "error" in message:
-            raise StepError(500, "it failed", str(message["error"]), {"error"})
+            failed = StepError(500, "it failed", str(message["error"]), {"error"})
+            failed.source = message["source"]
+            raise failed
         return message["value"]
 
     def _child(self, outside: Surroundings) -> Child:
@@ -5500,8 +5719,7 @@ class Isolated:
             run.progress = Progress(path, *message["progress"])
         if "log" in message:
             level, text = message["log"]
-            said = run.outside.masked(text)
-            log.log(level, "flow %s: step %s: %s", run.flow.name, path, said, extra=run.about | {"step": path})
+            log.log(level, "flow %s: step %s: %s", run.flow.name, path, text, extra=run.about | {"step": path})
 
     def close(self) -> None:
         """End the processes that are idle; those at work end with their step."""
@@ -5542,7 +5760,7 @@ def isolated_main() -> None:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            say({"log": [record.levelno, _message(record)]})
+            say({"log": [record.levelno, log_message(record)]})
 
     logging.basicConfig(level=logging.DEBUG, handlers=[Handler()])
     logging.captureWarnings(True)
@@ -5555,7 +5773,7 @@ def isolated_main() -> None:
             value = loader.load(task["function"])(_IsolatedContext(task, say), **task["args"])
             say({"value": _as_json(value, task["function"])})
         except (Exception, SystemExit) as error:
-            say({"error": f"{type(error).__name__}: {error}"})
+            say({"error": f"{type(error).__name__}: {error}", "source": exception_source(error)})
 
 
 _MAX_CONCURRENCY = 64
@@ -5711,7 +5929,7 @@ def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
     """What a called flow answers; its `fail` is a failure of the step that calls it."""
     scope = run.scope()
     try:
-        return _respond(flow, run, scope, run_steps(flow.steps, run, scope, prefix))
+        return _respond(flow, run, scope, run_steps(flow.steps, run, scope, prefix), prefix)
     except _Answered as answered:
         return answered.answer
     except _Failed as failed:
@@ -5825,6 +6043,43 @@ def _json_cure(error: json.JSONDecodeError) -> str:
     if error.doc[error.pos : error.pos + 2] in ("//", "/*") or at == "#":
         return ": JSON has no comments; use a description, or write the flow as TOML"
     return ""
+
+
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{},:]|\n')
+
+
+def pointer_lines(text: str) -> dict[str, int]:
+    """The line on which each value of a well-formed JSON text begins, by its JSON Pointer without the first slash."""
+    lines: dict[str, int] = {}
+    line = 1
+    names: list[str | int] = []  # the way to the value that comes next
+    expects_name = False
+    for match in _JSON_TOKEN.finditer(text):
+        mark = match[0]
+        if mark == "\n":
+            line += 1
+        elif mark in "{[":
+            names.append(0 if mark == "[" else "")
+            expects_name = mark == "{"
+        elif mark in "]}":
+            names.pop()
+        elif mark == ",":
+            last = names[-1]
+            names[-1] = last + 1 if isinstance(last, int) else last
+            expects_name = not isinstance(last, int)
+        elif mark != ":" and expects_name:
+            names[-1], expects_name = pointer(json.loads(mark)), False
+        if names and not expects_name:
+            lines.setdefault("/".join(map(str, names)), line)
+    return lines
+
+
+def nearest_line(lines: Mapping[str, int], place: str) -> int | None:
+    """The line of a JSON Pointer; what is missing has none, but what lacks it has."""
+    names = place.split("/")[1:]
+    while names and "/".join(names) not in lines:
+        names.pop()
+    return lines["/".join(names)] if names else None
 
 
 _LIGHT_KINDS = frozenset({"set", "choose", "respond", "fail"})
@@ -6188,6 +6443,7 @@ def _check_step(build: Build, spec: Any, place: str) -> Step | None:
         timeout=build.checked(spec, "timeout", place, parse_duration, None),
         retry=_check_retry(build, spec["retry"], f"{place}/retry") if "retry" in spec else Retry(),
         on_error=instead,
+        place=f"{place}/{used[0]}",
     )
 
 
@@ -8796,7 +9052,8 @@ class Engine:
             live.cancel.set()
             assert live.run is not None and live.started is not None
             self._measure(live.run.flow, (self._clock.now() - live.started) / 1000)
-            outcome = Outcome.failed("timeout", 504, "The flow took longer than it may.", "its thread does not end")
+            failure = blame(live.run, _TimedOut("the flow took longer than it may, and its thread does not end"))
+            outcome = Outcome.failed("timeout", 504, "The flow took longer than it may.", failure_text(failure))
             self._record(live, live.run, outcome, list(live.run.trace or []))
 
     def _overdue_calls(self, now: float) -> list[_SyncRun]:
@@ -8843,7 +9100,7 @@ def log_outcome(what: str, flow: Flow, given: Input, outcome: Outcome) -> None:
         its_id = str(given.request["id"])
         words = f"answered {outcome.answer.code}"
         if outcome.error is not None:
-            words = f"ended as {outcome.end}: {shown(outcome.reason or outcome.error['detail'], 500)}"
+            words = f"ended as {outcome.end}: {shown(outcome.reason or outcome.error['detail'], 1000)}"
         this = about(what, its_id, flow.name, given.trace)
         log.log(level, "%s %s: flow %s %s", what, its_id, flow.name, words, extra=this)
 
@@ -9348,7 +9605,7 @@ class AsteraLite:
             settings.max_result,
             settings.max_step_response,
             connections={},
-            hidden=set(),
+            masked=Mask(secrets.values()),
             helpers=threading.Semaphore(_EACH_HELPERS),
             flow_named=lambda name: self.deployments.by_name.get(name),
             data=settings.data,
@@ -9396,6 +9653,7 @@ class AsteraLite:
     def start(self) -> None:
         """Open the database, load the flows, take up what was left, and start the threads."""
         settings = self.settings
+        log.addFilter(self.outside.masked.log_record)
         # The log counts too where the size is limited: it must not be what the room is taken by.
         log_bytes = min(_LOG_BYTES, (settings.max_database or math.inf) // 4)
         page_size = parse_size(settings.page_size)
@@ -9483,6 +9741,8 @@ class AsteraLite:
             self._watchers.clear()
         for watcher in waiting:
             watcher()
+        if not left:
+            log.removeFilter(self.outside.masked.log_record)
         return left
 
     # --- flows ---
@@ -11041,12 +11301,21 @@ _CALLBACK_MEMBERS: dict[str, Any] = {
     "nextAttemptAt": _maybe(_TIME),
 }
 _ATTEMPT_SCHEMA = _record({"at": _TIME, "status": _maybe(_CODE), "error": _maybe(_TEXT), "durationMs": _COUNT})
+_FAILURE_SCHEMA = _record(
+    {
+        "message": _TEXT, "kind": _TEXT, "step": _TEXT, "file": _TEXT, "pointer": _TEXT, "line": _maybe(_COUNT),
+        "attempt": _COUNT, "attempts": _COUNT, "status": _CODE, "body": _TEXT,
+        "source": _record({"file": _TEXT, "line": _COUNT}),
+    },
+    ("status", "body", "source"),
+)  # fmt: skip
 _TRACE_SCHEMA = _record(
     {
         "path": _TEXT, "name": _TEXT, "kind": _TEXT, "state": _TEXT, "startedAt": _TIME, "finishedAt": _TIME,
         "size": _maybe(_COUNT), "preview": _maybe(_TEXT), "status": _CODE,
+        "error": _FAILURE_SCHEMA, "retries": {"type": "array", "items": _FAILURE_SCHEMA},
     },
-    ("status",),
+    ("status", "error", "retries"),
 )  # fmt: skip
 _REQUEST_SCHEMA = _record(
     {
@@ -11091,8 +11360,10 @@ _SCHEMAS: dict[str, Any] = {
             **_STATUS_MEMBERS,
             "callback": _maybe(_record({**_CALLBACK_MEMBERS, "history": {"type": "array", "items": _ATTEMPT_SCHEMA}})),
             "request": _maybe(_REQUEST_SCHEMA),
+            "failure": _maybe(_FAILURE_SCHEMA),
             "steps": {"type": "array", "items": _TRACE_SCHEMA},
         },
+        ("failure",),
         description="The status document, what was sent, and what became of each step.",
     ),
     "JobList": _record(
@@ -12702,7 +12973,13 @@ def job_details(x: Exchange) -> Reply:
     offset = app.clock.offset
     document = status_document(job, x.base, progress, offset=offset)
     document["request"] = _request_document(app, job)
-    document["steps"] = app.engine.trace(job.key) or app.store.trace(job.key)
+    steps = app.engine.trace(job.key) or app.store.trace(job.key)
+    local = is_loopback(app.settings.host) and app.settings.public_url is None
+    if x.caller.admin and (x.caller is not ANYBODY or local):
+        document["failure"] = failure_of(job, steps)
+    else:
+        steps = [{name: step[name] for name in step if name not in ("error", "retries")} for step in steps]
+    document["steps"] = steps
     if document["callback"] is not None:
         document["callback"]["history"] = attempt_documents(app.store.attempts(job.key), offset)
     return Reply(200, [_JSON, ("Job-Status", job.status), _NO_STORE], json_body(document))
@@ -12714,8 +12991,7 @@ def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
     if request is None:
         return None
     masked = app.outside.masked
-    longest = max((len(value.encode()) for value in app.outside.secrets.values()), default=0)
-    text = masked(request.body[: 4096 + longest].decode(errors="replace"))[:4096]  # masked before it is cut
+    text = masked(request.body[: 4096 + masked.longest].decode(errors="replace"))[:4096]  # masked before it is cut
     return {
         "method": request.method,
         "path": masked(request.path),
@@ -13986,14 +14262,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _message(record: logging.LogRecord) -> str:
-    """What a record says; where its arguments do not fit its text, both as they are."""
-    try:
-        return record.getMessage()
-    except Exception:
-        return f"cannot be formatted: {shown([record.msg, record.args], 500)}"
-
-
 class _JsonLines(logging.Formatter):
     """One JSON object a line; `about` and Exchange.about name its further members."""
 
@@ -14001,11 +14269,11 @@ class _JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
-        entry["message"] = _message(record)
+        entry["message"] = log_message(record)
         given = {name: value for name in self._MEMBERS if (value := getattr(record, name, None)) is not None}
         entry |= {name: it if isinstance(it, str | int | float) else shown(it) for name, it in given.items()}
         if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
+            entry["exception"] = record.exc_text or self.formatException(record.exc_info)
         return json.dumps(entry)  # in ASCII: other characters may end a line, or turn it round, where it is read
 
 
@@ -14013,9 +14281,9 @@ class _TextLines(logging.Formatter):
     """Time, level and message; what came from outside cannot begin a line of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {_one_line(_message(record))}"
+        text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {_one_line(log_message(record))}"
         if record.exc_info:
-            lines = self.formatException(record.exc_info).split("\n")
+            lines = (record.exc_text or self.formatException(record.exc_info)).split("\n")
             text += "".join(f"\n    {_one_line(line)}" for line in lines)
         return text
 
@@ -14216,46 +14484,15 @@ def line_of(path: str, place: str) -> str:
         from_json(text)
     except (OSError, ValueError):
         return ""
-    names = place.split("/")[1:]
-    lines = _pointer_lines(text)
-    while names and "/".join(names) not in lines:  # what is missing has no line, but what lacks it has
-        names.pop()
-    return f":{lines['/'.join(names)]}" if names else ""
-
-
-_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{},:]|\n')
-
-
-def _pointer_lines(text: str) -> dict[str, int]:
-    """The line on which each value of a well-formed JSON text begins, by its JSON Pointer without the first slash."""
-    lines: dict[str, int] = {}
-    line = 1
-    names: list[str | int] = []  # the way to the value that comes next
-    expects_name = False
-    for match in _JSON_TOKEN.finditer(text):
-        mark = match[0]
-        if mark == "\n":
-            line += 1
-        elif mark in "{[":
-            names.append(0 if mark == "[" else "")
-            expects_name = mark == "{"
-        elif mark in "]}":
-            names.pop()
-        elif mark == ",":
-            last = names[-1]
-            names[-1] = last + 1 if isinstance(last, int) else last
-            expects_name = not isinstance(last, int)
-        elif mark != ":" and expects_name:
-            names[-1], expects_name = pointer(json.loads(mark)), False
-        if names and not expects_name:
-            lines.setdefault("/".join(map(str, names)), line)
-    return lines
+    line = nearest_line(pointer_lines(text), place)
+    return f":{line}" if line else ""
 
 
 def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     """try: run one flow here, with a trace of its steps."""
     _set_up_logging(settings._replace(log_level="warning"))
     app = AsteraLite(settings)
+    log.addFilter(app.outside.masked.log_record)
     app.reload()
     flow = app.deployments.by_name.get(args.name)
     if flow is None:
@@ -14303,11 +14540,13 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
 
 def _print_trace(trace: list[dict[str, Any]]) -> None:
     for step in trace:
+        for path, kind, state, *_, told in _retry_rows(step):
+            print(f"{path:<20} {kind:<8} {state:<9} {'':>8}  {_one_line(told)}", file=sys.stderr)
         began, ended = (datetime.datetime.fromisoformat(step[name]) for name in ("startedAt", "finishedAt"))
         took = f"{(ended - began).total_seconds() * 1000:.0f} ms"
         about = [str(step["status"])] if "status" in step else []
         about += [f"{step['size']} bytes"] if step["size"] is not None else []
-        line = f"{step['path']:<20} {step['kind']:<8} {step['state']:<9} {took:>8}  {_one_line(step['preview'] or '')}"
+        line = f"{step['path']:<20} {step['kind']:<8} {step['state']:<9} {took:>8}  {_one_line(_told_of(step))}"
         print(f"{line}  ({', '.join(about)})" if about else line, file=sys.stderr)
 
 
@@ -14333,7 +14572,7 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
             passed, failed = passed + (not differences), failed + bool(differences)
             print(f"{'FAILED' if differences else 'ok':<6} {flow.name}: {each.name} ({canned} canned)")
             for line in differences:
-                print(f"         {line}")
+                print(f"         {app.outside.masked(line)}")
     app.outside.close()
     without = sum(1 for flow in chosen if not flow.tests)
     print(f"tests passed: {passed}, failed: {failed}; flows without tests: {without}", file=sys.stderr)
@@ -14429,12 +14668,13 @@ class _Sheet:
     def _painted(self, text: str, colour: int | None) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if colour is not None and self._colour else text
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], gives_way: int) -> None:
-        """Rows under a head. What is too wide shortens the column `gives_way`, then the last ones are left out."""
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], *give_way: int) -> None:
+        """Rows under a head. What is too wide shortens the columns `give_way`, then the last ones are left out."""
         lines = [[_one_line(text) for text in row] for row in (head, *rows)]
         widths = [max(map(_columns, column)) for column in zip(*lines, strict=True)]
-        excess = sum(widths) + 2 * (len(widths) - 1) - self._width
-        widths[gives_way] = max(widths[gives_way] - max(excess, 0), min(widths[gives_way], _LEAST_CELLS))
+        for at in give_way:
+            excess = sum(widths) + 2 * (len(widths) - 1) - self._width
+            widths[at] = max(widths[at] - max(excess, 0), min(widths[at], _LEAST_CELLS))
         while len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > self._width:
             widths.pop()
         for n, line in enumerate(lines):
@@ -14485,22 +14725,27 @@ def jobs(args: argparse.Namespace, settings: Settings) -> int:
         offset = store.clock_offset()
         now = Clock().now() - offset
         found = store.page(now, args.limit, None, args.flow, status, None)
+        failures = {job.key: failure_of(job, store.trace(job.key)) for job in found if job.error}
     if args.json:
-        documents = [status_document(job, job.base, offset=offset) for job in found]
+        documents = [
+            status_document(job, job.base, offset=offset) | {"failure": failures.get(job.key)} for job in found
+        ]
         _print_json({"jobs": documents})
         return 0
     sheet = _Sheet(sys.stdout)
     rows = []
     for job in found:
+        failure = failures.get(job.key)
+        reason = failure_text(failure) if failure else (job.error or {}).get("detail", "")
         callback = f"{job.callback.state} ({job.callback.attempts})" if job.callback else ""
         created = sheet.moment(job.created, now, offset)
         if sheet.terminal:  # what matters most comes first: the last columns may find no room
-            rows.append((job.id, _status_words(job), job.flow, created, _took(job), callback))
+            rows.append((job.id, _status_words(job), job.flow, created, _took(job), callback, reason))
         else:
             finished = timestamp(job.finished, offset) or ("waiting" if job.due else "")
-            rows.append((job.id, job.flow, job.status.value, created, finished, callback))
-    head = "id status flow created took callback" if sheet.terminal else "id flow status created finished callback"
-    sheet.table(head.split(), rows, 2)
+            rows.append((job.id, job.flow, job.status.value, created, finished, callback, reason))
+    first = "status flow created took" if sheet.terminal else "flow status created finished"
+    sheet.table(f"id {first} callback reason".split(), rows, 6, 2)
     if not found:
         print("none", file=sys.stderr)
     return 0
@@ -14518,7 +14763,8 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
         offset = store.clock_offset()
         stream = sys.stderr if args.result else sys.stdout
         if args.json:
-            document = status_document(job, job.base, offset=offset) | {"steps": steps}
+            document = status_document(job, job.base, offset=offset)
+            document |= {"failure": failure_of(job, steps), "steps": steps}
             if job.callback is not None:
                 document["callback"]["history"] = attempt_documents(attempts, offset)
             _print_json(document, stream)
@@ -14542,12 +14788,14 @@ def _print_job(
     moments = [(name, getattr(job, name)) for name in ("created", "started", "finished", "expires")]
     callback = job.callback
     again = callback and sheet.moment(callback.next_at, now, offset, True)
+    failure = failure_of(job, steps)
     sheet.fields(
         [
             ("id", job.id),
             ("flow", job.flow),
             ("status", _status_words(job)),
             ("error", job.error["detail"] if job.error else ""),
+            ("reason", failure_text(failure) if failure else ""),
             *((name, sheet.moment(ms, now, offset, True)) for name, ms in moments),
             ("took", _took(job)),
             ("attempt", str(job.attempt) if job.attempt > 1 else ""),
@@ -14558,7 +14806,8 @@ def _print_job(
     )
     if steps:
         print(file=sheet.stream)
-        sheet.table(("step", "kind", "state", "took", "bytes", "output"), [_step_row(step) for step in steps], 5)
+        rows = [row for step in steps for row in (*_retry_rows(step), _step_row(step))]
+        sheet.table(("step", "kind", "state", "took", "bytes", "output"), rows, 5)
     if attempts:
         rows = [
             (sheet.moment(one.at, now, offset), str(one.status or ""), _span(one.duration_ms), one.error or "")
@@ -14573,7 +14822,17 @@ def _step_row(step: Mapping[str, Any]) -> tuple[str, ...]:
     took = _span(round((ended - began).total_seconds() * 1000))
     size = "" if step["size"] is None else f"{step['size']:,}"
     state = f"{step['state']} ({step['status']})" if "status" in step else step["state"]
-    return step["path"], step["kind"], state, took, size, step["preview"] or ""
+    return step["path"], step["kind"], state, took, size, _told_of(step)
+
+
+def _retry_rows(step: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The attempts of a step that came before its last one."""
+    return [(step["path"], step["kind"], "retried", "", "", failure_text(each)) for each in step.get("retries", ())]
+
+
+def _told_of(step: Mapping[str, Any]) -> str:
+    """What a step gave, or why it failed."""
+    return failure_text(step["error"]) if "error" in step else step["preview"] or ""
 
 
 def _progress(words: str) -> Callable[[int, int], None]:

@@ -757,7 +757,7 @@ def test_jobs_and_job_look_at_a_running_servers_database(here: Here, tmp_path: P
         listed = here("jobs")
         assert listed.returncode == 0
         head, *rows = listed.stdout.splitlines()
-        assert head.split() == ["id", "flow", "status", "created", "finished", "callback"]
+        assert head.split() == ["id", "flow", "status", "created", "finished", "callback", "reason"]
         assert [row.split()[:3] for row in rows] == [[second, "broken", "Error"], [first, "hello", "Completed"]]
         assert rows[1].endswith("delivered (1)")
         for more, wanted in ((["--flow", "hello"], first), (["--status", "Error"], second), (["--limit", "1"], second)):

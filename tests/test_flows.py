@@ -28,6 +28,7 @@ from astera_lite import (
     Functions,
     InputError,
     Journal,
+    Mask,
     Outbound,
     Outcome,
     Run,
@@ -46,7 +47,7 @@ def surroundings(**more: Any) -> Surroundings:
     values: dict[str, Any] = {
         "clock": FakeClock(), "outbound": Outbound(), "policy": AddressPolicy("none"), "env": {}, "secrets": {},
         "max_result": 1 << 20, "max_step_response": 1 << 20,
-        "connections": {}, "hidden": set(), "helpers": threading.Semaphore(64),
+        "connections": {}, "masked": Mask(more.get("secrets", {}).values()), "helpers": threading.Semaphore(64),
     }  # fmt: skip
     return Surroundings(**values | more)
 
@@ -664,7 +665,7 @@ def test_a_fault_tells_the_client_nothing_and_the_log_everything() -> None:
     assert outcome.error is not None
     assert (outcome.error["status"], outcome.error["requestId"]) == (500, "id-1")
     assert "zero" not in outcome.answer.body.decode()
-    assert outcome.reason.startswith("/steps/0/set: 1 / 0: division by zero")
+    assert outcome.reason == "t: /steps/0/set: step a: 1 / 0: division by zero"
     leak = run_steps({"name": "a", "set": "${int(secrets.k)}"}, secrets={"k": "s3cret"})
     assert "s3cret" not in leak.reason + leak.answer.body.decode()
 

@@ -170,7 +170,7 @@ def test_json_and_bodies_do_not_command_the_terminal(tmp_path: Path) -> None:
 def test_elsewhere_everything_is_there(place: Place) -> None:
     done = elsewhere(place.folder, "jobs")
     head, *rows = done.stdout.splitlines()
-    assert head.split() == ["id", "flow", "status", "created", "finished", "callback"]
+    assert head.split() == ["id", "flow", "status", "created", "finished", "callback", "reason"]
     found = {row.split()[0]: row.split() for row in rows}
     for name in ("large", "waiting", "failing"):
         assert found[place.jobs[name]][1] == name

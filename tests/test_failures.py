@@ -1,0 +1,257 @@
+"""Why a job failed: kept with its steps, told to whoever may know it, and masked."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Api, Client, Running, get_flow, process
+
+from astera_lite import AsteraLite, Server, main
+
+MODULE = """
+import json
+
+def parse(ctx, text):
+    return inner(text)
+
+def inner(text):
+    return json.loads(text)
+"""
+
+
+def flow_file(folder: Path, name: str, *steps: Any, response: Any = None, **more: Any) -> None:
+    (folder / "flows").mkdir(exist_ok=True)
+    tree = get_flow(f"/{name}", steps=list(steps), response=response, **more)
+    (folder / "flows" / f"{name}.json").write_text(json.dumps(tree, indent=1), "utf-8")
+
+
+def line_of(folder: Path, name: str, text: str) -> int:
+    """The line of a flow file on which a text stands."""
+    lines = (folder / "flows" / f"{name}.json").read_text("utf-8").splitlines()
+    [line] = [n for n, each in enumerate(lines, 1) if text in each]
+    return line
+
+
+@contextmanager
+def serving(folder: Path, **settings: Any) -> Iterator[Running]:
+    """A server of the flow files in a folder."""
+    app = AsteraLite(database=str(folder / "jobs.db"), flows=str(folder / "flows"), **settings)
+    with app, Server(app, port=0) as server:
+        client = Client(server)
+        with client.session:
+            yield Running(app, server, client)
+
+
+@contextmanager
+def failed_jobs(folder: Path, *names: str, **settings: Any) -> Iterator[dict[str, dict[str, Any]]]:
+    """The details of a job of each of these flows, all finished."""
+    with serving(folder, **settings) as it:
+        found = {}
+        for name in names:
+            job = it.client.finished(it.client.get(f"/api/publishingAsync/{name}"))
+            found[name] = it.client.get(f"/api/jobs/{job['id']}").json()
+        yield found
+
+
+@pytest.fixture
+def api() -> Iterator[str]:
+    """An API that takes no e-mail address."""
+    with answering(422, b'{"message": "email is taken"}' + b" " * 1000) as url:
+        yield url
+
+
+@contextmanager
+def answering(status: int, body: bytes) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+
+RETRY = {"attempts": 3, "delay": "1ms", "on": ["4xx", "error"]}
+
+
+def test_the_job_keeps_what_the_api_said_and_where_and_in_which_attempt(tmp_path: Path, api: str) -> None:
+    flow_file(tmp_path, "signup", {"name": "post", "http": {"url": f"{api}/users"}, "retry": RETRY})
+    with failed_jobs(tmp_path, "signup") as found:
+        details = found["signup"]
+    failure = details["failure"]
+    assert failure == {
+        "message": "the API it calls answered 422",
+        "kind": "status",
+        "step": "post",
+        "file": "signup.json",
+        "pointer": "/steps/0/http",
+        "line": line_of(tmp_path, "signup", '"http"'),
+        "attempt": 3,
+        "attempts": 3,
+        "status": 422,
+        "body": '{"message": "email is taken"}' + " " * 471,
+    }
+    [step] = details["steps"]
+    assert step["error"] == failure
+    assert step["retries"] == [failure | {"attempt": n} for n in (1, 2)]
+    assert details["error"]["detail"] == 'step "post": the API it calls answered 422'
+
+
+def test_it_is_kept_too_where_the_flow_goes_on(tmp_path: Path, api: str) -> None:
+    on_error = {"name": "post", "http": {"url": api}, "onError": "continue"}
+    worse = {"name": "worse", "http": {"url": api}, "onError": "${1 / 0}"}
+    flow_file(tmp_path, "on", on_error, {"name": "last", "set": 1}, response={"body": "${post}"})
+    flow_file(tmp_path, "worse", worse)
+    with failed_jobs(tmp_path, "on", "worse") as found:
+        pass
+    assert (found["on"]["status"], found["on"]["failure"]) == ("Completed", None)
+    assert [step.get("error", {}).get("status") for step in found["on"]["steps"]] == [422, None]
+    assert found["worse"]["failure"]["pointer"] == "/steps/0/onError"
+    assert [each["status"] for each in found["worse"]["steps"][0]["retries"]] == [422]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_python_step_tells_the_line_of_the_exception(tmp_path: Path, isolate: bool) -> None:
+    step = {"name": "read", "python": {"call": "prices:parse", "args": {"text": "{"}, "isolate": isolate}}
+    flow_file(tmp_path, "calc", {"name": "every", "each": {"of": [1], "steps": [step]}})
+    (tmp_path / "flows" / "prices.py").write_text(MODULE, "utf-8")
+    with failed_jobs(tmp_path, "calc") as found:
+        details = found["calc"]
+    failure = details["failure"]
+    assert failure["message"].startswith("JSONDecodeError: Expecting property name")
+    assert (failure["kind"], failure["step"]) == ("error", "every/0/read")
+    assert failure["source"] == {"file": "prices.py", "line": 8}
+    assert (failure["file"], failure["line"]) == ("calc.json", line_of(tmp_path, "calc", '"python"'))
+    assert [step["error"] for step in details["steps"]] == [failure, failure]  # of the step, and of that around it
+
+
+FAILING: dict[str, tuple[list[Any], Any, tuple[str, str, str]]] = {
+    "set": ([{"name": "a", "set": {"b": "${1 / 0}"}}], None, ("a", "/steps/0/set/b", "1 / 0: division by zero")),
+    "when": ([{"name": "a", "set": 1}, {"name": "b", "when": "${a.b}", "set": 1}], None, ("b", "/steps/1/when", "")),
+    "response": ([], {"body": {"x": "${[][0]}"}}, ("response", "/response/body/x", "")),
+    "status": ([], [{"when": "${false}"}], ("response", "/response", "no response's `when` held")),
+    "fail": ([{"name": "a", "fail": {"status": 409, "message": "no"}}], None, ("a", "/steps/0/fail", "no")),
+    "time": ([{"name": "a", "wait": "1h"}], None, ("a", "/steps/0/wait", "the flow took longer than it may")),
+    "step-time": ([{"name": "a", "wait": "1h", "timeout": "50ms"}], None, ("a", "/steps/0/wait", "it took longer")),
+    "run": ([{"name": "a", "run": ["sh", "-c", "exit 3"]}], None, ("a", "/steps/0/run", "sh: the program")),
+    "choose": (
+        [{"name": "a", "choose": [{"steps": [{"name": "b", "set": "${'a'.nope}"}]}]}],
+        None,
+        ("a/0/b", "/steps/0/choose/0/steps/0/set", ""),
+    ),
+    "call": ([{"name": "a", "call": "called"}], None, ("a/response", "/response/body", "")),
+}
+
+
+def test_every_way_to_fail_names_its_place_and_line(tmp_path: Path) -> None:
+    for name, (steps, response, _) in FAILING.items():
+        flow_file(tmp_path, name, *steps, response=response, **({"timeout": "50ms"} if name == "time" else {}))
+    flow_file(tmp_path, "called", response={"body": "${params.a.b}"}, request={"parameters": {"a": {"in": "query"}}})
+    with failed_jobs(tmp_path, *FAILING) as found:
+        pass
+    for name, (_, _, (step, pointer, message)) in FAILING.items():
+        failure = found[name]["failure"]
+        assert (failure["step"], failure["pointer"]) == (step, pointer), name
+        assert failure["message"].startswith(message), name
+        file = "called" if name == "call" else name
+        assert failure["file"] == f"{file}.json"
+        last = pointer.rpartition("/")[2]
+        assert f'"{last}"' in (tmp_path / "flows" / f"{file}.json").read_text().splitlines()[failure["line"] - 1], name
+
+
+def test_a_file_that_was_changed_meanwhile_has_no_line(tmp_path: Path) -> None:
+    flow_file(tmp_path, "a", {"name": "a", "set": "${1 / 0}"})
+    with serving(tmp_path) as it:
+        (tmp_path / "flows" / "a.json").write_text("{}", "utf-8")
+        job = it.client.finished(it.client.get("/api/publishingAsync/a"))
+        failure = it.client.get(f"/api/jobs/{job['id']}").json()["failure"]
+    assert (failure["pointer"], failure["line"]) == ("/steps/0/set", None)
+
+
+def test_a_cancelled_job_has_a_word_of_its_own(tmp_path: Path) -> None:
+    flow_file(tmp_path, "slow", {"name": "no", "set": "${1 / 0}", "onError": 1}, {"name": "a", "wait": "100ms"},
+              {"name": "b", "run": ["sleep", "60"]})  # fmt: skip
+    with serving(tmp_path) as it:
+        job = it.client.get("/api/publishingAsync/slow").json()
+        for _ in range(1000):
+            details = it.client.get(f"/api/jobs/{job['id']}").json()
+            if details["progress"] and details["progress"]["step"] == "b":
+                break
+        it.client.post(f"/api/jobs/{job['id']}/cancel")
+        it.client.get(f"/api/jobs/{job['id']}/status", headers={"Prefer": "wait=10"})
+        details = it.client.get(f"/api/jobs/{job['id']}").json()
+    assert (details["error"]["code"], details["failure"]) == ("cancelled", None)
+    assert [step["state"] for step in details["steps"]] == ["failed", "finished", "cancelled"]
+
+
+def test_only_who_may_know_it_is_told(tmp_path: Path, api: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flow_file(tmp_path, "post", {"name": "post", "http": {"url": api}, "retry": RETRY})
+    keys = {}
+    for name, role in (("ada", "user"), ("eve", "admin")):
+        assert main(["token", name, "--role", role, "--database", str(tmp_path / "jobs.db")]) == 0
+        keys[name] = {"Authorization": f"Bearer {capsys.readouterr().out.strip()}"}
+    with serving(tmp_path) as it:
+        it.client.session.headers.update(keys["ada"])
+        job = it.client.finished(it.client.get("/api/publishingAsync/post"))
+        own = it.client.get(f"/api/jobs/{job['id']}").json()
+        listed = it.client.get("/api/jobs").json()
+        admin = it.client.get(f"/api/jobs/{job['id']}", headers=keys["eve"]).json()
+    assert admin["failure"]["status"] == 422
+    (tmp_path / "jobs.db").unlink()
+    with serving(tmp_path, public_url="http://flows.example", insecure_open=True) as it:
+        job = it.client.get("/api/publishingAsync/post").json()
+        it.client.get(f"/api/jobs/{job['id']}/status", headers={"Prefer": "wait=10"})
+        behind_a_proxy = it.client.get(f"/api/jobs/{job['id']}").json()
+    for seen in (own, behind_a_proxy):
+        assert "failure" not in seen
+        assert [step.keys() & {"error", "retries"} for step in seen["steps"]] == [set()]
+    assert "email is taken" not in json.dumps([own, listed, behind_a_proxy])
+
+
+def test_the_commands_and_the_log_tell_it(tmp_path: Path, api: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flow_file(tmp_path, "post", {"name": "post", "http": {"url": api}, "retry": RETRY})
+    line = line_of(tmp_path, "post", '"http"')
+    told = f"post.json:{line}: step post: the API it calls answered 422: "
+    told += '{"message": "email is taken"}'
+    with process(tmp_path, "--log", "json") as (_, url, lines):
+        api_ = Api(url)
+        job = api_.job(api_.submit("/post"), wait=10)
+    [entry] = [entry for text in lines if text.startswith("{") and (entry := json.loads(text)).get("job") == job["id"]]
+    assert json.loads(entry["message"].partition("failed: ")[2]).startswith(told)
+
+    def say(*arguments: str) -> tuple[int, str]:
+        code = main([*arguments, "--database", str(tmp_path / "astera_lite.db"), "--flows", str(tmp_path / "flows")])
+        out, err = capsys.readouterr()
+        return code, out + err
+
+    code, text = say("job", job["id"])
+    assert told in text
+    assert text.count(" retried ") == 2
+    assert "(attempt 3 of 3)" in text
+    assert json.loads(say("job", job["id"], "--json")[1])["failure"]["status"] == 422
+    assert told in say("jobs")[1]
+    assert json.loads(say("jobs", "--json")[1])["jobs"][0]["failure"]["attempt"] == 3
+    code, text = say("try", "post")
+    assert code == 1
+    assert [f"(attempt {n} of 3)" in text for n in (1, 2, 3)] == [True] * 3
+    assert f"reason: {told}" in text
