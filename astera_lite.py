@@ -8584,6 +8584,12 @@ class Engine:
         """What the engine has in hand, for people."""
         return {"queued": self.queued, "running": self._busy, "waiting": len(self._asleep)}
 
+    def at_work(self) -> tuple[list[str], list[str]]:
+        """The flows of the jobs that run now, and of the requests."""
+        with self._lock:
+            jobs = [live.job.flow for live in self._live.values() if live.run and live.job]
+            return jobs, [run.flow.name for run in self._calls]
+
     def threads(self) -> tuple[int, int]:
         """The threads that run jobs and synchronous flows: how many there are, and how many of them are busy."""
         return self._threads, self._draining
@@ -13771,7 +13777,7 @@ class Server(ThreadingHTTPServer):
         if not loopback and settings.callback_allow.strip().lower() == "auto":
             app.policy.hosts.clear()  # the courier and the http steps share it
             app.policy.networks.clear()
-        self.tls = self._tls_context() if settings.tls_cert else None
+        self.tls = self._tls_context() if settings.tls_cert or settings.tls_key else None
         self.access_level = logging.INFO if settings.access_log else logging.DEBUG
         app.check_open()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -13818,9 +13824,20 @@ class Server(ThreadingHTTPServer):
     def _tls_context(self) -> ssl.SSLContext:
         import ssl  # noqa: PLC0415 (3 MB that a server without TLS never needs)
 
+        def encrypted() -> NoReturn:  # OpenSSL itself would ask at the terminal
+            cure = "decrypt it, for nobody is asked for its password: openssl pkey -in KEY -out NEW"
+            raise ConfigError([Fault("tls_key" if self.limits.tls_key else "tls_cert", "", f"is encrypted: {cure}")])
+
+        if self.limits.tls_cert is None:
+            raise ConfigError([Fault("tls_cert", "", "is missing: tls_key goes with a certificate")])
+        for name in ("tls_cert", "tls_key"):
+            try:
+                _read_bytes(getattr(self.limits, name) or os.devnull)
+            except OSError as error:
+                raise ConfigError([Fault(name, "", f"cannot be read: {_reason(error)}")]) from None
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         try:
-            context.load_cert_chain(self.limits.tls_cert or "", self.limits.tls_key)
+            context.load_cert_chain(self.limits.tls_cert, self.limits.tls_key, encrypted)
         except (OSError, ssl.SSLError) as error:
             raise ConfigError([Fault("tls_cert", "", f"cannot be used: {_reason(error)}")]) from None
         self._waits: tuple[type[OSError], ...] = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -14352,6 +14369,8 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     # The interpreter's own 1 says that settings are faulty, where to start again is of no use.
     code = 5 if server.fault is not None else 0
     left = app.stop()
+    if not code:
+        log.info("stopped: what ran has ended" if app.busy_at_stop and not left else "stopped")
     logging.shutdown()
     if left or stuck:  # threads that do not end would hold the interpreter for ever
         sys.stderr.flush()
@@ -14363,6 +14382,7 @@ class _Supervised(AsteraLite):
     """A server that tells the service manager's watchdog, through its housekeeper and its loop, that both are alive."""
 
     beat: Callable[[], None] | None = None
+    busy_at_stop = False  # whether something ran when it was told to stop
 
     def look_around(self) -> None:
         """Once a second, on the housekeeper's thread."""
@@ -14381,7 +14401,24 @@ def notify(state: str) -> None:
         sock.sendto(state.encode(), name if name[0] == "/" else "\0" + name[1:])
 
 
-def _install_signals(app: AsteraLite, server: Server) -> Callable[[], bool]:
+def _tell_stopping(app: _Supervised, again: str) -> None:
+    jobs, requests = app.engine.at_work()
+    app.busy_at_stop = bool(jobs or requests)
+    if not app.busy_at_stop:
+        log.info("stopping")
+        return
+    counts = [(len(jobs), "job"), (len(requests), "request")]
+    what = " and ".join(f"{count} {word}{'s' if count > 1 else ''}" for count, word in counts if count)
+    one = len(jobs) + len(requests) == 1
+    flows = ", ".join(sorted({*jobs, *requests}))
+    wait, else_ = app.settings.shutdown_timeout, f"leaves {'it' if len(jobs) == 1 else 'them'} to the next start"
+    log.info(
+        "stopping: %s %s running (%s), waiting up to %g s; %s %s",
+        *(what, "is" if one else "are", shown(flows, 200)[1:-1], wait, again, else_ if jobs else "ends at once"),
+    )
+
+
+def _install_signals(app: _Supervised, server: Server) -> Callable[[], bool]:
     """Have signals stop the server, or read flows and tokens again; returns what says that a stop is overdue."""
     stop_by = math.inf
 
@@ -14390,6 +14427,7 @@ def _install_signals(app: AsteraLite, server: Server) -> Callable[[], bool]:
         if stop_by < math.inf:
             os._exit(0)  # what is on disk is safe
         stop_by = time.monotonic() + app.settings.shutdown_timeout + 5
+        server.post(lambda: _tell_stopping(app, "Ctrl-C again" if number == signal.SIGINT else "a second signal"))
         server.request_stop()
         notify("STOPPING=1")
 

@@ -280,6 +280,25 @@ def test_serve_does_not_start_with_a_setting_that_cannot_work(tmp_path: Path, en
     assert named in done.stderr
 
 
+def test_a_key_that_cannot_be_used_is_told_and_no_password_asked_for(
+    tmp_path: Path, certificate: tuple[str, str]
+) -> None:
+    cert, key = certificate
+    command = ["openssl", "pkey", "-in", key, "-aes256", "-passout", "pass:secret", "-out", "locked.pem"]
+    subprocess.run(command, cwd=tmp_path, timeout=30, check=True)
+    both = Path(cert).read_text() + (tmp_path / "locked.pem").read_text()
+    (tmp_path / "both.pem").write_text(both)
+    cure = "is encrypted: decrypt it, for nobody is asked for its password: openssl pkey -in KEY -out NEW"
+    for flags, said in (
+        (["--tls-cert", cert, "--tls-key", "locked.pem"], f"tls_key: {cure}"),
+        (["--tls-cert", "both.pem"], f"tls_cert: {cure}"),
+        (["--tls-cert", cert, "--tls-key", "none.pem"], "tls_key: cannot be read: No such file or directory"),
+        (["--tls-key", key], "tls_cert: is missing: tls_key goes with a certificate"),
+    ):
+        done = run(tmp_path, "--port", "0", *flags)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (1, said)
+
+
 def test_two_settings_that_cannot_work_are_both_told(here: Here) -> None:
     env = {"ASTERA_LITE_CALLBACK_SECRET": "hunter2", "ASTERA_LITE_CALLBACK_ALLOW": "10.0.0.0/99"}
     done = here("check", **env)
@@ -410,6 +429,31 @@ def test_a_signal_stops_gracefully(tmp_path: Path, sink: Sink, number: int) -> N
     shown = run(tmp_path, "job", job["id"], "--json")
     assert shown.returncode == 0
     assert json.loads(shown.stdout)["status"] in ("Running", "Completed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_says_what_it_waits_for_and_what_came_of_it(tmp_path: Path, number: int) -> None:
+    hold = get_flow("/hold", steps=[{"name": "hold", "python": "hold:hold"}])
+    write(tmp_path, hold=hold, also=get_flow("/also", steps=hold["steps"]))
+    code = "import os, time\n\ndef hold(context):\n    while not os.path.exists('go'):\n        time.sleep(0.01)\n"
+    (tmp_path / "flows" / "hold.py").write_text(code)
+    again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+    for jobs, said in (
+        ([], "stopping"),
+        (["hold"], f"stopping: 1 job is running (hold), waiting up to 30 s; {again} leaves it to the next start"),
+        (["hold", "also", "hold"],
+         f"stopping: 3 jobs are running (also, hold), waiting up to 30 s; {again} leaves them to the next start"),
+    ):  # fmt: skip
+        (tmp_path / "go").unlink(missing_ok=True)
+        with process(tmp_path) as (started, url, lines):
+            for name in jobs:
+                get(f"{url}/api/publishingAsync/{name}")
+            until(lambda: get(url + "/health").json()["jobs"]["running"] == len(jobs), "the jobs do not begin")  # noqa: B023
+            started.send_signal(number)
+            until(lambda: any(line.rstrip().endswith(" " + said) for line in lines), said)  # noqa: B023
+            (tmp_path / "go").touch()
+            assert started.wait(10) == 0
+        assert lines[-1].rstrip().endswith("stopped: what ran has ended" if jobs else "stopped")
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
