@@ -187,7 +187,7 @@ class NotFound(AsteraError):
 
 
 class Conflict(AsteraError):
-    """The job is not in a state that allows this; `status` is 409, or 422 for a reused idempotency key."""
+    """Not in a state that allows this; `status` is 409, 412 by a precondition, 422 for a reused idempotency key."""
 
     def __init__(self, detail: str, status: int = 409, job: Status | None = None) -> None:
         super().__init__(detail)
@@ -2544,15 +2544,20 @@ def parse_retry_after(value: str | None, now: int) -> float:
         return 0.0
     if re.fullmatch("[0-9]{1,9}", value.strip()):
         return float(value)
+    return max(0.0, http_date(value) - now / 1000)  # in this order NaN gives 0
+
+
+def http_date(text: str | None) -> float:
+    """Seconds since the epoch from a date in a header (RFC 9110, section 5.6.7); NaN, which no comparison holds for."""
     from email.utils import parsedate_to_datetime  # noqa: PLC0415 (hardly anybody sends a date)
 
     try:
-        date = parsedate_to_datetime(value)
+        date = parsedate_to_datetime(text or "")
         if date.tzinfo is None:  # the form of asctime has no zone and means UTC
             date = date.replace(tzinfo=datetime.UTC)
-        return max(date.timestamp() - now / 1000, 0.0)
+        return date.timestamp()
     except (ValueError, OverflowError):
-        return 0.0
+        return math.nan
 
 
 # ======================================================================================================================
@@ -9801,20 +9806,24 @@ class AsteraLite:
             count = len(self.deployments.by_name)
             log.info("read the flows again: %d published, %d faults", count, len(self.deployments.faults))
 
-    def put_deployment(self, name: str, text: bytes) -> tuple[Flow, bool]:
+    def put_deployment(
+        self, name: str, text: bytes, condition: Callable[[bool, Flow | None], None] = lambda exists, flow: None
+    ) -> tuple[Flow, bool]:
         """Deploy a flow as the file NAME.json; it, and whether it is new.
 
-        Raises FlowError with every fault, Conflict if something else than that file has the name.
+        Raises FlowError with every fault, Conflict if something else than that file has the name, and what `condition`
+        raises, which is told whether there is such a deployment or file, and the flow that is published.
         """
         file = f"{name}.json"
         with self._deploying:
             folder = self._folder_of(name)
+            known = self.deployments.by_name.get(name)
+            condition(known is not None or os.path.exists(os.path.join(folder, file)), known)
             try:
                 tree = parse_flow_text(text.decode(), file)
             except UnicodeDecodeError as error:
                 raise FlowError([Fault(file, "", f"byte {error.start} is not valid UTF-8")]) from None
             flow = self._build(tree, name, file)
-            new = name not in self.deployments.by_name
             others = {other.name: other for other in self.deployments.by_name.values() if other.name != name}
             faults = [fault for fault in self.deployments.faults if fault.where != file]
             deployments = Deployments([*others.values(), flow], faults, others)
@@ -9823,15 +9832,21 @@ class AsteraLite:
             _write_whole(os.path.join(folder, file), json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
             self.deployments = deployments
         log.info("deployed %s", name)
-        return flow, new
+        return flow, known is None
 
-    def delete_deployment(self, name: str) -> None:
-        """Take a flow out of service and delete its file; raises NotFound, or Conflict if others call it."""
+    def delete_deployment(
+        self, name: str, condition: Callable[[bool, Flow | None], None] = lambda exists, flow: None
+    ) -> None:
+        """Take a flow out of service and delete its file; raises NotFound, Conflict if others call it.
+
+        `condition` is that of `put_deployment`.
+        """
         with self._deploying:
             file = f"{name}.json"
             path = os.path.join(self._folder_of(name), file)
             if name not in self.deployments.by_name and not os.path.exists(path):
                 raise NotFound(f"There is no deployment {shown(name)}.")
+            condition(True, self.deployments.by_name.get(name))
             callers = [f.name for f in self.deployments.by_name.values() if name in [called for called, _ in f.calls]]
             if callers:
                 raise Conflict(f"It is called by {', '.join(callers)}.")
@@ -11432,6 +11447,7 @@ _HEADERS: dict[str, Any] = {
     "Idempotency-Replayed": _header("There when this key came before.", {"const": "true"}, False),
     "Accept-Encoding": _header("The coding that is taken, if the coding is what was wrong.", _TEXT, False),
     "WWW-Authenticate": _header("The scheme that is wanted (RFC 6750).", _TEXT),
+    "ETag": _header("Names this state of it, for If-None-Match and If-Match (RFC 9110).", _TEXT, False),
 }
 #: The problem documents that operations answer with, by status: name, when, and headers of their own.
 _PROBLEMS: dict[int, tuple[str, str, tuple[str, ...]]] = {
@@ -11440,6 +11456,7 @@ _PROBLEMS: dict[int, tuple[str, str, tuple[str, ...]]] = {
     403: ("Forbidden", "The token, or a page of this origin, may not do this.", ()),
     404: ("NotFound", "There is no such resource.", ()),
     409: ("Conflict", "Not in its present state.", ()),
+    412: ("PreconditionFailed", "A precondition (If-Match and its like) does not hold: nothing was done.", ()),
     413: ("ContentTooLarge", "The body is larger than the server takes.", ()),
     414: ("UriTooLong", "The URL is longer than the server takes.", ()),
     415: ("UnsupportedMediaType", "The body is of a type, or in a coding, that is not taken.", ("Accept-Encoding",)),
@@ -11559,7 +11576,7 @@ def _answers(*problems: int, **responses: str) -> dict[str, Any]:
     return found | {name[1:]: _ref("responses", component) for name, component in responses.items()}
 
 
-_JOB_NOW = _response("The job as it is.", "StatusDocument", "Job-Status", "Preference-Applied")
+_JOB_NOW = _response("The job as it is.", "StatusDocument", "Job-Status", "Preference-Applied", "ETag")
 _WHILE_IT_RUNS = {**_HEADERS["Retry-After"], "required": False, "description": "While it runs: whole seconds."}
 _RESPONSES["Accepted"]["headers"]["Retry-After"] = _WHILE_IT_RUNS  # a job whose key came before may be finished
 _JOB_NOW["headers"] |= {
@@ -11568,7 +11585,7 @@ _JOB_NOW["headers"] |= {
 }
 _OWN_RESULT = {
     "description": "The flow's own response, with its own status, headers and body.",
-    "headers": _headers("Job-Status", "Preference-Applied"),
+    "headers": _headers("Job-Status", "Preference-Applied", "ETag"),
 }
 _FLOW_BODY = {"required": True, "content": _content(_ref("schemas", "Flow"))}
 _GONE, _STATE = {"_404": "UnknownJob"}, {"_202": "Accepted", "_404": "UnknownJob"}
@@ -11635,12 +11652,13 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "/api/deployments/{name}": {
         "get": _known(
             "Deployments API", "Show a published flow", "One published flow.", ("DeploymentName",),
-            operationId="getDeployment", responses=_answers(404) | {"200": _response("The flow.", "Deployment")},
+            operationId="getDeployment",
+            responses=_answers(404) | {"200": _response("The flow.", "Deployment", "ETag")},
         ),
         "put": _known(
             "Deployments API", "Deploy a flow", "Deploy or replace a flow; only with a token of role admin.",
             ("DeploymentName",), operationId="putDeployment", requestBody=_FLOW_BODY,
-            responses=_answers(404, 409, 413, 415) | {
+            responses=_answers(404, 409, 412, 413, 415) | {
                 "200": _response("It was replaced.", "Deployment"),
                 "201": _response("It is published.", "Deployment", "Location"),
             },
@@ -11648,7 +11666,7 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "delete": _known(
             "Deployments API", "Remove a flow", "Take a flow out of service; only with a token of role admin.",
             ("DeploymentName",), operationId="deleteDeployment",
-            responses=_answers(404, 409, _204="Forgotten"),
+            responses=_answers(404, 409, 412, _204="Forgotten"),
         ),
     },
     "/health": {
@@ -11666,7 +11684,7 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "Server API", "Fetch this document", "OpenAPI 3.1 of all that is published.", (), operationId="getOpenApi",
             responses={
                 "200": {
-                    "description": "The document.", "headers": _headers(), "content": _content({"type": "object"})
+                    "description": "The document.", "headers": _headers("ETag"), "content": _content({"type": "object"})
                 }
             },
         )
@@ -11686,7 +11704,8 @@ _OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
             operationId="getPostman",
             responses={
                 "200": {
-                    "description": "The collection.", "headers": _headers(), "content": _content({"type": "object"})
+                    "description": "The collection.", "headers": _headers("ETag"),
+                    "content": _content({"type": "object"}),
                 }
             },
         )
@@ -11700,7 +11719,8 @@ _TAGS = {
 _ABOUT = """\
 Every flow is published synchronously (its response is the answer), asynchronously (202, and `Location` names the
 status to poll; or give a `callbackUrl`), or both. HEAD works where GET does, OPTIONS everywhere. Any request may also
-be refused as it stands by 405, 408, 417, 501 or 505, with a problem document (RFC 9457).
+be refused as it stands by 405, 408, 412, 417, 501 or 505, with a problem document (RFC 9457). What has an ETag answers
+304 to an If-None-Match that names it.
 """
 
 
@@ -12443,6 +12463,7 @@ def document_body(
 # ======================================================================================================================
 
 _NO_STORE = ("Cache-Control", "no-store")
+_REVALIDATED = ("Cache-Control", "private, no-cache")
 _JSON = ("Content-Type", "application/json")
 _PROBLEM = ("Content-Type", "application/problem+json")
 _FLOW_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "sandbox"))
@@ -12504,6 +12525,8 @@ class Exchange:
 
     def answer(self, reply: Reply) -> None:
         """Give the answer; on the loop."""
+        if not _CONDITIONS.isdisjoint(self.head.headers):
+            reply = conditional(self, reply)
         self._peer.answer(self, reply)
 
     def post(self, function: Callable[..., None], *arguments: Any) -> None:
@@ -12617,6 +12640,74 @@ def error_response(x: Exchange, error: Exception) -> Reply:
     return Reply(status, headers, json_body(problem(status, detail, **members)))
 
 
+# --- preconditions ---
+
+_CONDITIONS = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"})
+_ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
+_READING = frozenset({"GET", "HEAD"})
+
+
+def entity_tag(body: bytes) -> str:
+    """A strong ETag of a document. Python's own hash costs next to nothing; a restart makes new ones."""
+    return f'"{hash(body) & (1 << 64) - 1:x}"'
+
+
+def precondition(head: Head, exists: bool, tag: str = "", modified: str | None = None) -> int:
+    """What a request's preconditions come to (RFC 9110, section 13.2.2): 304, 412, or 0 where they hold.
+
+    `tag` and `modified` are the ETag and Last-Modified of what there is.
+    """
+    sent, reads = head.headers, head.method in _READING
+    if "if-match" in sent:
+        if not (exists and _listed(sent["if-match"], tag, weak=False)):
+            return 412
+    elif http_date(modified) > http_date(sent.get("if-unmodified-since")):
+        return 412
+    if "if-none-match" in sent:
+        if exists and _listed(sent["if-none-match"], tag, weak=True):
+            return 304 if reads else 412
+    elif reads and http_date(modified) <= http_date(sent.get("if-modified-since")):
+        return 304
+    return 0
+
+
+def _listed(sent: str, tag: str, weak: bool) -> bool:
+    """Whether a list of entity tags has this one, by the weak or the strong comparison (RFC 9110, section 8.8.3.2)."""
+    tags = _ENTITY_TAG.findall(sent)
+    if weak:
+        tags, tag = [each.removeprefix("W/") for each in tags], tag.removeprefix("W/")
+    return sent == "*" or (tag[:1] == '"' and tag in tags)
+
+
+def conditional(x: Exchange, reply: Reply) -> Reply:
+    """The answer to a request with preconditions that only reads; those of others hold, or it would not be there."""
+    if x.head.method not in _READING or not 200 <= reply.status < 300 or reply.status == 202:
+        return reply
+    own = {name.lower(): value for name, value in reply.headers}
+    status = precondition(x.head, True, own.get("etag", ""), own.get("last-modified"))
+    if status == 304:
+        about = ("content-type", "content-disposition", "content-encoding", "content-language", "content-range")
+        return Reply(304, [(name, value) for name, value in reply.headers if name.lower() not in about])
+    return error_response(x, _precondition_failed("it was not looked at any further")) if status else reply
+
+
+def _precondition_failed(so: str) -> Conflict:
+    return Conflict(f"A precondition of the request (If-Match and its like) does not hold: {so}.", status=412)
+
+
+def check_conditions(x: Exchange, exists: bool = True, flow: Flow | None = None) -> None:
+    """Raise Conflict where a precondition forbids to go on; for what acts, before it does."""
+    if x.head.method in _READING or _CONDITIONS.isdisjoint(x.head.headers):
+        return
+    if precondition(x.head, exists, deployment_tag(flow) if flow else ""):
+        raise _precondition_failed("nothing was done")
+
+
+def deployment_tag(flow: Flow) -> str:
+    """The ETag of a deployment."""
+    return f'"{flow.version:x}"'
+
+
 # --- publishing ---
 
 
@@ -12687,8 +12778,10 @@ def _flow_response(answer: Answer, more: Iterable[tuple[str, str]] = ()) -> Repl
 @_cached_if_short  # a flow's headers are mostly the same
 def _with_policy(headers: Pairs) -> Pairs:
     """What a flow's response says of itself, and what browsers and caches must be told of it."""
-    if not any(name.lower() == "cache-control" for name, _ in headers):
-        headers += (_NO_STORE if headers[:1] == (_PROBLEM,) else ("Cache-Control", "private, no-store"),)
+    names = {name.lower() for name, _ in headers}
+    if "cache-control" not in names:
+        unsaid = _REVALIDATED if "etag" in names else ("Cache-Control", "private, no-store")
+        headers += (_NO_STORE if headers[:1] == (_PROBLEM,) else unsaid,)
     return headers + _FLOW_HEADERS
 
 
@@ -12714,6 +12807,8 @@ def find_flow(mode: str, x: Exchange) -> None:
         (other,) = flow.modes
         raise NotFound(f"This flow is published {other}ly only: call {PREFIXES[other]}{flow.resource}")
     _check_may_call(x, flow.name)
+    if method != "GET" and _CONDITIONS.isdisjoint(flow.header_names):  # else the flow heeds them itself
+        check_conditions(x)
     x.flow, x.path = flow, path
 
 
@@ -12897,9 +12992,12 @@ def _status_response(
         headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
         if job.attempt == 0 and job.callback is None and progress is None:
             return Reply(code, headers, new_job_document(job, x.base, offset))
-    elif code == 200:
+    body = json_body(status_document(job, x.base, progress, offset=offset))
+    if job.status is not Status.RUNNING and code == 200:
         headers.append(("Location", f"{x.base}/api/jobs/{job.id}/result"))
-    return Reply(code, headers, json_body(status_document(job, x.base, progress, offset=offset)))
+        if x.head.method in _READING:
+            headers[2:3] = _REVALIDATED, ("ETag", entity_tag(body))
+    return Reply(code, headers, body)
 
 
 def _unknown(x: Exchange) -> Reply:
@@ -12922,7 +13020,10 @@ def _unknown(x: Exchange) -> Reply:
 
 def _find(x: Exchange) -> tuple[Job, Progress | None] | None:
     key = JobKey.parse(x.values["id"])
-    return x.app.look(key, x.caller) if key is not None else None
+    found = x.app.look(key, x.caller) if key is not None else None
+    if found is not None:
+        check_conditions(x)
+    return found
 
 
 def _answer_when_asked(
@@ -12961,7 +13062,12 @@ def _result_response(x: Exchange, job: Job, more: Iterable[tuple[str, str]]) -> 
     stored = x.app.store.result(job.key)
     if stored is None:
         return _unknown(x)
-    answer = Answer(stored.code, tuple(stored.headers), stored.body or b"")
+    headers = tuple(stored.headers)
+    if stored.code < 300:  # a result never changes, and no other has its id
+        names = {name.lower() for name, _ in headers}
+        headers += () if "cache-control" in names else (_REVALIDATED,)
+        more = [*more, ("ETag", f'"{job.id}"')] if "etag" not in names else more
+    answer = Answer(stored.code, headers, stored.body or b"")
     response = _flow_response(answer, [("Job-Status", job.status.value), *more])
     if stored.body is None:
         pieces = x.app.store.result_pieces(job.key, stored.attempt)
@@ -13153,7 +13259,8 @@ def deployment_one(x: Exchange) -> Reply:
         known = suggest(x.values["name"], filter(x.caller.may_call, x.app.deployments.by_name))
         raise NotFound(f"There is no deployment {shown(x.values['name'])}{known}.")
     _check_may_call(x, flow.name)
-    return Reply(200, [_JSON, _NO_STORE], json_body(deployment_document(flow, x.base)))
+    headers = [_JSON, _REVALIDATED, ("ETag", deployment_tag(flow))]
+    return Reply(200, headers, json_body(deployment_document(flow, x.base)))
 
 
 def _may_deploy(x: Exchange) -> None:
@@ -13186,7 +13293,7 @@ def deployment_put(x: Exchange) -> None:
 
     def deploy() -> Reply:
         try:
-            flow, new = x.app.put_deployment(name, x.body)
+            flow, new = x.app.put_deployment(name, x.body, partial(check_conditions, x))
         except FlowError as error:
             faults = [{"in": "body", "name": fault.place, "message": fault.message} for fault in error.faults]
             raise InputError(faults, "The flow has faults.") from None
@@ -13200,7 +13307,7 @@ def deployment_delete(x: Exchange) -> None:
     """DELETE /api/deployments/{name}"""
 
     def delete() -> Reply:
-        x.app.delete_deployment(x.values["name"])
+        x.app.delete_deployment(x.values["name"], partial(check_conditions, x))
         return Reply(204, [_NO_STORE])
 
     _apart(x, delete)
@@ -13226,8 +13333,8 @@ def metrics(x: Exchange) -> Reply:
 
 def flow_document(make: Callable[..., Any], x: Exchange) -> Reply:
     """GET /openapi.json, GET /postman.json"""
-    has_token = x.caller.name != ""
-    return Reply(200, [_JSON, _NO_STORE], document_body(make, x.app.deployments, x.base, has_token, x.caller.flows))
+    body = document_body(make, x.app.deployments, x.base, x.caller.name != "", x.caller.flows)
+    return Reply(200, [_JSON, _REVALIDATED, ("ETag", entity_tag(body))], body)
 
 
 @lru_cache(1)
@@ -13265,9 +13372,6 @@ def console(x: Exchange) -> Reply:
             "The console's page, console.html, is missing: it belongs beside astera_lite.py. All else works without it;"
             " the endpoints are listed at /api/deployments."
         ) from None
-    known = x.head.headers.get("if-none-match", "")
-    if any(tag.strip().removeprefix("W/") in (headers[0][1], "*") for tag in known.split(",")):
-        return Reply(304, headers)
     return Reply(200, [("Content-Type", "text/html; charset=utf-8"), *headers], page)
 
 
@@ -13743,7 +13847,9 @@ def _deadline(event: tuple[selectors.SelectorKey, int]) -> float:
     return deadline
 
 
-_EXPOSED = "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, Idempotency-Replayed"
+_EXPOSED = (
+    "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, Idempotency-Replayed, ETag"
+)
 _NO_HEAD = Head("", "", "", 11, {}, 0, False, False, False)
 
 

@@ -228,6 +228,46 @@ def test_deploy_replace_and_remove(tmp_path: Path) -> None:
         assert os.listdir(tmp_path / "flows") == []
 
 
+def test_a_deployment_has_an_etag_and_no_update_is_lost(tmp_path: Path) -> None:
+    two, three = (get_flow("/hello", response={"body": word}) for word in ("two", "three"))
+    path = "/api/deployments/hello"
+    with serving(tmp_path, token=TOKEN) as app, calling(app) as client:
+
+        def put(tree: Any, **conditions: str) -> int:
+            headers = {name.replace("_", "-"): value for name, value in conditions.items()}
+            return client("PUT", path, json=tree, headers=headers).status_code
+
+        assert put(HELLO, If_Match="*") == put(HELLO, If_Match='"x"') == 412  # there is none yet
+        assert not app.deployments.by_name
+        assert put(HELLO, If_None_Match="*") == 201
+        assert put(two, If_None_Match="*") == 412
+        first = client.get(path)
+        tag = first.headers["ETag"]
+        assert first.headers["Cache-Control"] == "private, no-cache"
+        again = client.get(path, headers={"If-None-Match": f'"x", W/{tag}'})
+        assert (again.status_code, again.content, again.headers["ETag"]) == (304, b"", tag)
+        assert put(two, If_Match=f"W/{tag}") == 412  # weak tags never match here
+        assert put(two, If_Match=tag, If_None_Match='"x"') == 200
+        assert client.get(path).headers["ETag"] != tag
+        lost = client("PUT", path, json=three, headers={"If-Match": tag})
+        assert (lost.status_code, lost.headers["Content-Type"]) == (412, "application/problem+json")
+        assert app.run("hello").json() == "two"
+        assert client.get(path, headers={"If-Match": tag}).status_code == 412
+        assert client.get(path, headers={"If-None-Match": tag}).status_code == 200
+        assert client("DELETE", path, headers={"If-Match": tag}).status_code == 412
+        assert client("DELETE", path, headers={"If-None-Match": "*"}).status_code == 412
+        assert put(three, If_Match="*") == 200
+        assert client("DELETE", path, headers={"If-Match": client.get(path).headers["ETag"]}).status_code == 204
+        assert client("DELETE", path, headers={"If-Match": tag}).status_code == 404
+
+
+def test_a_file_with_faults_is_not_made_anew(tmp_path: Path) -> None:
+    with serving(tmp_path, token=TOKEN, hello={"request": 1}) as app, calling(app) as client:
+        for condition in ({"If-None-Match": "*"}, {"If-Match": '"x"'}):
+            assert client("PUT", "/api/deployments/hello", json=HELLO, headers=condition).status_code == 412
+        assert client("PUT", "/api/deployments/hello", json=HELLO).status_code == 201
+
+
 def test_a_faulty_flow_is_refused_with_every_fault_and_changes_nothing(tmp_path: Path) -> None:
     with serving(tmp_path, token=TOKEN, hello=HELLO) as app, calling(app) as client:
         bad = get_flow("hello", steps=[{"name": "x", "set": "${nothing}"}])

@@ -724,11 +724,131 @@ def test_a_result_is_what_the_synchronous_call_gives_as_often_as_asked(run: Runn
         assert answer.headers.get("Content-Length") == sync.headers.get("Content-Length")
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
         assert answer.headers["Content-Security-Policy"] == "sandbox"
-        assert answer.headers["Cache-Control"] == "private, no-store"
+        assert answer.headers["Cache-Control"] == "private, no-cache"
     head = run.client("HEAD", document["resultUrl"])
     assert (head.content, head.headers.get("Content-Length")) == (b"", sync.headers.get("Content-Length"))
     expected = {"binary": bytes(range(256)), "plain": "grüße".encode(), "nothing": b""}
     assert flow == "large" or sync.content == expected[flow]
+
+
+def test_what_does_not_change_is_sent_once(run: Running) -> None:
+    document = run.client.finished(run.client.get("/api/publishingAsync/hello/Ada"))
+    for path in (document["statusUrl"], document["resultUrl"], "/openapi.json", "/postman.json"):
+        whole = run.client.get(path)
+        tag, policy = whole.headers["ETag"], whole.headers["Cache-Control"]
+        assert (whole.status_code, policy) == (200, "private, no-cache")
+        for method in ("GET", "HEAD"):
+            for listed in (tag, f'"x", W/{tag} , "y"', "*"):
+                same = run.client(method, path, headers={"If-None-Match": listed})
+                assert (same.status_code, same.content) == (304, b""), (path, listed)
+                assert (same.headers["ETag"], same.headers["Cache-Control"]) == (tag, policy)
+                assert not {"Content-Type", "Content-Length"} & set(same.headers)
+            for name, code in (("If-None-Match", 200), ("If-Match", 412)):
+                for listed in ('"x"', tag.strip('"'), f"{tag[:-1]}", "", '"*"'):
+                    assert run.client(method, path, headers={name: listed}).status_code == code, (path, listed)
+            assert run.client(method, path, headers={"If-Match": tag, "If-None-Match": '"x"'}).status_code == 200
+        if "result" not in path:
+            continue
+        assert run.client.get(path, headers={"If-Unmodified-Since": OLD}).status_code == 200
+        assert same.headers["Job-Status"] == "Completed"
+
+
+def test_a_status_document_that_changed_has_another_etag(run: Running, sink: Sink) -> None:
+    url = f"/api/publishingAsync/hello/a?callbackUrl={quote(sink.url, safe='')}"
+    document = run.client.finished(run.client.get(url))
+    sink.next()
+    until(lambda: run.client.get(document["statusUrl"]).json()["callback"]["state"] == "delivered")
+    tag = run.client.get(document["statusUrl"]).headers["ETag"]
+    assert run.client.get(document["statusUrl"], headers={"If-None-Match": tag}).status_code == 304
+    assert run.client.post(f"/api/jobs/{document['id']}/callback").status_code == 202
+    sink.next()
+    until(lambda: run.client.get(document["statusUrl"]).json()["callback"]["attempts"] == 2)
+    assert run.client.get(document["statusUrl"], headers={"If-None-Match": tag}).status_code == 200
+
+
+OLD, NEW = "Sat, 01 Jan 2000 00:00:00 GMT", "Saturday, 01-Jan-28 00:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("own", "sent", "code"),
+    [
+        ({"ETag": '"a"'}, {"If-None-Match": '"a"'}, 304),
+        ({"ETag": 'W/"a"'}, {"If-None-Match": '"a"'}, 304),
+        ({"ETag": '"a,b"'}, {"If-None-Match": '"x", "a,b"'}, 304),
+        ({"ETag": '"a,b"'}, {"If-None-Match": '"a", "b"'}, 200),
+        ({"etag": '"a"'}, {"If-None-Match": '"A"'}, 200),
+        ({"ETag": '"a"'}, {"If-Match": '"b", "a"'}, 200),
+        ({"ETag": 'W/"a"'}, {"If-Match": 'W/"a"'}, 412),
+        ({"ETag": '"a"'}, {"If-Match": "*"}, 200),
+        ({}, {"If-Match": "*"}, 200),
+        ({}, {"If-Match": '"a"'}, 412),
+        ({}, {"If-None-Match": '"a"'}, 200),
+        ({}, {"If-None-Match": "*"}, 304),
+        ({}, {"If-Modified-Since": NEW}, 200),
+        ({"Last-Modified": OLD}, {"If-Modified-Since": OLD}, 304),
+        ({"Last-Modified": OLD}, {"If-Modified-Since": NEW}, 304),
+        ({"Last-Modified": NEW}, {"If-Modified-Since": OLD}, 200),
+        ({"Last-Modified": OLD}, {"If-Modified-Since": "soon"}, 200),
+        ({"Last-Modified": OLD, "ETag": '"a"'}, {"If-Modified-Since": NEW, "If-None-Match": '"b"'}, 200),
+        ({"Last-Modified": NEW}, {"If-Unmodified-Since": OLD}, 412),
+        ({"Last-Modified": OLD}, {"If-Unmodified-Since": NEW}, 200),
+        ({"Last-Modified": NEW, "ETag": '"a"'}, {"If-Unmodified-Since": OLD, "If-Match": '"a"'}, 200),
+        ({"ETag": '"a"'}, {"If-Match": '"a"', "If-None-Match": '"a"'}, 304),
+    ],
+)
+def test_preconditions_of_a_flow_that_reads(
+    tmp_path: Path, own: dict[str, str], sent: dict[str, str], code: int
+) -> None:
+    flow = get_flow("/x", response={"headers": own | {"X-A": "b"}, "body": {"a": 1}})
+    with serving(tmp_path, {"x": flow}) as run:
+        whole = run.client.get("/api/publishing/x")
+        answer = run.client.get("/api/publishing/x", headers=sent)
+        assert answer.status_code == code
+        if code == 200:
+            assert (answer.content, answer.headers.get("ETag")) == (whole.content, whole.headers.get("ETag"))
+        elif code == 304:
+            assert answer.content == b""
+            for name in ("ETag", "Cache-Control", "Vary", "X-A"):
+                assert answer.headers.get(name) == whole.headers.get(name)
+            assert "Content-Type" not in answer.headers
+        assert ("no-cache" in whole.headers["Cache-Control"]) == ("etag" in whole.headers)
+        job = run.client.get("/api/publishingAsync/x", headers=sent)
+        assert job.status_code == 202, "a job that was accepted is told of, whatever was asked"
+
+
+def test_an_answer_that_is_no_success_heeds_no_precondition(run: Running) -> None:
+    for path in ("/api/publishing/code/404", "/api/jobs/x/status", "/nothing"):
+        code = run.client.get(path).status_code
+        assert code >= 400
+        for name in ("If-None-Match", "If-Match"):
+            for value in ("*", '"x"'):
+                assert run.client.get(path, headers={name: value}).status_code == code
+
+
+@pytest.mark.parametrize(("name", "value"), [("If-Match", '"x"'), ("If-None-Match", "*")])
+def test_what_acts_does_not_if_a_precondition_fails(run: Running, name: str, value: str) -> None:
+    before = count(run)
+    for prefix in ("/api/publishing", "/api/publishingAsync"):
+        answer = run.client.post(f"{prefix}/echo", json={}, headers={name: value})
+        assert (answer.status_code, answer.headers["Content-Type"]) == (412, "application/problem+json")
+        assert "nothing was done" in answer.json()["detail"]
+    assert count(run) == before
+    document = run.client.finished(run.client.get("/api/publishingAsync/hello/a"))
+    for method, path in (("POST", "/cancel"), ("POST", "/rerun"), ("POST", "/callback"), ("DELETE", "")):
+        refused = run.client(method, f"/api/jobs/{document['id']}{path}", headers={name: value})
+        assert refused.status_code == 412, path
+    assert run.client.get(document["resultUrl"]).status_code == 200
+    other = {"If-Match": "If-None-Match", "If-None-Match": "If-Match"}[name]
+    good = {"If-Match": "*", "If-None-Match": '"x"'}[other]
+    assert run.client("DELETE", f"/api/jobs/{document['id']}", headers={other: good}).status_code == 204
+
+
+def test_a_flow_that_declares_a_precondition_heeds_it_itself(tmp_path: Path) -> None:
+    request = {"method": "PUT", "parameters": {"If-Match": {"in": "header"}}}
+    flow = get_flow("/x", request=request, response={"status": "${412 if params['If-Match'] != '\"a\"' else 200}"})
+    with serving(tmp_path, {"x": flow}) as run:
+        for tag, code in (('"a"', 200), ('"b"', 412)):
+            assert run.client("PUT", "/api/publishing/x", headers={"If-Match": tag}).status_code == code
 
 
 def test_a_large_body_goes_through(run: Running) -> None:
