@@ -106,7 +106,7 @@ from enum import StrEnum
 from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
     import argparse
@@ -14359,8 +14359,83 @@ class _Early(logging.Handler):
         self.records.append(record)
 
 
+class _Stderr:
+    """stderr for whoever writes there: it raises nothing, and once it is `apart` it keeps nobody waiting."""
+
+    _MOST = 5000  # texts that wait; further ones are lost
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._texts: queue.SimpleQueue[str | threading.Event] | None = None
+        self._lost = 0
+
+    def __getattr__(self, name: str) -> Any:  # isatty, encoding and the like
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if self._texts is None:
+            self._write(text)
+        elif self._texts.qsize() < self._MOST:
+            self._texts.put(text)
+        else:
+            self._lost += 1
+        return len(text)
+
+    def flush(self) -> None:
+        pass  # each text is
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # it is full, closed, or its reader has gone
+            self._stream.write(text)
+            self._stream.flush()
+
+    def apart(self) -> None:
+        """From here on a thread writes: a reader that does not read, or a slow disk, holds up that thread only."""
+        self._texts = queue.SimpleQueue()
+        threading.Thread(target=self._write_all, args=[self._texts], name="astera-stderr", daemon=True).start()
+
+    def _write_all(self, texts: queue.SimpleQueue[str | threading.Event]) -> None:
+        while True:
+            text = texts.get()
+            if isinstance(text, threading.Event):
+                text.set()
+                continue
+            self._write(text)
+            if self._lost and texts.qsize() < self._MOST // 2:
+                lost, self._lost = self._lost, 0
+                log.warning("%d lines of the log are lost: what reads stderr was too slow", lost)
+
+    def written(self) -> bool:
+        """Whether all is written, which is waited for for a second."""
+        if self._texts is None:
+            return True
+        done = threading.Event()
+        self._texts.put(done)
+        return done.wait(1)
+
+
+def _set_up_streams() -> _Stderr:
+    """Have standard streams that can be written to, whatever the program was started with."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed; or the database would get its number, and what is written there
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # it may be for ASCII only
+    stderr = sys.stderr if isinstance(sys.stderr, _Stderr) else _Stderr(sys.stderr)
+    sys.stderr = cast(TextIO, stderr)
+    return stderr
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; the exit code."""
+    stderr = _set_up_streams()
+    code = _main(argv)
+    if not stderr.written():  # its thread would hold up the interpreter's end
+        os._exit(code)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     given = [*(sys.argv[1:] if argv is None else argv)]
     args: Any = _plain_arguments(given) or _parser().parse_args(given)
     command = COMMANDS[args.command or "serve"][0]
@@ -14380,7 +14455,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, as shells have it
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # else the reader of our output has gone, as `head` does
+            print(f"the output cannot be written: {_reason(error)}", file=sys.stderr)
+            code = 1
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the interpreter's last flush)
     return code
 
@@ -14431,6 +14509,8 @@ def _set_up_logging(settings: Settings) -> None:
 
 def serve(args: argparse.Namespace, settings: Settings) -> int:
     """serve: until SIGTERM or SIGINT."""
+    stderr = cast(_Stderr, sys.stderr)
+    stderr.apart()
     _set_up_logging(settings)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(log.handlers[-1])
@@ -14459,10 +14539,9 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
         log.info("console: %s/", base)
     else:
         head = "published:" if lines else "published: no flow; `new NAME` writes a first one"
-        sys.stderr.write("\n".join([head, *lines, f"console: {base}/", ""]))
+        stderr.write("\n".join([head, *lines, f"console: {base}/", ""]))
     _settle()
-    sys.stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
-    sys.stderr.flush()
+    stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
     notify(f"READY=1\nSTATUS=listening on {server.url}")
     if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
         app.beat = partial(server.post, partial(notify, "WATCHDOG=1"))
@@ -14479,7 +14558,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
         log.info("stopped: what ran has ended" if app.busy_at_stop and not left else "stopped")
     logging.shutdown()
     if left or stuck:  # threads that do not end would hold the interpreter for ever
-        sys.stderr.flush()
+        stderr.written()
         os._exit(code)
     return code
 
@@ -14766,7 +14845,9 @@ def _printable(text: str) -> str:
 
 
 def _print_json(document: Any, stream: TextIO | None = None) -> None:
-    print(_printable(json.dumps(document, indent=2, ensure_ascii=False)), file=stream)
+    stream = stream or sys.stdout
+    escaped = not stream.encoding.lower().startswith("utf")
+    print(_printable(json.dumps(document, indent=2, ensure_ascii=escaped)), file=stream)
 
 
 def _write_body(pieces: Iterable[bytes]) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -853,6 +853,118 @@ def test_a_reader_that_goes_away_is_no_fault(tmp_path: Path, command: list[str])
     assert "BrokenPipe" not in done.stderr
     assert "Traceback" not in done.stderr
     assert done.returncode == (1 if command == ["check"] else 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("check", 1), ("try ok", 0), ("jobs --json", 0), ("schema", 0), ("openapi", 1), ("token", 0), ("nonsense", 2)],
+)
+def test_commands_work_whatever_stdout_and_stderr_are(tmp_path: Path, command: str, code: int) -> None:
+    write(tmp_path, ok=get_flow("/ok", description="größe 😀", response={"body": "ok"}), faulty='{"größe": 1}')
+    with AsteraLite(database=str(tmp_path / "astera_lite.db")):
+        pass
+
+    def command_with(streams: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            f'"{sys.executable}" "{PROGRAM}" {command} {streams}', cwd=tmp_path, env=environment(env), shell=True,
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+
+    def untimed(text: str) -> str:
+        return re.sub("[0-9]", "", text)
+
+    usual = command_with("")
+    assert usual.returncode == code
+    for streams in ("2>&-", "2>/dev/full", "2>/dev/full <&-"):
+        done = command_with(streams)
+        assert (done.returncode, done.stdout, done.stderr) == (code, usual.stdout, "")
+    done = command_with(">&- <&-")
+    assert (done.returncode, untimed(done.stderr)) == (code, untimed(usual.stderr))
+    done = command_with(">/dev/full")
+    if usual.stdout:
+        assert (done.returncode, done.stderr.splitlines()[-1:]) == (
+            1,
+            ["the output cannot be written: No space left on device"],
+        )
+    done = command_with("", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+    assert done.stdout.isascii()
+    if done.stdout.startswith("{"):
+        assert json.loads(done.stdout) == json.loads(usual.stdout)
+
+
+@pytest.mark.parametrize("command", ["--help", "check --help"])
+def test_help_is_given_in_ascii_too(tmp_path: Path, command: str) -> None:
+    done = run(tmp_path, *command.split(), env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout[:6]) == (0, "usage:")
+
+
+@contextmanager
+def serving_with(folder: Path, streams: str, *arguments: str, stderr: int | None = None) -> Iterator[tuple[str, int]]:
+    """A server whose standard streams are as the shell is told: its URL and process id. It must stop when told to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = f'exec "{sys.executable}" "{PROGRAM}" --port {port} {" ".join(arguments)} {streams}'
+    with subprocess.Popen(words, cwd=folder, env=environment(), shell=True, stderr=stderr) as server:
+        try:
+            until(lambda: server.poll() is not None or not refuses(port), "it does not start")
+            yield f"http://127.0.0.1:{port}", server.pid
+            server.terminate()
+            assert server.wait(20) == 0
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize("streams", ["2>&-", ">&- 2>&- <&-", "2>/dev/full", ">/dev/full 2>&1"])
+def test_a_server_serves_whatever_its_streams_are(tmp_path: Path, streams: str) -> None:
+    with serving_with(write(tmp_path, hello=HELLO, faulty="{"), streams, "--access-log") as (url, pid):
+        for _ in range(20):
+            assert get(f"{url}/api/publishing/hello").json() == {"hello": "world"}
+        if "2>&-" in streams and Path("/proc/self/fd").exists():  # else the database would be what is written to
+            assert os.readlink(f"/proc/{pid}/fd/2") == os.devnull
+
+
+@pytest.fixture
+def full_pipe() -> Iterator[tuple[int, int]]:
+    read, wrote = os.pipe()
+    os.set_blocking(wrote, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(wrote, b"." * 4096)
+    os.set_blocking(wrote, True)
+    yield read, wrote
+    os.close(read)
+    os.close(wrote)
+
+
+def test_a_server_whose_log_nobody_reads_starts_serves_and_stops(tmp_path: Path, full_pipe: tuple[int, int]) -> None:
+    with serving_with(write(tmp_path, hello=HELLO), "", "--access-log", stderr=full_pipe[1]) as (url, _):
+        assert get(f"{url}/api/publishing/hello").status_code == 200
+
+
+def test_what_the_log_lost_while_nobody_read_it_is_told(tmp_path: Path, full_pipe: tuple[int, int]) -> None:
+    read, wrote = full_pipe
+    ask = b"GET /api/publishing/hello HTTP/1.1\r\nHost: localhost\r\n"
+    with (
+        serving_with(write(tmp_path, hello=HELLO), "", "--access-log", "--log", "json", stderr=wrote) as (url, _),
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as sock,
+    ):
+        asks = (ask + b"\r\n") * 6000 + ask + b"Connection: close\r\n\r\n"
+        sender = threading.Thread(target=sock.sendall, args=[asks])
+        sender.start()
+        data = b""
+        while piece := sock.recv(1 << 20):
+            data += piece
+        sender.join()
+        assert data.count(b"HTTP/1.1 200 OK") == 6001
+        text = ""
+        while not (lost := re.search(r'"([0-9]+) lines of the log are lost.*"', text)):
+            text += os.read(read, 1 << 16).decode()
+        lines = text.lstrip(".").splitlines()
+        assert "listening on" in text
+        assert 500 < int(lost[1]) < 6001
+        json.loads(lines[1])
 
 
 # --- where it stands ---
