@@ -108,6 +108,27 @@ FLOWS: dict[str, dict[str, Any]] = {
         ],
         response={"body": 1},
     ),
+    "taken": get_flow("/taken", response={"status": 422, "body": {"message": "email is taken"}}),
+    "registering": get_flow(
+        "/registering",
+        request={"parameters": {"api": {"in": "query", "required": True}}},
+        steps=[
+            {"name": "optional", "set": "${1 / 0}", "onError": "none"},
+            {
+                "name": "each_one",
+                "each": {
+                    "of": "${[1]}",
+                    "steps": [
+                        {
+                            "name": "register",
+                            "http": "${params.api}/api/publishing/taken",
+                            "retry": {"attempts": 2, "delay": 0, "on": [422]},
+                        }
+                    ],
+                },
+            },
+        ],
+    ),
     "deep": get_flow("/deep", response={"body": "${" + "[" * 20 + "[1] * 90000" + "]" * 20 + "}"}),
 }
 
@@ -734,10 +755,31 @@ def test_steps_are_shown_with_their_output(console: Seen) -> None:
     shown = [[cell.inner_text() for cell in row.get_by_role("cell").all()] for row in rows[1:]]
     assert [tuple(cells[:3]) for cells in shown[1:]] == [
         ('short\n["plum"]', "set", "finished"),
-        ("refused", "fail", "failed"),
+        ("refused\n\nnot enough in stock: plum\n\norder.json, line 36 · /steps/2/fail", "fail", "failed"),
     ]
     assert shown[0][0].startswith('stock\n{"apple":')
     assert page.locator("h2", has_text="409 Conflict · failed").count() == 1
+
+
+def test_the_reason_of_a_failure_is_shown(console: Seen) -> None:
+    job = console.api.submit("/registering", api=console.url)
+    console.api.job(job, wait=5)
+    page = console.open(f"#/jobs/{job}")
+    answer, place = (
+        '{\n  "message": "email is taken"\n}',
+        "registering.json, line 1 · /steps/1/each/steps/0/http · attempt 2 of 2",
+    )
+    card = page.locator("main .fault")
+    assert card.locator("p").all_inner_texts() == ["each_one/0/register: the API it calls answered 422", place]
+    assert card.get_by_label("Answer 422").inner_text() == answer
+    rows = page.get_by_role("table", name="Steps").get_by_role("row")
+    going_on = rows.filter(has=page.get_by_text("optional", exact=True))
+    assert "division by zero" in going_on.inner_text() and "/steps/0/set" in going_on.inner_text()
+    failed = rows.filter(has=page.locator("code", has_text="each_one/0/register"))
+    assert failed.locator("p").all_inner_texts()[:2] == ["the API it calls answered 422", place]
+    assert failed.get_by_label("Answer 422").first.is_visible()
+    failed.get_by_text("Attempts that failed before: 1").click()
+    assert "attempt 1 of 2" in failed.locator("details").inner_text()
 
 
 @pytest.mark.parametrize("width", [320, 768, 1000, 1440])
@@ -884,11 +926,13 @@ def test_every_view_fits_and_is_accessible(console: Seen, width: int, scheme: st
     owed = console.api.submit("/hello", name="A" * 80, callbackUrl="http://127.0.0.1:1/" + "x" * 80)
     waits = console.api.submit("/slow", seconds=300)
     fails = console.api.submit("/long")
+    why = console.api.submit("/registering", api=console.url)
     page = console.open(width=width, scheme=scheme, bypass_csp=True)  # for what looks at the page
     views = {
         "#/flows": "Flows", "#/flows/every": "/every", "#/flows/order": "/orders", "#/jobs": "Jobs",
         f"#/jobs/{owed}": "Job of hello", f"#/jobs/{waits}": "Job of slow", "#/jobs/nothing": "Job nothing",
         "#/flows/long": "/long", f"#/jobs/{fails}": "Job of long",
+        f"#/jobs/{why}": "Job of registering",
     }  # fmt: skip
     for fragment, title in views.items():
         page.goto(f"{console.url}/{fragment}")
