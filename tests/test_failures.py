@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import pytest
-from support import Api, Client, Running, get_flow, process
+from support import Api, Client, Running, Sink, get_flow, process
 
 from astera_lite import AsteraLite, Server, main
 
@@ -68,14 +70,20 @@ def api() -> Iterator[str]:
 
 
 @contextmanager
-def answering(status: int, body: bytes) -> Iterator[str]:
+def answering(status: int, body: bytes | None) -> Iterator[str]:
+    """An API that answers so; without a body it says what it was sent."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            told = f"{self.path} {self.headers} {sent.decode()}".encode() if body is None else body
             self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(told)))
+            self.send_header("Content-Type", "text/plain; charset=utf-8")
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(told)
+
+        do_POST = do_GET
 
         def log_message(self, *args: object) -> None:
             pass
@@ -255,3 +263,131 @@ def test_the_commands_and_the_log_tell_it(tmp_path: Path, api: str, capsys: pyte
     assert code == 1
     assert [f"(attempt {n} of 3)" in text for n in (1, 2, 3)] == [True] * 3
     assert f"reason: {told}" in text
+
+
+# --- secrets ----------------------------------------------------------------------------------------------------------
+
+SECRETS = {
+    "PLAIN": "hunter2-correct",
+    "ODD": 'pa"ss/w ör+d\\x\ny',
+    "LONG": "eyJhbGciOi" + "0123456789" * 30,
+    "PIN": "471147",
+}
+SECRET_MODULE = """
+def raising(ctx, text):
+    ctx.log.warning("with %s", text)
+    raise ValueError(f"bad: {text!r}")
+
+def giving(ctx, text):
+    return {text: [text]}
+"""
+
+
+def spellings(secret: str) -> list[str]:
+    """What nobody may find: a secret as it is, as URLs and JSON have it, and the beginning of it."""
+    return [
+        secret,
+        quote(secret, safe=""),
+        quote_plus(secret),
+        json.dumps(secret)[1:-1],
+        repr(secret)[1:-1],
+        secret[:5],
+    ]
+
+
+def leaking_steps(url: str, secret: str) -> dict[str, list[Any]]:
+    """Steps that fail over a secret, by flow."""
+    value = f"${{secrets.{secret}}}"
+    text = f"login with {value} refused"
+    steps: dict[str, Any] = {
+        "set": {"set": f"${{int(secrets.{secret})}}"},
+        "key": {"set": f"${{{{'a': 1}}[secrets.{secret}]}}"},
+        "long": {"set": f"${{parse_json('{'x' * 40}' + secrets.{secret})}}"},
+        "fail": {"fail": {"status": 401, "message": text}},
+        "host": {"http": f"http://{value}.invalid/"},
+        "path": {"http": f"{url}/{value}?q={value}"},
+        "query": {"http": {"url": url, "query": {"q": value}, "headers": {"X-A": f"${{urlencode(secrets.{secret})}}"}}},
+        "body": {"http": {"url": url, "method": "POST", "json": {"a": value}}, "retry": {"attempts": 2, "delay": "1ms", "on": ["4xx"]}},  # noqa: E501
+        "form": {"http": {"url": url, "method": "POST", "form": {"a": value}}, "onError": {"was": text}},
+        "header": {"http": {"url": url, "headers": {"X-A": f"{value}\n"}}},
+        "auth": {"http": {"connection": "basic", "path": "/echo"}},
+        "key-auth": {"http": {"connection": "key", "path": "/echo"}},
+        "python": {"python": {"call": "leaks:raising", "args": {"text": text}}},
+        "isolated": {"python": {"call": "leaks:raising", "args": {"text": text}, "isolate": True}},
+        "argument": {"python": {"call": "leaks:giving", "args": {"text": value, "${'a'}": value}}},
+        "database": {"sql": {"database": value, "query": "SELECT 1"}},
+        "sql": {"sql": {"database": "a.db", "query": "SELECT json_extract('{}', :p)", "params": {"p": value}}},
+        "run": {"run": {"command": ["sh", "-c", "echo \"$0\" >&2; cat >&2; exit 3", text], "input": value}},
+        "stdout": {"run": {"command": ["cat"], "input": f"no JSON {value}", "output": "json"}},
+        "each": {"each": {"of": text, "steps": [{"name": "b", "set": 1}]}},
+        "inside": {"each": {"of": [value], "steps": [{"name": "b", "fail": {"message": "${item}"}}]}},
+        "choose": {"choose": [{"when": f"${{int(secrets.{secret})}}", "steps": [{"name": "b", "set": 1}]}]},
+        "call": {"call": "fail"},
+        "input": {"call": {"flow": "takes", "params": {"n": value, "m": value}}},
+        "wait": {"wait": {"until": text}},
+        "pause": {"wait": f"{value}x"},
+        "respond": {"respond": {"status": value}},
+        "when": {"when": f"${{int(secrets.{secret})}}", "set": 1},
+        "output": {"set": {"a": value, "b": [text], "c": f"${{[secrets.{secret}]}}"}},
+        "timeout": {"timeout": "50ms", "run": ["sh", "-c", "sleep 5", text]},
+    }  # fmt: skip
+    last = {"name": "z", "fail": {"message": "${a}"}}
+    return {name: [{"name": "a", **step}, last] for name, step in steps.items()}
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_no_secret_leaves_but_in_an_answer_that_the_author_made_of_it(
+    tmp_path: Path, secret: str, sink: Sink, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with answering(422, None) as url:
+        flows = leaking_steps(url, secret)
+        for name, steps in flows.items():
+            flow_file(tmp_path, name, *steps)
+        number = {"n": {"in": "query", "type": "integer"}, "m": {"in": "query", "enum": ["a"]}}
+        flow_file(tmp_path, "takes", request={"parameters": number})
+        flow_file(tmp_path, "bad", response={"status": f"${{secrets.{secret}}}"})
+        flow_file(tmp_path, "own", response={"body": f"${{secrets.{secret}}}"})
+        auths = {
+            "basic": {"basic": {"user": "ada", "password": f"${{secrets.{secret}}}"}},
+            "key": {"apiKey": {"in": "query", "name": "key", "value": f"${{secrets.{secret}}}"}},
+        }
+        connections = {name: {"url": url, "auth": auth} for name, auth in auths.items()}
+        (tmp_path / "flows" / "connections.json").write_text(json.dumps(connections), "utf-8")
+        (tmp_path / "flows" / "leaks.py").write_text(SECRET_MODULE, "utf-8")
+        (tmp_path / "data").mkdir()
+        sqlite3.connect(tmp_path / "data" / "a.db").close()
+        options = ("--secrets", ",".join(SECRETS), "--data", str(tmp_path / "data"), "--callback-allow", "127.0.0.1")
+        seen: dict[str, str] = {}
+        names = [*flows, "bad"]
+        with process(tmp_path, *options, "--log", "json", "--log-level", "debug", env=SECRETS) as (server, base, lines):
+            api = Api(base)
+            for name in names:
+                answer = api.session.get(f"{base}/api/publishing/{name}", timeout=20)
+                assert answer.status_code >= 400, name
+                seen[f"{name}: answer"] = f"{answer.headers} {answer.text}"
+                job = api.submit(f"/{name}", callbackUrl=sink.url)
+                assert api.job(job, wait=15)["status"] == "Error"
+                for path in ("", "/status", "/result"):
+                    seen[f"{name}: {path}"] = api.session.get(f"{base}/api/jobs/{job}{path}", timeout=10).text
+                assert json.loads(seen[f"{name}: "])["failure"]["message"]
+                seen[f"{name}: callback"] = json.dumps(sink.next()[1], ensure_ascii=False)
+            seen["list"] = api.session.get(f"{base}/api/jobs?limit=1000", timeout=10).text
+            assert api.session.get(f"{base}/api/publishing/own", timeout=10).json() == SECRETS[secret]
+            server.terminate()
+            assert server.wait(20) == 0
+        seen |= {f"log {n}": line for n, line in enumerate(lines)}
+        seen |= {
+            f"log {n} read": json.loads(line).get("message", "") for n, line in enumerate(lines) if line[:1] == "{"
+        }
+        assert any("Traceback" in line for line in lines)
+        for path in tmp_path.glob("astera_lite.db*"):
+            seen[path.name] = path.read_bytes().decode("utf-8", "replace")
+        for name, value in SECRETS.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(tmp_path)
+        for name in names:
+            assert main(["try", name, *options]) == 1
+            seen[f"try {name}"] = "".join(capsys.readouterr())
+    forms = spellings(SECRETS[secret])
+    assert [(where, form) for where, text in seen.items() for form in forms if form in text] == []
+    assert sum("***" in text for text in seen.values()) > len(names)
