@@ -692,16 +692,18 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
     """A JSON text (RFC 8259) as a value.
 
     ValueError (json.JSONDecodeError, with line and column, for the grammar) for invalid UTF-8, NaN, numbers beyond a
-    double, lone surrogates, nesting deeper than MAX_JSON_DEPTH and, unless `_lenient_decoder` is given, for a member
-    that stands twice and more than MAX_JSON_CONTAINERS.
+    double, nesting deeper than MAX_JSON_DEPTH, more than MAX_JSON_CONTAINERS, a member that stands twice, and lone
+    surrogates. With `_lenient_decoder`, for what APIs and programs write, the last one of a name counts, half a
+    surrogate pair reads as U+FFFD, and a long text may have one container for each 20 bytes.
     """
     if isinstance(text, bytes):
         try:
             text = text.decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"byte {error.start} is not valid UTF-8") from None
+    text = text.removeprefix("\ufeff")  # RFC 8259, section 8.1
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
-        _check_depth(text, MAX_JSON_CONTAINERS if decoder is _decoder else len(text))
+        _check_depth(text, MAX_JSON_CONTAINERS if decoder is _decoder else max(MAX_JSON_CONTAINERS, len(text) // 20))
     try:
         try:
             value, end = decoder.raw_decode(text)
@@ -712,7 +714,9 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     if "\\" in text and ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-        raise ValueError("a string has half of a surrogate pair")
+        if decoder is _decoder:
+            raise ValueError("a string has half of a surrogate pair")
+        return _mapped(value, lambda text: _SURROGATE.sub("\ufffd", text))
     return value
 
 
@@ -834,7 +838,12 @@ class Settings(NamedTuple):
     max_url: int = _setting(16 << 10, "size", "longest URL of a request (414)", low=256)
     max_body: int = _setting(10 << 20, "size", "longest body of a request (413)")
     max_result: int = _setting(50 << 20, "size", "longest body of a flow's response", low=1024)
-    max_step_response: int = _setting(50 << 20, "size", "longest response that an http step reads", low=1024)
+    max_step_response: int = _setting(
+        50 << 20,
+        "size",
+        "longest response that an http step reads; JSON takes up to twelve times as much memory",
+        low=1024,
+    )
     request_timeout: float = _setting(
         30.0, "duration", "time to send a request (408); in each such time an answer must be read at 64 KiB/s", low=0.1
     )
@@ -1499,7 +1508,7 @@ def _merge(*objects: dict[str, Any]) -> dict[str, Any]:
 def _parse_json(text: str) -> Any:
     if not isinstance(text, str | bytes):
         raise ExpressionError(f"{_kind(text)} is not text")
-    return from_json(text)
+    return from_json(text, _lenient_decoder)
 
 
 def _as_bytes(value: Any) -> bytes:
@@ -1976,6 +1985,8 @@ class Template:
             message = "what stands before it is null"
         elif isinstance(error, TypeError) and "indices must be integers" in message:
             message = "what stands before it is a list or text, which has no fields"
+            if "list" not in str(error) and "." in part:  # what an API answers as text or bytes
+                message += f": parse_json({part.rpartition('.')[0].lstrip('(')}) reads it if it is JSON"
             message += ": len(…) is the length" if part.rstrip().endswith(".length") else ""
         elif isinstance(error, MemoryError | RecursionError):
             message = "it is too large or nested too deeply"
@@ -2419,6 +2430,45 @@ def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> s
     raise failure
 
 
+def content_codings(headers: Iterable[tuple[str, str]]) -> list[str]:
+    """What was done to a body, in this order (RFC 9110, section 8.4)."""
+    words = (
+        word.strip().lower() for key, value in headers if key.lower() == "content-encoding" for word in value.split(",")
+    )
+    return [word.removeprefix("x-") for word in words if word not in ("", "identity")]
+
+
+def _decoded(data: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
+    """A body with gzip and deflate undone, which some servers send unasked; what is in another coding is left so."""
+    if not data or not codings:
+        return data
+    import gzip  # noqa: PLC0415 (hardly any API does that)
+    import zlib  # noqa: PLC0415
+
+    for coding in reversed(codings):
+        if coding not in KNOWN_CODINGS:
+            break
+        try:
+            if coding == "gzip":
+                data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(max_bytes + 1)
+            else:
+                wrapped = data[0] & 15 == 8 and int.from_bytes(data[:2]) % 31 == 0  # RFC 1950; some servers do without
+                inflating = zlib.decompressobj(15 if wrapped else -15)
+                data = inflating.decompress(data, max_bytes + 1)
+                if not inflating.eof and len(data) <= max_bytes:
+                    raise EOFError
+        except EOFError:
+            raise OutboundError("transport", "the answer was cut short") from None
+        except (OSError, zlib.error):
+            raise OutboundError("transport", f"the answer is damaged: it is not {coding}, as it says") from None
+        if len(data) > max_bytes:
+            raise OutboundError("too_large", f"the answer is larger than {show_size(max_bytes)}")
+    return data
+
+
+KNOWN_CODINGS = ("gzip", "deflate")
+
+
 class Outbound:
     """The HTTP client. Uses urllib with just the two handlers that are wanted: no proxies, no file:, no cookies."""
 
@@ -2494,7 +2544,8 @@ class Outbound:
                     raise OutboundError("too_large", f"the answer is larger than {show_size(max_bytes)}")
                 if max_bytes and response.length:
                     raise OutboundError("transport", "the answer was cut short")
-                return Fetched(response.status, response.getheaders(), data)
+                headers_ = response.getheaders()
+                return Fetched(response.status, headers_, _decoded(data, content_codings(headers_), max_bytes))
         except (AddressRefused, OutboundError):
             raise
         except TimeoutError:
@@ -4853,7 +4904,8 @@ class _Pages(NamedTuple):
         if self.style == "link":
             return _next_link(output["headers"].get("link", ""))
         if self.next is not None:
-            return self.next(scope) or None
+            following = self.next(scope) or None
+            return following if following is None or self.parameter else as_text(following)
         total = self.total(scope) if self.total is not None else None
         if total is None:
             ended = not got
@@ -4952,7 +5004,7 @@ def _all_pages(call: _HttpCall, pages: _Pages, place: str, run: Run, scope: Scop
             request = copy.copy(first)
             request.url = _with_query(first.url, {**pages.first(), pages.parameter: following})
         else:
-            _go_on(request, as_text(following), call.method)
+            _go_on(request, following.encode("latin-1" if pages.style == "link" else "utf-8"), call.method)
         items += found
         run.reached[path] = (count + 1, request, first, items, left - size, following)
 
@@ -5050,6 +5102,15 @@ _TOKEN_LIFE_S = 3600.0
 _TOKEN_BYTES = 64 << 10
 
 
+def _life_of(expires_in: Any) -> float:
+    """Seconds that a token lives, in whatever form that is told; an hour where it is not told, or makes no sense."""
+    try:
+        seconds = float(expires_in)
+    except (TypeError, ValueError, OverflowError):
+        return _TOKEN_LIFE_S
+    return seconds if 0 < seconds < 1e9 else _TOKEN_LIFE_S
+
+
 class Auth:
     """How a connection proves who calls. A token got by OAuth 2 is kept until shortly before its end."""
 
@@ -5108,10 +5169,13 @@ class Auth:
         url, body = as_text(values["tokenUrl"]), _encode_query(form).encode()
         try:
             answer = run.outside.outbound.fetch("POST", url, headers, body, timeout=run.left(), max_bytes=_TOKEN_BYTES)
-            if answer.status != 200:
+            if not 200 <= answer.status < 300:
                 raise OutboundError("transport", f"the token's server answered {answer.status}")
-            token = from_json(answer.body, _lenient_decoder)
-            return str(token["access_token"]), float(token.get("expires_in") or _TOKEN_LIFE_S)
+            given = from_json(answer.body, _lenient_decoder)
+            token = given["access_token"]
+            if not isinstance(token, str) or not token:
+                raise ValueError
+            return token, _life_of(given.get("expires_in"))
         except OutboundError as error:
             run.check()
             status, kind = (504, "timeout") if error.kind == "timeout" else (502, "transport")
@@ -5161,18 +5225,18 @@ class _OutgoingRequest:
         self.headers["Content-Type"] = media
 
 
-def _encode_query(values: Any) -> str:
+def _encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plus) -> str:
     if type(values) is not dict:
         raise ExpressionError("query and form are objects")
     pairs = []
     for name, value in values.items():
         items = value if type(value) in (list, tuple) else [value]
         pairs += [(name, as_text(item)) for item in items if item is not None]
-    return urllib.parse.urlencode(pairs)
+    return urllib.parse.urlencode(pairs, quote_via=quote)
 
 
 def _with_query(url: str, values: Any) -> str:
-    query = _encode_query(values)
+    query = _encode_query(values, urllib.parse.quote)  # a plus is a blank in forms only; to some servers it is a plus
     if not query:
         return url
     return f"{url}{'&' if '?' in url else '?'}{query}"
@@ -5202,14 +5266,14 @@ def _call_out(run: Run, request: _OutgoingRequest, follow: bool, max_bytes: int)
         ):
             request.method, request.body = "GET", None
             request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
-        _go_on(request, location, asked)
+        _go_on(request, location.encode("latin-1"), asked)
     raise _http_failure(asked, 502, "the API it calls redirects without end", "redirect")
 
 
-def _go_on(request: _OutgoingRequest, url: str, asked: str) -> None:
-    """Ask what the API's answer names next."""
+def _go_on(request: _OutgoingRequest, url: bytes, asked: str) -> None:
+    """Ask what the API's answer names next; what no URL may have is percent-encoded, as browsers do."""
     try:
-        request.go_to(url)
+        request.go_to(re.sub(rb"[^!-~]", lambda found: b"%%%02X" % ord(found[0]), url.strip()).decode())
     except ValueError as error:
         raise _http_failure(asked, 502, f"the address that the API names next is refused: {error}", "next") from None
 
@@ -5241,7 +5305,9 @@ def _send_once(run: Run, request: _OutgoingRequest, asked: str, max_bytes: int) 
             policy=None if request.fixed else outside.policy,
         )
     except AddressRefused as error:
-        raise StepError(502, f"the API's address is refused: {error}", str(error), {"refused", "unsafe"}) from None
+        # Which address a name of the inner network has is none of the client's business.
+        detail = "the API's address is refused: it is not a public one"
+        raise StepError(502, detail, f"the API's address is refused: {error}", {"refused", "unsafe"}) from None
     except OutboundError as error:
         run.check()
         status = 504 if error.kind == "timeout" else 502
@@ -5260,10 +5326,15 @@ def _charset(name: str) -> str:
 
 
 def _response_body(answer: Fetched, method: str) -> Any:
+    unknown = [word for word in content_codings(answer.headers) if word not in KNOWN_CODINGS]
     try:
+        if answer.body and unknown:
+            raise ValueError(
+                f"in the Content-Encoding {shown(unknown[0])}: {' and '.join(KNOWN_CODINGS)} are known here"
+            )
         return _read_answer(answer)
     except ValueError as error:
-        detail = f"the API it calls answered with invalid JSON: {error}"
+        detail = f"the API it calls answered {error}"
         raise _http_failure(method, 502, detail, "body", answer=answer) from None
 
 
@@ -5273,15 +5344,25 @@ def _read_answer(answer: Fetched) -> Any:
     media = content_type.partition(";")[0].strip()
     if not answer.body:
         return None
-    if _is_json(media):
-        return from_json(answer.body, _lenient_decoder)
-    charset = re.search(r"charset=\"?([\w-]+)", content_type)
-    if media.startswith("text/") or charset or media.endswith(("+xml", "/xml")):
-        try:
-            return answer.body.decode(_charset(charset[1]) if charset else "utf-8")
-        except (LookupError, UnicodeError):
-            return answer.body.decode("latin-1")
-    return answer.body
+    named = re.search(r"charset=\"?([\w-]+)", content_type)
+    is_json = _is_json(media)
+    if not (is_json or named or media.startswith("text/") or media.endswith(("+xml", "/xml"))):
+        return answer.body
+    try:
+        charset = _charset(named[1] if named else "utf-8")
+        text = answer.body.decode(charset).removeprefix("\ufeff")
+    except LookupError:
+        text = answer.body.decode("utf-8" if is_json else "latin-1", "replace")
+    except UnicodeDecodeError as error:
+        if is_json:
+            raise ValueError(f"with invalid JSON: byte {error.start} is not valid {charset.upper()}") from None
+        text = answer.body.decode("latin-1")
+    if not is_json:
+        return text
+    try:
+        return from_json(text, _lenient_decoder)
+    except ValueError as error:
+        raise ValueError(f"with invalid JSON: {error}") from None
 
 
 # A statement's parts in which a mark is no parameter, and the marks of parameters (SQLite, "lang_expr").

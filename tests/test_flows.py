@@ -922,7 +922,7 @@ def test_an_http_step_sends_what_it_says(api: Api) -> None:
     assert (found["status"], found["body"]) == (200, {"ok": True})
     assert found["headers"]["content-type"] == "application/json"
     method, path, headers, data = api.got[0]
-    assert (method, path, json.loads(data)) == ("POST", "/a?z=1&q=%C3%BC+%26&l=1&l=2", {"a": "v"})
+    assert (method, path, json.loads(data)) == ("POST", "/a?z=1&q=%C3%BC%20%26&l=1&l=2", {"a": "v"})
     assert (headers["content-type"], headers["x-key"]) == ("application/json", "1")
     assert "x-no" not in headers
     call(api, {"url": api.url + "/f", "form": {"a": "b c", "d": ["e", "f"]}, "method": "PUT"})
@@ -945,14 +945,18 @@ def test_expected_statuses(api: Api, spec: dict[str, Any], code: int, ok: bool) 
     ("media", "data", "value"),
     [("application/json", b"[1]", [1]), ("application/x+json; charset=utf-8", b"{}", {}), ("text/html", "é".encode(), "é"),  # noqa: E501
      ("text/plain; charset=latin-1", b"\xe9", "é"), ("text/plain; charset=nope", b"\xe9", "é"), ("text/xml", b"<a/>", "<a/>"),  # noqa: E501
-     ("text/plain; charset=undefined", b"\xe9", "é")],
+     ("text/plain; charset=undefined", b"\xe9", "é"), ("text/csv", b"\xef\xbb\xbfa,b", "a,b"),
+     ("application/json", b'\xef\xbb\xbf{"a": 1}', {"a": 1}), ("application/json; charset=latin-1", b'"\xe9"', "é"),
+     ("application/json; charset=utf-16", '["é"]'.encode("utf-16"), ["é"]),
+     ("application/json; charset=nope", '"é"'.encode(), "é"),
+     ("application/json", b'{"a": "\\ud83d!", "b": "\\ud83d\\ude00", "\\udc00": 1}', {"a": "\ufffd!", "b": "😀", "\ufffd": 1})],  # noqa: E501
 )  # fmt: skip
 def test_bodies_are_read_by_their_content_type(api: Api, media: str, data: bytes, value: Any) -> None:
     api.answers["/b"] = [(200, {"Content-Type": media}, data)]
     assert json.loads(call(api, {"url": api.url + "/b"}).answer.body)["body"] == value
 
 
-@pytest.mark.parametrize("data", [b"{", b"NaN", b"[" * 100000, b"\xff", b"1" * 5000])
+@pytest.mark.parametrize("data", [b"{", b"NaN", b"[" * 100000, b"\xff", b"1" * 5000, b"[" + b"{}," * 500_001 + b"1]"])
 def test_invalid_json_is_502(api: Api, data: bytes) -> None:
     api.answers["/b"] = [(200, {"Content-Type": "application/json"}, data)]
     assert call(api, {"url": api.url + "/b"}).answer.code == 502

@@ -177,7 +177,8 @@ WRONG_JSON = {
     "NaN": b"NaN", "infinity": b"[-Infinity]", "beyond a double": b"1e999999", "beyond 64 bits": b"9223372036854775808",
     "below 64 bits": b"-9223372036854775809", "40 digits": b"1" * 40, "a million digits": b"1" * 1_000_000,
     "a lone surrogate": b'"\\ud800"', "a surrogate in a name": b'{"\\uDC00": 1}', "NUL": b'"\\u0000"',
-    "NUL in a name": b'{"a\\u0000": 1}', "a raw NUL": b'"\x00"', "invalid UTF-8": b'"\xff"', "BOM": b"\xef\xbb\xbf{}",
+    "NUL in a name": b'{"a\\u0000": 1}', "a raw NUL": b'"\x00"', "invalid UTF-8": b'"\xff"',
+    "BOMs": b"\xef\xbb\xbf" * 2 + b"{}",
     "UTF-16": '{"a": 1}'.encode("utf-16"), "a name twice": b'{"a": 1, "a": 2}', "something behind": b"{} x",
     "a comma": b"[1,]", "single quotes": b"{'a': 1}", "blanks": b" ", "deep lists": b"[" * 101 + b"]" * 101,
     "deep objects": b'{"a":' * 101 + b"1" + b"}" * 101, "unclosed": b"[" * 50,
@@ -189,6 +190,7 @@ RIGHT_JSON = {
     "a backslash and u0000": b'"\\\\u0000"', "deep": b"[" * 100 + b"]" * 100,
     "brackets in text": b'"' + b"[" * 200 + b'"',
     "wide": b"[" + b"[]," * 200 + b"[]]", "a double": b"1e300", "blanks around": b" \n{}\t",
+    "BOM": b"\xef\xbb\xbf{}",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import ipaddress
 import shutil
 import socket
@@ -10,6 +11,7 @@ import ssl
 import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -347,6 +349,48 @@ def test_an_answer_comes_back_whole(serving: Serving) -> None:
 )
 def test_every_framing_is_read(serving: Serving, answer: bytes, body: bytes) -> None:
     assert fetch(serving(answer).url).body == body
+
+
+TEXT = b"abc" * 1000
+BARE = zlib.compressobj(wbits=-15)
+
+
+def coded(coding: str, body: bytes) -> bytes:
+    return OK + f"Content-Encoding: {coding}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [
+        ("gzip", gzip.compress(TEXT)),
+        ("X-GZIP", gzip.compress(TEXT[:600]) + gzip.compress(TEXT[600:])),
+        ("deflate", zlib.compress(TEXT)),
+        ("deflate", BARE.compress(TEXT) + BARE.flush()),
+        ("deflate, gzip", gzip.compress(zlib.compress(TEXT))),
+        ("identity", TEXT),
+        ("br", TEXT),
+    ],
+    ids=["gzip", "two members", "zlib", "bare", "two codings", "none", "unknown"],
+)
+def test_codings_are_undone_within_the_limit(serving: Serving, coding: str, body: bytes) -> None:
+    server = serving(coded(coding, body))
+    assert fetch(server.url, max_bytes=len(TEXT)).body == TEXT
+    assert failure(server.url, max_bytes=len(TEXT) - 1).kind == "too_large"
+    assert fetch(server.url, max_bytes=0).status == 200
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"),
+    [
+        ("gzip", gzip.compress(TEXT)[:-9]),
+        ("gzip", TEXT),
+        ("deflate", zlib.compress(TEXT)[:-9]),
+        ("deflate", b"\x78\x9cno"),
+    ],
+    ids=["cut gzip", "no gzip", "cut deflate", "no deflate"],
+)
+def test_a_damaged_coding_is_a_transport_error(serving: Serving, coding: str, body: bytes) -> None:
+    assert failure(serving(coded(coding, body)).url).kind == "transport"
 
 
 def test_the_answer_to_head_has_no_body(serving: Serving) -> None:

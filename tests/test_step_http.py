@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import email.utils
+import gzip
 import json
 import threading
 import time
@@ -28,10 +29,12 @@ class Api:
     def __init__(self, reply: Callable[[str, dict[str, str], BaseHTTPRequestHandler], Reply | None]) -> None:
         api = self
         self.seen: list[tuple[str, dict[str, str]]] = []
+        self.bodies: list[bytes] = []
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                api.bodies.append(self.body)
                 api.seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
                 parts = urlsplit(self.path)
                 query = {name: values[0] for name, values in parse_qs(parts.query).items()}
@@ -186,6 +189,37 @@ def test_an_oauth_token_is_got_once_kept_and_renewed(tmp_path: Path, where: str)
             assert app.run("f").status_code == 502  # a second 401 is the answer
 
 
+@pytest.mark.parametrize(
+    ("life", "asked"), [("600", 2), (600.5, 2), (None, 1), ("", 1), ("soon", 1), ([], 1), (-1, 1), (0, 1), ("NaN", 1)]
+)
+def test_a_token_is_taken_from_any_success_whatever_form_its_life_has(tmp_path: Path, life: Any, asked: int) -> None:
+    clock, tokens = FakeClock(), [0]
+
+    def reply(path: str, query: dict[str, str], handler: Any) -> Reply:
+        if path == "/token":
+            tokens[0] += 1
+            text = json.dumps({"access_token": "t", "expires_in": life}).encode()
+            return 201, {"Content-Type": "text/plain"}, b"\xef\xbb\xbf" + text
+        return (200 if handler.headers["Authorization"] == "Bearer t" else 401), {}, None
+
+    with api(reply) as there:
+        oauth = {"tokenUrl": there.url + "/token", "clientId": "id", "clientSecret": "s"}
+        with serving(tmp_path, {"a": {"url": there.url, "auth": {"oauth2": oauth}}}, step(), clock=clock) as app:
+            for _ in range(2):
+                assert answer(app)["status"] == 200
+                clock.tick(900)
+            assert tokens == [asked]
+
+
+@pytest.mark.parametrize("token", [None, "", 7, []])
+def test_what_is_no_token_is_not_sent(tmp_path: Path, token: Any) -> None:
+    with api(lambda *_: (200, {}, {"access_token": token})) as there:
+        oauth = {"tokenUrl": there.url + "/token", "clientId": "id", "clientSecret": "s"}
+        with serving(tmp_path, {"a": {"url": there.url, "auth": {"oauth2": oauth}}}, step()) as app:
+            assert app.run("f").status_code == 502
+        assert [path for path, _ in there.seen] == ["/token"]
+
+
 def test_a_token_that_cannot_be_had_is_a_502_without_secrets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with api(lambda path, query, handler: (403, {}, {"clientSecret": "xyzzy"})) as there:
         oauth = {"tokenUrl": there.url, "clientId": "id", "clientSecret": "xyzzy"}
@@ -317,6 +351,56 @@ def test_a_failure_inside_is_known_outside_and_repeated_by_its_kind(tmp_path: Pa
         app.deploy("f", get_flow("/f", steps=[{**told, "retry": {"attempts": 2, "delay": 0}}]))
         assert answer(app) == "email is taken"
         assert len(there.seen) == 3  # a POST that may have done something is not repeated unasked
+
+
+def odd(path: str, query: dict[str, str], handler: Any) -> Reply:
+    body = json.dumps({"q": handler.path.partition("?")[2]}).encode()
+    return {
+        "/gzip": (200, {"Content-Encoding": "gzip"}, gzip.compress(body)),
+        "/refused": (422, {"Content-Encoding": "gzip"}, gzip.compress(b'{"message": "no"}')),
+        "/br": (200, {"Content-Encoding": "br"}, b"\x8b"),
+        "/text": (200, {"Content-Type": "text/plain"}, b'{"a": 1}'),
+        "/bytes": (200, {"Content-Type": "application/octet-stream"}, b'\xef\xbb\xbf{"a": 1}'),
+        "/moved": (302, {"Location": "/to a/\u00e4?q=\u00c3\u00a4 b"}, None),
+    }.get(path, (200, {}, {"path": handler.path}))
+
+
+def test_an_answer_is_read_as_it_was_sent(tmp_path: Path) -> None:
+    with api(odd) as there, serving(tmp_path, {"a": {"url": there.url}}, step(path="/${params.v}")) as app:
+        assert answer(app, v="gzip")["body"] == {"q": ""}
+        result = app.run("f", {"v": "br"})
+        assert (result.status_code, 'br": gzip and deflate are known' in result.json()["detail"]) == (502, True)
+        assert answer(app, v="moved")["body"] == {"path": "/to%20a/%E4?q=%C3%A4%20b"}
+        gone_on = {**step(path="/refused"), "onError": "${error.body.message}"}
+        app.deploy("f", get_flow("/f", steps=[gone_on]))
+        assert answer(app) == "no"
+        app.deploy("f", get_flow("/f", steps=[step(path="/bytes"), {"name": "s", "set": "${parse_json(c.body).a}"}]))
+        assert answer(app) == 1
+        spec = step(path="/x", query={"q": "a b+c"}, form={"q": "a b+c"})
+        app.deploy("f", get_flow("/f", steps=[spec]))
+        assert answer(app)["body"] == {"path": "/x?q=a%20b%2Bc"}
+        assert there.bodies[-1] == b"q=a+b%2Bc"
+
+
+@pytest.mark.parametrize("path", ["/text", "/bytes"])
+def test_who_takes_text_for_json_is_told_of_parse_json(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    with (
+        api(odd) as there,
+        serving(tmp_path, {"a": {"url": there.url}}, step(path=path), {"name": "s", "set": "${c.body.a}"}) as app,
+    ):
+        assert app.run("f").status_code == 500
+    assert "parse_json(c.body) reads it if it is JSON" in caplog.text
+
+
+def test_a_client_does_not_learn_which_address_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    steps = [{"name": "c", "http": {"url": "http://${params.v}/"}}]
+    with serving(tmp_path, None, *steps, callback_allow="none") as app:
+        result = app.run("f", {"v": "localhost"})
+    assert result.status_code == 502
+    assert "127.0.0.1" not in result.text and "::1" not in result.text
+    assert "127.0.0.1 is not a public address" in caplog.text
 
 
 def test_a_step_may_be_called_error_and_a_wrong_member_of_the_failure_is_a_fault() -> None:
