@@ -1085,6 +1085,7 @@ class Delivery(NamedTuple):
     last_status: int | None = None
     next_at: int | None = None
     body: str = ""
+    tries: int = 0  # those of the attempts that count against its schedule: since it was last asked for
     trace: Trace | None = None  # known when it is due
 
 
@@ -7062,7 +7063,7 @@ class Store(Protocol):
         """Forget a finished job; `done` gets deleted, running, owed or absent."""
 
     def resend(self, key: JobKey, now: int, done: Done) -> None:
-        """Make the callback of a finished job due; `done` gets whether there is one."""
+        """Make the callback of a finished job due, with its whole schedule; `done` gets whether there is one."""
 
     def record_delivery(
         self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
@@ -7186,9 +7187,12 @@ _JOB_COLUMNS = (
     "seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, "
     "callback_url"
 )
-_CALLBACK_COLUMNS = "c.state, c.attempts, c.last_status, c.next, c.body"
+_CALLBACK_COLUMNS = (
+    "c.state, iif(c.attempts IS NULL, 0, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = seq)), c.last_status,"
+    " c.next, c.body, c.attempts"
+)
 _SELECT_JOB = f"SELECT {_JOB_COLUMNS}, {_CALLBACK_COLUMNS} FROM jobs LEFT JOIN callbacks c ON c.job = seq"  # noqa: S608
-_SELECT_OWED = _SELECT_JOB.replace(" FROM", ", request FROM")
+_SELECT_OWED = _SELECT_JOB.replace(" FROM jobs", ", request FROM jobs")
 _CHILD_TABLES = ("pieces", "steps", "callbacks", "attempts")
 _COMMIT, _FOLDED, _QUIET = range(3)  # calls of the store's thread: writes wait, the log was folded, nobody called
 _BATCH = 512  # writes committed together at the most; more would make the first of them wait
@@ -7221,8 +7225,8 @@ def _job(row: Sequence[Any]) -> Job:
     )
     callback = None
     if url is not None:
-        state, attempts, last_status, next_at, body = row[15:20]
-        callback = Delivery(url, state or "pending", attempts or 0, last_status, next_at, body or "")
+        state, attempts, last_status, next_at, body, tries = row[15:21]
+        callback = Delivery(url, state or "pending", attempts, last_status, next_at, body or "", tries or 0)
     return Job(
         JobKey(seq, salt), flow, version, Status(status), created, base, token, attempt, due, started, finished,
         expires, error and json.loads(error), callback,
@@ -7950,7 +7954,7 @@ class SqliteStore:
         self._put(run, done)
 
     def resend(self, key: JobKey, now: int, done: Done) -> None:
-        sql = "UPDATE callbacks SET state = 'pending', next = ? WHERE job = ?"
+        sql = "UPDATE callbacks SET state = 'pending', next = ?, attempts = 0 WHERE job = ?"
         self._put(partial(_execute, sql, (now, key.seq)), done)
 
     def record_delivery(
@@ -7958,7 +7962,8 @@ class SqliteStore:
     ) -> None:
         def run(db: sqlite3.Connection) -> None:
             db.execute(
-                "INSERT OR REPLACE INTO attempts SELECT job, attempts + 1, ?, ?, ?, ? FROM callbacks WHERE job = ?",
+                "INSERT INTO attempts SELECT job, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = c.job) + 1,"
+                " ?, ?, ?, ? FROM callbacks c WHERE job = ?",
                 (attempt.at, attempt.duration_ms, attempt.status, attempt.error, key.seq),
             )
             db.execute(
@@ -8046,7 +8051,7 @@ class SqliteStore:
             " WHERE flow = ? AND token = ? AND idempotency_key = ? AND (expires IS NULL OR expires > ?)",
             (flow, token, key, now),
         ).fetchone()
-        return row and (_job(row), row[20])
+        return row and (_job(row), row[21])
 
     def find_key(self, flow: str, token: str, idempotency_key: str, now: int) -> tuple[Job, bytes] | None:
         with self._reader() as db:
@@ -8158,7 +8163,7 @@ class SqliteStore:
             ).fetchall()
             wanted = [seq for (seq,) in found if seq not in skip][:limit]
             rows = [db.execute(f"{_SELECT_OWED} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
-        jobs = [(_job(row), _trace(json.loads(row[20]))) for row in rows if row is not None]
+        jobs = [(_job(row), _trace(json.loads(row[21]))) for row in rows if row is not None]
         return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
 
     def next_delivery(self, now: int) -> int | None:
@@ -9205,6 +9210,7 @@ _MAX_DELIVERIES = 256  # at one time; each has a thread, which it holds for long
 _MAX_NOT_QUICK = 224  # of them, to receivers that are not known to be quick
 _MAX_SLOW = 64  # of them, to receivers that were slow the last time
 _MAX_WINDOW = 8  # deliveries at one time to a receiver that is quick
+_ON_RECORD_S = 2.0  # that the outcome of a delivery may take to be written down, when the server stops
 _SLOW_MS = 2000  # an attempt that took longer, however it ended, was slow
 _MAX_KNOWN = 4096  # receivers that are remembered; the database has no more than 32766 parameters for one statement
 
@@ -9236,7 +9242,8 @@ def next_try(
 ) -> tuple[str, int | None]:
     """What follows from the n-th attempt (from 1): the callback's state, and when it is tried next (ms).
 
-    All attempts lie inside the life of the result.
+    All attempts lie inside the life of the result. `Retry-After` is advice (RFC 9110, section 10.2.3): one that leaves
+    less than a tenth of that life to fetch the result in is cut down to that.
     """
     if attempt.status is not None and 200 <= attempt.status < 300:
         return "delivered", None
@@ -9244,7 +9251,8 @@ def next_try(
         return "gone", None
     if number > len(retries) or attempt.error == "refused":
         return "failed", None
-    pause_s = max(retries[number - 1] * random.uniform(0.9, 1.1), retry_after_s)  # noqa: S311 (spreads load)
+    useful_s = (expires - now) / 1000 * 0.9
+    pause_s = max(retries[number - 1] * random.uniform(0.9, 1.1), min(retry_after_s, useful_s))  # noqa: S311
     next_at = now + round(pause_s * 1000)
     return ("pending", next_at) if next_at < expires else ("failed", None)
 
@@ -9277,6 +9285,7 @@ class Courier:
         self._outbound, self._policy, self._clock = outbound, policy, clock
         self._key, self._timeout, self._retries = key, timeout, retries
         self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
         self._under_way: dict[JobKey, str] = {}
         self._windows: dict[str, int] = {}  # by receiver: deliveries at one time; 0 is one at a time, and slow
         self._stopped = False
@@ -9344,6 +9353,7 @@ class Courier:
         """A delivery's outcome is on record."""
         with self._lock:
             self._under_way.pop(key, None)
+            self._settled.notify_all()
 
     def _send(self, job: Job, delivery: Delivery, receiver: str, done: Callable[..., None]) -> None:
         attempt, retry_after_s = self.deliver(job, delivery)
@@ -9355,7 +9365,7 @@ class Courier:
             if len(self._windows) > _MAX_KNOWN:
                 del self._windows[next(iter(self._windows))]  # the one not heard of for longest
         now = self._clock.now()
-        number, expires = delivery.attempts + 1, job.expires or now
+        number, expires = delivery.tries + 1, job.expires or now
         state, next_at = next_try(attempt, number, retry_after_s, self._retries, now, expires)
         words = f"answered {attempt.status}" if answered else f"gave no answer: {attempt.error}"
         level = logging.DEBUG if state == "delivered" else logging.WARNING
@@ -9397,10 +9407,17 @@ class Courier:
             error = type(odd).__name__
         return Attempt(began, round((self._clock.monotonic() - started) * 1000), status, error), retry_after_s
 
-    def stop(self) -> None:
-        """Begin no more deliveries; those under way end by their deadline, or are made again after the next start."""
+    def stop(self, timeout_s: float) -> int:
+        """Begin no more deliveries, and give those under way so many seconds to get on record; how many did not.
+
+        What is not on record is made again after the next start, and so comes twice.
+        """
+        deadline = time.monotonic() + min(timeout_s, self._timeout + _ON_RECORD_S)
         with self._lock:
             self._stopped = True
+            while self._under_way and (left := deadline - time.monotonic()) > 0:
+                self._settled.wait(min(left, 0.2))  # as in Engine.stop
+            return len(self._under_way)
 
 
 # ======================================================================================================================
@@ -9814,6 +9831,7 @@ class AsteraLite:
         if not self._running:
             return 0
         self._running = False
+        deadline = time.monotonic() + self.settings.shutdown_timeout
         left = self.engine.stop(self.settings.shutdown_timeout)
         if left:
             log.warning(
@@ -9822,7 +9840,9 @@ class AsteraLite:
                 self.settings.shutdown_timeout,
             )
         self.outside.close()
-        self.courier.stop()
+        undelivered = self.courier.stop(deadline - time.monotonic())
+        if undelivered:
+            log.warning("%d callbacks were still under way; the next start makes them again", undelivered)
         self.housekeeper.stop(5.0)
         self.housekeeper.look_at_clock()  # for the last time: what is stored is to be understood by the next start
         self.store.close(10.0)

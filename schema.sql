@@ -72,7 +72,7 @@ CREATE TABLE callbacks (
     job         INTEGER PRIMARY KEY, -- jobs.seq
     receiver    TEXT    NOT NULL,    -- host:port, so that one receiver does not hold up the others
     state       TEXT    NOT NULL CHECK (state IN ('pending', 'delivered', 'failed', 'gone')), -- how far it got
-    attempts    INTEGER NOT NULL DEFAULT 0, -- deliveries tried
+    attempts    INTEGER NOT NULL DEFAULT 0, -- deliveries tried since it was last asked for
     last_status INTEGER,             -- status code of the last answer; NULL: no answer
     next        INTEGER,             -- when it is tried next; NULL unless pending
     body        TEXT    NOT NULL     -- what is posted: the status document, frozen when the job finished

@@ -123,8 +123,11 @@ def test_a_longer_retry_after_is_honoured_and_a_shorter_one_not() -> None:
 
 def test_every_attempt_lies_inside_the_life_of_the_result() -> None:
     assert follows(500, 1, expires=NOW + 1000) == ("failed", None)
-    assert follows(503, 1, 7200, expires=NOW + 7_200_000) == ("failed", None)
-    assert follows(503, 1, 7200, expires=NOW + 7_200_001)[0] == "pending"
+    assert follows(503, 1, 7200, expires=NOW + 8_000_000) == ("pending", NOW + 7_200_000)
+    for advice in (7200, 172_800, 999_999_999):  # advice that is no use: the last moment that leaves time to fetch
+        assert follows(503, 1, advice, expires=NOW + 7_200_000) == ("pending", NOW + 6_480_000)
+    assert follows(503, 1, 7200, expires=NOW + 1000) == ("failed", None)
+    assert follows(503, 4, 7200) == ("failed", None)
 
 
 @pytest.mark.parametrize(
@@ -372,10 +375,17 @@ def test_the_receivers_retry_after_is_honoured(tick: Ticking, form: str) -> None
         assert tick.callback(job)["attempts"] == 2
 
 
-def test_a_retry_after_beyond_the_life_of_the_result_is_the_end(tick: Ticking) -> None:
-    with receiver({"Retry-After": "86400"}) as url:
+def test_a_retry_after_beyond_the_life_of_the_result_uses_up_no_more_than_that_allows(tick: Ticking) -> None:
+    with receiver({"Retry-After": "172800"}) as url:
         job = tick.submit(url)
         tick.tick()
+        for attempts in range(2, 8):
+            assert tick.callback(job)["state"] == "pending"
+            tick.tick(tick.wait_s(job) + 1)
+            assert tick.callback(job)["attempts"] == attempts
+            if tick.callback(job)["state"] == "failed":  # the schedule's own pause is longer than the result lives
+                break
+        assert attempts > 2
         assert tick.callback(job)["state"] == "failed"
 
 
@@ -500,6 +510,20 @@ def test_what_was_given_up_can_be_sent_again(tmp_path: Path, sink: Sink, status:
         assert tick.callback(job)["state"] == "delivered"
 
 
+def test_sending_again_brings_the_whole_schedule_again(tmp_path: Path, sink: Sink) -> None:
+    with ticking(tmp_path, callback_retries="5s,5s") as tick:
+        sink.answers = [500] * 5
+        job = tick.submit(sink.url)
+        for attempts, state in ((1, "pending"), (2, "pending"), (3, "failed")):
+            tick.tick(6)
+            assert (tick.callback(job)["attempts"], tick.callback(job)["state"]) == (attempts, state)
+        assert tick.client.post(f"/api/jobs/{job['id']}/callback").json()["callback"]["attempts"] == 3
+        for attempts, state in ((4, "pending"), (5, "pending"), (6, "delivered")):
+            tick.tick(6)
+            assert (tick.callback(job)["attempts"], tick.callback(job)["state"]) == (attempts, state)
+        assert [entry["status"] for entry in tick.callback(job)["history"]] == [500] * 5 + [204]
+
+
 def test_only_a_finished_job_with_a_callback_can_be_sent_again(tick: Ticking, sink: Sink) -> None:
     plain = tick.client.finished(tick.client.get("/api/publishingAsync/hello"))
     assert plain["callback"] is None
@@ -596,7 +620,10 @@ def submitted(client: Client, url: str) -> dict[str, Any]:
 
 
 def test_forty_hanging_receivers_delay_nobody_else(tmp_path: Path, sink: Sink) -> None:
-    with hanging(40) as urls, running(tmp_path, FLOWS, callback_timeout="1500ms") as (_, _, client):
+    with (
+        hanging(40) as urls,
+        running(tmp_path, FLOWS, callback_timeout="1500ms", shutdown_timeout=0.1) as (_, _, client),
+    ):
         for url in urls:
             submitted(client, url)
         began = time.monotonic()
@@ -625,7 +652,10 @@ def test_receivers_that_nobody_knows_leave_room_for_those_that_are_quick(
 ) -> None:
     monkeypatch.setattr(astera_lite, "_MAX_DELIVERIES", 12)
     monkeypatch.setattr(astera_lite, "_MAX_NOT_QUICK", 8)
-    with hanging(30) as urls, running(tmp_path, FLOWS, callback_timeout="20s") as (app, _, client):
+    with (
+        hanging(30) as urls,
+        running(tmp_path, FLOWS, callback_timeout="20s", shutdown_timeout=0.1) as (app, _, client),
+    ):
         submitted(client, sink.url)
         sink.next()
         until(lambda: not app.courier.under_way())
@@ -701,7 +731,10 @@ def test_failed_deliveries_leave_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_hundred_callbacks_for_a_hanging_receiver_delay_nobody_else(tmp_path: Path, sink: Sink) -> None:
-    with hanging(1) as (url,), running(tmp_path, FLOWS, callback_timeout="3s") as (app, _, client):
+    with (
+        hanging(1) as (url,),
+        running(tmp_path, FLOWS, callback_timeout="3s", shutdown_timeout=0.1) as (app, _, client),
+    ):
         for _ in range(100):
             submitted(client, url)
         began = time.monotonic()

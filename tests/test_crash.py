@@ -200,13 +200,34 @@ def test_a_callback_on_its_way_at_the_kill_is_sent_again(folder: Path, sink: Sin
     assert marks(folder) == {1: 1}
 
 
-def test_a_receiver_that_hangs_does_not_hold_up_the_end_of_the_process(folder: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as receiver, process(folder) as (server, url, _):
+def test_a_callback_under_way_at_the_stop_is_put_on_record_and_not_sent_again(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as receiver:
+        callback = f"http://127.0.0.1:{receiver.getsockname()[1]}/hook"
+        with process(folder) as (server, url, _):
+            job_id = Api(url).submit("/work", n=1, callbackUrl=callback)
+            connection, _ = receiver.accept()
+            with connection:
+                head = connection.recv(65536)
+                while job_id.encode() not in head.partition(b"\r\n\r\n")[2]:
+                    head += connection.recv(65536)
+                server.send_signal(signal.SIGTERM)
+                with pytest.raises(subprocess.TimeoutExpired):
+                    server.wait(0.5)
+                connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+            assert server.wait(10) == 0
+        with process(folder) as (_, url, _lines):
+            callback_ = Api(url).job(job_id)["callback"]
+            assert (callback_["state"], callback_["attempts"]) == ("delivered", 1)
+
+
+@pytest.mark.parametrize("bound", ["--callback-timeout", "--shutdown-timeout"])
+def test_a_receiver_that_hangs_does_not_hold_up_the_end_of_the_process(folder: Path, bound: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as receiver, process(folder, bound, "500ms") as (server, url, _):
         Api(url).submit("/work", n=1, callbackUrl=f"http://127.0.0.1:{receiver.getsockname()[1]}/")
         connection, _ = receiver.accept()
         with connection:
             server.send_signal(signal.SIGTERM)
-            assert server.wait(8) == 0  # `callback_timeout` is 15 s
+            assert server.wait(8) == 0  # else these are 15 and 30 s
 
 
 def test_sigterm_lets_running_jobs_end_and_leaves_the_queue_to_the_next_start(folder: Path) -> None:
