@@ -216,7 +216,7 @@ def test_a_broken_flow_is_refused_with_place_and_cure(tree: dict[str, Any], plac
         ("a.json", '{"a": NaN}', "", "NaN is not JSON"),
         ("a.json", "[]", "", "must be an object"),
         ("a.json", "[" * 200 + "]" * 200, "", "nested deeper"),
-        ("a.toml", "a = \n", "", "line 1, column 5"),
+        ("a.toml", "a = \n", "line 1, column 5", "is not TOML"),
         ("a.toml", "a = 1\na = 2\n", "", "overwrite"),
         ("a.toml", "a = " + "[" * 3000, "", "nest"),
     ],
