@@ -527,7 +527,7 @@ def test_content_types(types: Any, sent: str, ok: bool) -> None:
 
 def test_bodies_of_other_kinds() -> None:
     for name, data, value in (
-        ("form", b"a=1&b=x+y&b=2", {"a": "1", "b": ["x y", "2"]}), ("text", "é".encode(), "é"), ("binary", b"\0\xff", b"\0\xff"),  # noqa: E501
+        ("form", b"a=1&b=x+y&b=2", {"a": "1", "b": ["x y", "2"]}), ("form", "ü=“%E2%82%AC+ö".encode(), {"ü": "“€ ö"}), ("text", "é".encode(), "é"), ("binary", b"\0\xff", b"\0\xff"),  # noqa: E501
     ):  # fmt: skip
         media = {
             "form": "application/x-www-form-urlencoded",

@@ -232,6 +232,10 @@ def test_a_path_parameter_that_does_not_decode_is_400(run: Running, part: str) -
         ("DELETE", "/api/publishing/hello/a", {"GET", "HEAD", "OPTIONS"}),
         ("HEAD", "/api/publishingAsync/hello/a", {"GET", "OPTIONS"}),
         ("HEAD", "/api/publishing/echo", {"POST", "OPTIONS"}),
+        ("QUERY", "/api/publishing/echo", {"POST", "OPTIONS"}),
+        ("LOCK", "/health", {"GET", "HEAD", "OPTIONS"}),
+        ("VERSION-CONTROL", "/api/jobs", {"GET", "HEAD", "OPTIONS"}),
+        ("TRACE", "/", {"GET", "HEAD", "OPTIONS"}),
     ],
 )
 def test_another_method_is_405_with_allow(run: Running, method: str, path: str, allowed: set[str]) -> None:
