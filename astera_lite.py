@@ -2725,178 +2725,152 @@ _ECMA_TOKEN = re.compile(
 )
 
 
-def portable_pattern(text: str) -> str | None:
-    """A pattern of ECMA 262, as JSON Schema has them, as the regular expression of Python that means the same.
-
-    None for what only Python has, or what the two take differently.
-    """
-    parts, at = [], 0
-    while at < len(text):
-        match = _ECMA_TOKEN.match(text, at)
-        if match is None:
-            return None
-        token, at = match[0], match.end()
-        parts.append(token.replace(r"\s", _SPACES) if token[0] == "[" else _ECMA.get(token, token))
-    return "".join(parts)
+_MOST_PLACES = 2800  # of a pattern; so many repeats of a character as a text may have then fit in
+_LONGEST_MATCHED = 16 << 10  # characters
+_MOST_MATCHING = 4 << 20  # characters times places
+_KEPT_MATCHING = 1 << 14  # entries, which bounds what a pattern keeps in memory
 
 
-class Pattern(NamedTuple):
-    """A compiled pattern, and how it was written."""
-
-    search: Callable[[str], object]
-    text: str
-
-
-def compile_pattern(text: str) -> Pattern:
-    """A pattern of a flow file: of ECMA 262, or with what only Python has; raises re.error, ValueError."""
-    re.compile(text)  # its faults are told of what was written
-    portable = portable_pattern(text)
-    source, flags = (text, 0) if portable is None else (portable, re.ASCII)
-    if _Paths(source, flags).explode():
-        raise ValueError(
-            "it may take too long, for a text can match a part of it that is repeated in many ways: a repeated part "
-            "must begin or end with what cannot stand inside it, as in ([a-z]+,)*"
-        )
-    return Pattern(re.compile(source, flags).search, text)
+def _portable(mark: str) -> str:
+    """What takes a character in ECMA 262, as Python has it."""
+    if mark[0] == "[":
+        return re.sub(r"\\.", lambda match: _SPACES if match[0] == r"\s" else match[0], mark)
+    return _ECMA.get(mark, mark)
 
 
-class _Paths:
-    """How a backtracking matcher can walk through a pattern: its places for a character, and what may follow each.
+class Pattern:
+    """A pattern of ECMA 262, as JSON Schema has them, that takes time by the length of a text and no more.
 
-    Where the same text leads from a place back to it in two ways, the number of ways doubles with every round, and
-    with it the time that a text takes which does not match in the end.
+    It is a program: what takes a character, which stands for its regular expression; an edge, which is a text; a
+    pair of ways to go on, relative to this place. A search is at all its places at once, and keeps what it learns:
+    from these places, this character leads to those. Raises re.error, ValueError.
     """
 
-    def __init__(self, pattern: str, flags: int) -> None:
-        tree = importlib.import_module("re._parser").parse(pattern, flags)
-        marks = {ord(mark) + step for mark in pattern + "aA0_ \n-é" for step in (-1, 0, 1)}
-        self.alphabet = [chr(mark) for mark in sorted(marks) if 0 < mark < 0xD800]
-        self.ignores_case = bool(tree.state.flags & re.IGNORECASE)
-        self.takes: list[frozenset[str]] = []  # by place
-        self.follow: list[list[int]] = []  # by place; one that stands twice is followed in two ways
-        self.walk(tree)
+    def __init__(self, text: str) -> None:
+        with warnings.catch_warnings():  # of what is refused below
+            warnings.simplefilter("ignore")
+            re.compile(text)  # tells of most faults
+        self.text = text
+        self._marks = list(self._divided(text))
+        self.program = [(1, 3), re.compile("(?s:.)").match, (-2, -2), *self._ways(), None]  # it may begin anywhere
+        self.longest = min(_LONGEST_MATCHED, _MOST_MATCHING // len(self.program))
+        self.known: dict[Any, _Places] = {}
+        self.begin()
 
-    def walk(self, nodes: Any) -> tuple[list[int], list[int], bool]:
-        """Places at which a sequence may begin and end, and whether it may be empty."""
-        first: list[int] = []
-        last: list[int] = []
-        empty = True
-        for kind, about in nodes:
-            begins, ends, skips = self.node(str(kind), about)
-            self.join(last, begins)
-            first += begins if empty else []
-            last = last + ends if skips else ends
-            empty = empty and skips
-        return first, last, empty
+    @staticmethod
+    def _divided(text: str) -> Iterator[str]:
+        at = 0
+        while at < len(text):
+            match = _ECMA_TOKEN.match(text, at)
+            if match is None or match[0] in ("(?=", "(?!"):
+                raise ValueError(
+                    f"has {shown(text[at : at + 3])} at character {at + 1}, which patterns lack here: write it with "
+                    "characters, [classes], (groups), | and repeats; what must not match is refused by a `fail` step"
+                )
+            yield match[0]
+            at = match.end()
 
-    def join(self, ends: list[int], begins: list[int]) -> None:
-        for end in ends:
-            self.follow[end] += begins
+    def _ways(self) -> list[Any]:
+        """What stands between two brackets: alternatives, each a sequence."""
+        code: list[Any] = []
+        while self._marks and self._marks[0] != ")":
+            mark = self._marks.pop(0)
+            if mark == "|":
+                other = self._ways()
+                code = [(1, len(code) + 2), *code, (len(other) + 1, len(other) + 1), *other]
+            elif mark[0] == "(":
+                part = self._ways()
+                del self._marks[0]  # its closing bracket
+                code += self._repeated(part)
+            else:
+                code += self._repeated([mark if mark in _EDGES else re.compile(_portable(mark), re.ASCII).match])
+            if len(code) > _MOST_PLACES:
+                raise ValueError("is too long: write it shorter, and a large number of repeats as maxLength")
+        return code
 
-    def node(self, kind: str, about: Any) -> tuple[list[int], list[int], bool]:
-        if kind in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
-            if len(self.takes) == _MOST_PLACES:
-                raise ValueError("it is too long to be sure that it takes little time: write it shorter")
-            self.takes.append(frozenset(mark for mark in self.alphabet if self.fits(kind, about, mark)))
-            self.follow.append([])
-            return [len(self.takes) - 1], [len(self.takes) - 1], False
-        if kind == "BRANCH":
-            branches = [self.walk(branch) for branch in about[1]]
-            first = [place for begins, _, _ in branches for place in begins]
-            last = [place for _, ends, _ in branches for place in ends]
-            return first, last, any(empty for _, _, empty in branches)
-        if kind == "SUBPATTERN":
-            return self.walk(about[3])
-        if kind in ("ATOMIC_GROUP", "POSSESSIVE_REPEAT"):  # nothing inside is tried again
-            return self.walk(about if kind == "ATOMIC_GROUP" else about[2])
-        if kind in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self.repeat(int(about[0]), int(about[1]), about[2])
-        return [], [], True  # anchors; what looks ahead or back takes nothing
+    def _repeated(self, part: list[Any]) -> list[Any]:
+        mark = self._marks[0] if self._marks else ""
+        if mark[:1] not in ("*", "+", "?", "{"):
+            return part
+        del self._marks[0]
+        counts = {"*": "0,", "+": "1,", "?": "0,1"}.get(mark[0], mark.rstrip("?")[1:-1])
+        least, comma, most = counts.partition(",")
+        optional = int(most or least) - int(least)
+        size = len(part) + 1
+        if size * max(int(least), optional) > _MOST_PLACES:
+            raise ValueError(f"repeats too much by {mark}: write a large number of repeats as maxLength")
+        if comma and not most:
+            return part * int(least) + [(1, size + 1), *part, (-size, -size)]
+        return part * int(least) + [step for left in range(optional, 0, -1) for step in ((1, left * size), *part)]
 
-    def repeat(self, least: int, most: int, nodes: Any) -> tuple[list[int], list[int], bool]:
-        if most > _MANY:
-            begins, ends, empty = self.walk(nodes)
-            self.join(ends, begins)
-            return begins, ends, empty or least == 0
-        first: list[int] = []
-        last: list[int] = []
-        open_ends: list[int] = []
-        empty = True
-        for count in range(most):
-            begins, ends, skips = self.walk(nodes)
-            self.join(open_ends, begins)
-            first += begins if empty else []
-            open_ends = open_ends + ends if skips else ends
-            last = last + ends if count >= least else open_ends
-            empty = empty and skips
-        return first, last, empty or least == 0
+    def begin(self) -> None:
+        """Forget what was learnt."""
+        for places in list(self.known.values()):  # they know one another
+            places.clear()
+        self.known.clear()
+        self.kept = 0
+        self.start = self.places(frozenset([0]), None)
 
-    def fits(self, kind: str, about: Any, mark: str) -> bool:
-        if kind == "ANY":
-            return mark != "\n"
-        marks = {ord(each) for each in ({mark, mark.lower(), mark.upper()} if self.ignores_case else mark)}
-        if kind != "IN":
-            return (about in marks) == (kind == "LITERAL")
-        negated, found = False, False
-        for each, what in about:
-            name = str(each)
-            negated = negated or name == "NEGATE"
-            found = found or (
-                what in marks
-                if name == "LITERAL"
-                else any(what[0] <= code <= what[1] for code in marks)
-                if name == "RANGE"
-                else name == "CATEGORY"
-                and bool(_CATEGORIES[str(what).rpartition("_")[2]].match(mark)) != ("_NOT_" in str(what))
-            )
-        return found != negated
+    def places(self, found: frozenset[int], word: bool | None) -> _Places:
+        """The places of a search; `word` is whether the character before them is one of a word, None for none."""
+        known = self.known.get((found, word))
+        return known if known is not None else self.known.setdefault((found, word), _Places(self, found, word))
 
-    def explode(self) -> bool:
-        """Whether some text leads from a place back to it in two ways."""
-        reach = [self.closure(place) for place in range(len(self.takes))]
-        for place, following in enumerate(self.follow):
-            if any(place in reach[after] and following.count(after) > 1 for after in set(following)):
-                return True
-        return any(self.parts_and_meets(place) for place in range(len(self.takes)) if place in reach[place])
-
-    def closure(self, place: int) -> set[int]:
-        """Places that come after a place."""
-        seen: set[int] = set()
-        left = [place]
-        while left:
-            new = set(self.follow[left.pop()]) - seen
-            seen |= new
-            left += new
-        return seen
-
-    def parts_and_meets(self, place: int) -> bool:
-        """Whether two walks from a place, taking the same text, part and meet at it again."""
-        seen: set[tuple[int, int, bool]] = set()
-        left = [(place, place, False)]
-        while left:
-            one, other, parted = left.pop()
-            for a in set(self.follow[one]):
-                for b in set(self.follow[other]):
-                    state = (a, b, parted or a != b)
-                    if self.takes[a] & self.takes[b] and state not in seen:
-                        if state == (place, place, True):
-                            return True
-                        seen.add(state)
-                        left.append(state)
-        return False
+    def search(self, text: str) -> bool:
+        """Whether it matches somewhere in the text."""
+        places = self.start
+        for character in text:
+            places = places[character]
+        return places[""].ended
 
 
-_MANY = 8  # so often or more is without end, as far as time is concerned
-_CATEGORIES = {"DIGIT": re.compile(r"\d"), "SPACE": re.compile(r"\s"), "WORD": re.compile(r"\w")}
-_MOST_PLACES = 400
-_LONGEST_MATCHED = 16 << 10  # characters; a harmless pattern may take time by their square
+#: Whether a condition holds: the character before is one of a word, None for none; the one behind; whether that is.
+_CONDITIONS: dict[str, Callable[[bool | None, str, bool], bool]] = {
+    "^": lambda before, after, word: before is None,
+    "$": lambda before, after, word: after == "",
+    r"\b": lambda before, after, word: bool(before) != word,
+    r"\B": lambda before, after, word: bool(before) == word,
+}
+_WORD_MARKS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+
+
+class _Places(dict[str, "_Places"]):
+    """Where a search is; by the next character, where it is behind that one. The end is an empty character."""
+
+    def __init__(self, pattern: Pattern, found: frozenset[int], word: bool | None) -> None:
+        self.pattern, self.found, self.word = pattern, found, word
+        self.ended = len(pattern.program) in found
+
+    def __missing__(self, after: str) -> _Places:
+        program, word = self.pattern.program, after in _WORD_MARKS
+        todo, seen, found = list(self.found), set(self.found), set()
+        if self.ended:
+            return self
+        for place in todo:
+            step, next_ = program[place], []
+            if step is None:
+                found = {len(program)}
+                break
+            if type(step) is tuple:
+                next_ = [place + step[0], place + step[1]]
+            elif type(step) is str:
+                next_ = [place + 1] * _CONDITIONS[step](self.word, after, word)
+            elif after and step(after):
+                found.add(place + 1)
+            todo += [each for each in next_ if each not in seen]
+            seen.update(next_)
+        if self.pattern.kept > _KEPT_MATCHING:
+            self.pattern.begin()
+        self.pattern.kept += len(found) + 1
+        self[after] = places = self.pattern.places(frozenset(found), word)
+        return places
 
 
 def _check_pattern(value: Any, pattern: Pattern) -> str | None:
     if type(value) is not str:
         return None
-    if len(value) > _LONGEST_MATCHED:
-        return f"must have at most {_LONGEST_MATCHED} characters, for it must match the pattern {pattern.text}"
+    if len(value) > pattern.longest:
+        return f"must have at most {pattern.longest} characters, for it must match the pattern {pattern.text}"
     if pattern.search(value):
         return None
     return f"must match the pattern {pattern.text}"
@@ -6417,7 +6391,7 @@ def check_schema(build: Build, spec: Any, place: str) -> Schema:
                 continue
             if name == "pattern":
                 try:
-                    value = compile_pattern(value)
+                    value = Pattern(value)
                 except (re.error, RecursionError, OverflowError) as error:
                     build.fault(f"{place}/pattern", f"is not a regular expression: {error}")
                     continue
@@ -11867,7 +11841,7 @@ def _json_schema(spec: Mapping[str, Any]) -> dict[str, Any]:
         schema = {"anyOf": [_TYPE_SCHEMAS[kind] for kind in kinds]}
     sizes = _SIZES.get(kinds[0], {}) if len(kinds) == 1 else {}
     for name in SCHEMA_RULES:
-        if name in spec and (name != "pattern" or portable_pattern(spec[name]) is not None):
+        if name in spec:
             schema[sizes.get(name, name)] = spec[name]
     if kinds == ["integer"]:  # the narrower limit of the two
         schema["minimum"] = max(schema["minimum"], _INT64.start)

@@ -449,16 +449,19 @@ def test_a_date_of_toml_does_not_break_the_documents(tmp_path: Path) -> None:
         assert requests.get(f"{url}/openapi.json", timeout=10).status_code == 200
 
 
-#: Patterns that take exponential time for some text, and such as only look like it.
+#: Patterns for which a backtracking matcher takes exponential or much time, and a text that does not match.
 ENDLESS = [
-    r"^(a+)+$",
-    r"^(a*)*$",
-    r"(?:\d+)*x",
-    r"^(.|x)*y",
-    r"^(\w+\s?)*$",
-    r"^([a-z]+)*@",
-    r"^((ab)*c*)*$",
-    r"(a|ab|b)*$",
+    (r"^(a+)+$", "a" * 16_000 + "b"),
+    (r"^(a*)*$", "a" * 16_000 + "b"),
+    (r"(?:\d+)*x", "1" * 16_000),
+    (r"^(.|x)*y", "x" * 16_000),
+    (r"^(\w+\s?)*$", "ab " * 5000 + "!"),
+    (r"^([a-z]+)*@", "a" * 16_000),
+    (r"^((ab)*c*)*$", "abc" * 5000 + "!"),
+    (r"^(a|ab|b)*$", "ab" * 8000 + "!"),
+    (r"^.*,.*,.*,.*\d$", "," * 16_000),
+    (r"a?" * 60 + "a" * 60, "a" * 59),
+    (r"^(.|a){0,300}b$", "a" * 2500),
 ]
 ENDING = [
     r"^[a-z]+(-[a-z]+)*$", r"^\d{5}(-\d{4})?$", r"^(\d+,)*\d+$", r"^(foo|bar)+$", r"^[^@ ]+@[^@ ]+\.[a-z]{2,}$",
@@ -466,11 +469,58 @@ ENDING = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pattern", ENDLESS)
-def test_a_pattern_that_may_never_end_is_not_deployed(pattern: str) -> None:
+def test_a_pattern_takes_time_by_the_length_of_a_text_alone(tmp_path: Path) -> None:
+    flows = {
+        f"p{at}": get_flow(f"/p{at}", request={"method": "POST", "body": {"pattern": pattern}})
+        for at, (pattern, _) in enumerate(ENDLESS)
+    }
+    with running(tmp_path, flows) as (_, _, client):
+        for at, (pattern, text) in enumerate(ENDLESS):
+            answer = client.post(f"/api/publishing/p{at}", json=text)
+            assert answer.json()["errors"][0]["message"] == f"must match the pattern {pattern}"
+            assert client.post(f"/api/publishing/p{at}", json="x" * 20_000).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("^(?=(a+)+$)x?", 'has "(?=" at character 2, which patterns lack here: write it with characters'),
+        ("^(?!a)b", 'has "(?!" at character 2'),
+        (r"(a)\1", r'has "\\1" at character 4'),
+        ("(?i)a", 'has "(?i" at character 1'),
+        ("a{5000}", "repeats too much by {5000}: write a large number of repeats as maxLength"),
+        ("(a{50}b){50}c{1000}", "is too long: write it shorter"),
+    ],
+)
+def test_what_a_pattern_cannot_have_is_told_with_what_to_write(pattern: str, message: str) -> None:
     tree = get_flow("/x", request={"parameters": {"a": {"in": "query", "pattern": pattern}}})
-    with pytest.raises(astera_lite.FlowError, match="too long"):
+    with pytest.raises(astera_lite.FlowError, match=re.escape(f"/request/parameters/a/pattern: {message}")):
         astera_lite.build_flow(tree, "x")
+
+
+def test_what_a_pattern_keeps_in_memory_is_bounded() -> None:
+    pattern = astera_lite.Pattern("(.|a){0,30}b$")
+    for start in range(0x10000, 0x12000, 2000):
+        assert not pattern.search("".join(map(chr, range(start, start + 2000))) + "c")
+    assert sum(len(found) + len(places) for (found, _), places in pattern.known.items()) < 40_000
+
+
+LETTERS = st.sampled_from(["a", "b", "ab", ".", "[ab]", "[^a]", r"\d", r"\w", "^", "$", r"\b", r"\s", "-", ""])
+REPEATS = st.sampled_from(["*", "+", "?", "{2}", "{1,3}", "{0,2}", "{2,}", "*?", "+?", "??", ""])
+PATTERNS = st.recursive(
+    LETTERS,
+    lambda part: (
+        st.tuples(part, part, REPEATS).map(lambda made: f"({made[0]}|{made[1]}){made[2]}")
+        | st.tuples(part, part).map("".join)
+    ),
+    max_leaves=12,
+)
+
+
+@given(PATTERNS, st.text("ab1- _", max_size=9))
+def test_a_pattern_matches_what_python_matches(pattern: str, text: str) -> None:
+    wanted = re.search(pattern.replace("$", r"\Z"), text, re.ASCII)
+    assert astera_lite.Pattern(pattern).search(text) == (wanted is not None)
 
 
 @pytest.mark.parametrize("pattern", ENDING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from support import EVERYTHING, NPM, ROOT, Client, Running, Sink, get_flow, process, running
 
 import astera_lite
-from astera_lite import Deployments, build_flow, openapi_document, portable_pattern
+from astera_lite import Deployments, build_flow, openapi_document
 
 METHODS = {"get", "put", "post", "delete", "patch"}
 
@@ -189,8 +190,14 @@ def test_paths_that_differ_in_the_names_of_parameters_are_one() -> None:
 @pytest.mark.parametrize(
     "text", ["^[a-z]+$", r"^\d{2,3}(?:-[A-Z])?$", r"a\.b|c", "[^,]*", r"\u00e9+?", "a{2}", r"[\w-]x", "[!&|~/]"]
 )
-def test_a_pattern_of_both_languages_is_told(text: str) -> None:
-    assert portable_pattern(text) is not None
+def test_a_pattern_of_json_schema_is_told_as_it_was_written(text: str) -> None:
+    tree = get_flow("/x", request={"parameters": {"a": {"in": "query", "pattern": text}}})
+    [parameter] = [
+        item
+        for item in document(("x", tree))["paths"]["/api/publishing/x"]["get"]["parameters"]
+        if item.get("name") == "a"
+    ]
+    assert parameter["schema"]["pattern"] == text
 
 
 @pytest.mark.parametrize(
@@ -211,15 +218,20 @@ def test_a_pattern_of_both_languages_is_told(text: str) -> None:
         "{",
     ],
 )
-def test_a_pattern_of_python_alone_is_left_out(text: str) -> None:
-    assert portable_pattern(text) is None
+def test_a_pattern_of_python_alone_is_a_fault(text: str) -> None:
+    with pytest.raises((ValueError, re.error)):
+        astera_lite.Pattern(text)
 
 
 def test_a_pattern_means_what_json_schema_says() -> None:
-    end = astera_lite.compile_pattern(r"^\d+$")
+    end = astera_lite.Pattern(r"^\d+$")
     assert end.search("12") and not end.search("12\n") and not end.search("١٢")
-    assert astera_lite.compile_pattern(r"^\s.\S$").search("\u00a0ab")
-    assert not astera_lite.compile_pattern("^.$").search("\u2028")
+    assert astera_lite.Pattern(r"^\s.\S$").search("\u00a0ab")
+    assert not astera_lite.Pattern("^.$").search("\u2028")
+    backslash = astera_lite.Pattern(r"^[\\s]$")
+    assert backslash.search("s") and backslash.search("\\") and not backslash.search(" ")
+    edge = astera_lite.Pattern(r"\bab\B")
+    assert edge.search("x abc") and not edge.search("xabc") and not edge.search("ab c")
 
 
 def called(*command: str, cwd: Path) -> str:
