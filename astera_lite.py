@@ -2825,7 +2825,7 @@ class Pattern:
 
 
 #: Whether a condition holds: the character before is one of a word, None for none; the one behind; whether that is.
-_CONDITIONS: dict[str, Callable[[bool | None, str, bool], bool]] = {
+_EDGES: dict[str, Callable[[bool | None, str, bool], bool]] = {
     "^": lambda before, after, word: before is None,
     "$": lambda before, after, word: after == "",
     r"\b": lambda before, after, word: bool(before) != word,
@@ -2854,7 +2854,7 @@ class _Places(dict[str, "_Places"]):
             if type(step) is tuple:
                 next_ = [place + step[0], place + step[1]]
             elif type(step) is str:
-                next_ = [place + 1] * _CONDITIONS[step](self.word, after, word)
+                next_ = [place + 1] * _EDGES[step](self.word, after, word)
             elif after and step(after):
                 found.add(place + 1)
             todo += [each for each in next_ if each not in seen]
