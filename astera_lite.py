@@ -3542,7 +3542,16 @@ class StepError(AsteraError):
     def kind(self) -> str:
         """The one word for what happened."""
         word = min(self.kinds - {"unsafe"}, default="error")
-        return "status" if word[0].isdigit() else "size" if word == "too_large" else word
+        return "status" if word[0].isdigit() else _ERROR_KINDS.get(word, word)
+
+
+_ERROR_KINDS = {
+    "too_large": "size",
+    "invalid": "address",
+    "next": "address",
+    "redirect": "address",
+    "refused": "address",
+}
 
 
 #: What expressions see as `error`, behind a step that failed and went on.
@@ -4709,7 +4718,7 @@ class _HttpCall(NamedTuple):
             if request.connection is None:
                 raise StepError(500, "its connection is gone", f'connection "{self.connection}"', {"missing"})
             request.connection.join(request, run.outside)
-        request.url = _with_query(request.url, query)
+        request.url = _with_query(_encoded_address(request.url), query)
         request.set_body(self.body_kind, self.body(scope))
         names = {name.lower() for name in own}
         request.headers = {name: text for name, text in request.headers.items() if name.lower() not in names} | own
@@ -4891,7 +4900,7 @@ class _Pages(NamedTuple):
             raise ExpressionError(f"pages/total: {shown(total)} is not a number of items")
         elif got == 0 and count < total:
             detail = f"the API it calls has {total} items, as it says, and gave {count}"
-            raise StepError(502, detail, detail, {"next", "unsafe"})
+            raise StepError(502, detail, detail, {"pages", "unsafe"})
         else:
             ended = count >= total
         return None if ended else count if self.style == "offset" else self.start + pages
@@ -4977,12 +4986,12 @@ def _all_pages(call: _HttpCall, pages: _Pages, place: str, run: Run, scope: Scop
             detail = "the API it calls names the same page without end"
             if following != seen:
                 detail = f"the API it calls has more than {_MAX_PAGES:,} pages: say with maxPages how many you want"
-            raise StepError(502, detail, f"{detail} (page {count})", {"next", "unsafe"})
+            raise StepError(502, detail, f"{detail} (page {count})", {"pages", "unsafe"})
         if pages.parameter:
             request = copy.copy(first)
             request.url = _with_query(first.url, {**pages.first(), pages.parameter: following})
         else:
-            _go_on(request, following.encode("latin-1" if pages.style == "link" else "utf-8"), call.method)
+            _go_on(request, following, call.method)
         items += found
         run.reached[path] = (count + 1, request, first, items, left - size, following)
 
@@ -5244,14 +5253,27 @@ def _call_out(run: Run, request: _OutgoingRequest, follow: bool, max_bytes: int)
         ):
             request.method, request.body = "GET", None
             request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
-        _go_on(request, location.encode("latin-1"), asked)
+        _go_on(request, location, asked)
     raise _http_failure(asked, 502, "the API it calls redirects without end", "redirect")
 
 
-def _go_on(request: _OutgoingRequest, url: bytes, asked: str) -> None:
-    """Ask what the API's answer names next; what no URL may have is percent-encoded, as browsers do."""
+def _encoded_address(text: str) -> str:
+    """An address with what no URL may have percent-encoded, as browsers do.
+
+    It may come from a header, whose bytes are read as Latin-1 although most servers mean UTF-8.
+    """
     try:
-        request.go_to(re.sub(rb"[^!-~]", lambda found: b"%%%02X" % ord(found[0]), url.strip()).decode())
+        data = text.encode("latin-1")
+        data.decode()
+    except UnicodeError:
+        data = text.encode("utf-8", "replace")
+    return re.sub(rb"[^!-~]", lambda found: b"%%%02X" % ord(found[0]), data.strip()).decode()
+
+
+def _go_on(request: _OutgoingRequest, url: str, asked: str) -> None:
+    """Ask what the API's answer names next."""
+    try:
+        request.go_to(_encoded_address(url))
     except ValueError as error:
         raise _http_failure(asked, 502, f"the address that the API names next is refused: {error}", "next") from None
 
@@ -5998,7 +6020,7 @@ def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
         return answered.answer
     except _Failed as failed:
         answer = Fetched(failed.status, [], b"")
-        raise StepError(failed.status, failed.message, failed.message, {"failed"}, answer) from None
+        raise StepError(failed.status, failed.message, failed.message, {"fail"}, answer) from None
 
 
 #: Every kind of step. To add one: a check function as above, and a row here.
