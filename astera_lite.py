@@ -1047,6 +1047,29 @@ class Answer(NamedTuple):
     body: bytes = b""
 
 
+#: The header that a status owes (RFC 9110, section 15), and what stands in for one that a flow does not give.
+_OWED: dict[int, tuple[str, str | None]] = {
+    401: ("WWW-Authenticate", "Bearer"),
+    405: ("Allow", ""),  # RFC 9110, section 10.2.1: none, at this time
+    407: ("Proxy-Authenticate", None),
+    426: ("Upgrade", None),
+    **dict.fromkeys((206, 416), ("Content-Range", None)),
+    **dict.fromkeys((301, 302, 303, 307, 308), ("Location", None)),
+}
+
+
+def with_owed(status: int, headers: Pairs, method: str = "GET") -> Pairs:
+    """Headers with the one that the status owes; ValueError where nothing can stand in for it."""
+    if status == 304 and method not in ("GET", "HEAD"):
+        raise ValueError("status 304 is an answer to GET and HEAD only")
+    name, value = _OWED.get(status, ("", ""))
+    if not name or any(name.lower() == given.lower() for given, _ in headers):
+        return headers
+    if value is None:
+        raise ValueError(f"status {status} needs the header {name}")
+    return (*headers, (name, value))
+
+
 #: How a job may end: it answered, or the code of its error.
 ENDS = ("completed", "failed", "timeout", "cancelled", "interrupted")
 
@@ -1069,11 +1092,13 @@ class Outcome(NamedTuple):
         return "completed" if self.error is None else str(self.error["code"])
 
     @classmethod
-    def failed(cls, code: str, status: int, detail: str, reason: str = "", **members: Any) -> Outcome:
+    def failed(
+        cls, code: str, status: int, detail: str, reason: str = "", headers: Pairs = (), **members: Any
+    ) -> Outcome:
         """An Error whose response is the problem document that says so."""
         error = problem(status, detail, code=code, **members)
-        answer = Answer(status, (("Content-Type", "application/problem+json"),), json_body(error))
-        return cls(answer, error, reason)
+        headers = with_owed(status, (("Content-Type", "application/problem+json"), *headers))
+        return cls(Answer(status, headers, json_body(error)), error, reason)
 
 
 class Delivery(NamedTuple):
@@ -3520,8 +3545,8 @@ class _TimedOut(_Signal):
 class _Failed(_Signal):
     """What a `fail` step says."""
 
-    def __init__(self, status: int, message: str) -> None:
-        self.status, self.message = status, message
+    def __init__(self, status: int, message: str, headers: Pairs = ()) -> None:
+        self.status, self.message, self.headers = status, message, headers
 
 
 class StepError(AsteraError):
@@ -3811,17 +3836,18 @@ def run_flow(run: Run) -> Outcome | Suspended:
 def _failed(run: Run, error: BaseException) -> Outcome:
     """How a run ended that failed; what the client may be told, and the reason for the log."""
     code, status, members = "failed", 500, {}
+    headers: Pairs = ()
     if isinstance(error, _TimedOut):
         code, status, detail = "timeout", 504, "The flow took longer than it may."
     elif isinstance(error, _Failed):
-        status, detail = error.status, error.message
+        status, detail, headers = error.status, error.message, error.headers
     elif isinstance(error, StepError):
         code, status, detail = "timeout" if error.status == 504 else "failed", error.status, error.detail
     else:
         detail = "The flow failed. The server's log has the reason under this id."
         members["requestId"] = run.input.request["id"]
     reason = failure_text(_known_failure(error) or blame(run, error))
-    return Outcome.failed(code, status, run.outside.masked(detail), reason, **members)
+    return Outcome.failed(code, status, run.outside.masked(detail), reason, headers, **members)
 
 
 def blame(run: Run, error: BaseException) -> dict[str, Any]:
@@ -4145,7 +4171,7 @@ def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
         scope = {**scope, "page": page}
     status, headers = response.status(scope), response.headers(scope)
     if page is None and not response.has_body:
-        return make_answer(status, headers, None, limit, empty=True)
+        return make_answer(status, headers, None, limit, empty=True, method=run.flow.method)
     body = (
         response.body(scope)
         if response.has_body
@@ -4157,7 +4183,7 @@ def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
         body = selected.rows(body, "/response/body")
     elif page is not None and type(body) is dict and "cursor" not in body:
         body = {**body, "cursor": page["cursor"]}
-    return make_answer(status, headers, body, limit)
+    return make_answer(status, headers, body, limit, method=run.flow.method)
 
 
 _MAX_PAGE = 10_000
@@ -4198,8 +4224,14 @@ def _field_value(name: str, text: str) -> str:
     return unsendable.sub(lambda match: urllib.parse.quote(match[0], safe="", errors="replace"), text).strip(" \t")
 
 
-def make_answer(status: Any, headers: Mapping[str, Any], body: Any, max_bytes: int, *, empty: bool = False) -> Answer:
-    """A flow's values as a response; ExpressionError if they are none."""
+_WITHOUT_BODY = (204, 205, 304)
+_ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
+
+
+def make_answer(
+    status: Any, headers: Mapping[str, Any], body: Any, max_bytes: int, *, empty: bool = False, method: str = "GET"
+) -> Answer:
+    """A flow's values as a response to a method; ExpressionError if they are none."""
     if type(status) is not int or not 200 <= status <= 599:
         raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
     pairs: list[tuple[str, str]] = []
@@ -4208,8 +4240,14 @@ def make_answer(status: Any, headers: Mapping[str, Any], body: Any, max_bytes: i
         if value is not None:
             pairs.append((name, _field_value(name, as_text(value))))
             if name.lower() == "content-type":
-                media = pairs[-1][1].partition(";")[0].strip().lower() if media is None else media
-    if empty or status in (204, 304):
+                media = pairs[-1][1].partition(";")[0].strip().lower()
+            elif name.lower() == "etag" and not _ENTITY_TAG.fullmatch(pairs[-1][1]):
+                pairs[-1] = name, f'"{urllib.parse.quote(pairs[-1][1])}"'
+    try:
+        pairs = list(with_owed(status, tuple(pairs), method))
+    except ValueError as error:
+        raise ExpressionError(f"/response/status: {error}") from None
+    if empty or status in _WITHOUT_BODY:
         return Answer(status, tuple(pairs))
     if type(body) is bytes:
         data, default = body, "application/octet-stream"
@@ -4247,6 +4285,7 @@ class Build:
         self.volatile = False  # whether a template compiled since this was cleared is
         self.calls: list[tuple[str, str]] = []  # flows that are called, and where
         self.step_names: set[str] = set()  # of all steps, also those inside others
+        self.method = "GET"  # of the flow
 
     def fault(self, place: str, message: str) -> None:
         """Report a fault and its cure."""
@@ -4367,18 +4406,10 @@ def _check_answer(
     size: Template | None,
 ) -> Response:
     status = spec.get("status", 200)
+    headers = _check_headers(build, spec, place)
     if not (isinstance(status, str) and "${" in status):
-        build.checked(spec, "status", place, _is_status, None)
-    headers = spec.get("headers", {})
-    if not isinstance(headers, dict):
-        build.fault(f"{place}/headers", 'must be an object such as {"Cache-Control": "no-store"}')
-        headers = {}
-    for name in headers:
-        if not _TOKEN_TEXT.fullmatch(name):
-            build.fault(f"{place}/headers", f"{shown(name)} is not the name of a header")
-        elif name.lower() in RESERVED_HEADERS:
-            build.fault(f"{place}/headers/{name}", "is set by the server: leave it out")
-    if status in (204, 304) and spec.get("body") is not None:
+        build.checked(spec, "status", place, partial(_is_owing_nothing, build, headers, _is_status), None)
+    if status in _WITHOUT_BODY and spec.get("body") is not None:
         build.fault(f"{place}/body", f"a response of status {status} has no body: leave it out")
     return Response(
         when,
@@ -4390,6 +4421,29 @@ def _check_answer(
         items,
         size,
     )
+
+
+def _check_headers(build: Build, spec: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The headers that an answer of a flow is to have, as they are written."""
+    headers, place = spec.get("headers", {}), f"{place}/headers"
+    if not isinstance(headers, dict):
+        build.fault(place, 'must be an object such as {"Cache-Control": "no-store"}')
+        return {}
+    seen: dict[str, str] = {}
+    for name in headers:
+        first = seen.setdefault(name.lower(), name)
+        if not _TOKEN_TEXT.fullmatch(name):
+            build.fault(place, f"{shown(name)} is not the name of a header")
+        elif name.lower() in RESERVED_HEADERS:
+            build.fault(f"{place}/{name}", "is set by the server: leave it out")
+        elif first != name:
+            build.fault(f"{place}/{name}", f"is the same header as {first}: leave one of them out")
+    return headers
+
+
+def _is_owing_nothing(build: Build, headers: dict[str, Any], parse: Callable[[Any], int], value: Any) -> int:
+    with_owed(parse(value), tuple((name, "") for name in headers), build.method)
+    return int(value)
 
 
 def _check_set(build: Build, spec: Any, place: str) -> Runner:
@@ -4408,20 +4462,26 @@ def _check_respond(build: Build, spec: Any, place: str) -> Runner:
 
 
 def _check_fail(build: Build, spec: Any, place: str) -> Runner:
-    if not build.members(spec, place, ("status", "message"), ("message",)):
+    if not build.members(spec, place, ("status", "message", "headers"), ("message",)):
         spec = {}
     status = build.template(spec.get("status", 500), f"{place}/status")
+    given = _check_headers(build, spec, place)
     if status.constant:
-        build.checked(spec, "status", place, _is_error_status, 500)
+        build.checked(spec, "status", place, partial(_is_owing_nothing, build, given, _is_error_status), 500)
+    for name in given:
+        if name.lower() == "content-type":
+            build.fault(f"{place}/headers/{name}", "is application/problem+json here: leave it out")
+    headers = build.template(given, f"{place}/headers")
     message = build.template(spec.get("message", ""), f"{place}/message")
 
     def fail(run: Run, scope: Scope, path: str) -> NoReturn:
-        text = as_text(message(scope))
+        text = as_text(message(scope)).encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
         try:
             code = _is_error_status(status(scope))
+            answer = make_answer(code, headers(scope), None, 0, empty=True)
         except ValueError as error:
             raise ExpressionError(f"{place}/status: {error}") from None
-        raise _Failed(code, text.encode("utf-8", "replace").decode())  # a lone surrogate cannot be sent
+        raise _Failed(code, text, answer.headers)
 
     return fail
 
@@ -6019,7 +6079,7 @@ def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
     except _Answered as answered:
         return answered.answer
     except _Failed as failed:
-        answer = Fetched(failed.status, [], b"")
+        answer = Fetched(failed.status, list(failed.headers), b"")
         raise StepError(failed.status, failed.message, failed.message, {"fail"}, answer) from None
 
 
@@ -6205,6 +6265,7 @@ def build_flow(
     if not build.members(request, "/request", members, ("method", "resource")):
         request = {}
     method = request.get("method", "GET")
+    build.method = method
     if method not in _FLOW_METHODS:
         cure = suggest(str(method), _FLOW_METHODS)
         build.fault("/request/method", f"{shown(method)} is not one of {', '.join(_FLOW_METHODS)}{cure}")
@@ -11263,7 +11324,8 @@ _KIND_SCHEMAS: dict[str, Any] = {
     "wait": {"anyOf": [_DURATION_SCHEMA, _object(("until",), until=_ANY)]},
     "respond": _object(**_RESPONSE),
     "fail": _object(
-        ("message",), status={"anyOf": [{"type": "integer", "minimum": 400, "maximum": 599}, _TEMPLATE]}, message=_TEXT
+        ("message",), status={"anyOf": [{"type": "integer", "minimum": 400, "maximum": 599}, _TEMPLATE]},
+        message=_TEXT, headers=_MAP,
     ),
 }  # fmt: skip
 
@@ -12749,7 +12811,6 @@ def error_response(x: Exchange, error: Exception) -> Reply:
 # --- preconditions ---
 
 _CONDITIONS = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"})
-_ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 _READING = frozenset({"GET", "HEAD"})
 
 
@@ -12877,13 +12938,25 @@ def publish_sync(x: Exchange) -> Reply | None:
 _VARY = (("Vary", "Prefer"),)
 
 
-def _flow_response(answer: Answer, more: Iterable[tuple[str, str]] = ()) -> Reply:
-    return Reply(answer.code, (*_with_policy(answer.headers), *more), answer.body)
+def _flow_response(answer: Answer, more: Pairs = ()) -> Reply:
+    return Reply(answer.code, _with_policy(answer.headers + more), answer.body)
+
+
+def one_line_each(headers: Iterable[tuple[str, str]]) -> Pairs:
+    """Headers with a line for each name: the last one counts, which is the server's own; Vary lists what all say."""
+    lines: dict[str, tuple[str, str]] = {}
+    for name, value in headers:
+        key = name.lower()
+        if key == "vary" and key in lines:
+            value = ", ".join(dict.fromkeys(re.split("[ \t]*,[ \t]*", f"{lines[key][1]},{value}")))
+        lines[key] = (name, value)
+    return tuple(lines.values())
 
 
 @_cached_if_short  # a flow's headers are mostly the same
 def _with_policy(headers: Pairs) -> Pairs:
     """What a flow's response says of itself, and what browsers and caches must be told of it."""
+    headers = one_line_each(headers)
     names = {name.lower() for name, _ in headers}
     if "cache-control" not in names:
         unsaid = _REVALIDATED if "etag" in names else ("Cache-Control", "private, no-store")
@@ -13164,17 +13237,18 @@ def job_result(x: Exchange) -> Reply | None:
     return _answer_when_asked(x, respond)
 
 
-def _result_response(x: Exchange, job: Job, more: Iterable[tuple[str, str]]) -> Reply:
+def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> Reply:
     stored = x.app.store.result(job.key)
     if stored is None:
         return _unknown(x)
-    headers = tuple(stored.headers)
+    own, tag = tuple(stored.headers), []
     if stored.code < 300:  # a result never changes, and no other has its id
-        names = {name.lower() for name, _ in headers}
-        headers += () if "cache-control" in names else (_REVALIDATED,)
-        more = [*more, ("ETag", f'"{job.id}"')] if "etag" not in names else more
-    answer = Answer(stored.code, headers, stored.body or b"")
-    response = _flow_response(answer, [("Job-Status", job.status.value), *more])
+        names = {name.lower() for name, _ in own}
+        own += () if "cache-control" in names else (_REVALIDATED,)
+        tag = [] if "etag" in names else [("ETag", f'"{job.id}"')]
+    response = _flow_response(Answer(stored.code, own, stored.body or b""), (("Job-Status", job.status.value),))
+    headers = one_line_each([*response.headers, *more]) if more else response.headers
+    response = response._replace(headers=[*headers, *tag])  # a list: none that is worth keeping
     if stored.body is None:
         pieces = x.app.store.result_pieces(job.key, stored.attempt)
         response = response._replace(stream=pieces, length=stored.size)
@@ -13741,12 +13815,14 @@ class Handler(BaseRequestHandler):
         if x.answered:
             return
         x.answered = True
-        head, access = x.head, self.loop.access
-        if access.origins:  # the answer would be another one for another origin, also where none was named
-            reply = reply._replace(headers=[*reply.headers, ("Vary", "Origin")])
-        if x.cors_origin is not None:
-            cors = [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
-            reply = reply._replace(headers=[*reply.headers, *cors])
+        head = x.head
+        if len(reply.body) > _AHEAD and self.loop.buffered + len(reply.body) > _MAX_BUFFERED and head.method != "HEAD":
+            reply = error_response(x, Busy("The server holds as many bytes of answers as it can.", 5))
+        if self.loop.access.origins:  # the answer would be another one for another origin, also where none was named
+            cors = [("Vary", "Origin")]
+            if x.cors_origin is not None:
+                cors += [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
+            reply = reply._replace(headers=one_line_each([*reply.headers, *cors]))
         self.loop.requests[head.method, x.route.path if x.route else "", reply.status] += 1
         if log.isEnabledFor(self.loop.access_level):
             self.log_access(x, reply)
@@ -13754,8 +13830,6 @@ class Handler(BaseRequestHandler):
             return
         if not head.keep_alive or self.loop.stopping or reply.status == 405:
             self.ending = True
-        if len(reply.body) > _AHEAD and self.loop.buffered + len(reply.body) > _MAX_BUFFERED and head.method != "HEAD":
-            reply = error_response(x, Busy("The server holds as many bytes of answers as it can.", 5))
         data = response_head(reply, x.request_id, not self.ending, head.version)
         self.exchange, self.in_flight, self.at_deadline = None, False, None
         self.taken = 0

@@ -342,6 +342,26 @@ def test_a_preflight_says_what_may_be_sent(shared: Running) -> None:
     assert int(answer.headers["Access-Control-Max-Age"]) > 0
 
 
+def test_a_header_has_one_line_whoever_sets_it(tmp_path: Path) -> None:
+    own = {"access-control-allow-origin": "*", "vary": "Accept, prefer", "content-location": "/x", "cache-control": "a"}
+    own |= {"etag": "v1", "preference-applied": "x", "access-control-expose-headers": "X-A", "retry-after": "9"}
+    flow = get_flow("/own", response={"headers": own, "body": 1})
+    origin = "https://app.example"
+    with running(tmp_path, {"own": flow}, cors_origins=origin) as run:
+        sync = run.client.get("/api/publishing/own", headers={"Origin": origin})
+        job = run.client.get("/api/publishingAsync/own", headers={"Origin": origin, "Prefer": "wait=9"})
+        result = run.client.get(job.headers["Content-Location"], headers={"Origin": origin, "Prefer": "wait=1"})
+        for answer in (sync, job, result, run.client.get("/api/publishing/x", headers={"Origin": origin})):
+            names = [name.lower() for name, _ in answer.raw.headers.items()]
+            assert sorted(names) == sorted(set(names))
+            assert answer.headers["Access-Control-Allow-Origin"] == origin
+            assert answer.headers["Vary"].endswith("Origin")
+        assert sync.headers["Vary"] == "Accept, prefer, Prefer, Origin"
+        assert sync.headers["ETag"] == result.headers["ETag"] == '"v1"'
+        assert job.headers["Content-Location"].startswith(run.server.url)
+        assert job.headers["Preference-Applied"] == "wait=9"
+
+
 def test_where_origins_are_named_every_answer_says_that_it_depends_on_the_origin(shared: Running) -> None:
     for path, more in (("/api/jobs", {}), ("/nothing", {}), ("/api/jobs", {"Origin": "https://evil.example"})):
         assert shared.client.get(path, headers=BEARER | more).headers["Vary"] == "Origin"

@@ -21,7 +21,7 @@ import requests
 from support import ECHO, Client, FakeClock, Running, Sink, get_flow, running, talk
 
 import astera_lite
-from astera_lite import Answer, Job, JobKey, Outcome, Store, StoreError
+from astera_lite import Answer, FlowError, Job, JobKey, Outcome, Store, StoreError
 
 WORDS = {"Running", "Completed", "Error", "Unknown"}
 MEMBERS = {
@@ -710,6 +710,94 @@ def test_any_response_of_the_flow_is_completed(run: Running, code: int) -> None:
         assert answer.headers["Cache-Control"] == "max-age=9"
         assert answer.content == (b"" if code in (204, 304) else b'{"own":1}\n')
     assert run.client.get(document["resultUrl"]).headers["Job-Status"] == "Completed"
+
+
+@pytest.mark.parametrize(
+    ("method", "response", "code", "owed"),
+    [
+        ("GET", {"status": "${205}", "body": 1}, 205, {"Content-Length": "0"}),
+        ("GET", {"status": 401}, 401, {"WWW-Authenticate": "Bearer"}),
+        ("GET", {"status": 401, "headers": {"www-authenticate": "Own"}}, 401, {"WWW-Authenticate": "Own"}),
+        ("GET", {"status": "${405}", "headers": {"Allow": None}}, 405, {"Allow": ""}),
+        ("GET", {"status": 405, "headers": {"Allow": "PUT"}}, 405, {"Allow": "PUT"}),
+        ("GET", {"status": 206, "headers": {"Content-Range": "rows 1-2/9"}, "body": 1}, 206, {}),
+        ("GET", {"status": 308, "headers": {"Location": "/x"}}, 308, {"Location": "/x"}),
+        ("GET", {"status": 304}, 304, {}),
+        ("GET", {"status": "${300 + 1}"}, 500, {}),
+        ("GET", {"status": 303, "headers": {"Location": "${null}"}}, 500, {}),
+        ("GET", {"status": "${416}"}, 500, {}),
+        ("GET", {"status": "${407}"}, 500, {}),
+        ("POST", {"status": "${304}"}, 500, {}),
+    ],
+)
+def test_a_status_brings_what_it_owes(tmp_path: Path, method: str, response: Any, code: int, owed: Any) -> None:
+    flow = get_flow("/x", request={"method": method}, response=response)
+    stepped = get_flow("/y", request={"method": method}, steps=[{"name": "a", "respond": response}])
+    with serving(tmp_path, {"x": flow, "y": stepped}) as run:
+        for path in ("/x", "/y"):
+            answer = run.client(method, f"/api/publishing{path}")
+            assert answer.status_code == code
+            assert {name: answer.headers.get(name) for name in owed} == owed
+            assert answer.content == b"" or code in (206, 500)
+
+
+@pytest.mark.parametrize(
+    ("method", "response", "fault"),
+    [
+        ("GET", {"status": 205, "body": 1}, "/response/body: a response of status 205 has no body: leave it out"),
+        ("GET", {"status": 206}, "/response/status: status 206 needs the header Content-Range"),
+        ("GET", {"status": 416}, "/response/status: status 416 needs the header Content-Range"),
+        ("GET", {"status": 302}, "/response/status: status 302 needs the header Location"),
+        ("GET", {"status": 426}, "/response/status: status 426 needs the header Upgrade"),
+        ("POST", {"status": 304}, "/response/status: status 304 is an answer to GET and HEAD only"),
+        (
+            "GET",
+            {"headers": {"A": "1", "a": "2"}},
+            "/response/headers/a: is the same header as A: leave one of them out",
+        ),
+    ],
+)
+def test_a_response_that_owes_something_is_not_published(
+    tmp_path: Path, method: str, response: Any, fault: str
+) -> None:
+    with serving(tmp_path, {}) as run:
+        with pytest.raises(FlowError) as caught:
+            run.app.deploy("x", get_flow("/x", request={"method": method}, response=response))
+        assert [str(fault).partition(": ")[2] for fault in caught.value.faults] == [fault]
+
+
+def test_fail_may_set_headers(tmp_path: Path) -> None:
+    flow = get_flow(
+        "/x",
+        request={"parameters": {"code": {"in": "query", "type": "integer"}, "by": {"in": "query"}}},
+        steps=[
+            {
+                "name": "no",
+                "fail": {
+                    "status": "${params.code}",
+                    "message": "no",
+                    "headers": {"WWW-Authenticate": "${params.by}", "X-A": "a\r\nb", "Retry-After": 9, "Vary": "A"},
+                },
+            }
+        ],
+    )
+    calling = get_flow("/y", steps=[{"name": "c", "call": {"flow": "x", "params": {"code": 401}}}])
+    with serving(tmp_path, {"x": flow, "y": calling}) as run:
+        for code, by, sent, got in ((401, "Own", 401, "Own"), (401, None, 401, "Bearer"), (416, "Own", 500, None)):
+            answer = run.client.get("/api/publishing/x", params={"code": code, "by": by})
+            assert (answer.status_code, answer.headers.get("WWW-Authenticate")) == (sent, got)
+            assert answer.headers["Content-Type"] == "application/problem+json"
+            document = run.client.finished(run.client.get("/api/publishingAsync/x", params={"code": code, "by": by}))
+            result = run.client.get(document["resultUrl"])
+            assert (result.status_code, result.headers.get("WWW-Authenticate")) == (sent, got)
+            if sent == 401:
+                assert (answer.headers["X-A"], answer.headers["Retry-After"]) == ("a%0D%0Ab", "9")
+                assert answer.headers["Vary"] == "A, Prefer"
+        answer = run.client.get("/api/publishing/y")
+        assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+        for headers in ({"Content-Type": "text/plain"}, {"Date": "x"}, {"A": 1, "a": 2}, {"a b": 1}, 1):
+            with pytest.raises(FlowError):
+                run.app.deploy("z", get_flow("/z", steps=[{"name": "a", "fail": {"message": "", "headers": headers}}]))
 
 
 @pytest.mark.parametrize("code", [100, 199, 600, -1])
