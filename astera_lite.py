@@ -3138,7 +3138,7 @@ class Input(NamedTuple):
     params: dict[str, Any]
     request: dict[str, Any]
     selected: Selected = _ALL_ROWS
-    size: int = 0  # bytes of the body as it came
+    size: int = 0  # bytes of body and query as they came
     trace: Trace | None = None
 
 
@@ -3242,7 +3242,7 @@ class Flow(NamedTuple):
                 "id": request_id,
             },
             selected,
-            len(request.body),
+            len(request.body) + len(request.query),
             request.trace,
         )
 
@@ -8546,8 +8546,10 @@ def _bytes_from_mark(value: dict[str, Any]) -> Any:
 # ======================================================================================================================
 
 MAX_ATTEMPTS = 3  # interrupted so often, a job is given up: it may be what brings the server down
-_KEEP_READY = 1000  # queued jobs whose input stays in memory; those behind them are read again when their turn comes
+_KEEP_BYTES = 1 << 20  # of queued jobs' requests whose inputs stay in memory, where JSON takes up to thirty times that
+_ITSELF = 1 << 10  # bytes that any input counts for
 _MAX_UNRECORDED = 2000  # outcomes on their way to the disk, above which a worker waits for its own
+_MAX_UNRECORDED_BYTES = 32 << 20  # of their bodies, the same
 _PURSE = 10_000  # units that a run may cost which holds up the loop: some milliseconds
 _LIGHT_BODY = 16 << 10  # bytes of a request's body that such a run may have
 _COMPUTING = 2  # threads that run Python at one time: more would only hand the interpreter's lock to and fro
@@ -8704,6 +8706,7 @@ class Engine:
         self._asleep: set[int] = set()  # those of them that were not cancelled meanwhile
         self._sync: deque[_SyncRun] = deque()
         self._inputs: dict[int, Prepared] = {}
+        self._kept_bytes = 0  # what they count for
         self._dropped: set[int] = set()  # cancelled while queued or waiting, the end not on disk yet
         self._gone: set[int] = set()  # cancelled, but still in the heap of ready jobs
         self._to_cancel: set[int] = set()  # cancelled while they could not be read; they end when they can
@@ -8715,7 +8718,7 @@ class Engine:
         self._held_sync: dict[str, deque[_SyncRun]] = {}
         self._calls: set[Run] = set()  # synchronous runs that have begun
         self._admitted: dict[str, set[int]] = {}  # by flow that refuses when full: unfinished jobs and calls
-        self._draining = self._busy = self._unrecorded = 0
+        self._draining = self._busy = self._unrecorded = self._unrecorded_bytes = 0
         self._computing, self._may_compute = 0, _COMPUTING  # of the draining threads, those in nothing that may block
         self._taken = self._taken_before = 0
         self._stopping = False
@@ -8748,10 +8751,24 @@ class Engine:
     def put(self, seq: int, prepared: Prepared | None = None) -> None:
         """Queue a stored job; what is prepared already is kept in memory as long as the queue is short."""
         with self._lock:
-            if prepared is not None and len(self._inputs) < _KEEP_READY and prepared.input.size < PIECE:
-                self._inputs[seq] = prepared
+            if prepared is not None:
+                self._keep(seq, prepared)
             heapq.heappush(self._ready, seq)
             self._call_threads()
+
+    def _keep(self, seq: int, prepared: Prepared) -> None:
+        """With the lock held: keep a job's input, if there is room; else it is read again when its turn comes."""
+        size = prepared.input.size + _ITSELF
+        if self._kept_bytes + size <= _KEEP_BYTES and not prepared.saved:
+            self._inputs[seq] = prepared
+            self._kept_bytes += size
+
+    def _take(self, seq: int) -> Prepared | None:
+        """With the lock held: a job's input, if it was kept."""
+        prepared = self._inputs.pop(seq, None)
+        if prepared is not None:
+            self._kept_bytes -= prepared.input.size + _ITSELF
+        return prepared
 
     def later(self, due: int, seq: int) -> None:
         """Queue a stored job when its time comes."""
@@ -8953,7 +8970,7 @@ class Engine:
             seq = heapq.heappop(self._ready)
             if seq in self._dropped or seq in self._gone:
                 self._gone.discard(seq)
-                self._inputs.pop(seq, None)
+                self._take(seq)
                 continue
             self._busy += 1
             self._paused.pop(seq, None)
@@ -8961,7 +8978,7 @@ class Engine:
             if seq in self._to_cancel:
                 self._to_cancel.discard(seq)
                 live.cancel.set()
-            return partial(self._run_job, seq, live, self._inputs.pop(seq, None))
+            return partial(self._run_job, seq, live, self._take(seq))
         return None
 
     # --- one job ---
@@ -8999,8 +9016,7 @@ class Engine:
                 if live.cancel.is_set:
                     self._to_cancel.add(seq)
                 self._live.pop(seq, None)
-                if len(self._inputs) < _KEEP_READY:
-                    self._inputs[seq] = prepared
+                self._keep(seq, prepared)
                 heapq.heappush(self._held.setdefault(flow.name, []), seq)
                 return
         try:
@@ -9071,7 +9087,7 @@ class Engine:
         finish = self._finish(job, outcome, trace)
         log_outcome("job", ran.flow, ran.input, outcome)
         with self._lock:
-            crowded = self._unrecorded >= _MAX_UNRECORDED
+            crowded = self._unrecorded >= _MAX_UNRECORDED or self._unrecorded_bytes >= _MAX_UNRECORDED_BYTES
         if crowded:
             _await(partial(self._hand_over, job, finish), threading.TIMEOUT_MAX)
         else:
@@ -9085,11 +9101,13 @@ class Engine:
         """Give a job's end to the store."""
         with self._lock:
             self._unrecorded += 1
+            self._unrecorded_bytes += len(finish.outcome.answer.body)
         try:
             self._store.finish(finish, self._finished(job, finish.outcome, done, substitute))
         except BaseException:  # out of memory: it is not on its way
             with self._lock:
                 self._unrecorded -= 1
+                self._unrecorded_bytes -= len(finish.outcome.answer.body)
             raise
 
     def ended_at_once(self, job: Job, flow: Flow, given: Input) -> Finish | None:
@@ -9130,6 +9148,7 @@ class Engine:
         def recorded(moved: Any, error: AsteraError | None) -> None:
             with self._lock:
                 self._unrecorded -= 1
+                self._unrecorded_bytes -= len(outcome.answer.body)
                 self._live.pop(job.key.seq, None)
                 self._paused.pop(job.key.seq, None)
                 self._dropped.discard(job.key.seq)
@@ -9190,7 +9209,7 @@ class Engine:
             self._asleep.discard(seq)
             if seq in self._ready or seq in self._held.get(job.flow, ()):
                 self._gone.add(seq)
-            self._inputs.pop(seq, None)
+            self._take(seq)
         self.end(job, Outcome.failed("cancelled", 409, "The job was cancelled."))
         return True
 

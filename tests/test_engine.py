@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import queue
 import sqlite3
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import FakeClock, get_flow, until
+from support import Api, FakeClock, get_flow, process, until
 
 from astera_lite import (
     MAX_ATTEMPTS,
@@ -288,6 +289,45 @@ def test_no_call_begins_after_the_stop(tmp_path: Path, gate: Gate, limit: dict[s
         assert inside.result(10).status_code == (503 if limit else 409)
         assert {ended.get(timeout=10).answer.code for _ in range(first)} == {409}  # nobody waits for them any more
     assert gate.runs == began == first + (not limit)
+
+
+@pytest.mark.parametrize("held_by", ["the threads", "a limit"])
+def test_waiting_jobs_take_memory_by_their_bytes_and_not_by_their_parsed_values(tmp_path: Path, held_by: str) -> None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("memory is read from /proc")
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "w.py").write_text(
+        "import os, time\ndef held(context):\n    while not os.path.exists('go'):\n        time.sleep(0.01)\n"
+    )
+    flow = {
+        "request": {"method": "POST", "resource": "/f", "processing": ["asynchronous"]},
+        "steps": [{"name": "h", "python": "w:held"}],
+        "response": {"body": "${len(request.body)}"},
+    } | ({"concurrency": 1} if held_by == "a limit" else {})
+    (tmp_path / "flows" / "f.json").write_text(json.dumps(flow))
+    body = b"[" + b"{}," * 60_000 + b"{}]"  # 180 kB, which take some 5 MB as values
+
+    def memory(pid: int) -> int:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
+
+    with process(tmp_path, "--workers", "1" if held_by == "the threads" else "4") as (server, url, _):
+        api = Api(url)
+        headers = {"Content-Type": "application/json"}
+
+        def submit() -> str:
+            answer = api.session.post(f"{url}/api/publishingAsync/f", data=body, headers=headers, timeout=20)
+            return str(answer.json()["id"])
+
+        ids = [submit() for _ in range(4)]
+        until(lambda: api.counts()["running"] == 1)
+        before = memory(server.pid)
+        ids += [submit() for _ in range(36)]
+        until(lambda: api.counts() == {"queued": 39, "running": 1, "waiting": 0})
+        assert memory(server.pid) - before < 70  # MB; kept as values, they would be 150
+        (tmp_path / "go").touch()
+        assert {api.result(api.finished(job_id)["id"]) for job_id in ids} == {60_001}
 
 
 def test_a_synchronous_caller_gets_an_answer_whatever_the_step_does(tmp_path: Path) -> None:
