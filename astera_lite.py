@@ -925,12 +925,13 @@ class Settings(NamedTuple):
             for name, value in given.items():
                 spelled = where + (name.upper() if where == prefix else name.replace("_", "-") if where else name)
                 label = Fault(spelled, "", "") if where in (prefix, "--", "") else Fault(where, name, "")
+                hint = "" if name in SETTING_FIELDS else suggest(name, SETTING_FIELDS)
+                platforms = where == prefix and (value.startswith("tcp://") or not (hint or name in SETTING_FIELDS))
+                if platforms:  # container platforms put variables of their own under a service's name
+                    log.warning("%s is no setting: passed over", spelled)
+                    continue
                 if name not in SETTING_FIELDS:
-                    message = "is no setting" + suggest(name, SETTING_FIELDS)
-                    if where == prefix:  # container platforms put variables of their own under a service's name
-                        log.warning("%s %s", spelled, message)
-                    else:
-                        faults.append(label._replace(message=message))
+                    faults.append(label._replace(message=f"is no setting{hint}"))
                     continue
                 try:
                     values[name] = _checked_setting(name, value)
@@ -2207,7 +2208,13 @@ class AddressPolicy:
             try:
                 self.networks.append(ipaddress.ip_network(word.strip("[]"), strict=False))
             except ValueError:
-                if not _HOST_NAME.fullmatch(word) or word in ("auto", "none") or _NUMBERED.fullmatch(word):
+                if word in ("auto", "none"):
+                    instead = (
+                        "localhost, 127.0.0.0/8, ::1/128 beside the others" if word == "auto" else "the others only"
+                    )
+                    message = f'"{word}" stands alone: write {instead}'
+                    raise ConfigError([Fault("callback_allow", "", message)]) from None
+                if not _HOST_NAME.fullmatch(word) or _NUMBERED.fullmatch(word):
                     message = f"{shown(word)} is neither a host name nor a network such as 10.0.0.0/8"
                     raise ConfigError([Fault("callback_allow", "", message)]) from None
                 self.hosts.add(word.rstrip("."))
@@ -14515,6 +14522,27 @@ def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str], tak
         group.description = f"Not as flags, which would show in `ps`: {', '.join(names)}."
 
 
+def _check_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
+    """Refuse a flag that no command has: the parser would take its value for the command."""
+    secret = {"--" + name.replace("_", "-"): name.upper() for name, item in SETTING_FIELDS.items() if item.secret}
+    settings = {"--" + name.replace("_", "-") for name in SETTING_FIELDS} - secret.keys()
+    settings |= {"-h", "--help", "--version", "--config"}
+    own = {argument for _, _, arguments, _ in COMMANDS.values() for argument, _ in arguments if argument[:2] == "--"}
+    begun = False
+    for word in itertools.takewhile(lambda word: word != "--", given):
+        begun = begun or word in COMMANDS
+        flag = word.partition("=")[0]
+        if not re.match("-[^0-9]", flag) or flag in settings or (begun and flag in own):
+            continue
+        if flag in secret:
+            parser.error(
+                f"{flag} would show in `ps`: set ASTERA_LITE_{secret[flag]}, or write it into the --config file"
+            )
+        parser.error(
+            f"{flag} stands behind its command" if flag in own else f"there is no {flag}{suggest(flag, settings | own)}"
+        )
+
+
 def _plain_arguments(given: list[str]) -> Any:
     """What the parser would make of a server's settings; None for all else. The parser takes 0.5 MB and 6 ms."""
     flags = {f"--{name.replace('_', '-')}": f"set_{name}" for name, item in SETTING_FIELDS.items() if not item.secret}
@@ -14636,7 +14664,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     given = [*(sys.argv[1:] if argv is None else argv)]
-    args: Any = _plain_arguments(given) or _parser().parse_args(given)
+    args: Any = _plain_arguments(given)
+    if args is None:
+        parser = _parser()
+        _check_flags(parser, given)
+        args = parser.parse_args(given)
     command = COMMANDS[args.command or "serve"][0]
     code = 0
     try:
@@ -15282,8 +15314,11 @@ def token(args: argparse.Namespace, settings: Settings) -> int:
 
     path, name = settings.database, args.name
     unused = [word for word, given in (("--flows", args.flows), ("--role", args.role)) if given is not None]
-    if (name is None or args.revoke) and (unused or (name is None and args.revoke)):
-        print(f"{(unused or ['--revoke'])[0]} goes with a new NAME", file=sys.stderr)
+    if unused and (name is None or args.revoke):
+        print(f"{unused[0]} goes with a new NAME", file=sys.stderr)
+        return 2
+    if args.revoke and name is None:
+        print("--revoke needs the NAME of a token: without one, `token` lists them", file=sys.stderr)
         return 2
     role = args.role or "user"
     if name is None:
@@ -15305,11 +15340,17 @@ def token(args: argparse.Namespace, settings: Settings) -> int:
         faults.append(f"{name} is the name of the token in the settings: choose another one")
     if flows is not None and (role == "admin" or not flows):
         faults.append("--flows names flows, and not for --role admin, which may call and deploy all of them")
+    if not faults and flows and os.path.isdir(settings.flows):  # elsewhere a program publishes them
+        known = {os.path.splitext(file)[0] for file in os.listdir(settings.flows) if is_flow_file(file)}
+        unknown = sorted(flows - known)
+        faults += [f'there is no flow "{word}" in {settings.flows}{suggest(word, known)}' for word in unknown]
     for fault in faults:
         print(fault, file=sys.stderr)
     if faults:
         return 2
     text = "astera_" + secrets.token_urlsafe(32)
+    if settings.token is None and not _tokens_of(path):
+        print("it is the first token: from now on the server lets nobody in without one", file=sys.stderr)
     edit_tokens(path, add=Token(name, token_digest(text), role, flows, Clock().wall()))
     print("send it as `Authorization: Bearer TOKEN`; it is not shown again:", file=sys.stderr)
     print(text)
@@ -15396,8 +15437,10 @@ _DOCUMENTED = ("flows", "host", "port", "public_url", "env_allow", "secrets")
 
 
 def _positive(text: str) -> int:
+    import argparse  # noqa: PLC0415 (whose parser calls this)
+
     if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or int(text) < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from 1 on")
     return int(text)
 
 

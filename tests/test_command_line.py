@@ -215,6 +215,24 @@ def test_wrong_usage_is_2(here: Here, tmp_path: Path, arguments: list[str]) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prot", "9270"], 'there is no --prot; did you mean "--port"?'),
+        (["-p", "9270"], "there is no -p"),
+        (["check", "--prot=1"], 'there is no --prot; did you mean "--port"?'),
+        (["jobs", "--limt", "3"], 'there is no --limt; did you mean "--limit"?'),
+        (["--limit", "5", "jobs"], "--limit stands behind its command"),
+        (["jobs", "--limit", "0"], 'argument --limit: "0" is not a whole number from 1 on'),
+        (["--token", "t"], "--token would show in `ps`: set ASTERA_LITE_TOKEN, or write it into the --config file"),
+    ],
+)
+def test_wrong_usage_is_told_by_what_was_meant(here: Here, arguments: list[str], said: str) -> None:
+    done = here(*arguments)
+    assert (done.returncode, done.stderr.splitlines()[-1].partition("error: ")[2]) == (2, said)
+    assert here("try", "nothing", "--", "--prot=1").stderr.endswith('there is no flow "nothing"\n')
+
+
 # --- settings ---
 
 
@@ -713,6 +731,12 @@ def test_check_without_a_folder_names_the_cure(here: Here, tmp_path: Path) -> No
 def test_the_flows_of_the_checkout_are_well() -> None:
     done = run(ROOT, "check")
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_new_leaves_the_connections_alone(here: Here, tmp_path: Path) -> None:
+    done = here("new", "connections")
+    assert (done.returncode, done.stderr) == (1, "connections.json keeps the connections: choose another name\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- try ---

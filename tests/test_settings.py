@@ -153,11 +153,14 @@ def test_every_fault_of_every_source_is_named_where_it_stands(tmp_path: Path) ->
     assert 'did you mean "port"?' in found[5]
 
 
-def test_an_unknown_environment_variable_is_only_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        Settings.load(environ={"ASTERA_LITE_PROT": "1", "ASTERA_LITE_PORT_80_TCP": "tcp://10.0.0.1"})
-    assert 'ASTERA_LITE_PROT is no setting; did you mean "port"?' in caplog.text
-    assert "ASTERA_LITE_PORT_80_TCP is no setting" in caplog.text
+def test_an_environment_variable_that_is_nearly_a_setting_is_a_fault(caplog: pytest.LogCaptureFixture) -> None:
+    assert faults(environ={"ASTERA_LITE_PROT": "1"}) == ['ASTERA_LITE_PROT: is no setting; did you mean "port"?']
+    platforms = {"PORT": "tcp://10.0.0.1:80", "PORT_80_TCP": "tcp://10.0.0.1:80", "PORT_80_TCP_ADDR": "10.0.0.1"}
+    platforms |= {"SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "80", "SERVICE_PORT_HTTP": "80"}
+    with caplog.at_level(logging.WARNING):  # as Kubernetes sets them for a service of that name
+        assert Settings.load(environ={f"ASTERA_LITE_{name}": text for name, text in platforms.items()}) == Settings()
+    for name in platforms:
+        assert f"ASTERA_LITE_{name} is no setting: passed over" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -219,6 +222,12 @@ def test_the_command_prints_every_fault_and_ends_with_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize("allow", ["10.0.0.0/8,example.com", "auto", "none", "localhost", "[::1]"])
 def test_callback_allow(allow: str) -> None:
     assert AsteraLite(callback_allow=allow).settings.callback_allow == allow
+
+
+def test_a_word_that_stands_alone_in_callback_allow_is_told_as_such() -> None:
+    with pytest.raises(ConfigError, match='"auto" stands alone: write localhost, 127'):
+        AsteraLite(callback_allow="auto,10.0.0.0/8")
+    AsteraLite(callback_allow="localhost, 127.0.0.0/8, ::1/128, 10.0.0.0/8")
 
 
 @pytest.mark.parametrize("allow", ["auto,10.0.0.0/8", "10.0.0.0/99", "http://x", "a b", "ex_ample..com"])

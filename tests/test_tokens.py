@@ -79,7 +79,18 @@ def test_a_token_is_printed_once_alone_and_kept_as_a_hash(tmp_path: Path, capsys
     assert "ada" in listed and "user" in listed and token not in listed
 
 
-def test_tokens_are_listed_with_role_and_flows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_token_says_that_it_closes_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    database = ["--database", str(tmp_path / "jobs.db")]
+    said = "it is the first token: from now on the server lets nobody in without one\n"
+    for arguments, first in (["ada"], True), (["bob"], False), (["ada", "--revoke"], False), (["eve"], False):
+        assert main(["token", *arguments, *database]) == 0
+        assert capsys.readouterr().err.startswith(said) is first
+
+
+def test_tokens_are_listed_with_role_and_flows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no folder of flows is: a program may publish them
     make(tmp_path, capsys, "bob", "--flows", "b,a")
     make(tmp_path, capsys, "ada", "--role", "admin")
     lines = make(tmp_path, capsys).splitlines()
@@ -97,7 +108,8 @@ def test_tokens_are_listed_with_role_and_flows(tmp_path: Path, capsys: pytest.Ca
         (["adda", "--revoke"], 1, 'the token adda is not there; did you mean "ada"?'),
         (["ada", "--revoke", "--role", "user"], 2, "--role goes with a new NAME"),
         (["--flows", "hello"], 2, "--flows goes with a new NAME"),
-        (["--revoke"], 2, "--revoke goes with a new NAME"),
+        (["--revoke"], 2, "--revoke needs the NAME of a token: without one, `token` lists them"),
+        (["x", "--flows", "helo,hello"], 2, 'there is no flow "helo" in flows; did you mean "hello"?'),
         (["a b"], 2, '"a b" must consist of letters, digits, - and _'),
         (["x", "--flows", "../a"], 2, '"../a" must consist of letters'),
         (["x", "--flows", ","], 2, "--flows names flows"),
@@ -106,8 +118,14 @@ def test_tokens_are_listed_with_role_and_flows(tmp_path: Path, capsys: pytest.Ca
     ],
 )
 def test_what_cannot_be_made_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, words: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    words: str,
 ) -> None:
+    monkeypatch.chdir(ROOT)
     make(tmp_path, capsys, "ada")
     assert main(["token", *arguments, "--database", str(tmp_path / "jobs.db")]) == code
     printed = capsys.readouterr()
