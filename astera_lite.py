@@ -517,9 +517,11 @@ class Mask:
 
     def _without_beginning(self, text: str) -> str:
         for form in self._forms:
-            for length in range(min(len(form) - 1, len(text)), 3, -1):
-                if text.endswith(form[:length]):
-                    return text[:-length] + "***"
+            end = len(form) - 1
+            while (at := form.rfind(text[-4:], 0, end)) >= 0:
+                end = at + 3
+                if text.endswith(form[: at + 4]):
+                    return text[: -at - 4] + "***"
         return text
 
     def log_record(self, record: logging.LogRecord) -> bool:
@@ -3694,6 +3696,7 @@ class Surroundings(NamedTuple):
 
 
 _EACH_HELPERS = 64  # threads in all that help with the items of `each`
+_MAX_TOLD = 100  # lines, above which failures of steps inside steps are told briefly
 _MAX_TRACE = 500  # lines, above which steps inside steps are left out
 _WORTH_SUSPENDING_MS = 250  # a shorter wait costs less than two commits
 
@@ -3861,8 +3864,13 @@ def blame(run: Run, error: BaseException) -> dict[str, Any]:
     """Put a failure into the trace that came between steps, as that of the step which was about to begin."""
     name = (run.progress.step or "").partition("/")[0]
     step = next((step for step in run.flow.steps if step.name == name), _RESPONDING)
-    failure = _failure(error, step, run, step.name, 1)
-    _note(run, step, step.name, "failed", run.outside.clock.wall(), failures=[failure])
+    return _note_failure(run, step, step.name, error)
+
+
+def _note_failure(run: Run, step: Step, path: str, error: BaseException) -> dict[str, Any]:
+    """Put the failure of what is no attempt of a step into the trace."""
+    failure = _failure(error, step, run, path, 1)
+    _note(run, step, path, "failed", run.outside.clock.wall(), failures=[failure])
     return failure
 
 
@@ -3879,7 +3887,12 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
             _note(run, step, path, "resumed", run.outside.clock.wall(), None, value)
             continue
         run.check()
-        if step.when is not None and not run.settled(step.when, scope, f"{path}?"):
+        try:
+            skipped = step.when is not None and not run.settled(step.when, scope, f"{path}?")
+        except ExpressionError as error:
+            _note_failure(run, step, path, error)
+            raise
+        if skipped:
             scope[step.name] = None
             _note(run, step, path, "skipped", run.outside.clock.wall())
             continue
@@ -3891,7 +3904,10 @@ def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
     resumed = run.journal.saved.get(f"{path}<")
     began = run.outside.clock.wall() if resumed is None else resumed
     failures: list[dict[str, Any]] = []  # of each attempt
-    note = partial(_note, run, step, path, began=began, failures=failures)
+
+    def note(state: str, size: int | None = None, value: Any = None) -> None:
+        _note(run, step, path, state, began, size, value, failures)
+
     try:
         canned, value = run.canned.output(step, path) if run.canned is not None else (False, None)
         if not canned:
@@ -3934,7 +3950,7 @@ def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
     # What stands for a failure is kept too, or a resumed run would fail, and act, once more.
     size = run.journal.record(path, value) if step.save or state == "failed" else None
     if state == "finished":
-        note(state, size=size, value=value)
+        note(state, size, value)
     return value
 
 
@@ -4001,7 +4017,7 @@ def _failure(error: BaseException, step: Step, run: Run, path: str, attempt: int
         more |= {"source": error.source} if error.source else {}
     elif isinstance(error, ExpressionError):
         kind, message = "expression", str(error)
-        if message.startswith("/"):
+        if message.startswith(place.rpartition("/")[0] + "/"):  # or it stands in connections.json
             place, _, message = message.partition(": ")
     elif isinstance(error, _TimedOut):
         kind, message = "timeout", str(error) or "the flow took longer than it may"
@@ -4120,6 +4136,12 @@ def _note(
     masked = run.outside.masked
     preview = None if telling is None else masked(shown(_outline(telling, masked), 200))
     retries = failures[:-1] if state == "failed" else failures
+    if "/" in path and len(run.trace) >= _MAX_TOLD:  # of the items of a long list, what they said is not kept
+        failures = [
+            {name: value[:200] if name == "message" else value for name, value in each.items() if name != "body"}
+            for each in failures[-1:]
+        ]
+        retries = []
     run.trace.append(
         {
             "path": path,
@@ -4155,7 +4177,6 @@ _RESPONDING = Step("response", "response", lambda run, scope, path: None, False,
 
 
 def _respond(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> Answer:
-    began = run.outside.clock.wall()
     try:
         if not flow.responses:
             return make_answer(200, {}, value, run.outside.max_result)
@@ -4164,8 +4185,7 @@ def _respond(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> Ans
                 return evaluate_response(response, run, scope)
         raise ExpressionError("/response: no response's `when` held: add a last one without `when`")
     except Exception as error:
-        path = f"{prefix}response"
-        _note(run, _RESPONDING, path, "failed", began, failures=[_failure(error, _RESPONDING, run, path, 1)])
+        _note_failure(run, _RESPONDING, f"{prefix}response", error)
         raise
 
 

@@ -167,6 +167,11 @@ FAILING: dict[str, tuple[list[Any], Any, tuple[str, str, str]]] = {
         None,
         ("a/0/b", "/steps/0/choose/0/steps/0/set", ""),
     ),
+    "inner-when": (
+        [{"name": "a", "each": {"of": [1], "steps": [{"name": "b", "when": "${item.x}", "set": 1}]}}],
+        None,
+        ("a/0/b", "/steps/0/each/steps/0/when", ""),
+    ),
     "call": ([{"name": "a", "call": "called"}], None, ("a/response", "/response/body", "")),
 }
 
@@ -194,6 +199,25 @@ def test_a_file_that_was_changed_meanwhile_has_no_line(tmp_path: Path) -> None:
         job = it.client.finished(it.client.get("/api/publishingAsync/a"))
         failure = it.client.get(f"/api/jobs/{job['id']}").json()["failure"]
     assert (failure["pointer"], failure["line"]) == ("/steps/0/set", None)
+
+
+def test_the_failures_of_a_long_list_are_told_briefly(tmp_path: Path, api: str) -> None:
+    step = {"name": "b", "http": api, "retry": RETRY | {"delay": 0}, "onError": "continue"}
+    flow_file(tmp_path, "long", {"name": "a", "each": {"of": list(range(150)), "steps": [step]}})
+    with failed_jobs(tmp_path, "long") as found:
+        pass
+    steps = found["long"]["steps"]
+    assert [len(each.get("retries", ())) for each in steps] == [2] * 100 + [0] * 51
+    assert ["body" in each["error"] for each in steps[:150]] == [True] * 100 + [False] * 50
+
+
+def test_what_is_wrong_in_the_connections_has_the_place_of_the_step(tmp_path: Path) -> None:
+    flow_file(tmp_path, "crm", {"name": "a", "http": {"connection": "crm"}})
+    (tmp_path / "flows" / "connections.json").write_text('{"crm": {"url": "http://${secrets.HOST}/"}}', "utf-8")
+    with failed_jobs(tmp_path, "crm") as found:
+        failure = found["crm"]["failure"]
+    assert failure["pointer"] == "/steps/0/http"
+    assert failure["message"] == '/crm/url: secrets.HOST: there is no "HOST"'
 
 
 def test_a_cancelled_job_has_a_word_of_its_own(tmp_path: Path) -> None:
