@@ -5320,11 +5320,14 @@ def _unexpected(method: str, answer: Fetched) -> StepError:
     return _http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
 
 
-def _http_failure(method: str, status: int, detail: str, *kinds: str, answer: Fetched | None = None) -> StepError:
+def _http_failure(
+    method: str, status: int, detail: str, *kinds: str, answer: Fetched | None = None, more: str = ""
+) -> StepError:
+    """A failure of an `http` step; `more` is for the flow's author only."""
     found = {*kinds, *(f"{kind[0]}xx" for kind in kinds if kind.isdigit())}
     if method not in _IDEMPOTENT or not found & _WORTH_RETRYING:
         found.add("unsafe")  # is repeated only where `retry.on` asks for it
-    return StepError(status, detail, detail, found, answer)
+    return StepError(status, detail, detail + more, found, answer)
 
 
 def _call_out(run: Run, request: _OutgoingRequest, follow: bool, max_bytes: int) -> Fetched:
@@ -5398,7 +5401,9 @@ def _send_once(run: Run, request: _OutgoingRequest, asked: str, max_bytes: int) 
     except OutboundError as error:
         run.check()
         status = 504 if error.kind == "timeout" else 502
-        raise _http_failure(asked, status, f"the API it calls gave no answer: {error}", error.kind) from None
+        said, colon, more = str(error).partition(": ")  # of the system, which may name hosts of the inner network
+        detail = f"the API it calls gave no answer: {said}"
+        raise _http_failure(asked, status, detail, error.kind, more=colon + more) from None
 
 
 # What Python calls an encoding too; the first takes time with the square of the size.

@@ -6,6 +6,7 @@ import base64
 import email.utils
 import gzip
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -402,6 +403,15 @@ def test_who_takes_text_for_json_is_told_of_parse_json(
     ):
         assert app.run("f").status_code == 500
     assert "parse_json(c.body) reads it if it is JSON" in caplog.text
+
+
+def test_a_client_is_not_told_what_the_system_says_of_an_api(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+    with serving(tmp_path, None, {"name": "c", "http": url}) as app:
+        detail = app.run("f").json()["detail"]
+    assert detail == 'step "c": the API it calls gave no answer: the connection failed'
+    assert f"{detail.partition(': ')[2]}: Connection refused" in caplog.text
 
 
 def test_a_client_does_not_learn_which_address_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
