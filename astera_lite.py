@@ -1352,6 +1352,25 @@ def _deep(work: _Work, values: Iterable[Any]) -> None:
             todo += value.values()
 
 
+def _key(work: _Work, key: Any) -> Any:
+    """What is looked up in an object, paid for: a tuple is hashed with all that it holds."""
+    if type(key) is tuple or type(key) is str:
+        _deep(work, (key,))
+    return key
+
+
+def _member(work: _Work, values: Any, key: Any) -> Any:
+    return values[_key(work, key)]
+
+
+def _compared(work: _Work, item: Any, values: Any) -> None:
+    """Pay for looking for an item in a list, or for a text in a text."""
+    if type(item) is str:  # not every search that CPython has is linear
+        work.spend(len(item) * len(values) >> 6)
+    elif type(item) in (list, tuple, dict):
+        _deep(work, (values,))
+
+
 def _each(work: _Work, values: Any, price: int) -> Any:
     if type(values) not in (list, dict, tuple, str):
         raise ExpressionError(f"{_kind(values)} cannot be looped over")
@@ -1422,8 +1441,10 @@ def _paid(work: _Work, value: Any) -> Any:
 def _contains(work: _Work, item: Any, values: Any) -> bool:
     if type(values) not in (list, dict, tuple, str):
         raise ExpressionError(f"{_kind(values)} has nothing in it")
-    if type(values) is not dict:
-        work.spend(len(values))
+    if type(values) is dict:
+        return _key(work, item) in values
+    work.spend(len(values))
+    _compared(work, item, values)
     return item in values
 
 
@@ -1602,13 +1623,24 @@ FUNCTIONS = {name: (function, free) for free, group in _GROUPS.items() for name,
 
 
 _WRITERS = frozenset({"str", "json", "base64", "sha256", "urlencode", "unique", "sorted", "min", "max"})
+_BY_FIELDS = frozenset({"sort_by", "group_by", "index_by"})
 
 
-def _charged(function: Callable[..., Any], deep: bool = False) -> Callable[..., Any]:
+def _fields(rows: Any, *names: Any) -> list[Any]:
+    """The values by which rows are sorted, grouped or found."""
+    names = tuple(name.removeprefix("-") for name in names if type(name) is str)
+    return [row.get(name) for row in rows if type(row) is dict for name in names] if type(rows) is list else []
+
+
+def _charged(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     def call(work: _Work, *args: Any, **named: Any) -> Any:
         work.spend(8)
-        if deep:
+        if name in _WRITERS:
             _deep(work, (*args, *named.values()))
+        elif name in _BY_FIELDS:
+            _deep(work, _fields(*args, *named.values()))
+        elif name == "merge":
+            _deep(work, [key for each in args if type(each) is dict for key in each if type(key) is tuple])
         for value in args:
             if type(value) in (list, tuple, dict):
                 work.spend(len(value))
@@ -1664,6 +1696,9 @@ for _name in ("index", "count"):
     METHODS[_name][list] = getattr(list, _name)
 
 
+_LINEAR = frozenset("join startswith endswith removeprefix removesuffix".split())
+
+
 def _method(name: str) -> Callable[..., Any]:
     table = METHODS[name]
     free = name == "get"
@@ -1673,8 +1708,10 @@ def _method(name: str) -> Callable[..., Any]:
         if function is None:
             raise ExpressionError(f"{_kind(value)} has no .{name}()")
         if free:
-            return function(value, *args, **named)
+            return function(value, *map(partial(_key, work), args), **named)
         work.spend(8 + (len(value) >> 2 * (type(value) is str)))
+        if args and name not in _LINEAR:
+            _compared(work, args[0], value)
         if name == "join":
             work.spend(_join_cost(value, *args, **named))
         return _grown(work, function(value, *args, **named))
@@ -1683,11 +1720,17 @@ def _method(name: str) -> Callable[..., Any]:
 
 
 _HELPERS = {"_each": _each, "_join": _join, "_add": _add, "_multiply": _multiply, "_power": _power}
-_HELPERS |= {"_paid": _paid, "_modulo": _modulo, "_contains": _contains, "_slice": _slice}
+_HELPERS |= {
+    "_paid": _paid,
+    "_modulo": _modulo,
+    "_contains": _contains,
+    "_slice": _slice,
+    "_key": _key,
+    "_member": _member,
+}
 _GLOBALS: dict[str, Any] = {"__builtins__": {}, **_HELPERS}
 _GLOBALS |= {
-    f"_f_{name}": function if free else _charged(function, name in _WRITERS)
-    for name, (function, free) in FUNCTIONS.items()
+    f"_f_{name}": function if free else _charged(function, name) for name, (function, free) in FUNCTIONS.items()
 }
 _GLOBALS |= {f"_m_{name}": _method(name) for name in METHODS}
 
@@ -1769,7 +1812,14 @@ class _Checker:
         if isinstance(node.slice, ast.Slice):
             ends = (node.slice.lower, node.slice.upper, node.slice.step)
             return self.helper("_slice", value, *(self.visit(e, bound) if e else ast.Constant(None) for e in ends))
-        return ast.Subscript(value, self.visit(node.slice, bound), ast.Load())
+        index = self.visit(node.slice, bound)
+        if isinstance(index, ast.Constant):
+            return ast.Subscript(value, index, ast.Load())
+        return self.helper("_member", value, index)
+
+    def key(self, node: ast.expr, bound: frozenset[str]) -> ast.expr:
+        key = self.visit(node, bound)
+        return key if isinstance(key, ast.Constant) else self.helper("_key", key)
 
     def on_Call(self, node: ast.Call, bound: frozenset[str]) -> ast.expr:  # noqa: N802
         args = [self.visit(arg, bound) for arg in node.args]
@@ -1825,7 +1875,7 @@ class _Checker:
         left = self.visit(node.left, bound)
         others = [self.visit(other, bound) for other in node.comparators]
         if not any(isinstance(op, ast.In | ast.NotIn) for op in node.ops):
-            if not any(isinstance(side, ast.Constant) for side in (left, *others)):
+            if len(others) > 1 or not any(isinstance(side, ast.Constant) for side in (left, *others)):
                 left, *others = [self.helper("_paid", side) for side in (left, *others)]
             return ast.Compare(left, node.ops, others)
         if len(node.ops) > 1:
@@ -1843,7 +1893,7 @@ class _Checker:
         return ast.Tuple([self.visit(item, bound) for item in node.elts], ast.Load())
 
     def on_Dict(self, node: ast.Dict, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        keys = [self.visit(key, bound) for key in node.keys if key is not None]
+        keys = [self.key(key, bound) for key in node.keys if key is not None]
         if len(keys) < len(node.values):
             raise _Refused("there is no `**`: use merge(a, b)")
         return ast.Dict(list(keys), [self.visit(value, bound) for value in node.values])
@@ -1856,7 +1906,7 @@ class _Checker:
 
     def on_DictComp(self, node: ast.DictComp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
         generators, bound = self.loops(node.generators, bound, 8 + _price(node.key) + _price(node.value))
-        return ast.DictComp(self.visit(node.key, bound), self.visit(node.value, bound), generators)
+        return ast.DictComp(self.key(node.key, bound), self.visit(node.value, bound), generators)
 
     def loops(
         self, generators: list[ast.comprehension], bound: frozenset[str], price: int
@@ -3090,6 +3140,7 @@ class Selected(NamedTuple):
         """The rows that were asked for, in the order that was asked for."""
         if type(rows) not in (list, tuple) or not all(type(row) is dict for row in rows):
             raise ExpressionError(f"{place}: filter and sort need a list of objects")
+        _deep(_Work(), _fields(rows if type(rows) is list else list(rows), *self.filters, *self.sort))
         for name, texts in self.filters.items():
             wanted = [_filter_value(text) for text in texts]
             rows = [row for row in rows if _selects(wanted, row.get(name))]

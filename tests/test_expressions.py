@@ -472,9 +472,12 @@ scope = {
     "a": [[k] for k in range(100000)],
     "b": [[k] for k in range(100000)],
     "dag": [1],
+    "twin": [1],
+    "pairs": (1, 1),
 }
 for _ in range(40):
-    scope["dag"] = [scope["dag"], scope["dag"]]
+    for name in ("dag", "twin", "pairs"):
+        scope[name] = type(scope[name])([scope[name], scope[name]])
 template = compile_template(sys.argv[1], scope)
 try:
     template(scope)
@@ -495,6 +498,24 @@ except ExpressionError as error:
         "${unique([a for i in range(20000)])}",
         "${json(dag)}",
         "as text: ${dag}",
+        "${dag in [twin]}",
+        "${twin not in [dag]}",
+        "${[twin].index(dag)}",
+        "${[twin].count(dag)}",
+        "${dag == twin == 1}",
+        "${pairs in {}}",
+        "${{pairs: 1}}",
+        "${{pair: 1 for pair in [pairs]}}",
+        "${{'a': 1}.get(pairs)}",
+        "${{'a': 1}[pairs]}",
+        "${sort_by([{'k': dag}, {'k': twin}], '-k')}",
+        "${group_by([{'k': pairs}], 'k')}",
+        "${index_by([{'k': pairs}], name='k')}",
+        "${unique([pairs])}",
+        "${max(dag, twin)}",
+        "${big.rfind('y' + big[:500000])}",
+        "${big.rsplit('y' + big[:500000])}",
+        "${big.strip('y' * 500000 + 'x')}",
         "${[sha256({'k': padded}) for i in range(20000)]}",
     ],
 )

@@ -728,6 +728,18 @@ def test_a_response_that_is_none_is_a_500(spec: Any) -> None:
     assert run_steps(response={"body": 1, **spec}).answer.code == 500
 
 
+def test_rows_that_would_take_for_ever_to_sort_or_filter_are_a_500(tmp_path: Path) -> None:
+    steps = [{"name": name, "set": [1]} for name in ("a0", "b0")]
+    steps += [{"name": f"{n}{i + 1}", "set": f"${{[{n}{i}, {n}{i}]}}"} for n in ("a", "b") for i in range(40)]
+    body = [{"k": "${a40}"}, {"k": "${b40}"}]
+    steps.append({"name": "rows", "set": body})
+    flow = get_flow("/rows", steps=steps, response={"body": "${rows}", "sort": True, "filter": ["k"]})
+    with running(tmp_path, {"rows": flow}) as (_, _, client):
+        for query in ("sort_by=k", "k=x"):
+            answer = client.get(f"/api/publishing/rows?{query}")
+            assert answer.status_code == 500 and "log has the reason" in answer.json()["detail"]
+
+
 def test_a_result_over_the_limit_is_a_500() -> None:
     assert run_steps(response={"body": "${'x' * 5000}"}, max_result=4096).answer.code == 500
 
