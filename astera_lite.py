@@ -736,9 +736,15 @@ def _check_depth(text: str, most: int) -> None:
         raise ValueError(_TOO_DEEP)
 
 
+#: Reason phrases by status, as RFC 9110 has them: older Pythons know some by older names.
+PHRASES: dict[int, str] = dict(http.client.responses) | {
+    413: "Content Too Large", 414: "URI Too Long", 416: "Range Not Satisfiable", 422: "Unprocessable Content",
+}  # fmt: skip
+
+
 def problem(status: int, detail: str = "", **members: Any) -> dict[str, Any]:
     """A problem document (RFC 9457) with `type`, `title`, `status`, `detail` and further members."""
-    title = http.client.responses.get(status, "Error")
+    title = PHRASES.get(status, "Error")
     return {"type": "about:blank", "title": title, "status": status, "detail": detail or title} | members
 
 
@@ -9790,6 +9796,25 @@ def _check_public_url(url: str | None) -> None:
         raise ConfigError([Fault("public_url", "", str(error))]) from None
 
 
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?/?")
+
+
+def parse_origins(text: str | None) -> set[str]:
+    """The origins of web pages in a list, spelt as browsers do (RFC 6454); raises ConfigError."""
+    origins, faults = set(), []
+    for item in filter(None, map(str.strip, (text or "").split(","))):
+        match = _ORIGIN.fullmatch(item.lower())
+        if match is None:
+            cure = "is no origin, which is scheme, host and port, if it has one: write https://app.example"
+            faults.append(Fault("cors_origins", "", f"{shown(item)} {cure}"))
+        else:
+            usual = {"http": ":80", "https": ":443"}.get(match[1])
+            origins.add(f"{match[1]}://{match[2]}{match[3] if match[3] and match[3] != usual else ''}")
+    if faults:
+        raise ConfigError(faults)
+    return origins
+
+
 def _check_database(path: str) -> None:
     if path in ("", ":memory:") or path.startswith("file:"):
         fault = f"{shown(path)} is no path of a file, in which jobs are kept: one in a temporary folder will do"
@@ -9863,6 +9888,7 @@ class AsteraLite:
             partial(signing_key, settings.callback_secret),
             partial(read_secrets, settings.secrets, environ),
             partial(_check_public_url, settings.public_url),
+            partial(parse_origins, settings.cors_origins),
             partial(_check_database, settings.database),
         )
         patterns = [re.escape(p.strip()).replace(r"\*", ".*") for p in settings.env_allow.split(",") if p.strip()]
@@ -10820,11 +10846,11 @@ def _not_taken(name: str, annotation: Any, hint: Any, in_body: bool) -> str:
 
 
 class AccessError(AsteraError):
-    """The caller may not do this; `status` is 401, 403 or 421."""
+    """The caller may not do this; `status` is 401, 403 or 421, `code` what is wrong with the token (RFC 6750)."""
 
-    def __init__(self, status: int, detail: str) -> None:
+    def __init__(self, status: int, detail: str, code: str = "") -> None:
         super().__init__(detail)
-        self.status = status
+        self.status, self.code = status, code
 
 
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
@@ -10864,31 +10890,37 @@ class Access:
             if public_url is not None:
                 host = parse_target(public_url).host
                 self._hosts.add(f"[{host}]" if ":" in host else host)
-        self.origins = {origin.strip().rstrip("/") for origin in (cors_origins or "").split(",") if origin.strip()}
+        self.origins = parse_origins(cors_origins)
         if public_url is not None:
             self._own = "/".join(public_url.lower().split("/")[:3])  # an origin has no path
 
     _own: str | None = None
 
-    def check_origin(self, headers: Mapping[str, str], base: str, navigation: bool) -> str | None:
-        """Raise AccessError for a name not ours, or a page of another origin; the origin to answer, if allowed."""
+    def named_origin(self, headers: Mapping[str, str]) -> str | None:
+        """The origin of the page that calls, if the setting names it."""
+        origin = headers.get("origin")
+        return origin if origin in self.origins else None
+
+    def check_origin(self, head: Head, base: str) -> None:
+        """Raise AccessError for a name not ours, or a page of another origin."""
+        headers = head.headers
         host = headers.get("host", "")
         if self._hosts is not None and host and host not in self._good_hosts:
             match = _HOST.fullmatch(host.lower())
             if match is None or match[1] not in self._hosts:
-                raise AccessError(421, f"This server is not {shown(host.lower())}: call it as localhost or 127.0.0.1.")
+                cure = "call it as localhost or 127.0.0.1, or let the setting public_url name it"
+                raise AccessError(421, f"This server is not {shown(host.lower())}: {cure}.")
             if len(self._good_hosts) < 64:
                 self._good_hosts.add(host)
         origin = headers.get("origin")
-        if origin is not None and origin in self.origins:
-            return origin
+        if origin in self.origins:
+            return
         if origin is not None and origin not in (base, self._own):
             raise AccessError(
                 403, f"Pages of {shown(origin)} may not call this server; cors_origins names those that may."
             )
-        if headers.get("sec-fetch-site") == "cross-site" and not navigation:
+        if headers.get("sec-fetch-site") == "cross-site" and not _is_followed_link(head):
             raise AccessError(403, "Pages of other sites may not call this server.")
-        return None
 
     def principal(self, authorization: str | None) -> Principal:
         """Who the bearer token stands for; raises AccessError (RFC 6750)."""
@@ -10902,9 +10934,18 @@ class Access:
         scheme, _, given = (authorization or "").partition(" ")
         digest = sha256(given.strip().encode("latin-1", "replace"))
         found = [token for token in tokens if hmac.compare_digest(digest, token.digest)]  # all, so that none is sooner
-        if scheme.lower() != "bearer" or not found:
+        if scheme.lower() != "bearer" or not given.strip():
             raise AccessError(401, "This needs a token: send Authorization: Bearer …")
+        if not found:
+            raise AccessError(401, "The token is not known here, or not any more.", "invalid_token")
         return Principal(found[0].name, found[0].role == "admin", found[0].flows)
+
+
+def _is_followed_link(head: Head) -> bool:
+    """Whether a person follows a link to what only reads: a navigation of a whole window (Fetch Metadata)."""
+    sent = head.headers
+    window = sent.get("sec-fetch-mode") == "navigate" and sent.get("sec-fetch-dest", "document") == "document"
+    return head.method == "GET" and (head.path == "/" or (window and not head.path.startswith("/api/publishing")))
 
 
 # ======================================================================================================================
@@ -10948,6 +10989,7 @@ _REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP
 # Possessive, so that a hostile line costs no backtracking.
 _FIELDS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+")
 _STRAY = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+_ORIGIN_LINE = re.compile(rb"(?i)\r\norigin:[ \t]*([!-~]+)[ \t]*\r\n")
 _LENGTH = re.compile("(?=[0-9])0*+([0-9]{0,18}+)([0-9]*+)")
 _CODINGS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+[ \t]*,[ \t]*)+chunked")
 _CHUNK_SIZE = re.compile(  # with extensions, which mean nothing here
@@ -11139,13 +11181,18 @@ class RequestParser:
             self._seen = len(buffer)
             return None
         head = self._head = parse_head(bytes(buffer[: end + 2]), self._max_url)
-        del buffer[: end + 4]
-        self._led, self._seen, self._line = False, 0, -1
         if head.length > self._max_body:
             raise WireError(413, f"The body is larger than {show_size(self._max_body)}.")
+        del buffer[: end + 4]
+        self._led, self._seen, self._line = False, 0, -1
         if head.chunked:
             self._body, self._chunk_left, self._trailer = bytearray(), 0, -1
         return head
+
+    def origin(self) -> dict[str, str]:
+        """The header Origin of a request that is refused as it stands, as far as it came."""
+        match = _ORIGIN_LINE.search(self._buffer)
+        return {"origin": match[1].decode()} if match else {}
 
     def _check(self, end: int) -> None:
         """Refuse what cannot become a head any more, instead of waiting for its end.
@@ -11232,7 +11279,7 @@ class RequestParser:
             del buffer[:at]
 
 
-_STATUS_LINES = {code: f"HTTP/1.1 {code} {phrase}\r\n" for code, phrase in http.client.responses.items()}
+_STATUS_LINES = {code: f"HTTP/1.1 {code} {phrase}\r\n" for code, phrase in PHRASES.items()}
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -11252,13 +11299,15 @@ def _header_lines(headers: Iterable[tuple[str, str]]) -> str:
 _known_header_lines = _cached_if_short(_header_lines)
 
 
-def response_head(response: Reply, request_id: str, keep_alive: bool, version: int = 11) -> bytes:
+def response_head(
+    response: Reply, request_id: str, keep_alive: bool, version: int = 11, has_length: bool = True
+) -> bytes:
     """Status line and headers, with the framing that RFC 9112 asks for."""
     status = response.status
     headers = response.headers
     block = _known_header_lines(headers) if isinstance(headers, tuple) else _header_lines(headers)
     lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n", "Date: ", _http_date(), "\r\n", block]
-    if status != 204 and status != 304:
+    if status != 204 and status != 304 and has_length:
         lines.append(f"Content-Length: {len(response.body) or response.length}\r\n")
     if not keep_alive:
         lines.append("Connection: close\r\n")
@@ -11715,6 +11764,7 @@ _HEADERS: dict[str, Any] = {
     "Content-Location": _header("The URL of the result.", _URI),
     "Preference-Applied": _header("The preferences that were honoured (RFC 7240).", _TEXT, False),
     "Idempotency-Replayed": _header("There when this key came before.", {"const": "true"}, False),
+    "Accept": _header("The content types that are taken.", _TEXT, False),
     "Accept-Encoding": _header("The coding that is taken, if the coding is what was wrong.", _TEXT, False),
     "WWW-Authenticate": _header("The scheme that is wanted (RFC 6750).", _TEXT),
     "ETag": _header("Names this state of it, for If-None-Match and If-Match (RFC 9110).", _TEXT, False),
@@ -11729,7 +11779,11 @@ _PROBLEMS: dict[int, tuple[str, str, tuple[str, ...]]] = {
     412: ("PreconditionFailed", "A precondition (If-Match and its like) does not hold: nothing was done.", ()),
     413: ("ContentTooLarge", "The body is larger than the server takes.", ()),
     414: ("UriTooLong", "The URL is longer than the server takes.", ()),
-    415: ("UnsupportedMediaType", "The body is of a type, or in a coding, that is not taken.", ("Accept-Encoding",)),
+    415: (
+        "UnsupportedMediaType",
+        "The body is of a type, or in a coding, that is not taken.",
+        ("Accept", "Accept-Encoding"),
+    ),
     421: ("Misdirected", "The server is not called by this name.", ()),
     422: ("KeyReused", "The Idempotency-Key came before, with another request.", ()),
     429: ("TooManyRequests", "The flow runs as often at a time as it may.", ("Retry-After",)),
@@ -12843,7 +12897,8 @@ class Route(NamedTuple):
 def begin(x: Exchange, access: Access) -> None:
     """Let a request in: origin, token, route. Raises the error that refuses it, before its body is read."""
     head = x.head
-    x.cors_origin = access.check_origin(head.headers, x.origin, navigation=head.method == "GET" and head.path == "/")
+    x.cors_origin = access.named_origin(head.headers)
+    access.check_origin(head, x.origin)
     if head.method == "OPTIONS":
         x.route = Route("OPTIONS", "*", options, True)
         return
@@ -12891,8 +12946,11 @@ def error_response(x: Exchange, error: Exception) -> Reply:
     detail = str(error)
     if isinstance(error, InputError):
         members["errors"] = error.errors
-        if status == 415 and error.errors[0]["name"] == "Content-Encoding":
-            headers.append(("Accept-Encoding", "identity"))
+        if status == 415:
+            types = ", ".join(x.flow.content_types if x.flow else ("application/json",))
+            headers += [("Accept", types)] * bool(types)
+            headers += [("Accept-Patch", types)] * bool(types and x.head.method == "PATCH")
+            headers += [("Accept-Encoding", "identity")] * (error.errors[0]["name"] == "Content-Encoding")
     elif isinstance(error, Busy):
         headers.append(("Retry-After", str(error.retry_after)))
     elif isinstance(error, StoreError):
@@ -12905,8 +12963,9 @@ def error_response(x: Exchange, error: Exception) -> Reply:
         headers.append(("Allow", error.allowed))
     elif status == 405:  # whatever the resource
         headers.append(("Allow", ", ".join(sorted(_METHODS))))
-    if status == 401:
-        headers.append(("WWW-Authenticate", 'Bearer realm="astera-lite"'))
+    code = error.code if isinstance(error, AccessError) else ""
+    if status == 401 or code:
+        headers.append(("WWW-Authenticate", 'Bearer realm="astera-lite"' + f', error="{code}"' * bool(code)))
     return Reply(status, headers, json_body(problem(status, detail, **members)))
 
 
@@ -13095,7 +13154,7 @@ def find_flow(mode: str, x: Exchange) -> None:
 
 def _check_may_call(x: Exchange, flow: str) -> None:
     if not x.caller.may_call(flow):
-        raise AccessError(403, f"The token {x.caller.name} may not call the flow {flow}.")
+        raise AccessError(403, f"The token {x.caller.name} may not call the flow {flow}.", "insufficient_scope")
 
 
 def _allowed(matches: list[dict[str, Flow]], mode: str) -> set[str]:
@@ -13109,18 +13168,24 @@ def options(x: Exchange) -> Reply:
     """OPTIONS: which methods a path takes."""
     path = x.head.path
     names: set[str] = {"OPTIONS"}
+    patched: list[str] = []  # the content types of PATCH
     for mode, prefix in PREFIXES.items():
         if path.startswith(prefix + "/"):
-            names |= _allowed(x.app.deployments.match(path[len(prefix) :]), mode)
+            matches = x.app.deployments.match(path[len(prefix) :])
+            names |= _allowed(matches, mode)
+            patched += [media for methods in matches if "PATCH" in methods for media in methods["PATCH"].content_types]
     if path == "*":
         names |= set(_METHODS)
     elif len(names) == 1:
         names |= _with_head(find_routes(path, {})) - {"*"}
     headers = [("Allow", ", ".join(sorted(names))), _NO_STORE]
+    if patched and "PATCH" in names:
+        headers.append(("Accept-Patch", ", ".join(dict.fromkeys(patched))))
     if x.cors_origin is not None:
-        wanted = x.head.headers.get("access-control-request-headers", "")
+        asked = x.head.headers.get("access-control-request-headers", "").split(",")
+        wanted = ", ".join(name for each in asked if _TOKEN_TEXT.fullmatch(name := each.strip(" \t")))
         headers += [("Access-Control-Allow-Methods", headers[0][1]), ("Access-Control-Max-Age", "600")]
-        headers += [("Access-Control-Allow-Headers", wanted)] if _FIELD_VALUE.fullmatch(wanted) and wanted else []
+        headers += [("Access-Control-Allow-Headers", wanted)] if wanted else []
     return Reply(204, headers)
 
 
@@ -13547,8 +13612,10 @@ def deployment_one(x: Exchange) -> Reply:
 
 def _may_deploy(x: Exchange) -> None:
     if not x.caller.admin or not x.caller.name:  # a flow can run programs
+        if x.caller.name:
+            raise AccessError(403, "Deploying needs a token of role admin.", "insufficient_scope")
         detail = "Deploying needs a token of role admin, and this server has no tokens: set `token`, and send it."
-        raise AccessError(403, detail if not x.caller.name else "Deploying needs a token of role admin.")
+        raise AccessError(403, detail)
 
 
 def _apart(x: Exchange, work: Callable[[], Reply]) -> None:
@@ -13605,7 +13672,8 @@ def health(x: Exchange) -> Reply:
 
 def _may_measure(x: Exchange) -> None:
     if not x.caller.admin:
-        raise AccessError(403, f"The token {x.caller.name} is of role user: the metrics tell of everybody's jobs.")
+        detail = f"The token {x.caller.name} is of role user: the metrics tell of everybody's jobs."
+        raise AccessError(403, detail, "insufficient_scope")
 
 
 def metrics(x: Exchange) -> Reply:
@@ -13893,10 +13961,18 @@ class Handler(BaseRequestHandler):
 
     def refuse(self, error: WireError) -> None:
         """Answer a request that cannot be read any further, and close."""
-        x = self.exchange or self.loop.exchange(self, _NO_HEAD)
-        self.exchange, self.in_flight, self.ending = x, True, True
+        x = self.refused()
         x.answered = False
         x.fail(error)
+
+    def refused(self) -> Exchange:
+        """The exchange at hand, also where there is no head, with which the connection ends."""
+        x = self.exchange
+        if x is None:
+            x = self.loop.exchange(self, _NO_HEAD)
+            x.cors_origin = self.loop.access.named_origin(self.parser.origin())
+        self.exchange, self.in_flight, self.ending = x, True, True
+        return x
 
     def count_buffered(self) -> None:
         """Keep the server's account of the bytes held; over the limit the newest comer is refused."""
@@ -13906,9 +13982,7 @@ class Handler(BaseRequestHandler):
         self.loop.buffered += held - self.counted
         self.counted = held
         if self.loop.buffered > _MAX_BUFFERED and held > _AHEAD and not (self.in_flight or self.out or self.ending):
-            x = self.exchange or self.loop.exchange(self, _NO_HEAD)
-            self.exchange, self.in_flight, self.ending = x, True, True
-            x.fail(Busy("The server holds as many bytes of requests as it can.", 5))
+            self.refused().fail(Busy("The server holds as many bytes of requests as it can.", 5))
 
     # --- writing ---
 
@@ -13932,7 +14006,8 @@ class Handler(BaseRequestHandler):
             return
         if not head.keep_alive or self.loop.stopping or reply.status == 405:
             self.ending = True
-        data = response_head(reply, x.request_id, not self.ending, head.version)
+        has_length = reply.status != 405 or head.method != "HEAD"  # it would have to be that of a GET
+        data = response_head(reply, x.request_id, not self.ending, head.version, has_length)
         self.exchange, self.in_flight, self.at_deadline = None, False, None
         self.taken = 0
         if head.method == "HEAD" or reply.status in (204, 304):
@@ -15060,7 +15135,7 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     if outcome.reason:
         print(f"reason: {_one_line(outcome.reason)}", file=sys.stderr)
     answer = outcome.answer
-    print(f"{outcome.status.value} {answer.code} {http.client.responses.get(answer.code, '')}", file=sys.stderr)
+    print(f"{outcome.status.value} {answer.code} {PHRASES.get(answer.code, '')}", file=sys.stderr)
     for name, value in answer.headers:
         print(f"{name}: {value}", file=sys.stderr)
     sys.stderr.flush()

@@ -101,6 +101,9 @@ def test_a_wrong_token_is_401(guarded: Running, value: str) -> None:
     answer = guarded.client.get("/api/jobs", headers={"Authorization": value.encode("latin-1")})
     assert answer.status_code == 401
     assert TOKEN not in answer.text
+    scheme, _, given = value.partition(" ")  # who sent none is told of no fault (RFC 6750, section 3.1)
+    wrong = scheme.lower() == "bearer" and bool(given)
+    assert ('error="invalid_token"' in answer.headers["WWW-Authenticate"]) == wrong
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR"])
@@ -269,10 +272,16 @@ def test_with_a_public_url_its_origin_is_ours(
 @pytest.mark.parametrize(
     ("value", "method", "path", "code"),
     [
-        ("cross-site", "GET", "/api/jobs", 403),
+        ("cross-site", "GET", "/api/jobs", 200),  # a person follows a link to what only reads
+        ("cross-site", "GET", "/openapi.json", 200),
+        ("cross-site", "GET", "/health", 200),
+        ("cross-site", "GET", f"/api/jobs/{NO_ID}/result", 404),
         ("cross-site", "GET", "/api/publishing/hello", 403),
+        ("cross-site", "GET", "/api/publishingAsync/hello", 403),
+        ("cross-site", "HEAD", "/api/jobs", 403),
+        ("cross-site", "POST", f"/api/jobs/{NO_ID}/cancel", 403),
+        ("cross-site", "DELETE", f"/api/jobs/{NO_ID}", 403),
         ("cross-site", "POST", "/", 403),
-        ("cross-site", "GET", "/health", 403),
         ("cross-site", "GET", "/", 404),  # a link to the console may be followed; there is none in this version
         ("same-site", "GET", "/api/jobs", 200),
         ("same-origin", "GET", "/api/jobs", 200),
@@ -282,8 +291,13 @@ def test_with_a_public_url_its_origin_is_ours(
 def test_requests_from_pages_of_other_sites_are_403(
     free: Running, value: str, method: str, path: str, code: int
 ) -> None:
-    answer = free.client(method, path, headers={"Sec-Fetch-Site": value, "Sec-Fetch-Mode": "navigate"})
-    if code == 404:
+    link = {"Sec-Fetch-Site": value, "Sec-Fetch-Mode": "navigate"}
+    assert free.client(method, path, headers=link | {"Sec-Fetch-Dest": "document"}).status_code in (code, 200)
+    if value == "cross-site" and path != "/":  # what a page does by itself is no navigation of a window
+        for more in ({"Sec-Fetch-Mode": "no-cors"}, {"Sec-Fetch-Dest": "iframe"}, {"Origin": "https://evil.example"}):
+            assert free.client(method, path, headers=link | more).status_code == 403
+    answer = free.client(method, path, headers=link)
+    if path == "/" and code == 404:
         assert answer.status_code != 403
     else:
         assert answer.status_code == code
@@ -297,6 +311,54 @@ def test_a_refused_page_starts_no_job(free: Running) -> None:
 
 
 # --- CORS ---
+
+
+@pytest.mark.parametrize(
+    "origins",
+    ["*", "app.example", "https://app.example/path", "https://*.example", "null", "https://a.example https://b.example",
+     "https://a@b.example", "https://a.example:x", "https://bücher.example", "https://"],
+)  # fmt: skip
+def test_what_is_no_origin_is_refused_at_the_start(tmp_path: Path, origins: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        AsteraLite(database=str(tmp_path / "jobs.db"), cors_origins=f"https://ok.example, {origins}")
+    (fault,) = caught.value.faults
+    assert (fault.where, "https://app.example" in fault.message) == ("cors_origins", True)
+
+
+def test_origins_are_compared_as_browsers_write_them(tmp_path: Path) -> None:
+    origins = "HTTPS://App.Example:443/,http://[::1]:3000 , app://local,,"
+    with running(tmp_path, FLOWS, cors_origins=origins) as run:
+        for origin in ("https://app.example", "http://[::1]:3000", "app://local"):
+            answer = run.client.get("/api/jobs", headers={"Origin": origin})
+            assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (200, origin)
+
+
+@pytest.mark.parametrize(
+    ("request_line", "header", "code"),
+    [
+        ("POST /api/publishing/echo", "Content-Length: 999999999999", 413),
+        (f"GET /{'x' * 20_000}", "X: y", 414),
+        ("GET /", f"X: {'y' * 70_000}", 431),
+        ("GET /", "X : y", 400),
+        ("GET /", "Expect: more", 417),
+        ("POST /", "Transfer-Encoding: zip, chunked", 501),
+        ("GET /", "Host: evil.example:1", 400),
+    ],
+)
+def test_a_page_may_read_why_its_request_was_refused_early(
+    shared: Running, request_line: str, header: str, code: int
+) -> None:
+    for origin, allowed in (("https://app.example", True), ("https://evil.example", False)):
+        head = f"{request_line} HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\n{header}\r\n\r\n"
+        answer = talk(shared.server, head.encode()).decode()
+        assert answer.startswith(f"HTTP/1.1 {code} ")
+        assert (f"\r\nAccess-Control-Allow-Origin: {origin}\r\n" in answer) == allowed
+
+
+def test_a_page_may_read_that_it_calls_the_server_by_a_wrong_name(shared: Running) -> None:
+    answer = shared.client.get("/api/jobs", headers={"Host": "other.example", "Origin": "https://app.example"})
+    assert (answer.status_code, answer.headers["Access-Control-Allow-Origin"]) == (421, "https://app.example")
+    assert "public_url" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("origin", ["https://app.example", "http://localhost:3000"])
@@ -340,6 +402,9 @@ def test_a_preflight_says_what_may_be_sent(shared: Running) -> None:
     assert "POST" in answer.headers["Access-Control-Allow-Methods"]
     assert answer.headers["Access-Control-Allow-Headers"] == wanted
     assert int(answer.headers["Access-Control-Max-Age"]) > 0
+    for sent, echoed in (("a,b", "a, b"), ("x-a ,, b c, (d), e\te, f", "x-a, f"), ("a b", None)):
+        answer = shared.client("OPTIONS", "/", headers=asked | {"Access-Control-Request-Headers": sent})
+        assert answer.headers.get("Access-Control-Allow-Headers") == echoed
 
 
 def test_a_header_has_one_line_whoever_sets_it(tmp_path: Path) -> None:

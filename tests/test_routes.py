@@ -242,6 +242,7 @@ def test_another_method_is_405_with_allow(run: Running, method: str, path: str, 
     answer = run.client(method, path)
     assert answer.status_code == 405
     assert set(answer.headers["Allow"].split(", ")) == allowed
+    assert method != "HEAD" or "Content-Length" not in answer.headers  # which would be that of a GET
     options = run.client("OPTIONS", path)
     assert (options.status_code, set(options.headers["Allow"].split(", "))) == (204, allowed)
 
@@ -312,6 +313,42 @@ def test_faults_of_key_callback_and_parameters_are_listed_together(run: Running)
     )
     assert answer.status_code == 400
     assert {e["name"] for e in answer.json()["errors"]} == {"n", "X-Mode", "callbackUrl", "Idempotency-Key"}
+
+
+def test_415_says_what_is_taken(tmp_path: Path) -> None:
+    text = {"method": "PATCH", "contentTypes": ["text", "json"]}
+    flows = {"x": get_flow("/x", request={"method": "POST", "body": {}}), "y": get_flow("/y", request=text)}
+    with serving(tmp_path, flows, token=SECRET) as run:
+        run.client.session.headers["Authorization"] = f"Bearer {SECRET}"
+        types = {"Content-Type": "image/png"}
+        for method, path, taken in (
+            ("POST", "/api/publishing/x", "application/json"),
+            ("PATCH", "/api/publishingAsync/y", "text/plain, application/json"),
+            ("PUT", "/api/deployments/x", "application/json"),
+        ):
+            answer = run.client(method, path, data=b"x", headers=types)
+            assert (answer.status_code, answer.headers["Accept"]) == (415, taken)
+            patch = taken if method == "PATCH" else None
+            assert answer.headers.get("Accept-Patch") == patch
+            assert run.client("OPTIONS", path).headers.get("Accept-Patch") == patch
+            answer = run.client(method, path, data=b"x", headers={"Content-Encoding": "gzip"})
+            assert (answer.status_code, answer.headers["Accept-Encoding"]) == (415, "identity")
+
+
+@pytest.mark.parametrize(
+    ("code", "title"),
+    [
+        (413, "Content Too Large"),
+        (414, "URI Too Long"),
+        (416, "Range Not Satisfiable"),
+        (422, "Unprocessable Content"),
+    ],
+)
+def test_titles_are_those_of_rfc_9110_on_every_python(tmp_path: Path, code: int, title: str) -> None:
+    fail = {"status": code, "message": "no", "headers": {"Content-Range": "bytes */9"}}
+    with serving(tmp_path, {"x": get_flow("/x", steps=[{"name": "a", "fail": fail}])}) as run:
+        answer = run.client.get("/api/publishing/x")
+        assert (answer.status_code, answer.reason, answer.json()["title"]) == (code, title, title)
 
 
 def test_utf8_goes_through_unharmed(run: Running) -> None:

@@ -269,6 +269,7 @@ def test_a_limited_token_calls_its_flows_only(tokens: Tokens) -> None:
         refused = tokens("bob", "GET", f"/api/{mode}/other")
         assert refused.status_code == 403
         assert refused.json()["detail"] == "The token bob may not call the flow other."
+        assert 'error="insufficient_scope"' in refused.headers["WWW-Authenticate"]
         assert tokens("bob", "GET", f"/api/{mode}/nothing").status_code == 404
         assert tokens("ada", "GET", f"/api/{mode}/other").status_code in (200, 202)
     assert [flow["name"] for flow in tokens("bob", "GET", "/api/deployments").json()["deployments"]] == [
@@ -310,6 +311,8 @@ def test_only_admin_deploys(tokens: Tokens) -> None:
                 403,
                 "Deploying needs a token of role admin.",
             )
+            assert 'error="insufficient_scope"' in refused.headers["WWW-Authenticate"]
+    assert 'error="insufficient_scope"' in tokens("bob", "GET", "/metrics").headers["WWW-Authenticate"]
     assert tokens("root", "DELETE", "/api/deployments/hello").status_code == 409  # published by the program
 
 
