@@ -4137,20 +4137,20 @@ def exception_source(error: BaseException) -> dict[str, Any] | None:
 
 
 @lru_cache(maxsize=64)
-def _lines_of_file(folder: str, source: str, text: str) -> Mapping[str, int]:
+def _lines_of_file(path: str, changed: int, text: str) -> Mapping[str, int]:
     """The lines of a flow file by JSON Pointer; none where it is not the text of this flow any more."""
-    try:
-        written = _read_text(os.path.join(folder, source))
-        same = parse_flow_text(written, source) == json.loads(text)
-    except (OSError, ValueError, FlowError):
-        return {}
-    return pointer_lines(written) if same else {}
+    written = _read_text(path)
+    return pointer_lines(written) if parse_flow_text(written, path) == json.loads(text) else {}
 
 
 def _line_in_file(flow: Flow, folder: str | None, place: str) -> int | None:
     if folder is None or not flow.source.endswith(".json"):
         return None
-    return nearest_line(_lines_of_file(folder, flow.source, flow.text), place)
+    path = os.path.join(folder, flow.source)
+    try:
+        return nearest_line(_lines_of_file(path, os.stat(path).st_mtime_ns, flow.text), place)
+    except (OSError, ValueError, FlowError):
+        return None
 
 
 @contextlib.contextmanager

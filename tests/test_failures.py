@@ -192,13 +192,19 @@ def test_every_way_to_fail_names_its_place_and_line(tmp_path: Path) -> None:
         assert f'"{last}"' in (tmp_path / "flows" / f"{file}.json").read_text().splitlines()[failure["line"] - 1], name
 
 
-def test_a_file_that_was_changed_meanwhile_has_no_line(tmp_path: Path) -> None:
+def test_the_line_is_that_of_the_file_as_it_is_as_long_as_it_is_that_flow(tmp_path: Path) -> None:
     flow_file(tmp_path, "a", {"name": "a", "set": "${1 / 0}"})
     with serving(tmp_path) as it:
-        (tmp_path / "flows" / "a.json").write_text("{}", "utf-8")
-        job = it.client.finished(it.client.get("/api/publishingAsync/a"))
-        failure = it.client.get(f"/api/jobs/{job['id']}").json()["failure"]
-    assert (failure["pointer"], failure["line"]) == ("/steps/0/set", None)
+        it.app.housekeeper.stop(5)  # the files are not read anew
+        path = tmp_path / "flows" / "a.json"
+        text, lines = path.read_text("utf-8"), []
+        for changed in (text, "{}", "{", "\n\n" + text, None):
+            path.unlink() if changed is None else path.write_text(changed, "utf-8")
+            job = it.client.finished(it.client.get("/api/publishingAsync/a"))
+            failure = it.client.get(f"/api/jobs/{job['id']}").json()["failure"]
+            assert failure["pointer"] == "/steps/0/set"
+            lines.append(failure["line"])
+    assert lines == [lines[0], None, None, lines[0] + 2, None]
 
 
 def test_the_failures_of_a_long_list_are_told_briefly(tmp_path: Path, api: str) -> None:
