@@ -2070,9 +2070,11 @@ class Template:
             message = "what stands before it is null"
         elif isinstance(error, TypeError) and "indices must be integers" in message:
             message = "what stands before it is a list or text, which has no fields"
-            if "list" not in str(error) and "." in part:  # what an API answers as text or bytes
-                message += f": parse_json({part.rpartition('.')[0].lstrip('(')}) reads it if it is JSON"
-            message += ": len(…) is the length" if part.rstrip().endswith(".length") else ""
+            before, _, field = part.rstrip().rpartition(".")
+            if field == "length":
+                message += ": len(…) is the length"
+            elif before and "list" not in str(error):  # what an API answers as text or bytes
+                message += f": parse_json({before.lstrip('(')}) reads it if it is JSON"
         elif isinstance(error, MemoryError | RecursionError):
             message = "it is too large or nested too deeply"
         return f"{place}: {part or source}: {message}" if place else message
