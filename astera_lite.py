@@ -1369,6 +1369,11 @@ def _member(work: _Work, values: Any, key: Any) -> Any:
     return values[_key(work, key)]
 
 
+def _optional(work: _Work, values: Any, name: str) -> Any:
+    """A member that the flow declares and a request need not have."""
+    return values.get(name) if type(values) is dict else values[name]
+
+
 def _compared(work: _Work, item: Any, values: Any) -> None:
     """Pay for looking for an item in a list, or for a text in a text."""
     if type(item) is str:  # not every search that CPython has is linear
@@ -1734,6 +1739,7 @@ _HELPERS |= {
     "_key": _key,
     "_member": _member,
 }
+_HELPERS |= {"_optional": _optional}
 _GLOBALS: dict[str, Any] = {"__builtins__": {}, **_HELPERS}
 _GLOBALS |= {
     f"_f_{name}": function if free else _charged(function, name) for name, (function, free) in FUNCTIONS.items()
@@ -1762,8 +1768,9 @@ class _Refused(Exception):
 class _Checker:
     """Rewrites one checked expression; every node kind that it knows is a method named after it."""
 
-    def __init__(self, names: Collection[str], line: int, hints: Mapping[str, str]) -> None:
+    def __init__(self, names: Collection[str], line: int, hints: Mapping[str, str], schemas: Mapping[str, Any]) -> None:
         self.names, self.line, self.hints = names, line, hints
+        self.schemas = dict(schemas)  # of what is declared: request.body, and names that stand for parts of it
         self.members = names if isinstance(names, Mapping) else {}
         self.used: set[str] = set()
         self.volatile = False
@@ -1811,7 +1818,26 @@ class _Checker:
         known = self.members.get(value.id) if isinstance(value, ast.Name) and value.id not in bound else None
         if known is not None and node.attr not in known:
             raise _Refused(f'there is no "{ast.unparse(value)}.{node.attr}"{suggest(node.attr, known)}')
-        return ast.Subscript(self.visit(value, bound), ast.Constant(node.attr), ast.Load())
+        return self.member(node, self.visit(value, bound), node.attr)
+
+    def member(self, node: ast.Attribute | ast.Subscript, value: ast.expr, name: Any) -> ast.expr:
+        schema = self.declared(node.value)
+        if schema is not None and name in schema.properties and name not in schema.required:
+            return self.helper("_optional", value, ast.Constant(name))
+        return ast.Subscript(value, ast.Constant(name), ast.Load())
+
+    def declared(self, node: ast.expr) -> Any:
+        """The schema of what an expression reads, if it is a part of what the flow declares; else None."""
+        if isinstance(node, ast.Name):
+            return self.schemas.get(node.id)
+        if not isinstance(node, ast.Attribute | ast.Subscript):
+            return None
+        if isinstance(node.value, ast.Name) and node.value.id == "request":
+            return self.schemas.get("request.body") if getattr(node, "attr", "") == "body" else None
+        if (schema := self.declared(node.value)) is None:
+            return None
+        name = node.attr if isinstance(node, ast.Attribute) else getattr(node.slice, "value", None)
+        return schema.properties.get(name) if isinstance(name, str) else schema.items
 
     def on_Subscript(self, node: ast.Subscript, bound: frozenset[str]) -> ast.expr:  # noqa: N802
         value = self.visit(node.value, bound)
@@ -1820,7 +1846,7 @@ class _Checker:
             return self.helper("_slice", value, *(self.visit(e, bound) if e else ast.Constant(None) for e in ends))
         index = self.visit(node.slice, bound)
         if isinstance(index, ast.Constant):
-            return ast.Subscript(value, index, ast.Load())
+            return self.member(node, value, index.value)
         return self.helper("_member", value, index)
 
     def key(self, node: ast.expr, bound: frozenset[str]) -> ast.expr:
@@ -1929,6 +1955,9 @@ class _Checker:
             if len(names) != len(parts) or any(name.startswith("_") for name in names):
                 raise _Refused("a loop binds plain names that do not begin with an underscore")
             bound |= set(names)
+            self.schemas |= dict.fromkeys(names)
+            if len(names) == 1 and (schema := self.declared(loop.iter)) is not None:
+                self.schemas[names[0]] = schema.items
             checked.append(ast.comprehension(loop.target, values, [self.visit(i, bound) for i in loop.ifs], 0))
         return checked, bound
 
@@ -2027,7 +2056,7 @@ class Template:
     scope's names that it reads.
     """
 
-    __slots__ = ("_run", "_sources", "constant", "names", "volatile")
+    __slots__ = ("_run", "_sources", "constant", "names", "schema", "volatile")
 
     def __init__(
         self, run: Callable[..., Any], sources: list[tuple[str, str]], names: frozenset[str], volatile: bool
@@ -2035,6 +2064,7 @@ class Template:
         self._run, self._sources = run, sources
         self.names, self.volatile = names, volatile
         self.constant = not sources
+        self.schema: Any = None  # of the value, where it is a part of what the flow declares
 
     def __call__(self, scope: Mapping[str, Any]) -> Any:
         """The value; raises ExpressionError, which names the place and the part of the expression."""
@@ -2066,6 +2096,7 @@ class Template:
         message = str(error)
         if isinstance(error, KeyError):
             message = f'there is no "{error.args[0]}"'
+            message += f': .get("{error.args[0]}") gives null instead' if isinstance(error.args[0], str) else ""
         elif isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:
             message = "what stands before it is null"
         elif isinstance(error, TypeError) and "indices must be integers" in message:
@@ -2083,8 +2114,16 @@ class Template:
 class _Compiler:
     """Turns one tree into one syntax tree; remembers which line stands for which expression."""
 
-    def __init__(self, names: Collection[str], faults: list[Fault], where: str, hints: Mapping[str, str]) -> None:
-        self.names, self.faults, self.where, self.hints = names, faults, where, hints
+    def __init__(
+        self,
+        names: Collection[str],
+        faults: list[Fault],
+        where: str,
+        hints: Mapping[str, str],
+        schemas: Mapping[str, Any],
+    ) -> None:
+        self.names, self.faults, self.where, self.hints, self.schemas = names, faults, where, hints, schemas
+        self.schema: Any = None
         self.sources: list[tuple[str, str]] = []
         self.used: set[str] = set()
         self.volatile = False
@@ -2129,8 +2168,9 @@ class _Compiler:
             if len(source) > MAX_EXPRESSION:
                 raise _Refused(f"it is longer than {MAX_EXPRESSION} characters: split it over several steps")
             node = ast.parse(f"({source})", mode="eval").body
-            checker = _Checker(self.names, line, self.hints)
+            checker = _Checker(self.names, line, self.hints, self.schemas)
             checked = checker.visit(node)
+            self.schema = checker.declared(node)
             self.used |= checker.used
             self.volatile = self.volatile or checker.volatile
         except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
@@ -2152,15 +2192,16 @@ def compile_template(
     faults: list[Fault] | None = None,
     where: str = "",
     hints: Mapping[str, str] | None = None,
+    schemas: Mapping[str, Any] | None = None,
 ) -> Template:
     """Compile every `${…}` in a JSON tree.
 
     `names` are those that a scope will hold (a mapping says which members each has, None if any), `hints` messages for
-    names that it will not. Faults are appended to `faults` (the template then gives null in their place); without a
-    list they are raised as FlowError.
+    names that it will not, `schemas` those of what is declared: an optional member that is not there is null. Faults
+    are appended to `faults` (the template then gives null in their place); without a list they are raised as FlowError.
     """
     found: list[Fault] = [] if faults is None else faults
-    compiler = _Compiler(names, found, where, hints or {})
+    compiler = _Compiler(names, found, where, hints or {}, schemas or {})
     before = len(found)
     body = compiler.tree(value, place)
     if faults is None and len(found) > before:
@@ -2174,7 +2215,9 @@ def compile_template(
     except (RecursionError, MemoryError, ValueError):
         found.append(Fault(where, place, "is too large or nested too deeply"))
         run = _GLOBALS["_f_bool"]
-    return Template(run, compiler.sources, frozenset(compiler.used), compiler.volatile)
+    template = Template(run, compiler.sources, frozenset(compiler.used), compiler.volatile)
+    template.schema = compiler.schema if isinstance(value, str) else None
+    return template
 
 
 # ======================================================================================================================
@@ -4368,6 +4411,7 @@ class Build:
         self.faults: list[Fault] = []
         self.names: dict[str, Collection[str] | None] = {}
         self.hints: dict[str, str] = {}
+        self.schemas: dict[str, Any] = {}  # of names that stand for parts of the body
         self.volatile = False  # whether a template compiled since this was cleared is
         self.calls: list[tuple[str, str]] = []  # flows that are called, and where
         self.step_names: set[str] = set()  # of all steps, also those inside others
@@ -4379,7 +4423,7 @@ class Build:
 
     def template(self, value: Any, place: str) -> Template:
         """Compile a value that may hold expressions."""
-        template = compile_template(value, self.names, place, self.faults, self.where, self.hints)
+        template = compile_template(value, self.names, place, self.faults, self.where, self.hints, self.schemas)
         self.volatile = self.volatile or template.volatile
         return template
 
@@ -6043,8 +6087,10 @@ def _check_each(build: Build, spec: Any, place: str) -> Runner:
     name = spec.get("as", "item")
     _check_name(build, name, f"{place}/as")
     of = build.template(spec.get("of"), f"{place}/of")
+    build.schemas[str(name)] = of.schema and of.schema.items
     width = build.checked(spec, "concurrency", place, _parse_concurrency, 1)
     inside = _check_steps_inside(build, spec, place, str(name))
+    build.schemas.pop(str(name), None)
 
     def each(run: Run, scope: Scope, path: str) -> list[Any]:
         items = run.settled(of, scope, f"{path}/of")
@@ -6366,6 +6412,7 @@ def build_flow(
     build.names = dict.fromkeys(_BASE_NAMES)
     build.names["params"] = [item.name for item in parameters]
     build.names["request"] = _REQUEST_MEMBERS
+    build.schemas = {"request.body": body}
     build.names["error"] = _ERROR_MEMBERS
     steps = check_steps(build, tree.get("steps", []), "/steps")
     responses = _check_responses(build, tree.get("response", []))

@@ -499,6 +499,35 @@ def test_a_faulty_body_is_named_by_a_json_pointer(value: Any, name: str) -> None
     assert (error["in"], error["name"]) == ("body", name)
 
 
+def test_a_declared_member_that_was_not_sent_is_null(tmp_path: Path) -> None:
+    row = {"type": "object", "properties": {"note": {}, "code": {}}, "required": ["code"]}
+    body = {"type": "object", "properties": {"note": {}, "row": row, "rows": {"type": "array", "items": row}}}
+    steps = [
+        {"name": "top", "set": "${[request.body.note, request.body['note'], request.body.row.note]}"},
+        {"name": "each_row", "each": {"of": "${request.body.rows}", "steps": [{"name": "n", "set": "${item.note}"}]}},
+        {"name": "some", "set": "${[row.note for row in request.body.rows if row.note is None]}"},
+        {"name": "text", "set": "a note: ${request.body.rows[0].note}"},
+    ]
+    flow = {"request": {"method": "POST", "resource": "/f", "body": body}, "steps": steps}
+    flow["response"] = {"body": "${[top, each_row, some, text, request.body]}"}
+    sent = {"row": {"code": 1}, "rows": [{"code": 1}, {"code": 2, "note": "x"}]}
+    with running(tmp_path, {"f": flow}) as (_, _, client):
+        answer = client.post("/api/publishing/f", json=sent).json()
+    assert answer == [[None, None, None], [None, "x"], [None], "a note: null", sent]
+
+
+@pytest.mark.parametrize("source", ["request.body.other", "request.body.row.code", "request.query.note", "data.note"])
+def test_another_member_that_is_missing_is_an_error_with_the_way_round(source: str) -> None:
+    body = {"properties": {"row": {"properties": {"code": {}}, "required": ["code"]}}}
+    flow = {"request": {"method": "POST", "resource": "/f", "body": body}}
+    flow["steps"] = [{"name": "data", "set": {"a": 1}}, {"name": "b", "set": f"${{{source}}}"}]
+    built = build_flow(flow, "f")
+    scope = {"request": {"body": {"row": {}}, "query": {}}, "data": {"a": 1}}
+    name = source.rpartition(".")[2]
+    with pytest.raises(Exception, match=rf'there is no "{name}": \.get\("{name}"\) gives null instead'):
+        built.steps[1].run(None, scope, "")  # type: ignore[arg-type]
+
+
 def test_all_faults_of_a_request_at_once() -> None:
     tree = body(SCHEMA, parameters={"p": {"in": "query", "type": "integer"}, "h": {"in": "header", "required": True}})
     with pytest.raises(InputError) as caught:
