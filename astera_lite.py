@@ -7274,8 +7274,8 @@ class Store(Protocol):
     def purge(self, now: int, limit: int, done: Done) -> None:
         """Forget some expired jobs, `limit` at the most, and give their space back; `done` gets how many they were."""
 
-    def forget_flows(self) -> None:
-        """Forget the texts of flows that no job refers to any more. Reads long where there are many jobs."""
+    def forget_flows(self) -> bool:
+        """Forget the texts of flows that no job refers to any more; a piece of that, and whether there is more."""
 
     def get(self, key: JobKey) -> Job | None:
         """A job."""
@@ -7288,6 +7288,9 @@ class Store(Protocol):
 
     def request(self, key: JobKey) -> StoredRequest | None:
         """What was sent."""
+
+    def request_beginning(self, key: JobKey, length: int) -> tuple[StoredRequest, int] | None:
+        """What was sent, with the beginning of its body, 256 KiB at the most, and the bytes of the whole body."""
 
     def result(self, key: JobKey) -> StoredResult | None:
         """The response of a finished job."""
@@ -7398,6 +7401,7 @@ _RETRY_S = 0.5
 _QUIET_S = 0.02  # without a commit, after which a log that was folded begins anew
 _ROW_BYTES = 2048  # that a job takes beside its bodies, about
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
+_LOOK_THROUGH = 2000  # jobs that are looked through at one time for the flows that they have
 _MINUTE_OF_SEQ = 60_000 << 12  # between the `seq` of two jobs that were created a minute apart
 _FOLD = "PRAGMA wal_checkpoint(PASSIVE)"
 _BUSY_MS = 1000  # that a write waits for another process's lock
@@ -7541,6 +7545,9 @@ class SqliteStore:
         self._fold_lock = threading.Lock()  # held by who folds: of two at one time SQLite lets only one
         self._folding = threading.Thread(target=self._fold_on_demand, name="astera-fold", daemon=True)
         self._versions: set[int] = set()
+        self._unused: tuple[set[int], int, int] | None = (
+            None  # versions that no job up to a `seq` has, of those till one
+        )
         self._owner: sqlite3.Connection | None = None
         folder = os.path.dirname(self.path)
         if not os.path.isdir(folder):
@@ -8194,16 +8201,24 @@ class SqliteStore:
 
         self._put(run, purged)
 
-    def forget_flows(self) -> None:
+    def forget_flows(self) -> bool:
         with self._reader() as db:  # here, so that no write waits for it
-            unused = db.execute(
-                "SELECT version FROM flows WHERE NOT EXISTS"
-                " (SELECT 1 FROM jobs WHERE flow = flows.name AND version = flows.version)"
-            ).fetchall()
-            young = db.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
+            if self._unused is None:
+                sql = "SELECT version FROM flows WHERE version IS NOT"
+                sql += " (SELECT version FROM jobs WHERE flow = flows.name ORDER BY seq DESC LIMIT 1)"
+                old = {version for (version,) in db.execute(sql)}
+                self._unused = old, 0, db.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
+            unused, at, young = self._unused
+            sql = "SELECT version, seq FROM jobs WHERE seq > ? ORDER BY seq LIMIT ?"
+            jobs = db.execute(sql, (at, _LOOK_THROUGH)).fetchall() if unused else []
+        unused.difference_update([version for version, _ in jobs])
+        if unused and len(jobs) == _LOOK_THROUGH:
+            self._unused = unused, jobs[-1][1], young
+            return True
+        self._unused = None
 
         def run(db: sqlite3.Connection) -> None:
-            for (version,) in unused:  # unless a job came meanwhile, whose id may be a little older than its row
+            for version in unused:  # unless a job came meanwhile, whose id may be a little older than its row
                 gone = db.execute(
                     "DELETE FROM flows WHERE version = ? AND NOT EXISTS"
                     " (SELECT 1 FROM jobs WHERE flow = flows.name AND seq > ? AND version = flows.version)",
@@ -8214,6 +8229,7 @@ class SqliteStore:
 
         if unused:
             self._put(run)
+        return False
 
     def _fold(self) -> None:
         """Give back the room of a log that grew while a reader held it up; between transactions, waiting for nobody."""
@@ -8286,6 +8302,23 @@ class SqliteStore:
         with self._reader() as db:
             return self._request(db, key)
 
+    def request_beginning(self, key: JobKey, length: int) -> tuple[StoredRequest, int] | None:
+        with self._reader() as db:
+            row = db.execute(
+                "SELECT request, substr(ifnull(request_body, (SELECT data FROM pieces WHERE job = seq"
+                " AND part = 'request_body' AND n = 0)), 1, ?), ifnull(length(request_body),"
+                " (SELECT total(length(data)) FROM pieces WHERE job = seq AND part = 'request_body'))"
+                " FROM jobs WHERE seq = ? AND salt = ?",
+                (length, *key),
+            ).fetchone()
+        if row is None:
+            return None
+        sent = json.loads(row[0])
+        request = StoredRequest(
+            sent["method"], sent["path"], sent["query"], sent["headers"], row[1] or b"", _trace(sent)
+        )
+        return request, int(row[2])
+
     def result(self, key: JobKey) -> StoredResult | None:
         with self._reader() as db:
             row = db.execute(
@@ -8321,8 +8354,10 @@ class SqliteStore:
         self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
     ) -> list[Job]:
         conditions: dict[str, Any] = {"(expires IS NULL OR expires > ?)": now}
-        of_token = "token <> '' AND token = ?" if token else "token = ?"  # the same for the index of tokens
-        for condition, value in (("seq < ?", before), ("flow = ?", flow), (of_token, token)):
+        of_flow, of_token = "flow = ?", "token <> '' AND token = ?" if token else "token = ?"  # for the index of tokens
+        if status in (Status.RUNNING, Status.ERROR):  # their own index has fewer rows than any other: + rules those out
+            of_flow, of_token = "+flow = ?", "+token = ?"
+        for condition, value in (("seq < ?", before), (of_flow, flow), (of_token, token)):
             if value is not None:
                 conditions[condition] = value
         if status is not None:  # written out, for the planner to see that a partial index serves
@@ -9708,10 +9743,15 @@ class Housekeeper:
             self._look_around()
             while self._unsettled:
                 self._courier.settled(self._unsettled.popleft())
-        if now >= self._forget_at:
-            self._forget_at = now + _FORGET_EVERY_MS
-            self._store.forget_flows()
-        wanted = [now + _CHORES_EVERY_MS, self._engine.release(now), self._purge(now), self._deliver(now)]
+        if now >= self._forget_at:  # a piece at a time, so that nothing that is due waits for the whole
+            self._forget_at = now if self._store.forget_flows() else now + _FORGET_EVERY_MS
+        wanted = [
+            now + _CHORES_EVERY_MS,
+            self._forget_at,
+            self._engine.release(now),
+            self._purge(now),
+            self._deliver(now),
+        ]
         return min(moment for moment in wanted if moment is not None)
 
     def look_at_clock(self) -> None:
@@ -13495,22 +13535,23 @@ def job_details(x: Exchange) -> Reply:
 
 def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
     """What was sent, secrets masked; a long body only by its beginning."""
-    request = app.store.request(job.key)
-    if request is None:
-        return None
     masked = app.outside.masked
-    text = masked(request.body[: 4096 + masked.longest].decode(errors="replace"))[:4096]  # masked before it is cut
+    found = app.store.request_beginning(job.key, 4096 + masked.longest)
+    if found is None:
+        return None
+    request, size = found
+    text = masked(request.body.decode(errors="replace"))[:4096]  # masked before it is cut
     return {
         "method": request.method,
         "path": masked(request.path),
         "query": masked(request.query),
         "headers": {name: masked(value) for name, value in request.headers.items()},
         "body": text if request.body else None,
-        "bodySize": len(request.body),
+        "bodySize": size,
     }
 
 
-def job_list(x: Exchange) -> Reply:
+def job_list(x: Exchange) -> Reply | None:
     """GET /api/jobs"""
     errors: list[dict[str, str]] = []
     query = {name: values[-1] for name, values in x.query().items()}
@@ -13530,18 +13571,21 @@ def job_list(x: Exchange) -> Reply:
         refuse("cursor", "is not one that this server gave: begin without a cursor")
     if errors:
         raise InputError(errors)
-    jobs, before = x.app.list_jobs(
-        x.caller,
-        query.get("flow"),
-        Status(query["status"]) if "status" in query else None,
-        int(limit_text),
-        int(cursor, 16) if cursor is not None else None,
-    )
-    document = {
-        "jobs": [status_document(job, x.base, offset=x.app.clock.offset) for job in jobs],
-        "next": None if before is None else f"{before:015x}",
-    }
-    return Reply(200, [_JSON, _NO_STORE], json_body(document))
+    flow, status = query.get("flow"), Status(query["status"]) if "status" in query else None
+    before = int(cursor, 16) if cursor is not None else None
+
+    def look() -> Reply:
+        jobs, following = x.app.list_jobs(x.caller, flow, status, int(limit_text), before)
+        document = {
+            "jobs": [status_document(job, x.base, offset=x.app.clock.offset) for job in jobs],
+            "next": None if following is None else f"{following:015x}",
+        }
+        return Reply(200, [_JSON, _NO_STORE], json_body(document))
+
+    if flow is None or x.caller.admin:
+        return look()
+    _apart(x, look)  # no index has token and flow: where few jobs have both, all of the token's are looked through
+    return None
 
 
 def job_cancel(x: Exchange) -> Reply | None:
