@@ -13173,6 +13173,13 @@ def publish_sync(x: Exchange) -> Reply | None:
     if ("callbackUrl" in x.head.query or "%" in x.head.query) and "callbackUrl" in x.query():
         message = "is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async"
         raise InputError([{"in": "query", "name": "callbackUrl", "message": message}])
+    if "idempotency-key" in x.head.headers and "idempotency-key" not in flow.header_names:
+        message = "is for asynchronous requests, which are stored: leave it out, or publish the flow asynchronously too"
+        if "asynchronous" in flow.modes:
+            message = (
+                f"is for asynchronous requests: call {PREFIXES['asynchronous']}{flow.resource} with Prefer: wait=60"
+            )
+        raise InputError([{"in": "header", "name": "Idempotency-Key", "message": message}])
     request = _stored_request(x, flow, path, x.head.query)
     given = flow.bind(request, path_values(flow, path), x.request_id)
     outcome = x.app.run_at_once(flow, given)

@@ -586,6 +586,27 @@ def test_a_key_that_is_none_is_400(run: Running, key: str) -> None:
     assert answer.json()["errors"][0] == {**answer.json()["errors"][0], "in": "header", "name": "Idempotency-Key"}
 
 
+def test_a_key_on_a_synchronous_request_is_refused_with_the_way_that_heeds_it(tmp_path: Path) -> None:
+    own = get_flow(
+        "/own", request={"parameters": {"Idempotency-Key": {"in": "header"}}}, response={"body": "${params}"}
+    )
+    sync = get_flow("/sync", request={"processing": ["synchronous"]}, response={"body": 1})
+    flows = {"both": get_flow("/both", response={"body": 1}), "sync": sync, "own": own}
+    key = {"Idempotency-Key": "k"}
+    with serving(tmp_path, flows) as run:
+        for path, words in (("/both", "/api/publishingAsync/both with Prefer: wait=60"), ("/sync", "leave it out")):
+            answer = run.client.get(f"/api/publishing{path}", headers=key)
+            (error,) = answer.json()["errors"]
+            assert (answer.status_code, error["in"], error["name"]) == (400, "header", "Idempotency-Key")
+            assert words in error["message"]
+        ids = set()
+        for _ in range(2):
+            assert run.client.get("/api/publishingAsync/both", headers=key | {"Prefer": "wait=60"}).json() == 1
+            ids.add(run.client.get("/api/publishing/both", headers=key | {"Prefer": "respond-async"}).json()["id"])
+        assert len(ids) == 1
+        assert run.client.get("/api/publishing/own", headers=key).json() == {"Idempotency-Key": "k"}
+
+
 def test_sixteen_at_once_with_one_key_give_one_job(run: Running) -> None:
     barrier = threading.Barrier(16)
 
