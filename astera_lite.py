@@ -2369,6 +2369,10 @@ def parse_target(url: str) -> Target:
 
     Strict on purpose: no userinfo, no fragment, no blanks or control characters, ASCII only, as RFC 3986 has it.
     """
+    host = url.partition("//")[2].partition("/")[0].partition(":")[0]
+    if not host.isascii():
+        with contextlib.suppress(UnicodeError):
+            raise ValueError(f"has a host with other letters than ASCII has: write {host.encode('idna').decode()}")
     if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
         raise ValueError("has characters that a URL does not have: percent-encode them")
     match = _URL.fullmatch(url)
@@ -3404,7 +3408,8 @@ class Flow(NamedTuple):
         try:
             value = _read_body(request.body, media)
         except ValueError as error:
-            errors.append({"in": "body", "name": "", "message": f"is not valid {media or 'JSON'}: {error}"})
+            cure = _quoting_cure(request.body) if _is_json(media) else ""
+            errors.append({"in": "body", "name": "", "message": f"is not valid {media or 'JSON'}: {error}{cure}"})
             return None
         before = len(errors)
         checked = self.body.check(value, "", errors) if self.body else value
@@ -3504,6 +3509,15 @@ def _is_json(media: str) -> bool:
     return media == "application/json" or media.endswith("+json")
 
 
+def _quoting_cure(body: bytes) -> str:
+    """What a shell may have done to JSON on a command line."""
+    if body[:1] == b"'":
+        return '; it begins with \', which shells of Windows leave where it is: write "{\\"name\\": \\"Ada\\"}"'
+    if re.match(rb"[ \t\r\n]*\{[ \t\r\n]*[A-Za-z_]", body):
+        return '; a shell may have taken its double quotes: write \\" for each, or send a file with -d @body.json'
+    return ""
+
+
 def _same_media(media: str, accepted: str) -> bool:
     return media == accepted or (accepted == "application/json" and _is_json(media))
 
@@ -3559,6 +3573,8 @@ def _bind_parameter(item: Parameter, given: Sequence[str], errors: list[dict[str
     def refuse(message: str) -> None:
         errors.append({"in": item.where, "name": item.name, "message": message})
 
+    spaced = next((text for text in given if " " in text), None) if item.where == "query" else None
+    cure = f"; {shown(spaced)} came: a + in a query is a space, write %2B" if spaced else ""
     if not given:
         if item.required:
             refuse("is missing")
@@ -3578,12 +3594,12 @@ def _bind_parameter(item: Parameter, given: Sequence[str], errors: list[dict[str
         try:
             values.append(item.parse(text))
         except ValueError as error:
-            refuse(str(error))
+            refuse(f"{error}{cure}")
             return None
     before = len(errors)
     value = item.schema.check(values if item.array else values[0], "", errors, item.where)
     for found in errors[before:]:
-        found["name"] = item.name + found["name"]
+        found |= {"name": item.name + found["name"], "message": found["message"] + cure}
     return value
 
 
@@ -13170,6 +13186,7 @@ def publish_sync(x: Exchange) -> Reply | None:
     if "respond-async" in preferences and "asynchronous" in flow.modes and x.head.method != "HEAD":
         _submit(x, flow, path, preferences, ["respond-async"])
         return None
+    _check_callback_name(x)
     if ("callbackUrl" in x.head.query or "%" in x.head.query) and "callbackUrl" in x.query():
         message = "is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async"
         raise InputError([{"in": "query", "name": "callbackUrl", "message": message}])
@@ -13302,8 +13319,24 @@ def _stored_request(x: Exchange, flow: Flow, path: str, query: str) -> StoredReq
     return StoredRequest(flow.method, path, query, declared, x.body, trace)
 
 
+def _declared(flow: Flow | None) -> list[str]:
+    """The names of a flow's query parameters."""
+    return [*(item.name for item in flow.parameters if item.where == "query"), *flow.selection.names] if flow else []
+
+
+def _check_callback_name(x: Exchange) -> None:
+    """Raise InputError for a callbackUrl under another name, which nobody would heed."""
+    if "callback" not in x.head.query.lower():
+        return
+    for part in x.head.query.split("&"):
+        name = part.partition("=")[0]
+        if re.fullmatch("callback[_-]?url", name, re.IGNORECASE) and name not in ("callbackUrl", *_declared(x.flow)):
+            raise InputError([{"in": "query", "name": name, "message": "is not known here: write callbackUrl"}])
+
+
 def _take_callback(x: Exchange) -> tuple[str | None, str]:
     """The callbackUrl of a request, judged, and the rest of the raw query; raises InputError."""
+    _check_callback_name(x)
     query = x.head.query
     if "callbackUrl" not in query and "%" not in query:
         return None, query
@@ -13322,6 +13355,11 @@ def _take_callback(x: Exchange) -> tuple[str | None, str]:
         if len(urls) > 1:
             raise ValueError("must be given once")
         url = unquote(urls[0], plus=False)
+        cut = query.partition("callbackUrl=")[2].split("&")[1:] if "?" in urls[0] else []
+        cut = [part for part in cut if part.partition("=")[0] not in _declared(x.flow)]
+        if cut:
+            whole = urllib.parse.quote("&".join([url, *cut]), safe="")
+            raise ValueError(f"ends at its first &, for it is not percent-encoded: write callbackUrl={whole}")
     except ValueError as error:
         raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
     x.app.check_callback(url)

@@ -401,6 +401,61 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield server
 
 
+@pytest.mark.parametrize(
+    ("query", "name", "words"),
+    [
+        ("a=1&callbackUrl=http://h/p?a=1&sig=x%2Fy&b=2", "callbackUrl", "http%3A%2F%2Fh%2Fp%3Fa%3D1%26sig%3Dx%252Fy"),
+        ("callbackURL=http%3A%2F%2Fh%2F", "callbackURL", "write callbackUrl"),
+        ("callback_url=http%3A%2F%2Fh%2F", "callback_url", "write callbackUrl"),
+        ("callbackUrl=http%3A%2F%2Fb%C3%BCcher.example%3A9%2F", "callbackUrl", "write xn--bcher-kva.example"),
+        ("callbackUrl=http%3A%2F%2Fh%2F%C3%BC", "callbackUrl", "percent-encode"),
+    ],
+)
+def test_a_callback_url_that_would_be_cut_or_ignored_is_refused_with_the_cure(
+    run: Running, query: str, name: str, words: str
+) -> None:
+    before = count(run)
+    for prefix in ("/api/publishingAsync", "/api/publishing"):
+        answer = run.client.post(f"{prefix}/echo?{query}", json={})
+        (error,) = answer.json()["errors"]
+        assert (answer.status_code, error["in"], error["name"]) == (400, "query", name)
+        assert words in error["message"] or (prefix == "/api/publishing" and name == "callbackUrl")
+    assert count(run) == before
+
+
+def test_a_callback_url_with_a_query_may_stand_beside_declared_parameters(run: Running, sink: Sink) -> None:
+    for url in (f"{sink.url}/?x=1", quote(f"{sink.url}/?x=1&y=2", safe="")):
+        assert run.client.post(f"/api/publishingAsync/echo?b=0&callbackUrl={url}&a=1", json={}).status_code == 202
+        sink.next()
+    assert run.client.get(f"/api/publishingAsync/hello/a?callbackUrl={quote(sink.url)}&more=1").status_code == 202
+    sink.next()
+
+
+def test_a_plus_that_became_a_space_is_told(tmp_path: Path) -> None:
+    parameters = {"at": {"in": "query", "type": "date-time"}, "phone": {"in": "query", "pattern": "^[+][0-9]+$"}}
+    flow = get_flow("/x", request={"parameters": parameters}, response={"body": "${params}"})
+    with serving(tmp_path, {"x": flow}) as run:
+        for name, sent, came in (
+            ("at", "2026-01-02T03:04:05+02:00", "2026-01-02T03:04:05 02:00"),
+            ("phone", "+491", " 491"),
+        ):
+            (error,) = run.client.get(f"/api/publishing/x?{name}={sent}").json()["errors"]
+            assert error["name"] == name and f'"{came}" came' in error["message"] and "%2B" in error["message"]
+            encoded = sent.replace("+", "%2B")
+            assert run.client.get(f"/api/publishing/x?{name}={encoded}").json()[name] == sent
+        (error,) = run.client.get("/api/publishing/x?at=soon").json()["errors"]
+        assert "%2B" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [("'{customer:Ada}'", "shells of Windows"), ('\'{"a":', "shells of Windows"), ("{customer: Ada}", "double quotes")],
+)
+def test_quotes_that_a_shell_changed_are_told(run: Running, body: str, words: str) -> None:
+    answer = run.client.post("/api/publishing/echo", data=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and words in answer.json()["errors"][0]["message"]
+
+
 def test_a_repeated_callback_url_is_400(run: Running) -> None:
     url = quote("http://127.0.0.1:1/", safe="")
     for query in (f"callbackUrl={url}&callbackUrl={url}", f"callbackUrl={url}&callback%55rl={url}"):
