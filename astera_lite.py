@@ -2778,7 +2778,9 @@ def _integer_text(text: str) -> int:
 def _number_text(text: str) -> float | int:
     if not text.isascii() or not _NUMBER.fullmatch(text) or math.isinf(float(text)):
         raise ValueError("must be a number such as 2.5 or -1e3")
-    return int(text) if _INTEGER.fullmatch(text) and int(text) in _INT64 else float(text)
+    if text.lstrip("-").isdecimal():
+        return _integer_text(text)
+    return float(text)
 
 
 def _boolean_text(text: str) -> bool:
@@ -3225,12 +3227,13 @@ def _read_cursor(text: str, stamp: str) -> int | None:
     return int(offset) if Selected(stamp=stamp).cursor(int(offset)) == text else None  # base64 has other spellings
 
 
-def _filter_value(text: str) -> tuple[str, float | None]:
-    """A filter's text, and the number that it may mean."""
-    return text, float(text) if _NUMBER.fullmatch(text) else None
+def _filter_value(text: str) -> tuple[str, int | float | None]:
+    """A filter's text, and the number that it may mean: a whole one as it is, for a float has 53 bits."""
+    match = _NUMBER.fullmatch(text)
+    return text, None if match is None else float(text) if match[2] or match[3] else int(text)
 
 
-def _selects(wanted: Sequence[tuple[str, float | None]], value: Any) -> bool:
+def _selects(wanted: Sequence[tuple[str, int | float | None]], value: Any) -> bool:
     if type(value) in (int, float):
         return any(number == value for _, number in wanted)
     return value is not None and any(text == as_text(value) for text, _ in wanted)

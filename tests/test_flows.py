@@ -757,6 +757,25 @@ def test_a_response_that_is_none_is_a_500(spec: Any) -> None:
     assert run_steps(response={"body": 1, **spec}).answer.code == 500
 
 
+def test_large_integers_are_compared_and_kept_to_the_last_digit(tmp_path: Path) -> None:
+    rows = [{"k": 2**53}, {"k": 2**53 + 1}, {"k": 2.5}, {"k": 10**30 + 1}]
+    request = {"parameters": {"n": {"in": "query", "type": "number", "maximum": 2**60}}}
+    response = {"body": "${rows}", "filter": ["k"], "sort": ["k"]}
+    flow = get_flow("/rows", request=request, steps=[{"name": "rows", "set": rows}], response=response)
+    number = get_flow("/number", request=request, response={"body": "${params.n}"})
+    with running(tmp_path, {"rows": flow, "number": number}) as (_, _, client):
+
+        def found(path: str) -> Any:
+            return client.get(f"/api/publishing/{path}").json()
+
+        assert found(f"rows?k={2**53 + 1}") == rows[1:2]
+        assert found("rows?k=2.5") == rows[2:3]
+        assert found(f"rows?k=1{'0' * 29}1") == rows[3:]
+        assert found("rows?sort_by=-k") == [rows[3], rows[1], rows[0], rows[2]]
+        assert found(f"number?n={2**53 + 1}") == 2**53 + 1
+        assert found(f"number?n={2**60 + 1}")["status"] == found(f"number?n={2**64 + 1}")["status"] == 400
+
+
 def test_rows_that_would_take_for_ever_to_sort_or_filter_are_a_500(tmp_path: Path) -> None:
     steps = [{"name": name, "set": [1]} for name in ("a0", "b0")]
     steps += [{"name": f"{n}{i + 1}", "set": f"${{[{n}{i}, {n}{i}]}}"} for n in ("a", "b") for i in range(40)]
