@@ -3400,7 +3400,9 @@ class Flow(NamedTuple):
             if self.body_required:
                 errors.append({"in": "body", "name": "", "message": "is missing: send " + self.content_types[0]})
             return None
-        accepts = self.content_types
+        accepts, binary = self.content_types, CONTENT_TYPES["binary"]
+        if not media and binary in accepts:  # RFC 9110, section 8.3
+            media = binary
         if accepts and media not in accepts and not any(_same_media(media, accepted) for accepted in accepts):
             accepted = " or ".join(self.content_types)
             message = f"must be {accepted}, and the Content-Type must say so"
@@ -3488,7 +3490,9 @@ def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> Stor
     data = b""
     if body is not None:
         data = body if isinstance(body, bytes) else _sent(body, "body", "", to_json).encode()
-        headers["content-type"] = flow.content_types[0] if flow.content_types else CONTENT_TYPES["json"]
+        accepts, binary = flow.content_types, CONTENT_TYPES["binary"]
+        as_it_is = isinstance(body, bytes) and binary in accepts
+        headers["content-type"] = binary if as_it_is else accepts[0] if accepts else CONTENT_TYPES["json"]
     return StoredRequest(flow.method, path, urllib.parse.urlencode(query), headers, data)
 
 

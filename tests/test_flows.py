@@ -554,6 +554,21 @@ def test_content_types(types: Any, sent: str, ok: bool) -> None:
     assert caught.value.status == 415
 
 
+def test_a_body_without_a_type_is_binary_where_that_is_taken(tmp_path: Path) -> None:
+    def flow(*types: str) -> dict[str, Any]:
+        request = {"method": "POST", "resource": f"/{'-'.join(types)}", "body": {}, "contentTypes": [*types]}
+        return {"request": request, "response": {"body": "${request.body}"}}
+
+    flows = {"-".join(types): flow(*types) for types in (("binary",), ("json", "binary"), ("json",))}
+    with running(tmp_path, flows) as (app, _, client):
+        for path, status in (("binary", 200), ("json-binary", 200), ("json", 415)):
+            answer = client.post(f"/api/publishing/{path}", data=b"\xff1")
+            assert "Content-Type" not in answer.request.headers
+            assert (answer.status_code, answer.content == b"\xff1") == (status, status == 200)
+        assert app.run("json-binary", body=b"\xff1").content == b"\xff1"
+        assert app.run("json-binary", body={"a": 1}).json() == {"a": 1}
+
+
 def test_bodies_of_other_kinds() -> None:
     for name, data, value in (
         ("form", b"a=1&b=x+y&b=2", {"a": "1", "b": ["x y", "2"]}), ("form", "ü=“%E2%82%AC+ö".encode(), {"ü": "“€ ö"}), ("text", "é".encode(), "é"), ("binary", b"\0\xff", b"\0\xff"),  # noqa: E501
