@@ -2372,7 +2372,8 @@ def parse_target(url: str) -> Target:
     host = url.partition("//")[2].partition("/")[0].partition(":")[0]
     if not host.isascii():
         with contextlib.suppress(UnicodeError):
-            raise ValueError(f"has a host with other letters than ASCII has: write {host.encode('idna').decode()}")
+            if "xn--" in (name := host.encode("idna").decode()):  # not what only looks like ASCII
+                raise ValueError(f"has a host with other letters than ASCII has: write {name}")
     if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
         raise ValueError("has characters that a URL does not have: percent-encode them")
     match = _URL.fullmatch(url)
