@@ -5757,6 +5757,15 @@ _LAST_WORDS_S = 0.5  # time for what an ended program has written to arrive
 _STDERR_BYTES = 64 << 10
 
 
+_children: set[Child] = set()  # those that may run still
+
+
+def kill_children() -> None:
+    """End every program: this process leaves without waiting for the threads that would."""
+    for child in list(_children):
+        child.kill()
+
+
 class Child:
     """A child process in a group of its own, whose output arrives in `events`: (stream's name, bytes), b"" at its end.
 
@@ -5778,6 +5787,7 @@ class Child:
         self.events: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._killed = False
+        _children.add(self)
 
     def follow(self, given: bytes) -> None:
         """Write its input, and put its output and its end into `events`."""
@@ -5806,11 +5816,20 @@ class Child:
         self.process.wait()
         self.events.put(("exit", b""))
 
+    def left_others(self) -> bool:
+        """Whether children of it run on, now that it has ended; Windows does not tell."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except (AttributeError, OSError):
+            return False
+        return True
+
     def kill(self) -> None:
         """End it and its children, those too that it left behind."""
         if self._killed:  # its group's number may be another's by now
             return
         self._killed = True
+        _children.discard(self)
         if os.name == "nt":
             import subprocess  # noqa: PLC0415
 
@@ -5917,6 +5936,9 @@ def _run_program(run: Run, arguments: list[str], given: bytes, limit: int | None
                 if not data:
                     open_streams.discard(name)
                     if name == "exit":
+                        if child.left_others():
+                            words = "flow %s: %s ended and left processes behind, which are killed"
+                            log.warning(words, run.flow.name, shown(arguments[0], 200), extra=run.about)
                         child.kill()  # those it left behind would keep the pipes open
                 elif name == "stdout":
                     out += data
@@ -15087,6 +15109,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     logging.shutdown()
     if left or stuck:  # threads that do not end would hold the interpreter for ever
         stderr.written()
+        kill_children()
         os._exit(code)
     return code
 
@@ -15138,6 +15161,7 @@ def _install_signals(app: _Supervised, server: Server) -> Callable[[], bool]:
     def stop(number: int, frame: object) -> None:
         nonlocal stop_by
         if stop_by < math.inf:
+            kill_children()
             os._exit(0)  # what is on disk is safe
         stop_by = time.monotonic() + app.settings.shutdown_timeout + 5
         server.post(lambda: _tell_stopping(app, "Ctrl-C again" if number == signal.SIGINT else "a second signal"))

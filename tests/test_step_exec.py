@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import get_flow, until
+from support import Api, get_flow, process, until
 
 from astera_lite import AsteraLite, Context, FlowError, Result, Status, build_flow
 
@@ -284,7 +285,7 @@ def test_a_child_that_left_the_group_holds_nobody_up(tmp_path: Path) -> None:
 
 @linux
 @pytest.mark.parametrize("how", ["timeout", "cancel", "stop", "ends"])
-def test_a_program_ends_with_its_children(tmp_path: Path, how: str) -> None:
+def test_a_program_ends_with_its_children(tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     note = tmp_path / "pids"
     code = PARENT if how == "ends" else PARENT + "time.sleep(60)\n"
     step = program(code, str(note)) | ({"timeout": "1s"} if how == "timeout" else {})
@@ -299,6 +300,26 @@ def test_a_program_ends_with_its_children(tmp_path: Path, how: str) -> None:
             assert (found.error and found.error["code"]) == codes[how]
     until(lambda: not any(alive(pid) for pid in both))
     until(lambda: not [thread for thread in threading.enumerate() if thread.name == "astera-child"])
+    assert any("left processes behind" in line for line in caplog.messages) == (how == "ends")
+
+
+@linux
+@pytest.mark.parametrize("how", ["twice", "left over"])
+def test_no_program_outlives_the_server(tmp_path: Path, how: str) -> None:
+    note = tmp_path / "pids"
+    (tmp_path / "flows").mkdir()
+    flow = get_flow("/f", steps=[program(PARENT + "time.sleep(60)\n", str(note))])
+    (tmp_path / "flows" / "f.json").write_text(json.dumps(flow))
+    timeout = "30s" if how == "twice" else "100ms"
+    with process(tmp_path, "--shutdown-timeout", timeout) as (server, url, lines):
+        Api(url).submit("/f")
+        both = pids(note)
+        server.send_signal(signal.SIGINT)
+        if how == "twice":
+            until(lambda: any("stopping: 1 job" in line for line in lines))
+            server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+    until(lambda: not any(alive(pid) for pid in both))
 
 
 @pytest.mark.parametrize(
