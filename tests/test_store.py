@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -502,6 +503,22 @@ def work(store: SqliteStore, look: Callable[[], Any]) -> int:
     look()
     store._readers[-1].set_progress_handler(None, 0)
     return next(steps)
+
+
+@pytest.mark.parametrize("size", [0, 5000, 300_000, 3_000_000])
+def test_the_beginning_of_a_large_request_is_had_without_the_whole(store: SqliteStore, size: int) -> None:
+    body = os.urandom(size)
+    new = job()
+    sent = StoredRequest("POST", "/x", "a=1", {"x-a": "b"}, body)
+    done(store.add, submission(new)._replace(request=sent))
+    assert store.request_beginning(new.key, 4200) == (sent._replace(body=body[:4200]), size)
+    assert store.request(new.key) == sent
+    assert store.request_beginning(new.key._replace(salt=0), 4200) is None
+    tracemalloc.start()
+    store.request_beginning(new.key, 4200)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
 
 
 def test_a_list_of_few_among_many_jobs_does_not_look_at_all_of_them(store: SqliteStore, path: str) -> None:
