@@ -469,6 +469,8 @@ def shown(value: Any, limit: int = 60) -> str:
 
 
 def _not_json(value: Any) -> NoReturn:
+    if isinstance(value, bytes):
+        raise TypeError("bytes cannot be written as JSON: base64(…) makes text of them")
     raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
 
 
@@ -1389,6 +1391,12 @@ def _each(work: _Work, values: Any, price: int) -> Any:
     return values
 
 
+def _each_pair(work: _Work, values: Any, price: int) -> Any:
+    if type(values) is dict:  # whose names might be of as many letters
+        raise ExpressionError("an object is looped over by its names: write .items() for name and value")
+    return _each(work, values, price)
+
+
 def _join(work: _Work, parts: tuple[Any, ...]) -> str:
     _deep(work, parts)
     text = "".join(map(as_text, parts))
@@ -1739,7 +1747,7 @@ _HELPERS |= {
     "_key": _key,
     "_member": _member,
 }
-_HELPERS |= {"_optional": _optional}
+_HELPERS |= {"_optional": _optional, "_each_pair": _each_pair}
 _GLOBALS: dict[str, Any] = {"__builtins__": {}, **_HELPERS}
 _GLOBALS |= {
     f"_f_{name}": function if free else _charged(function, name) for name, (function, free) in FUNCTIONS.items()
@@ -1759,6 +1767,29 @@ _REFUSED = {
     ast.YieldFrom: "there is no yield",
 }
 _MUTATORS = frozenset("append extend insert remove pop clear sort reverse update setdefault popitem".split())
+
+
+#: Functions and methods of other languages, and of Python, and what to write here.
+_FOREIGN_NAMES = {
+    **dict.fromkeys(("includes", "contains", "has_key", "has", "hasOwnProperty"), "x in y"),
+    **dict.fromkeys(("substring", "substr", "slice", "charAt", "at"), "text[from:to]"),
+    **dict.fromkeys(("map", "filter", "forEach", "reduce", "flatMap"), "[… for x in … if …]"),
+    **dict.fromkeys(("format", "concat", "sprintf"), "${…} inside the text, or a + b"),
+    **dict.fromkeys(("toString", "String", "stringify"), "str(…) or json(…)"),
+    **dict.fromkeys(("parseInt", "Number", "parseFloat"), "int(…) or float(…)"),
+    **dict.fromkeys(("toLowerCase", "to_lower", "lowercase"), ".lower()"),
+    **dict.fromkeys(("toUpperCase", "to_upper", "uppercase"), ".upper()"),
+    **dict.fromkeys(("length", "size"), "len(…)"),
+    **dict.fromkeys(("push", "add", "unshift"), "list + [x]"),
+    **{"trim": ".strip()", "indexOf": ".find(…)", "startsWith": ".startswith(…)", "endsWith": ".endswith(…)"},
+    **{"replaceAll": ".replace(…)", "padStart": ".rjust(…)", "padEnd": ".ljust(…)", "toFixed": "round(x, digits)"},
+    **{"some": "any(…)", "every": "all(…)", "set": "unique(…)", "tuple": "[…]", "dict": "{name: … for … in …}"},
+    **{
+        "encode": "base64(…) or urlencode(…)",
+        "parse": "parse_json(…)",
+        "isinstance": "a comparison",
+    },
+}
 
 
 class _Refused(Exception):
@@ -1864,13 +1895,15 @@ class _Checker:
             name = node.func.attr
             if name not in METHODS:
                 hint = ": nothing changes a value in place" if name in _MUTATORS else suggest(name, METHODS)
+                hint = f": write {_FOREIGN_NAMES[name]}" if name in _FOREIGN_NAMES else hint
                 raise _Refused(f"there is no method .{name}(){hint}")
             return self.helper(f"_m_{name}", self.visit(node.func.value, bound), *args, keywords=keywords)
         if not isinstance(node.func, ast.Name):
             raise _Refused("only functions and methods by their name can be called")
         name = node.func.id
         if name not in FUNCTIONS or name in bound or name in self.names:
-            raise _Refused(f"there is no function {name}(){suggest(name, FUNCTIONS)}")
+            hint = f": write {_FOREIGN_NAMES[name]}" if name in _FOREIGN_NAMES else suggest(name, FUNCTIONS)
+            raise _Refused(f"there is no function {name}(){hint}")
         function, free = FUNCTIONS[name]
         self.volatile = self.volatile or name in VOLATILE
         _check_arguments(name, function, len(args), [word.arg or "" for word in keywords])
@@ -1949,7 +1982,8 @@ class _Checker:
             if loop.is_async:
                 raise _Refused("there is no async")
             paid = ast.Constant(price if loop is generators[-1] else 1)
-            values = ast.copy_location(self.helper("_each", self.visit(loop.iter, bound), paid), loop.iter)
+            helper = "_each_pair" if isinstance(loop.target, ast.Tuple) else "_each"
+            values = ast.copy_location(self.helper(helper, self.visit(loop.iter, bound), paid), loop.iter)
             parts = loop.target.elts if isinstance(loop.target, ast.Tuple) else [loop.target]
             names = [part.id for part in parts if isinstance(part, ast.Name)]
             if len(names) != len(parts) or any(name.startswith("_") for name in names):
@@ -2016,6 +2050,7 @@ def _syntax_cure(source: str) -> str:
 
 _QUOTED_TEXT = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""")
 _OPEN = re.compile(r"\$\$\{|\$\{")
+_OTHER_MARKS = re.compile(r"(?<!\$)(?:\{\{?|\$\(|#\{|<%=?)\s*+(([A-Za-z]\w*+)[.\[])")  # of other languages
 _TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|[\[({]|[\])}]""")
 
 
@@ -2145,18 +2180,20 @@ class _Compiler:
         return ast.Constant(value)
 
     def text(self, text: str, place: str) -> ast.expr:
-        if "${" not in text:
-            return ast.Constant(text)
         try:
-            parts = [self.expression(t, place) if is_code else ast.Constant(t) for is_code, t in split_template(text)]
+            parts = split_template(text) if "${" in text else [(False, text)]
         except ValueError as error:
             self.faults.append(Fault(self.where, place, str(error)))
             return ast.Constant(None)
-        if len(parts) == 1:
-            return parts[0]
-        return ast.Call(
-            ast.Name("_join", ast.Load()), [ast.Name("_b", ast.Load()), ast.Tuple(list(parts), ast.Load())], []
-        )
+        for match in itertools.chain(*(_OTHER_MARKS.finditer(part) for is_code, part in parts if not is_code)):
+            if match[2] in self.names:
+                cure = f"write ${{{match[1]}…}}, or ${{'{match[0][0]}'}} for the mark itself"
+                self.faults.append(Fault(self.where, place, f"{match[0]}… stays as it is: {cure}"))
+                return ast.Constant(None)
+        nodes = [self.expression(part, place) if is_code else ast.Constant(part) for is_code, part in parts]
+        if len(nodes) == 1:
+            return nodes[0]
+        return ast.Call(ast.Name("_join", ast.Load()), [ast.Name("_b", ast.Load()), ast.Tuple(nodes, ast.Load())], [])
 
     def expression(self, source: str, place: str) -> ast.expr:
         source = source.strip()
@@ -4421,6 +4458,15 @@ def make_answer(
 # --- step kinds -----------------------------------------------------------------------------------------------------
 
 
+#: Members that are often put into another object than their own.
+_ELSEWHERE = {name: f": it belongs to request, beside body: /request/{name}" for name in ("contentTypes", "strict")}
+_ELSEWHERE |= {
+    "parameters": ": it belongs to request: /request/parameters",
+    "steps": ": it stands beside request: /steps",
+}
+_ELSEWHERE |= {name: f": it belongs to the step, beside its kind: {name}" for name in ("when", "retry", "onError")}
+
+
 class Build:
     """What a step kind's check has at hand: where faults go, and the names known so far."""
 
@@ -4474,8 +4520,8 @@ class Build:
             return False
         for name in spec:
             if name not in allowed:
-                known = ", ".join(allowed)
-                self.fault(f"{place}/{pointer(name)}", f"is not known here (known: {known}){suggest(name, allowed)}")
+                cure = _ELSEWHERE.get(name) or suggest(name, allowed)
+                self.fault(f"{place}/{pointer(name)}", f"is not known here (known: {', '.join(allowed)}){cure}")
         for name in required:
             if name not in spec:
                 self.fault(place, f'needs a member "{name}"')
@@ -5661,7 +5707,8 @@ def _sql_params(statement: _Statement, scope: Scope) -> dict[str, Any]:
         raise ExpressionError(f"{statement.place}/params: {_kind(values)} is not an object")
     for name, value in values.items():
         if type(value) in (dict, list, tuple):
-            raise ExpressionError(f"{statement.place}/params/{name}: is {_kind(value)}: store it as json(…)")
+            cure = f"give json(…), which the query reads by IN (SELECT value FROM json_each(:{name})), or stores"  # noqa: S608
+            raise ExpressionError(f"{statement.place}/params/{name}: is {_kind(value)}: {cure}")
         if type(value) is int and value not in _INT64:
             raise ExpressionError(f"{statement.place}/params/{name}: the number has more than 64 bits")
     return values
@@ -6439,7 +6486,8 @@ def build_flow(
     where = source or name
     build = Build(where, kinds, functions or Functions(), connections)
     if not _FLOW_NAME.fullmatch(name):
-        build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _")
+        cure = ", 64 at most" if len(name) > 64 else ""
+        build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _{cure}")
     if not isinstance(tree, dict):
         raise FlowError([Fault(where, "", f"must be an object with request, steps, response, not {_kind(tree)}")])
     build.members(tree, "", _FLOW_MEMBERS, ("request",))
@@ -6732,7 +6780,9 @@ def check_steps(build: Build, specs: Any, place: str) -> list[Step]:
 
 
 def _check_name(build: Build, name: Any, place: str) -> None:
-    if not isinstance(name, str) or not _STEP_NAME.fullmatch(name) or keyword.iskeyword(name):
+    if isinstance(name, str) and len(name) > 64:
+        build.fault(place, f"{shown(name)} has {len(name)} characters: at most 64")
+    elif not isinstance(name, str) or not _STEP_NAME.fullmatch(name) or keyword.iskeyword(name):
         build.fault(place, f"{shown(name)} must be a word of letters, digits and _ that expressions can use")
     elif name in _BASE_NAMES or name in FUNCTIONS or name in _JSON_NAMES:
         build.fault(place, f'"{name}" has a meaning in expressions already: choose another name')

@@ -93,6 +93,18 @@ def test_bytes_pass_through(shop: Path) -> None:
     assert result.content == b"\x00\xff"
 
 
+def test_a_list_and_bytes_are_told_with_what_to_write(shop: Path, caplog: pytest.LogCaptureFixture) -> None:
+    listed = "SELECT name FROM item WHERE id IN (:ids)"
+    assert run(shop, sql(listed, {"ids": [1, 2]})).status_code == 500
+    assert "is a list: give json(…), which the query reads by IN (SELECT value FROM json_each(:ids))" in caplog.text
+    cured = listed.replace(":ids", "SELECT value FROM json_each(:ids)")
+    assert value(shop, sql(cured, {"ids": "${json([1, 2])}"})) == [{"name": "pen"}, {"name": "ink"}]
+    picture = sql("SELECT picture FROM item WHERE id = 1", one=True)
+    assert run(shop, picture, response={"body": "${q}"}).status_code == 500
+    assert "bytes cannot be written as JSON: base64(…) makes text of them" in caplog.text
+    assert run(shop, picture, response={"body": "${base64(q.picture)}"}).json() == "AP8="
+
+
 def test_a_write_tells_what_it_did_and_statements_are_one_transaction(shop: Path) -> None:
     insert = "INSERT INTO item (name, price) VALUES (:name, 1)"
     assert value(shop, sql(insert, {"name": "cap"}, write=True)) == {"rowcount": 1, "lastrowid": 4}
