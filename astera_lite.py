@@ -14216,7 +14216,7 @@ class Handler(BaseRequestHandler):
             cors = [("Vary", "Origin")]
             if x.cors_origin is not None:
                 cors += [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
-            reply = reply._replace(headers=one_line_each([*reply.headers, *cors]))
+            reply = reply._replace(headers=list(one_line_each([*reply.headers, *cors])))
         self.loop.requests[head.method, x.route.path if x.route else "", reply.status] += 1
         if log.isEnabledFor(self.loop.access_level):
             self.log_access(x, reply)
