@@ -13044,7 +13044,11 @@ class Exchange:
 
     def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
         """Call a function on the loop after so many seconds, unless the answer was given by then."""
-        self._peer.later(seconds, partial(self._call, function), early)
+        self._peer.post(self._later, seconds, function, early)
+
+    def _later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
+        if not self.answered:
+            self._peer.later(seconds, partial(self._call, function), early)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -13077,6 +13081,7 @@ class Route(NamedTuple):
     handle: Callable[[Exchange], Reply | None]
     is_open: bool = False  # needs no token
     check: Callable[[Exchange], None] | None = None  # raises what refuses the request before its body is read
+    apart: bool = False  # takes longer than a look-up, so it is handled on another thread than the loop's
 
 
 def begin(x: Exchange, access: Access) -> None:
@@ -13676,7 +13681,7 @@ def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
     }
 
 
-def job_list(x: Exchange) -> Reply | None:
+def job_list(x: Exchange) -> Reply:
     """GET /api/jobs"""
     errors: list[dict[str, str]] = []
     query = {name: values[-1] for name, values in x.query().items()}
@@ -13698,19 +13703,12 @@ def job_list(x: Exchange) -> Reply | None:
         raise InputError(errors)
     flow, status = query.get("flow"), Status(query["status"]) if "status" in query else None
     before = int(cursor, 16) if cursor is not None else None
-
-    def look() -> Reply:
-        jobs, following = x.app.list_jobs(x.caller, flow, status, int(limit_text), before)
-        document = {
-            "jobs": [status_document(job, x.base, offset=x.app.clock.offset) for job in jobs],
-            "next": None if following is None else f"{following:015x}",
-        }
-        return Reply(200, [_JSON, _NO_STORE], json_body(document))
-
-    if flow is None or x.caller.admin:
-        return look()
-    _apart(x, look)  # no index has token and flow: where few jobs have both, all of the token's are looked through
-    return None
+    jobs, following = x.app.list_jobs(x.caller, flow, status, int(limit_text), before)
+    document = {
+        "jobs": [status_document(job, x.base, offset=x.app.clock.offset) for job in jobs],
+        "next": None if following is None else f"{following:015x}",
+    }
+    return Reply(200, [_JSON, _NO_STORE], json_body(document))
 
 
 def job_cancel(x: Exchange) -> Reply | None:
@@ -13836,48 +13834,26 @@ def _may_deploy(x: Exchange) -> None:
         raise AccessError(403, detail)
 
 
-def _apart(x: Exchange, work: Callable[[], Reply]) -> None:
-    """Do what takes time on a thread of its own, and answer with what it returns."""
-
-    def run() -> None:
-        try:
-            reply = work()
-        except Exception as error:
-            x.post(partial(x.fail, error))
-        else:
-            x.post(partial(x.answer, reply))
-
-    threading.Thread(target=run, name="astera-deploy", daemon=True).start()
-
-
-def deployment_put(x: Exchange) -> None:
+def deployment_put(x: Exchange) -> Reply:
     """PUT /api/deployments/{name}"""
     _check_coding(x)
     name, media = x.values["name"], x.head.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not _is_json(media):
         message = "must be application/json: a flow"
         raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
-
-    def deploy() -> Reply:
-        try:
-            flow, new = x.app.put_deployment(name, x.body, partial(check_conditions, x))
-        except FlowError as error:
-            faults = [{"in": "body", "name": fault.place, "message": fault.message} for fault in error.faults]
-            raise InputError(faults, "The flow has faults.") from None
-        headers = [_JSON, _NO_STORE] + [("Location", f"{x.base}/api/deployments/{name}")] * new
-        return Reply(201 if new else 200, headers, json_body(deployment_document(flow, x.base)))
-
-    _apart(x, deploy)
+    try:
+        flow, new = x.app.put_deployment(name, x.body, partial(check_conditions, x))
+    except FlowError as error:
+        faults = [{"in": "body", "name": fault.place, "message": fault.message} for fault in error.faults]
+        raise InputError(faults, "The flow has faults.") from None
+    headers = [_JSON, _NO_STORE] + [("Location", f"{x.base}/api/deployments/{name}")] * new
+    return Reply(201 if new else 200, headers, json_body(deployment_document(flow, x.base)))
 
 
-def deployment_delete(x: Exchange) -> None:
+def deployment_delete(x: Exchange) -> Reply:
     """DELETE /api/deployments/{name}"""
-
-    def delete() -> Reply:
-        x.app.delete_deployment(x.values["name"], partial(check_conditions, x))
-        return Reply(204, [_NO_STORE])
-
-    _apart(x, delete)
+    x.app.delete_deployment(x.values["name"], partial(check_conditions, x))
+    return Reply(204, [_NO_STORE])
 
 
 def health(x: Exchange) -> Reply:
@@ -13948,18 +13924,18 @@ ROUTES = [
     Route("*", "/api/publishingAsync/*", publish_async, check=partial(find_flow, "asynchronous")),
     Route("GET", "/api/jobs/{id}/status", job_status),
     Route("GET", "/api/jobs/{id}/result", job_result),
-    Route("GET", "/api/jobs/{id}", job_details),
+    Route("GET", "/api/jobs/{id}", job_details, apart=True),
     Route("DELETE", "/api/jobs/{id}", job_delete),
     Route("POST", "/api/jobs/{id}/cancel", job_cancel),
-    Route("POST", "/api/jobs/{id}/rerun", job_rerun),
+    Route("POST", "/api/jobs/{id}/rerun", job_rerun, apart=True),
     Route("POST", "/api/jobs/{id}/callback", job_callback),
-    Route("GET", "/api/jobs", job_list),
-    Route("GET", "/api/deployments", deployment_list),
+    Route("GET", "/api/jobs", job_list, apart=True),
+    Route("GET", "/api/deployments", deployment_list, apart=True),
     Route("GET", "/api/deployments/{name}", deployment_one),
-    Route("PUT", "/api/deployments/{name}", deployment_put, check=_may_deploy),
-    Route("DELETE", "/api/deployments/{name}", deployment_delete, check=_may_deploy),
-    Route("GET", "/openapi.json", partial(flow_document, openapi_document)),
-    Route("GET", "/postman.json", partial(flow_document, postman_document)),
+    Route("PUT", "/api/deployments/{name}", deployment_put, check=_may_deploy, apart=True),
+    Route("DELETE", "/api/deployments/{name}", deployment_delete, check=_may_deploy, apart=True),
+    Route("GET", "/openapi.json", partial(flow_document, openapi_document), apart=True),
+    Route("GET", "/postman.json", partial(flow_document, postman_document), apart=True),
     Route("GET", "/health", health, is_open=True),
     Route("GET", "/metrics", metrics, check=_may_measure),
     Route("GET", "/", console, is_open=True),
@@ -14000,6 +13976,7 @@ _UNSENT = 256 << 10  # bytes that the system takes beyond what it can send, or i
 # (64 KiB/s), because the system passes on in lumps what the client takes.
 _SLOWEST_READER = 32 << 10
 _MAX_BUFFERED = 256 << 20  # bytes of requests and answers in all connections together
+_LARGE_BODY = 64 << 10  # one that is larger is parsed and checked on another thread
 _ACCEPTS_A_TURN = 64
 _EVENTS_AT_ONCE = 32  # after which a slow disk is given its work, and answers that are ready are sent
 _TURNED_AWAY = 128  # connections too many that are given the time to read why
@@ -14463,6 +14440,7 @@ class Server(ThreadingHTTPServer):
         app.check_open()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.selector = selectors.DefaultSelector()
+        self.pool = ThreadPoolExecutor(2, "astera-apart")  # for what takes longer than a look-up
         self.handlers: set[Handler] = set()
         self.requests = app.metrics.requests
         app.metrics.connections.append(self.handlers)
@@ -14632,6 +14610,7 @@ class Server(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Close the listener, and what the loop waits on; http.server's hook, called too where it cannot listen."""
         super().server_close()
+        self.pool.shutdown(cancel_futures=True)
         connections = self.app.metrics.connections
         connections[:] = [those for those in connections if those is not self.handlers]
         if not self._serving:  # else the loop does it as it ends
@@ -14774,6 +14753,9 @@ class Server(ThreadingHTTPServer):
     def handle(self, x: Exchange) -> None:
         """Call the route; its errors become problem documents here."""
         assert x.route is not None
+        if x.route.apart or (len(x.body) > _LARGE_BODY and x.flow is not None):
+            self.pool.submit(self._handle_apart, x)
+            return
         try:
             reply = x.route.handle(x)
         except Exception as error:  # the door of a request
@@ -14781,6 +14763,16 @@ class Server(ThreadingHTTPServer):
             return
         if reply is not None:
             x.answer(reply)
+
+    def _handle_apart(self, x: Exchange) -> None:
+        assert x.route is not None
+        try:
+            reply = x.route.handle(x)
+        except Exception as error:  # the door of a request
+            x.post(x.fail, error)
+            return
+        if reply is not None:
+            x.post(x.answer, reply)
 
 
 def _may_be_open(settings: Settings, loopback: bool) -> bool:
@@ -15218,10 +15210,13 @@ def _install_signals(app: _Supervised, server: Server) -> Callable[[], bool]:
         server.request_stop()
         notify("STOPPING=1")
 
+    def reload() -> None:
+        threading.Thread(target=_reload, args=[app], name="astera-reload", daemon=True).start()
+
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda number, frame: server.post(lambda: _reload(app)))
+        signal.signal(signal.SIGHUP, lambda number, frame: server.post(reload))
     return lambda: time.monotonic() > stop_by
 
 

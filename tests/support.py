@@ -242,12 +242,12 @@ def running(folder: Path, flows: dict[str, Any] | None = None, **settings: Any) 
 
 @contextmanager
 def process(
-    folder: Path, *arguments: str, env: dict[str, str] | None = None, program: Sequence[str] = PROGRAM
+    folder: Path, *arguments: str, env: dict[str, str] | None = None, program: Sequence[str] = PROGRAM, **streams: Any
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """`python astera_lite.py` as a user starts it, in `folder`: the process, its URL, and the lines it printed."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("ASTERA_")} | (env or {})
     command = [*program, "--port", "0", *arguments]
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environ) as started:
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environ, **streams) as started:
         lines: list[str] = []
         drain = threading.Thread(target=lambda: lines.extend(text for text in started.stderr or ()), daemon=True)
         try:

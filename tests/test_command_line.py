@@ -509,6 +509,34 @@ def test_sighup_reads_the_flows_again_and_goes_on_serving(tmp_path: Path) -> Non
 # --- the log ---
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+def test_requests_are_answered_while_the_flows_are_read_again(tmp_path: Path) -> None:
+    code = """
+import sys, astera_lite
+reload = astera_lite.AsteraLite.reload
+def held(app):
+    if app.deployments.by_name:  # not at the start
+        print("entered", flush=True)
+        sys.stdin.readline()
+    print(reload(app), flush=True)
+astera_lite.AsteraLite.reload = held
+sys.exit(astera_lite.main(sys.argv[1:]))
+"""
+    program = (sys.executable, "-c", code)
+    with process(
+        write(tmp_path, hello=HELLO), program=program, env={"PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as (started, url, _):  # fmt: skip
+        assert started.stdin and started.stdout
+        assert started.stdout.readline() == "[]\n"
+        started.send_signal(signal.SIGHUP)
+        assert started.stdout.readline() == "entered\n"
+        assert get(f"{url}/api/publishing/hello").status_code == 200
+        started.stdin.write("\n")
+        started.stdin.flush()
+        assert started.stdout.readline() == "[]\n"
+
+
 def test_json_lines_are_json_lines(tmp_path: Path) -> None:
     write(tmp_path, hello=HELLO, broken="{")
     with process(tmp_path, "--log", "json", "--log-level", "debug") as (started, url, lines):

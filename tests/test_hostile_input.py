@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import re
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from support import EVERYTHING, Running, get_flow, process, running, talk
 
 import astera_lite
-from astera_lite import from_json, parse_prefer, unquote
+from astera_lite import Flow, from_json, parse_prefer, unquote
 
 SYNC, ASYNC = "/api/publishing", "/api/publishingAsync"
 JSON = {"Content-Type": "application/json"}
@@ -197,9 +197,7 @@ RIGHT_JSON = {
 @pytest.mark.parametrize("mode", [SYNC, ASYNC])
 @pytest.mark.parametrize("name", WRONG_JSON)
 def test_json_that_is_refused(run: Running, mode: str, name: str) -> None:
-    began = time.monotonic()
     refused(run.client.post(f"{mode}/anything", data=WRONG_JSON[name], headers=JSON))
-    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("name", RIGHT_JSON)
@@ -233,11 +231,21 @@ HEAVY: dict[str, tuple[str, bytes, dict[str, str], int]] = {
 
 
 @pytest.mark.parametrize("name", HEAVY)
-def test_a_heavy_body_does_not_stall_the_server(run: Running, name: str) -> None:
+def test_a_heavy_body_is_answered_and_checked_apart_from_the_loop(
+    run: Running, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, body, headers, status = HEAVY[name]
-    began = time.monotonic()
+    checked: set[int] = set()
+    bind = Flow.bind
+
+    def noting(self: Flow, *arguments: Any) -> Any:
+        checked.add(threading.get_ident())
+        return bind(self, *arguments)
+
+    monkeypatch.setattr(Flow, "bind", noting)
     answer = run.client.post(ASYNC + path, data=body, headers=headers)
-    assert time.monotonic() - began < 3
+    assert run.server.ident not in checked
+    assert checked
     assert answer.status_code == status, answer.text[:200]
     assert len(answer.content) < 100_000
     if status == 202:
@@ -332,12 +340,10 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_evil_headers(run: Running, name: str) -> None:
-    began = time.monotonic()
     for value in VALUES:
         for method, mode in (("GET", SYNC), ("GET", ASYNC), ("OPTIONS", SYNC), ("POST", ASYNC)):
             path = "/headers" if method != "POST" else "/once"
             is_clean(*raw(run, method, mode + path, f"{name}: ".encode() + value + b"\r\n"))
-    assert time.monotonic() - began < 5
 
 
 # --- where a parser meets the world ---

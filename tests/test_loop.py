@@ -22,7 +22,7 @@ import requests
 from support import ECHO, Client, Running, get_flow, running, talk
 
 import astera_lite
-from astera_lite import AsteraLite, ConfigError, Handler, Server, StoreError
+from astera_lite import AsteraLite, ConfigError, Flow, Handler, Server, StoreError
 
 FLOWS = {
     "echo": ECHO,
@@ -670,6 +670,59 @@ def test_who_is_turned_away_takes_no_place(tmp_path: Path) -> None:
             assert answers_a_newcomer(it.server)
 
 
+# --- what takes long ---
+
+
+@contextmanager
+def held_in(owner: Any, name: str, patch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Whoever calls a function waits in it until the end of the block; the event is set once somebody does."""
+    entered, go_on = threading.Event(), threading.Event()
+    function = getattr(owner, name)
+
+    def held(*arguments: Any, **more: Any) -> Any:
+        entered.set()
+        assert go_on.wait(20)
+        return function(*arguments, **more)
+
+    with patch.context() as context:
+        context.setattr(owner, name, held)
+        try:
+            yield entered
+        finally:
+            go_on.set()
+
+
+SLOW: dict[str, tuple[Any, str, bytes]] = {
+    "OpenAPI": (astera_lite, "document_body", request("GET", "/openapi.json", close=True)),
+    "Postman": (astera_lite, "document_body", request("GET", "/postman.json", close=True)),
+    "jobs": (AsteraLite, "list_jobs", request("GET", "/api/jobs", close=True)),
+    "deployments": (astera_lite, "deployment_document", request("GET", "/api/deployments", close=True)),
+    "a job": (astera_lite, "_request_document", request("GET", "/api/jobs/{id}", close=True)),
+    "rerun": (AsteraLite, "rerun", request("POST", "/api/jobs/{id}/rerun", close=True)),
+    "a large body": (Flow, "bind", post_json(sync("/echo"), b'"' + b"x" * 100_000 + b'"', close=True)),
+    "and a job": (Flow, "bind", post_json("/api/publishingAsync/echo", b'"' + b"x" * 100_000 + b'"', close=True)),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_takes_long_keeps_nobody_else_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    owner, function, wire = SLOW[name]
+    with running(tmp_path, FLOWS) as it, ThreadPoolExecutor(1) as pool:
+        job = it.client.finished(it.client.get("/api/publishingAsync/hello/1"))["id"]
+        with held_in(owner, function, monkeypatch) as entered:
+            answered = pool.submit(talk, it.server, wire.replace(b"{id}", job.encode()))
+            assert entered.wait(10)
+            assert it.client.get("/health").status_code == 200
+            assert not answered.done()
+        assert answers(answered.result(20))[0].status in (200, 202)
+
+
+def test_an_error_of_what_takes_long_is_answered(tmp_path: Path) -> None:
+    with running(tmp_path, FLOWS) as it:
+        assert answers(talk(it.server, request("GET", "/api/jobs?limit=x", close=True)))[0].status == 400
+        assert answers(talk(it.server, post_json(sync("/echo"), b"[" * 100_000, close=True)))[0].status == 400
+
+
 # --- fairness and memory ---
 
 
@@ -929,9 +982,7 @@ def test_a_reader_that_takes_nothing_of_a_large_result_is_cut(tmp_path: Path) ->
                 sock.sendall(request("GET", path))
                 receive(sock, b"\r\n\r\n")
                 (handler,) = [handler for handler in it.server.handlers if handler.out]
-                began = time.monotonic()
                 eventually(lambda handler=handler: handler.closed)  # type: ignore[misc]
-                assert time.monotonic() - began < 2 * 0.3 + 2 * 1  # two windows, each seen by a sweep
 
 
 def test_a_reader_that_is_slow_but_honest_gets_all(large: tuple[Running, str, bytes]) -> None:
@@ -983,9 +1034,7 @@ def test_stopping_answers_open_requests_and_closes_idle_connections(tmp_path: Pa
             gate.opened.set()
             (answered,) = answers(read_to_end(sock))
             assert (answered.json, answered.headers["connection"]) == ("through", "close")
-        began = time.monotonic()
-        it.server.stop()
-        assert time.monotonic() - began < 1
+        assert it.server.ended(10)  # well before shutdown_timeout, which is for who does not end
 
 
 def test_stopping_answers_long_polls_at_once(tmp_path: Path) -> None:
@@ -1011,9 +1060,8 @@ def test_a_request_that_never_ends_does_not_hold_up_stopping_for_ever(tmp_path: 
     with running(tmp_path, FLOWS, shutdown_timeout=0.2) as it, connected(it.server) as sock:
         sock.sendall(b"GET / HTTP/1.1\r\n")
         eventually(lambda: any(item.parser.begun for item in list(it.server.handlers)))
-        began = time.monotonic()
         it.server.stop()
-        assert time.monotonic() - began < 3
+        assert it.server.ended(0)
         read_to_end(sock)  # it is closed
 
 

@@ -1117,10 +1117,8 @@ def test_an_unknown_job_is_404_everywhere_with_its_reason(run: Running, method: 
 
 
 def test_waiting_for_an_unknown_job_does_not_wait(run: Running) -> None:
-    began = time.monotonic()
-    answer = run.client.get(f"/api/jobs/{id_at(1)}/status", headers={"Prefer": "wait=2"})
+    answer = run.client.get(f"/api/jobs/{id_at(1)}/status", headers={"Prefer": "wait=60"}, timeout=20)
     assert answer.status_code == 404
-    assert time.monotonic() - began < 1
 
 
 def test_from_the_moment_of_expiry_a_job_is_unknown_though_its_row_is_there(tmp_path: Path) -> None:
