@@ -11547,11 +11547,9 @@ def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
         for mode in _MODES:
             if mode in flow.modes:
                 parts = [_example(flow, part[1:-1]) if part[0] == "{" else part for part in flow.segments]
-                path = "/" + "/".join(parts)
                 method = "" if flow.method == "GET" else f"-X {flow.method} "
-                query = _example_query(flow)
-                url = f"{base}{PREFIXES[mode]}{path}{query}".replace("'", r"'\''")
-                rows.append((flow.name, mode, f"{method}'{url}'"))
+                url = base + PREFIXES[mode] + "/" + "/".join(parts) + _example_query(flow)
+                rows.append((flow.name, mode, " ".join([method + _in_quotes(url), *_example_options(flow)])))
     width = max((len(name) for name, _, _ in rows), default=0)
     return [f"  {name:<{width}}  {mode:<12}  {url}" for name, mode, url in rows]
 
@@ -11565,6 +11563,27 @@ def _example_query(flow: Flow) -> str:
     needed = [item.name for item in flow.parameters if item.where == "query" and item.required]
     pairs = [f"{urllib.parse.quote(name, safe='')}={_example(flow, name)}" for name in needed]
     return "?" + "&".join(pairs) if pairs else ""
+
+
+def _example_options(flow: Flow) -> Iterator[str]:
+    """What curl sends besides: the headers and the body without which the flow refuses the request."""
+    tree = flow.tree["request"]
+    for item in flow.parameters:
+        if item.where == "header" and item.required:
+            value = ",".join(_texts(_sample(tree["parameters"].get(item.name, {}), item.name)))
+            yield "-H " + _in_quotes(f"{item.name}: {value}")
+    if flow.body_required:
+        media, value = flow.content_types[0], _sample(tree.get("body") or {}, "text")
+        if media == CONTENT_TYPES["form"] and isinstance(value, dict):
+            text = urllib.parse.urlencode([(name, text) for name, item in value.items() for text in _texts(item)])
+        else:
+            text = json.dumps(value, ensure_ascii=False) if _is_json(media) else as_text(value)
+        yield f"-H {_in_quotes(f'Content-Type: {media}')} --data-raw {_in_quotes(text)}"
+
+
+def _in_quotes(text: str) -> str:
+    """A text as a word of a shell."""
+    return "'" + text.replace("'", r"'\''") + "'"
 
 
 def _texts(value: Any) -> list[str]:

@@ -353,6 +353,59 @@ def test_serve_prints_every_endpoint_ready_to_use(tmp_path: Path) -> None:
         assert lines[-1] == f"listening on {url}"
 
 
+ODD = {
+    "request": {
+        "method": "POST",
+        "resource": "/odd/{who}",
+        "contentTypes": ["form"],
+        "body": {"type": "object", "properties": {"it's": {"type": "string", "example": "@home & more"}}},
+        "parameters": {
+            "who": {"in": "path", "example": "O'Hara/ü"},
+            "page[size]&": {"in": "query", "required": True, "type": "integer"},
+            "tags": {"in": "query", "required": True, "type": "array", "example": ["a&b", "c d"]},
+            "X-Mode": {"in": "header", "required": True, "enum": ["it's fast"]},
+        },
+    },
+    "response": {"body": {"params": "${params}", "body": "${request.body}"}},
+}
+
+
+@pytest.fixture
+def slow_api() -> Iterator[str]:
+    command = [sys.executable, str(ROOT / "examples" / "slow_api.py"), "--port", "0", "--delay", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as api:
+        try:
+            assert api.stdout is not None
+            yield api.stdout.readline().split()[-1].rstrip("/")
+        finally:
+            api.kill()
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not here: apt-get install curl")
+@pytest.mark.parametrize("flows", ["flows", "examples/flows", "odd"])
+def test_what_a_start_prints_works_behind_curl(tmp_path: Path, slow_api: str, flows: str) -> None:
+    """As it stands, in a new folder; the flow that loads what others show goes first."""
+    write(tmp_path, odd=ODD)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    env = {f"ASTERA_FLOW_{name}": slow_api for name in ("WEATHER_URL", "GEOCODING_URL")}
+    env["ASTERA_FLOW_SELF"] = f"http://127.0.0.1:{port}"
+    folder = [] if flows == "odd" else ["--flows", str(ROOT / flows)]
+    with process(tmp_path, *folder, "--port", port, env=env) as (_, _, lines):
+        printed = [line.split(maxsplit=2) for line in lines if "/api/publishing" in line]
+        assert printed
+        for name, mode, command in sorted(printed, key=lambda row: row[0] != "airports-load"):
+            curl = f"curl -sS --noproxy '*' -m 20 -o answer -w '%{{http_code}}' {command}"
+            done = subprocess.run(
+                curl, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False
+            )
+            answer = (tmp_path / "answer").read_text()
+            assert done.stdout in (("200", "201") if mode == "synchronous" else ("202",)), (name, done, answer)
+            if name == "odd":
+                params = {"who": "O'Hara/ü", "page[size]&": 1, "tags": ["a&b", "c d"], "X-Mode": "it's fast"}
+                assert json.loads(answer) == {"params": params, "body": {"it's": "@home & more"}}
+
+
 def test_serve_works_without_a_flow(tmp_path: Path) -> None:
     with process(tmp_path) as (_, url, lines):
         assert get(url + "/health").status_code == 200
