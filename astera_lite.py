@@ -1348,22 +1348,27 @@ def as_text(value: Any) -> str:
 def _deep(work: _Work, values: Iterable[Any]) -> None:
     """Pay for everything inside, as often as it is reached: what writing or comparing it will cost."""
     todo = list(values)
+    texts = 0
     while todo:
         value = todo.pop()
-        if type(value) is str:
-            work.spend(len(value) // 16 + 1)
-        elif type(value) in (list, tuple):
+        kind = type(value)
+        if kind is str:
+            texts += len(value) // 16 + 1
+        elif kind is list or kind is tuple:
             work.spend(8 * len(value))
             todo += value
-        elif type(value) is dict:
+        elif kind is dict:
             work.spend(8 * len(value))
             todo += value.values()
+    work.spend(texts)
 
 
 def _key(work: _Work, key: Any) -> Any:
     """What is looked up in an object, paid for: a tuple is hashed with all that it holds."""
-    if type(key) is tuple or type(key) is str:
-        _deep(work, (key,))
+    if type(key) is tuple:
+        _deep(work, key)
+    elif type(key) is str and len(key) > 64:
+        work.spend(len(key) >> 4)
     return key
 
 
@@ -1727,7 +1732,8 @@ def _method(name: str) -> Callable[..., Any]:
         if function is None:
             raise ExpressionError(f"{_kind(value)} has no .{name}()")
         if free:
-            return function(value, *map(partial(_key, work), args), **named)
+            _key(work, args[0] if args else None)
+            return function(value, *args, **named)
         work.spend(8 + (len(value) >> 2 * (type(value) is str)))
         if args and name not in _LINEAR:
             _compared(work, args[0], value)
