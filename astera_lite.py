@@ -7398,7 +7398,7 @@ class Store(Protocol):
         """The response of a finished job."""
 
     def result_pieces(self, key: JobKey, attempt: int) -> Iterator[bytes]:
-        """The body of a large result; ends early if the job is deleted meanwhile."""
+        """The body of a large result, which is not purged meanwhile; ends early if the job is deleted."""
 
     def trace(self, key: JobKey) -> list[dict[str, Any]]:
         """What became of each step, of a job that is finished or waits."""
@@ -7628,6 +7628,7 @@ class SqliteStore:
         self._durability, self._page_size = durability, page_size
         self._read_only = read_only
         self._readers: list[sqlite3.Connection] = []
+        self._being_read: set[tuple[int, object]] = set()  # large results, which the purge lets be until they are read
         self._queue: deque[_Write] = deque()
         self._kept: deque[_Write] = deque()  # put off: the disk was full, the database locked
         self._committing = threading.Lock()  # guards the writing connection; its holder alone takes from the queue
@@ -8284,7 +8285,8 @@ class SqliteStore:
 
     def purge(self, now: int, limit: int, done: Done) -> None:
         def run(db: sqlite3.Connection) -> int:
-            sql = "SELECT seq, size FROM jobs WHERE expires <= ? ORDER BY expires LIMIT ?"
+            kept = ",".join(str(seq) for seq, _ in tuple(self._being_read))
+            sql = f"SELECT seq, size FROM jobs WHERE expires <= ? AND seq NOT IN ({kept}) ORDER BY expires LIMIT ?"  # noqa: S608
             expired, total = [], 0
             for seq, size in db.execute(sql, (now, limit)):
                 expired.append(seq)
@@ -8435,12 +8437,17 @@ class SqliteStore:
 
     def result_pieces(self, key: JobKey, attempt: int) -> Iterator[bytes]:
         sql = "SELECT data FROM pieces WHERE job = ? AND part = 'result' AND attempt = ? AND n = ?"
-        for n in itertools.count():
-            with self._reader() as db:
-                row = db.execute(sql, (key.seq, attempt, n)).fetchone()
-            if row is None:
-                return
-            yield row[0]
+        reading = (key.seq, object())
+        self._being_read.add(reading)
+        try:
+            for n in itertools.count():
+                with self._reader() as db:
+                    row = db.execute(sql, (key.seq, attempt, n)).fetchone()
+                if row is None:
+                    return
+                yield row[0]
+        finally:  # also where nobody wants the rest
+            self._being_read.discard(reading)
 
     def trace(self, key: JobKey) -> list[dict[str, Any]]:
         with self._reader() as db:
@@ -8745,6 +8752,17 @@ def _give_name(part: str, path: str) -> None:
         if os.path.lexists(path):
             raise FileExistsError("there is a file of that name") from None
         os.rename(part, path)
+
+
+def whole_body(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
+    """The pieces of a body; StoreError if they end early, or the next answer would be taken for the rest."""
+    for piece in pieces:
+        length -= len(piece)
+        if length < 0:
+            break
+        yield piece
+    if length:
+        raise StoreError("a part of it is gone, or another's")
 
 
 def _forget(db: sqlite3.Connection, seqs: Iterable[int]) -> None:
@@ -10796,7 +10814,9 @@ class AsteraLite:
         stored = self.store.result(job.key)
         if stored is None:
             raise Conflict("The job is not finished.")
-        body = stored.body if stored.body is not None else b"".join(self.store.result_pieces(job.key, stored.attempt))
+        body = stored.body
+        if body is None:
+            body = b"".join(whole_body(self.store.result_pieces(job.key, stored.attempt), stored.size))
         return Result(Answer(stored.code, tuple(stored.headers), body))
 
     def cancel(self, job_id: str | Job) -> bool:
@@ -14233,7 +14253,7 @@ class Handler(BaseRequestHandler):
         if head.method == "HEAD" or reply.status in (204, 304):
             self.out.append(data)
         elif reply.stream is not None:
-            self.out += (data, _whole(reply.stream, reply.length))
+            self.out += (data, whole_body(reply.stream, reply.length))
         elif len(reply.body) <= _READ:
             self.out.append(data + reply.body)
         else:
@@ -14396,17 +14416,6 @@ class Handler(BaseRequestHandler):
         if self.events:
             self.loop.selector.unregister(self.sock)
         self.loop.shutdown_request(self.sock)
-
-
-def _whole(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
-    """The pieces of a body; StoreError if they end early, or the next answer would be taken for the rest."""
-    for piece in pieces:
-        length -= len(piece)
-        if length < 0:
-            break
-        yield piece
-    if length:
-        raise StoreError("a part of it is gone, or another's")
 
 
 class _Listener(NamedTuple):
@@ -15618,7 +15627,9 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
         else:
             _print_job(_Sheet(stream), job, stored, steps, attempts, offset)
         if args.result and stored is not None:
-            pieces = [stored.body] if stored.body is not None else store.result_pieces(job.key, stored.attempt)
+            pieces: Iterable[bytes] = [stored.body or b""]
+            if stored.body is None:
+                pieces = whole_body(store.result_pieces(job.key, stored.attempt), stored.size)
             _write_body(pieces)
     return 0
 

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import requests
-from support import ECHO, Client, Running, get_flow, running, talk
+from support import ECHO, Client, FakeClock, Running, get_flow, running, talk
 
 import astera_lite
 from astera_lite import AsteraLite, ConfigError, Flow, Handler, Server, StoreError
@@ -966,6 +967,29 @@ def test_a_result_that_is_forgotten_while_it_is_read_ends_the_connection(large: 
         body = (data + read_to_end(sock)).partition(b"\r\n\r\n")[2]
     assert len(body) < len(text)  # otherwise the system's buffers held it all, and nothing was tried
     assert body == text[: len(body)]  # never filled up with the next answer
+
+
+def test_a_result_that_expires_while_it_is_read_is_read_to_its_end(tmp_path: Path) -> None:
+    clock, text = FakeClock(), random.Random(1).randbytes(LARGE // 2).hex()
+    with running(tmp_path, {"small": get_flow("/small", response={"body": 1})}, clock=clock, retention=60) as it:
+        app = it.app
+
+        @app.flow("GET /large", response={"headers": {"Content-Type": "text/plain"}, "body": "${result}"})
+        def large(context: Any) -> str:
+            return text
+
+        large_one, small_one = (app.wait(app.submit(name)) for name in ("large", "small"))
+        purged = partial(app.store.get, small_one.key)
+        with connected(it.server, 4096) as sock:
+            sock.sendall(request("GET", f"/api/jobs/{large_one.id}/result", close=True))
+            data = receive(sock, b"\r\n\r\n")
+            clock.tick(61)
+            app.housekeeper.wake()
+            eventually(lambda: purged() is None)
+            assert (data + read_to_end(sock)).partition(b"\r\n\r\n")[2] == text.encode()
+        clock.tick(2)
+        app.housekeeper.wake()
+        eventually(lambda: app.store.get(large_one.key) is None)
 
 
 def test_a_reader_that_takes_nothing_of_a_large_result_is_cut(tmp_path: Path) -> None:
