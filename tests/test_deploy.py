@@ -86,6 +86,8 @@ def test_the_dockerfile_copies_what_there_is() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     assert "python astera_lite.py zipapp" in text
     assert re.search(r"^USER [1-9]", text, re.MULTILINE)
+    assert "install -y --no-install-recommends tini" in text  # what reaps the orphans of `run` steps
+    assert re.search(r'^ENTRYPOINT \["tini", "--", "python", "/opt/astera_lite.pyz"\]$', text, re.MULTILINE)
     assert f"127.0.0.1:{Settings().port}/health" in text
     ignored = (ROOT / ".dockerignore").read_text().splitlines()[1:]
     assert ignored == ["*", "!astera_lite.py", *(f"!{name}" for name in SHIPPED)]
