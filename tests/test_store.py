@@ -819,12 +819,17 @@ def test_a_read_only_look_makes_no_database(path: str) -> None:
 
 @pytest.fixture
 def unprivileged() -> Iterator[Path]:
-    """A folder of a user for whom file modes count: they do not for root, who becomes nobody meanwhile."""
+    """A folder with a database, of a user for whom modes count: they do not for root, who becomes nobody meanwhile.
+
+    The database is made before, for nobody may be unable to read schema.sql where this is checked out.
+    """
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o777)
     was_root = os.geteuid() == 0
+    SqliteStore(str(folder / "jobs.db")).close()
     if was_root:
-        os.chown(folder, 65534, 65534)
+        for each in (folder, *folder.iterdir()):
+            os.chown(each, 65534, 65534)
         os.seteuid(65534)
     try:
         yield folder
@@ -838,7 +843,6 @@ def unprivileged() -> Iterator[Path]:
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="file modes are another matter there")
 def test_a_read_only_file_or_folder_is_refused_unchanged(unprivileged: Path) -> None:
     path = unprivileged / "jobs.db"
-    SqliteStore(str(path)).close()
     before = path.read_bytes()
     path.chmod(0o444)
     with pytest.raises(StoreError, match="the database is read-only"):
