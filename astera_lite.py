@@ -7397,8 +7397,8 @@ class Store(Protocol):
     def result(self, key: JobKey) -> StoredResult | None:
         """The response of a finished job."""
 
-    def result_pieces(self, key: JobKey, attempt: int) -> Iterator[bytes]:
-        """The body of a large result, which is not purged meanwhile; ends early if the job is deleted."""
+    def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
+        """The body of a large result, or a part, which is not purged meanwhile; ends early if the job is deleted."""
 
     def trace(self, key: JobKey) -> list[dict[str, Any]]:
         """What became of each step, of a job that is finished or waits."""
@@ -8435,17 +8435,17 @@ class SqliteStore:
             code, headers, size, body, attempt = row
             return StoredResult(code, [(name, value) for name, value in json.loads(headers)], size, body, attempt)
 
-    def result_pieces(self, key: JobKey, attempt: int) -> Iterator[bytes]:
+    def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
         sql = "SELECT data FROM pieces WHERE job = ? AND part = 'result' AND attempt = ? AND n = ?"
         reading = (key.seq, object())
         self._being_read.add(reading)
         try:
-            for n in itertools.count():
+            for at in range(start - start % PIECE, stop, PIECE):
                 with self._reader() as db:
-                    row = db.execute(sql, (key.seq, attempt, n)).fetchone()
+                    row = db.execute(sql, (key.seq, attempt, at // PIECE)).fetchone()
                 if row is None:
                     return
-                yield row[0]
+                yield row[0][max(start - at, 0) : stop - at]
         finally:  # also where nobody wants the rest
             self._being_read.discard(reading)
 
@@ -13683,7 +13683,34 @@ def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> 
     if stored.body is None:
         pieces = x.app.store.result_pieces(job.key, stored.attempt)
         response = response._replace(stream=pieces, length=stored.size)
+        if stored.size >= _RANGED and stored.code == 200 and x.route is not None and x.route.handle is job_result:
+            return _in_part(x, response, partial(x.app.store.result_pieces, job.key, stored.attempt))
     return response
+
+
+_RANGED = 1 << 20  # bytes; a result as large is sent in parts where the client asks for one
+_RANGE = re.compile("bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))", re.IGNORECASE)
+
+
+def _in_part(x: Exchange, whole: Reply, pieces: Callable[[int, int], Iterator[bytes]]) -> Reply:
+    """The part that the client asks for (RFC 9110, section 14); the whole where it asks for none, or for several."""
+    own, sent, size = {name.lower(): value for name, value in whole.headers}, x.head.headers, whole.length
+    if "accept-ranges" in own:  # the flow knows better
+        return whole
+    whole = whole._replace(headers=[*whole.headers, ("Accept-Ranges", "bytes")])
+    wanted, tag = _RANGE.fullmatch(sent.get("range", "")), own.get("etag", "")
+    changed = "if-range" in sent and (sent["if-range"] != tag or tag[:1] != '"')
+    if wanted is None or changed or x.head.method != "GET" or conditional(x, whole) is not whole:
+        return whole
+    first = int(wanted[1]) if wanted[1] else max(size - int(wanted[3]), 0)
+    last = min(int(wanted[2] or size), size - 1)
+    if wanted[2] and int(wanted[2]) < first:  # malformed
+        return whole
+    if first >= size:
+        headers = [_PROBLEM, _NO_STORE, ("Content-Range", f"bytes */{size}"), ("Job-Status", own["job-status"])]
+        return Reply(416, headers, json_body(problem(416, f"The result has {size} bytes.")))
+    headers = [*whole.headers, ("Content-Range", f"bytes {first}-{last}/{size}")]
+    return Reply(206, headers, stream=pieces(first, last + 1), length=last + 1 - first)
 
 
 def job_details(x: Exchange) -> Reply:
@@ -14434,7 +14461,8 @@ def _deadline(event: tuple[selectors.SelectorKey, int]) -> float:
 
 
 _EXPOSED = (
-    "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, Idempotency-Replayed, ETag"
+    "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, Idempotency-Replayed, ETag,"
+    " Accept-Ranges, Content-Range"
 )
 _NO_HEAD = Head("", "", "", 11, {}, 0, False, False, False)
 

@@ -943,6 +943,56 @@ def test_a_large_result_is_read_slowly_and_exactly(large: tuple[Running, str, by
         assert answers(read_to_end(sock))[0].status == 404
 
 
+def test_a_large_result_is_given_in_part(large: tuple[Running, str, bytes]) -> None:
+    it, path, text = large
+    size = len(text)
+    whole = it.client.get(path)
+    tag = whole.headers["ETag"]
+    assert (whole.status_code, whole.headers["Accept-Ranges"], len(whole.content)) == (200, "bytes", size)
+    boundary = 256 << 10  # of two pieces as they are stored
+    for wanted, first, last in (
+        ("0-0", 0, 0), ("0-9", 0, 9), (f"{boundary - 5}-{boundary + 4}", boundary - 5, boundary + 4),
+        (f"{boundary}-{2 * boundary - 1}", boundary, 2 * boundary - 1), ("100-", 100, size - 1),
+        ("-1", size - 1, size - 1), (f"{size - 1}-", size - 1, size - 1), (f"5-{size * 2}", 5, size - 1),
+        (f"-{size * 2}", 0, size - 1),
+    ):  # fmt: skip
+        for more in ({}, {"If-Range": tag}, {"If-Match": tag}):
+            part = it.client.get(path, headers={"Range": f"bytes={wanted}", **more})
+            assert (part.status_code, part.headers["Content-Range"]) == (206, f"bytes {first}-{last}/{size}")
+            assert part.content == text[first : last + 1]
+            assert (part.headers["ETag"], part.headers["Content-Type"]) == (tag, whole.headers["Content-Type"])
+    for beyond in (f"bytes={size}-", "bytes=-0", f"BYTES={size}-{size + 5}"):
+        answer = it.client.get(path, headers={"Range": beyond})
+        assert (answer.status_code, answer.headers["Content-Range"]) == (416, f"bytes */{size}")
+        assert answer.headers["Content-Type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"Range": "bytes=0-1,5-6"}, {"Range": "bytes=5-4"}, {"Range": "bytes=x"}, {"Range": "lines=1-2"},
+        {"Range": "bytes=0-9", "If-Range": '"another"'},
+        {"Range": "bytes=0-9", "If-Range": "Tue, 24 Nov 2026 12:40:42 GMT"},
+    ],
+)  # fmt: skip
+def test_a_range_that_cannot_be_served_brings_the_whole(
+    large: tuple[Running, str, bytes], more: dict[str, str]
+) -> None:
+    it, path, text = large
+    answer = it.client.get(path, headers=more)
+    assert (answer.status_code, answer.content == text) == (200, True)
+
+
+def test_ranges_are_of_large_results_and_of_get_only(large: tuple[Running, str, bytes]) -> None:
+    it, path, text = large
+    head = it.client("HEAD", path, headers={"Range": "bytes=0-9"})
+    assert (head.status_code, head.headers["Content-Length"]) == (200, str(len(text)))
+    known = {"Range": "bytes=0-9", "If-None-Match": head.headers["ETag"]}
+    assert it.client.get(path, headers=known).status_code == 304
+    for other in (sync("/large"), "/health"):
+        assert it.client.get(other, headers={"Range": "bytes=0-9"}).status_code == 200
+
+
 def test_a_large_result_is_followed_by_the_next_answer(large: tuple[Running, str, bytes]) -> None:
     it, path, text = large
     wire = request("GET", path) * 2 + request("HEAD", path) + request("GET", "/nothing", close=True)
