@@ -10,6 +10,40 @@ import hypothesis
 import pytest
 from support import Sink
 
+#: What takes long by nature and does not depend on the version of Python: whole files, or tests by name. A plain run
+#: leaves them out; `pytest -m slow` runs them, as .ci/run does once.
+SLOW = {
+    "test_console.py": (),
+    "test_docs.py": (),
+    "test_framing.py": (
+        "test_the_same_requests_are_read_however_the_bytes_are_cut",
+        "test_what_the_server_takes_for_a_request_an_honest_parser_takes_for_the_same",
+    ),
+    "test_openapi.py": (
+        "test_a_client_in_python_is_generated_checked_and_calls",
+        "test_a_client_in_typescript_is_generated_compiled_and_calls",
+        "test_the_server_does_what_the_document_says",
+        "test_the_server_does_what_the_document_says_where_a_token_is_wanted",
+    ),
+    "test_packaging.py": ("test_a_program_that_embeds_it_is_type_checked",),
+    "test_postman.py": (
+        "test_flows_of_every_kind_run_green",
+        "test_the_collection_of_the_repository_runs_green",
+        "test_the_collection_runs_green_where_a_token_is_wanted",
+    ),
+    "test_storage_faults.py": ("test_a_disk_that_is_full_when_a_server_starts_again",),
+    "test_storm.py": (),
+    "test_terminal.py": (),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        names = SLOW.get(item.path.name)
+        if names is not None and (not names or item.name.partition("[")[0] in names):
+            item.add_marker(pytest.mark.slow)
+
+
 # the same examples every time, however slow the machine
 hypothesis.settings.register_profile("ours", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("ours")
