@@ -9439,13 +9439,13 @@ class Engine:
         """What follows when a job's end is on disk; one that cannot be stored is replaced by a small one, once."""
 
         def recorded(moved: Any, error: AsteraError | None) -> None:
+            self.dismiss(job.flow, job.key.seq)  # first: who sees that it is finished may call its flow at once
             with self._lock:
                 self._unrecorded -= 1
                 self._unrecorded_bytes -= len(outcome.answer.body)
                 self._live.pop(job.key.seq, None)
                 self._paused.pop(job.key.seq, None)
                 self._dropped.discard(job.key.seq)
-            self.dismiss(job.flow, job.key.seq)
             if error is not None:
                 this = about("job", job.id, job.flow, None)
                 log.error("the end of job %s could not be recorded: %s", job.id, error, extra=this)

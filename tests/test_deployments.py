@@ -59,6 +59,7 @@ def write(folder: Path, name: str, text: Any) -> None:
 
 
 def look(app: AsteraLite, clock: FakeClock, times: int = 2) -> None:
+    app.housekeeper.stop(10)  # its thread might look in the same moment, too
     for _ in range(times):
         app.housekeeper.tick(clock.tick(1))
 
