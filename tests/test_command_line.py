@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -1007,9 +1008,8 @@ def test_help_is_given_in_ascii_too(tmp_path: Path, command: str) -> None:
 @contextmanager
 def serving_with(folder: Path, streams: str, *arguments: str, stderr: int | None = None) -> Iterator[tuple[str, int]]:
     """A server whose standard streams are as the shell is told: its URL and process id. It must stop when told to."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    ports = iter(lambda: random.randrange(15_000, 32_000), 0)  # of those that the system gives to nobody by itself
+    port = next(port for port in ports if refuses(port))
     words = f'exec "{sys.executable}" "{PROGRAM}" --port {port} {" ".join(arguments)} {streams}'
     with subprocess.Popen(words, cwd=folder, env=environment(), shell=True, stderr=stderr) as server:
         try:
