@@ -10232,9 +10232,9 @@ class AsteraLite:
         left = self.engine.stop(self.settings.shutdown_timeout)
         if left:
             log.warning(
-                "%d jobs and calls still ran after %gs; the next start takes the jobs up",
-                left,
+                "still running after %gs: %d jobs or calls; the next start takes the jobs up",
                 self.settings.shutdown_timeout,
+                left,
             )
         self.outside.close()
         undelivered = self.courier.stop(deadline - time.monotonic())

@@ -263,7 +263,7 @@ def test_a_run_that_the_server_broke_off_was_interrupted_however_it_stopped(
         if how == "stopped":
             server.send_signal(signal.SIGTERM)
             assert server.wait(10) == 0
-            until(lambda: any("still ran" in line for line in lines))
+            until(lambda: any("still running" in line for line in lines))
         else:
             server.kill()
     (folder / "go").touch()
