@@ -279,8 +279,46 @@ def resource(name: str) -> bytes:
                 continue
             except OSError as error:
                 if error.errno:  # 0 says that a zip does not have it
-                    fault = Fault(path, "", f"cannot be read: {_reason(error)}")
+                    fault = Fault(path, "", f"cannot be read: {reason_of(error)}")
     raise ConfigError([fault])
+
+
+#: The files of the module that a server loads when somebody first uses what is in them.
+WINGS = ("astera_lite_documents.py", "astera_lite_steps.py", "astera_lite_tools.py")
+
+
+class MissingWing(ConfigError):
+    """A file that belongs beside the module, and holds what was asked for, is not there."""
+
+    status = 501
+
+
+_loading = threading.RLock()  # held while a wing is loaded: another thread must not find it half made
+
+
+def wing(name: str) -> Any:
+    """What `module:name` names in a wing, which is loaded when it is first wanted; raises MissingWing.
+
+    The file is looked for beside this one, for the import path need not have this folder (`python -I`, a link).
+    """
+    module, _, attribute = name.partition(":")
+    with _loading:
+        if module not in sys.modules:
+            import importlib.util  # noqa: PLC0415 (a server without wings does without it)
+            from importlib.machinery import PathFinder  # noqa: PLC0415
+
+            spec = PathFinder.find_spec(module, [os.path.dirname(os.path.realpath(__file__))])
+            if spec is None or spec.loader is None:
+                raise MissingWing([Fault(f"{module}.py", "", "is missing: copy it beside astera_lite.py")])
+            made = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(made)
+            sys.modules[module] = made
+        return getattr(sys.modules[module], attribute)
+
+
+def late(name: str) -> Callable[..., Any]:
+    """A function of a wing, for a table: the wing is loaded when the function is first called."""
+    return lambda *arguments, **keywords: wing(name)(*arguments, **keywords)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -689,7 +727,7 @@ _decoder = json.JSONDecoder(
 )
 
 
-_lenient_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded_int)
+LENIENT_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded_int)
 
 
 def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
@@ -697,7 +735,7 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
 
     ValueError (json.JSONDecodeError, with line and column, for the grammar) for invalid UTF-8, NaN, numbers beyond a
     double, nesting deeper than MAX_JSON_DEPTH, more than MAX_JSON_CONTAINERS, a member that stands twice, and lone
-    surrogates. With `_lenient_decoder`, for what APIs and programs write, the last one of a name counts, half a
+    surrogates. With `LENIENT_DECODER`, for what APIs and programs write, the last one of a name counts, half a
     surrogate pair reads as U+FFFD, and a long text may have one container for each 20 bytes.
     """
     if isinstance(text, bytes):
@@ -960,26 +998,27 @@ def _read_toml(path: str, faults: list[Fault]) -> dict[str, Any]:
     import tomllib  # noqa: PLC0415 (half of all starts have no TOML to read)
 
     try:
-        return tomllib.loads(_read_text(path))
+        return tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
-        faults.append(Fault(path, "", f"cannot be read: {_reason(error)}"))
+        faults.append(Fault(path, "", f"cannot be read: {reason_of(error)}"))
     except tomllib.TOMLDecodeError as error:
         faults.append(Fault(path, "", f"is not TOML: {error}"))
     return {}
 
 
-def _read_text(path: str) -> str:
+def read_text(path: str) -> str:
     """A file's text; Windows editors write a byte order mark. Raises OSError, UnicodeDecodeError."""
     with open(path, encoding="utf-8-sig") as file:
         return file.read()
 
 
-def _read_bytes(path: str) -> bytes:
+def read_bytes(path: str) -> bytes:
+    """What a file holds; raises OSError."""
     with open(path, "rb") as file:
         return file.read()
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What the system says, without the path that the caller names anyway."""
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
@@ -1324,7 +1363,8 @@ class Purse(_Work):
 PURSE = ""  # under this name, which none of a flow can have, a scope holds the purse of its run
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a message calls the kind of a value: "a list", "an integer"."""
     names: dict[Any, str] = {
         type(None): "null",
         bool: "a boolean",
@@ -1391,7 +1431,7 @@ def _compared(work: _Work, item: Any, values: Any) -> None:
 
 def _each(work: _Work, values: Any, price: int) -> Any:
     if type(values) not in (list, dict, tuple, str):
-        raise ExpressionError(f"{_kind(values)} cannot be looped over")
+        raise ExpressionError(f"{kind_of(values)} cannot be looped over")
     work.spend(len(values) * price)
     return values
 
@@ -1464,7 +1504,7 @@ def _paid(work: _Work, value: Any) -> Any:
 
 def _contains(work: _Work, item: Any, values: Any) -> bool:
     if type(values) not in (list, dict, tuple, str):
-        raise ExpressionError(f"{_kind(values)} has nothing in it")
+        raise ExpressionError(f"{kind_of(values)} has nothing in it")
     if type(values) is dict:
         return _key(work, item) in values
     work.spend(len(values))
@@ -1474,7 +1514,7 @@ def _contains(work: _Work, item: Any, values: Any) -> bool:
 
 def _slice(work: _Work, values: Any, low: Any, high: Any, step: Any) -> Any:
     if type(values) not in (list, tuple, str, bytes):
-        raise ExpressionError(f"{_kind(values)} cannot be sliced")
+        raise ExpressionError(f"{kind_of(values)} cannot be sliced")
     return _grown(work, values[low:high:step])
 
 
@@ -1485,14 +1525,14 @@ def _int(value: Any) -> int:
         return int(value)
     if type(value) in (int, float, bool):
         return int(value)
-    raise ExpressionError(f"{_kind(value)} is not a number")
+    raise ExpressionError(f"{kind_of(value)} is not a number")
 
 
 def _float(value: Any) -> float:
     if type(value) is str and not re.fullmatch(r"\s*-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?\s*", value):
         raise ExpressionError(f"{shown(value)} is not a number")
     if type(value) not in (int, float, bool, str):
-        raise ExpressionError(f"{_kind(value)} is not a number")
+        raise ExpressionError(f"{kind_of(value)} is not a number")
     return float(value)
 
 
@@ -1523,7 +1563,7 @@ def _range(start: int, stop: int | None = None, step: int = 1) -> list[int]:
 
 def _rows(rows: Any) -> list[Any]:
     if type(rows) is not list:
-        raise ExpressionError(f"{_kind(rows)} is not a list of rows")
+        raise ExpressionError(f"{kind_of(rows)} is not a list of rows")
     return rows
 
 
@@ -1581,18 +1621,19 @@ def _merge(*objects: dict[str, Any]) -> dict[str, Any]:
 
 def _parse_json(text: str) -> Any:
     if not isinstance(text, str | bytes):
-        raise ExpressionError(f"{_kind(text)} is not text")
-    return from_json(text, _lenient_decoder)
+        raise ExpressionError(f"{kind_of(text)} is not text")
+    return from_json(text, LENIENT_DECODER)
 
 
-def _as_bytes(value: Any) -> bytes:
+def as_bytes(value: Any) -> bytes:
+    """Bytes as they are, anything else as its text in UTF-8."""
     return value if type(value) is bytes else as_text(value).encode()
 
 
 def _sha256_text(value: Any) -> str:
     import hashlib  # noqa: PLC0415 (for values of any size OpenSSL's code is worth its memory)
 
-    return hashlib.sha256(_as_bytes(value)).hexdigest()
+    return hashlib.sha256(as_bytes(value)).hexdigest()
 
 
 def _now() -> str:
@@ -1627,7 +1668,7 @@ _GROUPS: dict[bool, dict[str, Callable[..., Any]]] = {
         "list": lambda values=(): list(values),
         "json": to_json,
         "parse_json": _parse_json,
-        "base64": lambda value: base64.b64encode(_as_bytes(value)).decode(),
+        "base64": lambda value: base64.b64encode(as_bytes(value)).decode(),
         "sha256": _sha256_text,
         "urlencode": lambda value: (
             urllib.parse.urlencode(value, doseq=True)
@@ -1698,7 +1739,7 @@ def _text_join(text: str, values: Any) -> str:
 def _join_cost(text: str, values: Any) -> int:
     for at, value in enumerate(values):
         if type(value) is not str:
-            raise ExpressionError(f"item {at} is {_kind(value)}, not text: join([str(x) for x in …])")
+            raise ExpressionError(f"item {at} is {kind_of(value)}, not text: join([str(x) for x in …])")
     return len(values) + (sum(map(len, values)) + len(text) * len(values) >> 2)
 
 
@@ -1730,7 +1771,7 @@ def _method(name: str) -> Callable[..., Any]:
     def call(work: _Work, value: Any, *args: Any, **named: Any) -> Any:
         function = table.get(type(value))
         if function is None:
-            raise ExpressionError(f"{_kind(value)} has no .{name}()")
+            raise ExpressionError(f"{kind_of(value)} has no .{name}()")
         if free:
             _key(work, args[0] if args else None)
             return function(value, *args, **named)
@@ -2750,7 +2791,7 @@ class Outbound:
             return OutboundError("transport", "the answer was cut short")
         if not isinstance(layer, OSError):  # RemoteDisconnected and SSLCertVerificationError are of both kinds
             return OutboundError("transport", f"the answer is not HTTP ({type(layer).__name__})")
-        return OutboundError("transport", f"the connection failed: {_reason(layer)}")
+        return OutboundError("transport", f"the connection failed: {reason_of(layer)}")
 
 
 def header_value(headers: Iterable[tuple[str, str]], name: str) -> str | None:
@@ -2810,11 +2851,11 @@ _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _DATE_TIME = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
-_INT64 = range(-(1 << 63), 1 << 63)
+INT64 = range(-(1 << 63), 1 << 63)
 
 
 def _integer_text(text: str) -> int:
-    if text.isascii() and _INTEGER.fullmatch(text) and (number := int(text)) in _INT64:
+    if text.isascii() and _INTEGER.fullmatch(text) and (number := int(text)) in INT64:
         return number
     raise ValueError("must be an integer such as 3 or -12, in 64 bits")
 
@@ -2865,7 +2906,7 @@ PARAMETER_TYPES: dict[str, Callable[[str], Any]] = {
 
 
 def _is_integer(value: Any) -> bool:
-    return (type(value) is int or (type(value) is float and value.is_integer())) and int(value) in _INT64
+    return (type(value) is int or (type(value) is float and value.is_integer())) and int(value) in INT64
 
 
 #: Whether a JSON value is of a type (in JSON `true` is no integer, `1.0` is one).
@@ -3250,7 +3291,7 @@ class Selected(NamedTuple):
         return list(rows)
 
 
-_NO_SELECTION, _ALL_ROWS = Selection(), Selected()
+NO_SELECTION, _ALL_ROWS = Selection(), Selected()
 
 
 def _cursor_stamp(path: str, query: Mapping[str, list[str]]) -> str:
@@ -3342,7 +3383,7 @@ class Response(NamedTuple):
     headers: Template
     body: Template
     has_body: bool
-    selection: Selection = _NO_SELECTION
+    selection: Selection = NO_SELECTION
     items: Template | None = None  # the rows that are given a page at a time
     page_size: Template | None = None
 
@@ -3427,7 +3468,7 @@ class Flow(NamedTuple):
             known = [item.name for item in self.parameters if item.where == "query"] + self.selection.names
             for name in [name for name in query if name not in known][:_MOST_ERRORS]:
                 errors.append({"in": "query", "name": name, "message": "is not declared" + suggest(name, known)})
-        selects = self.selection != _NO_SELECTION
+        selects = self.selection != NO_SELECTION
         selected = self.selection.read(request.path, query, errors) if selects else _ALL_ROWS
         plain = {name: values[0] if len(values) == 1 else values for name, values in query.items()}
         depends = selects or bool(segments) or len(self.header_names) > 1  # on more than the query
@@ -3457,12 +3498,12 @@ class Flow(NamedTuple):
         try:
             value = _read_body(request.body, media)
         except ValueError as error:
-            cure = _quoting_cure(request.body) if _is_json(media) else ""
+            cure = _quoting_cure(request.body) if is_json_type(media) else ""
             errors.append({"in": "body", "name": "", "message": f"is not valid {media or 'JSON'}: {error}{cure}"})
             return None
         before = len(errors)
         checked = self.body.check(value, "", errors) if self.body else value
-        if len(errors) == before and _is_json(media) and _has_long_number(request.body):
+        if len(errors) == before and is_json_type(media) and _has_long_number(request.body):
             _refuse_large(value, "", errors)
         return checked
 
@@ -3479,7 +3520,7 @@ def _has_long_number(text: bytes) -> bool:
 
 def _refuse_large(value: Any, place: str, errors: list[dict[str, str]]) -> None:
     """Append a fault for every integer beyond 64 bits: other programs, SQLite too, cannot hold it."""
-    if type(value) is int and value not in _INT64 and not _enough(errors, place, "body"):
+    if type(value) is int and value not in INT64 and not _enough(errors, place, "body"):
         errors.append({"in": "body", "name": place, "message": "must be within 64 bits: send a larger number as text"})
     elif type(value) is list:
         for at, item in enumerate(value):
@@ -3556,7 +3597,8 @@ def _sent(value: Any, where: str, name: str, write: Callable[[Any], str]) -> str
         raise InputError([{"in": where, "name": name, "message": str(error)}]) from None
 
 
-def _is_json(media: str) -> bool:
+def is_json_type(media: str) -> bool:
+    """Whether a media type (without parameters, in lower case) is JSON: RFC 6839 has the suffix."""
     return media == "application/json" or media.endswith("+json")
 
 
@@ -3570,7 +3612,7 @@ def _quoting_cure(body: bytes) -> str:
 
 
 def _same_media(media: str, accepted: str) -> bool:
-    return media == accepted or (accepted == "application/json" and _is_json(media))
+    return media == accepted or (accepted == "application/json" and is_json_type(media))
 
 
 _MAX_FIELDS = 10_000  # of a form; half a million of them took seconds
@@ -3580,7 +3622,7 @@ _CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*("?)([^";]*)\1', re.IGNORECAS
 
 def _read_body(body: bytes, media: str) -> Any:
     """A body as a value; ValueError says what is wrong with it."""
-    if _is_json(media):
+    if is_json_type(media):
         value = from_json(body)
         if b"\\" in body and b"\\u0000" in body and _ESCAPED_NUL.search(body.decode()):
             raise ValueError("a string has a NUL character")
@@ -3611,7 +3653,7 @@ def _media_of(content_type: str) -> tuple[str, bool]:
     charset = _CHARSET.search(content_type)
     if charset is None or charset[2].strip().lower() in ("utf-8", "utf8", "us-ascii"):
         return media, True
-    return media, not (_is_json(media) or media.startswith("text/") or media == CONTENT_TYPES["form"])
+    return media, not (is_json_type(media) or media.startswith("text/") or media == CONTENT_TYPES["form"])
 
 
 def _bind_parameter(item: Parameter, given: Sequence[str], errors: list[dict[str, str]]) -> Any:
@@ -3852,16 +3894,16 @@ class Surroundings(NamedTuple):
     connections: dict[str, Connection]  # as they are now: a reload replaces them
     masked: Mask  # of the secrets, and of credentials
     helpers: threading.Semaphore  # a thread that helps with the items of an `each` holds one of them
+    kept: dict[str, Any]  # what kinds of steps keep between runs, by their names; each has a method `close`
     flow_named: Callable[[str], Flow | None] = lambda name: None  # for `call`
     data: str = "data"  # folder that sql steps may reach
     own_database: str = "\0"  # path that they may not
     folder: str | None = None  # of the flows; programs run there
-    isolated: Isolated | None = None
 
     def close(self) -> None:
         """Give back what runs keep between them."""
-        if self.isolated is not None:
-            self.isolated.close()
+        while self.kept:
+            self.kept.popitem()[1].close()
 
 
 _EACH_HELPERS = 64  # threads in all that help with the items of `each`
@@ -4243,7 +4285,7 @@ def exception_source(error: BaseException) -> dict[str, Any] | None:
     while trace is not None:
         frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
         trace = trace.tb_next
-    theirs = [frame for frame in frames if frame[0] != __file__]
+    theirs = [frame for frame in frames if os.path.basename(frame[0]) not in ("astera_lite.py", *WINGS)]
     beside = [frame for frame in theirs if os.path.dirname(frame[0]) == os.path.dirname(theirs[0][0])]
     return {"file": os.path.basename(beside[-1][0]), "line": beside[-1][1]} if beside else None
 
@@ -4251,7 +4293,7 @@ def exception_source(error: BaseException) -> dict[str, Any] | None:
 @lru_cache(maxsize=64)
 def _lines_of_file(path: str, changed: int, text: str) -> Mapping[str, int]:
     """The lines of a flow file by JSON Pointer; none where it is not the text of this flow any more."""
-    written = _read_text(path)
+    written = read_text(path)
     return pointer_lines(written) if parse_flow_text(written, path) == json.loads(text) else {}
 
 
@@ -4394,7 +4436,7 @@ def _page(response: Response, selected: Selected, scope: Scope) -> dict[str, Any
     if selected.filters or selected.sort:
         rows = selected.rows(rows, "/response/page/items")
     if type(rows) not in (list, tuple):
-        raise ExpressionError(f"/response/page/items: {_kind(rows)} is not a list")
+        raise ExpressionError(f"/response/page/items: {kind_of(rows)} is not a list")
     end = selected.offset + size
     cursor = selected.cursor(end) if end < len(rows) else None
     return {"items": rows[selected.offset : end], "cursor": cursor, "total": len(rows)}
@@ -4447,7 +4489,7 @@ def make_answer(
         return Answer(status, tuple(pairs))
     if type(body) is bytes:
         data, default = body, "application/octet-stream"
-    elif media and not _is_json(media):
+    elif media and not is_json_type(media):
         data, default = as_text(body).encode(), ""
         if media.startswith("text/"):
             pairs = [(n, v + "; charset=utf-8" if v.strip().lower() == media else v) for n, v in pairs]
@@ -4522,7 +4564,7 @@ class Build:
     def members(self, spec: Any, place: str, allowed: Collection[str], required: Collection[str] = ()) -> bool:
         """Whether `spec` is an object; unknown and missing members are faults."""
         if not isinstance(spec, dict):
-            self.fault(place, f"must be an object with {', '.join(allowed)}, not {_kind(spec)}")
+            self.fault(place, f"must be an object with {', '.join(allowed)}, not {kind_of(spec)}")
             return False
         for name in spec:
             if name not in allowed:
@@ -4814,7 +4856,9 @@ def _check_python(build: Build, spec: Any, place: str) -> Runner:
         build.fault(f"{place}/call", 'must be of the form "module:function"')
     if type(isolate) is not bool:
         build.fault(f"{place}/isolate", "must be true or false")
-    elif isolate and callable(name):
+    elif isolate and not callable(name):
+        wing("astera_lite_steps:isolated")  # what is missing is told before the flow is in service
+    elif isolate:
         build.fault(
             f"{place}/isolate", 'needs the function by name, "module:function": a process of its own imports it'
         )
@@ -4825,12 +4869,11 @@ def _check_python(build: Build, spec: Any, place: str) -> Runner:
         assert callable(function)
         context = Context(run, scope, path)
         if isolate:
-            assert run.outside.isolated is not None
-            return run.outside.isolated.call(run, str(name), context, template(scope), path)
+            return wing("astera_lite_steps:isolated")(run.outside).call(run, str(name), context, template(scope), path)
         value = function(context, **template(scope))
         run.check()
         run.left()
-        return _as_json(value, getattr(function, "__name__", "the function"))
+        return as_json(value, getattr(function, "__name__", "the function"))
 
     return call
 
@@ -4868,7 +4911,7 @@ def _check_own(function: Callable[..., Any], build: Build, spec: Any, place: str
         value = function(Context(run, scope, path), **template(scope))
         run.check()
         run.left()
-        return _as_json(value, getattr(function, "__name__", "the function"))
+        return as_json(value, getattr(function, "__name__", "the function"))
 
     return call
 
@@ -4880,7 +4923,7 @@ def _refuse_async(build: Build, function: Any, place: str) -> None:
         build.fault(place, "is an async function, and steps run on threads: write def, and asyncio.run(…) inside it")
 
 
-def _as_json(value: Any, name: str) -> Any:
+def as_json(value: Any, name: str) -> Any:
     """What a function returned, as it will be when it is read back: tuples are lists, names of members are text."""
     if isinstance(value, bytes):
         return value
@@ -4894,7 +4937,7 @@ _HTTP_MEMBERS = (
     *("method", "url", "connection", "path", "query", "headers", "json", "form", "body"),
     *("timeout", "expect", "follow", "maxResponse", "pages", "until", "every"),
 )
-_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, section 9.2.2
 _WORTH_RETRYING = frozenset({"transport", "timeout", "408", "429", "500", "502", "503", "504"})
 _AUTHORITY = re.compile(r"https?://[^/?#]+[/?#]", re.IGNORECASE)
@@ -4954,7 +4997,7 @@ def _matches(status: int, words: Collection[str]) -> bool:
     return str(status) in words or f"{status // 100}xx" in words
 
 
-class _HttpCall(NamedTuple):
+class HttpCall(NamedTuple):
     """A compiled `http` step: what one call needs."""
 
     place: str
@@ -4984,7 +5027,7 @@ class _HttpCall(NamedTuple):
             if request.connection is None:
                 raise StepError(500, "its connection is gone", f'connection "{self.connection}"', {"missing"})
             request.connection.join(request, run.outside)
-        request.url = _with_query(_encoded_address(request.url), query)
+        request.url = with_query(_encoded_address(request.url), query)
         request.set_body(self.body_kind, self.body(scope))
         names = {name.lower() for name in own}
         request.headers = {name: text for name, text in request.headers.items() if name.lower() not in names} | own
@@ -5031,9 +5074,11 @@ def _check_http(build: Build, spec: Any, place: str) -> Runner:
     if "every" in spec and "until" not in spec:
         build.fault(f"{place}/every", "says how often until is looked at, which is missing")
     if "pages" in spec:
-        return _check_pages(build, spec["pages"], f"{place}/pages", call)
+        paged: Runner = wing("astera_lite_steps:check_pages")(build, spec["pages"], f"{place}/pages", call)
+        return paged
     if "until" in spec:
-        return _check_until(build, spec, place, call)
+        polled: Runner = wing("astera_lite_steps:check_until")(build, spec, place, call)
+        return polled
 
     def once(run: Run, scope: Scope, path: str) -> dict[str, Any]:
         limit = run.outside.max_step_response
@@ -5042,14 +5087,14 @@ def _check_http(build: Build, spec: Any, place: str) -> Runner:
     return once
 
 
-def _check_call_out(build: Build, spec: dict[str, Any], place: str) -> _HttpCall:
+def _check_call_out(build: Build, spec: dict[str, Any], place: str) -> HttpCall:
     bodies = [name for name in ("json", "form", "body") if name in spec]
     if len(bodies) > 1:
         build.fault(place, f"has {' and '.join(bodies)}: a request has one body")
     method = spec.get("method", "POST" if bodies else "GET")
-    if method not in _METHODS:
-        cure = suggest(str(method), _METHODS)
-        build.fault(f"{place}/method", f"{shown(method)} is not one of {', '.join(_METHODS)}{cure}")
+    if method not in HTTP_METHODS:
+        cure = suggest(str(method), HTTP_METHODS)
+        build.fault(f"{place}/method", f"{shown(method)} is not one of {', '.join(HTTP_METHODS)}{cure}")
     connection = spec.get("connection")
     if connection is None:
         if "path" in spec:
@@ -5075,7 +5120,7 @@ def _check_call_out(build: Build, spec: dict[str, Any], place: str) -> _HttpCall
     follow = spec.get("follow", method in ("GET", "HEAD"))
     if type(follow) is not bool:
         build.fault(f"{place}/follow", "must be true or false")
-    return _HttpCall(
+    return HttpCall(
         place,
         method,
         url,
@@ -5106,186 +5151,6 @@ def _check_path(build: Build, path: Any, place: str) -> Template:
     return build.template(rewritten, place)
 
 
-# How the next page is asked for, by the member of `pages` that says so.
-_PAGE_STYLES: dict[str, tuple[str, ...]] = {
-    "next": (),
-    "link": (),
-    "cursor": ("parameter",),
-    "offset": ("limit", "size", "total"),
-    "page": ("start", "total"),
-}
-_MAX_PAGES = 10_000  # unless the flow's author wrote another limit: an API whose pages have no end fails the step
-
-
-def _parse_count(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= 1_000_000_000:
-        raise ValueError(f"{shown(value)} is not a number, 1 or more")
-    return value
-
-
-def _parse_word(value: Any) -> str:
-    if not isinstance(value, str) or not value or "${" in value:
-        raise ValueError(f"{shown(value)} is not the name of a query parameter")
-    return value
-
-
-class _Pages(NamedTuple):
-    """A compiled `pages`."""
-
-    style: str
-    items: Template
-    next: Template | None  # of the styles next and cursor
-    parameter: str  # query parameter that asks for the next page
-    size_parameter: str
-    size: int
-    start: int
-    total: Template | None  # of the styles offset and page: how many items there are in all
-    max_pages: int | None
-    max_items: int
-
-    def first(self) -> dict[str, Any]:
-        """The query of the first page."""
-        if self.style == "offset":
-            return {self.parameter: 0, self.size_parameter: self.size}
-        return {self.parameter: self.start} if self.style == "page" else {}
-
-    def following(self, output: dict[str, Any], scope: Scope, count: int, got: int, pages: int) -> Any:
-        """What asks for the page behind this one: an address, or a value of the parameter; None at the end.
-
-        A page that is shorter than asked for is not the last one: servers have limits of their own.
-        """
-        if self.style == "link":
-            return _next_link(output["headers"].get("link", ""))
-        if self.next is not None:
-            following = self.next(scope) or None
-            return following if following is None or self.parameter else as_text(following)
-        total = self.total(scope) if self.total is not None else None
-        if total is None:
-            ended = not got
-        elif type(total) is not int:
-            raise ExpressionError(f"pages/total: {shown(total)} is not a number of items")
-        elif got == 0 and count < total:
-            detail = f"the API it calls has {total} items, as it says, and gave {count}"
-            raise StepError(502, detail, detail, {"pages", "unsafe"})
-        else:
-            ended = count >= total
-        return None if ended else count if self.style == "offset" else self.start + pages
-
-
-def _next_link(text: str) -> str | None:
-    """The target of rel=next in a Link header (RFC 8288)."""
-    for match in re.finditer(r"<([^<>]*)>((?:\s*;\s*[\w!#$&+.^`|~*-]+\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]+))*)", text):
-        relation = re.search(r';\s*rel\s*=\s*(?:"([^"]*)"|([^\s;,"]+))', match[2], re.IGNORECASE)
-        if relation and "next" in (relation[1] or relation[2]).lower().split():
-            return match[1]
-    return None
-
-
-def _check_pages(build: Build, spec: Any, place: str, call: _HttpCall) -> Runner:
-    belonging = ("parameter", "limit", "size", "start", "total")
-    members = ("items", "maxPages", "maxItems", *_PAGE_STYLES, *belonging)
-    if not build.members(spec, place, members):
-        spec = {"next": ""}
-    styles = [style for style in _PAGE_STYLES if style in spec]
-    style = styles[0] if styles else "next"
-    if len(styles) != 1:
-        build.fault(place, f"needs exactly one of {', '.join(_PAGE_STYLES)}: how the next page is asked for")
-    for name in belonging:
-        if name in spec and name not in _PAGE_STYLES[style]:
-            build.fault(f"{place}/{name}", f"does not belong to {style}")
-    if style == "cursor" and "parameter" not in spec:
-        build.fault(place, 'needs "parameter": the query parameter that takes the cursor')
-    if style == "link" and spec["link"] is not True:
-        build.fault(f"{place}/link", "must be true")
-    with build.block("page"):
-        items = build.template(spec.get("items", "${page.body}"), f"{place}/items")
-        computed = style in ("next", "cursor")
-        following = build.template(spec.get(style), f"{place}/{style}") if computed else None
-        total = build.template(spec["total"], f"{place}/total") if "total" in spec else None
-    named = {"cursor": "parameter", "offset": "offset", "page": "page"}.get(style, "")
-    pages = _Pages(
-        style,
-        items,
-        following,
-        build.checked(spec, named, place, _parse_word, ""),
-        build.checked(spec, "limit", place, _parse_word, "limit"),
-        build.checked(spec, "size", place, _parse_count, 100),
-        build.checked(spec, "start", place, _parse_start, 1),
-        total,
-        build.checked(spec, "maxPages", place, _parse_count, None),
-        build.checked(spec, "maxItems", place, _parse_count, sys.maxsize),
-    )
-    return partial(_all_pages, call, pages, place)
-
-
-def _parse_start(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{shown(value)} is not a number, 0 or more")
-    return value
-
-
-def _all_pages(call: _HttpCall, pages: _Pages, place: str, run: Run, scope: Scope, path: str) -> dict[str, Any]:
-    """Call until there is no further page, or a limit is reached; all items together.
-
-    What is there is kept in `run.reached`, so that a further attempt goes on with the page that failed.
-    """
-    if path not in run.reached:
-        request = call.request(run, scope)
-        first = copy.copy(request)
-        request.url = _with_query(request.url, pages.first())
-        left = min(call.max_bytes or sys.maxsize, run.outside.max_step_response)
-        run.reached[path] = (1, request, first, [], left, None)
-    while True:
-        count, request, first, items, left, seen = run.reached[path]
-        output, size = call.send(run, copy.copy(request), max(left, 1))
-        page_scope = {**scope, "page": output}
-        found = pages.items(page_scope)
-        if type(found) is not list:
-            raise ExpressionError(f"{place}/items: {_kind(found)} is not a list")
-        got = len(items) + len(found)
-        following = pages.following(output, page_scope, got, len(found), count)
-        if following is None or count == pages.max_pages or got >= pages.max_items:
-            more = following is not None or got > pages.max_items
-            del run.reached[path]
-            return {"items": [*items, *found][: pages.max_items], "pages": count, "more": more, **output}
-        if following == seen or (pages.max_pages is None and count >= _MAX_PAGES):
-            detail = "the API it calls names the same page without end"
-            if following != seen:
-                detail = f"the API it calls has more than {_MAX_PAGES:,} pages: say with maxPages how many you want"
-            raise StepError(502, detail, f"{detail} (page {count})", {"pages", "unsafe"})
-        if pages.parameter:
-            request = copy.copy(first)
-            request.url = _with_query(first.url, {**pages.first(), pages.parameter: following})
-        else:
-            _go_on(request, following, call.method)
-        items += found
-        run.reached[path] = (count + 1, request, first, items, left - size, following)
-
-
-_LONGEST_PAUSE_S = 3600.0
-
-
-def _check_until(build: Build, spec: dict[str, Any], place: str, call: _HttpCall) -> Runner:
-    every = build.checked(spec, "every", place, parse_duration, 2.0)
-    with build.block("answer"):
-        until = build.condition(spec["until"], f"{place}/until")
-    if every < 0.01:
-        build.fault(f"{place}/every", "must be at least 10ms")
-
-    def poll(run: Run, scope: Scope, path: str) -> dict[str, Any]:
-        limit = min(call.max_bytes or sys.maxsize, run.outside.max_step_response)
-        run.wait_until(run.journal.waits.get(path, 0), path)
-        while True:
-            output, _ = call.send(run, call.request(run, scope), limit)
-            if until({**scope, "answer": output}):
-                return output
-            asked = parse_retry_after(output["headers"].get("retry-after"), run.outside.clock.wall())
-            pause_ms = round(max(every, min(asked, _LONGEST_PAUSE_S)) * 1000)
-            run.wait_until(run.outside.clock.now() + pause_ms, path)
-
-    return poll
-
-
 class Connection:
     """A row of connections.json: what all calls to one API share."""
 
@@ -5304,7 +5169,7 @@ def _check_connections(tree: Any, where: str) -> dict[str, Connection]:
     build = Build(where, {}, Functions())
     build.names = dict.fromkeys(("env", "secrets"))
     if not isinstance(tree, dict):
-        raise FlowError([Fault(where, "", f"must be an object of connections by their names, not {_kind(tree)}")])
+        raise FlowError([Fault(where, "", f"must be an object of connections by their names, not {kind_of(tree)}")])
     connections = {}
     for name, spec in tree.items():
         place = f"/{pointer(name)}"
@@ -5346,22 +5211,11 @@ def _check_auth(build: Build, spec: Any, place: str) -> Auth | None:
         return None
     if kind == "apiKey" and value.get("in") not in ("header", "query"):
         build.fault(f"{place}/in", f"{shown(value.get('in'))} is neither header nor query")
+    if kind == "oauth2":
+        wing("astera_lite_steps:fetch_token")  # what is missing is told before the flow is in service
     if kind == "oauth2" and value.get("in", "header") not in ("header", "body"):
         build.fault(f"{place}/in", f"{shown(value.get('in'))} is neither header nor body")
     return Auth(kind, build.template(value, place)) if kind in _AUTHS else None
-
-
-_TOKEN_LIFE_S = 3600.0
-_TOKEN_BYTES = 64 << 10
-
-
-def _life_of(expires_in: Any) -> float:
-    """Seconds that a token lives, in whatever form that is told; an hour where it is not told, or makes no sense."""
-    try:
-        seconds = float(expires_in)
-    except (TypeError, ValueError, OverflowError):
-        return _TOKEN_LIFE_S
-    return seconds if 0 < seconds < 1e9 else _TOKEN_LIFE_S
 
 
 class Auth:
@@ -5385,7 +5239,7 @@ class Auth:
             outside.masked.hide([proof])
             request.headers["Authorization"] = f"Basic {proof}"
         elif self.kind == "apiKey" and values["in"] == "query":
-            request.url = _with_query(request.url, {as_text(values["name"]): values["value"]})
+            request.url = with_query(request.url, {as_text(values["name"]): values["value"]})
         elif self.kind == "apiKey":
             request.headers[as_text(values["name"])] = as_text(values["value"])
         else:
@@ -5402,40 +5256,12 @@ class Auth:
             run.check()
         try:
             if run.outside.clock.monotonic() >= self._until:
-                self._token, life = self._fetch(run, values)
+                self._token, life = wing("astera_lite_steps:fetch_token")(run, values)
                 self._until = run.outside.clock.monotonic() + life - min(30.0, life / 10)
                 run.outside.masked.hide([self._token])
             return self._token
         finally:
             self._lock.release()
-
-    def _fetch(self, run: Run, values: dict[str, Any]) -> tuple[str, float]:
-        """A token of the client credentials grant, and its life in seconds (RFC 6749, sections 4.4 and 2.3.1)."""
-        form = {"grant_type": "client_credentials", "scope": values.get("scope")}
-        headers = {"Accept": "application/json", "Content-Type": CONTENT_TYPES["form"]}
-        client, secret = as_text(values["clientId"]), as_text(values["clientSecret"])
-        if values.get("in", "header") == "body":
-            form |= {"client_id": client, "client_secret": secret}
-        else:
-            pair = f"{urllib.parse.quote_plus(client)}:{urllib.parse.quote_plus(secret)}".encode()
-            headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
-        url, body = as_text(values["tokenUrl"]), _encode_query(form).encode()
-        try:
-            answer = run.outside.outbound.fetch("POST", url, headers, body, timeout=run.left(), max_bytes=_TOKEN_BYTES)
-            if not 200 <= answer.status < 300:
-                raise OutboundError("transport", f"the token's server answered {answer.status}")
-            given = from_json(answer.body, _lenient_decoder)
-            token = given["access_token"]
-            if not isinstance(token, str) or not token:
-                raise ValueError
-            return token, _life_of(given.get("expires_in"))
-        except OutboundError as error:
-            run.check()
-            status, kind = (504, "timeout") if error.kind == "timeout" else (502, "transport")
-            raise StepError(status, "no token could be had for the API it calls", str(error), {kind}) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            detail = "no token could be had for the API it calls"
-            raise StepError(502, detail, "the token's server did not give one", {"transport"}) from None
 
 
 class _OutgoingRequest:
@@ -5469,16 +5295,17 @@ class _OutgoingRequest:
             check_written(value)
             self.body, media = to_json(value).encode(), "application/json"
         elif kind == "form":
-            self.body, media = _encode_query(value).encode(), CONTENT_TYPES["form"]
+            self.body, media = encode_query(value).encode(), CONTENT_TYPES["form"]
         elif kind:
-            self.body = _as_bytes(value)
+            self.body = as_bytes(value)
             media = "application/octet-stream" if type(value) is bytes else "text/plain; charset=utf-8"
         else:
             return
         self.headers["Content-Type"] = media
 
 
-def _encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plus) -> str:
+def encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plus) -> str:
+    """An object as a query or a form: lists repeat their name, null is left out. Else ExpressionError."""
     if type(values) is not dict:
         raise ExpressionError("query and form are objects")
     pairs = []
@@ -5488,8 +5315,9 @@ def _encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_pl
     return urllib.parse.urlencode(pairs, quote_via=quote)
 
 
-def _with_query(url: str, values: Any) -> str:
-    query = _encode_query(values, urllib.parse.quote)  # a plus is a blank in forms only; to some servers it is a plus
+def with_query(url: str, values: Any) -> str:
+    """The URL with an object added to its query."""
+    query = encode_query(values, urllib.parse.quote)  # a plus is a blank in forms only; to some servers it is a plus
     if not query:
         return url
     return f"{url}{'&' if '?' in url else '?'}{query}"
@@ -5522,7 +5350,7 @@ def _call_out(run: Run, request: _OutgoingRequest, follow: bool, max_bytes: int)
         ):
             request.method, request.body = "GET", None
             request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
-        _go_on(request, location, asked)
+        go_to_next(request, location, asked)
     raise _http_failure(asked, 502, "the API it calls redirects without end", "redirect")
 
 
@@ -5539,7 +5367,7 @@ def _encoded_address(text: str) -> str:
     return re.sub(rb"[^!-~]", lambda found: b"%%%02X" % ord(found[0]), data.strip()).decode()
 
 
-def _go_on(request: _OutgoingRequest, url: str, asked: str) -> None:
+def go_to_next(request: _OutgoingRequest, url: str, asked: str) -> None:
     """Ask what the API's answer names next."""
     try:
         request.go_to(_encoded_address(url))
@@ -5616,7 +5444,7 @@ def _read_answer(answer: Fetched) -> Any:
     if not answer.body:
         return None
     named = re.search(r"charset=\"?([\w-]+)", content_type)
-    is_json = _is_json(media)
+    is_json = is_json_type(media)
     if not (is_json or named or media.startswith("text/") or media.endswith(("+xml", "/xml"))):
         return answer.body
     try:
@@ -5631,532 +5459,22 @@ def _read_answer(answer: Fetched) -> Any:
     if not is_json:
         return text
     try:
-        return from_json(text, _lenient_decoder)
+        return from_json(text, LENIENT_DECODER)
     except ValueError as error:
         raise ValueError(f"with invalid JSON: {error}") from None
 
 
-# A statement's parts in which a mark is no parameter, and the marks of parameters (SQLite, "lang_expr").
-_SQL_TOKEN = re.compile(
-    r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|(?P<mark>\?[0-9]*|[:@$][A-Za-z_]\w*)""",
-    re.DOTALL,
-)
-_SQL_READING = frozenset(
-    "table_info table_xinfo table_list index_list index_info foreign_key_list user_version data_version".split()
-)  # pragmas that change nothing; FTS5 asks for the last one
-_SQL_LOCKED_S = 5.0
-
-
-class _Statement(NamedTuple):
-    query: str
-    params: Template
-    place: str
-
-
-def _check_statement(build: Build, spec: Mapping[str, Any], place: str) -> _Statement:
-    query = spec.get("query", "")
-    if not isinstance(query, str) or "${" in query:
-        build.fault(f"{place}/query", "must be plain SQL: values are given by :name in it and by params")
-        query = ""
-    marks = [match["mark"] for match in _SQL_TOKEN.finditer(query) if match["mark"]]
-    if any(mark.startswith("?") for mark in marks):
-        build.fault(f"{place}/query", "has a ? parameter: write :name and give it by params")
-    wanted, given = {mark[1:] for mark in marks if mark[0] != "?"}, spec.get("params", {})
-    whole = isinstance(given, str) and given.startswith("${")  # an object that is computed
-    if not isinstance(given, dict) and not whole:
-        build.fault(f"{place}/params", "must be an object of the parameters by name")
-    elif not whole:
-        for name in sorted(wanted - set(given)):
-            build.fault(f"{place}/params", f"lacks {shown(name)}, which the query uses{suggest(name, given)}")
-        for name in sorted(set(given) - wanted):
-            cure = suggest(name, wanted)
-            build.fault(f"{place}/params/{pointer(name)}", f"is not used by the query: it has no :{name}{cure}")
-    return _Statement(query, build.template(given, f"{place}/params"), place)
-
-
-def _check_sql(build: Build, spec: Any, place: str) -> Runner:
-    members = ("database", "query", "params", "statements", "one", "write")
-    if not build.members(spec, place, members, ("database",)):
-        spec = {}
-    listed = spec.get("statements")
-    if (listed is None) == ("query" not in spec) and spec:
-        build.fault(place, 'needs either a "query" or "statements", a list of them')
-    if listed is not None and (not isinstance(listed, list) or not listed or "params" in spec):
-        build.fault(f"{place}/statements", 'must be a list such as [{"query": "…", "params": {…}}]')
-        listed = []
-    statements = []
-    for at, each in [("", spec)] if listed is None else [(f"/statements/{n}", each) for n, each in enumerate(listed)]:
-        if listed is None or build.members(each, f"{place}{at}", ("query", "params"), ("query",)):
-            statements.append(_check_statement(build, each, f"{place}{at}"))
-    for name in ("one", "write"):
-        if type(spec.get(name, False)) is not bool:
-            build.fault(f"{place}/{name}", "must be true or false")
-    database = build.template(spec.get("database", ""), f"{place}/database")
-    write, one = spec.get("write") is True, spec.get("one") is True
-
-    def sql(run: Run, scope: Scope, path: str) -> Any:
-        name = as_text(database(scope))
-        params = [_sql_params(statement, scope) for statement in statements]
-        try:
-            with contextlib.closing(_sql_connect(run, name, write)) as db:
-                results = _transaction(run, db, statements, params, write, one)
-        except sqlite3.Error as error:
-            raise _sql_failure(run, name, error) from None
-        return results if listed is not None else results[0]
-
-    return sql
-
-
-def _sql_params(statement: _Statement, scope: Scope) -> dict[str, Any]:
-    values = statement.params(scope)
-    if type(values) is not dict:
-        raise ExpressionError(f"{statement.place}/params: {_kind(values)} is not an object")
-    for name, value in values.items():
-        if type(value) in (dict, list, tuple):
-            cure = f"give json(…), which the query reads by IN (SELECT value FROM json_each(:{name})), or stores"  # noqa: S608
-            raise ExpressionError(f"{statement.place}/params/{name}: is {_kind(value)}: {cure}")
-        if type(value) is int and value not in _INT64:
-            raise ExpressionError(f"{statement.place}/params/{name}: the number has more than 64 bits")
-    return values
-
-
-def _sql_connect(run: Run, name: str, write: bool) -> sqlite3.Connection:
-    """A connection that reaches this one file of the data folder, and ends with the step's time."""
-    outside = run.outside
-    root = os.path.realpath(outside.data)
-    file = root if "\0" in name else os.path.realpath(os.path.join(root, name))
-    inside = os.path.commonpath([root, file]) == root and file != root
-    own = [outside.own_database + suffix for suffix in ("", "-wal", "-shm", ".lock")]
-    if not inside or file in own:
-        raise StepError(500, "its database cannot be used", f"{shown(name)} is no database of the data folder", {"sql"})
-    if write:
-        os.makedirs(root, exist_ok=True)
-    elif not os.path.isfile(file):
-        raise StepError(500, "its database is missing", f"there is no {shown(name)} in the data folder", {"missing"})
-    from pathlib import Path  # noqa: PLC0415 (0.2 MB that flows without SQL do without)
-
-    uri = f"{Path(file).as_uri()}?mode={'rwc' if write else 'ro'}"
-    patience = min(_SQL_LOCKED_S, run.left() + 0.01)  # SQLite counts whole milliseconds; the step's own end comes first
-    db = sqlite3.connect(uri, timeout=patience, isolation_level=None, uri=True)
-    db.execute(f"PRAGMA query_only = {'OFF' if write else 'ON'}")
-    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, outside.max_step_response)
-    db.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-    db.set_authorizer(_sql_authorizer)
-    db.set_progress_handler(lambda: _over(run), 10_000)
-    return db
-
-
-def _sql_authorizer(action: int, first: str | None, second: str | None, *more: str | None) -> int:
-    """Other files, and settings of the connection, are out of reach."""
-    if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):
-        return sqlite3.SQLITE_DENY
-    if action == sqlite3.SQLITE_PRAGMA and (
-        str(first).lower() not in _SQL_READING or (second and first == "user_version")
-    ):
-        return sqlite3.SQLITE_DENY
-    return sqlite3.SQLITE_OK
-
-
-def _over(run: Run) -> bool:
-    return run.cancel.is_set or run.outside.clock.monotonic() >= run.step_deadline
-
-
-def _transaction(
-    run: Run,
-    db: sqlite3.Connection,
-    statements: Sequence[_Statement],
-    params: Sequence[Mapping[str, Any]],
-    write: bool,
-    one: bool,
-) -> list[Any]:
-    left = run.outside.max_step_response
-    results: list[Any] = []
-    db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-    for statement, values in zip(statements, params, strict=True):
-        cursor = db.execute(statement.query, values)
-        if cursor.description is None:
-            results.append({"rowcount": cursor.rowcount, "lastrowid": cursor.lastrowid})
-            continue
-        rows, left = _fetch(cursor, statement, left)
-        results.append((rows[0] if rows else None) if one else rows)
-    db.execute("COMMIT")  # left out after an error: closing the connection takes back what was done
-    return results
-
-
-def _fetch(cursor: sqlite3.Cursor, statement: _Statement, left: int) -> tuple[list[dict[str, Any]], int]:
-    names = [column[0] for column in cursor.description]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ExpressionError(f"{statement.place}/query: two columns are called {shown(twice)}: name them with AS")
-    rows = []
-    for row in cursor:
-        left -= sum(len(value) if type(value) in (str, bytes) else 16 for value in row)
-        if left < 0:
-            raise StepError(500, "its database gave too much", "more than max_step_response", {"too_large"})
-        rows.append(dict(zip(names, row, strict=True)))
-    return rows, left
-
-
-def _sql_failure(run: Run, name: str, error: sqlite3.Error) -> StepError:
-    run.check()
-    run.left()
-    code = getattr(error, "sqlite_errorname", "")
-    kinds = {"locked"} if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) else {"sql", "unsafe"}
-    return StepError(500, "its database failed", f"{name}: {error}", kinds)
-
-
-_PIPE_BYTES = 1 << 16
-_LAST_WORDS_S = 0.5  # time for what an ended program has written to arrive
-_STDERR_BYTES = 64 << 10
-
-
-_children: set[Child] = set()  # those that may run still
+#: Processes that steps have started and that may run still; each has a method `kill`.
+CHILDREN: set[Any] = set()
 
 
 def kill_children() -> None:
     """End every program: this process leaves without waiting for the threads that would."""
-    for child in list(_children):
+    for child in list(CHILDREN):
         child.kill()
 
 
-class Child:
-    """A child process in a group of its own, whose output arrives in `events`: (stream's name, bytes), b"" at its end.
-
-    `kill` ends it with all its children.
-    """
-
-    def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], cwd: str | None = None, own_stderr: bool = True
-    ) -> None:
-        import subprocess  # noqa: PLC0415 (flows without programs do without it)
-
-        group: dict[str, Any] = {"start_new_session": True}
-        if os.name == "nt":
-            group = {"creationflags": 0x200}  # CREATE_NEW_PROCESS_GROUP
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(  # noqa: S603 (what runs is the flow author's choice)
-            command, stdin=pipe, stdout=pipe, stderr=pipe if own_stderr else None, env=env, cwd=cwd, **group
-        )
-        self.events: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._killed = False
-        _children.add(self)
-
-    def follow(self, given: bytes) -> None:
-        """Write its input, and put its output and its end into `events`."""
-        assert self.process.stdout is not None and self.process.stderr is not None
-        for target, *args in (
-            (self._feed, given),
-            (self._read, "stdout", self.process.stdout),
-            (self._read, "stderr", self.process.stderr),
-            (self._wait,),
-        ):
-            self._threads.append(threading.Thread(target=target, args=args, name="astera-child", daemon=True))
-            self._threads[-1].start()
-
-    def _feed(self, given: bytes) -> None:
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError), self.process.stdin as pipe:  # it need not read all of it
-            pipe.write(given)
-
-    def _read(self, name: str, pipe: Any) -> None:
-        with pipe:
-            while data := os.read(pipe.fileno(), _PIPE_BYTES):
-                self.events.put((name, data))
-        self.events.put((name, b""))
-
-    def _wait(self) -> None:
-        self.process.wait()
-        self.events.put(("exit", b""))
-
-    def left_others(self) -> bool:
-        """Whether children of it run on, now that it has ended; Windows does not tell."""
-        try:
-            os.killpg(self.process.pid, 0)
-        except (AttributeError, OSError):
-            return False
-        return True
-
-    def kill(self) -> None:
-        """End it and its children, those too that it left behind."""
-        if self._killed:  # its group's number may be another's by now
-            return
-        self._killed = True
-        _children.discard(self)
-        if os.name == "nt":
-            import subprocess  # noqa: PLC0415
-
-            tree = ["taskkill", "/F", "/T", "/PID", str(self.process.pid)]
-            subprocess.run(tree, capture_output=True, check=False)  # noqa: S603
-        else:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def close(self) -> None:
-        """Kill what is left of it, and wait for the threads that follow it."""
-        self.kill()
-        for thread in self._threads:
-            thread.join(_LAST_WORDS_S)
-        if any(thread.is_alive() for thread in self._threads):
-            return  # the pipes are a stranger's now; the thread that reads them closes them
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # what was not written to it
-                    pipe.close()
-
-
-def child_environment(outside: Surroundings) -> dict[str, str]:
-    """The server's environment without its own settings and without the secrets."""
-    hidden = outside.secrets.keys()
-    return {
-        name: text for name, text in os.environ.items() if not name.startswith("ASTERA_LITE_") and name not in hidden
-    }
-
-
-def _parse_output(value: Any) -> str:
-    if value not in ("text", "json", "lines"):
-        raise ValueError(f"{shown(value)} is not one of text, json, lines")
-    return str(value)
-
-
-def _parse_codes(value: Any) -> frozenset[int]:
-    codes = value if isinstance(value, list) else [value]
-    if not codes or not all(type(code) is int and -255 <= code <= 255 for code in codes):
-        raise ValueError("must be an exit code or a list of them, such as [0, 1]")
-    return frozenset(codes)
-
-
-def _check_run(build: Build, spec: Any, place: str) -> Runner:
-    spec = {"command": spec} if isinstance(spec, list) else spec
-    if not build.members(spec, place, ("command", "input", "output", "maxOutput", "expect"), ("command",)):
-        spec = {}
-    command = spec.get("command", ["x"])
-    if not isinstance(command, list) or not command or not all(isinstance(word, str | int | float) for word in command):
-        build.fault(f"{place}/command", 'must be a list such as ["sort", "-u"]: the program and its arguments')
-        command = ["x"]
-    if "${" in str(command[0]):
-        build.fault(f"{place}/command/0", "must be plain text: which program runs is not computed")
-    words = build.template(command, f"{place}/command")
-    given = build.template(spec.get("input"), f"{place}/input")
-    output = build.checked(spec, "output", place, _parse_output, "text")
-    limit = build.checked(spec, "maxOutput", place, parse_size, None)
-    expect = build.checked(spec, "expect", place, _parse_codes, frozenset({0}))
-
-    def program(run: Run, scope: Scope, path: str) -> dict[str, Any]:
-        arguments = [_argument(word, f"{place}/command/{at}") for at, word in enumerate(words(scope))]
-        value = given(scope)
-        code, out, err = _run_program(run, arguments, b"" if value is None else _as_bytes(value), limit)
-        if code not in expect:
-            tail = err.decode(errors="replace")[-2000:]
-            detail = f"the program ended with code {code}"
-            raise StepError(500, detail, f"{arguments[0]}: {detail}: {tail}", {"exit"})
-        return {"code": code, "stdout": _read_output(out, output, place), "stderr": err.decode(errors="replace")}
-
-    return program
-
-
-def _argument(value: Any, place: str) -> str:
-    if value is None or type(value) is bytes:
-        raise ExpressionError(f"{place}: {_kind(value)} cannot be an argument")
-    text = as_text(value)
-    if "\0" in text:
-        raise ExpressionError(f"{place}: an argument cannot hold NUL")
-    return text
-
-
-def _run_program(run: Run, arguments: list[str], given: bytes, limit: int | None) -> tuple[int, bytes, bytes]:
-    """Exit code, standard output, and the end of standard error."""
-    limit = min(limit or run.outside.max_step_response, run.outside.max_step_response)
-    try:
-        child = Child(arguments, child_environment(run.outside), run.outside.folder)
-    except (OSError, ValueError) as error:
-        reason = f"{arguments[0]} cannot be started: {error}"
-        raise StepError(500, "its program cannot be started", reason, {"missing"}) from None
-    out, err, open_streams = bytearray(), bytearray(), {"stdout", "stderr", "exit"}
-    try:
-        child.follow(given)
-        with run.cancel.calling(lambda: child.events.put(("cancel", b""))):
-            while open_streams:
-                ended = "exit" not in open_streams
-                try:
-                    name, data = child.events.get(timeout=min(run.left(), _LAST_WORDS_S) if ended else run.left())
-                except queue.Empty:
-                    if ended:  # a child that left the group keeps the pipes open: nothing more is waited for
-                        break
-                    continue  # `left` says what that means
-                run.check()
-                if not data:
-                    open_streams.discard(name)
-                    if name == "exit":
-                        if child.left_others():
-                            words = "flow %s: %s ended and left processes behind, which are killed"
-                            log.warning(words, run.flow.name, shown(arguments[0], 200), extra=run.about)
-                        child.kill()  # those it left behind would keep the pipes open
-                elif name == "stdout":
-                    out += data
-                else:
-                    err = (err + data)[-_STDERR_BYTES:]
-                if len(out) > limit:
-                    raise StepError(500, "its program wrote too much", f"more than {show_size(limit)}", {"too_large"})
-        return child.process.returncode, bytes(out), bytes(err)
-    finally:
-        child.close()
-
-
-def _read_output(data: bytes, output: str, place: str) -> Any:
-    text = data.decode(errors="replace")
-    if output == "lines":
-        return text.splitlines()
-    if output == "text":
-        return text
-    try:
-        return from_json(data, _lenient_decoder)
-    except ValueError as error:
-        raise StepError(500, "its program did not write JSON", f"{place}: {error}", {"body"}) from None
-
-
-class Isolated:
-    """Warm child processes for `python` steps with `isolate`, as many as there are cores."""
-
-    def __init__(self, folder: str | None) -> None:
-        self._folder = folder
-        self._turns = threading.Semaphore(os.cpu_count() or 1)
-        self._idle: list[Child] = []
-        self._closed = False
-
-    def call(self, run: Run, function: str, context: Context, args: Mapping[str, Any], path: str) -> Any:
-        """The function's value; a StepError if it raised, or its process ended."""
-        task = {"function": function, "folder": self._folder, "args": args, "params": context.params}
-        task |= {"request": context.request, "steps": context.steps, "secrets": context.secrets}
-        while not self._turns.acquire(timeout=min(run.left(), 0.1)):
-            run.check()
-        try:
-            child = self._child(run.outside)
-            try:
-                message = self._talk(run, child, to_saved(task).encode() + b"\n", path)
-            except BaseException:
-                child.close()
-                raise
-            if self._closed:
-                child.close()
-            else:
-                self._idle.append(child)
-        finally:
-            self._turns.release()
-        if "error" in message:
-            failed = StepError(500, "it failed", str(message["error"]), {"error"})
-            failed.source = message["source"]
-            raise failed
-        return message["value"]
-
-    def _child(self, outside: Surroundings) -> Child:
-        """A warm process, or a new one."""
-        while self._idle:
-            child = self._idle.pop()
-            if child.process.poll() is None:
-                return child
-            child.close()
-        root = os.path.dirname(os.path.abspath(__file__))
-        code = f"import sys; sys.path.insert(0, {root!r}); import astera_lite; astera_lite.isolated_main()"
-        return Child([sys.executable, "-c", code], child_environment(outside), own_stderr=False)
-
-    def _talk(self, run: Run, child: Child, task: bytes, path: str) -> dict[str, Any]:
-        """Hand over a task; the message that ends it, with its value or error."""
-        process, answers = child.process, queue.SimpleQueue[bytes]()
-        assert process.stdin is not None and process.stdout is not None
-        stdin, stdout = process.stdin, process.stdout
-
-        def talk() -> None:
-            with contextlib.suppress(OSError, ValueError):  # killed meanwhile
-                stdin.write(task)
-                stdin.flush()
-                while line := stdout.readline():
-                    answers.put(line)
-                    if line.startswith(b'{"value"') or line.startswith(b'{"error"'):
-                        return
-            answers.put(b"")
-
-        thread = threading.Thread(target=talk, name="astera-child", daemon=True)
-        thread.start()
-        with run.cancel.calling(lambda: answers.put(b"cancelled")):
-            while True:
-                try:
-                    line = answers.get(timeout=run.left())
-                except queue.Empty:
-                    continue
-                run.check()
-                if not line:
-                    code = process.wait()
-                    raise StepError(500, "its process ended", f"its process ended with code {code}", {"error"})
-                message: dict[str, Any] = from_saved(line.decode())
-                if "value" in message or "error" in message:
-                    return message
-                self._heed(run, message, path)
-
-    def _heed(self, run: Run, message: Mapping[str, Any], path: str) -> None:
-        if "progress" in message:
-            run.progress = Progress(path, *message["progress"])
-        if "log" in message:
-            level, text = message["log"]
-            log.log(level, "flow %s: step %s: %s", run.flow.name, path, text, extra=run.about | {"step": path})
-
-    def close(self) -> None:
-        """End the processes that are idle; those at work end with their step."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop().close()
-
-
-class _IsolatedContext:
-    """The context of a function in a process of its own; it says what it has to say on the pipe."""
-
-    cancelled = False  # its process is killed instead
-
-    def __init__(self, task: Mapping[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
-        self.params, self.request, self.steps = task["params"], task["request"], task["steps"]
-        self.secrets = task["secrets"]
-        self.log = logging.getLogger("astera_lite.step")
-        self._say = say
-
-    def progress(self, done: int, total: int) -> None:
-        self._say({"progress": [done, total]})
-
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
-
-
-def isolated_main() -> None:
-    """What a child process does: one task a line on its standard input, until that is closed."""
-    if hasattr(os, "nice"):
-        os.nice(10)  # the server's own threads go first
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pipe = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a function prints must not get between the lines
-
-    def say(message: dict[str, Any]) -> None:
-        pipe.write(to_saved(message).encode() + b"\n")
-        pipe.flush()
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            say({"log": [record.levelno, log_message(record)]})
-
-    logging.basicConfig(level=logging.DEBUG, handlers=[Handler()])
-    logging.captureWarnings(True)
-    functions: dict[str | None, Functions] = {}
-    for line in sys.stdin.buffer:
-        task = from_saved(line.decode())
-        folder = task["folder"]
-        try:
-            loader = functions.setdefault(folder, Functions(folder))
-            value = loader.load(task["function"])(_IsolatedContext(task, say), **task["args"])
-            say({"value": _as_json(value, task["function"])})
-        except (Exception, SystemExit) as error:
-            say({"error": f"{type(error).__name__}: {error}", "source": exception_source(error)})
-
-
-_MAX_CONCURRENCY = 64
+MAX_CONCURRENCY = 64
 
 
 def _check_steps_inside(build: Build, spec: Any, place: str, *names: str) -> Callable[[Run, Scope, str], Any]:
@@ -6175,8 +5493,8 @@ def _check_steps_inside(build: Build, spec: Any, place: str, *names: str) -> Cal
 
 
 def _parse_concurrency(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= _MAX_CONCURRENCY:
-        raise ValueError(f"{shown(value)} is not a number from 1 to {_MAX_CONCURRENCY}")
+    if type(value) is not int or not 1 <= value <= MAX_CONCURRENCY:
+        raise ValueError(f"{shown(value)} is not a number from 1 to {MAX_CONCURRENCY}")
     return value
 
 
@@ -6194,7 +5512,7 @@ def _check_each(build: Build, spec: Any, place: str) -> Runner:
     def each(run: Run, scope: Scope, path: str) -> list[Any]:
         items = run.settled(of, scope, f"{path}/of")
         if type(items) not in (list, tuple):
-            raise ExpressionError(f"{place}/of: {_kind(items)} is not a list")
+            raise ExpressionError(f"{place}/of: {kind_of(items)} is not a list")
         done = itertools.count(1)
 
         def one(part: Run, at: int) -> Any:
@@ -6323,8 +5641,10 @@ def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
 STEP_KINDS: dict[str, StepKind] = {
     "http": StepKind(_check_http, True, "calls an API"),
     "python": StepKind(_check_python, True, "calls a Python function: module:function"),
-    "sql": StepKind(_check_sql, True, "asks a SQLite database in the data folder, or writes to it"),
-    "run": StepKind(_check_run, True, "runs a program"),
+    "sql": StepKind(
+        late("astera_lite_steps:check_sql"), True, "asks a SQLite database in the data folder, or writes to it"
+    ),
+    "run": StepKind(late("astera_lite_steps:check_run"), True, "runs a program"),
     "set": StepKind(_check_set, False, "computes a value"),
     "each": StepKind(_check_each, False, "runs steps for every item of a list"),
     "choose": StepKind(_check_choose, False, "runs the steps of the first branch whose `when` holds"),
@@ -6340,10 +5660,10 @@ STEP_KINDS: dict[str, StepKind] = {
 _BASE_NAMES = ("params", "request", "env", "secrets")
 _REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
 _FLOW_MEMBERS = ("description", "request", "steps", "response", "timeout", "restart", "concurrency", "tests")
-_STEP_OPTIONS = ("name", "when", "timeout", "retry", "onError", "description")
-_MODES = ("synchronous", "asynchronous")
-_FLOW_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
-_FLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+STEP_OPTIONS = ("name", "when", "timeout", "retry", "onError", "description")
+MODES = ("synchronous", "asynchronous")
+FLOW_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+FLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _STEP_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _SEGMENT = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+")
 _PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z][A-Za-z0-9_-]*)\}")
@@ -6379,6 +5699,9 @@ def _faults_of(where: str) -> Iterator[None]:
         yield
     except FlowError:
         raise
+    except MissingWing as error:
+        cure = f"needs {error.faults[0].where}: copy it beside astera_lite.py"
+        raise FlowError([Fault(where, "", cure)]) from None
     except Exception as error:
         log.debug("%s", where, exc_info=True)
         raise FlowError([Fault(where, "", f"cannot be deployed: {type(error).__name__}: {error}")]) from error
@@ -6491,11 +5814,11 @@ def build_flow(
     """Check a flow's tree and compile it; raises FlowError with every fault, each with its place and cure."""
     where = source or name
     build = Build(where, kinds, functions or Functions(), connections)
-    if not _FLOW_NAME.fullmatch(name):
+    if not FLOW_NAME.fullmatch(name):
         cure = ", 64 at most" if len(name) > 64 else ""
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _{cure}")
     if not isinstance(tree, dict):
-        raise FlowError([Fault(where, "", f"must be an object with request, steps, response, not {_kind(tree)}")])
+        raise FlowError([Fault(where, "", f"must be an object with request, steps, response, not {kind_of(tree)}")])
     build.members(tree, "", _FLOW_MEMBERS, ("request",))
     request = tree.get("request", {"method": "GET", "resource": "/x"})  # to find what else is wrong
     members = ("method", "resource", "processing", "parameters", "strict", "body", "contentTypes")
@@ -6503,9 +5826,9 @@ def build_flow(
         request = {}
     method = request.get("method", "GET")
     build.method = method
-    if method not in _FLOW_METHODS:
-        cure = suggest(str(method), _FLOW_METHODS)
-        build.fault("/request/method", f"{shown(method)} is not one of {', '.join(_FLOW_METHODS)}{cure}")
+    if method not in FLOW_METHODS:
+        cure = suggest(str(method), FLOW_METHODS)
+        build.fault("/request/method", f"{shown(method)} is not one of {', '.join(FLOW_METHODS)}{cure}")
     resource_path = _check_resource(build, request.get("resource", "/x"))
     parameters = _check_parameters(build, request.get("parameters", {}), resource_path)
     body, content_types = _check_body(build, request)
@@ -6599,9 +5922,9 @@ def _check_processing(build: Build, modes: Any) -> frozenset[str]:
         build.fault("/request/processing", 'must be a list such as ["synchronous", "asynchronous"]')
         return frozenset()
     for mode in modes:
-        if mode not in _MODES:
+        if mode not in MODES:
             build.fault(
-                "/request/processing", f"{shown(mode)} is not one of {', '.join(_MODES)}{suggest(str(mode), _MODES)}"
+                "/request/processing", f"{shown(mode)} is not one of {', '.join(MODES)}{suggest(str(mode), MODES)}"
             )
     return frozenset(map(str, modes))
 
@@ -6772,7 +6095,7 @@ def _check_body(build: Build, request: dict[str, Any]) -> tuple[Schema | None, t
 def check_steps(build: Build, specs: Any, place: str) -> list[Step]:
     """Compile a list of steps; each sees the names of those before it."""
     if not isinstance(specs, list):
-        build.fault(place, f"must be a list of steps, not {_kind(specs)}")
+        build.fault(place, f"must be a list of steps, not {kind_of(specs)}")
         return []
     names = [str(spec.get("name")) for spec in specs if isinstance(spec, dict)]
     build.hints |= {name: f'step "{name}" comes later: move it up' for name in names if name not in build.names}
@@ -6799,13 +6122,13 @@ def _check_name(build: Build, name: Any, place: str) -> None:
 
 def _check_step(build: Build, spec: Any, place: str) -> Step | None:
     kinds = build.kinds
-    if not build.members(spec, place, (*_STEP_OPTIONS, *kinds), ("name",)):
+    if not build.members(spec, place, (*STEP_OPTIONS, *kinds), ("name",)):
         return None
     name = spec.get("name", "")
     if "name" in spec:
         _check_name(build, name, f"{place}/name")
     used = [kind for kind in kinds if kind in spec]
-    if not used and any(member not in _STEP_OPTIONS for member in spec):
+    if not used and any(member not in STEP_OPTIONS for member in spec):
         return None  # what is not known was to be the kind
     if len(used) != 1:
         found = f"has {' and '.join(used)}" if used else "has no kind"
@@ -6975,7 +6298,7 @@ def run_test(flow: Flow, test: FlowTest, outside: Surroundings) -> tuple[list[st
     except InputError as error:
         found = Outcome.failed("failed", error.status, str(error))
     else:
-        run = Run(flow, given, outside, outside.clock.monotonic() + _TEST_S)
+        run = Run(flow, given, outside, outside.clock.monotonic() + TEST_S)
         run.canned = canned
         outcome = run_flow(run)
         assert isinstance(outcome, Outcome)
@@ -6986,7 +6309,7 @@ def run_test(flow: Flow, test: FlowTest, outside: Surroundings) -> tuple[list[st
     return _differences(found, test.response), canned.used
 
 
-_TEST_S = 30.0
+TEST_S = 30.0
 
 
 def _differences(outcome: Outcome, expected: Mapping[str, Any]) -> list[str]:
@@ -7144,7 +6467,7 @@ def load_connections(
 def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
     path = os.path.join(folder, name)
     try:
-        text = _read_text(path)
+        text = read_text(path)
     except FileNotFoundError:
         if os.path.islink(path):
             raise FlowError([Fault(name, "", "is a link to a file that is not there")]) from None
@@ -7153,7 +6476,7 @@ def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
         message = f"is not UTF-8 (byte {error.start}): save it with that encoding"
         raise FlowError([Fault(name, "", message)]) from None
     except OSError as error:
-        raise FlowError([Fault(name, "", f"cannot be read: {_reason(error)}")]) from None
+        raise FlowError([Fault(name, "", f"cannot be read: {reason_of(error)}")]) from None
     return parse_flow_text(text, name)
 
 
@@ -7195,7 +6518,7 @@ def load_flows(
         files = sorted(os.listdir(folder))
     except OSError as error:
         kept = [flow for flow in previous.values() if "." in flow.source]
-        return kept, [Fault(os.fspath(folder), "", f"cannot be read: {_reason(error)}")]
+        return kept, [Fault(os.fspath(folder), "", f"cannot be read: {reason_of(error)}")]
     for file in files:
         if not is_flow_file(file):
             faults += [Fault(file, "", reason) for reason in [_stray(folder, file)] if reason]
@@ -8560,7 +7883,7 @@ class SqliteStore:
                 return
             place, words = self.path, f"is damaged: the copy is kept as {part}"
         except OSError as error:
-            words = _reason(error)
+            words = reason_of(error)
         except (StoreError, sqlite3.Error) as error:
             place, words = self.path if self._damaged else path, str(_store_error(error))
         finally:
@@ -10047,7 +9370,7 @@ def read_secrets(setting: str | None, environ: Mapping[str, str]) -> dict[str, s
         if os.name == "posix" and os.stat(setting).st_mode & 0o077:
             faults.append(Fault(setting, "", "can be read by others: chmod 600 it"))
     except OSError as error:
-        faults.append(Fault(setting, "", f"cannot be read: {_reason(error)}"))
+        faults.append(Fault(setting, "", f"cannot be read: {reason_of(error)}"))
     values = {} if faults else _read_toml(setting, faults)
     faults += [Fault(setting, name, "must be text") for name, value in values.items() if not isinstance(value, str)]
     if faults:
@@ -10116,8 +9439,8 @@ class AsteraLite:
             flow_named=lambda name: self.deployments.by_name.get(name),
             data=settings.data,
             own_database=os.path.realpath(settings.database),
-            folder=settings.flows or None,
-            isolated=Isolated(os.path.abspath(settings.flows) if settings.flows else None),
+            folder=os.path.abspath(settings.flows) if settings.flows else None,
+            kept={},
         )
         self.base = (settings.public_url or f"http://{settings.host}:{settings.port}").rstrip("/")
         self._folder = settings.flows or None
@@ -10357,7 +9680,7 @@ class AsteraLite:
 
     def _folder_of(self, name: str) -> str:
         """The folder where a deployment's file is kept; raises Conflict, NotFound."""
-        if not _FLOW_NAME.fullmatch(name):
+        if not FLOW_NAME.fullmatch(name):
             raise NotFound(f"{shown(name)} is no name of a deployment: letters, digits, - and _.")
         if name + ".json" == CONNECTIONS_FILE:
             raise Conflict(f"{CONNECTIONS_FILE} keeps the connections: choose another name.")
@@ -10390,7 +9713,7 @@ class AsteraLite:
         return flow
 
     def flow(
-        self, route: str, *, name: str = "", processing: Sequence[str] = _MODES, **options: Any
+        self, route: str, *, name: str = "", processing: Sequence[str] = MODES, **options: Any
     ) -> Callable[[_Function], _Function]:
         """Publish a Python function as a flow: `@app.flow("GET /greet/{name}")`.
 
@@ -10420,7 +9743,7 @@ class AsteraLite:
         Flows then write `{"greet": {"name": "${params.name}"}}`: the function gets a Context and these arguments, each
         of which may be an expression, and returns a JSON value. Raises ConfigError for a name that is taken.
         """
-        if name in STEP_KINDS or name in _STEP_OPTIONS or not _STEP_NAME.fullmatch(name):
+        if name in STEP_KINDS or name in STEP_OPTIONS or not _STEP_NAME.fullmatch(name):
             raise ConfigError([Fault("step", name, "is no new word of letters, digits and _: choose another name")])
 
         def add(function: _Function) -> _Function:
@@ -11534,16 +10857,16 @@ def response_head(
 # ======================================================================================================================
 
 
-_SELECTING = {
+SELECTING = {
     "cursor": "the next page, as the last answer gave it",
     "sort_by": "fields to sort by, comma-separated, - for descending",
 }
-_FILTERING = "only rows whose field of this name has this value"
+FILTERING = "only rows whose field of this name has this value"
 
 
 def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
     """A published flow, as /api/deployments shows it."""
-    urls = {mode: f"{base}{PREFIXES[mode]}{flow.resource}" for mode in _MODES if mode in flow.modes}
+    urls = {mode: f"{base}{PREFIXES[mode]}{flow.resource}" for mode in MODES if mode in flow.modes}
     request = flow.tree["request"]
     return {
         "name": flow.name,
@@ -11555,7 +10878,7 @@ def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
         "parameters": {
             item.name: request.get("parameters", {}).get(item.name) or {"in": item.where} for item in flow.parameters
         }
-        | {name: {"in": "query", "description": _SELECTING.get(name, _FILTERING)} for name in flow.selection.names},
+        | {name: {"in": "query", "description": SELECTING.get(name, FILTERING)} for name in flow.selection.names},
         "body": request.get("body"),
         "contentTypes": list(flow.content_types),
         "source": flow.source,
@@ -11570,7 +10893,7 @@ def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
     """Every published endpoint with its mode, ready to paste behind curl."""
     rows = []
     for flow in sorted(deployments.by_name.values(), key=lambda flow: flow.name):
-        for mode in _MODES:
+        for mode in MODES:
             if mode in flow.modes:
                 parts = [_example(flow, part[1:-1]) if part[0] == "{" else part for part in flow.segments]
                 method = "" if flow.method == "GET" else f"-X {flow.method} "
@@ -11581,8 +10904,8 @@ def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
 
 
 def _example(flow: Flow, name: str) -> str:
-    example = _sample(flow.tree["request"].get("parameters", {}).get(name, {}), name)
-    return ",".join(urllib.parse.quote(text, safe="") for text in _texts(example))
+    example = sample_value(flow.tree["request"].get("parameters", {}).get(name, {}), name)
+    return ",".join(urllib.parse.quote(text, safe="") for text in as_texts(example))
 
 
 def _example_query(flow: Flow) -> str:
@@ -11596,14 +10919,14 @@ def _example_options(flow: Flow) -> Iterator[str]:
     tree = flow.tree["request"]
     for item in flow.parameters:
         if item.where == "header" and item.required:
-            value = ",".join(_texts(_sample(tree["parameters"].get(item.name, {}), item.name)))
+            value = ",".join(as_texts(sample_value(tree["parameters"].get(item.name, {}), item.name)))
             yield "-H " + _in_quotes(f"{item.name}: {value}")
     if flow.body_required:
-        media, value = flow.content_types[0], _sample(tree.get("body") or {}, "text")
+        media, value = flow.content_types[0], sample_value(tree.get("body") or {}, "text")
         if media == CONTENT_TYPES["form"] and isinstance(value, dict):
-            text = urllib.parse.urlencode([(name, text) for name, item in value.items() for text in _texts(item)])
+            text = urllib.parse.urlencode([(name, text) for name, item in value.items() for text in as_texts(item)])
         else:
-            text = json.dumps(value, ensure_ascii=False) if _is_json(media) else as_text(value)
+            text = json.dumps(value, ensure_ascii=False) if is_json_type(media) else as_text(value)
         yield f"-H {_in_quotes(f'Content-Type: {media}')} --data-raw {_in_quotes(text)}"
 
 
@@ -11612,14 +10935,15 @@ def _in_quotes(text: str) -> str:
     return "'" + text.replace("'", r"'\''") + "'"
 
 
-def _texts(value: Any) -> list[str]:
+def as_texts(value: Any) -> list[str]:
+    """The texts of a parameter: those of each item of a list, or its own."""
     return [as_text(item) for item in value] if isinstance(value, list) else [as_text(value)]
 
 
 _SAMPLES = {"boolean": True, "null": None, "date": "2026-01-31", "date-time": "2026-01-31T12:00:00Z"}
 
 
-def _sample(spec: Mapping[str, Any], name: str) -> Any:
+def sample_value(spec: Mapping[str, Any], name: str) -> Any:
     """A value for a flow file's schema: its example, its default, or one made up, which a pattern may still refuse."""
     for given in ("example", "default"):
         if given in spec:
@@ -11633,1368 +10957,16 @@ def _sample(spec: Mapping[str, Any], name: str) -> Any:
         low = spec.get("minimum", min(1, spec.get("maximum", 1)))
         return math.ceil(low) if kind == "integer" else low
     if kind == "array":
-        return [_sample(spec.get("items", {}), name)] * max(least, 1)
+        return [sample_value(spec.get("items", {}), name)] * max(least, 1)
     if kind == "object":
         known, required = spec.get("properties", {}), spec.get("required")
         needed = required if isinstance(required, list) else []
         members = dict.fromkeys([*needed, *(member for member, item in known.items() if "example" in item)]) or known
-        return {member: _sample(known.get(member, {}), member) for member in members}
+        return {member: sample_value(known.get(member, {}), member) for member in members}
     return name.ljust(least, "x")[: spec.get("maxLength", len(name) + least)] if kind == "string" else _SAMPLES[kind]
 
 
-def _object(required: Sequence[str] = (), /, **properties: Any) -> dict[str, Any]:
-    more = {"required": list(required)} if required else {}
-    return {"type": "object", "properties": properties, "additionalProperties": False, **more}
-
-
-_ANY: dict[str, Any] = {}
-_TEXT: dict[str, Any] = {"type": "string"}
-_FLAG: dict[str, Any] = {"type": "boolean"}
-_MAP: dict[str, Any] = {"type": "object"}
-_TEMPLATE: dict[str, Any] = {"type": "string", "pattern": r"\$\{", "description": "an expression: ${…}"}
-_COMPUTED_MAP = {"anyOf": [_MAP, _TEMPLATE]}
-_DURATION_SCHEMA = {
-    "description": "250ms, 30s, 5m, 24h, or a number of seconds",
-    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}],
-}
-_SIZE_SCHEMA = {"description": "64KiB, 10MiB, or a number of bytes", "type": ["string", "integer"]}
-_STATUS_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 200, "maximum": 599}, _TEMPLATE]}
-_STEPS = {"type": "array", "items": {"$ref": "#/$defs/step"}}
-_INSIDE = {**_STEPS, "minItems": 1}
-_STATEMENT = _object(("query",), query=_TEXT, params=_COMPUTED_MAP)
-_EXPECT = {
-    "type": ["string", "integer", "array"],
-    "description": 'statuses that are no failure: 200, "2xx", [200, 404]',
-}
-_CODES = {"type": ["integer", "array"], "items": {"type": "integer"}}
-_RESPONSE: dict[str, Any] = {"status": _STATUS_SCHEMA, "headers": _MAP, "body": _ANY}
-_PAGES_SCHEMA = _object(
-    next=_TEMPLATE, link={"const": True}, cursor=_TEMPLATE, parameter=_TEXT, offset=_TEXT, limit=_TEXT, total=_ANY,
-    size={"type": "integer"}, page=_TEXT, start={"type": "integer"}, items=_TEMPLATE, maxPages={"type": "integer"},
-    maxItems={"type": "integer"},
-)  # fmt: skip
-_HTTP_SCHEMA = _object(
-    method={"enum": list(_METHODS)}, url=_TEXT, connection=_TEXT, path=_TEXT, query=_MAP, headers=_MAP, json=_ANY,
-    form=_MAP, body=_ANY, timeout=_DURATION_SCHEMA, expect=_EXPECT, follow=_FLAG, maxResponse=_SIZE_SCHEMA,
-    pages=_PAGES_SCHEMA, until=_TEMPLATE, every=_DURATION_SCHEMA,
-)  # fmt: skip
-#: What stands behind the name of each kind of step in a flow file.
-_KIND_SCHEMAS: dict[str, Any] = {
-    "http": {"anyOf": [_TEXT, _HTTP_SCHEMA]},
-    "python": {"anyOf": [_TEXT, _object(("call",), call=_TEXT, args=_MAP, isolate=_FLAG)]},
-    "sql": _object(
-        ("database",), database=_TEXT, query=_TEXT, params=_COMPUTED_MAP, one=_FLAG, write=_FLAG,
-        statements={"type": "array", "items": _STATEMENT, "minItems": 1},
-    ),
-    "run": {
-        "anyOf": [
-            {"type": "array", "minItems": 1},
-            _object(
-                ("command",), command={"type": "array", "minItems": 1}, input=_ANY,
-                output={"enum": ["text", "json", "lines"]}, maxOutput=_SIZE_SCHEMA, expect=_CODES,
-            ),
-        ]
-    },
-    "set": _ANY,
-    "each": _object(
-        ("of", "steps"), of=_ANY, concurrency={"type": "integer", "minimum": 1, "maximum": _MAX_CONCURRENCY},
-        steps=_INSIDE, result=_ANY, **{"as": _TEXT},
-    ),
-    "choose": {"type": "array", "minItems": 1, "items": _object(("steps",), when=_ANY, steps=_INSIDE, result=_ANY)},
-    "call": {"anyOf": [_TEXT, _object(("flow",), flow=_TEXT, params=_MAP, body=_ANY)]},
-    "wait": {"anyOf": [_DURATION_SCHEMA, _object(("until",), until=_ANY)]},
-    "respond": _object(**_RESPONSE),
-    "fail": _object(
-        ("message",), status={"anyOf": [{"type": "integer", "minimum": 400, "maximum": 599}, _TEMPLATE]},
-        message=_TEXT, headers=_MAP,
-    ),
-}  # fmt: skip
-
-
-def _rules_schema() -> dict[str, Any]:
-    """The rules that parameters and bodies share."""
-    kinds = {"integer": {"type": "integer"}, "number": {"type": "number"}, "array": {"type": "array"}}
-    rules = {name: kinds.get(kind, _TEXT) for name, (_, kind) in SCHEMA_RULES.items()}
-    return rules | {"default": _ANY, "description": _TEXT, "example": _ANY}
-
-
-def flow_schema(kinds: Mapping[str, StepKind]) -> dict[str, Any]:
-    """A JSON Schema (2020-12) of the flow file, for editors; `check` knows more."""
-    value = _rules_schema() | {
-        "type": {"anyOf": [{"enum": list(SCHEMA_TYPES)}, {"type": "array", "items": {"enum": list(SCHEMA_TYPES)}}]},
-        "items": {"$ref": "#/$defs/value"},
-        "properties": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}},
-        "required": {"anyOf": [{"type": "array", "items": _TEXT}, _FLAG]},
-        "additionalProperties": {"anyOf": [_FLAG, {"$ref": "#/$defs/value"}]},
-    }
-    parameter: dict[str, Any] = _rules_schema() | {
-        "in": {"enum": ["path", "query", "header"]},
-        "type": {"enum": [*PARAMETER_TYPES, "array"]},
-        "items": {"$ref": "#/$defs/value"},
-        "required": _FLAG,
-    }
-    request = _object(
-        ("method", "resource"),
-        method={"enum": list(_FLOW_METHODS)},
-        resource={"type": "string", "pattern": "^/."},
-        processing={
-            "anyOf": [{"enum": list(_MODES)}, {"type": "array", "items": {"enum": list(_MODES)}, "minItems": 1}]
-        },
-        parameters={"type": "object", "additionalProperties": _object(("in",), **parameter)},
-        strict=_FLAG,
-        body={"$ref": "#/$defs/value"},
-        contentTypes={"type": "array", "items": _TEXT},
-    )
-    retry = _object(
-        ("attempts",), attempts={"type": "integer", "minimum": 1, "maximum": 100}, delay=_DURATION_SCHEMA,
-        backoff={"type": "number"}, maxDelay=_DURATION_SCHEMA, on={"type": "array"},
-    )  # fmt: skip
-    options: dict[str, Any] = {
-        "name": _TEXT,
-        "when": _ANY,
-        "timeout": _DURATION_SCHEMA,
-        "retry": {"anyOf": [{"type": "integer"}, retry]},
-        "onError": _ANY,
-    }
-    specs = {name: _KIND_SCHEMAS.get(name, kind.schema or _ANY) for name, kind in kinds.items()}
-    described = {name: {**spec, "description": kinds[name].help} for name, spec in specs.items()}
-    step = _object(("name",), **{**options, "description": _TEXT, **described})
-    step["oneOf"] = [{"required": [kind]} for kind in kinds]
-    page = _object(("items",), items=_ANY, size={"anyOf": [{"type": "integer"}, _TEMPLATE]})
-    rows: dict[str, Any] = {
-        "page": page,
-        "filter": {"type": "array", "items": _TEXT},
-        "sort": {"type": ["boolean", "array"]},
-    }
-    response = _object(**_RESPONSE, when=_ANY, **rows)
-    test = _object(
-        ("name", "response"), name=_TEXT, request=_object(params=_MAP, body=_ANY), steps=_MAP, fails=_MAP,
-        response=_object(status={"type": "integer"}, headers=_MAP, body=_ANY),
-    )  # fmt: skip
-    limit = {
-        "anyOf": [
-            {"type": "integer"},
-            _object(("limit",), limit={"type": "integer"}, whenFull={"enum": ["queue", "refuse"]}),
-        ]
-    }
-    flow = _object(
-        ("request",),
-        description=_TEXT,
-        request=request,
-        steps=_STEPS,
-        response={"anyOf": [response, {"type": "array", "items": response}]},
-        timeout=_DURATION_SCHEMA,
-        restart={"enum": ["resume", "rerun", "fail"]},
-        concurrency=limit,
-        tests={"type": "array", "items": test},
-    )
-    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A flow of Astera Lite"}
-    return about | flow | {"$defs": {"step": step, "value": _object(**value)}}
-
-
-_STARTER = """\
-{
-  "description": "What NAME is for, in a sentence",
-  "request": {
-    "method": "GET",
-    "resource": "/NAME/{id}",
-    "processing": ["synchronous", "asynchronous"],
-    "parameters": {
-      "id": {"in": "path", "type": "integer", "example": 7},
-      "note": {"in": "query", "type": "string", "maxLength": 100}
-    }
-  },
-  "steps": [
-    {"name": "double", "set": "${params.id * 2}"}
-  ],
-  "response": [
-    {"when": "${params.id < 0}", "status": 404, "body": {"error": "there is no ${params.id}"}},
-    {"status": 200, "body": {"id": "${params.id}", "double": "${double}", "note": "${params.note}"}}
-  ]
-}
-"""
-
-
-def starter_flow(name: str) -> str:
-    """The text of a first flow."""
-    return _STARTER.replace("NAME", name)
-
-
-# --- OpenAPI ---
-
-_DEFAULT_LIST, _MAX_LIST = 50, 1000  # jobs on a page
-
-
-def _ref(kind: str, name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/{kind}/{name}"}
-
-
-def _maybe(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {**schema, "type": [schema["type"], "null"]}
-
-
-def _content(schema: Mapping[str, Any], media: str = "application/json") -> dict[str, Any]:
-    return {media: {"schema": schema}}
-
-
-def _record(properties: Mapping[str, Any], optional: Collection[str] = (), **more: Any) -> dict[str, Any]:
-    """An object whose members are all there, but for the optional ones."""
-    required = [name for name in properties if name not in optional]
-    return {"type": "object", "required": required, "properties": dict(properties), **more}
-
-
-_INT64_SCHEMA = {"type": "integer", "format": "int64", "minimum": _INT64.start, "maximum": _INT64.stop - 1}
-_COUNT = {"type": "integer", "minimum": 0}
-_TIME = {"type": "string", "format": "date-time"}
-_URI = {"type": "string", "format": "uri"}
-_CODE = {"type": "integer", "minimum": 100, "maximum": 599}
-_UUID = {"type": "string", "format": "uuid"}
-_STATUS_MEMBERS: dict[str, Any] = {
-    "id": _UUID,
-    "status": {"enum": [Status.RUNNING.value, Status.COMPLETED.value, Status.ERROR.value]},
-    "flow": {**_TEXT, "description": "name of the deployment"},
-    "createdAt": _TIME,
-    "startedAt": {**_maybe(_TIME), "description": "null while it is queued"},
-    "finishedAt": _maybe(_TIME),
-    "expiresAt": {**_maybe(_TIME), "description": "from then on status and result are 404"},
-    "attempt": {**_COUNT, "description": "runs begun; more than 1 after a restart of the server"},
-    "progress": _maybe(_record({"step": _maybe(_TEXT), "done": _COUNT, "total": _COUNT})),
-    "statusUrl": _URI,
-    "resultUrl": {**_maybe(_URI), "description": "null until it is finished"},
-    "error": {"anyOf": [_ref("schemas", "Problem"), {"type": "null"}]},
-}
-_CALLBACK_MEMBERS: dict[str, Any] = {
-    "url": _TEXT,
-    "state": {"enum": list(MOVES["callback"])},
-    "attempts": _COUNT,
-    "lastStatus": _maybe(_CODE),
-    "nextAttemptAt": _maybe(_TIME),
-}
-_ATTEMPT_SCHEMA = _record({"at": _TIME, "status": _maybe(_CODE), "error": _maybe(_TEXT), "durationMs": _COUNT})
-_FAILURE_SCHEMA = _record(
-    {
-        "message": _TEXT, "kind": _TEXT, "step": _TEXT, "file": _TEXT, "pointer": _TEXT, "line": _maybe(_COUNT),
-        "attempt": _COUNT, "attempts": _COUNT, "status": _CODE, "body": _TEXT,
-        "source": _record({"file": _TEXT, "line": _COUNT}),
-    },
-    ("status", "body", "source"),
-)  # fmt: skip
-_TRACE_SCHEMA = _record(
-    {
-        "path": _TEXT, "name": _TEXT, "kind": _TEXT, "state": _TEXT, "startedAt": _TIME, "finishedAt": _TIME,
-        "size": _maybe(_COUNT), "preview": _maybe(_TEXT), "status": _CODE,
-        "error": _FAILURE_SCHEMA, "retries": {"type": "array", "items": _FAILURE_SCHEMA},
-    },
-    ("status", "error", "retries"),
-)  # fmt: skip
-_REQUEST_SCHEMA = _record(
-    {
-        "method": _TEXT, "path": _TEXT, "query": _TEXT, "headers": {"type": "object", "additionalProperties": _TEXT},
-        "body": _maybe(_TEXT), "bodySize": _COUNT,
-    }
-)  # fmt: skip
-_UNKNOWN_MEMBERS = {"id": _TEXT, "reason": {"enum": ["expired", "not-found"]}}
-_ERROR_SCHEMA = _record(
-    {
-        "in": {"enum": ["path", "query", "header", "body"]},
-        "name": {**_TEXT, "description": "of a parameter; for a body a JSON Pointer (RFC 6901)"},
-        "message": _TEXT,
-    }
-)
-#: The schemas that operations share.
-_SCHEMAS: dict[str, Any] = {
-    "Problem": _record(
-        {
-            "type": {"type": "string", "format": "uri-reference"}, "title": _TEXT, "status": _CODE, "detail": _TEXT,
-            "errors": {"type": "array", "items": _ERROR_SCHEMA, "description": "everything wrong with the input"},
-            "code": {"enum": list(ENDS[1:])},
-            "requestId": {**_TEXT, "description": "where to look in the server's log"},
-        },
-        ("errors", "code", "requestId"),
-        description="A problem document (RFC 9457).",
-    ),
-    "StatusDocument": _record(
-        {**_STATUS_MEMBERS, "callback": _maybe(_record(_CALLBACK_MEMBERS))}, description="How far a job is."
-    ),
-    "FinishedJob": _record(_STATUS_MEMBERS, description="The status document as a callback has it."),
-    "UnknownJob": _record(
-        {**_UNKNOWN_MEMBERS, "status": {"const": Status.UNKNOWN.value}, "detail": _TEXT},
-        description="The status document of a job that is not there (any more).",
-    ),
-    "UnknownJobProblem": {
-        "description": "A problem document with what the status route says.",
-        "allOf": [_ref("schemas", "Problem"), _record({**_UNKNOWN_MEMBERS, "jobStatus": {"const": "Unknown"}})],
-    },
-    "JobDetails": _record(
-        {
-            **_STATUS_MEMBERS,
-            "callback": _maybe(_record({**_CALLBACK_MEMBERS, "history": {"type": "array", "items": _ATTEMPT_SCHEMA}})),
-            "request": _maybe(_REQUEST_SCHEMA),
-            "failure": _maybe(_FAILURE_SCHEMA),
-            "steps": {"type": "array", "items": _TRACE_SCHEMA},
-        },
-        ("failure",),
-        description="The status document, what was sent, and what became of each step.",
-    ),
-    "JobList": _record(
-        {
-            "jobs": {"type": "array", "items": _ref("schemas", "StatusDocument")},
-            "next": {**_maybe(_TEXT), "description": "the cursor of the next page; null at the end"},
-        }
-    ),
-    "Deployment": _record(
-        {
-            "name": _TEXT, "description": _TEXT, "method": {"enum": list(_FLOW_METHODS)}, "resource": _TEXT,
-            "processing": {"type": "array", "items": {"enum": list(_MODES)}},
-            "urls": {"type": "object", "additionalProperties": _TEXT},
-            "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
-            "body": {"type": ["object", "null"]}, "contentTypes": {"type": "array", "items": _TEXT}, "source": _TEXT,
-        },
-        description="A published flow.",
-    ),
-    "DeploymentList": _record(
-        {
-            "deployments": {"type": "array", "items": _ref("schemas", "Deployment")},
-            "faults": {
-                "type": "array", "items": _record({"file": _TEXT, "place": _TEXT, "message": _TEXT}),
-                "description": "why files are not published, or not in their present form",
-            },
-        }
-    ),
-    "Flow": {
-        "type": "object",
-        "required": ["request"],
-        "properties": {
-            "request": _record({"method": {"enum": list(_FLOW_METHODS)}, "resource": {**_TEXT, "pattern": "^/."}})
-        },
-        "description": "A flow file; the command `schema` prints its whole JSON Schema.",
-    },
-    "Health": _record(
-        {
-            "status": {"enum": ["ok", "unavailable"]}, "reason": _maybe(_TEXT), "version": _TEXT,
-            "jobs": {"type": "object", "additionalProperties": _COUNT},
-            "database": {"type": "object", "additionalProperties": _COUNT},
-            "deployments": {"type": "object", "additionalProperties": _COUNT}, "workers": _COUNT,
-            "finished": {**_COUNT, "description": "jobs whose end was put on record since the start"},
-        },
-        ("workers", "finished"),
-    ),
-}  # fmt: skip
-
-
-def _header(description: str, schema: Mapping[str, Any], required: bool = True) -> dict[str, Any]:
-    return {"description": description, "schema": schema, "required": required}
-
-
-_HEADERS: dict[str, Any] = {
-    "X-Request-Id": _header("Names this request in the server's log.", _TEXT),
-    "Location": _header("The URL of the status, of the result, or of what was made.", _URI),
-    "Retry-After": _header("Whole seconds after which to ask again.", {"type": "integer", "minimum": 1}),
-    "Job-Status": _header("The state of the job.", {"enum": [status.value for status in Status]}),
-    "Content-Location": _header("The URL of the result.", _URI),
-    "Preference-Applied": _header("The preferences that were honoured (RFC 7240).", _TEXT, False),
-    "Idempotency-Replayed": _header("There when this key came before.", {"const": "true"}, False),
-    "Accept": _header("The content types that are taken.", _TEXT, False),
-    "Accept-Encoding": _header("The coding that is taken, if the coding is what was wrong.", _TEXT, False),
-    "WWW-Authenticate": _header("The scheme that is wanted (RFC 6750).", _TEXT),
-    "ETag": _header("Names this state of it, for If-None-Match and If-Match (RFC 9110).", _TEXT, False),
-}
-#: The problem documents that operations answer with, by status: name, when, and headers of their own.
-_PROBLEMS: dict[int, tuple[str, str, tuple[str, ...]]] = {
-    400: ("BadRequest", "The input was refused; `errors` lists every fault.", ()),
-    401: ("Unauthorized", "There is no token, or a wrong one.", ("WWW-Authenticate",)),
-    403: ("Forbidden", "The token, or a page of this origin, may not do this.", ()),
-    404: ("NotFound", "There is no such resource.", ()),
-    409: ("Conflict", "Not in its present state.", ()),
-    412: ("PreconditionFailed", "A precondition (If-Match and its like) does not hold: nothing was done.", ()),
-    413: ("ContentTooLarge", "The body is larger than the server takes.", ()),
-    414: ("UriTooLong", "The URL is longer than the server takes.", ()),
-    415: (
-        "UnsupportedMediaType",
-        "The body is of a type, or in a coding, that is not taken.",
-        ("Accept", "Accept-Encoding"),
-    ),
-    421: ("Misdirected", "The server is not called by this name.", ()),
-    422: ("KeyReused", "The Idempotency-Key came before, with another request.", ()),
-    429: ("TooManyRequests", "The flow runs as often at a time as it may.", ("Retry-After",)),
-    431: ("HeadersTooLarge", "The headers are larger than the server takes.", ()),
-    500: ("ServerError", "The flow or the server is at fault.", ()),
-    502: ("BadGateway", "An API that the flow called failed.", ()),
-    503: ("Unavailable", "Nothing can be taken at this time.", ("Retry-After",)),
-    504: ("GatewayTimeout", "It took longer than it may.", ()),
-}
-_ALWAYS = (400, 403, 414, 421, 431, 500, 503)  # whatever is called
-
-
-def _headers(*names: str) -> dict[str, Any]:
-    return {name: _ref("headers", name) for name in ("X-Request-Id", *names)}
-
-
-def _response(description: str, schema: str, *headers: str) -> dict[str, Any]:
-    return {"description": description, "headers": _headers(*headers), "content": _content(_ref("schemas", schema))}
-
-
-#: The responses that operations share.
-_RESPONSES: dict[str, Any] = {
-    name: {
-        "description": description,
-        "headers": _headers(*headers),
-        "content": _content(_ref("schemas", "Problem"), "application/problem+json"),
-    }
-    for name, description, headers in _PROBLEMS.values()
-} | {
-    "Accepted": _response(
-        "The job is stored, or not finished yet.", "StatusDocument", "Location", "Retry-After", "Job-Status",
-        "Preference-Applied", "Idempotency-Replayed",
-    ),
-    "UnknownStatus": _response("There is no such job (any more).", "UnknownJob", "Job-Status"),
-    "UnknownJob": {
-        "description": "There is no such job (any more).",
-        "headers": _headers("Job-Status"),
-        "content": _content(_ref("schemas", "UnknownJobProblem"), "application/problem+json"),
-    },
-    "Forgotten": {"description": "It is gone.", "headers": _headers()},
-}  # fmt: skip
-
-
-def _parameter(name: str, where: str, description: str, schema: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    return {"name": name, "in": where, "description": description, "required": where == "path", "schema": schema} | more
-
-
-#: The parameters that operations share.
-_PARAMETERS: dict[str, Any] = {
-    "JobId": _parameter("id", "path", "The id of a job.", _UUID),
-    "DeploymentName": _parameter("name", "path", "The name of a deployment.", {**_TEXT, "maxLength": 64}),
-    "Wait": _parameter(
-        "Prefer", "header", "`wait=N` (RFC 7240): answer when the job is finished, after N seconds at the latest.",
-        _TEXT,
-    ),
-    "CallbackUrl": _parameter(
-        "callbackUrl", "query",
-        "Where to POST the status document when the job is finished: an absolute http or https URL.",
-        {**_URI, "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@]+[^#]*$"},
-    ),
-    "IdempotencyKey": _parameter(
-        "Idempotency-Key", "header",
-        "The same key and request again return the same job. 1 to 255 visible ASCII characters, quoted or bare.",
-        {**_TEXT, "pattern": r'^("[!-~]{1,255}"|[!#-~][!-~]{0,254})$'},
-    ),
-    "FlowName": _parameter("flow", "query", "Only jobs of this flow.", _TEXT),
-    "Status": _parameter("status", "query", "Only jobs in this state.", _STATUS_MEMBERS["status"]),
-    "Limit": _parameter(
-        "limit", "query", "How many at the most.",
-        {"type": "integer", "minimum": 1, "maximum": _MAX_LIST, "default": _DEFAULT_LIST},
-    ),
-    "Cursor": _parameter("cursor", "query", "`next` of the page before.", {**_TEXT, "pattern": "^[0-9a-f]{15}$"}),
-    "ResultLocation": _parameter("Location", "header", "The URL of the result.", _URI, required=True),
-    "WebhookId": _parameter("webhook-id", "header", "The same on every attempt.", _TEXT, required=True),
-    "WebhookTimestamp": _parameter(
-        "webhook-timestamp", "header", "Seconds since the epoch, of this attempt.", {**_TEXT, "pattern": "^[0-9]+$"},
-        required=True,
-    ),
-    "WebhookSignature": _parameter(
-        "webhook-signature", "header",
-        "`v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`; sent if the server has a secret.", _TEXT,
-    ),
-}  # fmt: skip
-_CALLBACK_HEADERS = ("ResultLocation", "WebhookId", "WebhookTimestamp", "WebhookSignature")
-#: Stands in every operation that takes a callbackUrl: some generators refuse a reference in its place.
-_CALLBACK: dict[str, Any] = {
-    "{$request.query.callbackUrl}": {
-        "post": {
-            "tags": ["Jobs API"],
-            "summary": "Tell that a job is finished",
-            "description": "Sent when the job is finished, whatever its end (Standard Webhooks 1.0); sent again"
-            " after a pause if it is not taken, as long as the result is kept.",
-            "security": [],
-            "parameters": [_ref("parameters", name) for name in _CALLBACK_HEADERS],
-            "requestBody": {"required": True, "content": _content(_ref("schemas", "FinishedJob"))},
-            "responses": {
-                "2XX": {"description": "It was taken."},
-                "410": {"description": "It is not sent again."},
-                "default": {"description": "It is sent again later."},
-            },
-        }
-    }
-}  # fmt: skip
-
-
-def _known(tag: str, summary: str, description: str, parameters: Sequence[str], **more: Any) -> dict[str, Any]:
-    operation = {"tags": [tag], "summary": summary, "description": description, **more}
-    return operation | ({"parameters": [_ref("parameters", name) for name in parameters]} if parameters else {})
-
-
-def _answers(*problems: int, **responses: str) -> dict[str, Any]:
-    """Responses by status: `_404="UnknownJob"`, and problem documents."""
-    found = {str(status): _ref("responses", _PROBLEMS[status][0]) for status in problems}
-    return found | {name[1:]: _ref("responses", component) for name, component in responses.items()}
-
-
-_JOB_NOW = _response("The job as it is.", "StatusDocument", "Job-Status", "Preference-Applied", "ETag")
-_WHILE_IT_RUNS = {**_HEADERS["Retry-After"], "required": False, "description": "While it runs: whole seconds."}
-_RESPONSES["Accepted"]["headers"]["Retry-After"] = _WHILE_IT_RUNS  # a job whose key came before may be finished
-_JOB_NOW["headers"] |= {
-    "Retry-After": _WHILE_IT_RUNS,
-    "Location": {**_HEADERS["Location"], "required": False, "description": "When it is finished: the result."},
-}
-_OWN_RESULT = {
-    "description": "The flow's own response, with its own status, headers and body.",
-    "headers": _headers("Job-Status", "Preference-Applied", "ETag"),
-}
-_FLOW_BODY = {"required": True, "content": _content(_ref("schemas", "Flow"))}
-_GONE, _STATE = {"_404": "UnknownJob"}, {"_202": "Accepted", "_404": "UnknownJob"}
-#: The operations that do not depend on flows, by path and method; those that every operation has are left out.
-_OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "/api/jobs": {
-        "get": _known(
-            "Jobs API", "List jobs", "Jobs that the caller may see, newest first.",
-            ("FlowName", "Status", "Limit", "Cursor"), operationId="listJobs",
-            responses={"200": _response("A page of jobs.", "JobList")},
-        )
-    },
-    "/api/jobs/{id}": {
-        "get": _known(
-            "Jobs API", "Show a job", "All that is known of a job; secrets are masked.", ("JobId",),
-            operationId="getJob", responses=_answers(**_GONE) | {
-                "200": _response("The job.", "JobDetails", "Job-Status")
-            },
-        ),
-        "delete": _known(
-            "Jobs API", "Forget a job", "Only a finished one whose callback is not owed any more.", ("JobId",),
-            operationId="deleteJob", responses=_answers(409, _204="Forgotten", **_GONE),
-        ),
-    },
-    "/api/jobs/{id}/status": {
-        "get": _known(
-            "Jobs API", "Ask for the status", "With `Prefer: wait=N` the answer comes when the job is finished.",
-            ("JobId", "Wait"), operationId="getJobStatus",
-            responses=_answers(_404="UnknownStatus") | {"200": _JOB_NOW},
-        )
-    },
-    "/api/jobs/{id}/result": {
-        "get": _known(
-            "Jobs API", "Fetch the result", "As often as wanted, until it expires.", ("JobId", "Wait"),
-            operationId="getJobResult", responses=_answers(**_STATE),
-        )
-    },
-    "/api/jobs/{id}/cancel": {
-        "post": _known(
-            "Jobs API", "Cancel a job", "A queued job ends now, a running one stops at its next step.", ("JobId",),
-            operationId="cancelJob", responses=_answers(409, **_STATE) | {"200": _JOB_NOW},
-        )
-    },
-    "/api/jobs/{id}/rerun": {
-        "post": _known(
-            "Jobs API", "Run a job again", "A new job with the same input, of the flow as it is now.", ("JobId",),
-            operationId="rerunJob", responses=_answers(409, 429, **_STATE),
-        )
-    },
-    "/api/jobs/{id}/callback": {
-        "post": _known(
-            "Jobs API", "Call back again", "Only for a finished job that was submitted with a callbackUrl.", ("JobId",),
-            operationId="resendCallback", responses=_answers(409) | {"404": _ref("responses", "UnknownJob")} | {
-                "202": _response("It is sent again.", "StatusDocument", "Location", "Job-Status")
-            },
-        )
-    },
-    "/api/deployments": {
-        "get": _known(
-            "Deployments API", "List published flows", "The published flows, and the faults of files.", (),
-            operationId="listDeployments", responses={"200": _response("The flows.", "DeploymentList")},
-        )
-    },
-    "/api/deployments/{name}": {
-        "get": _known(
-            "Deployments API", "Show a published flow", "One published flow.", ("DeploymentName",),
-            operationId="getDeployment",
-            responses=_answers(404) | {"200": _response("The flow.", "Deployment", "ETag")},
-        ),
-        "put": _known(
-            "Deployments API", "Deploy a flow", "Deploy or replace a flow; only with a token of role admin.",
-            ("DeploymentName",), operationId="putDeployment", requestBody=_FLOW_BODY,
-            responses=_answers(404, 409, 412, 413, 415) | {
-                "200": _response("It was replaced.", "Deployment"),
-                "201": _response("It is published.", "Deployment", "Location"),
-            },
-        ),
-        "delete": _known(
-            "Deployments API", "Remove a flow", "Take a flow out of service; only with a token of role admin.",
-            ("DeploymentName",), operationId="deleteDeployment",
-            responses=_answers(404, 409, 412, _204="Forgotten"),
-        ),
-    },
-    "/health": {
-        "get": _known(
-            "Server API", "Ask whether the server is well", "Needs no token. With one, or where none is wanted, it"
-            " tells how many jobs have finished since the start, and of how many workers, too.", (),
-            operationId="getHealth", security=[],
-            responses={
-                "200": _response("It is.", "Health"), "503": _response("It is not.", "Health", "Retry-After"),
-            },
-        )
-    },
-    "/openapi.json": {
-        "get": _known(
-            "Server API", "Fetch this document", "OpenAPI 3.1 of all that is published.", (), operationId="getOpenApi",
-            responses={
-                "200": {
-                    "description": "The document.", "headers": _headers("ETag"), "content": _content({"type": "object"})
-                }
-            },
-        )
-    },
-    "/metrics": {
-        "get": _known(
-            "Server API", "Fetch the metrics", "Prometheus text format; for tokens of role admin.", (),
-            operationId="getMetrics",
-            responses={
-                "200": {"description": "The metrics.", "headers": _headers(), "content": _content(_TEXT, "text/plain")}
-            },
-        )
-    },
-    "/postman.json": {
-        "get": _known(
-            "Server API", "Fetch a Postman collection", "A collection (format 2.1.0) of all that is published.", (),
-            operationId="getPostman",
-            responses={
-                "200": {
-                    "description": "The collection.", "headers": _headers("ETag"),
-                    "content": _content({"type": "object"}),
-                }
-            },
-        )
-    },
-}  # fmt: skip
-_TAGS = {
-    "Jobs API": "What became of asynchronous requests.",
-    "Deployments API": "What is published.",
-    "Server API": "The server itself.",
-}
-_ABOUT = """\
-Every flow is published synchronously (its response is the answer), asynchronously (202, and `Location` names the
-status to poll; or give a `callbackUrl`), or both. HEAD works where GET does, OPTIONS everywhere. Any request may also
-be refused as it stands by 405, 408, 412, 417, 501 or 505, with a problem document (RFC 9457). What has an ETag answers
-304 to an If-None-Match that names it.
-"""
-
-
-def _unknown_words(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"description": schema["description"]} if isinstance(schema.get("description"), str) else {}
-
-
-#: JSON Schema of each type of a flow file.
-_TYPE_SCHEMAS: dict[str, dict[str, Any]] = {
-    name: {"type": name} for name in ("string", "number", "boolean", "array", "object", "null")
-} | {
-    "integer": _INT64_SCHEMA,
-    "date": {"type": "string", "format": "date"},
-    "date-time": {"type": "string", "format": "date-time"},
-}
-#: The flow file's one pair of limits for text and lists, as JSON Schema has them.
-_LENGTHS = {"minItems": "minLength", "maxItems": "maxLength"}
-_SIZES: dict[str, Mapping[str, str]] = {
-    "array": {length: items for items, length in _LENGTHS.items()},
-    "string": _LENGTHS,
-    "date": _LENGTHS,
-    "date-time": _LENGTHS,
-}
-
-
-def _json_schema(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A flow file's schema of a value as JSON Schema 2020-12."""
-    kinds = spec.get("type", [])
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    schema: dict[str, Any] = {}
-    if len(kinds) == 1:
-        schema = dict(_TYPE_SCHEMAS[kinds[0]])
-    elif kinds:
-        schema = {"anyOf": [_TYPE_SCHEMAS[kind] for kind in kinds]}
-    sizes = _SIZES.get(kinds[0], {}) if len(kinds) == 1 else {}
-    for name in SCHEMA_RULES:
-        if name in spec:
-            schema[sizes.get(name, name)] = spec[name]
-    if kinds == ["integer"]:  # the narrower limit of the two
-        schema["minimum"] = max(schema["minimum"], _INT64.start)
-        schema["maximum"] = min(schema["maximum"], _INT64.stop - 1)
-    if "items" in spec:
-        schema["items"] = _json_schema(spec["items"])
-    if spec.get("properties"):
-        schema["properties"] = {name: _json_schema(item) for name, item in spec["properties"].items()}
-    if isinstance(spec.get("required"), list) and spec["required"]:
-        schema["required"] = spec["required"]
-    additional = spec.get("additionalProperties", True)
-    if additional is not True:
-        schema["additionalProperties"] = _json_schema(additional) if additional else False
-    if "default" in spec:
-        schema["default"] = spec["default"]
-    if "example" in spec:
-        schema["examples"] = [spec["example"]]
-    return schema | _unknown_words(spec)
-
-
-def _parameter_schema(spec: Mapping[str, Any]) -> dict[str, Any]:
-    schema = _json_schema({"type": "string", **{name: spec[name] for name in spec if name not in ("in", "required")}})
-    schema.pop("description", None)
-    if schema.get("type") == "array":
-        items = schema.setdefault("items", {"type": "string"})
-        if items.get("type") == "string" and "format" not in items:  # a comma parts items, and none is empty
-            items["minLength"] = max(items.get("minLength", 1), 1)
-            items.setdefault("pattern", "^[^,]*$")
-        if spec.get("required"):
-            schema["minItems"] = max(schema.get("minItems", 1), 1)
-    elif spec["in"] == "path" and schema.get("type") == "string" and "format" not in schema:
-        schema["minLength"] = max(schema.get("minLength", 1), 1)  # an empty segment is no resource
-    return schema
-
-
-def _flow_parameters(flow: Flow, renamed: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The parameters of a flow; in the path under the names that the document's path has."""
-    found = []
-    for item in flow.parameters:
-        if item.where == "header" and item.name.lower() in ("accept", "content-type", "authorization"):
-            continue  # OpenAPI has other places for them
-        spec = flow.tree["request"].get("parameters", {}).get(item.name) or {"in": "path"}
-        schema = _parameter_schema(spec)
-        name = renamed.get(item.name, item.name) if item.where == "path" else item.name
-        words = str(spec.get("description") or f"The parameter {item.name}.")
-        found.append(_parameter(name, item.where, words, schema, required=item.required))
-        if item.where == "query" and item.array:
-            found[-1] |= {"style": "form", "explode": True}
-    selection = flow.selection
-    sort = selection.sort
-    fields = sorted(sort) if isinstance(sort, frozenset) else []
-    for name in selection.names:
-        words, schema = _SELECTING.get(name, _FILTERING).capitalize() + ".", dict(_TEXT)
-        more: dict[str, Any] = {}
-        if name == "sort_by" and sort:
-            known = {"enum": [sign + each for each in fields for sign in ("", "-")]} if fields else _TEXT
-            schema, more = {"type": "array", "items": known}, {"style": "form", "explode": False}
-        elif name in selection.filters:
-            schema, more = {"type": "array", "items": _TEXT}, {"style": "form", "explode": True}
-        found.append(_parameter(name, "query", words, schema, **more))
-    return found
-
-
-def _body_of(flow: Flow) -> dict[str, Any]:
-    spec = flow.tree["request"].get("body")
-    if not flow.content_types:
-        return {}
-    rest = {name: spec[name] for name in spec if name != "required" or isinstance(spec[name], list)} if spec else {}
-    schema = _json_schema(rest)
-    content = {}
-    for media in flow.content_types:
-        if _is_json(media):
-            content[media] = {"schema": schema}
-        elif media == CONTENT_TYPES["form"]:
-            content[media] = {"schema": {"type": "object", "minProperties": int(flow.body_required)} | schema}
-        elif media.startswith("text/"):
-            least = max(schema.get("minLength", 0), int(flow.body_required))
-            content[media] = {"schema": schema | {"type": "string", "minLength": least}}
-        else:
-            content[media] = {"schema": _unknown_words(rest) | {"minLength": int(flow.body_required)}}
-    return {"requestBody": {"required": flow.body_required, "content": content}}
-
-
-def _shape(value: Any) -> dict[str, Any]:
-    """What can be known of a value that a template will give."""
-    if isinstance(value, str) and "${" in value:
-        parts = list(split_template(value))
-        return {} if len(parts) == 1 and parts[0][0] else {"type": "string"}
-    if isinstance(value, dict):
-        return _record({name: _shape(item) for name, item in value.items()}, additionalProperties=False)
-    if isinstance(value, list):
-        shapes = [_shape(item) for item in value]
-        same = shapes[0] if shapes and all(shape == shapes[0] for shape in shapes) else {}
-        return {"type": "array", "minItems": len(shapes), "maxItems": len(shapes), "items": same}
-    return {"type": {str: "string", bool: "boolean", int: "integer", float: "number"}.get(type(value), "null")}
-
-
-def _steps_in(steps: Any) -> Iterator[dict[str, Any]]:
-    """Every step of a flow, also those inside others."""
-    for step in steps:
-        yield step
-        branches = [step["each"]] if "each" in step else step.get("choose", [])
-        for branch in branches:
-            yield from _steps_in(branch["steps"])
-
-
-_WITHOUT_BYTES = ("set", "wait", "fail", "respond", "each", "choose")  # kinds of steps whose value is plain JSON
-
-
-def _flow_answer(flow: Flow, spec: Mapping[str, Any], selection: Selection, may_be_bytes: bool) -> dict[str, Any]:
-    """One response of a flow: what is known of its headers and its body."""
-    given = {name: value for name, value in spec.get("headers", {}).items() if value is not None}
-    headers = _headers() | {
-        name: {"schema": _TEXT, "required": "${" not in str(value)}
-        for name, value in given.items()
-        if name.lower() != "content-type"
-    }
-    answer: dict[str, Any] = {"description": "The flow's answer.", "headers": headers}
-    if spec.get("status") in (204, 304) or not ("body" in spec or "page" in spec):
-        return answer
-    media = next((str(value) for name, value in given.items() if name.lower() == "content-type"), "")
-    body = spec.get("body")
-    schema = _shape(body)
-    if "page" in spec:
-        cursor = {"cursor": _maybe(_TEXT)}
-        if "body" not in spec:
-            schema = _record({"items": {"type": "array", "items": {}}, **cursor})
-        elif isinstance(body, dict) and "cursor" not in body:
-            schema = _record({**schema["properties"], **cursor})
-    elif selection.filters or selection.sort:
-        schema = {"type": "array", "items": {"type": "object"}}
-    if "${" in media:
-        answer["content"] = {"*/*": {}}
-    elif media:
-        kind = media.partition(";")[0].strip().lower()
-        answer["content"] = _content(schema if _is_json(kind) else {}, kind)
-    else:
-        answer["content"] = _content(schema)
-        if may_be_bytes and isinstance(body, str) and not schema:
-            answer["content"] |= _content({}, "application/octet-stream")
-    return answer
-
-
-def _add_answer(responses: dict[str, dict[str, Any]], status: str, more: dict[str, Any]) -> None:
-    """Add what a status may also mean."""
-    before = responses.get(status)
-    if before is None:
-        responses[status] = more
-        return
-    first, second = (_RESPONSES[one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in (before, more))
-    words = list(dict.fromkeys([*first["description"].split(" Or: "), *second["description"].split(" Or: ")]))
-    merged: dict[str, Any] = {"description": " Or: ".join(words), "headers": {}}
-    for name, header in (first["headers"] | second["headers"]).items():
-        in_both = name in first["headers"] and name in second["headers"]
-        whole = _HEADERS[name] if "$ref" in header else header
-        merged["headers"][name] = header if in_both or not whole.get("required") else {**whole, "required": False}
-    contents = [one.get("content", {}) for one in (first, second)]
-    content = contents[0] | contents[1]
-    for media in contents[0].keys() & contents[1].keys():
-        schemas = [one[media].get("schema", {}) for one in contents]
-        if schemas[0] != schemas[1]:
-            each = [part for schema in schemas for part in schema.get("anyOf", [schema])]
-            content[media] = {"schema": {"anyOf": each} if all(each) else {}}
-    responses[status] = merged | ({"content": content} if content else {})
-
-
-def _own_responses(flow: Flow) -> dict[str, dict[str, Any]]:
-    """What a flow itself may answer, by status; `default` where the status is computed."""
-    steps = list(_steps_in(flow.tree.get("steps", [])))
-    may_be_bytes = any(not _is_json(media) for media in flow.content_types) or any(
-        kind not in _WITHOUT_BYTES and kind not in _STEP_OPTIONS for step in steps for kind in step
-    )
-    specs = flow.tree.get("response", [])
-    specs = specs if isinstance(specs, list) else [specs]
-    found = [(spec, response.selection) for spec, response in zip(specs, flow.responses, strict=True)]
-    found += [(step["respond"], _NO_SELECTION) for step in steps if "respond" in step]
-    responses: dict[str, dict[str, Any]] = {}
-    for spec, selection in found:
-        status = spec.get("status", 200)
-        answer = _flow_answer(flow, spec, selection, may_be_bytes)
-        _add_answer(responses, "default" if isinstance(status, str) else str(status), answer)
-    if not flow.responses:
-        last = {"body": "${the last step's value}" if steps else None}
-        _add_answer(responses, "200", _flow_answer(flow, last, _NO_SELECTION, may_be_bytes))
-    for step in steps:
-        if "fail" in step:
-            status, message = step["fail"].get("status", 500), step["fail"]["message"]
-            words = (
-                f"The flow fails: {message}" if isinstance(message, str) and "${" not in message else "The flow fails."
-            )
-            problem_answer = _RESPONSES["ServerError"] | {"description": words.replace(" Or: ", " or: ")}
-            _add_answer(responses, "default" if isinstance(status, str) else str(status), problem_answer)
-    calls_out = any(kind in step for step in steps for kind in ("http", "call"))
-    for status in (500, 504, *[502] * calls_out):
-        _add_answer(responses, str(status), _ref("responses", _PROBLEMS[status][0]))
-    return responses
-
-
-def _add_results(responses: dict[str, dict[str, Any]], answers: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """What flows answer is what the result of a job may be; of any status, where one of them computes it."""
-    known = {"2XX": {"application/json"}, "default": {"application/json", "application/problem+json"}}
-    for code, answer in answers:
-        one = code if code in responses else "2XX" if code[0] == "2" else "default"
-        for status in [*responses, *known] if code == "default" else [one]:
-            known.setdefault(status, set()).update(answer.get("content", ()))
-    for status, media in known.items():
-        if media:
-            kinds = sorted(media, key=lambda kind: (kind != "application/json", kind))  # generators take the first
-            schemas = {"application/problem+json": _ref("schemas", "Problem")}
-            content = {kind: {"schema": schemas.get(kind, {})} for kind in kinds}
-            _add_answer(responses, status, {**_OWN_RESULT, "content": content})
-
-
-def _flow_operation(flow: Flow, mode: str, renamed: Mapping[str, str]) -> dict[str, Any]:
-    """How a flow is called in one mode."""
-    asynchronous = mode == "asynchronous"
-    parameters = _flow_parameters(flow, renamed)
-    own = {item["name"].lower() for item in parameters if item["in"] == "header"}
-    shared = ["CallbackUrl", "Wait", "IdempotencyKey"] if asynchronous else []
-    names = [name for name in shared if _PARAMETERS[name]["name"].lower() not in own]
-    responses = _own_responses(flow)
-    if asynchronous:
-        for answer in responses.values():
-            if "$ref" not in answer:
-                answer["headers"] = answer["headers"] | _headers("Job-Status", "Content-Location", "Preference-Applied")
-    problems = [404] + [413, 415] * bool(flow.content_types) + [429] * (flow.when_full == "refuse" and bool(flow.limit))
-    for status in problems + [422] * asynchronous:
-        _add_answer(responses, str(status), _ref("responses", _PROBLEMS[status][0]))
-    if asynchronous:
-        _add_answer(responses, "202", _ref("responses", "Accepted"))
-    words = flow.description or f"The flow {flow.name}."
-    if flow.strict:
-        words += "\n\nOther query parameters than these are refused."
-    if asynchronous:
-        words += (
-            "\n\nAnswers 202 once the job is stored; with `Prefer: wait=N`, if it is finished in time, as its result."
-        )
-    elif len(flow.modes) == 2:
-        words += f"\n\n`Prefer: respond-async` (RFC 7240) makes a job of the request, as `{flow.name}.submit` does."
-    operation = {
-        "operationId": f"{flow.name}.{'submit' if asynchronous else 'run'}",
-        "tags": [flow.name],
-        "summary": f"Submit {flow.name} as a job" if asynchronous else f"Run {flow.name}",
-        "description": words,
-        "parameters": parameters + [_ref("parameters", name) for name in names],
-        **_body_of(flow),
-        "responses": responses,
-    }
-    return operation | ({"callbacks": {"finished": _CALLBACK}} if asynchronous else {})
-
-
-def openapi_document(
-    deployments: Deployments, base: str, secured: bool, only: Collection[str] | None = None
-) -> dict[str, Any]:
-    """OpenAPI 3.1 of the published flows and of the jobs API.
-
-    `secured`: the server wants a token; `only`: the names of the flows that the caller may call, None for all.
-    """
-    paths: dict[str, dict[str, Any]] = {}
-    spelled: dict[str, str] = {}  # a path by itself without the names of its parameters
-    flows = [flow for name, flow in sorted(deployments.by_name.items()) if only is None or name in only]
-    for flow in flows:
-        plain = re.sub(r"\{[^}]*\}", "{}", flow.resource)
-        resource_path = spelled.setdefault(plain, flow.resource)
-        renamed = {
-            own[1:-1]: first[1:-1]
-            for own, first in zip(flow.segments, resource_path.split("/")[1:], strict=True)
-            if own[0] == "{"
-        }
-        for mode in _MODES:
-            if mode in flow.modes:
-                path = paths.setdefault(PREFIXES[mode] + resource_path, {})
-                path[flow.method.lower()] = _flow_operation(flow, mode, renamed)
-    answers = [item for methods in paths.values() for one in methods.values() for item in one["responses"].items()]
-    paths = dict(sorted(paths.items())) | {
-        path: {method: copy.deepcopy(operation) for method, operation in methods.items()}
-        for path, methods in _OPERATIONS.items()
-    }
-    for methods in paths.values():
-        for operation in methods.values():
-            is_open = not secured or operation.get("security") == []
-            for status in _ALWAYS + (() if is_open else (401,)):
-                _add_answer(operation["responses"], str(status), _ref("responses", _PROBLEMS[status][0]))
-            if operation.get("operationId") == "getJobResult":
-                _add_results(operation["responses"], answers)
-            operation["responses"] = dict(sorted(operation["responses"].items()))
-    document: dict[str, Any] = {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "Astera Lite",
-            "version": __version__,
-            "description": _ABOUT,
-            "license": {"name": "MIT", "identifier": "MIT"},
-        },
-        "servers": [{"url": base}],
-        "security": [{"token": []}] if secured else [],
-        "tags": [{"name": flow.name, "description": flow.description or f"The flow {flow.name}."} for flow in flows]
-        + [{"name": name, "description": words} for name, words in _TAGS.items()],
-        "paths": paths,
-    }
-    shared = {
-        "schemas": _SCHEMAS,
-        "responses": _RESPONSES,
-        "parameters": _PARAMETERS,
-        "headers": _HEADERS,
-    }
-    components = _referenced(document, shared)
-    if secured:
-        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    return document | {"components": components}
-
-
-def _referenced(document: Any, shared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those of the shared parts that a document comes to use."""
-    used: set[tuple[str, str]] = set()
-    left = [document]
-    while left:
-        part = left.pop()
-        if isinstance(part, list):
-            left += part
-        elif isinstance(part, dict):
-            left += part.values()
-            target = part.get("$ref")
-            if isinstance(target, str) and target.startswith("#/components/"):
-                kind, name = target.split("/")[2:]
-                if (kind, name) not in used:
-                    used.add((kind, name))
-                    left.append(shared[kind][name])
-    return {
-        kind: {name: part for name, part in parts.items() if (kind, name) in used}
-        for kind, parts in shared.items()
-        if any(kind == used_kind for used_kind, _ in used)
-    }
-
-
-# --- metrics ---
-
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-#: What is said of a callback's state after an attempt.
-_FOLLOWS = {"delivered": "delivered", "pending": "retried", "failed": "failed", "gone": "gone"}
-_IN_LABEL = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
-#: The value; or several, each with its labels as they are written.
-_Samples = float | Iterable[tuple[str, float]]
-
-
-def _labels(**labels: Any) -> str:
-    """Labels as they are written: {flow="weather"}."""
-    return "{" + ",".join(f'{name}="{str(value).translate(_IN_LABEL)}"' for name, value in labels.items()) + "}"
-
-
-def _run_times(app: AsteraLite) -> Iterator[tuple[str, float]]:
-    for flow in sorted(app.deployments.by_name):
-        counts = list(app.metrics.runs.get(flow, [0] * (len(RUN_TIMES) + 1)))
-        for bound, count in zip([*RUN_TIMES, "+Inf"], itertools.accumulate(counts), strict=True):
-            yield "_bucket" + _labels(flow=flow, le=bound), count
-        yield "_sum" + _labels(flow=flow), app.metrics.run_seconds.get(flow, 0.0)
-        yield "_count" + _labels(flow=flow), sum(counts)
-
-
-def _resident_bytes(app: AsteraLite) -> _Samples:
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, AttributeError):  # not on Linux
-        return []
-
-
-#: The metrics: name, type, help, and what gives the samples. Flows that are deployed now are told of, and no others.
-_METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
-    (
-        "astera_jobs_accepted_total", "counter", "Jobs that were accepted.",
-        lambda app: [(_labels(flow=f), app.metrics.accepted.get(f, 0)) for f in sorted(app.deployments.by_name)],
-    ),
-    (
-        "astera_jobs_finished_total", "counter", "Jobs that ended, by how they did.",
-        lambda app: [
-            (_labels(flow=f, outcome=end), app.metrics.ended.get((f, end), 0))
-            for f in sorted(app.deployments.by_name) for end in ENDS
-        ],
-    ),
-    (
-        "astera_run_duration_seconds", "histogram",
-        "Times of runs, synchronous ones and those of jobs, from begin to end.", _run_times,
-    ),
-    ("astera_jobs_queued", "gauge", "Jobs that wait for a thread.", lambda app: app.engine.counts()["queued"]),
-    ("astera_jobs_running", "gauge", "Jobs that have a thread.", lambda app: app.engine.counts()["running"]),
-    (
-        "astera_jobs_waiting", "gauge", "Jobs that wait for a time without a thread.",
-        lambda app: app.engine.counts()["waiting"],
-    ),
-    (
-        "astera_workers", "gauge", "Threads for jobs and synchronous flows.",
-        lambda app: app.engine.threads()[0],
-    ),
-    ("astera_workers_busy", "gauge", "Those of them that run something.", lambda app: app.engine.threads()[1]),
-    (
-        "astera_callback_attempts_total", "counter", "Attempts to deliver a callback, by what followed.",
-        lambda app: [
-            (_labels(outcome=word), app.metrics.callbacks.get(state, 0)) for state, word in _FOLLOWS.items()
-        ],
-    ),
-    (
-        "astera_callbacks_under_way", "gauge", "Callbacks that are being delivered.",
-        lambda app: len(app.courier.under_way()),
-    ),
-    (
-        "astera_http_requests_total", "counter", "Requests that were answered.",
-        lambda app: [
-            (_labels(method=method, route=path, code=code), count)
-            for (method, path, code), count in sorted(app.metrics.requests.items())
-        ],
-    ),
-    ("astera_connections", "gauge", "Open connections.", lambda app: sum(map(len, app.metrics.connections))),
-    ("astera_database_bytes", "gauge", "The database with its write-ahead log.", lambda app: app.store.size()),
-    (
-        "astera_healthy", "gauge", "1, or 0 where /health tells why not.",
-        lambda app: float(app.health()["status"] == "ok"),
-    ),
-    ("astera_flows", "gauge", "Published flows.", lambda app: len(app.deployments.by_name)),
-    (
-        "astera_flow_faults", "gauge", "Faults of files that are not published, or not in their present form.",
-        lambda app: len(app.deployments.faults),
-    ),
-    (
-        "astera_build_info", "gauge", "Always 1; the labels say what runs.",
-        lambda app: [(_labels(version=__version__, python=".".join(map(str, sys.version_info[:3]))), 1)],
-    ),
-    ("astera_start_time_seconds", "gauge", "When it started (Unix time).", lambda app: app.started_at / 1000),
-    ("process_cpu_seconds_total", "counter", "Time of the processor.", lambda app: time.process_time()),
-    ("process_resident_memory_bytes", "gauge", "Memory in use.", _resident_bytes),
-]  # fmt: skip
-
-
-def metrics_text(app: AsteraLite) -> str:
-    """The text format of Prometheus, version 0.0.4."""
-    lines = []
-    for name, kind, words, samples in _METRICS:
-        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
-        found = samples(app)
-        pairs = [("", found)] if isinstance(found, int | float) else found
-        lines += [f"{name}{labels} {value!r}" for labels, value in pairs]
-    return "\n".join([*lines, ""])
-
-
-# --- Postman ---
-
-#: What the scripts of a chain hand on, from one request to the next.
-_CHAIN = {"statusUrl": "", "resultUrl": "", "polls": "0"}
-_COLLECTION_ID = "df816507-1066-5ba7-bd21-be63fe063aba"  # always the same: a new import replaces the old one
-_MOST_POLLS = 100  # of one job; the pauses between them are what Retry-After says, 5 seconds at the most
-_ALL_TESTS = """\
-pm.test("The answer names its request", () => pm.response.to.have.header("X-Request-Id"));"""
-_PROBLEM_TEST = """\
-const isProblem = (pm.response.headers.get("Content-Type") || "").startsWith("application/problem+json");
-if (isProblem) pm.test("An error says why", () => {
-    const problem = pm.response.json();
-    pm.expect(problem.status).to.equal(pm.response.code);
-    pm.expect(problem.detail).to.be.a("string").that.is.not.empty;
-});"""
-_OWN_STATUS_TEST = """\
-pm.test("The status is one that this flow gives: " + STATUSES.join(", "), () => {
-    pm.expect(pm.response.code).to.be.oneOf(STATUSES);
-});"""
-_ANY_STATUS_TEST = """\
-pm.test("The server is not at fault", () => pm.expect(pm.response.code).to.not.equal(500));"""
-_JSON_TEST = """\
-const media = (pm.response.headers.get("Content-Type") || "").split(";")[0].trim();
-if (/[/+]json$/i.test(media) && pm.response.text()) {
-    pm.test("The body is JSON", () => pm.response.json());
-}"""
-_FORGET_CHAIN = """\
-Object.entries(CHAIN).forEach(([name, value]) => pm.collectionVariables.set(name, value));"""
-_SUBMIT_TEST = """\
-const refused = REFUSED.includes(pm.response.code);  // the example values do not suffice
-if (!refused) pm.test("The job is accepted", () => {
-    pm.response.to.have.status(202);
-    pm.response.to.have.header("Retry-After");
-    const job = pm.response.json();
-    pm.expect(job.id).to.match(/^[0-9a-f-]{36}$/);
-    pm.expect(job.flow).to.equal(FLOW);
-    pm.expect(job.status).to.be.oneOf(["Running", "Completed", "Error"]);
-    pm.expect(pm.response.headers.get("Job-Status")).to.equal(job.status);
-    pm.expect(pm.response.headers.get("Location")).to.equal(job.statusUrl);
-    pm.collectionVariables.set("statusUrl", pm.response.headers.get("Location"));
-});"""
-_SKIP_TEST = """\
-if (!pm.collectionVariables.get(NAME)) pm.execution.skipRequest();  // send the request before this one first"""
-_POLL_TEST = """\
-pm.test("The status is told", () => {
-    pm.response.to.have.status(200);
-    const job = pm.response.json();
-    pm.expect(pm.response.headers.get("Job-Status")).to.equal(job.status);
-    const polls = Number(pm.collectionVariables.get("polls")) + 1;
-    pm.collectionVariables.set("polls", polls);
-    if (job.status === "Running" && polls < MOST) {
-        const seconds = Math.min(Number(pm.response.headers.get("Retry-After")) || 1, 5);
-        setTimeout(() => {}, seconds * 1000);  // the next request waits for it
-        pm.execution.setNextRequest(pm.info.requestId);
-        return;
-    }
-    pm.expect(job.status, "after " + polls + " polls").to.be.oneOf(["Completed", "Error"]);
-    pm.expect(pm.response.headers.get("Location")).to.equal(job.resultUrl);
-    pm.collectionVariables.set("resultUrl", pm.response.headers.get("Location"));
-});"""
-_FETCH_TEST = """\
-pm.test("The job is finished", () => {
-    pm.expect(pm.response.headers.get("Job-Status")).to.be.oneOf(["Completed", "Error"]);
-});"""
-_HEALTH_TEST = """\
-pm.test("The server is well", () => {
-    pm.response.to.have.status(200);
-    pm.expect(pm.response.json().status).to.equal("ok");
-});"""
-_LIST_TEST = """\
-pm.test("Jobs are listed, newest first", () => {
-    pm.response.to.have.status(200);
-    const page = pm.response.json();
-    pm.expect(page).to.have.property("next");
-    const times = page.jobs.map((job) => job.createdAt);
-    pm.expect(times).to.deep.equal([...times].sort().reverse());
-});"""
-
-
-def _script(listen: str, *parts: str, **values: Any) -> dict[str, Any]:
-    """An event of a collection: parts of JavaScript, in which NAME stands for the value of `name`."""
-    text = "\n".join(parts)
-    for name, value in values.items():
-        text = re.sub(rf"\b{name.upper()}\b", lambda match, value=value: to_json(value), text)  # type: ignore[misc]
-    return {"listen": listen, "script": {"type": "text/javascript", "exec": text.split("\n")}}
-
-
-def _item(name: str, request: Mapping[str, Any], *events: dict[str, Any]) -> dict[str, Any]:
-    item = {"name": name, "event": list(events), "request": request, "response": []}
-    return item | {"protocolProfileBehavior": {"followRedirects": False}}  # a flow's 302 is its answer
-
-
-def _field(name: str, value: str, words: str, disabled: bool = False) -> dict[str, Any]:
-    return {"key": name, "value": value, "description": words} | ({"disabled": True} if disabled else {})
-
-
-def _ask(url: str, words: str, *query: dict[str, Any], **more: Any) -> dict[str, Any]:
-    parts = {"raw": url, "host": [url.partition("/")[0]], "path": url.split("/")[1:], "query": list(query)}
-    return {"method": "GET", "url": {name: part for name, part in parts.items() if part}, "description": words} | more
-
-
-def _no_variables(text: str, brace: str = "{ ") -> str:
-    """
-    A text in which Postman finds no `{{variable}}`, such as the caller's token, to replace. It knows no escape:
-    where the text's own form has none for a `brace` either, the braces are parted.
-    """
-    return re.sub(r"\{(?=\{)", lambda match: brace, text)
-
-
-def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
-    """The body of an example request, as Postman has it and as it is sent."""
-    if not flow.content_types:
-        return None
-    media, spec = flow.content_types[0], flow.tree["request"].get("body") or {}
-    value = _sample(spec, "text")
-    if media == CONTENT_TYPES["form"] and isinstance(value, dict):
-        pairs = [(name, text) for name, item in value.items() for text in _texts(item)]
-        pairs = [(_no_variables(name), _no_variables(text)) for name, text in pairs]
-        fields = [{"key": name, "value": text, "type": "text"} for name, text in pairs]
-        return {"mode": "urlencoded", "urlencoded": fields}, urllib.parse.urlencode(pairs).encode()
-    if _is_json(media):
-        text = _no_variables(json.dumps(value, indent=2, ensure_ascii=False), "\\u007b")  # {{ is in strings only
-    else:
-        text = _no_variables(as_text(value))
-    options_ = {"options": {"raw": {"language": "json"}}} if _is_json(media) else {}
-    return {"mode": "raw", "raw": text, **options_}, text.encode()
-
-
-#: How Postman wants names and values, by the place where they stand: it escapes blanks, but not what has a meaning.
-_IN_POSTMAN: dict[str, Callable[[str], str]] = {
-    "path": partial(urllib.parse.quote, safe=""),
-    "query": partial(urllib.parse.quote, safe="/:@, "),
-    "header": _no_variables,
-}
-
-
-def _sample_request(flow: Flow, mode: str) -> tuple[dict[str, Any], list[int]]:
-    """An example request of a flow, as Postman has it, and the status that refuses it if its values do not suffice."""
-    specs = flow.tree["request"].get("parameters", {})
-    params: dict[str, Any] = {}
-    fields: dict[str, list[dict[str, Any]]] = {"path": [], "query": [], "header": []}
-    for item in flow.parameters:
-        spec = specs.get(item.name, {})
-        value, note = _sample(spec, item.name), str(spec.get("description", ""))
-        sent = item.required or "example" in spec or "default" in spec
-        if sent:
-            params[item.name] = value
-        write = _IN_POSTMAN[item.where]
-        texts = [write(text) for text in _texts(value)]
-        for text in texts if item.where == "query" else [",".join(texts)]:
-            fields[item.where].append(_field(write(item.name), text, note, not sent))
-    for name in flow.selection.names:
-        fields["query"].append(_field(_IN_POSTMAN["query"](name), "", _SELECTING.get(name, _FILTERING), True))
-    if mode == "asynchronous":
-        fields["query"].append(_field("callbackUrl", "", _PARAMETERS["CallbackUrl"]["description"], True))
-        for about, value in ((_PARAMETERS["Wait"], "wait=10"), (_PARAMETERS["IdempotencyKey"], "{{$guid}}")):
-            fields["header"].append(_field(about["name"], value, about["description"], True))
-    body = _sample_body(flow)
-    refused, words = [], flow.description
-    try:
-        request = request_for(flow, params, body and body[1])
-        flow.bind(request, path_values(flow, request.path))
-    except InputError as error:
-        refused = [error.status]
-        words += "\n\nGive it other values than these, which are made up: " + "; ".join(
-            f"{fault['name'] or fault['in']} {fault['message']}" for fault in error.errors
-        )
-    if body is not None:
-        fields["header"].append(_field("Content-Type", flow.content_types[0], ""))
-    path = [f":{part[1:-1]}" if part[0] == "{" else part for part in flow.segments]
-    url = "/".join(["{{baseUrl}}" + PREFIXES[mode], *path])
-    asked = _ask(url, words, *fields["query"], method=flow.method, header=fields["header"])
-    query = "&".join(f"{one['key']}={one['value']}" for one in fields["query"] if "disabled" not in one)
-    asked["url"] |= {"raw": f"{url}?{query}" if query else url} | (
-        {"variable": fields["path"]} if fields["path"] else {}
-    )
-    return asked | ({"body": body[0]} if body else {}), refused
-
-
-def _flow_folder(flow: Flow) -> dict[str, Any]:
-    """The requests of a flow: the synchronous one, and the chain of submit, poll and fetch."""
-    own = _own_responses(flow)
-    given = [int(code) for code, answer in own.items() if code.isdigit() and (code != "500" or "$ref" not in answer)]
-    items = []
-    for mode in (mode for mode in _MODES if mode in flow.modes):
-        asked, refused = _sample_request(flow, mode)
-        statuses = sorted({*given, *refused})
-        status_test = _ANY_STATUS_TEST if "default" in own else _OWN_STATUS_TEST
-        result = (status_test, _PROBLEM_TEST, _JSON_TEST)
-        if mode == "synchronous":
-            items.append(_item(f"{flow.name}: run", asked, _script("test", *result, statuses=statuses)))
-            continue
-        poll = _ask("{{statusUrl}}", "Asks until the job is finished; the pauses are what Retry-After says.")
-        fetch = _ask("{{resultUrl}}", "The flow's own response, as often as asked until it expires.")
-        items += [
-            _item(
-                f"{flow.name}: submit", asked, _script("prerequest", _FORGET_CHAIN, chain=_CHAIN),
-                _script("test", _SUBMIT_TEST, _PROBLEM_TEST, refused=refused, flow=flow.name),
-            ),
-            _item(
-                f"{flow.name}: poll", poll, _script("prerequest", _SKIP_TEST, name="statusUrl"),
-                _script("test", _POLL_TEST, most=_MOST_POLLS),
-            ),
-            _item(
-                f"{flow.name}: fetch", fetch, _script("prerequest", _SKIP_TEST, name="resultUrl"),
-                _script("test", _FETCH_TEST, *result, statuses=statuses),
-            ),
-        ]  # fmt: skip
-    return {"name": flow.name, "description": flow.description, "item": items}
-
-
-def postman_document(
-    deployments: Deployments, base: str, secured: bool, only: Collection[str] | None = None
-) -> dict[str, Any]:
-    """A Postman collection (format 2.1.0) of the published flows, which runs as it is; arguments as of OpenAPI's."""
-    flows = [flow for name, flow in sorted(deployments.by_name.items()) if only is None or name in only]
-    health = _ask("{{baseUrl}}/health", "Needs no token.", auth={"type": "noauth"})
-    limit = _field("limit", "20", "How many at the most.")
-    jobs = _ask("{{baseUrl}}/api/jobs?limit=20", "Jobs that the caller may see, newest first.", limit)
-    jobs["url"]["path"] = ["api", "jobs"]
-    server = [
-        _item("health", health, _script("test", _HEALTH_TEST)),
-        _item("jobs", jobs, _script("test", _LIST_TEST)),
-    ]
-    variables = {"baseUrl": base, "token": "", **_CHAIN}
-    bearer = [{"key": "token", "value": "{{token}}", "type": "string"}]
-    return {
-        "info": {
-            "_postman_id": _COLLECTION_ID,
-            "name": "Astera Lite",
-            "description": "Every published flow: run it, or submit, poll and fetch it. Run the collection as it is; "
-            + ("put a token of the server into the variable `token` first." if secured else "it needs no token."),
-            "schema": "https://schema.getpostman.com/json/collection/v2.1.0/collection.json",
-        },
-        "item": [*map(_flow_folder, flows), {"name": "Server", "item": server}],
-        "auth": {"type": "bearer", "bearer": bearer} if secured else {"type": "noauth"},
-        "event": [_script("test", _ALL_TESTS)],
-        "variable": [{"key": name, "value": value, "type": "string"} for name, value in variables.items()],
-    }
+DEFAULT_LIST, MAX_LIST = 50, 1000  # jobs on a page
 
 
 def document_body(
@@ -13016,7 +10988,7 @@ def document_body(
 # To add a route: a function of an Exchange and a row in ROUTES.
 # ======================================================================================================================
 
-_NO_STORE = ("Cache-Control", "no-store")
+NO_STORE = ("Cache-Control", "no-store")
 _REVALIDATED = ("Cache-Control", "private, no-cache")
 _JSON = ("Content-Type", "application/json")
 _PROBLEM = ("Content-Type", "application/problem+json")
@@ -13168,7 +11140,7 @@ class MethodNotAllowed(AsteraError):
 
 def error_response(x: Exchange, error: Exception) -> Reply:
     """The problem document (RFC 9457) for an error; an unforeseen one is a 500 that tells nothing of our inside."""
-    headers = [_PROBLEM, _NO_STORE]
+    headers = [_PROBLEM, NO_STORE]
     if x.head.path.startswith(tuple(PREFIXES.values())):
         headers += _VARY
     if not isinstance(error, AsteraError):
@@ -13197,7 +11169,7 @@ def error_response(x: Exchange, error: Exception) -> Reply:
         status = 405
         headers.append(("Allow", error.allowed))
     elif status == 405:  # whatever the resource
-        headers.append(("Allow", ", ".join(sorted(_METHODS))))
+        headers.append(("Allow", ", ".join(sorted(HTTP_METHODS))))
     code = error.code if isinstance(error, AccessError) else ""
     if status == 401 or code:
         headers.append(("WWW-Authenticate", 'Bearer realm="astera-lite"' + f', error="{code}"' * bool(code)))
@@ -13364,7 +11336,7 @@ def _with_policy(headers: Pairs) -> Pairs:
     names = {name.lower() for name, _ in headers}
     if "cache-control" not in names:
         unsaid = _REVALIDATED if "etag" in names else ("Cache-Control", "private, no-store")
-        headers += (_NO_STORE if headers[:1] == (_PROBLEM,) else unsaid,)
+        headers += (NO_STORE if headers[:1] == (_PROBLEM,) else unsaid,)
     return headers + _FLOW_HEADERS
 
 
@@ -13418,10 +11390,10 @@ def options(x: Exchange) -> Reply:
             names |= _allowed(matches, mode)
             patched += [media for methods in matches if "PATCH" in methods for media in methods["PATCH"].content_types]
     if path == "*":
-        names |= set(_METHODS)
+        names |= set(HTTP_METHODS)
     elif len(names) == 1:
         names |= _with_head(find_routes(path, {})) - {"*"}
-    headers = [("Allow", ", ".join(sorted(names))), _NO_STORE]
+    headers = [("Allow", ", ".join(sorted(names))), NO_STORE]
     if patched and "PATCH" in names:
         headers.append(("Accept-Patch", ", ".join(dict.fromkeys(patched))))
     if x.cors_origin is not None:
@@ -13596,7 +11568,7 @@ def _status_response(
     x: Exchange, found: tuple[Job, Progress | None], code: int = 200, more: Iterable[tuple[str, str]] = ()
 ) -> Reply:
     job, progress = found
-    headers = [_JSON, ("Job-Status", job.status._value_), _NO_STORE, *more]
+    headers = [_JSON, ("Job-Status", job.status._value_), NO_STORE, *more]
     offset = x.app.clock.offset
     if job.status is Status.RUNNING:
         headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
@@ -13621,7 +11593,7 @@ def _unknown(x: Exchange) -> Reply:
         "reason": "expired" if expired else "not-found",
         "detail": detail,
     }
-    headers = [("Job-Status", Status.UNKNOWN.value), _NO_STORE]
+    headers = [("Job-Status", Status.UNKNOWN.value), NO_STORE]
     if x.route is not None and x.route.handle is job_status:
         return Reply(404, [_JSON, *headers], json_body(document))
     members = {name: value for name, value in document.items() if name not in ("status", "detail")}
@@ -13707,7 +11679,7 @@ def _in_part(x: Exchange, whole: Reply, pieces: Callable[[int, int], Iterator[by
     if wanted[2] and int(wanted[2]) < first:  # malformed
         return whole
     if first >= size:
-        headers = [_PROBLEM, _NO_STORE, ("Content-Range", f"bytes */{size}"), ("Job-Status", own["job-status"])]
+        headers = [_PROBLEM, NO_STORE, ("Content-Range", f"bytes */{size}"), ("Job-Status", own["job-status"])]
         return Reply(416, headers, json_body(problem(416, f"The result has {size} bytes.")))
     headers = [*whole.headers, ("Content-Range", f"bytes {first}-{last}/{size}")]
     return Reply(206, headers, stream=pieces(first, last + 1), length=last + 1 - first)
@@ -13732,7 +11704,7 @@ def job_details(x: Exchange) -> Reply:
     document["steps"] = steps
     if document["callback"] is not None:
         document["callback"]["history"] = attempt_documents(app.store.attempts(job.key), offset)
-    return Reply(200, [_JSON, ("Job-Status", job.status), _NO_STORE], json_body(document))
+    return Reply(200, [_JSON, ("Job-Status", job.status), NO_STORE], json_body(document))
 
 
 def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
@@ -13761,9 +11733,9 @@ def job_list(x: Exchange) -> Reply:
     def refuse(name: str, message: str) -> None:
         errors.append({"in": "query", "name": name, "message": message})
 
-    limit_text = query.get("limit", str(_DEFAULT_LIST))
-    if not re.fullmatch("[0-9]{1,6}", limit_text, re.ASCII) or not 1 <= int(limit_text) <= _MAX_LIST:
-        refuse("limit", f"must be an integer from 1 to {_MAX_LIST}")
+    limit_text = query.get("limit", str(DEFAULT_LIST))
+    if not re.fullmatch("[0-9]{1,6}", limit_text, re.ASCII) or not 1 <= int(limit_text) <= MAX_LIST:
+        refuse("limit", f"must be an integer from 1 to {MAX_LIST}")
         limit_text = "1"
     words = [status.value for status in Status if status is not Status.UNKNOWN]
     if query.get("status", "Running") not in words:
@@ -13780,7 +11752,7 @@ def job_list(x: Exchange) -> Reply:
         "jobs": [status_document(job, x.base, offset=x.app.clock.offset) for job in jobs],
         "next": None if following is None else f"{following:015x}",
     }
-    return Reply(200, [_JSON, _NO_STORE], json_body(document))
+    return Reply(200, [_JSON, NO_STORE], json_body(document))
 
 
 def job_cancel(x: Exchange) -> Reply | None:
@@ -13859,7 +11831,7 @@ def job_delete(x: Exchange) -> Reply | None:
         if error is not None:
             x.fail(error)
         elif result == "deleted":
-            x.answer(Reply(204, [_NO_STORE]))
+            x.answer(Reply(204, [NO_STORE]))
         elif result == "absent":
             x.answer(_unknown(x))
         else:
@@ -13884,7 +11856,7 @@ def deployment_list(x: Exchange) -> Reply:
             {"file": fault.where, "place": fault.place, "message": fault.message} for fault in deployments.faults
         ],
     }
-    return Reply(200, [_JSON, _NO_STORE], json_body(document))
+    return Reply(200, [_JSON, NO_STORE], json_body(document))
 
 
 def deployment_one(x: Exchange) -> Reply:
@@ -13910,7 +11882,7 @@ def deployment_put(x: Exchange) -> Reply:
     """PUT /api/deployments/{name}"""
     _check_coding(x)
     name, media = x.values["name"], x.head.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not _is_json(media):
+    if not is_json_type(media):
         message = "must be application/json: a flow"
         raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
     try:
@@ -13918,14 +11890,14 @@ def deployment_put(x: Exchange) -> Reply:
     except FlowError as error:
         faults = [{"in": "body", "name": fault.place, "message": fault.message} for fault in error.faults]
         raise InputError(faults, "The flow has faults.") from None
-    headers = [_JSON, _NO_STORE] + [("Location", f"{x.base}/api/deployments/{name}")] * new
+    headers = [_JSON, NO_STORE] + [("Location", f"{x.base}/api/deployments/{name}")] * new
     return Reply(201 if new else 200, headers, json_body(deployment_document(flow, x.base)))
 
 
 def deployment_delete(x: Exchange) -> Reply:
     """DELETE /api/deployments/{name}"""
     x.app.delete_deployment(x.values["name"], partial(check_conditions, x))
-    return Reply(204, [_NO_STORE])
+    return Reply(204, [NO_STORE])
 
 
 def health(x: Exchange) -> Reply:
@@ -13933,18 +11905,13 @@ def health(x: Exchange) -> Reply:
     document = x.app.health(whole=x.caller != NOBODY)
     well = document["status"] == "ok"
     more = [] if well else [("Retry-After", "5")]
-    return Reply(200 if well else 503, [_JSON, _NO_STORE, *more], json_body(document))
+    return Reply(200 if well else 503, [_JSON, NO_STORE, *more], json_body(document))
 
 
 def _may_measure(x: Exchange) -> None:
     if not x.caller.admin:
         detail = f"The token {x.caller.name} is of role user: the metrics tell of everybody's jobs."
         raise AccessError(403, detail, "insufficient_scope")
-
-
-def metrics(x: Exchange) -> Reply:
-    """GET /metrics"""
-    return Reply(200, [("Content-Type", METRICS_TYPE), _NO_STORE], metrics_text(x.app).encode())
 
 
 def flow_document(make: Callable[..., Any], x: Exchange) -> Reply:
@@ -14006,10 +11973,10 @@ ROUTES = [
     Route("GET", "/api/deployments/{name}", deployment_one),
     Route("PUT", "/api/deployments/{name}", deployment_put, check=_may_deploy, apart=True),
     Route("DELETE", "/api/deployments/{name}", deployment_delete, check=_may_deploy, apart=True),
-    Route("GET", "/openapi.json", partial(flow_document, openapi_document), apart=True),
-    Route("GET", "/postman.json", partial(flow_document, postman_document), apart=True),
+    Route("GET", "/openapi.json", partial(flow_document, late("astera_lite_documents:openapi_document")), apart=True),
+    Route("GET", "/postman.json", partial(flow_document, late("astera_lite_documents:postman_document")), apart=True),
     Route("GET", "/health", health, is_open=True),
-    Route("GET", "/metrics", metrics, check=_may_measure),
+    Route("GET", "/metrics", late("astera_lite_documents:metrics"), check=_may_measure),
     Route("GET", "/", console, is_open=True),
 ]
 
@@ -14553,14 +12520,14 @@ class Server(ThreadingHTTPServer):
             raise ConfigError([Fault("tls_cert", "", "is missing: tls_key goes with a certificate")])
         for name in ("tls_cert", "tls_key"):
             try:
-                _read_bytes(getattr(self.limits, name) or os.devnull)
+                read_bytes(getattr(self.limits, name) or os.devnull)
             except OSError as error:
-                raise ConfigError([Fault(name, "", f"cannot be read: {_reason(error)}")]) from None
+                raise ConfigError([Fault(name, "", f"cannot be read: {reason_of(error)}")]) from None
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         try:
             context.load_cert_chain(self.limits.tls_cert, self.limits.tls_key, encrypted)
         except (OSError, ssl.SSLError) as error:
-            raise ConfigError([Fault("tls_cert", "", f"cannot be used: {_reason(error)}")]) from None
+            raise ConfigError([Fault("tls_cert", "", f"cannot be used: {reason_of(error)}")]) from None
         self._waits: tuple[type[OSError], ...] = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
         return context
 
@@ -14716,7 +12683,7 @@ class Server(ThreadingHTTPServer):
             except (BlockingIOError, ConnectionError):
                 return
             except OSError as error:  # out of descriptors: leave the listener alone until some are back
-                log.error("connections are not accepted for a moment: %s", _reason(error))
+                log.error("connections are not accepted for a moment: %s", reason_of(error))
                 self.selector.unregister(self.socket)
                 self._accept_at = time.monotonic() + 0.5
                 return
@@ -14761,7 +12728,7 @@ class Server(ThreadingHTTPServer):
     def _too_many(self) -> bytes:
         self.requests["", "", 503] += 1
         body = json_body(problem(503, "The server has as many connections as it can."))
-        reply = Reply(503, [_PROBLEM, _NO_STORE, ("Retry-After", "5")], body)
+        reply = Reply(503, [_PROBLEM, NO_STORE, ("Retry-After", "5")], body)
         return response_head(reply, self._next_request_id(), False) + reply.body
 
     def shutdown_request(self, request: Any) -> None:
@@ -14880,7 +12847,7 @@ exit codes: 0 stopped; 1 a fault in settings or in what was checked; 2 usage; 3 
 _SCRIPT = "python astera_lite.py"
 
 
-def _started_as() -> str:
+def command_name() -> str:
     """What a user types to start us: the command of an installation, a zipapp, a module, or the script."""
     name = os.path.basename(sys.argv[0])
     if name == "astera-lite":
@@ -14893,7 +12860,7 @@ def _started_as() -> str:
 def _parser() -> argparse.ArgumentParser:
     import argparse  # noqa: PLC0415 (an embedding program has no command line of ours)
 
-    started_as = _started_as()
+    started_as = command_name()
     parser = argparse.ArgumentParser(
         prog="astera_lite",
         usage=f"{started_as} [COMMAND] [settings]",
@@ -15111,7 +13078,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return 130  # 128 + SIGINT, as shells have it
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # else the reader of our output has gone, as `head` does
-            print(f"the output cannot be written: {_reason(error)}", file=sys.stderr)
+            print(f"the output cannot be written: {reason_of(error)}", file=sys.stderr)
             code = 1
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the interpreter's last flush)
     return code
@@ -15136,14 +13103,15 @@ class _TextLines(logging.Formatter):
     """Time, level and message; what came from outside cannot begin a line of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {_one_line(log_message(record))}"
+        text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {one_line(log_message(record))}"
         if record.exc_info:
             lines = (record.exc_text or self.formatException(record.exc_info)).split("\n")
-            text += "".join(f"\n    {_one_line(line)}" for line in lines)
+            text += "".join(f"\n    {one_line(line)}" for line in lines)
         return text
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The text with what is not printable escaped, so that it can begin no line and command no terminal."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
@@ -15155,7 +13123,8 @@ def _log_handler(settings: Settings) -> logging.Handler | None:
     return handler
 
 
-def _set_up_logging(settings: Settings) -> None:
+def set_up_logging(settings: Settings) -> None:
+    """Send the log of the module to stderr, in the form and from the level that the settings name."""
     log.addHandler(_log_handler(settings) or logging.NullHandler())
     log.setLevel(settings.log_level.upper())
     log.propagate = False
@@ -15165,7 +13134,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     """serve: until SIGTERM or SIGINT."""
     stderr = cast(_Stderr, sys.stderr)
     stderr.apart()
-    _set_up_logging(settings)
+    set_up_logging(settings)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").addHandler(log.handlers[-1])
     sys.setswitchinterval(0.00005)  # or each thread that computes would hold up the loop for 5 ms, many times a request
@@ -15176,7 +13145,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
         server = Server(app)
     except OSError as error:
         print(
-            f"cannot listen on {settings.host}:{settings.port}: {_reason(error)}; choose another --port",
+            f"cannot listen on {settings.host}:{settings.port}: {reason_of(error)}; choose another --port",
             file=sys.stderr,
         )
         app.stop()
@@ -15313,554 +13282,6 @@ def _raise_descriptor_limit(connections: int) -> None:
         limits.setrlimit(limits.RLIMIT_NOFILE, (wanted if hard == limits.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-def check(args: argparse.Namespace, settings: Settings) -> int:
-    """check: validate flows and settings, a line for each fault."""
-    app = AsteraLite(settings)  # its faults are ConfigErrors
-    check_exposure(settings, settings.host, any(token.digest for token in _tokens_of(settings.database)))
-    wanted = {os.path.realpath(name): name for name in args.file}
-    folders = sorted({os.path.dirname(path) for path in wanted}) or [settings.flows]
-    faults, well = [], 0
-    for name in args.file:
-        if not os.path.lexists(name):
-            faults.append(Fault(name, "", "there is no such file"))
-        elif os.path.isdir(name):
-            faults.append(Fault(name, "", f"is a folder: name its files, or check all of it with --flows {name}"))
-        elif not name.endswith((".json", ".toml")):
-            faults.append(Fault(name, "", "is no flow file: they end in .json or .toml"))
-    named = {fault.where for fault in faults}
-    for folder in folders:
-        found = AsteraLite(app.settings._replace(flows=folder)).read_flows()
-        for fault in found.faults:
-            path = os.path.realpath(os.path.join(folder, fault.where))
-            if not wanted or (path in wanted and wanted[path] not in named):
-                faults.append(_openable(fault, folder, wanted.get(path)))
-        sources = [os.path.realpath(os.path.join(folder, flow.source)) for flow in found.by_name.values()]
-        well += sum(1 for source in sources if not wanted or source in wanted)
-    for fault in faults:
-        print(fault)
-    print(f"flows that are well: {well}, faults: {len(faults)}", file=sys.stderr)
-    return 1 if faults else 0
-
-
-def _openable(fault: Fault, folder: str, path: str | None = None) -> Fault:
-    """A fault of a flow file as a terminal or an editor can open it: `flows/a.json:12: …`, `flows/a.json:1:30: …`."""
-    path = path or (folder if fault.where == folder else os.path.join(folder, fault.where))
-    grammar = re.fullmatch(r"line ([0-9]+), column ([0-9]+)", fault.place)
-    if grammar:
-        return Fault(f"{path}:{grammar[1]}:{grammar[2]}", "", fault.message)
-    return fault._replace(where=path + line_of(path, fault.place))
-
-
-def _tokens_of(path: str) -> list[Token]:
-    """The tokens in a database; none where it is not there yet."""
-    if not os.path.exists(path):
-        return []
-    with contextlib.closing(SqliteStore(path, read_only=True)) as store:
-        return store.tokens()
-
-
-def line_of(path: str, place: str) -> str:
-    """`:12` if a JSON Pointer leads to line 12 of a JSON file, else an empty string."""
-    try:
-        text = _read_text(path) if path.endswith(".json") and place.startswith("/") else ""
-        from_json(text)
-    except (OSError, ValueError):
-        return ""
-    line = nearest_line(pointer_lines(text), place)
-    return f":{line}" if line else ""
-
-
-def try_flow(args: argparse.Namespace, settings: Settings) -> int:
-    """try: run one flow here, with a trace of its steps."""
-    _set_up_logging(settings._replace(log_level="warning"))
-    app = AsteraLite(settings)
-    log.addFilter(app.outside.masked.log_record)
-    app.reload()
-    flow = app.deployments.by_name.get(args.name)
-    if flow is None:
-        print(f'there is no flow "{args.name}"{suggest(args.name, app.deployments.by_name)}', file=sys.stderr)
-        return 1
-    repeated: dict[str, list[str]] = {}
-    body: Any = None
-    for pair in args.values:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            print(f"{shown(pair)} is not of the form name=value", file=sys.stderr)
-            return 2
-        if name == "body":
-            try:
-                body = _read_bytes(value[1:]) if value.startswith("@") else value.encode()
-            except OSError as error:
-                print(f"{value[1:]}: cannot be read: {_reason(error)}", file=sys.stderr)
-                return 1
-        else:
-            repeated.setdefault(name, []).append(value)
-    params = {name: values if len(values) > 1 else values[0] for name, values in repeated.items()}
-    try:
-        request = request_for(flow, params, body)
-        given = flow.bind(request, path_values(flow, request.path), "try")
-    except InputError as error:
-        for item in error.errors:
-            print(f"{item['in']} {item['name']}: {item['message']}", file=sys.stderr)
-        return 1
-    trace: list[dict[str, Any]] = []
-    limit = flow.timeout or settings.job_timeout
-    outcome = run_flow(Run(flow, given, app.outside, app.clock.monotonic() + limit, MeasuringJournal(), trace))
-    assert isinstance(outcome, Outcome)
-    app.outside.close()
-    _print_trace(trace)
-    if outcome.reason:
-        print(f"reason: {_one_line(outcome.reason)}", file=sys.stderr)
-    answer = outcome.answer
-    print(f"{outcome.status.value} {answer.code} {PHRASES.get(answer.code, '')}", file=sys.stderr)
-    for name, value in answer.headers:
-        print(f"{name}: {value}", file=sys.stderr)
-    sys.stderr.flush()
-    _write_body([answer.body])
-    return 0 if outcome.error is None else 1
-
-
-def _print_trace(trace: list[dict[str, Any]]) -> None:
-    for step in trace:
-        for path, kind, state, *_, told in _retry_rows(step):
-            print(f"{path:<20} {kind:<8} {state:<9} {'':>8}  {_one_line(told)}", file=sys.stderr)
-        began, ended = (datetime.datetime.fromisoformat(step[name]) for name in ("startedAt", "finishedAt"))
-        took = f"{(ended - began).total_seconds() * 1000:.0f} ms"
-        about = [str(step["status"])] if "status" in step else []
-        about += [f"{step['size']} bytes"] if step["size"] is not None else []
-        line = f"{step['path']:<20} {step['kind']:<8} {step['state']:<9} {took:>8}  {_one_line(_told_of(step))}"
-        print(f"{line}  ({', '.join(about)})" if about else line, file=sys.stderr)
-
-
-def test(args: argparse.Namespace, settings: Settings) -> int:
-    """test: run the tests that flow files carry."""
-    _set_up_logging(settings._replace(log="off"))
-    app = AsteraLite(settings)
-    faults = app.reload()
-    for fault in faults:
-        print(_openable(fault, settings.flows))
-    flows = app.deployments.by_name
-    unknown = [name for name in args.names if name not in flows]
-    for name in unknown:
-        print(f'there is no flow "{name}"{suggest(name, flows)}')
-    chosen = [flow for flow in flows.values() if not args.names or flow.name in args.names]
-    passed = failed = 0
-    total, tell = sum(len(flow.tests) for flow in chosen), _progress("testing")
-    for flow in sorted(chosen, key=lambda flow: flow.name):
-        for each in flow.tests:
-            tell(passed + failed, total)
-            differences, canned = run_test(flow, each, app.outside)
-            tell(total, total)  # the line is free for what follows
-            passed, failed = passed + (not differences), failed + bool(differences)
-            print(f"{'FAILED' if differences else 'ok':<6} {flow.name}: {each.name} ({canned} canned)")
-            for line in differences:
-                print(f"         {app.outside.masked(line)}")
-    app.outside.close()
-    without = sum(1 for flow in chosen if not flow.tests)
-    print(f"tests passed: {passed}, failed: {failed}; flows without tests: {without}", file=sys.stderr)
-    return 1 if failed or faults or unknown else 0
-
-
-def schema(args: argparse.Namespace, settings: Settings) -> int:
-    """schema: print a JSON Schema of the flow file."""
-    _print_json(flow_schema(STEP_KINDS))
-    return 0
-
-
-def print_document(make: Callable[..., Any], args: argparse.Namespace, settings: Settings) -> int:
-    """openapi, postman: print a document of the flows; exit 1 if some are faulty and so not in it."""
-    app = AsteraLite(settings)
-    found = app.read_flows()
-    for fault in found.faults:
-        print(_openable(fault, settings.flows), file=sys.stderr)
-    secured = settings.token is not None or bool(_tokens_of(settings.database))
-    _print_json(make(found, app.base, secured))
-    return 1 if found.faults else 0
-
-
-def new(args: argparse.Namespace, settings: Settings) -> int:
-    """new: write a starter flow."""
-    if not _FLOW_NAME.fullmatch(args.name):
-        print(f"{shown(args.name)} must consist of letters, digits, - and _", file=sys.stderr)
-        return 1
-    if args.name + ".json" == CONNECTIONS_FILE:
-        print(f"{CONNECTIONS_FILE} keeps the connections: choose another name", file=sys.stderr)
-        return 1
-    path = os.path.join(settings.flows, f"{args.name}.json")
-    try:
-        os.makedirs(settings.flows or ".", exist_ok=True)
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(starter_flow(args.name))
-    except OSError as error:
-        print(f"{path}: {_reason(error)}", file=sys.stderr)
-        return 1
-    print(f"wrote {path}; run it with: {_started_as()} try {args.name} id=7", file=sys.stderr)
-    return 0
-
-
-def _printable(text: str) -> str:
-    """A text of several lines, or JSON, in which what commands a terminal is escaped as JSON has it."""
-    return re.sub(r"[^\t\n -~]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1], text)
-
-
-def _print_json(document: Any, stream: TextIO | None = None) -> None:
-    stream = stream or sys.stdout
-    escaped = not stream.encoding.lower().startswith("utf")
-    print(_printable(json.dumps(document, indent=2, ensure_ascii=escaped)), file=stream)
-
-
-def _write_body(pieces: Iterable[bytes]) -> None:
-    """Write a response's body to stdout: as it is, or what a terminal may be given of it."""
-    if sys.stdout.isatty():
-        decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-        for piece in (*pieces, b""):
-            sys.stdout.write(_printable(decoder.decode(piece, final=not piece)))
-    else:
-        sys.stdout.buffer.writelines(pieces)
-    sys.stdout.flush()
-
-
-def _columns(text: str) -> int:
-    """Columns of a terminal that a text takes."""
-    import unicodedata  # noqa: PLC0415 (a server has no use for it)
-
-    narrow = (0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
-    return len(text) if text.isascii() else sum(narrow)
-
-
-def _cut(text: str, room: int) -> str:
-    """The text, or as much of it as there is room for."""
-    if _columns(text) <= room:
-        return text
-    while text and _columns(text) >= room:
-        text = text[:-1]
-    return text + "…" * (room > 0)
-
-
-_COLOURS = {"Completed": 32, "delivered": 32, "Running": 33, "pending": 33, "Error": 31, "failed": 31, "gone": 31}
-_LEAST_CELLS = 8  # of the column that gives way
-
-
-class _Sheet:
-    """What people read: on a terminal in its width and with a little colour, elsewhere plain and complete."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.terminal = stream, stream.isatty()
-        self._width = shutil.get_terminal_size().columns if self.terminal else sys.maxsize
-        self._colour = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-    def _painted(self, text: str, colour: int | None) -> str:
-        return f"\x1b[{colour}m{text}\x1b[0m" if colour is not None and self._colour else text
-
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], *give_way: int) -> None:
-        """Rows under a head. What is too wide shortens the columns `give_way`, then the last ones are left out."""
-        lines = [[_one_line(text) for text in row] for row in (head, *rows)]
-        widths = [max(map(_columns, column)) for column in zip(*lines, strict=True)]
-        for at in give_way:
-            excess = sum(widths) + 2 * (len(widths) - 1) - self._width
-            widths[at] = max(widths[at] - max(excess, 0), min(widths[at], _LEAST_CELLS))
-        while len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > self._width:
-            widths.pop()
-        for n, line in enumerate(lines):
-            cells = [_cut(text, width) for text, width in zip(line, widths, strict=False)]
-            padded = [text + " " * (width - _columns(text)) for text, width in zip(cells, widths, strict=True)]
-            padded[-1] = cells[-1]
-            colours = [_COLOURS.get(text.partition(" ")[0]) if n else 2 for text in cells]
-            print("  ".join(map(self._painted, padded, colours)).rstrip(), file=self.stream)
-
-    def fields(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Names and values; those without a value are left out."""
-        width = max(len(name) for name, _ in pairs)
-        for name, text in pairs:
-            if text:
-                shown_text = self._painted(_one_line(text), _COLOURS.get(text.partition(" ")[0]))
-                print(f"{self._painted(name.ljust(width), 2)}  {shown_text}", file=self.stream)
-
-    def moment(self, ms: int | None, now: int, offset: int, with_date: bool = False) -> str:
-        """A time: on a terminal as far as it is from now, and by the clock on the wall; elsewhere in UTC."""
-        if ms is None or not self.terminal:
-            return timestamp(ms, offset) or ""
-        words = f"in {_span(ms - now)}" if ms > now else f"{_span(now - ms)} ago"
-        local = datetime.datetime.fromtimestamp((ms + offset) / 1000)
-        return f"{local:%Y-%m-%d %H:%M:%S} ({words})" if with_date else words
-
-
-def _span(ms: int) -> str:
-    """A time that passed, for people."""
-    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000)):
-        if ms >= 2 * size:
-            return f"{ms // size} {unit}"
-    return f"{ms / 1000:.1f} s" if ms >= 1000 else f"{ms} ms"
-
-
-def _took(job: Job) -> str:
-    return _span(job.finished - job.started) if job.finished is not None and job.started is not None else ""
-
-
-def _status_words(job: Job) -> str:
-    detail = job.error["code"] if job.error else "waiting" if job.due else ""
-    return f"{job.status.value} ({detail})" if detail else job.status.value
-
-
-def jobs(args: argparse.Namespace, settings: Settings) -> int:
-    """jobs: list the jobs in the database, newest first."""
-    with contextlib.closing(SqliteStore(settings.database, read_only=True)) as store:
-        status = Status(args.status) if args.status else None
-        offset = store.clock_offset()
-        now = Clock().now() - offset
-        found = store.page(now, args.limit, None, args.flow, status, None)
-        failures = {job.key: failure_of(job, store.trace(job.key)) for job in found if job.error}
-    if args.json:
-        documents = [
-            status_document(job, job.base, offset=offset) | {"failure": failures.get(job.key)} for job in found
-        ]
-        _print_json({"jobs": documents})
-        return 0
-    sheet = _Sheet(sys.stdout)
-    rows = []
-    for job in found:
-        failure = failures.get(job.key)
-        reason = failure_text(failure) if failure else (job.error or {}).get("detail", "")
-        callback = f"{job.callback.state} ({job.callback.attempts})" if job.callback else ""
-        created = sheet.moment(job.created, now, offset)
-        if sheet.terminal:  # what matters most comes first: the last columns may find no room
-            rows.append((job.id, _status_words(job), job.flow, created, _took(job), callback, reason))
-        else:
-            finished = timestamp(job.finished, offset) or ("waiting" if job.due else "")
-            rows.append((job.id, job.flow, job.status.value, created, finished, callback, reason))
-    first = "status flow created took" if sheet.terminal else "flow status created finished"
-    sheet.table(f"id {first} callback reason".split(), rows, 6, 2)
-    if not found:
-        print("none", file=sys.stderr)
-    return 0
-
-
-def show_job(args: argparse.Namespace, settings: Settings) -> int:
-    """job: one job, its steps, its callback attempts and its result."""
-    with contextlib.closing(SqliteStore(settings.database, read_only=True)) as store:
-        key = JobKey.parse(args.id)
-        job = store.get(key) if key else None
-        if job is None:
-            print(f"there is no job {shown(args.id)}", file=sys.stderr)
-            return 1
-        steps, attempts, stored = store.trace(job.key), store.attempts(job.key), store.result(job.key)
-        offset = store.clock_offset()
-        stream = sys.stderr if args.result else sys.stdout
-        if args.json:
-            document = status_document(job, job.base, offset=offset)
-            document |= {"failure": failure_of(job, steps), "steps": steps}
-            if job.callback is not None:
-                document["callback"]["history"] = attempt_documents(attempts, offset)
-            _print_json(document, stream)
-        else:
-            _print_job(_Sheet(stream), job, stored, steps, attempts, offset)
-        if args.result and stored is not None:
-            pieces: Iterable[bytes] = [stored.body or b""]
-            if stored.body is None:
-                pieces = whole_body(store.result_pieces(job.key, stored.attempt), stored.size)
-            _write_body(pieces)
-    return 0
-
-
-def _print_job(
-    sheet: _Sheet,
-    job: Job,
-    stored: StoredResult | None,
-    steps: Sequence[Mapping[str, Any]],
-    attempts: Sequence[Attempt],
-    offset: int,
-) -> None:
-    now = Clock().now() - offset
-    moments = [(name, getattr(job, name)) for name in ("created", "started", "finished", "expires")]
-    callback = job.callback
-    again = callback and sheet.moment(callback.next_at, now, offset, True)
-    failure = failure_of(job, steps)
-    sheet.fields(
-        [
-            ("id", job.id),
-            ("flow", job.flow),
-            ("status", _status_words(job)),
-            ("error", job.error["detail"] if job.error else ""),
-            ("reason", failure_text(failure) if failure else ""),
-            *((name, sheet.moment(ms, now, offset, True)) for name, ms in moments),
-            ("took", _took(job)),
-            ("attempt", str(job.attempt) if job.attempt > 1 else ""),
-            ("result", f"{stored.code}, {stored.size:,} bytes" if stored else ""),
-            ("callback", f"{callback.state} ({callback.attempts}) {callback.url}" if callback else ""),
-            ("next try", again or ""),
-        ]
-    )
-    if steps:
-        print(file=sheet.stream)
-        rows = [row for step in steps for row in (*_retry_rows(step), _step_row(step))]
-        sheet.table(("step", "kind", "state", "took", "bytes", "output"), rows, 5)
-    if attempts:
-        rows = [
-            (sheet.moment(one.at, now, offset), str(one.status or ""), _span(one.duration_ms), one.error or "")
-            for one in attempts
-        ]
-        print(file=sheet.stream)
-        sheet.table(("callback", "status", "took", "error"), rows, 3)
-
-
-def _step_row(step: Mapping[str, Any]) -> tuple[str, ...]:
-    began, ended = (datetime.datetime.fromisoformat(step[name]) for name in ("startedAt", "finishedAt"))
-    took = _span(round((ended - began).total_seconds() * 1000))
-    size = "" if step["size"] is None else f"{step['size']:,}"
-    state = f"{step['state']} ({step['status']})" if "status" in step else step["state"]
-    return step["path"], step["kind"], state, took, size, _told_of(step)
-
-
-def _retry_rows(step: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The attempts of a step that came before its last one."""
-    return [(step["path"], step["kind"], "retried", "", "", failure_text(each)) for each in step.get("retries", ())]
-
-
-def _told_of(step: Mapping[str, Any]) -> str:
-    """What a step gave, or why it failed."""
-    return failure_text(step["error"]) if "error" in step else step["preview"] or ""
-
-
-def _progress(words: str) -> Callable[[int, int], None]:
-    """What says on stderr, where that is a terminal, how much is done of how much."""
-    if not sys.stderr.isatty():
-        return lambda done, total: None
-    told = -math.inf
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        if done < total and time.monotonic() - told < 0.1:
-            return
-        told = time.monotonic()
-        line = f"{words} {100 * done // total} %" if done < total else ""
-        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-
-    return tell
-
-
-def token(args: argparse.Namespace, settings: Settings) -> int:
-    """token: make a token, list them, or revoke one."""
-    import secrets  # noqa: PLC0415 (no other command needs it)
-
-    path, name = settings.database, args.name
-    unused = [word for word, given in (("--flows", args.flows), ("--role", args.role)) if given is not None]
-    if unused and (name is None or args.revoke):
-        print(f"{unused[0]} goes with a new NAME", file=sys.stderr)
-        return 2
-    if args.revoke and name is None:
-        print("--revoke needs the NAME of a token: without one, `token` lists them", file=sys.stderr)
-        return 2
-    role = args.role or "user"
-    if name is None:
-        _print_tokens(_tokens_of(path))
-        return 0
-    if args.revoke:
-        edit_tokens(path, revoke=name)
-        print(f"revoked {name}; a running server lets it in no more after a second", file=sys.stderr)
-        if not any(each.digest for each in _tokens_of(path)):
-            print("that was the last one: nobody is let in any more but by the token of the settings", file=sys.stderr)
-        return 0
-    flows = None if args.flows is None else frozenset(word.strip() for word in args.flows.split(",") if word.strip())
-    faults = [
-        f"{shown(word)} must consist of letters, digits, - and _"
-        for word in [name, *sorted(flows or ())]
-        if not _FLOW_NAME.fullmatch(word)
-    ]
-    if name == ADMIN_TOKEN:
-        faults.append(f"{name} is the name of the token in the settings: choose another one")
-    if flows is not None and (role == "admin" or not flows):
-        faults.append("--flows names flows, and not for --role admin, which may call and deploy all of them")
-    if not faults and flows and os.path.isdir(settings.flows):  # elsewhere a program publishes them
-        known = {os.path.splitext(file)[0] for file in os.listdir(settings.flows) if is_flow_file(file)}
-        unknown = sorted(flows - known)
-        faults += [f'there is no flow "{word}" in {settings.flows}{suggest(word, known)}' for word in unknown]
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    if faults:
-        return 2
-    text = "astera_" + secrets.token_urlsafe(32)
-    if settings.token is None and not _tokens_of(path):
-        print("it is the first token: from now on the server lets nobody in without one", file=sys.stderr)
-    edit_tokens(path, add=Token(name, token_digest(text), role, flows, Clock().wall()))
-    print("send it as `Authorization: Bearer TOKEN`; it is not shown again:", file=sys.stderr)
-    print(text)
-    return 0
-
-
-def _print_tokens(tokens: Sequence[Token]) -> None:
-    print(f"{'name':<24}  {'role':<7}  {'created':<24}  flows")
-    for each in tokens:
-        flows = "all" if each.flows is None else ",".join(sorted(each.flows))
-        print(f"{each.name:<24}  {each.role if each.digest else 'revoked':<7}  {timestamp(each.created)}  {flows}")
-
-
-_ZIPPED_MAIN = b"""\
-import sys
-
-if sys.version_info < (3, 11):
-    this = "this is %d.%d.%d (%s)" % (sys.version_info[:3] + (sys.executable,))
-    sys.exit("Astera Lite needs Python 3.11 or later; " + this)
-
-import astera_lite
-
-sys.exit(astera_lite.main())
-"""
-
-
-def pack(args: argparse.Namespace, settings: Settings) -> int:
-    """zipapp: the server as one file."""
-    import py_compile  # noqa: PLC0415 (as below: for this command only)
-    import tempfile  # noqa: PLC0415
-    import zipfile  # noqa: PLC0415
-
-    files = {"__main__.py": _ZIPPED_MAIN, "astera_lite.py": resource("astera_lite.py")}
-    for name in SHIPPED:
-        try:
-            files[name] = resource(name)
-        except ConfigError:
-            if name != "console.html":
-                raise
-            print("console.html is missing, so it is left out: there will be no console", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-        source = os.path.join(folder, "astera_lite.py")
-        with open(source, "wb") as file:
-            file.write(files["astera_lite.py"])
-        # Another version of Python passes over bytecode that is not its own, and takes the source.
-        unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH  # times in a zip depend on the time zone
-        compiled = py_compile.compile(
-            source, f"{source}c", "astera_lite.py", doraise=True, optimize=0, invalidation_mode=unchecked
-        )
-        files["astera_lite.pyc"] = _read_bytes(str(compiled))
-    try:
-        with open(args.file, "wb") as file:
-            file.write(b"#!/usr/bin/env python3\n")
-            with zipfile.ZipFile(file, "w") as archive:
-                for name, data in files.items():
-                    archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)  # all of 1980: ever the same
-            mode = os.fstat(file.fileno()).st_mode
-        os.chmod(args.file, mode | (mode & 0o444) >> 2)  # who may read it may run it
-    except OSError as error:
-        print(f"{args.file}: {_reason(error)}", file=sys.stderr)
-        return 1
-    version = ".".join(map(str, sys.version_info[:2]))
-    print(f"wrote {args.file}: for Python 3.11 or later, {version} starts it quickest", file=sys.stderr)
-    return 0
-
-
-def backup(args: argparse.Namespace, settings: Settings) -> int:
-    """backup: a consistent copy of the database, also while the server runs."""
-    if os.path.exists(args.copy):
-        print(f"{args.copy} is there already: name another file", file=sys.stderr)
-        return 1
-    store = SqliteStore(settings.database, read_only=True)
-    try:
-        store.backup(args.copy, _progress("copying"))
-    finally:
-        store.close()
-    print(f"wrote {args.copy}, {os.path.getsize(args.copy):,} bytes", file=sys.stderr)
-    return 0
-
-
 _Command = Callable[["argparse.Namespace", Settings], int]
 _RUNNING = ("flows", "data", "env_allow", "secrets", "callback_allow", "max_step_response", "max_result", "job_timeout")
 _DOCUMENTED = ("flows", "host", "port", "public_url", "env_allow", "secrets")
@@ -15881,13 +13302,13 @@ _JSON_FLAG: tuple[str, dict[str, Any]] = ("--json", {"action": "store_true", "he
 COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Collection[str]]] = {
     "serve": (serve, "serve the flows (the default)", [], SETTING_FIELDS),
     "check": (
-        check,
+        late("astera_lite_tools:check"),
         "validate flows and settings",
         [("file", {"nargs": "*", "metavar": "[FILE …]", "help": "flow files; all if none is named"})],
         SETTING_FIELDS,
     ),
     "try": (
-        try_flow,
+        late("astera_lite_tools:try_flow"),
         "run one flow here, with a trace of its steps",
         [
             ("name", {"metavar": "NAME", "help": "name of the flow"}),
@@ -15896,27 +13317,37 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         _RUNNING,
     ),
     "test": (
-        test,
+        late("astera_lite_tools:test"),
         "run the tests that flow files carry",
         [("names", {"nargs": "*", "metavar": "[NAME …]", "help": "names of flows; all if none is named"})],
         ("flows", "env_allow", "secrets", "max_result"),
     ),
-    "schema": (schema, "print a JSON Schema of the flow file, for editors", [], ()),
+    "schema": (
+        partial(late("astera_lite_tools:schema"), late("astera_lite_documents:flow_schema")),
+        "print a JSON Schema of the flow file, for editors",
+        [],
+        (),
+    ),
     "openapi": (
-        partial(print_document, openapi_document),
+        partial(late("astera_lite_tools:print_document"), late("astera_lite_documents:openapi_document")),
         "print the OpenAPI document of the flows",
         [],
         _DOCUMENTED,
     ),
     "postman": (
-        partial(print_document, postman_document),
+        partial(late("astera_lite_tools:print_document"), late("astera_lite_documents:postman_document")),
         "print a Postman collection of the flows, to import or to run with newman",
         [],
         _DOCUMENTED,
     ),
-    "new": (new, "write a starter flow", [("name", {"metavar": "NAME", "help": "name of the flow"})], ("flows",)),
+    "new": (
+        late("astera_lite_tools:new"),
+        "write a starter flow",
+        [("name", {"metavar": "NAME", "help": "name of the flow"})],
+        ("flows",),
+    ),
     "jobs": (
-        jobs,
+        late("astera_lite_tools:jobs"),
         "list the jobs in the database",
         [
             ("--flow", {"metavar": "NAME", "help": "of this flow only"}),
@@ -15930,7 +13361,7 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         ("database",),
     ),
     "token": (
-        token,
+        late("astera_lite_tools:token"),
         "make a token that may call, list them, or revoke one",
         [
             ("name", {"nargs": "?", "metavar": "[NAME]", "help": "whose it is; without a name, all are listed"}),
@@ -15941,13 +13372,13 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         ("database",),
     ),
     "backup": (
-        backup,
+        late("astera_lite_tools:backup"),
         "copy the database, also while the server runs",
         [("copy", {"metavar": "FILE", "help": "where the copy goes; must not be there yet"})],
         ("database",),
     ),
     "zipapp": (
-        pack,
+        late("astera_lite_tools:pack"),
         "write the server as one file, which `python FILE` runs",
         [
             (
@@ -15958,7 +13389,7 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         (),
     ),
     "job": (
-        show_job,
+        late("astera_lite_tools:show_job"),
         "show one job, its steps and its callback attempts",
         [
             ("id", {"metavar": "ID", "help": "id of the job"}),

@@ -20,12 +20,11 @@ from astera_lite import (
     Functions,
     build_flow,
     load_connections,
-    openapi_document,
     parse_flow_text,
-    postman_document,
     run_test,
     to_json,
 )
+from astera_lite_documents import openapi_document, postman_document
 
 KINDS = "http, python, sql, run, set, each, choose, call, wait, respond, fail"
 OPTIONS = "name, when, timeout, retry, onError, description"

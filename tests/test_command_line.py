@@ -26,7 +26,8 @@ import requests
 from support import ROOT, Sink, get_flow, process
 
 import astera_lite
-from astera_lite import ADMIN_TOKEN, COMMANDS, SETTING_FIELDS, AsteraLite, __version__, log, main, starter_flow
+from astera_lite import ADMIN_TOKEN, COMMANDS, SETTING_FIELDS, AsteraLite, __version__, log, main
+from astera_lite_tools import starter_flow
 
 PROGRAM = str(ROOT / "astera_lite.py")
 HELLO = get_flow("/hello", response={"body": {"hello": "world"}})

@@ -15,17 +15,8 @@ from typing import Any
 import pytest
 from support import ROOT, Client, FakeClock, get_flow
 
-from astera_lite import (
-    STEP_KINDS,
-    AsteraLite,
-    ConfigError,
-    FlowError,
-    Server,
-    Status,
-    build_flow,
-    flow_schema,
-    run_test,
-)
+from astera_lite import STEP_KINDS, AsteraLite, ConfigError, FlowError, Server, Status, build_flow, run_test
+from astera_lite_documents import flow_schema
 
 HELLO = get_flow("/hello", response={"body": "one"})
 TOKEN = "t0ken-of-the-admin"

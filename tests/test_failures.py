@@ -223,7 +223,7 @@ def test_what_is_wrong_in_the_connections_has_the_place_of_the_step(tmp_path: Pa
     with failed_jobs(tmp_path, "crm") as found:
         failure = found["crm"]["failure"]
     assert failure["pointer"] == "/steps/0/http"
-    assert failure["message"] == '/crm/url: secrets.HOST: there is no "HOST"'
+    assert failure["message"] == '/crm/url: secrets.HOST: there is no "HOST": .get("HOST") gives null instead'
 
 
 def test_a_cancelled_job_has_a_word_of_its_own(tmp_path: Path) -> None:

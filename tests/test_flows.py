@@ -46,7 +46,7 @@ from astera_lite import (
 def surroundings(**more: Any) -> Surroundings:
     values: dict[str, Any] = {
         "clock": FakeClock(), "outbound": Outbound(), "policy": AddressPolicy("none"), "env": {}, "secrets": {},
-        "max_result": 1 << 20, "max_step_response": 1 << 20,
+        "max_result": 1 << 20, "max_step_response": 1 << 20, "kept": {},
         "connections": {}, "masked": Mask(more.get("secrets", {}).values()), "helpers": threading.Semaphore(64),
     }  # fmt: skip
     return Surroundings(**values | more)

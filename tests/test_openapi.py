@@ -16,7 +16,8 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from support import EVERYTHING, NPM, ROOT, Client, Running, Sink, get_flow, process, running
 
 import astera_lite
-from astera_lite import Deployments, build_flow, openapi_document
+from astera_lite import Deployments, build_flow
+from astera_lite_documents import openapi_document
 
 METHODS = {"get", "put", "post", "delete", "patch"}
 

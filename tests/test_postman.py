@@ -18,7 +18,8 @@ import pytest
 from support import EVERYTHING, NPM, ROOT, get_flow, process, running
 
 import astera_lite
-from astera_lite import Deployments, build_flow, postman_document
+from astera_lite import Deployments, build_flow
+from astera_lite_documents import postman_document
 
 MODULES = ROOT / "node_modules"
 NEWMAN = shutil.which("newman") or shutil.which("newman", path=str(MODULES / ".bin"))

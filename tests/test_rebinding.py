@@ -14,7 +14,7 @@ from support import ROOT
 INSIDE = """
 import fcntl, json, socket, struct, sys, threading
 sys.path.insert(0, sys.argv[1])
-from astera_lite import AddressPolicy, AddressRefused, Outbound, OutboundError
+from astera_lite import (AddressPolicy, AddressRefused, Outbound, OutboundError)
 
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:  # the new namespace's loopback is down
     fcntl.ioctl(control, 0x8914, struct.pack("16sh", b"lo", 0x1 | 0x40))

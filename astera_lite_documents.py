@@ -1,0 +1,1382 @@
+"""The documents of Astera Lite: OpenAPI, Postman collection, JSON Schema of flow files, text of the metrics.
+
+A wing of astera_lite, which loads this file when one of its documents is first wanted. Pure functions of the
+deployments, but for the metrics, which only read.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import json.encoder
+import os
+import re
+import sys
+import time
+import urllib.parse
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from astera_lite import (
+    CONTENT_TYPES,
+    DEFAULT_LIST,
+    ENDS,
+    FILTERING,
+    FLOW_METHODS,
+    HTTP_METHODS,
+    INT64,
+    MAX_CONCURRENCY,
+    MAX_LIST,
+    MODES,
+    MOVES,
+    NO_SELECTION,
+    NO_STORE,
+    PARAMETER_TYPES,
+    PREFIXES,
+    RUN_TIMES,
+    SCHEMA_RULES,
+    SCHEMA_TYPES,
+    SELECTING,
+    STEP_OPTIONS,
+    AsteraLite,
+    Deployments,
+    Exchange,
+    Flow,
+    InputError,
+    Reply,
+    Selection,
+    Status,
+    StepKind,
+    __version__,
+    as_text,
+    as_texts,
+    is_json_type,
+    path_values,
+    request_for,
+    sample_value,
+    split_template,
+    to_json,
+)
+
+
+def _object(required: Sequence[str] = (), /, **properties: Any) -> dict[str, Any]:
+    more = {"required": list(required)} if required else {}
+    return {"type": "object", "properties": properties, "additionalProperties": False, **more}
+
+
+_ANY: dict[str, Any] = {}
+_TEXT: dict[str, Any] = {"type": "string"}
+_FLAG: dict[str, Any] = {"type": "boolean"}
+_MAP: dict[str, Any] = {"type": "object"}
+_TEMPLATE: dict[str, Any] = {"type": "string", "pattern": r"\$\{", "description": "an expression: ${…}"}
+_COMPUTED_MAP = {"anyOf": [_MAP, _TEMPLATE]}
+_DURATION_SCHEMA = {
+    "description": "250ms, 30s, 5m, 24h, or a number of seconds",
+    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}],
+}
+_SIZE_SCHEMA = {"description": "64KiB, 10MiB, or a number of bytes", "type": ["string", "integer"]}
+_STATUS_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 200, "maximum": 599}, _TEMPLATE]}
+_STEPS = {"type": "array", "items": {"$ref": "#/$defs/step"}}
+_INSIDE = {**_STEPS, "minItems": 1}
+_STATEMENT = _object(("query",), query=_TEXT, params=_COMPUTED_MAP)
+_EXPECT = {
+    "type": ["string", "integer", "array"],
+    "description": 'statuses that are no failure: 200, "2xx", [200, 404]',
+}
+_CODES = {"type": ["integer", "array"], "items": {"type": "integer"}}
+_RESPONSE: dict[str, Any] = {"status": _STATUS_SCHEMA, "headers": _MAP, "body": _ANY}
+_PAGES_SCHEMA = _object(
+    next=_TEMPLATE, link={"const": True}, cursor=_TEMPLATE, parameter=_TEXT, offset=_TEXT, limit=_TEXT, total=_ANY,
+    size={"type": "integer"}, page=_TEXT, start={"type": "integer"}, items=_TEMPLATE, maxPages={"type": "integer"},
+    maxItems={"type": "integer"},
+)  # fmt: skip
+_HTTP_SCHEMA = _object(
+    method={"enum": list(HTTP_METHODS)}, url=_TEXT, connection=_TEXT, path=_TEXT, query=_MAP, headers=_MAP, json=_ANY,
+    form=_MAP, body=_ANY, timeout=_DURATION_SCHEMA, expect=_EXPECT, follow=_FLAG, maxResponse=_SIZE_SCHEMA,
+    pages=_PAGES_SCHEMA, until=_TEMPLATE, every=_DURATION_SCHEMA,
+)  # fmt: skip
+#: What stands behind the name of each kind of step in a flow file.
+_KIND_SCHEMAS: dict[str, Any] = {
+    "http": {"anyOf": [_TEXT, _HTTP_SCHEMA]},
+    "python": {"anyOf": [_TEXT, _object(("call",), call=_TEXT, args=_MAP, isolate=_FLAG)]},
+    "sql": _object(
+        ("database",), database=_TEXT, query=_TEXT, params=_COMPUTED_MAP, one=_FLAG, write=_FLAG,
+        statements={"type": "array", "items": _STATEMENT, "minItems": 1},
+    ),
+    "run": {
+        "anyOf": [
+            {"type": "array", "minItems": 1},
+            _object(
+                ("command",), command={"type": "array", "minItems": 1}, input=_ANY,
+                output={"enum": ["text", "json", "lines"]}, maxOutput=_SIZE_SCHEMA, expect=_CODES,
+            ),
+        ]
+    },
+    "set": _ANY,
+    "each": _object(
+        ("of", "steps"), of=_ANY, concurrency={"type": "integer", "minimum": 1, "maximum": MAX_CONCURRENCY},
+        steps=_INSIDE, result=_ANY, **{"as": _TEXT},
+    ),
+    "choose": {"type": "array", "minItems": 1, "items": _object(("steps",), when=_ANY, steps=_INSIDE, result=_ANY)},
+    "call": {"anyOf": [_TEXT, _object(("flow",), flow=_TEXT, params=_MAP, body=_ANY)]},
+    "wait": {"anyOf": [_DURATION_SCHEMA, _object(("until",), until=_ANY)]},
+    "respond": _object(**_RESPONSE),
+    "fail": _object(
+        ("message",), status={"anyOf": [{"type": "integer", "minimum": 400, "maximum": 599}, _TEMPLATE]},
+        message=_TEXT, headers=_MAP,
+    ),
+}  # fmt: skip
+
+
+def _rules_schema() -> dict[str, Any]:
+    """The rules that parameters and bodies share."""
+    kinds = {"integer": {"type": "integer"}, "number": {"type": "number"}, "array": {"type": "array"}}
+    rules = {name: kinds.get(kind, _TEXT) for name, (_, kind) in SCHEMA_RULES.items()}
+    return rules | {"default": _ANY, "description": _TEXT, "example": _ANY}
+
+
+def flow_schema(kinds: Mapping[str, StepKind]) -> dict[str, Any]:
+    """A JSON Schema (2020-12) of the flow file, for editors; `check` knows more."""
+    value = _rules_schema() | {
+        "type": {"anyOf": [{"enum": list(SCHEMA_TYPES)}, {"type": "array", "items": {"enum": list(SCHEMA_TYPES)}}]},
+        "items": {"$ref": "#/$defs/value"},
+        "properties": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}},
+        "required": {"anyOf": [{"type": "array", "items": _TEXT}, _FLAG]},
+        "additionalProperties": {"anyOf": [_FLAG, {"$ref": "#/$defs/value"}]},
+    }
+    parameter: dict[str, Any] = _rules_schema() | {
+        "in": {"enum": ["path", "query", "header"]},
+        "type": {"enum": [*PARAMETER_TYPES, "array"]},
+        "items": {"$ref": "#/$defs/value"},
+        "required": _FLAG,
+    }
+    request = _object(
+        ("method", "resource"),
+        method={"enum": list(FLOW_METHODS)},
+        resource={"type": "string", "pattern": "^/."},
+        processing={"anyOf": [{"enum": list(MODES)}, {"type": "array", "items": {"enum": list(MODES)}, "minItems": 1}]},
+        parameters={"type": "object", "additionalProperties": _object(("in",), **parameter)},
+        strict=_FLAG,
+        body={"$ref": "#/$defs/value"},
+        contentTypes={"type": "array", "items": _TEXT},
+    )
+    retry = _object(
+        ("attempts",), attempts={"type": "integer", "minimum": 1, "maximum": 100}, delay=_DURATION_SCHEMA,
+        backoff={"type": "number"}, maxDelay=_DURATION_SCHEMA, on={"type": "array"},
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "name": _TEXT,
+        "when": _ANY,
+        "timeout": _DURATION_SCHEMA,
+        "retry": {"anyOf": [{"type": "integer"}, retry]},
+        "onError": _ANY,
+    }
+    specs = {name: _KIND_SCHEMAS.get(name, kind.schema or _ANY) for name, kind in kinds.items()}
+    described = {name: {**spec, "description": kinds[name].help} for name, spec in specs.items()}
+    step = _object(("name",), **{**options, "description": _TEXT, **described})
+    step["oneOf"] = [{"required": [kind]} for kind in kinds]
+    page = _object(("items",), items=_ANY, size={"anyOf": [{"type": "integer"}, _TEMPLATE]})
+    rows: dict[str, Any] = {
+        "page": page,
+        "filter": {"type": "array", "items": _TEXT},
+        "sort": {"type": ["boolean", "array"]},
+    }
+    response = _object(**_RESPONSE, when=_ANY, **rows)
+    test = _object(
+        ("name", "response"), name=_TEXT, request=_object(params=_MAP, body=_ANY), steps=_MAP, fails=_MAP,
+        response=_object(status={"type": "integer"}, headers=_MAP, body=_ANY),
+    )  # fmt: skip
+    limit = {
+        "anyOf": [
+            {"type": "integer"},
+            _object(("limit",), limit={"type": "integer"}, whenFull={"enum": ["queue", "refuse"]}),
+        ]
+    }
+    flow = _object(
+        ("request",),
+        description=_TEXT,
+        request=request,
+        steps=_STEPS,
+        response={"anyOf": [response, {"type": "array", "items": response}]},
+        timeout=_DURATION_SCHEMA,
+        restart={"enum": ["resume", "rerun", "fail"]},
+        concurrency=limit,
+        tests={"type": "array", "items": test},
+    )
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A flow of Astera Lite"}
+    return about | flow | {"$defs": {"step": step, "value": _object(**value)}}
+
+
+def _ref(kind: str, name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def _maybe(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+def _content(schema: Mapping[str, Any], media: str = "application/json") -> dict[str, Any]:
+    return {media: {"schema": schema}}
+
+
+def _record(properties: Mapping[str, Any], optional: Collection[str] = (), **more: Any) -> dict[str, Any]:
+    """An object whose members are all there, but for the optional ones."""
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "required": required, "properties": dict(properties), **more}
+
+
+_INT64_SCHEMA = {"type": "integer", "format": "int64", "minimum": INT64.start, "maximum": INT64.stop - 1}
+_COUNT = {"type": "integer", "minimum": 0}
+_TIME = {"type": "string", "format": "date-time"}
+_URI = {"type": "string", "format": "uri"}
+_CODE = {"type": "integer", "minimum": 100, "maximum": 599}
+_UUID = {"type": "string", "format": "uuid"}
+_STATUS_MEMBERS: dict[str, Any] = {
+    "id": _UUID,
+    "status": {"enum": [Status.RUNNING.value, Status.COMPLETED.value, Status.ERROR.value]},
+    "flow": {**_TEXT, "description": "name of the deployment"},
+    "createdAt": _TIME,
+    "startedAt": {**_maybe(_TIME), "description": "null while it is queued"},
+    "finishedAt": _maybe(_TIME),
+    "expiresAt": {**_maybe(_TIME), "description": "from then on status and result are 404"},
+    "attempt": {**_COUNT, "description": "runs begun; more than 1 after a restart of the server"},
+    "progress": _maybe(_record({"step": _maybe(_TEXT), "done": _COUNT, "total": _COUNT})),
+    "statusUrl": _URI,
+    "resultUrl": {**_maybe(_URI), "description": "null until it is finished"},
+    "error": {"anyOf": [_ref("schemas", "Problem"), {"type": "null"}]},
+}
+_CALLBACK_MEMBERS: dict[str, Any] = {
+    "url": _TEXT,
+    "state": {"enum": list(MOVES["callback"])},
+    "attempts": _COUNT,
+    "lastStatus": _maybe(_CODE),
+    "nextAttemptAt": _maybe(_TIME),
+}
+_ATTEMPT_SCHEMA = _record({"at": _TIME, "status": _maybe(_CODE), "error": _maybe(_TEXT), "durationMs": _COUNT})
+_FAILURE_SCHEMA = _record(
+    {
+        "message": _TEXT, "kind": _TEXT, "step": _TEXT, "file": _TEXT, "pointer": _TEXT, "line": _maybe(_COUNT),
+        "attempt": _COUNT, "attempts": _COUNT, "status": _CODE, "body": _TEXT,
+        "source": _record({"file": _TEXT, "line": _COUNT}),
+    },
+    ("status", "body", "source"),
+)  # fmt: skip
+_TRACE_SCHEMA = _record(
+    {
+        "path": _TEXT, "name": _TEXT, "kind": _TEXT, "state": _TEXT, "startedAt": _TIME, "finishedAt": _TIME,
+        "size": _maybe(_COUNT), "preview": _maybe(_TEXT), "status": _CODE,
+        "error": _FAILURE_SCHEMA, "retries": {"type": "array", "items": _FAILURE_SCHEMA},
+    },
+    ("status", "error", "retries"),
+)  # fmt: skip
+_REQUEST_SCHEMA = _record(
+    {
+        "method": _TEXT, "path": _TEXT, "query": _TEXT, "headers": {"type": "object", "additionalProperties": _TEXT},
+        "body": _maybe(_TEXT), "bodySize": _COUNT,
+    }
+)  # fmt: skip
+_UNKNOWN_MEMBERS = {"id": _TEXT, "reason": {"enum": ["expired", "not-found"]}}
+_ERROR_SCHEMA = _record(
+    {
+        "in": {"enum": ["path", "query", "header", "body"]},
+        "name": {**_TEXT, "description": "of a parameter; for a body a JSON Pointer (RFC 6901)"},
+        "message": _TEXT,
+    }
+)
+#: The schemas that operations share.
+_SCHEMAS: dict[str, Any] = {
+    "Problem": _record(
+        {
+            "type": {"type": "string", "format": "uri-reference"}, "title": _TEXT, "status": _CODE, "detail": _TEXT,
+            "errors": {"type": "array", "items": _ERROR_SCHEMA, "description": "everything wrong with the input"},
+            "code": {"enum": list(ENDS[1:])},
+            "requestId": {**_TEXT, "description": "where to look in the server's log"},
+        },
+        ("errors", "code", "requestId"),
+        description="A problem document (RFC 9457).",
+    ),
+    "StatusDocument": _record(
+        {**_STATUS_MEMBERS, "callback": _maybe(_record(_CALLBACK_MEMBERS))}, description="How far a job is."
+    ),
+    "FinishedJob": _record(_STATUS_MEMBERS, description="The status document as a callback has it."),
+    "UnknownJob": _record(
+        {**_UNKNOWN_MEMBERS, "status": {"const": Status.UNKNOWN.value}, "detail": _TEXT},
+        description="The status document of a job that is not there (any more).",
+    ),
+    "UnknownJobProblem": {
+        "description": "A problem document with what the status route says.",
+        "allOf": [_ref("schemas", "Problem"), _record({**_UNKNOWN_MEMBERS, "jobStatus": {"const": "Unknown"}})],
+    },
+    "JobDetails": _record(
+        {
+            **_STATUS_MEMBERS,
+            "callback": _maybe(_record({**_CALLBACK_MEMBERS, "history": {"type": "array", "items": _ATTEMPT_SCHEMA}})),
+            "request": _maybe(_REQUEST_SCHEMA),
+            "failure": _maybe(_FAILURE_SCHEMA),
+            "steps": {"type": "array", "items": _TRACE_SCHEMA},
+        },
+        ("failure",),
+        description="The status document, what was sent, and what became of each step.",
+    ),
+    "JobList": _record(
+        {
+            "jobs": {"type": "array", "items": _ref("schemas", "StatusDocument")},
+            "next": {**_maybe(_TEXT), "description": "the cursor of the next page; null at the end"},
+        }
+    ),
+    "Deployment": _record(
+        {
+            "name": _TEXT, "description": _TEXT, "method": {"enum": list(FLOW_METHODS)}, "resource": _TEXT,
+            "processing": {"type": "array", "items": {"enum": list(MODES)}},
+            "urls": {"type": "object", "additionalProperties": _TEXT},
+            "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
+            "body": {"type": ["object", "null"]}, "contentTypes": {"type": "array", "items": _TEXT}, "source": _TEXT,
+        },
+        description="A published flow.",
+    ),
+    "DeploymentList": _record(
+        {
+            "deployments": {"type": "array", "items": _ref("schemas", "Deployment")},
+            "faults": {
+                "type": "array", "items": _record({"file": _TEXT, "place": _TEXT, "message": _TEXT}),
+                "description": "why files are not published, or not in their present form",
+            },
+        }
+    ),
+    "Flow": {
+        "type": "object",
+        "required": ["request"],
+        "properties": {
+            "request": _record({"method": {"enum": list(FLOW_METHODS)}, "resource": {**_TEXT, "pattern": "^/."}})
+        },
+        "description": "A flow file; the command `schema` prints its whole JSON Schema.",
+    },
+    "Health": _record(
+        {
+            "status": {"enum": ["ok", "unavailable"]}, "reason": _maybe(_TEXT), "version": _TEXT,
+            "jobs": {"type": "object", "additionalProperties": _COUNT},
+            "database": {"type": "object", "additionalProperties": _COUNT},
+            "deployments": {"type": "object", "additionalProperties": _COUNT}, "workers": _COUNT,
+            "finished": {**_COUNT, "description": "jobs whose end was put on record since the start"},
+        },
+        ("workers", "finished"),
+    ),
+}  # fmt: skip
+
+
+def _header(description: str, schema: Mapping[str, Any], required: bool = True) -> dict[str, Any]:
+    return {"description": description, "schema": schema, "required": required}
+
+
+_HEADERS: dict[str, Any] = {
+    "X-Request-Id": _header("Names this request in the server's log.", _TEXT),
+    "Location": _header("The URL of the status, of the result, or of what was made.", _URI),
+    "Retry-After": _header("Whole seconds after which to ask again.", {"type": "integer", "minimum": 1}),
+    "Job-Status": _header("The state of the job.", {"enum": [status.value for status in Status]}),
+    "Content-Location": _header("The URL of the result.", _URI),
+    "Preference-Applied": _header("The preferences that were honoured (RFC 7240).", _TEXT, False),
+    "Idempotency-Replayed": _header("There when this key came before.", {"const": "true"}, False),
+    "Accept": _header("The content types that are taken.", _TEXT, False),
+    "Accept-Encoding": _header("The coding that is taken, if the coding is what was wrong.", _TEXT, False),
+    "WWW-Authenticate": _header("The scheme that is wanted (RFC 6750).", _TEXT),
+    "ETag": _header("Names this state of it, for If-None-Match and If-Match (RFC 9110).", _TEXT, False),
+}
+#: The problem documents that operations answer with, by status: name, when, and headers of their own.
+_PROBLEMS: dict[int, tuple[str, str, tuple[str, ...]]] = {
+    400: ("BadRequest", "The input was refused; `errors` lists every fault.", ()),
+    401: ("Unauthorized", "There is no token, or a wrong one.", ("WWW-Authenticate",)),
+    403: ("Forbidden", "The token, or a page of this origin, may not do this.", ()),
+    404: ("NotFound", "There is no such resource.", ()),
+    409: ("Conflict", "Not in its present state.", ()),
+    412: ("PreconditionFailed", "A precondition (If-Match and its like) does not hold: nothing was done.", ()),
+    413: ("ContentTooLarge", "The body is larger than the server takes.", ()),
+    414: ("UriTooLong", "The URL is longer than the server takes.", ()),
+    415: (
+        "UnsupportedMediaType",
+        "The body is of a type, or in a coding, that is not taken.",
+        ("Accept", "Accept-Encoding"),
+    ),
+    421: ("Misdirected", "The server is not called by this name.", ()),
+    422: ("KeyReused", "The Idempotency-Key came before, with another request.", ()),
+    429: ("TooManyRequests", "The flow runs as often at a time as it may.", ("Retry-After",)),
+    431: ("HeadersTooLarge", "The headers are larger than the server takes.", ()),
+    500: ("ServerError", "The flow or the server is at fault.", ()),
+    502: ("BadGateway", "An API that the flow called failed.", ()),
+    503: ("Unavailable", "Nothing can be taken at this time.", ("Retry-After",)),
+    504: ("GatewayTimeout", "It took longer than it may.", ()),
+}
+_ALWAYS = (400, 403, 414, 421, 431, 500, 503)  # whatever is called
+
+
+def _headers(*names: str) -> dict[str, Any]:
+    return {name: _ref("headers", name) for name in ("X-Request-Id", *names)}
+
+
+def _response(description: str, schema: str, *headers: str) -> dict[str, Any]:
+    return {"description": description, "headers": _headers(*headers), "content": _content(_ref("schemas", schema))}
+
+
+#: The responses that operations share.
+_RESPONSES: dict[str, Any] = {
+    name: {
+        "description": description,
+        "headers": _headers(*headers),
+        "content": _content(_ref("schemas", "Problem"), "application/problem+json"),
+    }
+    for name, description, headers in _PROBLEMS.values()
+} | {
+    "Accepted": _response(
+        "The job is stored, or not finished yet.", "StatusDocument", "Location", "Retry-After", "Job-Status",
+        "Preference-Applied", "Idempotency-Replayed",
+    ),
+    "UnknownStatus": _response("There is no such job (any more).", "UnknownJob", "Job-Status"),
+    "UnknownJob": {
+        "description": "There is no such job (any more).",
+        "headers": _headers("Job-Status"),
+        "content": _content(_ref("schemas", "UnknownJobProblem"), "application/problem+json"),
+    },
+    "Forgotten": {"description": "It is gone.", "headers": _headers()},
+}  # fmt: skip
+
+
+def _parameter(name: str, where: str, description: str, schema: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    return {"name": name, "in": where, "description": description, "required": where == "path", "schema": schema} | more
+
+
+#: The parameters that operations share.
+_PARAMETERS: dict[str, Any] = {
+    "JobId": _parameter("id", "path", "The id of a job.", _UUID),
+    "DeploymentName": _parameter("name", "path", "The name of a deployment.", {**_TEXT, "maxLength": 64}),
+    "Wait": _parameter(
+        "Prefer", "header", "`wait=N` (RFC 7240): answer when the job is finished, after N seconds at the latest.",
+        _TEXT,
+    ),
+    "CallbackUrl": _parameter(
+        "callbackUrl", "query",
+        "Where to POST the status document when the job is finished: an absolute http or https URL.",
+        {**_URI, "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@]+[^#]*$"},
+    ),
+    "IdempotencyKey": _parameter(
+        "Idempotency-Key", "header",
+        "The same key and request again return the same job. 1 to 255 visible ASCII characters, quoted or bare.",
+        {**_TEXT, "pattern": r'^("[!-~]{1,255}"|[!#-~][!-~]{0,254})$'},
+    ),
+    "FlowName": _parameter("flow", "query", "Only jobs of this flow.", _TEXT),
+    "Status": _parameter("status", "query", "Only jobs in this state.", _STATUS_MEMBERS["status"]),
+    "Limit": _parameter(
+        "limit", "query", "How many at the most.",
+        {"type": "integer", "minimum": 1, "maximum": MAX_LIST, "default": DEFAULT_LIST},
+    ),
+    "Cursor": _parameter("cursor", "query", "`next` of the page before.", {**_TEXT, "pattern": "^[0-9a-f]{15}$"}),
+    "ResultLocation": _parameter("Location", "header", "The URL of the result.", _URI, required=True),
+    "WebhookId": _parameter("webhook-id", "header", "The same on every attempt.", _TEXT, required=True),
+    "WebhookTimestamp": _parameter(
+        "webhook-timestamp", "header", "Seconds since the epoch, of this attempt.", {**_TEXT, "pattern": "^[0-9]+$"},
+        required=True,
+    ),
+    "WebhookSignature": _parameter(
+        "webhook-signature", "header",
+        "`v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`; sent if the server has a secret.", _TEXT,
+    ),
+}  # fmt: skip
+_CALLBACK_HEADERS = ("ResultLocation", "WebhookId", "WebhookTimestamp", "WebhookSignature")
+#: Stands in every operation that takes a callbackUrl: some generators refuse a reference in its place.
+_CALLBACK: dict[str, Any] = {
+    "{$request.query.callbackUrl}": {
+        "post": {
+            "tags": ["Jobs API"],
+            "summary": "Tell that a job is finished",
+            "description": "Sent when the job is finished, whatever its end (Standard Webhooks 1.0); sent again"
+            " after a pause if it is not taken, as long as the result is kept.",
+            "security": [],
+            "parameters": [_ref("parameters", name) for name in _CALLBACK_HEADERS],
+            "requestBody": {"required": True, "content": _content(_ref("schemas", "FinishedJob"))},
+            "responses": {
+                "2XX": {"description": "It was taken."},
+                "410": {"description": "It is not sent again."},
+                "default": {"description": "It is sent again later."},
+            },
+        }
+    }
+}  # fmt: skip
+
+
+def _known(tag: str, summary: str, description: str, parameters: Sequence[str], **more: Any) -> dict[str, Any]:
+    operation = {"tags": [tag], "summary": summary, "description": description, **more}
+    return operation | ({"parameters": [_ref("parameters", name) for name in parameters]} if parameters else {})
+
+
+def _answers(*problems: int, **responses: str) -> dict[str, Any]:
+    """Responses by status: `_404="UnknownJob"`, and problem documents."""
+    found = {str(status): _ref("responses", _PROBLEMS[status][0]) for status in problems}
+    return found | {name[1:]: _ref("responses", component) for name, component in responses.items()}
+
+
+_JOB_NOW = _response("The job as it is.", "StatusDocument", "Job-Status", "Preference-Applied", "ETag")
+_WHILE_IT_RUNS = {**_HEADERS["Retry-After"], "required": False, "description": "While it runs: whole seconds."}
+_RESPONSES["Accepted"]["headers"]["Retry-After"] = _WHILE_IT_RUNS  # a job whose key came before may be finished
+_JOB_NOW["headers"] |= {
+    "Retry-After": _WHILE_IT_RUNS,
+    "Location": {**_HEADERS["Location"], "required": False, "description": "When it is finished: the result."},
+}
+_OWN_RESULT = {
+    "description": "The flow's own response, with its own status, headers and body.",
+    "headers": _headers("Job-Status", "Preference-Applied", "ETag"),
+}
+_FLOW_BODY = {"required": True, "content": _content(_ref("schemas", "Flow"))}
+_GONE, _STATE = {"_404": "UnknownJob"}, {"_202": "Accepted", "_404": "UnknownJob"}
+#: The operations that do not depend on flows, by path and method; those that every operation has are left out.
+_OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "/api/jobs": {
+        "get": _known(
+            "Jobs API", "List jobs", "Jobs that the caller may see, newest first.",
+            ("FlowName", "Status", "Limit", "Cursor"), operationId="listJobs",
+            responses={"200": _response("A page of jobs.", "JobList")},
+        )
+    },
+    "/api/jobs/{id}": {
+        "get": _known(
+            "Jobs API", "Show a job", "All that is known of a job; secrets are masked.", ("JobId",),
+            operationId="getJob", responses=_answers(**_GONE) | {
+                "200": _response("The job.", "JobDetails", "Job-Status")
+            },
+        ),
+        "delete": _known(
+            "Jobs API", "Forget a job", "Only a finished one whose callback is not owed any more.", ("JobId",),
+            operationId="deleteJob", responses=_answers(409, _204="Forgotten", **_GONE),
+        ),
+    },
+    "/api/jobs/{id}/status": {
+        "get": _known(
+            "Jobs API", "Ask for the status", "With `Prefer: wait=N` the answer comes when the job is finished.",
+            ("JobId", "Wait"), operationId="getJobStatus",
+            responses=_answers(_404="UnknownStatus") | {"200": _JOB_NOW},
+        )
+    },
+    "/api/jobs/{id}/result": {
+        "get": _known(
+            "Jobs API", "Fetch the result", "As often as wanted, until it expires.", ("JobId", "Wait"),
+            operationId="getJobResult", responses=_answers(**_STATE),
+        )
+    },
+    "/api/jobs/{id}/cancel": {
+        "post": _known(
+            "Jobs API", "Cancel a job", "A queued job ends now, a running one stops at its next step.", ("JobId",),
+            operationId="cancelJob", responses=_answers(409, **_STATE) | {"200": _JOB_NOW},
+        )
+    },
+    "/api/jobs/{id}/rerun": {
+        "post": _known(
+            "Jobs API", "Run a job again", "A new job with the same input, of the flow as it is now.", ("JobId",),
+            operationId="rerunJob", responses=_answers(409, 429, **_STATE),
+        )
+    },
+    "/api/jobs/{id}/callback": {
+        "post": _known(
+            "Jobs API", "Call back again", "Only for a finished job that was submitted with a callbackUrl.", ("JobId",),
+            operationId="resendCallback", responses=_answers(409) | {"404": _ref("responses", "UnknownJob")} | {
+                "202": _response("It is sent again.", "StatusDocument", "Location", "Job-Status")
+            },
+        )
+    },
+    "/api/deployments": {
+        "get": _known(
+            "Deployments API", "List published flows", "The published flows, and the faults of files.", (),
+            operationId="listDeployments", responses={"200": _response("The flows.", "DeploymentList")},
+        )
+    },
+    "/api/deployments/{name}": {
+        "get": _known(
+            "Deployments API", "Show a published flow", "One published flow.", ("DeploymentName",),
+            operationId="getDeployment",
+            responses=_answers(404) | {"200": _response("The flow.", "Deployment", "ETag")},
+        ),
+        "put": _known(
+            "Deployments API", "Deploy a flow", "Deploy or replace a flow; only with a token of role admin.",
+            ("DeploymentName",), operationId="putDeployment", requestBody=_FLOW_BODY,
+            responses=_answers(404, 409, 412, 413, 415) | {
+                "200": _response("It was replaced.", "Deployment"),
+                "201": _response("It is published.", "Deployment", "Location"),
+            },
+        ),
+        "delete": _known(
+            "Deployments API", "Remove a flow", "Take a flow out of service; only with a token of role admin.",
+            ("DeploymentName",), operationId="deleteDeployment",
+            responses=_answers(404, 409, 412, _204="Forgotten"),
+        ),
+    },
+    "/health": {
+        "get": _known(
+            "Server API", "Ask whether the server is well", "Needs no token. With one, or where none is wanted, it"
+            " tells how many jobs have finished since the start, and of how many workers, too.", (),
+            operationId="getHealth", security=[],
+            responses={
+                "200": _response("It is.", "Health"), "503": _response("It is not.", "Health", "Retry-After"),
+            },
+        )
+    },
+    "/openapi.json": {
+        "get": _known(
+            "Server API", "Fetch this document", "OpenAPI 3.1 of all that is published.", (), operationId="getOpenApi",
+            responses={
+                "200": {
+                    "description": "The document.", "headers": _headers("ETag"), "content": _content({"type": "object"})
+                }
+            },
+        )
+    },
+    "/metrics": {
+        "get": _known(
+            "Server API", "Fetch the metrics", "Prometheus text format; for tokens of role admin.", (),
+            operationId="getMetrics",
+            responses={
+                "200": {"description": "The metrics.", "headers": _headers(), "content": _content(_TEXT, "text/plain")}
+            },
+        )
+    },
+    "/postman.json": {
+        "get": _known(
+            "Server API", "Fetch a Postman collection", "A collection (format 2.1.0) of all that is published.", (),
+            operationId="getPostman",
+            responses={
+                "200": {
+                    "description": "The collection.", "headers": _headers("ETag"),
+                    "content": _content({"type": "object"}),
+                }
+            },
+        )
+    },
+}  # fmt: skip
+_TAGS = {
+    "Jobs API": "What became of asynchronous requests.",
+    "Deployments API": "What is published.",
+    "Server API": "The server itself.",
+}
+_ABOUT = """\
+Every flow is published synchronously (its response is the answer), asynchronously (202, and `Location` names the
+status to poll; or give a `callbackUrl`), or both. HEAD works where GET does, OPTIONS everywhere. Any request may also
+be refused as it stands by 405, 408, 412, 417, 501 or 505, with a problem document (RFC 9457). What has an ETag answers
+304 to an If-None-Match that names it.
+"""
+
+
+def _unknown_words(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"description": schema["description"]} if isinstance(schema.get("description"), str) else {}
+
+
+#: JSON Schema of each type of a flow file.
+_TYPE_SCHEMAS: dict[str, dict[str, Any]] = {
+    name: {"type": name} for name in ("string", "number", "boolean", "array", "object", "null")
+} | {
+    "integer": _INT64_SCHEMA,
+    "date": {"type": "string", "format": "date"},
+    "date-time": {"type": "string", "format": "date-time"},
+}
+#: The flow file's one pair of limits for text and lists, as JSON Schema has them.
+_LENGTHS = {"minItems": "minLength", "maxItems": "maxLength"}
+_SIZES: dict[str, Mapping[str, str]] = {
+    "array": {length: items for items, length in _LENGTHS.items()},
+    "string": _LENGTHS,
+    "date": _LENGTHS,
+    "date-time": _LENGTHS,
+}
+
+
+def _json_schema(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A flow file's schema of a value as JSON Schema 2020-12."""
+    kinds = spec.get("type", [])
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    schema: dict[str, Any] = {}
+    if len(kinds) == 1:
+        schema = dict(_TYPE_SCHEMAS[kinds[0]])
+    elif kinds:
+        schema = {"anyOf": [_TYPE_SCHEMAS[kind] for kind in kinds]}
+    sizes = _SIZES.get(kinds[0], {}) if len(kinds) == 1 else {}
+    for name in SCHEMA_RULES:
+        if name in spec:
+            schema[sizes.get(name, name)] = spec[name]
+    if kinds == ["integer"]:  # the narrower limit of the two
+        schema["minimum"] = max(schema["minimum"], INT64.start)
+        schema["maximum"] = min(schema["maximum"], INT64.stop - 1)
+    if "items" in spec:
+        schema["items"] = _json_schema(spec["items"])
+    if spec.get("properties"):
+        schema["properties"] = {name: _json_schema(item) for name, item in spec["properties"].items()}
+    if isinstance(spec.get("required"), list) and spec["required"]:
+        schema["required"] = spec["required"]
+    additional = spec.get("additionalProperties", True)
+    if additional is not True:
+        schema["additionalProperties"] = _json_schema(additional) if additional else False
+    if "default" in spec:
+        schema["default"] = spec["default"]
+    if "example" in spec:
+        schema["examples"] = [spec["example"]]
+    return schema | _unknown_words(spec)
+
+
+def _parameter_schema(spec: Mapping[str, Any]) -> dict[str, Any]:
+    schema = _json_schema({"type": "string", **{name: spec[name] for name in spec if name not in ("in", "required")}})
+    schema.pop("description", None)
+    if schema.get("type") == "array":
+        items = schema.setdefault("items", {"type": "string"})
+        if items.get("type") == "string" and "format" not in items:  # a comma parts items, and none is empty
+            items["minLength"] = max(items.get("minLength", 1), 1)
+            items.setdefault("pattern", "^[^,]*$")
+        if spec.get("required"):
+            schema["minItems"] = max(schema.get("minItems", 1), 1)
+    elif spec["in"] == "path" and schema.get("type") == "string" and "format" not in schema:
+        schema["minLength"] = max(schema.get("minLength", 1), 1)  # an empty segment is no resource
+    return schema
+
+
+def _flow_parameters(flow: Flow, renamed: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The parameters of a flow; in the path under the names that the document's path has."""
+    found = []
+    for item in flow.parameters:
+        if item.where == "header" and item.name.lower() in ("accept", "content-type", "authorization"):
+            continue  # OpenAPI has other places for them
+        spec = flow.tree["request"].get("parameters", {}).get(item.name) or {"in": "path"}
+        schema = _parameter_schema(spec)
+        name = renamed.get(item.name, item.name) if item.where == "path" else item.name
+        words = str(spec.get("description") or f"The parameter {item.name}.")
+        found.append(_parameter(name, item.where, words, schema, required=item.required))
+        if item.where == "query" and item.array:
+            found[-1] |= {"style": "form", "explode": True}
+    selection = flow.selection
+    sort = selection.sort
+    fields = sorted(sort) if isinstance(sort, frozenset) else []
+    for name in selection.names:
+        words, schema = SELECTING.get(name, FILTERING).capitalize() + ".", dict(_TEXT)
+        more: dict[str, Any] = {}
+        if name == "sort_by" and sort:
+            known = {"enum": [sign + each for each in fields for sign in ("", "-")]} if fields else _TEXT
+            schema, more = {"type": "array", "items": known}, {"style": "form", "explode": False}
+        elif name in selection.filters:
+            schema, more = {"type": "array", "items": _TEXT}, {"style": "form", "explode": True}
+        found.append(_parameter(name, "query", words, schema, **more))
+    return found
+
+
+def _body_of(flow: Flow) -> dict[str, Any]:
+    spec = flow.tree["request"].get("body")
+    if not flow.content_types:
+        return {}
+    rest = {name: spec[name] for name in spec if name != "required" or isinstance(spec[name], list)} if spec else {}
+    schema = _json_schema(rest)
+    content = {}
+    for media in flow.content_types:
+        if is_json_type(media):
+            content[media] = {"schema": schema}
+        elif media == CONTENT_TYPES["form"]:
+            content[media] = {"schema": {"type": "object", "minProperties": int(flow.body_required)} | schema}
+        elif media.startswith("text/"):
+            least = max(schema.get("minLength", 0), int(flow.body_required))
+            content[media] = {"schema": schema | {"type": "string", "minLength": least}}
+        else:
+            content[media] = {"schema": _unknown_words(rest) | {"minLength": int(flow.body_required)}}
+    return {"requestBody": {"required": flow.body_required, "content": content}}
+
+
+def _shape(value: Any) -> dict[str, Any]:
+    """What can be known of a value that a template will give."""
+    if isinstance(value, str) and "${" in value:
+        parts = list(split_template(value))
+        return {} if len(parts) == 1 and parts[0][0] else {"type": "string"}
+    if isinstance(value, dict):
+        return _record({name: _shape(item) for name, item in value.items()}, additionalProperties=False)
+    if isinstance(value, list):
+        shapes = [_shape(item) for item in value]
+        same = shapes[0] if shapes and all(shape == shapes[0] for shape in shapes) else {}
+        return {"type": "array", "minItems": len(shapes), "maxItems": len(shapes), "items": same}
+    return {"type": {str: "string", bool: "boolean", int: "integer", float: "number"}.get(type(value), "null")}
+
+
+def _steps_in(steps: Any) -> Iterator[dict[str, Any]]:
+    """Every step of a flow, also those inside others."""
+    for step in steps:
+        yield step
+        branches = [step["each"]] if "each" in step else step.get("choose", [])
+        for branch in branches:
+            yield from _steps_in(branch["steps"])
+
+
+_WITHOUT_BYTES = ("set", "wait", "fail", "respond", "each", "choose")  # kinds of steps whose value is plain JSON
+
+
+def _flow_answer(flow: Flow, spec: Mapping[str, Any], selection: Selection, may_be_bytes: bool) -> dict[str, Any]:
+    """One response of a flow: what is known of its headers and its body."""
+    given = {name: value for name, value in spec.get("headers", {}).items() if value is not None}
+    headers = _headers() | {
+        name: {"schema": _TEXT, "required": "${" not in str(value)}
+        for name, value in given.items()
+        if name.lower() != "content-type"
+    }
+    answer: dict[str, Any] = {"description": "The flow's answer.", "headers": headers}
+    if spec.get("status") in (204, 304) or not ("body" in spec or "page" in spec):
+        return answer
+    media = next((str(value) for name, value in given.items() if name.lower() == "content-type"), "")
+    body = spec.get("body")
+    schema = _shape(body)
+    if "page" in spec:
+        cursor = {"cursor": _maybe(_TEXT)}
+        if "body" not in spec:
+            schema = _record({"items": {"type": "array", "items": {}}, **cursor})
+        elif isinstance(body, dict) and "cursor" not in body:
+            schema = _record({**schema["properties"], **cursor})
+    elif selection.filters or selection.sort:
+        schema = {"type": "array", "items": {"type": "object"}}
+    if "${" in media:
+        answer["content"] = {"*/*": {}}
+    elif media:
+        kind = media.partition(";")[0].strip().lower()
+        answer["content"] = _content(schema if is_json_type(kind) else {}, kind)
+    else:
+        answer["content"] = _content(schema)
+        if may_be_bytes and isinstance(body, str) and not schema:
+            answer["content"] |= _content({}, "application/octet-stream")
+    return answer
+
+
+def _add_answer(responses: dict[str, dict[str, Any]], status: str, more: dict[str, Any]) -> None:
+    """Add what a status may also mean."""
+    before = responses.get(status)
+    if before is None:
+        responses[status] = more
+        return
+    first, second = (_RESPONSES[one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in (before, more))
+    words = list(dict.fromkeys([*first["description"].split(" Or: "), *second["description"].split(" Or: ")]))
+    merged: dict[str, Any] = {"description": " Or: ".join(words), "headers": {}}
+    for name, header in (first["headers"] | second["headers"]).items():
+        in_both = name in first["headers"] and name in second["headers"]
+        whole = _HEADERS[name] if "$ref" in header else header
+        merged["headers"][name] = header if in_both or not whole.get("required") else {**whole, "required": False}
+    contents = [one.get("content", {}) for one in (first, second)]
+    content = contents[0] | contents[1]
+    for media in contents[0].keys() & contents[1].keys():
+        schemas = [one[media].get("schema", {}) for one in contents]
+        if schemas[0] != schemas[1]:
+            each = [part for schema in schemas for part in schema.get("anyOf", [schema])]
+            content[media] = {"schema": {"anyOf": each} if all(each) else {}}
+    responses[status] = merged | ({"content": content} if content else {})
+
+
+def _own_responses(flow: Flow) -> dict[str, dict[str, Any]]:
+    """What a flow itself may answer, by status; `default` where the status is computed."""
+    steps = list(_steps_in(flow.tree.get("steps", [])))
+    may_be_bytes = any(not is_json_type(media) for media in flow.content_types) or any(
+        kind not in _WITHOUT_BYTES and kind not in STEP_OPTIONS for step in steps for kind in step
+    )
+    specs = flow.tree.get("response", [])
+    specs = specs if isinstance(specs, list) else [specs]
+    found = [(spec, response.selection) for spec, response in zip(specs, flow.responses, strict=True)]
+    found += [(step["respond"], NO_SELECTION) for step in steps if "respond" in step]
+    responses: dict[str, dict[str, Any]] = {}
+    for spec, selection in found:
+        status = spec.get("status", 200)
+        answer = _flow_answer(flow, spec, selection, may_be_bytes)
+        _add_answer(responses, "default" if isinstance(status, str) else str(status), answer)
+    if not flow.responses:
+        last = {"body": "${the last step's value}" if steps else None}
+        _add_answer(responses, "200", _flow_answer(flow, last, NO_SELECTION, may_be_bytes))
+    for step in steps:
+        if "fail" in step:
+            status, message = step["fail"].get("status", 500), step["fail"]["message"]
+            words = (
+                f"The flow fails: {message}" if isinstance(message, str) and "${" not in message else "The flow fails."
+            )
+            problem_answer = _RESPONSES["ServerError"] | {"description": words.replace(" Or: ", " or: ")}
+            _add_answer(responses, "default" if isinstance(status, str) else str(status), problem_answer)
+    calls_out = any(kind in step for step in steps for kind in ("http", "call"))
+    for status in (500, 504, *[502] * calls_out):
+        _add_answer(responses, str(status), _ref("responses", _PROBLEMS[status][0]))
+    return responses
+
+
+def _add_results(responses: dict[str, dict[str, Any]], answers: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """What flows answer is what the result of a job may be; of any status, where one of them computes it."""
+    known = {"2XX": {"application/json"}, "default": {"application/json", "application/problem+json"}}
+    for code, answer in answers:
+        one = code if code in responses else "2XX" if code[0] == "2" else "default"
+        for status in [*responses, *known] if code == "default" else [one]:
+            known.setdefault(status, set()).update(answer.get("content", ()))
+    for status, media in known.items():
+        if media:
+            kinds = sorted(media, key=lambda kind: (kind != "application/json", kind))  # generators take the first
+            schemas = {"application/problem+json": _ref("schemas", "Problem")}
+            content = {kind: {"schema": schemas.get(kind, {})} for kind in kinds}
+            _add_answer(responses, status, {**_OWN_RESULT, "content": content})
+
+
+def _flow_operation(flow: Flow, mode: str, renamed: Mapping[str, str]) -> dict[str, Any]:
+    """How a flow is called in one mode."""
+    asynchronous = mode == "asynchronous"
+    parameters = _flow_parameters(flow, renamed)
+    own = {item["name"].lower() for item in parameters if item["in"] == "header"}
+    shared = ["CallbackUrl", "Wait", "IdempotencyKey"] if asynchronous else []
+    names = [name for name in shared if _PARAMETERS[name]["name"].lower() not in own]
+    responses = _own_responses(flow)
+    if asynchronous:
+        for answer in responses.values():
+            if "$ref" not in answer:
+                answer["headers"] = answer["headers"] | _headers("Job-Status", "Content-Location", "Preference-Applied")
+    problems = [404] + [413, 415] * bool(flow.content_types) + [429] * (flow.when_full == "refuse" and bool(flow.limit))
+    for status in problems + [422] * asynchronous:
+        _add_answer(responses, str(status), _ref("responses", _PROBLEMS[status][0]))
+    if asynchronous:
+        _add_answer(responses, "202", _ref("responses", "Accepted"))
+    words = flow.description or f"The flow {flow.name}."
+    if flow.strict:
+        words += "\n\nOther query parameters than these are refused."
+    if asynchronous:
+        words += (
+            "\n\nAnswers 202 once the job is stored; with `Prefer: wait=N`, if it is finished in time, as its result."
+        )
+    elif len(flow.modes) == 2:
+        words += f"\n\n`Prefer: respond-async` (RFC 7240) makes a job of the request, as `{flow.name}.submit` does."
+    operation = {
+        "operationId": f"{flow.name}.{'submit' if asynchronous else 'run'}",
+        "tags": [flow.name],
+        "summary": f"Submit {flow.name} as a job" if asynchronous else f"Run {flow.name}",
+        "description": words,
+        "parameters": parameters + [_ref("parameters", name) for name in names],
+        **_body_of(flow),
+        "responses": responses,
+    }
+    return operation | ({"callbacks": {"finished": _CALLBACK}} if asynchronous else {})
+
+
+def openapi_document(
+    deployments: Deployments, base: str, secured: bool, only: Collection[str] | None = None
+) -> dict[str, Any]:
+    """OpenAPI 3.1 of the published flows and of the jobs API.
+
+    `secured`: the server wants a token; `only`: the names of the flows that the caller may call, None for all.
+    """
+    paths: dict[str, dict[str, Any]] = {}
+    spelled: dict[str, str] = {}  # a path by itself without the names of its parameters
+    flows = [flow for name, flow in sorted(deployments.by_name.items()) if only is None or name in only]
+    for flow in flows:
+        plain = re.sub(r"\{[^}]*\}", "{}", flow.resource)
+        resource_path = spelled.setdefault(plain, flow.resource)
+        renamed = {
+            own[1:-1]: first[1:-1]
+            for own, first in zip(flow.segments, resource_path.split("/")[1:], strict=True)
+            if own[0] == "{"
+        }
+        for mode in MODES:
+            if mode in flow.modes:
+                path = paths.setdefault(PREFIXES[mode] + resource_path, {})
+                path[flow.method.lower()] = _flow_operation(flow, mode, renamed)
+    answers = [item for methods in paths.values() for one in methods.values() for item in one["responses"].items()]
+    paths = dict(sorted(paths.items())) | {
+        path: {method: copy.deepcopy(operation) for method, operation in methods.items()}
+        for path, methods in _OPERATIONS.items()
+    }
+    for methods in paths.values():
+        for operation in methods.values():
+            is_open = not secured or operation.get("security") == []
+            for status in _ALWAYS + (() if is_open else (401,)):
+                _add_answer(operation["responses"], str(status), _ref("responses", _PROBLEMS[status][0]))
+            if operation.get("operationId") == "getJobResult":
+                _add_results(operation["responses"], answers)
+            operation["responses"] = dict(sorted(operation["responses"].items()))
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Astera Lite",
+            "version": __version__,
+            "description": _ABOUT,
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": base}],
+        "security": [{"token": []}] if secured else [],
+        "tags": [{"name": flow.name, "description": flow.description or f"The flow {flow.name}."} for flow in flows]
+        + [{"name": name, "description": words} for name, words in _TAGS.items()],
+        "paths": paths,
+    }
+    shared = {
+        "schemas": _SCHEMAS,
+        "responses": _RESPONSES,
+        "parameters": _PARAMETERS,
+        "headers": _HEADERS,
+    }
+    components = _referenced(document, shared)
+    if secured:
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    return document | {"components": components}
+
+
+def _referenced(document: Any, shared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of the shared parts that a document comes to use."""
+    used: set[tuple[str, str]] = set()
+    left = [document]
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        elif isinstance(part, dict):
+            left += part.values()
+            target = part.get("$ref")
+            if isinstance(target, str) and target.startswith("#/components/"):
+                kind, name = target.split("/")[2:]
+                if (kind, name) not in used:
+                    used.add((kind, name))
+                    left.append(shared[kind][name])
+    return {
+        kind: {name: part for name, part in parts.items() if (kind, name) in used}
+        for kind, parts in shared.items()
+        if any(kind == used_kind for used_kind, _ in used)
+    }
+
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+#: What is said of a callback's state after an attempt.
+_FOLLOWS = {"delivered": "delivered", "pending": "retried", "failed": "failed", "gone": "gone"}
+_IN_LABEL = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+#: The value; or several, each with its labels as they are written.
+_Samples = float | Iterable[tuple[str, float]]
+
+
+def _labels(**labels: Any) -> str:
+    """Labels as they are written: {flow="weather"}."""
+    return "{" + ",".join(f'{name}="{str(value).translate(_IN_LABEL)}"' for name, value in labels.items()) + "}"
+
+
+def _run_times(app: AsteraLite) -> Iterator[tuple[str, float]]:
+    for flow in sorted(app.deployments.by_name):
+        counts = list(app.metrics.runs.get(flow, [0] * (len(RUN_TIMES) + 1)))
+        for bound, count in zip([*RUN_TIMES, "+Inf"], itertools.accumulate(counts), strict=True):
+            yield "_bucket" + _labels(flow=flow, le=bound), count
+        yield "_sum" + _labels(flow=flow), app.metrics.run_seconds.get(flow, 0.0)
+        yield "_count" + _labels(flow=flow), sum(counts)
+
+
+def _resident_bytes(app: AsteraLite) -> _Samples:
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError):  # not on Linux
+        return []
+
+
+#: The metrics: name, type, help, and what gives the samples. Flows that are deployed now are told of, and no others.
+_METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
+    (
+        "astera_jobs_accepted_total", "counter", "Jobs that were accepted.",
+        lambda app: [(_labels(flow=f), app.metrics.accepted.get(f, 0)) for f in sorted(app.deployments.by_name)],
+    ),
+    (
+        "astera_jobs_finished_total", "counter", "Jobs that ended, by how they did.",
+        lambda app: [
+            (_labels(flow=f, outcome=end), app.metrics.ended.get((f, end), 0))
+            for f in sorted(app.deployments.by_name) for end in ENDS
+        ],
+    ),
+    (
+        "astera_run_duration_seconds", "histogram",
+        "Times of runs, synchronous ones and those of jobs, from begin to end.", _run_times,
+    ),
+    ("astera_jobs_queued", "gauge", "Jobs that wait for a thread.", lambda app: app.engine.counts()["queued"]),
+    ("astera_jobs_running", "gauge", "Jobs that have a thread.", lambda app: app.engine.counts()["running"]),
+    (
+        "astera_jobs_waiting", "gauge", "Jobs that wait for a time without a thread.",
+        lambda app: app.engine.counts()["waiting"],
+    ),
+    (
+        "astera_workers", "gauge", "Threads for jobs and synchronous flows.",
+        lambda app: app.engine.threads()[0],
+    ),
+    ("astera_workers_busy", "gauge", "Those of them that run something.", lambda app: app.engine.threads()[1]),
+    (
+        "astera_callback_attempts_total", "counter", "Attempts to deliver a callback, by what followed.",
+        lambda app: [
+            (_labels(outcome=word), app.metrics.callbacks.get(state, 0)) for state, word in _FOLLOWS.items()
+        ],
+    ),
+    (
+        "astera_callbacks_under_way", "gauge", "Callbacks that are being delivered.",
+        lambda app: len(app.courier.under_way()),
+    ),
+    (
+        "astera_http_requests_total", "counter", "Requests that were answered.",
+        lambda app: [
+            (_labels(method=method, route=path, code=code), count)
+            for (method, path, code), count in sorted(app.metrics.requests.items())
+        ],
+    ),
+    ("astera_connections", "gauge", "Open connections.", lambda app: sum(map(len, app.metrics.connections))),
+    ("astera_database_bytes", "gauge", "The database with its write-ahead log.", lambda app: app.store.size()),
+    (
+        "astera_healthy", "gauge", "1, or 0 where /health tells why not.",
+        lambda app: float(app.health()["status"] == "ok"),
+    ),
+    ("astera_flows", "gauge", "Published flows.", lambda app: len(app.deployments.by_name)),
+    (
+        "astera_flow_faults", "gauge", "Faults of files that are not published, or not in their present form.",
+        lambda app: len(app.deployments.faults),
+    ),
+    (
+        "astera_build_info", "gauge", "Always 1; the labels say what runs.",
+        lambda app: [(_labels(version=__version__, python=".".join(map(str, sys.version_info[:3]))), 1)],
+    ),
+    ("astera_start_time_seconds", "gauge", "When it started (Unix time).", lambda app: app.started_at / 1000),
+    ("process_cpu_seconds_total", "counter", "Time of the processor.", lambda app: time.process_time()),
+    ("process_resident_memory_bytes", "gauge", "Memory in use.", _resident_bytes),
+]  # fmt: skip
+
+
+def metrics_text(app: AsteraLite) -> str:
+    """The text format of Prometheus, version 0.0.4."""
+    lines = []
+    for name, kind, words, samples in _METRICS:
+        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
+        found = samples(app)
+        pairs = [("", found)] if isinstance(found, int | float) else found
+        lines += [f"{name}{labels} {value!r}" for labels, value in pairs]
+    return "\n".join([*lines, ""])
+
+
+#: What the scripts of a chain hand on, from one request to the next.
+_CHAIN = {"statusUrl": "", "resultUrl": "", "polls": "0"}
+_COLLECTION_ID = "df816507-1066-5ba7-bd21-be63fe063aba"  # always the same: a new import replaces the old one
+_MOST_POLLS = 100  # of one job; the pauses between them are what Retry-After says, 5 seconds at the most
+_ALL_TESTS = """\
+pm.test("The answer names its request", () => pm.response.to.have.header("X-Request-Id"));"""
+_PROBLEM_TEST = """\
+const isProblem = (pm.response.headers.get("Content-Type") || "").startsWith("application/problem+json");
+if (isProblem) pm.test("An error says why", () => {
+    const problem = pm.response.json();
+    pm.expect(problem.status).to.equal(pm.response.code);
+    pm.expect(problem.detail).to.be.a("string").that.is.not.empty;
+});"""
+_OWN_STATUS_TEST = """\
+pm.test("The status is one that this flow gives: " + STATUSES.join(", "), () => {
+    pm.expect(pm.response.code).to.be.oneOf(STATUSES);
+});"""
+_ANY_STATUS_TEST = """\
+pm.test("The server is not at fault", () => pm.expect(pm.response.code).to.not.equal(500));"""
+_JSON_TEST = """\
+const media = (pm.response.headers.get("Content-Type") || "").split(";")[0].trim();
+if (/[/+]json$/i.test(media) && pm.response.text()) {
+    pm.test("The body is JSON", () => pm.response.json());
+}"""
+_FORGET_CHAIN = """\
+Object.entries(CHAIN).forEach(([name, value]) => pm.collectionVariables.set(name, value));"""
+_SUBMIT_TEST = """\
+const refused = REFUSED.includes(pm.response.code);  // the example values do not suffice
+if (!refused) pm.test("The job is accepted", () => {
+    pm.response.to.have.status(202);
+    pm.response.to.have.header("Retry-After");
+    const job = pm.response.json();
+    pm.expect(job.id).to.match(/^[0-9a-f-]{36}$/);
+    pm.expect(job.flow).to.equal(FLOW);
+    pm.expect(job.status).to.be.oneOf(["Running", "Completed", "Error"]);
+    pm.expect(pm.response.headers.get("Job-Status")).to.equal(job.status);
+    pm.expect(pm.response.headers.get("Location")).to.equal(job.statusUrl);
+    pm.collectionVariables.set("statusUrl", pm.response.headers.get("Location"));
+});"""
+_SKIP_TEST = """\
+if (!pm.collectionVariables.get(NAME)) pm.execution.skipRequest();  // send the request before this one first"""
+_POLL_TEST = """\
+pm.test("The status is told", () => {
+    pm.response.to.have.status(200);
+    const job = pm.response.json();
+    pm.expect(pm.response.headers.get("Job-Status")).to.equal(job.status);
+    const polls = Number(pm.collectionVariables.get("polls")) + 1;
+    pm.collectionVariables.set("polls", polls);
+    if (job.status === "Running" && polls < MOST) {
+        const seconds = Math.min(Number(pm.response.headers.get("Retry-After")) || 1, 5);
+        setTimeout(() => {}, seconds * 1000);  // the next request waits for it
+        pm.execution.setNextRequest(pm.info.requestId);
+        return;
+    }
+    pm.expect(job.status, "after " + polls + " polls").to.be.oneOf(["Completed", "Error"]);
+    pm.expect(pm.response.headers.get("Location")).to.equal(job.resultUrl);
+    pm.collectionVariables.set("resultUrl", pm.response.headers.get("Location"));
+});"""
+_FETCH_TEST = """\
+pm.test("The job is finished", () => {
+    pm.expect(pm.response.headers.get("Job-Status")).to.be.oneOf(["Completed", "Error"]);
+});"""
+_HEALTH_TEST = """\
+pm.test("The server is well", () => {
+    pm.response.to.have.status(200);
+    pm.expect(pm.response.json().status).to.equal("ok");
+});"""
+_LIST_TEST = """\
+pm.test("Jobs are listed, newest first", () => {
+    pm.response.to.have.status(200);
+    const page = pm.response.json();
+    pm.expect(page).to.have.property("next");
+    const times = page.jobs.map((job) => job.createdAt);
+    pm.expect(times).to.deep.equal([...times].sort().reverse());
+});"""
+
+
+def _script(listen: str, *parts: str, **values: Any) -> dict[str, Any]:
+    """An event of a collection: parts of JavaScript, in which NAME stands for the value of `name`."""
+    text = "\n".join(parts)
+    for name, value in values.items():
+        text = re.sub(rf"\b{name.upper()}\b", lambda match, value=value: to_json(value), text)  # type: ignore[misc]
+    return {"listen": listen, "script": {"type": "text/javascript", "exec": text.split("\n")}}
+
+
+def _item(name: str, request: Mapping[str, Any], *events: dict[str, Any]) -> dict[str, Any]:
+    item = {"name": name, "event": list(events), "request": request, "response": []}
+    return item | {"protocolProfileBehavior": {"followRedirects": False}}  # a flow's 302 is its answer
+
+
+def _field(name: str, value: str, words: str, disabled: bool = False) -> dict[str, Any]:
+    return {"key": name, "value": value, "description": words} | ({"disabled": True} if disabled else {})
+
+
+def _ask(url: str, words: str, *query: dict[str, Any], **more: Any) -> dict[str, Any]:
+    parts = {"raw": url, "host": [url.partition("/")[0]], "path": url.split("/")[1:], "query": list(query)}
+    return {"method": "GET", "url": {name: part for name, part in parts.items() if part}, "description": words} | more
+
+
+def _no_variables(text: str, brace: str = "{ ") -> str:
+    """
+    A text in which Postman finds no `{{variable}}`, such as the caller's token, to replace. It knows no escape:
+    where the text's own form has none for a `brace` either, the braces are parted.
+    """
+    return re.sub(r"\{(?=\{)", lambda match: brace, text)
+
+
+def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
+    """The body of an example request, as Postman has it and as it is sent."""
+    if not flow.content_types:
+        return None
+    media, spec = flow.content_types[0], flow.tree["request"].get("body") or {}
+    value = sample_value(spec, "text")
+    if media == CONTENT_TYPES["form"] and isinstance(value, dict):
+        pairs = [(name, text) for name, item in value.items() for text in as_texts(item)]
+        pairs = [(_no_variables(name), _no_variables(text)) for name, text in pairs]
+        fields = [{"key": name, "value": text, "type": "text"} for name, text in pairs]
+        return {"mode": "urlencoded", "urlencoded": fields}, urllib.parse.urlencode(pairs).encode()
+    if is_json_type(media):
+        text = _no_variables(json.dumps(value, indent=2, ensure_ascii=False), "\\u007b")  # {{ is in strings only
+    else:
+        text = _no_variables(as_text(value))
+    options_ = {"options": {"raw": {"language": "json"}}} if is_json_type(media) else {}
+    return {"mode": "raw", "raw": text, **options_}, text.encode()
+
+
+#: How Postman wants names and values, by the place where they stand: it escapes blanks, but not what has a meaning.
+_IN_POSTMAN: dict[str, Callable[[str], str]] = {
+    "path": partial(urllib.parse.quote, safe=""),
+    "query": partial(urllib.parse.quote, safe="/:@, "),
+    "header": _no_variables,
+}
+
+
+def _sample_request(flow: Flow, mode: str) -> tuple[dict[str, Any], list[int]]:
+    """An example request of a flow, as Postman has it, and the status that refuses it if its values do not suffice."""
+    specs = flow.tree["request"].get("parameters", {})
+    params: dict[str, Any] = {}
+    fields: dict[str, list[dict[str, Any]]] = {"path": [], "query": [], "header": []}
+    for item in flow.parameters:
+        spec = specs.get(item.name, {})
+        value, note = sample_value(spec, item.name), str(spec.get("description", ""))
+        sent = item.required or "example" in spec or "default" in spec
+        if sent:
+            params[item.name] = value
+        write = _IN_POSTMAN[item.where]
+        texts = [write(text) for text in as_texts(value)]
+        for text in texts if item.where == "query" else [",".join(texts)]:
+            fields[item.where].append(_field(write(item.name), text, note, not sent))
+    for name in flow.selection.names:
+        fields["query"].append(_field(_IN_POSTMAN["query"](name), "", SELECTING.get(name, FILTERING), True))
+    if mode == "asynchronous":
+        fields["query"].append(_field("callbackUrl", "", _PARAMETERS["CallbackUrl"]["description"], True))
+        for about, value in ((_PARAMETERS["Wait"], "wait=10"), (_PARAMETERS["IdempotencyKey"], "{{$guid}}")):
+            fields["header"].append(_field(about["name"], value, about["description"], True))
+    body = _sample_body(flow)
+    refused, words = [], flow.description
+    try:
+        request = request_for(flow, params, body and body[1])
+        flow.bind(request, path_values(flow, request.path))
+    except InputError as error:
+        refused = [error.status]
+        words += "\n\nGive it other values than these, which are made up: " + "; ".join(
+            f"{fault['name'] or fault['in']} {fault['message']}" for fault in error.errors
+        )
+    if body is not None:
+        fields["header"].append(_field("Content-Type", flow.content_types[0], ""))
+    path = [f":{part[1:-1]}" if part[0] == "{" else part for part in flow.segments]
+    url = "/".join(["{{baseUrl}}" + PREFIXES[mode], *path])
+    asked = _ask(url, words, *fields["query"], method=flow.method, header=fields["header"])
+    query = "&".join(f"{one['key']}={one['value']}" for one in fields["query"] if "disabled" not in one)
+    asked["url"] |= {"raw": f"{url}?{query}" if query else url} | (
+        {"variable": fields["path"]} if fields["path"] else {}
+    )
+    return asked | ({"body": body[0]} if body else {}), refused
+
+
+def _flow_folder(flow: Flow) -> dict[str, Any]:
+    """The requests of a flow: the synchronous one, and the chain of submit, poll and fetch."""
+    own = _own_responses(flow)
+    given = [int(code) for code, answer in own.items() if code.isdigit() and (code != "500" or "$ref" not in answer)]
+    items = []
+    for mode in (mode for mode in MODES if mode in flow.modes):
+        asked, refused = _sample_request(flow, mode)
+        statuses = sorted({*given, *refused})
+        status_test = _ANY_STATUS_TEST if "default" in own else _OWN_STATUS_TEST
+        result = (status_test, _PROBLEM_TEST, _JSON_TEST)
+        if mode == "synchronous":
+            items.append(_item(f"{flow.name}: run", asked, _script("test", *result, statuses=statuses)))
+            continue
+        poll = _ask("{{statusUrl}}", "Asks until the job is finished; the pauses are what Retry-After says.")
+        fetch = _ask("{{resultUrl}}", "The flow's own response, as often as asked until it expires.")
+        items += [
+            _item(
+                f"{flow.name}: submit", asked, _script("prerequest", _FORGET_CHAIN, chain=_CHAIN),
+                _script("test", _SUBMIT_TEST, _PROBLEM_TEST, refused=refused, flow=flow.name),
+            ),
+            _item(
+                f"{flow.name}: poll", poll, _script("prerequest", _SKIP_TEST, name="statusUrl"),
+                _script("test", _POLL_TEST, most=_MOST_POLLS),
+            ),
+            _item(
+                f"{flow.name}: fetch", fetch, _script("prerequest", _SKIP_TEST, name="resultUrl"),
+                _script("test", _FETCH_TEST, *result, statuses=statuses),
+            ),
+        ]  # fmt: skip
+    return {"name": flow.name, "description": flow.description, "item": items}
+
+
+def postman_document(
+    deployments: Deployments, base: str, secured: bool, only: Collection[str] | None = None
+) -> dict[str, Any]:
+    """A Postman collection (format 2.1.0) of the published flows, which runs as it is; arguments as of OpenAPI's."""
+    flows = [flow for name, flow in sorted(deployments.by_name.items()) if only is None or name in only]
+    health = _ask("{{baseUrl}}/health", "Needs no token.", auth={"type": "noauth"})
+    limit = _field("limit", "20", "How many at the most.")
+    jobs = _ask("{{baseUrl}}/api/jobs?limit=20", "Jobs that the caller may see, newest first.", limit)
+    jobs["url"]["path"] = ["api", "jobs"]
+    server = [
+        _item("health", health, _script("test", _HEALTH_TEST)),
+        _item("jobs", jobs, _script("test", _LIST_TEST)),
+    ]
+    variables = {"baseUrl": base, "token": "", **_CHAIN}
+    bearer = [{"key": "token", "value": "{{token}}", "type": "string"}]
+    return {
+        "info": {
+            "_postman_id": _COLLECTION_ID,
+            "name": "Astera Lite",
+            "description": "Every published flow: run it, or submit, poll and fetch it. Run the collection as it is; "
+            + ("put a token of the server into the variable `token` first." if secured else "it needs no token."),
+            "schema": "https://schema.getpostman.com/json/collection/v2.1.0/collection.json",
+        },
+        "item": [*map(_flow_folder, flows), {"name": "Server", "item": server}],
+        "auth": {"type": "bearer", "bearer": bearer} if secured else {"type": "noauth"},
+        "event": [_script("test", _ALL_TESTS)],
+        "variable": [{"key": name, "value": value, "type": "string"} for name, value in variables.items()],
+    }
+
+
+def metrics(x: Exchange) -> Reply:
+    """GET /metrics"""
+    return Reply(200, [("Content-Type", METRICS_TYPE), NO_STORE], metrics_text(x.app).encode())

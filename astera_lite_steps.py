@@ -1,0 +1,803 @@
+"""What many flows do without: sql, run, python in a process of its own; pages, until and OAuth 2 of http.
+
+A wing of astera_lite, which loads this file when a flow first wants one of them. A check function is as in the room
+Flows there: it notes faults with their places, and returns what runs the step.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import copy
+import logging
+import os
+import queue
+import re
+import signal
+import sqlite3
+import sys
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from astera_lite import (
+    CHILDREN,
+    CONTENT_TYPES,
+    INT64,
+    LENIENT_DECODER,
+    Build,
+    Context,
+    ExpressionError,
+    Functions,
+    HttpCall,
+    OutboundError,
+    Progress,
+    Run,
+    Runner,
+    Scope,
+    StepError,
+    Surroundings,
+    Template,
+    as_bytes,
+    as_json,
+    as_text,
+    encode_query,
+    exception_source,
+    from_json,
+    from_saved,
+    go_to_next,
+    kind_of,
+    log,
+    log_message,
+    parse_duration,
+    parse_retry_after,
+    parse_size,
+    pointer,
+    show_size,
+    shown,
+    suggest,
+    to_saved,
+    with_query,
+)
+
+# How the next page is asked for, by the member of `pages` that says so.
+_PAGE_STYLES: dict[str, tuple[str, ...]] = {
+    "next": (),
+    "link": (),
+    "cursor": ("parameter",),
+    "offset": ("limit", "size", "total"),
+    "page": ("start", "total"),
+}
+_MAX_PAGES = 10_000  # unless the flow's author wrote another limit: an API whose pages have no end fails the step
+
+
+def _parse_count(value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= 1_000_000_000:
+        raise ValueError(f"{shown(value)} is not a number, 1 or more")
+    return value
+
+
+def _parse_word(value: Any) -> str:
+    if not isinstance(value, str) or not value or "${" in value:
+        raise ValueError(f"{shown(value)} is not the name of a query parameter")
+    return value
+
+
+class _Pages(NamedTuple):
+    """A compiled `pages`."""
+
+    style: str
+    items: Template
+    next: Template | None  # of the styles next and cursor
+    parameter: str  # query parameter that asks for the next page
+    size_parameter: str
+    size: int
+    start: int
+    total: Template | None  # of the styles offset and page: how many items there are in all
+    max_pages: int | None
+    max_items: int
+
+    def first(self) -> dict[str, Any]:
+        """The query of the first page."""
+        if self.style == "offset":
+            return {self.parameter: 0, self.size_parameter: self.size}
+        return {self.parameter: self.start} if self.style == "page" else {}
+
+    def following(self, output: dict[str, Any], scope: Scope, count: int, got: int, pages: int) -> Any:
+        """What asks for the page behind this one: an address, or a value of the parameter; None at the end.
+
+        A page that is shorter than asked for is not the last one: servers have limits of their own.
+        """
+        if self.style == "link":
+            return _next_link(output["headers"].get("link", ""))
+        if self.next is not None:
+            following = self.next(scope) or None
+            return following if following is None or self.parameter else as_text(following)
+        total = self.total(scope) if self.total is not None else None
+        if total is None:
+            ended = not got
+        elif type(total) is not int:
+            raise ExpressionError(f"pages/total: {shown(total)} is not a number of items")
+        elif got == 0 and count < total:
+            detail = f"the API it calls has {total} items, as it says, and gave {count}"
+            raise StepError(502, detail, detail, {"pages", "unsafe"})
+        else:
+            ended = count >= total
+        return None if ended else count if self.style == "offset" else self.start + pages
+
+
+def _next_link(text: str) -> str | None:
+    """The target of rel=next in a Link header (RFC 8288)."""
+    for match in re.finditer(r"<([^<>]*)>((?:\s*;\s*[\w!#$&+.^`|~*-]+\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]+))*)", text):
+        relation = re.search(r';\s*rel\s*=\s*(?:"([^"]*)"|([^\s;,"]+))', match[2], re.IGNORECASE)
+        if relation and "next" in (relation[1] or relation[2]).lower().split():
+            return match[1]
+    return None
+
+
+def check_pages(build: Build, spec: Any, place: str, call: HttpCall) -> Runner:
+    belonging = ("parameter", "limit", "size", "start", "total")
+    members = ("items", "maxPages", "maxItems", *_PAGE_STYLES, *belonging)
+    if not build.members(spec, place, members):
+        spec = {"next": ""}
+    styles = [style for style in _PAGE_STYLES if style in spec]
+    style = styles[0] if styles else "next"
+    if len(styles) != 1:
+        build.fault(place, f"needs exactly one of {', '.join(_PAGE_STYLES)}: how the next page is asked for")
+    for name in belonging:
+        if name in spec and name not in _PAGE_STYLES[style]:
+            build.fault(f"{place}/{name}", f"does not belong to {style}")
+    if style == "cursor" and "parameter" not in spec:
+        build.fault(place, 'needs "parameter": the query parameter that takes the cursor')
+    if style == "link" and spec["link"] is not True:
+        build.fault(f"{place}/link", "must be true")
+    with build.block("page"):
+        items = build.template(spec.get("items", "${page.body}"), f"{place}/items")
+        computed = style in ("next", "cursor")
+        following = build.template(spec.get(style), f"{place}/{style}") if computed else None
+        total = build.template(spec["total"], f"{place}/total") if "total" in spec else None
+    named = {"cursor": "parameter", "offset": "offset", "page": "page"}.get(style, "")
+    pages = _Pages(
+        style,
+        items,
+        following,
+        build.checked(spec, named, place, _parse_word, ""),
+        build.checked(spec, "limit", place, _parse_word, "limit"),
+        build.checked(spec, "size", place, _parse_count, 100),
+        build.checked(spec, "start", place, _parse_start, 1),
+        total,
+        build.checked(spec, "maxPages", place, _parse_count, None),
+        build.checked(spec, "maxItems", place, _parse_count, sys.maxsize),
+    )
+    return partial(_all_pages, call, pages, place)
+
+
+def _parse_start(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{shown(value)} is not a number, 0 or more")
+    return value
+
+
+def _all_pages(call: HttpCall, pages: _Pages, place: str, run: Run, scope: Scope, path: str) -> dict[str, Any]:
+    """Call until there is no further page, or a limit is reached; all items together.
+
+    What is there is kept in `run.reached`, so that a further attempt goes on with the page that failed.
+    """
+    if path not in run.reached:
+        request = call.request(run, scope)
+        first = copy.copy(request)
+        request.url = with_query(request.url, pages.first())
+        left = min(call.max_bytes or sys.maxsize, run.outside.max_step_response)
+        run.reached[path] = (1, request, first, [], left, None)
+    while True:
+        count, request, first, items, left, seen = run.reached[path]
+        output, size = call.send(run, copy.copy(request), max(left, 1))
+        page_scope = {**scope, "page": output}
+        found = pages.items(page_scope)
+        if type(found) is not list:
+            raise ExpressionError(f"{place}/items: {kind_of(found)} is not a list")
+        got = len(items) + len(found)
+        following = pages.following(output, page_scope, got, len(found), count)
+        if following is None or count == pages.max_pages or got >= pages.max_items:
+            more = following is not None or got > pages.max_items
+            del run.reached[path]
+            return {"items": [*items, *found][: pages.max_items], "pages": count, "more": more, **output}
+        if following == seen or (pages.max_pages is None and count >= _MAX_PAGES):
+            detail = "the API it calls names the same page without end"
+            if following != seen:
+                detail = f"the API it calls has more than {_MAX_PAGES:,} pages: say with maxPages how many you want"
+            raise StepError(502, detail, f"{detail} (page {count})", {"pages", "unsafe"})
+        if pages.parameter:
+            request = copy.copy(first)
+            request.url = with_query(first.url, {**pages.first(), pages.parameter: following})
+        else:
+            go_to_next(request, following, call.method)
+        items += found
+        run.reached[path] = (count + 1, request, first, items, left - size, following)
+
+
+_LONGEST_PAUSE_S = 3600.0
+
+
+def check_until(build: Build, spec: dict[str, Any], place: str, call: HttpCall) -> Runner:
+    every = build.checked(spec, "every", place, parse_duration, 2.0)
+    with build.block("answer"):
+        until = build.condition(spec["until"], f"{place}/until")
+    if every < 0.01:
+        build.fault(f"{place}/every", "must be at least 10ms")
+
+    def poll(run: Run, scope: Scope, path: str) -> dict[str, Any]:
+        limit = min(call.max_bytes or sys.maxsize, run.outside.max_step_response)
+        run.wait_until(run.journal.waits.get(path, 0), path)
+        while True:
+            output, _ = call.send(run, call.request(run, scope), limit)
+            if until({**scope, "answer": output}):
+                return output
+            asked = parse_retry_after(output["headers"].get("retry-after"), run.outside.clock.wall())
+            pause_ms = round(max(every, min(asked, _LONGEST_PAUSE_S)) * 1000)
+            run.wait_until(run.outside.clock.now() + pause_ms, path)
+
+    return poll
+
+
+_TOKEN_LIFE_S = 3600.0
+_TOKEN_BYTES = 64 << 10
+
+
+def _life_of(expires_in: Any) -> float:
+    """Seconds that a token lives, in whatever form that is told; an hour where it is not told, or makes no sense."""
+    try:
+        seconds = float(expires_in)
+    except (TypeError, ValueError, OverflowError):
+        return _TOKEN_LIFE_S
+    return seconds if 0 < seconds < 1e9 else _TOKEN_LIFE_S
+
+
+def fetch_token(run: Run, values: dict[str, Any]) -> tuple[str, float]:
+    """A token of the client credentials grant, and its life in seconds (RFC 6749, sections 4.4 and 2.3.1)."""
+    form = {"grant_type": "client_credentials", "scope": values.get("scope")}
+    headers = {"Accept": "application/json", "Content-Type": CONTENT_TYPES["form"]}
+    client, secret = as_text(values["clientId"]), as_text(values["clientSecret"])
+    if values.get("in", "header") == "body":
+        form |= {"client_id": client, "client_secret": secret}
+    else:
+        pair = f"{urllib.parse.quote_plus(client)}:{urllib.parse.quote_plus(secret)}".encode()
+        headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+    url, body = as_text(values["tokenUrl"]), encode_query(form).encode()
+    try:
+        answer = run.outside.outbound.fetch("POST", url, headers, body, timeout=run.left(), max_bytes=_TOKEN_BYTES)
+        if not 200 <= answer.status < 300:
+            raise OutboundError("transport", f"the token's server answered {answer.status}")
+        given = from_json(answer.body, LENIENT_DECODER)
+        token = given["access_token"]
+        if not isinstance(token, str) or not token:
+            raise ValueError
+        return token, _life_of(given.get("expires_in"))
+    except OutboundError as error:
+        run.check()
+        status, kind = (504, "timeout") if error.kind == "timeout" else (502, "transport")
+        raise StepError(status, "no token could be had for the API it calls", str(error), {kind}) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        detail = "no token could be had for the API it calls"
+        raise StepError(502, detail, "the token's server did not give one", {"transport"}) from None
+
+
+# A statement's parts in which a mark is no parameter, and the marks of parameters (SQLite, "lang_expr").
+_SQL_TOKEN = re.compile(
+    r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|(?P<mark>\?[0-9]*|[:@$][A-Za-z_]\w*)""",
+    re.DOTALL,
+)
+_SQL_READING = frozenset(
+    "table_info table_xinfo table_list index_list index_info foreign_key_list user_version data_version".split()
+)  # pragmas that change nothing; FTS5 asks for the last one
+_SQL_LOCKED_S = 5.0
+
+
+class _Statement(NamedTuple):
+    query: str
+    params: Template
+    place: str
+
+
+def _check_statement(build: Build, spec: Mapping[str, Any], place: str) -> _Statement:
+    query = spec.get("query", "")
+    if not isinstance(query, str) or "${" in query:
+        build.fault(f"{place}/query", "must be plain SQL: values are given by :name in it and by params")
+        query = ""
+    marks = [match["mark"] for match in _SQL_TOKEN.finditer(query) if match["mark"]]
+    if any(mark.startswith("?") for mark in marks):
+        build.fault(f"{place}/query", "has a ? parameter: write :name and give it by params")
+    wanted, given = {mark[1:] for mark in marks if mark[0] != "?"}, spec.get("params", {})
+    whole = isinstance(given, str) and given.startswith("${")  # an object that is computed
+    if not isinstance(given, dict) and not whole:
+        build.fault(f"{place}/params", "must be an object of the parameters by name")
+    elif not whole:
+        for name in sorted(wanted - set(given)):
+            build.fault(f"{place}/params", f"lacks {shown(name)}, which the query uses{suggest(name, given)}")
+        for name in sorted(set(given) - wanted):
+            cure = suggest(name, wanted)
+            build.fault(f"{place}/params/{pointer(name)}", f"is not used by the query: it has no :{name}{cure}")
+    return _Statement(query, build.template(given, f"{place}/params"), place)
+
+
+def check_sql(build: Build, spec: Any, place: str) -> Runner:
+    members = ("database", "query", "params", "statements", "one", "write")
+    if not build.members(spec, place, members, ("database",)):
+        spec = {}
+    listed = spec.get("statements")
+    if (listed is None) == ("query" not in spec) and spec:
+        build.fault(place, 'needs either a "query" or "statements", a list of them')
+    if listed is not None and (not isinstance(listed, list) or not listed or "params" in spec):
+        build.fault(f"{place}/statements", 'must be a list such as [{"query": "…", "params": {…}}]')
+        listed = []
+    statements = []
+    for at, each in [("", spec)] if listed is None else [(f"/statements/{n}", each) for n, each in enumerate(listed)]:
+        if listed is None or build.members(each, f"{place}{at}", ("query", "params"), ("query",)):
+            statements.append(_check_statement(build, each, f"{place}{at}"))
+    for name in ("one", "write"):
+        if type(spec.get(name, False)) is not bool:
+            build.fault(f"{place}/{name}", "must be true or false")
+    database = build.template(spec.get("database", ""), f"{place}/database")
+    write, one = spec.get("write") is True, spec.get("one") is True
+
+    def sql(run: Run, scope: Scope, path: str) -> Any:
+        name = as_text(database(scope))
+        params = [_sql_params(statement, scope) for statement in statements]
+        try:
+            with contextlib.closing(_sql_connect(run, name, write)) as db:
+                results = _transaction(run, db, statements, params, write, one)
+        except sqlite3.Error as error:
+            raise _sql_failure(run, name, error) from None
+        return results if listed is not None else results[0]
+
+    return sql
+
+
+def _sql_params(statement: _Statement, scope: Scope) -> dict[str, Any]:
+    values = statement.params(scope)
+    if type(values) is not dict:
+        raise ExpressionError(f"{statement.place}/params: {kind_of(values)} is not an object")
+    for name, value in values.items():
+        if type(value) in (dict, list, tuple):
+            cure = f"give json(…), which the query reads by IN (SELECT value FROM json_each(:{name})), or stores"  # noqa: S608
+            raise ExpressionError(f"{statement.place}/params/{name}: is {kind_of(value)}: {cure}")
+        if type(value) is int and value not in INT64:
+            raise ExpressionError(f"{statement.place}/params/{name}: the number has more than 64 bits")
+    return values
+
+
+def _sql_connect(run: Run, name: str, write: bool) -> sqlite3.Connection:
+    """A connection that reaches this one file of the data folder, and ends with the step's time."""
+    outside = run.outside
+    root = os.path.realpath(outside.data)
+    file = root if "\0" in name else os.path.realpath(os.path.join(root, name))
+    inside = os.path.commonpath([root, file]) == root and file != root
+    own = [outside.own_database + suffix for suffix in ("", "-wal", "-shm", ".lock")]
+    if not inside or file in own:
+        raise StepError(500, "its database cannot be used", f"{shown(name)} is no database of the data folder", {"sql"})
+    if write:
+        os.makedirs(root, exist_ok=True)
+    elif not os.path.isfile(file):
+        raise StepError(500, "its database is missing", f"there is no {shown(name)} in the data folder", {"missing"})
+    from pathlib import Path  # noqa: PLC0415 (0.2 MB that flows without SQL do without)
+
+    uri = f"{Path(file).as_uri()}?mode={'rwc' if write else 'ro'}"
+    patience = min(_SQL_LOCKED_S, run.left() + 0.01)  # SQLite counts whole milliseconds; the step's own end comes first
+    db = sqlite3.connect(uri, timeout=patience, isolation_level=None, uri=True)
+    db.execute(f"PRAGMA query_only = {'OFF' if write else 'ON'}")
+    db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, outside.max_step_response)
+    db.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+    db.set_authorizer(_sql_authorizer)
+    db.set_progress_handler(lambda: _over(run), 10_000)
+    return db
+
+
+def _sql_authorizer(action: int, first: str | None, second: str | None, *more: str | None) -> int:
+    """Other files, and settings of the connection, are out of reach."""
+    if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH):
+        return sqlite3.SQLITE_DENY
+    if action == sqlite3.SQLITE_PRAGMA and (
+        str(first).lower() not in _SQL_READING or (second and first == "user_version")
+    ):
+        return sqlite3.SQLITE_DENY
+    return sqlite3.SQLITE_OK
+
+
+def _over(run: Run) -> bool:
+    return run.cancel.is_set or run.outside.clock.monotonic() >= run.step_deadline
+
+
+def _transaction(
+    run: Run,
+    db: sqlite3.Connection,
+    statements: Sequence[_Statement],
+    params: Sequence[Mapping[str, Any]],
+    write: bool,
+    one: bool,
+) -> list[Any]:
+    left = run.outside.max_step_response
+    results: list[Any] = []
+    db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+    for statement, values in zip(statements, params, strict=True):
+        cursor = db.execute(statement.query, values)
+        if cursor.description is None:
+            results.append({"rowcount": cursor.rowcount, "lastrowid": cursor.lastrowid})
+            continue
+        rows, left = _fetch(cursor, statement, left)
+        results.append((rows[0] if rows else None) if one else rows)
+    db.execute("COMMIT")  # left out after an error: closing the connection takes back what was done
+    return results
+
+
+def _fetch(cursor: sqlite3.Cursor, statement: _Statement, left: int) -> tuple[list[dict[str, Any]], int]:
+    names = [column[0] for column in cursor.description]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ExpressionError(f"{statement.place}/query: two columns are called {shown(twice)}: name them with AS")
+    rows = []
+    for row in cursor:
+        left -= sum(len(value) if type(value) in (str, bytes) else 16 for value in row)
+        if left < 0:
+            raise StepError(500, "its database gave too much", "more than max_step_response", {"too_large"})
+        rows.append(dict(zip(names, row, strict=True)))
+    return rows, left
+
+
+def _sql_failure(run: Run, name: str, error: sqlite3.Error) -> StepError:
+    run.check()
+    run.left()
+    code = getattr(error, "sqlite_errorname", "")
+    kinds = {"locked"} if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) else {"sql", "unsafe"}
+    return StepError(500, "its database failed", f"{name}: {error}", kinds)
+
+
+_PIPE_BYTES = 1 << 16
+_LAST_WORDS_S = 0.5  # time for what an ended program has written to arrive
+_STDERR_BYTES = 64 << 10
+
+
+class Child:
+    """A child process in a group of its own, whose output arrives in `events`: (stream's name, bytes), b"" at its end.
+
+    `kill` ends it with all its children.
+    """
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], cwd: str | None = None, own_stderr: bool = True
+    ) -> None:
+        import subprocess  # noqa: PLC0415 (flows without programs do without it)
+
+        group: dict[str, Any] = {"start_new_session": True}
+        if os.name == "nt":
+            group = {"creationflags": 0x200}  # CREATE_NEW_PROCESS_GROUP
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(  # noqa: S603 (what runs is the flow author's choice)
+            command, stdin=pipe, stdout=pipe, stderr=pipe if own_stderr else None, env=env, cwd=cwd, **group
+        )
+        self.events: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._killed = False
+        CHILDREN.add(self)
+
+    def follow(self, given: bytes) -> None:
+        """Write its input, and put its output and its end into `events`."""
+        assert self.process.stdout is not None and self.process.stderr is not None
+        for target, *args in (
+            (self._feed, given),
+            (self._read, "stdout", self.process.stdout),
+            (self._read, "stderr", self.process.stderr),
+            (self._wait,),
+        ):
+            self._threads.append(threading.Thread(target=target, args=args, name="astera-child", daemon=True))
+            self._threads[-1].start()
+
+    def _feed(self, given: bytes) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError), self.process.stdin as pipe:  # it need not read all of it
+            pipe.write(given)
+
+    def _read(self, name: str, pipe: Any) -> None:
+        with pipe:
+            while data := os.read(pipe.fileno(), _PIPE_BYTES):
+                self.events.put((name, data))
+        self.events.put((name, b""))
+
+    def _wait(self) -> None:
+        self.process.wait()
+        self.events.put(("exit", b""))
+
+    def left_others(self) -> bool:
+        """Whether children of it run on, now that it has ended; Windows does not tell."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except (AttributeError, OSError):
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End it and its children, those too that it left behind."""
+        if self._killed:  # its group's number may be another's by now
+            return
+        self._killed = True
+        CHILDREN.discard(self)
+        if os.name == "nt":
+            import subprocess  # noqa: PLC0415
+
+            tree = ["taskkill", "/F", "/T", "/PID", str(self.process.pid)]
+            subprocess.run(tree, capture_output=True, check=False)  # noqa: S603
+        else:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def close(self) -> None:
+        """Kill what is left of it, and wait for the threads that follow it."""
+        self.kill()
+        for thread in self._threads:
+            thread.join(_LAST_WORDS_S)
+        if any(thread.is_alive() for thread in self._threads):
+            return  # the pipes are a stranger's now; the thread that reads them closes them
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was not written to it
+                    pipe.close()
+
+
+def child_environment(outside: Surroundings) -> dict[str, str]:
+    """The server's environment without its own settings and without the secrets."""
+    hidden = outside.secrets.keys()
+    return {
+        name: text for name, text in os.environ.items() if not name.startswith("ASTERA_LITE_") and name not in hidden
+    }
+
+
+def _parse_output(value: Any) -> str:
+    if value not in ("text", "json", "lines"):
+        raise ValueError(f"{shown(value)} is not one of text, json, lines")
+    return str(value)
+
+
+def _parse_codes(value: Any) -> frozenset[int]:
+    codes = value if isinstance(value, list) else [value]
+    if not codes or not all(type(code) is int and -255 <= code <= 255 for code in codes):
+        raise ValueError("must be an exit code or a list of them, such as [0, 1]")
+    return frozenset(codes)
+
+
+def check_run(build: Build, spec: Any, place: str) -> Runner:
+    spec = {"command": spec} if isinstance(spec, list) else spec
+    if not build.members(spec, place, ("command", "input", "output", "maxOutput", "expect"), ("command",)):
+        spec = {}
+    command = spec.get("command", ["x"])
+    if not isinstance(command, list) or not command or not all(isinstance(word, str | int | float) for word in command):
+        build.fault(f"{place}/command", 'must be a list such as ["sort", "-u"]: the program and its arguments')
+        command = ["x"]
+    if "${" in str(command[0]):
+        build.fault(f"{place}/command/0", "must be plain text: which program runs is not computed")
+    words = build.template(command, f"{place}/command")
+    given = build.template(spec.get("input"), f"{place}/input")
+    output = build.checked(spec, "output", place, _parse_output, "text")
+    limit = build.checked(spec, "maxOutput", place, parse_size, None)
+    expect = build.checked(spec, "expect", place, _parse_codes, frozenset({0}))
+
+    def program(run: Run, scope: Scope, path: str) -> dict[str, Any]:
+        arguments = [_argument(word, f"{place}/command/{at}") for at, word in enumerate(words(scope))]
+        value = given(scope)
+        code, out, err = _run_program(run, arguments, b"" if value is None else as_bytes(value), limit)
+        if code not in expect:
+            tail = err.decode(errors="replace")[-2000:]
+            detail = f"the program ended with code {code}"
+            raise StepError(500, detail, f"{arguments[0]}: {detail}: {tail}", {"exit"})
+        return {"code": code, "stdout": _read_output(out, output, place), "stderr": err.decode(errors="replace")}
+
+    return program
+
+
+def _argument(value: Any, place: str) -> str:
+    if value is None or type(value) is bytes:
+        raise ExpressionError(f"{place}: {kind_of(value)} cannot be an argument")
+    text = as_text(value)
+    if "\0" in text:
+        raise ExpressionError(f"{place}: an argument cannot hold NUL")
+    return text
+
+
+def _run_program(run: Run, arguments: list[str], given: bytes, limit: int | None) -> tuple[int, bytes, bytes]:
+    """Exit code, standard output, and the end of standard error."""
+    limit = min(limit or run.outside.max_step_response, run.outside.max_step_response)
+    try:
+        child = Child(arguments, child_environment(run.outside), run.outside.folder)
+    except (OSError, ValueError) as error:
+        reason = f"{arguments[0]} cannot be started: {error}"
+        raise StepError(500, "its program cannot be started", reason, {"missing"}) from None
+    out, err, open_streams = bytearray(), bytearray(), {"stdout", "stderr", "exit"}
+    try:
+        child.follow(given)
+        with run.cancel.calling(lambda: child.events.put(("cancel", b""))):
+            while open_streams:
+                ended = "exit" not in open_streams
+                try:
+                    name, data = child.events.get(timeout=min(run.left(), _LAST_WORDS_S) if ended else run.left())
+                except queue.Empty:
+                    if ended:  # a child that left the group keeps the pipes open: nothing more is waited for
+                        break
+                    continue  # `left` says what that means
+                run.check()
+                if not data:
+                    open_streams.discard(name)
+                    if name == "exit":
+                        if child.left_others():
+                            words = "flow %s: %s ended and left processes behind, which are killed"
+                            log.warning(words, run.flow.name, shown(arguments[0], 200), extra=run.about)
+                        child.kill()  # those it left behind would keep the pipes open
+                elif name == "stdout":
+                    out += data
+                else:
+                    err = (err + data)[-_STDERR_BYTES:]
+                if len(out) > limit:
+                    raise StepError(500, "its program wrote too much", f"more than {show_size(limit)}", {"too_large"})
+        return child.process.returncode, bytes(out), bytes(err)
+    finally:
+        child.close()
+
+
+def _read_output(data: bytes, output: str, place: str) -> Any:
+    text = data.decode(errors="replace")
+    if output == "lines":
+        return text.splitlines()
+    if output == "text":
+        return text
+    try:
+        return from_json(data, LENIENT_DECODER)
+    except ValueError as error:
+        raise StepError(500, "its program did not write JSON", f"{place}: {error}", {"body"}) from None
+
+
+class Isolated:
+    """Warm child processes for `python` steps with `isolate`, as many as there are cores."""
+
+    def __init__(self, folder: str | None) -> None:
+        self._folder = folder
+        self._turns = threading.Semaphore(os.cpu_count() or 1)
+        self._idle: list[Child] = []
+        self._closed = False
+
+    def call(self, run: Run, function: str, context: Context, args: Mapping[str, Any], path: str) -> Any:
+        """The function's value; a StepError if it raised, or its process ended."""
+        task = {"function": function, "folder": self._folder, "args": args, "params": context.params}
+        task |= {"request": context.request, "steps": context.steps, "secrets": context.secrets}
+        while not self._turns.acquire(timeout=min(run.left(), 0.1)):
+            run.check()
+        try:
+            child = self._child(run.outside)
+            try:
+                message = self._talk(run, child, to_saved(task).encode() + b"\n", path)
+            except BaseException:
+                child.close()
+                raise
+            if self._closed:
+                child.close()
+            else:
+                self._idle.append(child)
+        finally:
+            self._turns.release()
+        if "error" in message:
+            failed = StepError(500, "it failed", str(message["error"]), {"error"})
+            failed.source = message["source"]
+            raise failed
+        return message["value"]
+
+    def _child(self, outside: Surroundings) -> Child:
+        """A warm process, or a new one."""
+        while self._idle:
+            child = self._idle.pop()
+            if child.process.poll() is None:
+                return child
+            child.close()
+        root = os.path.dirname(os.path.abspath(__file__))
+        code = f"import sys; sys.path.insert(0, {root!r}); import astera_lite_steps; astera_lite_steps.isolated_main()"
+        return Child([sys.executable, "-c", code], child_environment(outside), own_stderr=False)
+
+    def _talk(self, run: Run, child: Child, task: bytes, path: str) -> dict[str, Any]:
+        """Hand over a task; the message that ends it, with its value or error."""
+        process, answers = child.process, queue.SimpleQueue[bytes]()
+        assert process.stdin is not None and process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def talk() -> None:
+            with contextlib.suppress(OSError, ValueError):  # killed meanwhile
+                stdin.write(task)
+                stdin.flush()
+                while line := stdout.readline():
+                    answers.put(line)
+                    if line.startswith(b'{"value"') or line.startswith(b'{"error"'):
+                        return
+            answers.put(b"")
+
+        thread = threading.Thread(target=talk, name="astera-child", daemon=True)
+        thread.start()
+        with run.cancel.calling(lambda: answers.put(b"cancelled")):
+            while True:
+                try:
+                    line = answers.get(timeout=run.left())
+                except queue.Empty:
+                    continue
+                run.check()
+                if not line:
+                    code = process.wait()
+                    raise StepError(500, "its process ended", f"its process ended with code {code}", {"error"})
+                message: dict[str, Any] = from_saved(line.decode())
+                if "value" in message or "error" in message:
+                    return message
+                self._heed(run, message, path)
+
+    def _heed(self, run: Run, message: Mapping[str, Any], path: str) -> None:
+        if "progress" in message:
+            run.progress = Progress(path, *message["progress"])
+        if "log" in message:
+            level, text = message["log"]
+            log.log(level, "flow %s: step %s: %s", run.flow.name, path, text, extra=run.about | {"step": path})
+
+    def close(self) -> None:
+        """End the processes that are idle; those at work end with their step."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
+
+
+def isolated(outside: Surroundings) -> Isolated:
+    """The child processes of an application."""
+    found = outside.kept.get("isolated") or outside.kept.setdefault("isolated", Isolated(outside.folder))
+    assert isinstance(found, Isolated)
+    return found
+
+
+class _IsolatedContext:
+    """The context of a function in a process of its own; it says what it has to say on the pipe."""
+
+    cancelled = False  # its process is killed instead
+
+    def __init__(self, task: Mapping[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
+        self.params, self.request, self.steps = task["params"], task["request"], task["steps"]
+        self.secrets = task["secrets"]
+        self.log = logging.getLogger("astera_lite.step")
+        self._say = say
+
+    def progress(self, done: int, total: int) -> None:
+        self._say({"progress": [done, total]})
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def isolated_main() -> None:
+    """What a child process does: one task a line on its standard input, until that is closed."""
+    if hasattr(os, "nice"):
+        os.nice(10)  # the server's own threads go first
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pipe = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a function prints must not get between the lines
+
+    def say(message: dict[str, Any]) -> None:
+        pipe.write(to_saved(message).encode() + b"\n")
+        pipe.flush()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say({"log": [record.levelno, log_message(record)]})
+
+    logging.basicConfig(level=logging.DEBUG, handlers=[Handler()])
+    logging.captureWarnings(True)
+    functions: dict[str | None, Functions] = {}
+    for line in sys.stdin.buffer:
+        task = from_saved(line.decode())
+        folder = task["folder"]
+        try:
+            loader = functions.setdefault(folder, Functions(folder))
+            value = loader.load(task["function"])(_IsolatedContext(task, say), **task["args"])
+            say({"value": as_json(value, task["function"])})
+        except (Exception, SystemExit) as error:
+            say({"error": f"{type(error).__name__}: {error}", "source": exception_source(error)})

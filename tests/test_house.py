@@ -1,0 +1,136 @@
+"""The plan of the house, checked: what may import what, what is public, and what a copy of two files can do."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import ROOT, Api, Sink, get_flow, process
+
+import astera_lite
+from astera_lite import WINGS
+
+FILES = ("astera_lite.py", *WINGS)
+TREES = {name: ast.parse((ROOT / name).read_text("utf-8")) for name in FILES}
+#: Lines that a file may have (wc -l). They are to fall: the plan allows the core 7,500.
+LINES = {
+    "astera_lite.py": 13_500,
+    "astera_lite_documents.py": 1_400,
+    "astera_lite_steps.py": 1_000,
+    "astera_lite_tools.py": 800,
+}
+
+
+def imported(name: str) -> Iterator[tuple[str, str]]:
+    """Every import in a file, also inside functions: module, and the name taken from it if one is."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level and node.module is not None
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_the_standard_library_is_imported_and_a_wing_knows_the_core_alone(name: str) -> None:
+    core = {"astera_lite"} if name in WINGS else set()
+    assert {module.partition(".")[0] for module, _ in imported(name)} <= {*sys.stdlib_module_names, *core}
+
+
+@pytest.mark.parametrize("name", WINGS)
+def test_a_wing_uses_what_is_public(name: str) -> None:
+    taken = [what for module, what in imported(name) if module == "astera_lite"]
+    assert [what for what in taken if what.startswith("_") and what != "__version__"] == []
+    for what in taken:
+        thing = getattr(astera_lite, what)
+        assert not (inspect.isclass(thing) or inspect.isfunction(thing)) or thing.__doc__, f"{what} has no docstring"
+
+
+def test_the_core_names_a_wing_as_text_alone() -> None:
+    texts = {
+        node.value
+        for node in ast.walk(TREES["astera_lite.py"])
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    for text in sorted(texts):
+        module, colon, attribute = text.partition(":")
+        if colon and f"{module}.py" in WINGS:
+            assert hasattr(__import__(module), attribute), text
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_no_longer_than_it_may_be(name: str) -> None:
+    assert (ROOT / name).read_text("utf-8").count("\n") <= LINES[name]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Path:
+    """The two files that are a server, in a folder of their own, with the flows of the first walk."""
+    for name in ("astera_lite.py", "schema.sql"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "flows", tmp_path / "flows")
+    return tmp_path
+
+
+def test_two_files_are_a_server(alone: Path, sink: Sink) -> None:
+    program = (sys.executable, "astera_lite.py")
+    with process(alone, program=program) as (_, url, _):
+        api = Api(url)
+        assert api.session.get(f"{url}/api/publishing/hello?name=Ada", timeout=10).json() == {"greeting": "Hello, Ada!"}
+        accepted = api.session.get(
+            f"{url}/api/publishingAsync/slow", params={"seconds": "0.3", "callbackUrl": f"{sink.url}/done"}, timeout=10
+        )
+        assert accepted.status_code == 202
+        status = api.session.get(accepted.headers["Location"], headers={"Prefer": "wait=10"}, timeout=20)
+        assert status.json()["status"] == "Completed"
+        assert api.session.get(status.headers["Location"], timeout=10).json()["waited"] == 0.3
+        assert sink.next()[0]["location"] == status.headers["Location"]
+        missing = api.session.get(f"{url}/openapi.json", timeout=10)
+        assert missing.status_code == 501
+        assert missing.json()["detail"] == "astera_lite_documents.py: is missing: copy it beside astera_lite.py"
+
+
+def test_a_command_without_its_wing_is_one_sentence(alone: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "astera_lite.py", "jobs"], cwd=alone, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "astera_lite_tools.py: is missing: copy it beside astera_lite.py\n"
+
+
+STEPS = {
+    "sql": {"sql": {"database": "a.db", "query": "SELECT 1"}},
+    "run": {"run": ["true"]},
+    "isolate": {"python": {"call": "json:dumps", "isolate": True}},
+    "pages": {"http": {"url": "http://127.0.0.1/", "pages": {"link": True}}},
+    "until": {"http": {"url": "http://127.0.0.1/", "until": "${answer.body}"}},
+}
+
+
+def test_a_flow_without_its_wing_is_a_fault_and_the_others_are_served(alone: Path) -> None:
+    for name, step in STEPS.items():
+        flow = get_flow(f"/{name}", steps=[{"name": "s", **step}])
+        (alone / "flows" / f"{name}.json").write_text(astera_lite.to_json(flow))
+    with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, _):
+        found = Api(url).session.get(f"{url}/api/deployments", timeout=10).json()
+        told = {(fault["file"], fault["message"]) for fault in found["faults"]}
+        assert told == {(f"{name}.json", "needs astera_lite_steps.py: copy it beside astera_lite.py") for name in STEPS}
+        assert {each["name"] for each in found["deployments"]} == {"hello", "order", "slow", "weather"}
+
+
+def test_a_kind_of_step_is_a_function_and_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_shout(build: astera_lite.Build, spec: object, place: str) -> astera_lite.Runner:
+        template = build.template(spec, place)
+        return lambda run, scope, path: str(template(scope)).upper()
+
+    monkeypatch.setitem(astera_lite.STEP_KINDS, "shout", astera_lite.StepKind(check_shout, False, "writes in capitals"))
+    flow = get_flow("/f", steps=[{"name": "s", "shout": "${'ada'}"}], response={"body": "${s}"})
+    with astera_lite.AsteraLite(database=str(tmp_path / "jobs.db")) as app:
+        app.deploy("f", flow)
+        assert app.run("f").json() == "ADA"
