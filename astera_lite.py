@@ -6917,7 +6917,10 @@ def _environmental(error: Exception) -> bool:
     return isinstance(error, sqlite3.Error) and any(name.startswith(code) for code in _FULL)
 
 
-def _cells(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple[int, str, int, int, bytes]]:
+_Cell = tuple[int, str, int, int, bytes]  # a row of the table `pieces`
+
+
+def _cells(key: JobKey, part: str, attempt: int, value: bytes) -> list[_Cell]:
     return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(range(0, len(value), PIECE))]
 
 
@@ -7461,7 +7464,6 @@ class SqliteStore:
             return
         job, request, ended = submission.job, submission.request, submission.ended
         cells = _cells(job.key, "request_body", 0, request.body) if len(request.body) > PIECE else []
-        self._put_pieces(cells, keep=False)
         sent = (
             f'{{"method":"{request.method}","path":{_quoted(request.path)},"query":{_quoted(request.query)},'
             f'"headers":{_object_json(tuple(request.headers.items()))}'
@@ -7474,46 +7476,35 @@ class SqliteStore:
         )  # fmt: skip
         size = _ROW_BYTES + len(request.body) + (0 if ended is None else len(ended.outcome.answer.body))
         plain = submission.idempotency_key is None and not cells and (ended is None or ended.callback is None)
-        told = done if plain and job.version in self._versions else partial(self._inserted, job, cells, done)
-        insert = partial(self._insert, submission, row, len(cells))
+        told = done if plain and job.version in self._versions else partial(self._inserted, job, done)
+        insert = partial(self._insert, submission, row, cells)
         self._put(insert, told, new=_NewRow(job, row) if plain else None, size=size)
 
     def _insert(
-        self, submission: Submission, row: Sequence[Any], pieces: int, db: sqlite3.Connection
+        self, submission: Submission, row: Sequence[Any], cells: Sequence[_Cell], db: sqlite3.Connection
     ) -> Added | Conflict:
-        """Write a new job, whose request is in so many pieces, unless its key is known."""
+        """Write a new job and the pieces of its request, unless its key is known."""
         job = submission.job
         if submission.idempotency_key is not None:
             known = self._of_key(db, job.flow, job.token, submission.idempotency_key, job.created)
             if known is not None:
-                db.execute("DELETE FROM pieces WHERE job = ?", (job.key.seq,))
                 return Added(known[0], True) if known[1] == submission.fingerprint else key_conflict()
             db.execute(
                 "UPDATE jobs SET idempotency_key = NULL WHERE flow = ? AND token = ? AND idempotency_key = ?",
                 (job.flow, job.token, submission.idempotency_key),
             )
-        if pieces:
-            count = "SELECT count(*) FROM pieces WHERE job = ? AND part = 'request_body'"
-            if db.execute(count, (job.key.seq,)).fetchone()[0] != pieces:
-                raise StoreError(self.fault or "a part of the request could not be stored")
         if job.version not in self._versions:
             db.execute("INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text))
+        db.executemany(_INSERT_PIECE, cells)  # in one commit: on a full disk a part would take the room for good
         _insert_jobs(db, [row])
         if submission.ended is not None and submission.ended.callback is not None:
             _owe(db, submission.ended)
         return Added(job, False)
 
-    def _inserted(self, job: Job, cells: Sequence[Any], done: Done, result: Any, error: AsteraError | None) -> None:
+    def _inserted(self, job: Job, done: Done, result: Any, error: AsteraError | None) -> None:
         if isinstance(result, Added) and not result.replayed:
             self._versions.add(job.version)  # its text is on disk now
-        elif cells and error is not None:  # or what was refused for want of room would take it away for good
-            self._put(partial(_execute, _FORGET_PIECES, {"seq": job.key.seq}), keep=True)
         done(result, error)
-
-    def _put_pieces(self, cells: list[tuple[int, str, int, int, bytes]], keep: bool) -> None:
-        for cell in cells:
-            sql = "INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?, ?)"
-            self._put(partial(_execute, sql, cell), keep=keep, size=len(cell[-1]) + _WRITE_BYTES)
 
     def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
         sql = "UPDATE jobs SET attempt = ?, started = ?, due = NULL WHERE seq = ? AND status = 'Running'"
@@ -7542,7 +7533,8 @@ class SqliteStore:
     def finish(self, finish: Finish, done: Done) -> None:
         answer, seq = finish.outcome.answer, finish.key.seq
         cells = _cells(finish.key, "result", finish.attempt, answer.body) if len(answer.body) > PIECE else []
-        self._put_pieces(cells, keep=True)
+        for cell in cells:
+            self._put(partial(_execute, _INSERT_PIECE, cell), keep=True, size=len(cell[-1]) + _WRITE_BYTES)
         values = (*_end_columns(finish), seq, finish.attempt)
 
         def run(db: sqlite3.Connection) -> bool:
@@ -8030,7 +8022,7 @@ def _clock_offset(db: sqlite3.Connection) -> int:
     return int((db.execute("SELECT offset FROM clock").fetchone() or [0])[0])
 
 
-_FORGET_PIECES = "DELETE FROM pieces WHERE job = :seq AND NOT EXISTS (SELECT 1 FROM jobs WHERE seq = :seq)"
+_INSERT_PIECE = "INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?, ?)"
 
 
 class _Reading:
