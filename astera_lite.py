@@ -1,6 +1,6 @@
 """Astera Lite: publish small API flows over HTTP, synchronously or as jobs that are polled or called back.
 
-One module, the standard library and SQLite. Run it (`python astera_lite.py --help`) or embed it:
+The server is one module, with the standard library and SQLite. Run it (`python astera_lite.py --help`) or embed it:
 
     with AsteraLite(database="jobs.db") as app, Server(app) as server:
         print(server.url)
@@ -20,10 +20,17 @@ The rooms of the module, bottom up; each uses only what stands above it:
     11 Service             AsteraLite: the application without HTTP
     12 Access              tokens, Host and Origin rules
     13 Wire                bytes <-> requests and responses, strict, without sockets
-    14 Documents           OpenAPI, Postman, metrics, the endpoint list, a starter flow, the JSON Schema of a flow file
+    14 Documents           a deployment as people see it: the list at /api/deployments, what a start prints
     15 Routes              the ROUTES table and its functions
     16 Loop                Handler and Server: every socket, every deadline of a connection
-    17 Command line        subcommands, signals, logging, main()
+    17 Command line        serve, signals, logging, main()
+
+What a server does not need until somebody uses it is in wings, files beside this one. This file names them as text
+only, `"astera_lite_tools:check"`, and loads one when it is first wanted; with `schema.sql` alone it is a whole server.
+
+    astera_lite_steps      sql, run, python in a process of its own; pages, until and OAuth 2 of http
+    astera_lite_documents  OpenAPI, Postman collection, JSON Schema of flow files, text of the metrics
+    astera_lite_tools      the commands check, try, test, new, jobs, job, token, backup, zipapp
 """
 
 from __future__ import annotations
@@ -2838,7 +2845,7 @@ def http_date(text: str | None) -> float:
 
 # ======================================================================================================================
 # 6 Flows
-# To add a step kind: a function that checks its spec and returns a runner, a row in STEP_KINDS; its schema in room 14.
+# To add a step kind: a function that checks a spec and returns a runner, a row in STEP_KINDS, its schema in documents.
 # To add a parameter type: a row in PARAMETER_TYPES and one in SCHEMA_TYPES.
 # ======================================================================================================================
 
@@ -10845,7 +10852,7 @@ def response_head(
 
 # ======================================================================================================================
 # 14 Documents
-# To add a document: a pure function of the deployments here, and a row in ROUTES or a subcommand.
+# To add a document: a pure function of the deployments in astera_lite_documents, and a row in ROUTES or COMMANDS.
 # ======================================================================================================================
 
 
@@ -12816,7 +12823,7 @@ def check_exposure(settings: Settings, host: str, has_tokens: bool) -> None:
 
 # ======================================================================================================================
 # 17 Command line
-# To add a command: a function of the parsed arguments and a row in COMMANDS.
+# To add a command: a function of the parsed arguments and the settings in astera_lite_tools, and a row in COMMANDS.
 # ======================================================================================================================
 
 _EPILOG = """\
