@@ -191,6 +191,18 @@ def test_values_in_pieces_are_forgotten_with_their_job(store: SqliteStore, path:
     assert look(path, "SELECT count(*) FROM pieces") == [(0,)]
 
 
+def test_the_purge_spares_a_large_result_from_the_moment_it_is_asked_for(store: SqliteStore) -> None:
+    new, body = added(store), b"y" * LARGE[2]
+    end = finish(new, body)
+    assert done(store.finish, end) is True
+    pieces = store.result_pieces(new.key, 1)  # not read yet: the head of the answer goes first
+    assert done(store.purge, end.expires, 10) == 0
+    assert b"".join(pieces) == body
+    unread = store.result_pieces(new.key, 1)
+    del unread  # whose reader has gone, or only wanted the head
+    assert done(store.purge, end.expires, 10) == 1
+
+
 def test_a_large_request_that_is_a_replay_leaves_no_pieces(store: SqliteStore, path: str) -> None:
     body = b"x" * LARGE[0]
     for fingerprint in (b"1", b"1", b"2"):
