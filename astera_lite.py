@@ -11551,8 +11551,10 @@ def _when_finished(
     def changed() -> None:
         x.post(look)
 
+    has_gone = False
+
     def look(final: bool = False) -> None:
-        if x.answered:
+        if x.answered or has_gone:
             return
         if not final:
             x.app.watch(key, changed)  # first watch, then look: nothing can happen unseen in between
@@ -11561,7 +11563,12 @@ def _when_finished(
             x.app.unwatch(key, changed)
             x.answer(answer(found))
 
-    x.on_close = lambda: x.app.unwatch(key, changed)
+    def gone() -> None:
+        nonlocal has_gone
+        has_gone = True  # a look may be on its way to the loop
+        x.app.unwatch(key, changed)
+
+    x.on_close = gone
     x.later(seconds, lambda: look(final=True), True)
     look()
 

@@ -1563,6 +1563,29 @@ def test_a_long_poll_whose_client_has_gone_leaves_no_watcher(tmp_path: Path) -> 
         until(lambda: not server.app._watchers)
 
 
+def test_a_client_that_goes_while_its_job_changes_leaves_no_watcher(tmp_path: Path) -> None:
+    with running(tmp_path, {"w": get_flow("/w", steps=[{"name": "w", "wait": 60}])}) as server:
+        where = server.client.get("/api/publishingAsync/w").headers["Location"]
+        key = JobKey.parse(where.split("/")[-2])
+        assert key is not None
+        host, port = server.client.url.removeprefix("http://").split(":")
+        poller = socket.create_connection((host, int(port)), timeout=10)
+        path = where.removeprefix(server.client.url)
+        poller.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nPrefer: wait=50\r\n\r\n".encode())
+        until(lambda: server.app._watchers)
+        entered, leave = threading.Event(), threading.Event()
+        server.server.post(lambda: (entered.set(), leave.wait(10))[0])
+        assert entered.wait(10)  # the loop is held: it sees the end of the connection first, then the news of the job
+        poller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        poller.close()
+        server.app._finished(key, False)
+        done = threading.Event()
+        leave.set()
+        server.server.post(lambda: server.server.post(done.set))
+        assert done.wait(10)
+        assert not server.app._watchers
+
+
 def test_the_short_way_to_write_a_new_jobs_document_says_the_same() -> None:
     key = astera_lite.JobKeys().new(1_790_000_000_123)
     for base, flow in (("http://h:1", "f"), ('http://ä"\\', 'quo"te\n')):
