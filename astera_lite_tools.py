@@ -129,7 +129,8 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
         well += sum(1 for source in sources if not wanted or source in wanted)
     for fault in faults:
         print(fault)
-    print(f"flows that are well: {well}, faults: {len(faults)}", file=sys.stderr)
+    flows, errors = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((well, "flow"), (len(faults), "error")))
+    print(f"{flows} OK, {errors}", file=sys.stderr)
     return 1 if faults else 0
 
 
