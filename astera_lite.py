@@ -6631,9 +6631,9 @@ class Suspension(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The end of a run. `callback` is the receiver and the body to post, if one is owed."""
+    """The end of a run of `job`, which is as it was before. `callback`: the receiver and the body to post, if owed."""
 
-    key: JobKey
+    job: Job
     attempt: int
     outcome: Outcome
     started: int | None
@@ -6832,6 +6832,7 @@ _BATCH = 512  # writes committed together at the most; more would make the first
 _RETRY_S = 0.5
 _QUIET_S = 0.02  # without a commit, after which a log that was folded begins anew
 _ROW_BYTES = 2048  # that a job takes beside its bodies, about
+_RECENT_BYTES = 16 << 20  # of jobs that ended lately, which are held in memory
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
 _LOOK_THROUGH = 2000  # jobs that are looked through at one time for the flows that they have
 _MINUTE_OF_SEQ = 60_000 << 12  # between the `seq` of two jobs that were created a minute apart
@@ -6931,6 +6932,58 @@ def _cells(key: JobKey, part: str, attempt: int, value: bytes) -> list[_Cell]:
     return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(range(0, len(value), PIECE))]
 
 
+class _Recent:
+    """What ended lately, in memory, so that who polls for it and fetches it need not wait for the database.
+
+    Jobs with a callback are left out, for theirs change still, as are results in pieces. At most `limit` bytes or so:
+    who came first goes first. A job is kept as plain columns, which the garbage collector need not look at.
+    """
+
+    def __init__(self, limit: int = _RECENT_BYTES) -> None:
+        self._limit, self._held = limit, 0
+        self._rows: dict[int, tuple[Any, ...]] = {}  # by seq
+        self._lock = threading.Lock()  # guards the sum, and the order
+
+    def put(self, job: Job, end: Sequence[Any]) -> None:
+        """Keep a job that ended; `end` is what `_end_columns` made of its end."""
+        if job.callback is not None or end[-1] is None:
+            return
+        row = (job.key.salt, job.flow, job.version, job.created, job.token, job.base, *end)
+        with self._lock:
+            self._rows[job.key.seq] = row
+            self._held += end[6] + _ROW_BYTES
+            while self._held > self._limit:
+                self._drop(next(iter(self._rows)))
+
+    def job(self, key: JobKey) -> Job | None:
+        """A job that is held."""
+        row = self._rows.get(key.seq)
+        if row is None or row[0] != key.salt:
+            return None
+        salt, flow, version, created, token, base, status, attempt, started, finished, expires, *_, error, _, _ = row
+        columns = (status, created, base, token, attempt, None, started, finished, expires, error, None)
+        return _job((key.seq, salt, flow, version, *columns))
+
+    def result(self, key: JobKey) -> StoredResult | None:
+        """The response of a job that is held."""
+        row = self._rows.get(key.seq)
+        if row is None or row[0] != key.salt:
+            return None
+        attempt, code, size, headers, body = row[7], *row[11:14], row[16]
+        return StoredResult(code, [(name, value) for name, value in json.loads(headers)], size, body, attempt)
+
+    def forget(self, seqs: Iterable[int]) -> None:
+        """Drop what is deleted."""
+        with self._lock:
+            for seq in seqs:
+                self._drop(seq)
+
+    def _drop(self, seq: int) -> None:
+        row = self._rows.pop(seq, None)
+        if row is not None:
+            self._held -= row[12] + _ROW_BYTES
+
+
 class SqliteStore:
     """The Store on SQLite: whatever waits is committed together; a few connections read.
 
@@ -6961,6 +7014,7 @@ class SqliteStore:
         self._durability, self._page_size = durability, page_size
         self._read_only = read_only
         self._readers: list[sqlite3.Connection] = []
+        self._recent = _Recent()
         self._being_read: set[tuple[int, object]] = set()  # large results, which the purge lets be until they are read
         self._queue: deque[_Write] = deque()
         self._kept: deque[_Write] = deque()  # put off: the disk was full, the database locked
@@ -7483,7 +7537,8 @@ class SqliteStore:
         )  # fmt: skip
         size = _ROW_BYTES + len(request.body) + (0 if ended is None else len(ended.outcome.answer.body))
         plain = submission.idempotency_key is None and not cells and (ended is None or ended.callback is None)
-        told = done if plain and job.version in self._versions else partial(self._inserted, job, done)
+        known = ended is None and job.version in self._versions
+        told = done if known else partial(self._inserted, job, row[12:] if ended else None, done)
         insert = partial(self._insert, submission, row, cells)
         self._put(insert, told, new=_NewRow(job, row) if plain else None, size=size)
 
@@ -7508,9 +7563,13 @@ class SqliteStore:
             _owe(db, submission.ended)
         return Added(job, False)
 
-    def _inserted(self, job: Job, done: Done, result: Any, error: AsteraError | None) -> None:
+    def _inserted(
+        self, job: Job, ended: Sequence[Any] | None, done: Done, result: Any, error: AsteraError | None
+    ) -> None:
         if isinstance(result, Added) and not result.replayed:
             self._versions.add(job.version)  # its text is on disk now
+            if ended is not None:
+                self._recent.put(job, ended)
         done(result, error)
 
     def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
@@ -7538,18 +7597,18 @@ class SqliteStore:
         self._put(lambda db: None, done, keep=True)
 
     def finish(self, finish: Finish, done: Done) -> None:
-        answer, seq = finish.outcome.answer, finish.key.seq
-        cells = _cells(finish.key, "result", finish.attempt, answer.body) if len(answer.body) > PIECE else []
+        answer, seq = finish.outcome.answer, finish.job.key.seq
+        cells = _cells(finish.job.key, "result", finish.attempt, answer.body) if len(answer.body) > PIECE else []
         for cell in cells:
             self._put(partial(_execute, _INSERT_PIECE, cell), keep=True, size=len(cell[-1]) + _WRITE_BYTES)
-        values = (*_end_columns(finish), seq, finish.attempt)
+        values = _end_columns(finish)
 
         def run(db: sqlite3.Connection) -> bool:
             moved = db.execute(
                 "UPDATE jobs SET status = ?, attempt = ?, started = ?, due = NULL, finished = ?, expires = ?, code = ?,"
                 " size = ?, headers = ?, error = ?, trace = ?, result = ?"
                 " WHERE seq = ? AND status = 'Running' AND attempt <= ?",
-                values,
+                (*values, seq, finish.attempt),
             ).rowcount
             if not moved:
                 if cells:
@@ -7566,7 +7625,12 @@ class SqliteStore:
                 _owe(db, finish)
             return True
 
-        self._put(run, done, keep=True, size=_WRITE_BYTES + len(finish.outcome.answer.body))
+        def finished(moved: Any, error: AsteraError | None) -> None:
+            if moved:
+                self._recent.put(finish.job, values)
+            done(moved, error)
+
+        self._put(run, finished, keep=True, size=_WRITE_BYTES + len(finish.outcome.answer.body))
 
     def delete(self, key: JobKey, done: Done) -> None:
         def run(db: sqlite3.Connection) -> str:
@@ -7581,7 +7645,11 @@ class SqliteStore:
             _forget(db, [key.seq])
             return "deleted"
 
-        self._put(run, done)
+        def deleted(result: Any, error: AsteraError | None) -> None:
+            self._recent.forget([key.seq])
+            done(result, error)
+
+        self._put(run, deleted)
 
     def resend(self, key: JobKey, now: int, done: Done) -> None:
         sql = "UPDATE callbacks SET state = 'pending', next = ?, attempts = 0 WHERE job = ?"
@@ -7606,10 +7674,13 @@ class SqliteStore:
         self._put(run, done, keep=True)
 
     def purge(self, now: int, limit: int, done: Done) -> None:
+        expired: list[int] = []
+
         def run(db: sqlite3.Connection) -> int:
+            expired.clear()  # a transaction that failed is made again
             kept = ",".join(str(seq) for seq, _ in tuple(self._being_read))
             sql = f"SELECT seq, size FROM jobs WHERE expires <= ? AND seq NOT IN ({kept}) ORDER BY expires LIMIT ?"  # noqa: S608
-            expired, total = [], 0
+            total = 0
             for seq, size in db.execute(sql, (now, limit)):
                 expired.append(seq)
                 total += size or 0
@@ -7622,6 +7693,7 @@ class SqliteStore:
             return len(expired)
 
         def purged(result: Any, error: AsteraError | None) -> None:
+            self._recent.forget(expired)
             self._fold()
             done(result, error)
 
@@ -7680,6 +7752,9 @@ class SqliteStore:
         return _Reading(self)
 
     def get(self, key: JobKey) -> Job | None:
+        recent = self._recent.job(key)
+        if recent is not None:
+            return recent
         with self._reader() as db:
             row = db.execute(f"{_SELECT_JOB} WHERE seq = ? AND salt = ?", key).fetchone()
             return row and _job(row)
@@ -7746,6 +7821,9 @@ class SqliteStore:
         return request, int(row[2])
 
     def result(self, key: JobKey) -> StoredResult | None:
+        recent = self._recent.result(key)
+        if recent is not None:
+            return recent
         with self._reader() as db:
             row = db.execute(
                 "SELECT code, headers, size, result, attempt FROM jobs"
@@ -7972,7 +8050,7 @@ def _owe(db: sqlite3.Connection, finish: Finish) -> None:
     assert finish.callback is not None
     receiver, body = finish.callback
     sql = "INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)"
-    db.execute(sql, (finish.key.seq, receiver, finish.finished, body))
+    db.execute(sql, (finish.job.key.seq, receiver, finish.finished, body))
 
 
 _SAVE_STEP = (
@@ -8740,7 +8818,7 @@ class Engine:
         if job.callback is None:
             now = self._clock.now()
             return Finish(
-                job.key, 1, outcome, job.created, now, now + self._retention_ms, to_json(trace) if trace else None
+                job, 1, outcome, job.created, now, now + self._retention_ms, to_json(trace) if trace else None
             )
         return self._finish(job._replace(attempt=1, started=job.created), outcome, trace)
 
@@ -8753,7 +8831,7 @@ class Engine:
             body = to_json(status_document(after, job.base, offset=self._clock.offset, with_callback=False))
             callback = (parse_target(job.callback.url).receiver, body)
         return Finish(
-            job.key,
+            job,
             max(job.attempt, 1),
             outcome,
             job.started,

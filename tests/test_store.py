@@ -83,7 +83,7 @@ def submission(new: Job, body: bytes = b"", key: str | None = None, fingerprint:
 
 def finish(of: Job, body: bytes = b"{}", attempt: int = 1, expires: int = T + 1000, **more: Any) -> Finish:
     outcome = more.pop("outcome", Outcome(Answer(200, (("Content-Type", "application/json"),), body)))
-    return Finish(of.key, attempt, outcome, T, T + 10, expires, **more)
+    return Finish(of, attempt, outcome, T, T + 10, expires, **more)
 
 
 def added(store: SqliteStore, **more: Any) -> Job:
@@ -154,7 +154,7 @@ def test_an_empty_store_answers_that_there_is_nothing(store: SqliteStore) -> Non
     assert (store.due_deliveries(T, 10, [], []), store.next_delivery(T)) == ([], None)
     assert done(store.delete, key) == "absent"
     assert done(store.resend, key, T) is False
-    assert done(store.finish, Finish(key, 1, Outcome(Answer(200)), T, T, T)) is False
+    assert done(store.finish, finish(job()._replace(key=key))) is False
     assert done(store.purge, T, 10) == 0
 
 
@@ -189,6 +189,61 @@ def test_values_in_pieces_are_forgotten_with_their_job(store: SqliteStore, path:
     assert done(store.delete, new.key) == "deleted"
     assert list(pieces) == []
     assert look(path, "SELECT count(*) FROM pieces") == [(0,)]
+
+
+def from_disk(path: str, key: JobKey) -> tuple[Job | None, Any]:
+    with closing(SqliteStore(path, read_only=True)) as other:
+        return other.get(key), other.result(key)
+
+
+@pytest.mark.parametrize("how", ["after", "at once", "failed", "cancelled"])
+def test_what_has_just_ended_is_the_same_from_memory_and_from_disk(store: SqliteStore, path: str, how: str) -> None:
+    more = {} if how in ("after", "at once") else {"outcome": Outcome.failed(how, 500, "why")}
+    new = job()
+    if how == "at once":
+        done(store.add, submission(new)._replace(ended=finish(new)))
+    else:
+        done(store.add, submission(new))
+        done(store.start, new.key, 1, T)
+        assert done(store.finish, finish(new, **more)) is True
+    assert store._recent.job(new.key) is not None
+    assert (store.get(new.key), store.result(new.key)) == from_disk(path, new.key)
+    other = new.key._replace(salt=new.key.salt ^ 1)
+    assert (store.get(other), store.result(other)) == (None, None)
+
+
+def test_what_is_forgotten_is_forgotten_in_memory_too(store: SqliteStore) -> None:
+    first, second, third = added(store), added(store), added(store)
+    for each in (first, second, third):
+        assert done(store.finish, finish(each, expires=T + 10)) is True
+    assert done(store.delete, first.key) == "deleted"
+    assert done(store.purge, T + 10, 1) == 1
+    assert [store.get(each.key) is not None for each in (first, second, third)] == [False, False, True]
+    assert done(store.finish, finish(third, attempt=2)) is False  # an end that came too late changes nothing
+    assert store.get(third.key) == third._replace(
+        status=Status.COMPLETED, attempt=1, started=T, finished=T + 10, expires=T + 10
+    )
+
+
+def test_a_job_whose_callback_changes_is_not_held_in_memory(store: SqliteStore, path: str) -> None:
+    new = job(callback="http://h/")
+    done(store.add, submission(new))
+    assert done(store.finish, finish(new, callback=("http://h", "{}"))) is True
+    done(store.record_delivery, new.key, Attempt(T, 1, 200), T + 10, "delivered", None)
+    found = store.get(new.key)
+    assert found is not None and found.callback is not None and found.callback.state == "delivered"
+
+
+def test_what_is_held_in_memory_is_bounded_by_bytes(store: SqliteStore) -> None:
+    store._recent = astera_lite._Recent(limit=100_000)
+    jobs = [added(store) for _ in range(8)]
+    for each in jobs:
+        assert done(store.finish, finish(each, b"x" * 30_000)) is True
+    assert [store._recent.job(each.key) is not None for each in jobs] == [False] * 5 + [True] * 3
+    assert all(store.result(each.key).size == 30_000 for each in jobs)  # type: ignore[union-attr]
+    large = added(store)
+    assert done(store.finish, finish(large, b"x" * LARGE[0])) is True
+    assert store._recent.job(large.key) is None
 
 
 def test_the_purge_spares_a_large_result_from_the_moment_it_is_asked_for(store: SqliteStore) -> None:
