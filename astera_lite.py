@@ -299,6 +299,10 @@ class MissingWing(ConfigError):
 
     status = 501
 
+    def __init__(self, file: str) -> None:
+        super().__init__([Fault("", "", f"{file} is missing: copy it beside astera_lite.py")])
+        self.file = file
+
 
 _loading = threading.RLock()  # held while a wing is loaded: another thread must not find it half made
 
@@ -316,7 +320,7 @@ def wing(name: str) -> Any:
 
             spec = PathFinder.find_spec(module, [os.path.dirname(os.path.realpath(__file__))])
             if spec is None or spec.loader is None:
-                raise MissingWing([Fault(f"{module}.py", "", "is missing: copy it beside astera_lite.py")])
+                raise MissingWing(f"{module}.py")
             made = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(made)
             sys.modules[module] = made
@@ -5707,8 +5711,7 @@ def _faults_of(where: str) -> Iterator[None]:
     except FlowError:
         raise
     except MissingWing as error:
-        cure = f"needs {error.faults[0].where}: copy it beside astera_lite.py"
-        raise FlowError([Fault(where, "", cure)]) from None
+        raise FlowError([Fault(where, "", f"needs {error.file}: copy it beside astera_lite.py")]) from None
     except Exception as error:
         log.debug("%s", where, exc_info=True)
         raise FlowError([Fault(where, "", f"cannot be deployed: {type(error).__name__}: {error}")]) from error

@@ -169,6 +169,9 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     log.addFilter(app.outside.masked.log_record)
     app.reload()
     flow = app.deployments.by_name.get(args.name)
+    if flow is None and args.name in {os.path.splitext(fault.where)[0] for fault in app.deployments.faults}:
+        print(f'the flow "{args.name}" has faults, which stand above', file=sys.stderr)
+        return 1
     if flow is None:
         print(f'there is no flow "{args.name}"{suggest(args.name, app.deployments.by_name)}', file=sys.stderr)
         return 1
@@ -283,6 +286,9 @@ def new(args: argparse.Namespace, settings: Settings) -> int:
         os.makedirs(settings.flows or ".", exist_ok=True)
         with open(path, "x", encoding="utf-8") as file:
             file.write(starter_flow(args.name))
+    except FileExistsError:
+        print(f"{path} is there already: choose another name", file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"{path}: {reason_of(error)}", file=sys.stderr)
         return 1

@@ -254,6 +254,14 @@ def test_the_later_spelling_of_a_setting_wins(here: Here, tmp_path: Path) -> Non
     assert here("--flows", "d/flows", "try", "d", **env).returncode == 0
 
 
+def test_what_cannot_be_tried_or_made_is_told(here: Here, tmp_path: Path) -> None:
+    write(tmp_path, bad={"request": {}})
+    tried, made = here("try", "bad"), here("new", "bad")
+    assert (tried.returncode, made.returncode) == (1, 1)
+    assert tried.stderr.endswith('the flow "bad" has faults, which stand above\n')
+    assert made.stderr == f"{Path('flows') / 'bad.json'} is there already: choose another name\n"
+
+
 def test_faulty_settings_are_listed_all_at_once(here: Here, tmp_path: Path) -> None:
     (tmp_path / "astera_lite.toml").write_text('retention = "soon"\nworkerz = 3\n')
     done = here("--port", "99999", ASTERA_LITE_MAX_BODY="10 apples", ASTERA_LITE_LOG="xml")

@@ -93,7 +93,7 @@ def test_two_files_are_a_server(alone: Path, sink: Sink) -> None:
         assert sink.next()[0]["location"] == status.headers["Location"]
         missing = api.session.get(f"{url}/openapi.json", timeout=10)
         assert missing.status_code == 501
-        assert missing.json()["detail"] == "astera_lite_documents.py: is missing: copy it beside astera_lite.py"
+        assert missing.json()["detail"] == "astera_lite_documents.py is missing: copy it beside astera_lite.py"
 
 
 def test_a_command_without_its_wing_is_one_sentence(alone: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_command_without_its_wing_is_one_sentence(alone: Path) -> None:
         [sys.executable, "astera_lite.py", "jobs"], cwd=alone, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "astera_lite_tools.py: is missing: copy it beside astera_lite.py\n"
+    assert done.stderr == "astera_lite_tools.py is missing: copy it beside astera_lite.py\n"
 
 
 STEPS = {
