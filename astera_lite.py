@@ -299,12 +299,13 @@ class MissingWing(ConfigError):
 
     status = 501
 
-    def __init__(self, file: str) -> None:
-        super().__init__([Fault("", "", f"{file} is missing: copy it beside astera_lite.py")])
-        self.file = file
+    def __init__(self, file: str, what: str = "is missing: copy it beside astera_lite.py") -> None:
+        super().__init__([Fault("", "", f"{file} {what}")])
 
 
 _loading = threading.RLock()  # held while a wing is loaded: another thread must not find it half made
+#: The folders of this file: as it was named and as links lead. Taken now, for a program may change its own folder.
+_HOME = [os.path.dirname(path) for path in (os.path.abspath(__file__), os.path.realpath(__file__))]
 
 
 def wing(name: str) -> Any:
@@ -318,11 +319,15 @@ def wing(name: str) -> Any:
             import importlib.util  # noqa: PLC0415 (a server without wings does without it)
             from importlib.machinery import PathFinder  # noqa: PLC0415
 
-            spec = PathFinder.find_spec(module, [os.path.dirname(os.path.realpath(__file__))])
+            spec = PathFinder.find_spec(module, _HOME)
             if spec is None or spec.loader is None:
                 raise MissingWing(f"{module}.py")
             made = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(made)
+            try:
+                spec.loader.exec_module(made)
+            except ImportError as error:  # the files were replaced while this one runs
+                log.debug("%s", module, exc_info=True)
+                raise MissingWing(f"{module}.py", "is of another version than what runs: restart it") from error
             sys.modules[module] = made
         return getattr(sys.modules[module], attribute)
 
@@ -5711,7 +5716,7 @@ def _faults_of(where: str) -> Iterator[None]:
     except FlowError:
         raise
     except MissingWing as error:
-        raise FlowError([Fault(where, "", f"needs {error.file}: copy it beside astera_lite.py")]) from None
+        raise FlowError([Fault(where, "", f"cannot be deployed: {error}")]) from None
     except Exception as error:
         log.debug("%s", where, exc_info=True)
         raise FlowError([Fault(where, "", f"cannot be deployed: {type(error).__name__}: {error}")]) from error
@@ -7530,7 +7535,7 @@ class SqliteStore:
         cells = _cells(job.key, "request_body", 0, request.body) if len(request.body) > PIECE else []
         sent = (
             f'{{"method":"{request.method}","path":{_quoted(request.path)},"query":{_quoted(request.query)},'
-            f'"headers":{_object_json(tuple(request.headers.items()))}'
+            f'"headers":{to_json(request.headers)}'
             + ("}" if request.trace is None else f',"trace":{to_json(request.trace)}}}')
         )
         row = (
@@ -8019,16 +8024,6 @@ _INSERT_JOBS = {count: _INSERT_JOB + ", ".join([_JOB_MARKS] * count) for count i
 _NOT_ENDED = ("Running", 0) + (None,) * 9
 
 
-@_cached_if_short  # a flow's headers are mostly the same
-def _headers_json(pairs: Pairs) -> str:
-    return to_json(pairs)
-
-
-@_cached_if_short  # those that a flow reads are mostly the same too
-def _object_json(pairs: Pairs) -> str:
-    return to_json(dict(pairs))
-
-
 def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
     """status, attempt, started, finished, expires, code, size, headers, error, trace, result."""
     if finish is None:
@@ -8036,7 +8031,7 @@ def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
     answer, error = finish.outcome.answer, finish.outcome.error
     return (  # `_value_`, for `value` is a property, which this is done too often for
         finish.outcome.status._value_, finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
-        len(answer.body), _headers_json(answer.headers), error and to_json(error), finish.trace,
+        len(answer.body), to_json(answer.headers), error and to_json(error), finish.trace,
         None if len(answer.body) > PIECE else answer.body,
     )  # fmt: skip
 
@@ -12563,6 +12558,7 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.selector = selectors.DefaultSelector()
         self.pool = ThreadPoolExecutor(2, "astera-apart")  # for what takes longer than a look-up
+        self.apart: set[Exchange] = set()  # requests that its threads are at work on
         self.handlers: set[Handler] = set()
         self.requests = app.metrics.requests
         app.metrics.connections.append(self.handlers)
@@ -12732,7 +12728,7 @@ class Server(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Close the listener, and what the loop waits on; http.server's hook, called too where it cannot listen."""
         super().server_close()
-        self.pool.shutdown(cancel_futures=True)
+        self.pool.shutdown(wait=not self.apart, cancel_futures=True)  # a disk that hangs must not hold up the stop
         connections = self.app.metrics.connections
         connections[:] = [those for those in connections if those is not self.handlers]
         if not self._serving:  # else the loop does it as it ends
@@ -12888,11 +12884,14 @@ class Server(ThreadingHTTPServer):
 
     def _handle_apart(self, x: Exchange) -> None:
         assert x.route is not None
+        self.apart.add(x)
         try:
             reply = x.route.handle(x)
         except Exception as error:  # the door of a request
             x.post(x.fail, error)
             return
+        finally:
+            self.apart.discard(x)
         if reply is not None:
             x.post(x.answer, reply)
 
@@ -13273,7 +13272,7 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
     if not code:
         log.info("stopped: what ran has ended" if app.busy_at_stop and not left else "stopped")
     logging.shutdown()
-    if left or stuck:  # threads that do not end would hold the interpreter for ever
+    if left or stuck or server.apart:  # threads that do not end would hold the interpreter for ever
         stderr.written()
         kill_children()
         os._exit(code)

@@ -254,6 +254,25 @@ def test_the_later_spelling_of_a_setting_wins(here: Here, tmp_path: Path) -> Non
     assert here("--flows", "d/flows", "try", "d", **env).returncode == 0
 
 
+def test_a_request_that_hangs_on_a_thread_of_its_own_does_not_hold_up_the_stop(tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO)
+    (tmp_path / "hangs.py").write_text(
+        "import sys, time, astera_lite\n"
+        "def hang(*more):\n    print('hangs', file=sys.stderr, flush=True)\n    time.sleep(600)\n"
+        "astera_lite.AsteraLite.list_jobs = hang\n"
+        "sys.exit(astera_lite.main())\n"
+    )
+    program = (sys.executable, "hangs.py")
+    env = {"PYTHONPATH": str(ROOT)}
+    with process(tmp_path, "--shutdown-timeout", "100ms", program=program, env=env) as (server, url, lines):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as sock:
+            sock.sendall(b"GET /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            until(lambda: any("hangs" in line for line in lines), "the request does not begin")
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+
+
 def test_what_cannot_be_tried_or_made_is_told(here: Here, tmp_path: Path) -> None:
     write(tmp_path, bad={"request": {}})
     tried, made = here("try", "bad"), here("new", "bad")

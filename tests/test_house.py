@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import ROOT, Api, Sink, get_flow, process
+from support import PROGRAM, ROOT, Api, Sink, get_flow, process
 
 import astera_lite
 from astera_lite import WINGS
@@ -104,6 +104,24 @@ def test_a_command_without_its_wing_is_one_sentence(alone: Path) -> None:
     assert done.stderr == "astera_lite_tools.py is missing: copy it beside astera_lite.py\n"
 
 
+def test_a_wing_of_another_version_is_told(alone: Path) -> None:
+    text = (ROOT / "astera_lite_documents.py").read_text("utf-8") + "\nfrom astera_lite import of_tomorrow\n"
+    (alone / "astera_lite_documents.py").write_text(text, "utf-8")
+    with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, _):
+        answer = Api(url).session.get(f"{url}/openapi.json", timeout=10)
+        words = "astera_lite_documents.py is of another version than what runs: restart it"
+        assert (answer.status_code, answer.json()["detail"]) == (501, words)
+
+
+def test_a_wing_is_found_wherever_the_program_goes(tmp_path: Path) -> None:
+    subprocess.run([*PROGRAM, "zipapp", "one.pyz"], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+    code = "import os, sys; sys.path.insert(0, 'one.pyz'); import astera_lite as a; os.chdir('/'); print(a.wing('{}'))"
+    for name in WINGS:
+        command = [sys.executable, "-c", code.format(f"{name[:-3]}:__name__")]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout == f"{name[:-3]}\n"
+
+
 STEPS = {
     "sql": {"sql": {"database": "a.db", "query": "SELECT 1"}},
     "run": {"run": ["true"]},
@@ -119,8 +137,9 @@ def test_a_flow_without_its_wing_is_a_fault_and_the_others_are_served(alone: Pat
         (alone / "flows" / f"{name}.json").write_text(astera_lite.to_json(flow))
     with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, _):
         found = Api(url).session.get(f"{url}/api/deployments", timeout=10).json()
+        missing = "astera_lite_steps.py is missing: copy it beside astera_lite.py"
         told = {(fault["file"], fault["message"]) for fault in found["faults"]}
-        assert told == {(f"{name}.json", "needs astera_lite_steps.py: copy it beside astera_lite.py") for name in STEPS}
+        assert told == {(f"{name}.json", f"cannot be deployed: {missing}") for name in STEPS}
         assert {each["name"] for each in found["deployments"]} == {"hello", "order", "slow", "weather"}
 
 
