@@ -13247,14 +13247,17 @@ def serve(args: argparse.Namespace, settings: Settings) -> int:
         raise
     overdue = _install_signals(app, server)
     base = server.base or server.url
-    lines = endpoint_lines(app.deployments, base)
+    lines, console_line = endpoint_lines(app.deployments, base), [f"console: {base}/"]
+    try:
+        resource("console.html")
+    except ConfigError:  # a copy of the module without the page
+        console_line = []
     if settings.log == "json":
-        for line in lines:
-            log.info("published: %s", " ".join(line.split()))
-        log.info("console: %s/", base)
+        for line in [*(f"published: {' '.join(line.split())}" for line in lines), *console_line]:
+            log.info("%s", line)
     else:
         head = "published:" if lines else "published: no flow; `new NAME` writes a first one"
-        stderr.write("\n".join([head, *lines, f"console: {base}/", ""]))
+        stderr.write("\n".join([head, *lines, *console_line, ""]))
     _settle()
     stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
     notify(f"READY=1\nSTATUS=listening on {server.url}")

@@ -80,7 +80,8 @@ def alone(tmp_path: Path) -> Path:
 
 def test_two_files_are_a_server(alone: Path, sink: Sink) -> None:
     program = (sys.executable, "astera_lite.py")
-    with process(alone, program=program) as (_, url, _):
+    with process(alone, program=program) as (_, url, lines):
+        assert not any("console" in line for line in lines)  # what a start prints is there
         api = Api(url)
         assert api.session.get(f"{url}/api/publishing/hello?name=Ada", timeout=10).json() == {"greeting": "Hello, Ada!"}
         accepted = api.session.get(
