@@ -270,7 +270,7 @@ class Clock:
         return 0
 
 
-SHIPPED = ("console.html", "schema.sql")  # files that the module needs beside it
+SHIPPED = ("console.html", "openapi.json", "schema.sql")  # data files of the module
 
 
 def resource(name: str) -> bytes:

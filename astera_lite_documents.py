@@ -6,7 +6,6 @@ deployments, but for the metrics, which only read.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import json.encoder
@@ -16,21 +15,18 @@ import sys
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from astera_lite import (
     CONTENT_TYPES,
-    DEFAULT_LIST,
     ENDS,
     FILTERING,
     FLOW_METHODS,
     HTTP_METHODS,
     INT64,
     MAX_CONCURRENCY,
-    MAX_LIST,
     MODES,
-    MOVES,
     NO_SELECTION,
     NO_STORE,
     PARAMETER_TYPES,
@@ -41,13 +37,14 @@ from astera_lite import (
     SELECTING,
     STEP_OPTIONS,
     AsteraLite,
+    ConfigError,
     Deployments,
     Exchange,
     Flow,
     InputError,
+    MissingWing,
     Reply,
     Selection,
-    Status,
     StepKind,
     __version__,
     as_text,
@@ -55,6 +52,7 @@ from astera_lite import (
     is_json_type,
     path_values,
     request_for,
+    resource,
     sample_value,
     split_template,
     to_json,
@@ -213,453 +211,101 @@ def _ref(kind: str, name: str) -> dict[str, str]:
     return {"$ref": f"#/components/{kind}/{name}"}
 
 
-def _maybe(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {**schema, "type": [schema["type"], "null"]}
+_REQUEST_ID = {"X-Request-Id": _ref("headers", "X-Request-Id")}  # a header of every response
 
 
-def _content(schema: Mapping[str, Any], media: str = "application/json") -> dict[str, Any]:
+@cache
+def _template() -> Any:
+    """The part of the OpenAPI document that does not depend on flows. Callers must not change it."""
+    try:
+        template = json.loads(resource("openapi.json"))
+    except ConfigError:
+        raise MissingWing("openapi.json") from None
+    for response in template["components"]["responses"].values():
+        response["headers"] = _REQUEST_ID | response.get("headers", {})
+    return template
+
+
+def _shared(kind: str, name: str) -> Any:
+    """A component of the template: a response, a parameter, a header."""
+    return _template()["components"][kind][name]
+
+
+#: Names of the problem responses in openapi.json, by status.
+_PROBLEMS = {
+    400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 409: "Conflict",
+    412: "PreconditionFailed", 413: "ContentTooLarge", 414: "UriTooLong", 415: "UnsupportedMediaType",
+    421: "Misdirected", 422: "KeyReused", 429: "TooManyRequests", 431: "HeadersTooLarge", 500: "ServerError",
+    502: "BadGateway", 503: "Unavailable", 504: "GatewayTimeout",
+}  # fmt: skip
+_ALWAYS = (400, 403, 414, 421, 431, 500, 503)  # possible with every operation
+
+
+class _Responses:
+    """The responses of an operation. A status may have several meanings, which are merged at the end."""
+
+    def __init__(self, known: Mapping[str, dict[str, Any]] | None = None) -> None:
+        self.found: dict[str, list[dict[str, Any]]] = {status: [one] for status, one in (known or {}).items()}
+
+    def add(self, status: int | str, response: dict[str, Any]) -> None:
+        """Add a meaning of a status."""
+        self.found.setdefault(str(status), []).append(response)
+
+    def add_problems(self, *statuses: int) -> None:
+        """Add problem documents as they are in the template."""
+        for status in statuses:
+            self.add(status, _ref("responses", _PROBLEMS[status]))
+
+    def merged(self) -> dict[str, dict[str, Any]]:
+        """One response for each status."""
+        merged = {status: _merged(found) for status, found in sorted(self.found.items())}
+        return {
+            status: one if "$ref" in one else one | {"headers": _REQUEST_ID | one.get("headers", {})}
+            for status, one in merged.items()
+        }
+
+
+def _merged(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first, *more = (one for place, one in enumerate(found) if one not in found[:place])
+    if not more:
+        return first
+    parts = [_shared("responses", one["$ref"].rpartition("/")[2]) if "$ref" in one else one for one in (first, *more)]
+    headers: dict[str, Any] = {}
+    for name in dict.fromkeys(name for part in parts for name in part.get("headers", ())):
+        given = [part.get("headers", {}).get(name) for part in parts]
+        header = next(one for one in given if one)
+        whole = _shared("headers", name) if "$ref" in header else header
+        headers[name] = header if all(given) or not whole.get("required") else {**whole, "required": False}
+    schemas: dict[str, list[Any]] = {}
+    for part in parts:
+        for media, content in part.get("content", {}).items():
+            if content["schema"] not in schemas.setdefault(media, []):
+                schemas[media].append(content["schema"])
+    merged: dict[str, Any] = {"description": " Or: ".join(dict.fromkeys(part["description"] for part in parts))}
+    if headers:
+        merged["headers"] = headers
+    if schemas:
+        merged["content"] = {
+            media: {"schema": each[0] if len(each) == 1 else {"anyOf": each} if all(each) else {}}
+            for media, each in schemas.items()
+        }
+    return merged
+
+
+def _record(properties: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """An object whose members are all required."""
+    return {"type": "object", "required": list(properties), "properties": dict(properties), **more}
+
+
+def _content(schema: Mapping[str, Any], media: str) -> dict[str, Any]:
     return {media: {"schema": schema}}
-
-
-def _record(properties: Mapping[str, Any], optional: Collection[str] = (), **more: Any) -> dict[str, Any]:
-    """An object whose members are all there, but for the optional ones."""
-    required = [name for name in properties if name not in optional]
-    return {"type": "object", "required": required, "properties": dict(properties), **more}
-
-
-_INT64_SCHEMA = {"type": "integer", "format": "int64", "minimum": INT64.start, "maximum": INT64.stop - 1}
-_COUNT = {"type": "integer", "minimum": 0}
-_TIME = {"type": "string", "format": "date-time"}
-_URI = {"type": "string", "format": "uri"}
-_CODE = {"type": "integer", "minimum": 100, "maximum": 599}
-_UUID = {"type": "string", "format": "uuid"}
-_STATUS_MEMBERS: dict[str, Any] = {
-    "id": _UUID,
-    "status": {"enum": [Status.RUNNING.value, Status.COMPLETED.value, Status.ERROR.value]},
-    "flow": {**_TEXT, "description": "name of the deployment"},
-    "createdAt": _TIME,
-    "startedAt": {**_maybe(_TIME), "description": "null while it is queued"},
-    "finishedAt": _maybe(_TIME),
-    "expiresAt": {**_maybe(_TIME), "description": "from then on status and result are 404"},
-    "attempt": {**_COUNT, "description": "runs begun; more than 1 after a restart of the server"},
-    "progress": _maybe(_record({"step": _maybe(_TEXT), "done": _COUNT, "total": _COUNT})),
-    "statusUrl": _URI,
-    "resultUrl": {**_maybe(_URI), "description": "null until it is finished"},
-    "error": {"anyOf": [_ref("schemas", "Problem"), {"type": "null"}]},
-}
-_CALLBACK_MEMBERS: dict[str, Any] = {
-    "url": _TEXT,
-    "state": {"enum": list(MOVES["callback"])},
-    "attempts": _COUNT,
-    "lastStatus": _maybe(_CODE),
-    "nextAttemptAt": _maybe(_TIME),
-}
-_ATTEMPT_SCHEMA = _record({"at": _TIME, "status": _maybe(_CODE), "error": _maybe(_TEXT), "durationMs": _COUNT})
-_FAILURE_SCHEMA = _record(
-    {
-        "message": _TEXT, "kind": _TEXT, "step": _TEXT, "file": _TEXT, "pointer": _TEXT, "line": _maybe(_COUNT),
-        "attempt": _COUNT, "attempts": _COUNT, "status": _CODE, "body": _TEXT,
-        "source": _record({"file": _TEXT, "line": _COUNT}),
-    },
-    ("status", "body", "source"),
-)  # fmt: skip
-_TRACE_SCHEMA = _record(
-    {
-        "path": _TEXT, "name": _TEXT, "kind": _TEXT, "state": _TEXT, "startedAt": _TIME, "finishedAt": _TIME,
-        "size": _maybe(_COUNT), "preview": _maybe(_TEXT), "status": _CODE,
-        "error": _FAILURE_SCHEMA, "retries": {"type": "array", "items": _FAILURE_SCHEMA},
-    },
-    ("status", "error", "retries"),
-)  # fmt: skip
-_REQUEST_SCHEMA = _record(
-    {
-        "method": _TEXT, "path": _TEXT, "query": _TEXT, "headers": {"type": "object", "additionalProperties": _TEXT},
-        "body": _maybe(_TEXT), "bodySize": _COUNT,
-    }
-)  # fmt: skip
-_UNKNOWN_MEMBERS = {"id": _TEXT, "reason": {"enum": ["expired", "not-found"]}}
-_ERROR_SCHEMA = _record(
-    {
-        "in": {"enum": ["path", "query", "header", "body"]},
-        "name": {**_TEXT, "description": "of a parameter; for a body a JSON Pointer (RFC 6901)"},
-        "message": _TEXT,
-    }
-)
-#: The schemas that operations share.
-_SCHEMAS: dict[str, Any] = {
-    "Problem": _record(
-        {
-            "type": {"type": "string", "format": "uri-reference"}, "title": _TEXT, "status": _CODE, "detail": _TEXT,
-            "errors": {"type": "array", "items": _ERROR_SCHEMA, "description": "everything wrong with the input"},
-            "code": {"enum": list(ENDS[1:])},
-            "requestId": {**_TEXT, "description": "where to look in the server's log"},
-        },
-        ("errors", "code", "requestId"),
-        description="A problem document (RFC 9457).",
-    ),
-    "StatusDocument": _record(
-        {**_STATUS_MEMBERS, "callback": _maybe(_record(_CALLBACK_MEMBERS))}, description="How far a job is."
-    ),
-    "FinishedJob": _record(_STATUS_MEMBERS, description="The status document as a callback has it."),
-    "UnknownJob": _record(
-        {**_UNKNOWN_MEMBERS, "status": {"const": Status.UNKNOWN.value}, "detail": _TEXT},
-        description="The status document of a job that is not there (any more).",
-    ),
-    "UnknownJobProblem": {
-        "description": "A problem document with what the status route says.",
-        "allOf": [_ref("schemas", "Problem"), _record({**_UNKNOWN_MEMBERS, "jobStatus": {"const": "Unknown"}})],
-    },
-    "JobDetails": _record(
-        {
-            **_STATUS_MEMBERS,
-            "callback": _maybe(_record({**_CALLBACK_MEMBERS, "history": {"type": "array", "items": _ATTEMPT_SCHEMA}})),
-            "request": _maybe(_REQUEST_SCHEMA),
-            "failure": _maybe(_FAILURE_SCHEMA),
-            "steps": {"type": "array", "items": _TRACE_SCHEMA},
-        },
-        ("failure",),
-        description="The status document, what was sent, and what became of each step.",
-    ),
-    "JobList": _record(
-        {
-            "jobs": {"type": "array", "items": _ref("schemas", "StatusDocument")},
-            "next": {**_maybe(_TEXT), "description": "the cursor of the next page; null at the end"},
-        }
-    ),
-    "Deployment": _record(
-        {
-            "name": _TEXT, "description": _TEXT, "method": {"enum": list(FLOW_METHODS)}, "resource": _TEXT,
-            "processing": {"type": "array", "items": {"enum": list(MODES)}},
-            "urls": {"type": "object", "additionalProperties": _TEXT},
-            "parameters": {"type": "object", "additionalProperties": {"type": "object"}},
-            "body": {"type": ["object", "null"]}, "contentTypes": {"type": "array", "items": _TEXT}, "source": _TEXT,
-        },
-        description="A published flow.",
-    ),
-    "DeploymentList": _record(
-        {
-            "deployments": {"type": "array", "items": _ref("schemas", "Deployment")},
-            "faults": {
-                "type": "array", "items": _record({"file": _TEXT, "place": _TEXT, "message": _TEXT}),
-                "description": "why files are not published, or not in their present form",
-            },
-        }
-    ),
-    "Flow": {
-        "type": "object",
-        "required": ["request"],
-        "properties": {
-            "request": _record({"method": {"enum": list(FLOW_METHODS)}, "resource": {**_TEXT, "pattern": "^/."}})
-        },
-        "description": "A flow file; the command `schema` prints its whole JSON Schema.",
-    },
-    "Health": _record(
-        {
-            "status": {"enum": ["ok", "unavailable"]}, "reason": _maybe(_TEXT), "version": _TEXT,
-            "jobs": {"type": "object", "additionalProperties": _COUNT},
-            "database": {"type": "object", "additionalProperties": _COUNT},
-            "deployments": {"type": "object", "additionalProperties": _COUNT}, "workers": _COUNT,
-            "finished": {**_COUNT, "description": "jobs whose end was put on record since the start"},
-        },
-        ("workers", "finished"),
-    ),
-}  # fmt: skip
-
-
-def _header(description: str, schema: Mapping[str, Any], required: bool = True) -> dict[str, Any]:
-    return {"description": description, "schema": schema, "required": required}
-
-
-_HEADERS: dict[str, Any] = {
-    "X-Request-Id": _header("Names this request in the server's log.", _TEXT),
-    "Location": _header("The URL of the status, of the result, or of what was made.", _URI),
-    "Retry-After": _header("Whole seconds after which to ask again.", {"type": "integer", "minimum": 1}),
-    "Job-Status": _header("The state of the job.", {"enum": [status.value for status in Status]}),
-    "Content-Location": _header("The URL of the result.", _URI),
-    "Preference-Applied": _header("The preferences that were honoured (RFC 7240).", _TEXT, False),
-    "Idempotency-Replayed": _header("There when this key came before.", {"const": "true"}, False),
-    "Accept": _header("The content types that are taken.", _TEXT, False),
-    "Accept-Encoding": _header("The coding that is taken, if the coding is what was wrong.", _TEXT, False),
-    "WWW-Authenticate": _header("The scheme that is wanted (RFC 6750).", _TEXT),
-    "ETag": _header("Names this state of it, for If-None-Match and If-Match (RFC 9110).", _TEXT, False),
-}
-#: The problem documents that operations answer with, by status: name, when, and headers of their own.
-_PROBLEMS: dict[int, tuple[str, str, tuple[str, ...]]] = {
-    400: ("BadRequest", "The input was refused; `errors` lists every fault.", ()),
-    401: ("Unauthorized", "There is no token, or a wrong one.", ("WWW-Authenticate",)),
-    403: ("Forbidden", "The token, or a page of this origin, may not do this.", ()),
-    404: ("NotFound", "There is no such resource.", ()),
-    409: ("Conflict", "Not in its present state.", ()),
-    412: ("PreconditionFailed", "A precondition (If-Match and its like) does not hold: nothing was done.", ()),
-    413: ("ContentTooLarge", "The body is larger than the server takes.", ()),
-    414: ("UriTooLong", "The URL is longer than the server takes.", ()),
-    415: (
-        "UnsupportedMediaType",
-        "The body is of a type, or in a coding, that is not taken.",
-        ("Accept", "Accept-Encoding"),
-    ),
-    421: ("Misdirected", "The server is not called by this name.", ()),
-    422: ("KeyReused", "The Idempotency-Key came before, with another request.", ()),
-    429: ("TooManyRequests", "The flow runs as often at a time as it may.", ("Retry-After",)),
-    431: ("HeadersTooLarge", "The headers are larger than the server takes.", ()),
-    500: ("ServerError", "The flow or the server is at fault.", ()),
-    502: ("BadGateway", "An API that the flow called failed.", ()),
-    503: ("Unavailable", "Nothing can be taken at this time.", ("Retry-After",)),
-    504: ("GatewayTimeout", "It took longer than it may.", ()),
-}
-_ALWAYS = (400, 403, 414, 421, 431, 500, 503)  # whatever is called
-
-
-def _headers(*names: str) -> dict[str, Any]:
-    return {name: _ref("headers", name) for name in ("X-Request-Id", *names)}
-
-
-def _response(description: str, schema: str, *headers: str) -> dict[str, Any]:
-    return {"description": description, "headers": _headers(*headers), "content": _content(_ref("schemas", schema))}
-
-
-#: The responses that operations share.
-_RESPONSES: dict[str, Any] = {
-    name: {
-        "description": description,
-        "headers": _headers(*headers),
-        "content": _content(_ref("schemas", "Problem"), "application/problem+json"),
-    }
-    for name, description, headers in _PROBLEMS.values()
-} | {
-    "Accepted": _response(
-        "The job is stored, or not finished yet.", "StatusDocument", "Location", "Retry-After", "Job-Status",
-        "Preference-Applied", "Idempotency-Replayed",
-    ),
-    "UnknownStatus": _response("There is no such job (any more).", "UnknownJob", "Job-Status"),
-    "UnknownJob": {
-        "description": "There is no such job (any more).",
-        "headers": _headers("Job-Status"),
-        "content": _content(_ref("schemas", "UnknownJobProblem"), "application/problem+json"),
-    },
-    "Forgotten": {"description": "It is gone.", "headers": _headers()},
-}  # fmt: skip
 
 
 def _parameter(name: str, where: str, description: str, schema: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     return {"name": name, "in": where, "description": description, "required": where == "path", "schema": schema} | more
 
 
-#: The parameters that operations share.
-_PARAMETERS: dict[str, Any] = {
-    "JobId": _parameter("id", "path", "The id of a job.", _UUID),
-    "DeploymentName": _parameter("name", "path", "The name of a deployment.", {**_TEXT, "maxLength": 64}),
-    "Wait": _parameter(
-        "Prefer", "header", "`wait=N` (RFC 7240): answer when the job is finished, after N seconds at the latest.",
-        _TEXT,
-    ),
-    "CallbackUrl": _parameter(
-        "callbackUrl", "query",
-        "Where to POST the status document when the job is finished: an absolute http or https URL.",
-        {**_URI, "pattern": "^[Hh][Tt][Tt][Pp][Ss]?://[^/?#@]+[^#]*$"},
-    ),
-    "IdempotencyKey": _parameter(
-        "Idempotency-Key", "header",
-        "The same key and request again return the same job. 1 to 255 visible ASCII characters, quoted or bare.",
-        {**_TEXT, "pattern": r'^("[!-~]{1,255}"|[!#-~][!-~]{0,254})$'},
-    ),
-    "FlowName": _parameter("flow", "query", "Only jobs of this flow.", _TEXT),
-    "Status": _parameter("status", "query", "Only jobs in this state.", _STATUS_MEMBERS["status"]),
-    "Limit": _parameter(
-        "limit", "query", "How many at the most.",
-        {"type": "integer", "minimum": 1, "maximum": MAX_LIST, "default": DEFAULT_LIST},
-    ),
-    "Cursor": _parameter("cursor", "query", "`next` of the page before.", {**_TEXT, "pattern": "^[0-9a-f]{15}$"}),
-    "ResultLocation": _parameter("Location", "header", "The URL of the result.", _URI, required=True),
-    "WebhookId": _parameter("webhook-id", "header", "The same on every attempt.", _TEXT, required=True),
-    "WebhookTimestamp": _parameter(
-        "webhook-timestamp", "header", "Seconds since the epoch, of this attempt.", {**_TEXT, "pattern": "^[0-9]+$"},
-        required=True,
-    ),
-    "WebhookSignature": _parameter(
-        "webhook-signature", "header",
-        "`v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`; sent if the server has a secret.", _TEXT,
-    ),
-}  # fmt: skip
-_CALLBACK_HEADERS = ("ResultLocation", "WebhookId", "WebhookTimestamp", "WebhookSignature")
-#: Stands in every operation that takes a callbackUrl: some generators refuse a reference in its place.
-_CALLBACK: dict[str, Any] = {
-    "{$request.query.callbackUrl}": {
-        "post": {
-            "tags": ["Jobs API"],
-            "summary": "Tell that a job is finished",
-            "description": "Sent when the job is finished, whatever its end (Standard Webhooks 1.0); sent again"
-            " after a pause if it is not taken, as long as the result is kept.",
-            "security": [],
-            "parameters": [_ref("parameters", name) for name in _CALLBACK_HEADERS],
-            "requestBody": {"required": True, "content": _content(_ref("schemas", "FinishedJob"))},
-            "responses": {
-                "2XX": {"description": "It was taken."},
-                "410": {"description": "It is not sent again."},
-                "default": {"description": "It is sent again later."},
-            },
-        }
-    }
-}  # fmt: skip
-
-
-def _known(tag: str, summary: str, description: str, parameters: Sequence[str], **more: Any) -> dict[str, Any]:
-    operation = {"tags": [tag], "summary": summary, "description": description, **more}
-    return operation | ({"parameters": [_ref("parameters", name) for name in parameters]} if parameters else {})
-
-
-def _answers(*problems: int, **responses: str) -> dict[str, Any]:
-    """Responses by status: `_404="UnknownJob"`, and problem documents."""
-    found = {str(status): _ref("responses", _PROBLEMS[status][0]) for status in problems}
-    return found | {name[1:]: _ref("responses", component) for name, component in responses.items()}
-
-
-_JOB_NOW = _response("The job as it is.", "StatusDocument", "Job-Status", "Preference-Applied", "ETag")
-_WHILE_IT_RUNS = {**_HEADERS["Retry-After"], "required": False, "description": "While it runs: whole seconds."}
-_RESPONSES["Accepted"]["headers"]["Retry-After"] = _WHILE_IT_RUNS  # a job whose key came before may be finished
-_JOB_NOW["headers"] |= {
-    "Retry-After": _WHILE_IT_RUNS,
-    "Location": {**_HEADERS["Location"], "required": False, "description": "When it is finished: the result."},
-}
-_OWN_RESULT = {
-    "description": "The flow's own response, with its own status, headers and body.",
-    "headers": _headers("Job-Status", "Preference-Applied", "ETag"),
-}
-_FLOW_BODY = {"required": True, "content": _content(_ref("schemas", "Flow"))}
-_GONE, _STATE = {"_404": "UnknownJob"}, {"_202": "Accepted", "_404": "UnknownJob"}
-#: The operations that do not depend on flows, by path and method; those that every operation has are left out.
-_OPERATIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "/api/jobs": {
-        "get": _known(
-            "Jobs API", "List jobs", "Jobs that the caller may see, newest first.",
-            ("FlowName", "Status", "Limit", "Cursor"), operationId="listJobs",
-            responses={"200": _response("A page of jobs.", "JobList")},
-        )
-    },
-    "/api/jobs/{id}": {
-        "get": _known(
-            "Jobs API", "Show a job", "All that is known of a job; secrets are masked.", ("JobId",),
-            operationId="getJob", responses=_answers(**_GONE) | {
-                "200": _response("The job.", "JobDetails", "Job-Status")
-            },
-        ),
-        "delete": _known(
-            "Jobs API", "Forget a job", "Only a finished one whose callback is not owed any more.", ("JobId",),
-            operationId="deleteJob", responses=_answers(409, _204="Forgotten", **_GONE),
-        ),
-    },
-    "/api/jobs/{id}/status": {
-        "get": _known(
-            "Jobs API", "Ask for the status", "With `Prefer: wait=N` the answer comes when the job is finished.",
-            ("JobId", "Wait"), operationId="getJobStatus",
-            responses=_answers(_404="UnknownStatus") | {"200": _JOB_NOW},
-        )
-    },
-    "/api/jobs/{id}/result": {
-        "get": _known(
-            "Jobs API", "Fetch the result", "As often as wanted, until it expires.", ("JobId", "Wait"),
-            operationId="getJobResult", responses=_answers(**_STATE),
-        )
-    },
-    "/api/jobs/{id}/cancel": {
-        "post": _known(
-            "Jobs API", "Cancel a job", "A queued job ends now, a running one stops at its next step.", ("JobId",),
-            operationId="cancelJob", responses=_answers(409, **_STATE) | {"200": _JOB_NOW},
-        )
-    },
-    "/api/jobs/{id}/rerun": {
-        "post": _known(
-            "Jobs API", "Run a job again", "A new job with the same input, of the flow as it is now.", ("JobId",),
-            operationId="rerunJob", responses=_answers(409, 429, **_STATE),
-        )
-    },
-    "/api/jobs/{id}/callback": {
-        "post": _known(
-            "Jobs API", "Call back again", "Only for a finished job that was submitted with a callbackUrl.", ("JobId",),
-            operationId="resendCallback", responses=_answers(409) | {"404": _ref("responses", "UnknownJob")} | {
-                "202": _response("It is sent again.", "StatusDocument", "Location", "Job-Status")
-            },
-        )
-    },
-    "/api/deployments": {
-        "get": _known(
-            "Deployments API", "List published flows", "The published flows, and the faults of files.", (),
-            operationId="listDeployments", responses={"200": _response("The flows.", "DeploymentList")},
-        )
-    },
-    "/api/deployments/{name}": {
-        "get": _known(
-            "Deployments API", "Show a published flow", "One published flow.", ("DeploymentName",),
-            operationId="getDeployment",
-            responses=_answers(404) | {"200": _response("The flow.", "Deployment", "ETag")},
-        ),
-        "put": _known(
-            "Deployments API", "Deploy a flow", "Deploy or replace a flow; only with a token of role admin.",
-            ("DeploymentName",), operationId="putDeployment", requestBody=_FLOW_BODY,
-            responses=_answers(404, 409, 412, 413, 415) | {
-                "200": _response("It was replaced.", "Deployment"),
-                "201": _response("It is published.", "Deployment", "Location"),
-            },
-        ),
-        "delete": _known(
-            "Deployments API", "Remove a flow", "Take a flow out of service; only with a token of role admin.",
-            ("DeploymentName",), operationId="deleteDeployment",
-            responses=_answers(404, 409, 412, _204="Forgotten"),
-        ),
-    },
-    "/health": {
-        "get": _known(
-            "Server API", "Ask whether the server is well", "Needs no token. With one, or where none is wanted, it"
-            " tells how many jobs have finished since the start, and of how many workers, too.", (),
-            operationId="getHealth", security=[],
-            responses={
-                "200": _response("It is.", "Health"), "503": _response("It is not.", "Health", "Retry-After"),
-            },
-        )
-    },
-    "/openapi.json": {
-        "get": _known(
-            "Server API", "Fetch this document", "OpenAPI 3.1 of all that is published.", (), operationId="getOpenApi",
-            responses={
-                "200": {
-                    "description": "The document.", "headers": _headers("ETag"), "content": _content({"type": "object"})
-                }
-            },
-        )
-    },
-    "/metrics": {
-        "get": _known(
-            "Server API", "Fetch the metrics", "Prometheus text format; for tokens of role admin.", (),
-            operationId="getMetrics",
-            responses={
-                "200": {"description": "The metrics.", "headers": _headers(), "content": _content(_TEXT, "text/plain")}
-            },
-        )
-    },
-    "/postman.json": {
-        "get": _known(
-            "Server API", "Fetch a Postman collection", "A collection (format 2.1.0) of all that is published.", (),
-            operationId="getPostman",
-            responses={
-                "200": {
-                    "description": "The collection.", "headers": _headers("ETag"),
-                    "content": _content({"type": "object"}),
-                }
-            },
-        )
-    },
-}  # fmt: skip
-_TAGS = {
-    "Jobs API": "What became of asynchronous requests.",
-    "Deployments API": "What is published.",
-    "Server API": "The server itself.",
-}
-_ABOUT = """\
-Every flow is published synchronously (its response is the answer), asynchronously (202, and `Location` names the
-status to poll; or give a `callbackUrl`), or both. HEAD works where GET does, OPTIONS everywhere. Any request may also
-be refused as it stands by 405, 408, 412, 417, 501 or 505, with a problem document (RFC 9457). What has an ETag answers
-304 to an If-None-Match that names it.
-"""
+_INT64_SCHEMA = {"type": "integer", "format": "int64", "minimum": INT64.start, "maximum": INT64.stop - 1}
 
 
 def _unknown_words(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -805,136 +451,108 @@ def _steps_in(steps: Any) -> Iterator[dict[str, Any]]:
 _WITHOUT_BYTES = ("set", "wait", "fail", "respond", "each", "choose")  # kinds of steps whose value is plain JSON
 
 
-def _flow_answer(flow: Flow, spec: Mapping[str, Any], selection: Selection, may_be_bytes: bool) -> dict[str, Any]:
+def _flow_answer(spec: Mapping[str, Any], selection: Selection, may_be_bytes: bool) -> dict[str, Any]:
     """One response of a flow: what is known of its headers and its body."""
     given = {name: value for name, value in spec.get("headers", {}).items() if value is not None}
-    headers = _headers() | {
+    headers = {
         name: {"schema": _TEXT, "required": "${" not in str(value)}
         for name, value in given.items()
         if name.lower() != "content-type"
     }
-    answer: dict[str, Any] = {"description": "The flow's answer.", "headers": headers}
+    answer: dict[str, Any] = {"description": "The response of the flow.", "headers": headers}
     if spec.get("status") in (204, 304) or not ("body" in spec or "page" in spec):
         return answer
-    media = next((str(value) for name, value in given.items() if name.lower() == "content-type"), "")
     body = spec.get("body")
     schema = _shape(body)
     if "page" in spec:
-        cursor = {"cursor": _maybe(_TEXT)}
+        cursor = {"cursor": {"type": ["string", "null"]}}
         if "body" not in spec:
             schema = _record({"items": {"type": "array", "items": {}}, **cursor})
         elif isinstance(body, dict) and "cursor" not in body:
             schema = _record({**schema["properties"], **cursor})
     elif selection.filters or selection.sort:
         schema = {"type": "array", "items": {"type": "object"}}
+    media = next((str(value) for name, value in given.items() if name.lower() == "content-type"), "")
     if "${" in media:
-        answer["content"] = {"*/*": {}}
-    elif media:
-        kind = media.partition(";")[0].strip().lower()
-        answer["content"] = _content(schema if is_json_type(kind) else {}, kind)
-    else:
-        answer["content"] = _content(schema)
-        if may_be_bytes and isinstance(body, str) and not schema:
-            answer["content"] |= _content({}, "application/octet-stream")
+        return answer | {"content": _content({}, "*/*")}
+    kind = (media or "application/json").partition(";")[0].strip().lower()
+    answer["content"] = _content(schema if is_json_type(kind) else {}, kind)
+    if may_be_bytes and not media and isinstance(body, str) and not schema:
+        answer["content"] |= _content({}, "application/octet-stream")
     return answer
 
 
-def _add_answer(responses: dict[str, dict[str, Any]], status: str, more: dict[str, Any]) -> None:
-    """Add what a status may also mean."""
-    before = responses.get(status)
-    if before is None:
-        responses[status] = more
-        return
-    first, second = (_RESPONSES[one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in (before, more))
-    words = list(dict.fromkeys([*first["description"].split(" Or: "), *second["description"].split(" Or: ")]))
-    merged: dict[str, Any] = {"description": " Or: ".join(words), "headers": {}}
-    for name, header in (first["headers"] | second["headers"]).items():
-        in_both = name in first["headers"] and name in second["headers"]
-        whole = _HEADERS[name] if "$ref" in header else header
-        merged["headers"][name] = header if in_both or not whole.get("required") else {**whole, "required": False}
-    contents = [one.get("content", {}) for one in (first, second)]
-    content = contents[0] | contents[1]
-    for media in contents[0].keys() & contents[1].keys():
-        schemas = [one[media].get("schema", {}) for one in contents]
-        if schemas[0] != schemas[1]:
-            each = [part for schema in schemas for part in schema.get("anyOf", [schema])]
-            content[media] = {"schema": {"anyOf": each} if all(each) else {}}
-    responses[status] = merged | ({"content": content} if content else {})
-
-
-def _own_responses(flow: Flow) -> dict[str, dict[str, Any]]:
-    """What a flow itself may answer, by status; `default` where the status is computed."""
+def _own_responses(flow: Flow) -> _Responses:
+    """The responses that a flow itself declares, by status; `default` where the status is computed."""
     steps = list(_steps_in(flow.tree.get("steps", [])))
     may_be_bytes = any(not is_json_type(media) for media in flow.content_types) or any(
         kind not in _WITHOUT_BYTES and kind not in STEP_OPTIONS for step in steps for kind in step
     )
-    specs = flow.tree.get("response", [])
+    specs = flow.tree.get("response") or [{"body": "${the last step's value}" if steps else None}]
     specs = specs if isinstance(specs, list) else [specs]
-    found = [(spec, response.selection) for spec, response in zip(specs, flow.responses, strict=True)]
-    found += [(step["respond"], NO_SELECTION) for step in steps if "respond" in step]
-    responses: dict[str, dict[str, Any]] = {}
+    selections = [response.selection for response in flow.responses] or [NO_SELECTION]
+    found = [*zip(specs, selections, strict=True), *((s["respond"], NO_SELECTION) for s in steps if "respond" in s)]
+    responses = _Responses()
     for spec, selection in found:
-        status = spec.get("status", 200)
-        answer = _flow_answer(flow, spec, selection, may_be_bytes)
-        _add_answer(responses, "default" if isinstance(status, str) else str(status), answer)
-    if not flow.responses:
-        last = {"body": "${the last step's value}" if steps else None}
-        _add_answer(responses, "200", _flow_answer(flow, last, NO_SELECTION, may_be_bytes))
+        answer = _flow_answer(spec, selection, may_be_bytes)
+        responses.add(_declared(spec.get("status", 200)), answer)
     for step in steps:
         if "fail" in step:
-            status, message = step["fail"].get("status", 500), step["fail"]["message"]
-            words = (
-                f"The flow fails: {message}" if isinstance(message, str) and "${" not in message else "The flow fails."
-            )
-            problem_answer = _RESPONSES["ServerError"] | {"description": words.replace(" Or: ", " or: ")}
-            _add_answer(responses, "default" if isinstance(status, str) else str(status), problem_answer)
-    calls_out = any(kind in step for step in steps for kind in ("http", "call"))
-    for status in (500, 504, *[502] * calls_out):
-        _add_answer(responses, str(status), _ref("responses", _PROBLEMS[status][0]))
+            message = step["fail"]["message"]
+            words = f": {message}" if isinstance(message, str) and "${" not in message else "."
+            problem = _shared("responses", "ServerError") | {"description": "The flow fails" + words}
+            responses.add(_declared(step["fail"].get("status", 500)), problem)
     return responses
 
 
-def _add_results(responses: dict[str, dict[str, Any]], answers: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """What flows answer is what the result of a job may be; of any status, where one of them computes it."""
+def _declared(status: Any) -> str:
+    """The status of a flow's response, as OpenAPI names it."""
+    return "default" if isinstance(status, str) else str(status)
+
+
+def _failures_of(flow: Flow) -> list[int]:
+    """The statuses with which a flow may fail."""
+    calls_out = any(kind in step for step in _steps_in(flow.tree.get("steps", [])) for kind in ("http", "call"))
+    return [500, 504] + [502] * calls_out
+
+
+def _add_results(result: _Responses, flows: Iterable[_Responses]) -> None:
+    """Add what flows answer to the responses of the result route, which may be any of them."""
     known = {"2XX": {"application/json"}, "default": {"application/json", "application/problem+json"}}
-    for code, answer in answers:
-        one = code if code in responses else "2XX" if code[0] == "2" else "default"
-        for status in [*responses, *known] if code == "default" else [one]:
+    for code, answer in (item for responses in flows for item in responses.merged().items()):
+        one = code if code in result.found else "2XX" if code[0] == "2" else "default"
+        for status in [*result.found, *known] if code == "default" else [one]:
             known.setdefault(status, set()).update(answer.get("content", ()))
     for status, media in known.items():
-        if media:
-            kinds = sorted(media, key=lambda kind: (kind != "application/json", kind))  # generators take the first
-            schemas = {"application/problem+json": _ref("schemas", "Problem")}
+        kinds = sorted(media, key=lambda kind: (kind != "application/json", kind))  # generators take the first
+        schemas = {"application/problem+json": _ref("schemas", "Problem")}
+        if kinds:
             content = {kind: {"schema": schemas.get(kind, {})} for kind in kinds}
-            _add_answer(responses, status, {**_OWN_RESULT, "content": content})
+            result.add(status, _shared("responses", "OwnResult") | {"content": content})
 
 
-def _flow_operation(flow: Flow, mode: str, renamed: Mapping[str, str]) -> dict[str, Any]:
-    """How a flow is called in one mode."""
+def _flow_operation(flow: Flow, mode: str, renamed: Mapping[str, str]) -> tuple[dict[str, Any], _Responses]:
+    """How a flow is called in one mode, and the responses."""
     asynchronous = mode == "asynchronous"
     parameters = _flow_parameters(flow, renamed)
     own = {item["name"].lower() for item in parameters if item["in"] == "header"}
     shared = ["CallbackUrl", "Wait", "IdempotencyKey"] if asynchronous else []
-    names = [name for name in shared if _PARAMETERS[name]["name"].lower() not in own]
+    names = [name for name in shared if _shared("parameters", name)["name"].lower() not in own]
     responses = _own_responses(flow)
-    if asynchronous:
-        for answer in responses.values():
-            if "$ref" not in answer:
-                answer["headers"] = answer["headers"] | _headers("Job-Status", "Content-Location", "Preference-Applied")
-    problems = [404] + [413, 415] * bool(flow.content_types) + [429] * (flow.when_full == "refuse" and bool(flow.limit))
-    for status in problems + [422] * asynchronous:
-        _add_answer(responses, str(status), _ref("responses", _PROBLEMS[status][0]))
-    if asynchronous:
-        _add_answer(responses, "202", _ref("responses", "Accepted"))
     words = flow.description or f"The flow {flow.name}."
     if flow.strict:
-        words += "\n\nOther query parameters than these are refused."
+        words += "\n\nOther query parameters are refused."
     if asynchronous:
-        words += (
-            "\n\nAnswers 202 once the job is stored; with `Prefer: wait=N`, if it is finished in time, as its result."
-        )
+        headers = {name: _ref("headers", name) for name in ("Job-Status", "Content-Location", "Preference-Applied")}
+        for answer in itertools.chain(*responses.found.values()):
+            answer["headers"] = answer.get("headers", {}) | headers
+        responses.add(202, _ref("responses", "Accepted"))
+        responses.add_problems(422)
+        words += "\n\nAnswers 202 once the job is stored, or the result if the job finishes within `Prefer: wait=N`."
     elif len(flow.modes) == 2:
-        words += f"\n\n`Prefer: respond-async` (RFC 7240) makes a job of the request, as `{flow.name}.submit` does."
+        words += f"\n\n`Prefer: respond-async` (RFC 7240) makes the request a job, as `{flow.name}.submit` does."
+    refuses = flow.when_full == "refuse" and bool(flow.limit)
+    responses.add_problems(*_failures_of(flow), 404, *[413, 415] * bool(flow.content_types), *[429] * refuses)
     operation = {
         "operationId": f"{flow.name}.{'submit' if asynchronous else 'run'}",
         "tags": [flow.name],
@@ -942,9 +560,10 @@ def _flow_operation(flow: Flow, mode: str, renamed: Mapping[str, str]) -> dict[s
         "description": words,
         "parameters": parameters + [_ref("parameters", name) for name in names],
         **_body_of(flow),
-        "responses": responses,
     }
-    return operation | ({"callbacks": {"finished": _CALLBACK}} if asynchronous else {})
+    if asynchronous:  # the callback stands in each operation: some generators refuse a reference
+        operation["callbacks"] = {"finished": _shared("callbacks", "finished")}
+    return operation, responses
 
 
 def openapi_document(
@@ -952,60 +571,41 @@ def openapi_document(
 ) -> dict[str, Any]:
     """OpenAPI 3.1 of the published flows and of the jobs API.
 
-    `secured`: the server wants a token; `only`: the names of the flows that the caller may call, None for all.
+    `secured`: the server requires a token; `only`: the names of the flows that the caller may call, None for all.
+    Raises MissingWing if openapi.json is not there.
     """
-    paths: dict[str, dict[str, Any]] = {}
-    spelled: dict[str, str] = {}  # a path by itself without the names of its parameters
+    template = _template()
+    operations: list[tuple[str, str, dict[str, Any], _Responses]] = []  # path, method, operation, responses
+    first_of: dict[str, Flow] = {}  # the first flow of each path, by the path without parameter names
     flows = [flow for name, flow in sorted(deployments.by_name.items()) if only is None or name in only]
     for flow in flows:
-        plain = re.sub(r"\{[^}]*\}", "{}", flow.resource)
-        resource_path = spelled.setdefault(plain, flow.resource)
-        renamed = {
-            own[1:-1]: first[1:-1]
-            for own, first in zip(flow.segments, resource_path.split("/")[1:], strict=True)
-            if own[0] == "{"
-        }
-        for mode in MODES:
-            if mode in flow.modes:
-                path = paths.setdefault(PREFIXES[mode] + resource_path, {})
-                path[flow.method.lower()] = _flow_operation(flow, mode, renamed)
-    answers = [item for methods in paths.values() for one in methods.values() for item in one["responses"].items()]
-    paths = dict(sorted(paths.items())) | {
-        path: {method: copy.deepcopy(operation) for method, operation in methods.items()}
-        for path, methods in _OPERATIONS.items()
-    }
-    for methods in paths.values():
-        for operation in methods.values():
-            is_open = not secured or operation.get("security") == []
-            for status in _ALWAYS + (() if is_open else (401,)):
-                _add_answer(operation["responses"], str(status), _ref("responses", _PROBLEMS[status][0]))
-            if operation.get("operationId") == "getJobResult":
-                _add_results(operation["responses"], answers)
-            operation["responses"] = dict(sorted(operation["responses"].items()))
-    document: dict[str, Any] = {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "Astera Lite",
-            "version": __version__,
-            "description": _ABOUT,
-            "license": {"name": "MIT", "identifier": "MIT"},
-        },
+        first = first_of.setdefault(re.sub(r"\{[^}]*\}", "{}", flow.resource), flow)
+        pairs = zip(flow.segments, first.segments, strict=True)
+        renamed = {own[1:-1]: name[1:-1] for own, name in pairs if own[0] == "{"}
+        for mode in (mode for mode in MODES if mode in flow.modes):
+            path = PREFIXES[mode] + first.resource
+            operations.append((path, flow.method.lower(), *_flow_operation(flow, mode, renamed)))
+    operations.sort(key=lambda row: row[0])
+    answers = [responses for _, _, _, responses in operations]
+    for path, methods in template["paths"].items():
+        operations += [(path, method, one, _Responses(one["responses"])) for method, one in methods.items()]
+    paths: dict[str, dict[str, Any]] = {}
+    for path, method, operation, responses in operations:
+        responses.add_problems(*_ALWAYS, *[401] * (secured and operation.get("security") != []))
+        if operation["operationId"] == "getJobResult":
+            _add_results(responses, answers)
+        paths.setdefault(path, {})[method] = operation | {"responses": responses.merged()}
+    tags = [{"name": flow.name, "description": flow.description or f"The flow {flow.name}."} for flow in flows]
+    document: dict[str, Any] = template | {
+        "info": template["info"] | {"version": __version__},
         "servers": [{"url": base}],
         "security": [{"token": []}] if secured else [],
-        "tags": [{"name": flow.name, "description": flow.description or f"The flow {flow.name}."} for flow in flows]
-        + [{"name": name, "description": words} for name, words in _TAGS.items()],
+        "tags": tags + template["tags"],
         "paths": paths,
     }
-    shared = {
-        "schemas": _SCHEMAS,
-        "responses": _RESPONSES,
-        "parameters": _PARAMETERS,
-        "headers": _HEADERS,
-    }
-    components = _referenced(document, shared)
-    if secured:
-        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-    return document | {"components": components}
+    components = _referenced(paths, template["components"])
+    schemes = {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}
+    return document | {"components": components | (schemes if secured else {})}
 
 
 def _referenced(document: Any, shared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -1290,8 +890,9 @@ def _sample_request(flow: Flow, mode: str) -> tuple[dict[str, Any], list[int]]:
     for name in flow.selection.names:
         fields["query"].append(_field(_IN_POSTMAN["query"](name), "", SELECTING.get(name, FILTERING), True))
     if mode == "asynchronous":
-        fields["query"].append(_field("callbackUrl", "", _PARAMETERS["CallbackUrl"]["description"], True))
-        for about, value in ((_PARAMETERS["Wait"], "wait=10"), (_PARAMETERS["IdempotencyKey"], "{{$guid}}")):
+        fields["query"].append(_field("callbackUrl", "", _shared("parameters", "CallbackUrl")["description"], True))
+        for name, value in (("Wait", "wait=10"), ("IdempotencyKey", "{{$guid}}")):
+            about = _shared("parameters", name)
             fields["header"].append(_field(about["name"], value, about["description"], True))
     body = _sample_body(flow)
     refused, words = [], flow.description
@@ -1317,8 +918,8 @@ def _sample_request(flow: Flow, mode: str) -> tuple[dict[str, Any], list[int]]:
 
 def _flow_folder(flow: Flow) -> dict[str, Any]:
     """The requests of a flow: the synchronous one, and the chain of submit, poll and fetch."""
-    own = _own_responses(flow)
-    given = [int(code) for code, answer in own.items() if code.isdigit() and (code != "500" or "$ref" not in answer)]
+    own = _own_responses(flow).found
+    given = [int(code) for code in own if code.isdigit()] + [code for code in _failures_of(flow) if code != 500]
     items = []
     for mode in (mode for mode in MODES if mode in flow.modes):
         asked, refused = _sample_request(flow, mode)

@@ -134,9 +134,7 @@ def test_a_synchronous_operation_is_synchronous() -> None:
     both = WHOLE["paths"]["/api/publishing/rows"]["get"]
     assert "202" not in both["responses"] and "422" not in both["responses"]
     assert {item["name"] for item in both["parameters"]} == {"cursor", "state", "sort_by"}
-    assert (
-        "`Prefer: respond-async` (RFC 7240) makes a job of the request, as `rows.submit` does." in both["description"]
-    )
+    assert "`Prefer: respond-async` (RFC 7240) makes the request a job, as `rows.submit` does." in both["description"]
     # A form for people sends what an example says.
     shared = [item for item in WHOLE["components"]["parameters"].values() if item["in"] == "header"]
     assert shared and not [item for item in shared if {"example", "examples"} & (item.keys() | item["schema"].keys())]
@@ -413,3 +411,21 @@ def test_where_a_token_is_wanted_the_document_wants_it_too(tmp_path: Path) -> No
             assert answer.json()["security"] == [{"token": []}]
         finally:
             client.session.close()
+
+
+def test_the_template_says_what_the_server_does() -> None:
+    shared = json.loads(astera_lite.resource("openapi.json"))["components"]
+    schemas, parameters = shared["schemas"], shared["parameters"]
+    states = [status.value for status in astera_lite.Status]
+    assert shared["headers"]["Job-Status"]["schema"]["enum"] == states
+    for name in ("StatusDocument", "FinishedJob", "JobDetails"):
+        assert schemas[name]["properties"]["status"]["enum"] == states[:3]
+    assert schemas["StatusDocument"]["properties"]["callback"]["properties"]["state"]["enum"] == [
+        *astera_lite.MOVES["callback"]
+    ]
+    assert schemas["Problem"]["properties"]["code"]["enum"] == list(astera_lite.ENDS[1:])
+    assert schemas["Deployment"]["properties"]["method"]["enum"] == list(astera_lite.FLOW_METHODS)
+    assert schemas["Flow"]["properties"]["request"]["properties"]["method"]["enum"] == list(astera_lite.FLOW_METHODS)
+    assert schemas["Deployment"]["properties"]["processing"]["items"]["enum"] == list(astera_lite.MODES)
+    limit = parameters["Limit"]["schema"]
+    assert (limit["default"], limit["maximum"]) == (astera_lite.DEFAULT_LIST, astera_lite.MAX_LIST)

@@ -81,7 +81,7 @@ def test_the_wheel_holds_the_module_and_what_it_needs(built: Built) -> None:
 
 
 def test_what_is_needed_beside_the_module_is_all_that_is_there() -> None:
-    assert sorted(SHIPPED) == sorted(path.name for kind in ("sql", "html") for path in ROOT.glob(f"*.{kind}"))
+    assert sorted(SHIPPED) == sorted(path.name for kind in ("sql", "html", "json") for path in ROOT.glob(f"*.{kind}"))
 
 
 def test_the_wheel_needs_nothing_else(built: Built) -> None:
@@ -210,7 +210,7 @@ def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
     command = [sys.executable, "astera_lite.py", "zipapp"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
     left_out = re.findall(r"^(\S+) is missing, so it is left out$", done.stderr, re.MULTILINE)
-    assert left_out == ["astera_lite_documents.py", "astera_lite_steps.py", "console.html"]
+    assert left_out == ["astera_lite_documents.py", "astera_lite_steps.py", "console.html", "openapi.json"]
     with process(tmp_path, program=(sys.executable, "astera_lite.pyz")) as (_, url, _):
         assert Api(url).counts()["running"] == 0
     (tmp_path / "schema.sql").unlink()
