@@ -9351,21 +9351,6 @@ class Principal(NamedTuple):
 ANYBODY = Principal()
 
 
-class Limits(NamedTuple):
-    """What the wire and the loop need to know. Sizes are bytes, durations seconds."""
-
-    host: str = "127.0.0.1"
-    port: int = 0
-    max_connections: int = 1000
-    max_header: int = 64 << 10
-    max_url: int = 16 << 10
-    max_body: int = 10 << 20
-    request_timeout: float = 30.0
-    idle_timeout: float = 60.0
-    tls_cert: str | None = None
-    tls_key: str | None = None
-
-
 class Call(NamedTuple):
     """An asynchronous call that was checked and can be accepted. `key` is the new job's."""
 
@@ -9459,6 +9444,211 @@ def read_secrets(setting: str | None, environ: Mapping[str, str]) -> dict[str, s
     return values
 
 
+_Signature = tuple[tuple[str, int, int], ...]
+_Check = Callable[[bool, Flow | None], None]  # whether a deployment exists, and the flow in service
+
+
+def _signature(folder: str | None) -> _Signature:
+    """Name, time and size of every file in a folder that flows are made of."""
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder) if folder is not None else ():
+            if is_flow_file(entry.name) or entry.name == CONNECTIONS_FILE or entry.name.endswith(".py"):
+                try:
+                    about = entry.stat()
+                    found.append((entry.name, about.st_mtime_ns, about.st_size))
+                except OSError:  # a dangling link counts as a file
+                    found.append((entry.name, 0, 0))
+    return tuple(sorted(found))
+
+
+def _write_atomically(path: str, text: str) -> None:
+    """Write a file so that a reader, and a start after a crash, find the old text or the new one, whole."""
+    folder, name = os.path.split(path)
+    part = os.path.join(folder, f".{name}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+class Deployer:
+    """Puts flows into service: those of a folder's files, and those that the embedding program deploys.
+
+    `deployments` is the set in service. A change replaces the set as a whole, so a reader needs no lock.
+    """
+
+    def __init__(self, folder: str | None, connections: dict[str, Connection]) -> None:
+        """`connections` is filled from the folder's connections.json, and emptied with it."""
+        self.deployments = Deployments()
+        self.kinds = dict(STEP_KINDS)
+        self.functions = Functions(folder)
+        self._folder, self._connections = folder, connections
+        self._own: dict[str, Flow] = {}  # deployed by the program
+        self._by_version: dict[int, Flow] = {}  # flows not in service any more whose jobs still run
+        self._changing = threading.RLock()  # held while flows are read and put into service
+        self._read = self._seen = _Signature()
+
+    def build(self, tree: Any, name: str, source: str = "") -> Flow:
+        """Compile a flow; raises FlowError with every fault."""
+        with _faults_of(source or name):
+            return build_flow(
+                tree, name, source=source, kinds=self.kinds, functions=self.functions, connections=self._connections
+            )
+
+    def reload(self) -> list[Fault]:
+        """Read the flow files again, and return their faults; new faults are logged. Running jobs keep their flow."""
+        with self._changing:
+            known = set(self.deployments.faults)
+            self._read = self._seen = _signature(self._folder)
+            self.deployments = self.read()
+        for fault in self.deployments.faults:
+            if fault not in known:
+                log.error("%s", fault)
+        return self.deployments.faults
+
+    def read(self) -> Deployments:
+        """The program's flows, those of the files as they are now, and the files' faults."""
+        flows, faults = list(self._own.values()), list[Fault]()
+        if self._folder is not None and os.path.isdir(self._folder):
+            connections, faults = load_connections(self._folder, self._connections)
+            for name in self._connections.keys() - connections:
+                del self._connections[name]
+            self._connections.update(connections)
+            read, found = load_flows(self._folder, self.build, self.deployments.by_name)
+            flows, faults = flows + read, faults + found
+        elif self._folder is not None:
+            what = "is no folder" if os.path.exists(self._folder) else "there is no such folder"
+            cure = "start where it is, or name it (--flows); `new NAME` makes one with a first flow"
+            faults = [Fault(self._folder, "", f"{what}: {cure}")]
+        return Deployments(flows, faults, self.deployments.by_name)
+
+    def reload_if_changed(self) -> None:
+        """Read the flow files again if they have changed, and have been at rest since the last look."""
+        before, self._seen = self._seen, _signature(self._folder)
+        if self._seen != self._read and self._seen == before:
+            self.reload()
+            count = len(self.deployments.by_name)
+            log.info("read the flows again: %d published, %d faults", count, len(self.deployments.faults))
+
+    def deploy(self, name: str, tree: Any) -> Flow:
+        """Deploy a flow that is in no file, replacing one of the same name; raises FlowError."""
+        with self._changing:
+            flow = self.build(tree, name)
+            self.deployments = self._with(name, flow)
+            self._own[name] = flow
+        return flow
+
+    def put(self, name: str, text: bytes, check: _Check) -> tuple[Flow, bool]:
+        """Deploy a flow as the file NAME.json; returns the flow, and whether the deployment is new.
+
+        Raises what `check` raises, FlowError with every fault, and Conflict if the name belongs to something else than
+        that file.
+        """
+        with self._changing:
+            path = self._file_of(name)
+            known = self.deployments.by_name.get(name)
+            check(known is not None or os.path.exists(path), known)
+            file = os.path.basename(path)
+            try:
+                tree = parse_flow_text(text.decode(), file)
+            except UnicodeDecodeError as error:
+                raise FlowError([Fault(file, "", f"byte {error.start} is not valid UTF-8")]) from None
+            flow = self.build(tree, name, file)
+            deployments = self._with(name, flow)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            _write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+            self.deployments = deployments
+        log.info("deployed %s", name)
+        return flow, known is None
+
+    def delete(self, name: str, check: _Check) -> None:
+        """Take a flow out of service and delete its file; raises NotFound, Conflict, and what `check` raises."""
+        with self._changing:
+            path = self._file_of(name)
+            known = self.deployments.by_name.get(name)
+            if known is None and not os.path.exists(path):
+                raise NotFound(f"There is no deployment {shown(name)}.")
+            check(True, known)
+            callers = [f.name for f in self.deployments.by_name.values() if name in [called for called, _ in f.calls]]
+            if callers:
+                raise Conflict(f"It is called by {', '.join(callers)}.")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            self.deployments = self._with(name)
+        log.info("deleted the deployment %s", name)
+
+    def _with(self, name: str, *flow: Flow) -> Deployments:
+        """The deployments with this flow, or none, under a name; raises FlowError for what the flow brings."""
+        others = {other.name: other for other in self.deployments.by_name.values() if other.name != name}
+        faults = [fault for fault in self.deployments.faults if fault.where != f"{name}.json"]
+        deployments = Deployments([*others.values(), *flow], faults, others)
+        if len(deployments.faults) > len(faults):
+            raise FlowError(deployments.faults[len(faults) :])
+        return deployments
+
+    def _file_of(self, name: str) -> str:
+        """The path of a deployment's file; raises NotFound, Conflict."""
+        if not FLOW_NAME.fullmatch(name):
+            raise NotFound(f"{shown(name)} is no name of a deployment: letters, digits, - and _.")
+        if name + ".json" == CONNECTIONS_FILE:
+            raise Conflict(f"{CONNECTIONS_FILE} holds the connections: choose another name.")
+        if self._folder is None or name in self._own:
+            raise Conflict("It is published by the program that embeds this server, not by a file.")
+        if os.path.exists(os.path.join(self._folder, f"{name}.toml")):
+            raise Conflict(f"It is kept in {name}.toml: change that file.")
+        return os.path.join(self._folder, f"{name}.json")
+
+    def flow_of(self, job: Job, stored: Callable[[int], tuple[str, str] | None]) -> Flow | None:
+        """The flow that a job was accepted with, or the one of that name; `stored` reads a version's name and text."""
+        flow = self.deployments.by_version.get(job.version) or self._by_version.get(job.version)
+        if flow is None and (found := stored(job.version)) is not None:
+            try:
+                flow = self._by_version[job.version] = self.build(json.loads(found[1]), found[0])
+            except FlowError as error:
+                message = "job %s: the flow it was accepted with cannot be deployed any more: %s"
+                log.warning(message, job.id, error, extra=about("job", job.id, job.flow, None))
+        return flow or self.deployments.by_name.get(job.flow)
+
+
+class Watchers:
+    """Who waits for a job to change."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards `by_job`
+        self.by_job: dict[int, list[Callable[[], None]]] = {}  # by seq
+
+    def add(self, key: JobKey, watcher: Callable[[], None]) -> None:
+        """Call `watcher` once, on a thread of the store's choice: when the job changes, or the application stops.
+
+        Add the watcher first, then look at the job.
+        """
+        with self._lock:
+            self.by_job.setdefault(key.seq, []).append(watcher)
+
+    def remove(self, key: JobKey, watcher: Callable[[], None]) -> None:
+        """Forget a watcher."""
+        with self._lock:
+            watchers = self.by_job.get(key.seq, [])
+            if watcher in watchers:
+                watchers.remove(watcher)
+                if not watchers:
+                    del self.by_job[key.seq]
+
+    def tell(self, key: JobKey) -> None:
+        """Call those who wait for this job."""
+        with self._lock:
+            watchers = self.by_job.pop(key.seq, [])
+        for watcher in watchers:
+            watcher()
+
+    def close(self) -> None:
+        """Call them all."""
+        for seq in list(self.by_job):
+            self.tell(JobKey(seq, 0))
+
+
 _CALLBACKS = 16  # of futures, called at one time
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -9524,17 +9714,8 @@ class AsteraLite:
             kept={},
         )
         self.base = (settings.public_url or f"http://{settings.host}:{settings.port}").rstrip("/")
-        self._folder = settings.flows or None
-        self._functions = Functions(self._folder)
-        self._own_flows: dict[str, Flow] = {}
-        self._deploying = threading.RLock()  # held while flows are read, and taken into service
-        self._folder_read: _Signature = ()
-        self._folder_seen: _Signature = ()
-        self._old_flows: dict[int, Flow] = {}
-        self._watchers: dict[int, list[Callable[[], None]]] = {}
-        self._watching = threading.Lock()  # guards the watchers
-        self._kinds = dict(STEP_KINDS)
-        self.deployments = Deployments()
+        self.deployer = Deployer(settings.flows or None, self.outside.connections)
+        self.watchers = Watchers()
         self.tokens: list[Token] = []
         self._running = False
         self._open = False  # from start to the very end of stop
@@ -9547,11 +9728,6 @@ class AsteraLite:
         self._callbacks = ThreadPoolExecutor(_CALLBACKS, "astera-callback")  # of futures; made anew by a start
 
     # --- life ---
-
-    @property
-    def limits(self) -> Limits:
-        """The settings of the wire and the loop."""
-        return Limits(*(getattr(self.settings, name) for name in Limits._fields))
 
     def __enter__(self) -> Self:
         self.start()
@@ -9581,7 +9757,7 @@ class AsteraLite:
     def _start(self) -> None:
         settings = self.settings
         self.tokens = self.store.tokens()
-        self.reload()
+        self.deployer.reload()
         self.engine = Engine(
             self.store,
             self.outside,
@@ -9649,47 +9825,21 @@ class AsteraLite:
         self.store.close(10.0)
         self._open = False
         self._callbacks.shutdown(wait=False)
-        with self._watching:
-            waiting = [watcher for watchers in self._watchers.values() for watcher in watchers]
-            self._watchers.clear()
-        for watcher in waiting:
-            watcher()
+        self.watchers.close()
         if not left:
             log.removeFilter(self.outside.masked.log_record)
         return left
 
     # --- flows ---
 
-    def read_flows(self) -> Deployments:
-        """The flows as the files are now, beside those of the program itself, and the faults of files."""
-        flows, faults = list(self._own_flows.values()), list[Fault]()
-        if self._folder is not None and os.path.isdir(self._folder):
-            connections, faults = load_connections(self._folder, self.outside.connections)
-            for gone in self.outside.connections.keys() - connections:
-                del self.outside.connections[gone]
-            self.outside.connections.update(connections)
-            read, found = load_flows(self._folder, self._build, self.deployments.by_name)
-            flows, faults = flows + read, faults + found
-        elif self._folder is not None:
-            what = "is no folder" if os.path.exists(self._folder) else "there is no such folder"
-            cure = "start where it is, or name it (--flows); `new NAME` makes one with a first flow"
-            faults = [Fault(self._folder, "", f"{what}: {cure}")]
-        return Deployments(flows, faults, self.deployments.by_name)
-
-    def reload(self) -> list[Fault]:
-        """Read the flow files again; running jobs keep the flow they have. The faults; new ones are also logged."""
-        with self._deploying:
-            known = set(self.deployments.faults)
-            self._folder_read = self._folder_seen = _signature(self._folder)
-            self.deployments = self.read_flows()
-        for fault in self.deployments.faults:
-            if fault not in known:
-                log.error("%s", fault)
-        return self.deployments.faults
+    @property
+    def deployments(self) -> Deployments:
+        """The flows in service."""
+        return self.deployer.deployments
 
     def look_around(self) -> None:
         """See what others have changed: the flow files, and the tokens."""
-        self.look_at_flows()
+        self.deployer.reload_if_changed()
         self.read_tokens()
 
     def read_tokens(self) -> None:
@@ -9700,98 +9850,9 @@ class AsteraLite:
         if self.tokens != before:
             log.info("tokens: %s", ", ".join(token.name for token in self.tokens) or "none")
 
-    def look_at_flows(self) -> None:
-        """Read the flow files again if they have changed, and were the same when they were last looked at."""
-        before, self._folder_seen = self._folder_seen, _signature(self._folder)
-        if self._folder_seen != self._folder_read and self._folder_seen == before:
-            self.reload()
-            count = len(self.deployments.by_name)
-            log.info("read the flows again: %d published, %d faults", count, len(self.deployments.faults))
-
-    def put_deployment(
-        self, name: str, text: bytes, condition: Callable[[bool, Flow | None], None] = lambda exists, flow: None
-    ) -> tuple[Flow, bool]:
-        """Deploy a flow as the file NAME.json; it, and whether it is new.
-
-        Raises FlowError with every fault, Conflict if something else than that file has the name, and what `condition`
-        raises, which is told whether there is such a deployment or file, and the flow that is published.
-        """
-        file = f"{name}.json"
-        with self._deploying:
-            folder = self._folder_of(name)
-            known = self.deployments.by_name.get(name)
-            condition(known is not None or os.path.exists(os.path.join(folder, file)), known)
-            try:
-                tree = parse_flow_text(text.decode(), file)
-            except UnicodeDecodeError as error:
-                raise FlowError([Fault(file, "", f"byte {error.start} is not valid UTF-8")]) from None
-            flow = self._build(tree, name, file)
-            others = {other.name: other for other in self.deployments.by_name.values() if other.name != name}
-            faults = [fault for fault in self.deployments.faults if fault.where != file]
-            deployments = Deployments([*others.values(), flow], faults, others)
-            if len(deployments.faults) > len(faults):
-                raise FlowError(deployments.faults[len(faults) :])
-            _write_whole(os.path.join(folder, file), json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-            self.deployments = deployments
-        log.info("deployed %s", name)
-        return flow, known is None
-
-    def delete_deployment(
-        self, name: str, condition: Callable[[bool, Flow | None], None] = lambda exists, flow: None
-    ) -> None:
-        """Take a flow out of service and delete its file; raises NotFound, Conflict if others call it.
-
-        `condition` is that of `put_deployment`.
-        """
-        with self._deploying:
-            file = f"{name}.json"
-            path = os.path.join(self._folder_of(name), file)
-            if name not in self.deployments.by_name and not os.path.exists(path):
-                raise NotFound(f"There is no deployment {shown(name)}.")
-            condition(True, self.deployments.by_name.get(name))
-            callers = [f.name for f in self.deployments.by_name.values() if name in [called for called, _ in f.calls]]
-            if callers:
-                raise Conflict(f"It is called by {', '.join(callers)}.")
-            others = [flow for flow in self.deployments.by_name.values() if flow.name != name]
-            faults = [fault for fault in self.deployments.faults if fault.where != file]
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            self.deployments = Deployments(others, faults, {flow.name: flow for flow in others})
-        log.info("deleted the deployment %s", name)
-
-    def _folder_of(self, name: str) -> str:
-        """The folder where a deployment's file is kept; raises Conflict, NotFound."""
-        if not FLOW_NAME.fullmatch(name):
-            raise NotFound(f"{shown(name)} is no name of a deployment: letters, digits, - and _.")
-        if name + ".json" == CONNECTIONS_FILE:
-            raise Conflict(f"{CONNECTIONS_FILE} keeps the connections: choose another name.")
-        if self._folder is None or name in self._own_flows:
-            raise Conflict("It is published by the program that this server runs in, not by a file.")
-        if os.path.exists(os.path.join(self._folder, f"{name}.toml")):
-            raise Conflict(f"It is kept in {name}.toml: change that file.")
-        os.makedirs(self._folder, exist_ok=True)
-        return self._folder
-
-    def _build(self, tree: Any, name: str, source: str = "") -> Flow:
-        connections = self.outside.connections
-        with _faults_of(source or name):
-            return build_flow(
-                tree, name, source=source, kinds=self._kinds, functions=self._functions, connections=connections
-            )
-
     def deploy(self, name: str, tree: dict[str, Any]) -> Flow:
         """Deploy a flow that is in no file, replacing one of the same name; raises FlowError."""
-        with self._deploying:
-            return self._deploy(name, self._build(tree, name))
-
-    def _deploy(self, name: str, flow: Flow) -> Flow:
-        others = [other for other in self.deployments.by_name.values() if other.name != name]
-        deployments = Deployments([*others, flow], [], {each.name: each for each in others})
-        if deployments.faults:
-            raise FlowError(deployments.faults)
-        self._own_flows[name] = flow
-        self.deployments = deployments
-        return flow
+        return self.deployer.deploy(name, tree)
 
     def flow(
         self, route: str, *, name: str = "", processing: Sequence[str] = MODES, **options: Any
@@ -9829,26 +9890,12 @@ class AsteraLite:
 
         def add(function: _Function) -> _Function:
             about = " ".join((function.__doc__ or "").split())
-            self._kinds[name] = StepKind(partial(_check_own, function), True, about, _own_schema(function))
-            if self._folder is not None and self._running:
-                self.reload()  # a file may have waited for it
+            self.deployer.kinds[name] = StepKind(partial(_check_own, function), True, about, _own_schema(function))
+            if self._running:
+                self.deployer.reload()  # a file may have waited for it
             return function
 
         return add
-
-    def _flow_of(self, job: Job) -> Flow | None:
-        """The flow that a job was accepted with; where that cannot be had, the one of its name."""
-        flow = self.deployments.by_version.get(job.version) or self._old_flows.get(job.version)
-        if flow is None:
-            stored = self.store.flow_text(job.version)
-            try:
-                if stored is not None:
-                    flow = self._build(json.loads(stored[1]), stored[0])
-                    self._old_flows[job.version] = flow
-            except FlowError as error:
-                message = "job %s: the flow it was accepted with cannot be deployed any more: %s"
-                log.warning(message, job.id, error, extra=about("job", job.id, job.flow, None))
-        return flow or self.deployments.by_name.get(job.flow)
 
     # --- accepting ---
 
@@ -9980,7 +10027,7 @@ class AsteraLite:
         if loaded is None:
             return None
         job = loaded.job
-        flow = self._flow_of(job)
+        flow = self.deployer.flow_of(job, self.store.flow_text)
         try:
             if flow is None:
                 raise NotFound(f"the flow {job.flow} is not deployed any more")
@@ -9996,10 +10043,7 @@ class AsteraLite:
         return Prepared(job, flow, given, saved, loaded.waits, loaded.trace, interrupted)
 
     def _finished(self, key: JobKey, more: bool) -> None:
-        with self._watching:
-            watchers = self._watchers.pop(key.seq, ())
-        for watcher in watchers:
-            watcher()
+        self.watchers.tell(key)
         if more:
             self.housekeeper.wake()
 
@@ -10017,27 +10061,6 @@ class AsteraLite:
     def expired(self, key: JobKey | None) -> bool:
         """Whether an unknown job's id is older than results are kept."""
         return key is not None and key.time_ms < self.clock.now() - self.settings.retention * 1000
-
-    def watch(self, key: JobKey, watcher: Callable[[], None]) -> None:
-        """Call `watcher` once, on a thread of the store's choice: when the job changes, or the application stops.
-
-        Watch first, then look.
-        """
-        with self._watching:
-            self._watchers.setdefault(key.seq, []).append(watcher)
-
-    def unwatch(self, key: JobKey, watcher: Callable[[], None]) -> None:
-        """Forget a watcher."""
-        with self._watching:
-            watchers = self._watchers.get(key.seq)
-            if watchers is not None and watcher in watchers:
-                watchers.remove(watcher)
-                if not watchers:
-                    self._watchers.pop(key.seq, None)
-
-    def cancel_job(self, job: Job) -> bool:
-        """Cancel a Running job; True if it had not begun, and so ends now, False if it stops at its next step."""
-        return self.engine.cancel(job)
 
     def rerun(self, job: Job, base: str, caller: Principal, trace: Trace | None, done: Done) -> None:
         """Submit a finished job's input again, to the flow as it is now; raises Conflict, InputError, Busy."""
@@ -10156,7 +10179,7 @@ class AsteraLite:
         deadline = time.monotonic() + timeout if timeout is not None else threading.TIMEOUT_MAX
         while key is not None:
             changed = threading.Event()
-            self.watch(key, changed.set)
+            self.watchers.add(key, changed.set)
             try:
                 found = self.look(key, Principal())
                 if found is None:
@@ -10166,7 +10189,7 @@ class AsteraLite:
                     return found[0]
                 changed.wait(left)
             finally:
-                self.unwatch(key, changed.set)
+                self.watchers.remove(key, changed.set)
         raise _no_job(job_id)
 
     def future(self, job_id: str | Job) -> Future[Job]:
@@ -10179,7 +10202,7 @@ class AsteraLite:
 
         def look() -> None:
             if key is not None:
-                self.watch(key, look)  # before the look: or a job that ends in between would not be seen
+                self.watchers.add(key, look)  # before the look: or a job that ends in between would not be seen
             with contextlib.suppress(InvalidStateError):  # cancelled, or another thread has just seen the end, too
                 try:
                     self.check_open()
@@ -10194,7 +10217,7 @@ class AsteraLite:
 
         look()
         if key is not None:
-            Future.add_done_callback(future, lambda _: self.unwatch(key, look))
+            Future.add_done_callback(future, lambda _: self.watchers.remove(key, look))
         return future
 
     def _call_back(self, function: Callable[[Future[Job]], Any], future: Future[Job]) -> None:
@@ -10230,7 +10253,7 @@ class AsteraLite:
             raise _no_job(job_id)
         if job.status is not Status.RUNNING:
             raise already_finished(job)
-        if not self.cancel_job(job):
+        if not self.engine.cancel(job):
             return False
         check_cancelled(self.wait(job_id))
         return True
@@ -10276,34 +10299,6 @@ def check_cancelled(job: Job) -> None:
     """Raise Conflict if a finished job was not ended by a cancel: it ended by itself in that instant."""
     if job.error is None or job.error["code"] != "cancelled":
         raise already_finished(job)
-
-
-_Signature = tuple[tuple[str, int, int], ...]
-
-
-def _signature(folder: str | None) -> _Signature:
-    """Name, time and size of every file in a folder that flows are made of."""
-    found = []
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder) if folder is not None else ():
-            if is_flow_file(entry.name) or entry.name == CONNECTIONS_FILE or entry.name.endswith(".py"):
-                try:
-                    about = entry.stat()
-                    found.append((entry.name, about.st_mtime_ns, about.st_size))
-                except OSError:  # a link to what is not there: it counts as one
-                    found.append((entry.name, 0, 0))
-    return tuple(sorted(found))
-
-
-def _write_whole(path: str, text: str) -> None:
-    """Write a file so that it is found as it was or as it is to be, whatever happens meanwhile."""
-    folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 class Result:
@@ -11633,16 +11628,16 @@ def _when_finished(
         if x.answered or has_gone:
             return
         if not final:
-            x.app.watch(key, changed)  # first watch, then look: nothing can happen unseen in between
+            x.app.watchers.add(key, changed)  # first watch, then look: nothing can happen unseen in between
         found = x.app.look(key, x.caller)
         if final or found is None or found[0].status is not Status.RUNNING:
-            x.app.unwatch(key, changed)
+            x.app.watchers.remove(key, changed)
             x.answer(answer(found))
 
     def gone() -> None:
         nonlocal has_gone
         has_gone = True  # a look may be on its way to the loop
-        x.app.unwatch(key, changed)
+        x.app.watchers.remove(key, changed)
 
     x.on_close = gone
     x.later(seconds, lambda: look(final=True), True)
@@ -11851,7 +11846,7 @@ def job_cancel(x: Exchange) -> Reply | None:
     job = found[0]
     if job.status is not Status.RUNNING:
         raise already_finished(job)
-    if not x.app.cancel_job(job):
+    if not x.app.engine.cancel(job):
         return _status_response(x, found, 202, [("Location", f"{x.base}/api/jobs/{job.id}/status")])
 
     def answer(found: tuple[Job, Progress | None] | None) -> Reply:
@@ -11974,7 +11969,7 @@ def deployment_put(x: Exchange) -> Reply:
         message = "must be application/json: a flow"
         raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
     try:
-        flow, new = x.app.put_deployment(name, x.body, partial(check_conditions, x))
+        flow, new = x.app.deployer.put(name, x.body, partial(check_conditions, x))
     except FlowError as error:
         faults = [{"in": "body", "name": fault.place, "message": fault.message} for fault in error.faults]
         raise InputError(faults, "The flow has faults.") from None
@@ -11984,7 +11979,7 @@ def deployment_put(x: Exchange) -> Reply:
 
 def deployment_delete(x: Exchange) -> Reply:
     """DELETE /api/deployments/{name}"""
-    x.app.delete_deployment(x.values["name"], partial(check_conditions, x))
+    x.app.deployer.delete(x.values["name"], partial(check_conditions, x))
     return Reply(204, [NO_STORE])
 
 
@@ -12534,7 +12529,7 @@ class Server(ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers share a port
 
     def __init__(self, app: AsteraLite, *, host: str | None = None, port: int | None = None) -> None:
-        self.app, self.limits = app, app.limits
+        self.app, self.limits = app, app.settings
         settings = app.settings
         host = self.limits.host if host is None else host
         port = self.limits.port if port is None else port
@@ -13350,7 +13345,7 @@ def _reload(app: AsteraLite) -> None:
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         app.read_tokens()
-        faults = app.reload()
+        faults = app.deployer.reload()
         log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
     finally:
         notify("READY=1")

@@ -120,7 +120,7 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
             faults.append(Fault(name, "", "is no flow file: they end in .json or .toml"))
     named = {fault.where for fault in faults}
     for folder in folders:
-        found = AsteraLite(app.settings._replace(flows=folder)).read_flows()
+        found = AsteraLite(app.settings._replace(flows=folder)).deployer.read()
         for fault in found.faults:
             path = os.path.realpath(os.path.join(folder, fault.where))
             if not wanted or (path in wanted and wanted[path] not in named):
@@ -167,7 +167,7 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     set_up_logging(settings._replace(log_level="warning"))
     app = AsteraLite(settings)
     log.addFilter(app.outside.masked.log_record)
-    app.reload()
+    app.deployer.reload()
     flow = app.deployments.by_name.get(args.name)
     if flow is None and args.name in {os.path.splitext(fault.where)[0] for fault in app.deployments.faults}:
         print(f'the flow "{args.name}" has faults, which stand above', file=sys.stderr)
@@ -231,7 +231,7 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
     """test: run the tests that flow files carry."""
     set_up_logging(settings._replace(log="off"))
     app = AsteraLite(settings)
-    faults = app.reload()
+    faults = app.deployer.reload()
     for fault in faults:
         print(_openable(fault, settings.flows))
     flows = app.deployments.by_name
@@ -265,7 +265,7 @@ def schema(make: Callable[..., Any], args: argparse.Namespace, settings: Setting
 def print_document(make: Callable[..., Any], args: argparse.Namespace, settings: Settings) -> int:
     """openapi, postman: print a document of the flows; exit 1 if some are faulty and so not in it."""
     app = AsteraLite(settings)
-    found = app.read_flows()
+    found = app.deployer.read()
     for fault in found.faults:
         print(_openable(fault, settings.flows), file=sys.stderr)
     secured = settings.token is not None or bool(_tokens_of(settings.database))

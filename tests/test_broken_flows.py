@@ -124,7 +124,7 @@ def test_odd_files_in_the_folder(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(tmp_path / "nowhere")
     app = AsteraLite(flows=str(tmp_path))
     unread = "is not read: write it as JSON or TOML, in a file that ends in .json or .toml, not"
-    assert [str(fault) for fault in app.reload()] == [
+    assert [str(fault) for fault in app.deployer.reload()] == [
         "connections.json: is a link to a file that is not there",
         f"a.yaml: {unread} .yaml",
         f"b.JSON: {unread} .JSON",
@@ -213,7 +213,7 @@ def _nodes(tree: Any, *way: Any) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_with_any_node_replaced_a_shipped_file_is_well_or_has_faults(path: Path, tmp_path: Path) -> None:
     app, functions = AsteraLite(flows=str(path.parent)), Functions(path.parent)
-    assert not app.reload()
+    assert not app.deployer.reload()
     file = {"tree": parse_flow_text(path.read_text(), path.name)}
     for parent, key, way in _nodes(file):
         original = parent[key]

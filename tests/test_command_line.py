@@ -595,13 +595,13 @@ def test_sighup_reads_the_flows_again_and_goes_on_serving(tmp_path: Path) -> Non
 def test_requests_are_answered_while_the_flows_are_read_again(tmp_path: Path) -> None:
     code = """
 import sys, astera_lite
-reload = astera_lite.AsteraLite.reload
+reload = astera_lite.Deployer.reload
 def held(app):
     if app.deployments.by_name:  # not at the start
         print("entered", flush=True)
         sys.stdin.readline()
     print(reload(app), flush=True)
-astera_lite.AsteraLite.reload = held
+astera_lite.Deployer.reload = held
 sys.exit(astera_lite.main(sys.argv[1:]))
 """
     program = (sys.executable, "-c", code)

@@ -293,7 +293,7 @@ def test_conflicts(tmp_path: Path) -> None:
     with serving(tmp_path, token=TOKEN, hello=HELLO, caller=caller) as app, calling(app) as client:
         app.deploy("own", get_flow("/own"))
         write(tmp_path, "t.toml", '[request]\nmethod = "GET"\nresource = "/t"\n')
-        app.reload()
+        app.deployer.reload()
         for method, name in (("PUT", "own"), ("DELETE", "own"), ("PUT", "t"), ("DELETE", "t"), ("DELETE", "hello")):
             answer = client(method, f"/api/deployments/{name}", json=get_flow("/new"))
             assert answer.status_code == 409, (method, name, answer.text)
@@ -313,8 +313,10 @@ def test_deploying_needs_the_admin_token(tmp_path: Path) -> None:
 def test_deployments_at_the_same_time_do_not_lose_each_other(tmp_path: Path) -> None:
     with serving(tmp_path, token=TOKEN) as app:
         flows = {f"f{n}": json.dumps(get_flow(f"/f{n}")).encode() for n in range(24)}
-        threads = [threading.Thread(target=app.put_deployment, args=item) for item in flows.items()]
-        threads += [threading.Thread(target=app.reload) for _ in range(8)]
+        threads = [
+            threading.Thread(target=app.deployer.put, args=(*item, lambda exists, flow: None)) for item in flows.items()
+        ]
+        threads += [threading.Thread(target=app.deployer.reload) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -337,7 +339,7 @@ def test_a_program_adds_a_kind_of_step(tmp_path: Path) -> None:
         v = {"parameters": {"v": {"in": "query"}}}
         app.deploy("g", get_flow("/g", steps=[{"name": "g", "greet": spec}], request=v))
         assert app.run("g", {"v": "Hi"}).json() == ["Hi Ada", "Hi Ada"]
-        assert (app._kinds["greet"].help, "greet" in STEP_KINDS) == ("Greets.", False)
+        assert (app.deployer.kinds["greet"].help, "greet" in STEP_KINDS) == ("Greets.", False)
         for wrong, message in (
             ({"nam": "x"}, 'did you mean "name"?'),
             ({}, 'needs a member "name"'),
@@ -349,7 +351,7 @@ def test_a_program_adds_a_kind_of_step(tmp_path: Path) -> None:
         for name in ("http", "when", "a b", ""):
             with pytest.raises(ConfigError):
                 app.step(name)
-        found = flow_schema(app._kinds)["$defs"]["step"]["properties"]["greet"]
+        found = flow_schema(app.deployer.kinds)["$defs"]["step"]["properties"]["greet"]
         assert (found["required"], found["description"]) == (["name"], "Greets.")
 
 

@@ -349,7 +349,7 @@ def test_many_futures_in_an_event_loop_hold_no_threads(tmp_path: Path) -> None:
 
     with application(tmp_path) as app:
         assert asyncio.run(all_of_them(app)) == [2 * n for n in range(100)]
-        assert app._watchers == {}  # the one that was given up watches no more
+        assert app.watchers.by_job == {}  # the one that was given up watches no more
 
 
 def test_who_waits_for_a_job_when_the_application_stops_is_told(tmp_path: Path) -> None:

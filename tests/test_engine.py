@@ -102,7 +102,7 @@ def holding(app: AsteraLite) -> tuple[threading.Semaphore, threading.Event]:
 
         return compute
 
-    app._kinds["compute"] = StepKind(check, False, "computes")
+    app.deployer.kinds["compute"] = StepKind(check, False, "computes")
     app.deploy("busy", get_flow("/busy", steps=[{"name": "c", "compute": {}}]))
     return begun, end
 
@@ -466,13 +466,13 @@ def test_a_cancel_in_the_instant_of_the_end_is_a_conflict(tmp_path: Path) -> Non
     with serving(tmp_path, {"w": get_flow("/w", steps=[{"name": "w", "wait": 60}])}) as app:
         job = app.submit("w")
         suspended(app)
-        cancel_job = app.cancel_job
+        cancel = app.engine.cancel
 
         def too_late(job: Job) -> bool:  # it ends between the look and the cancel
             app.engine.end(job, Outcome(Answer(200, (), b"by itself")))
-            return cancel_job(job)
+            return cancel(job)
 
-        app.cancel_job = too_late  # type: ignore[method-assign]
+        app.engine.cancel = too_late  # type: ignore[method-assign]
         with pytest.raises(Conflict, match="The job is finished: Completed"):
             app.cancel(job.id)
 

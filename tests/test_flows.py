@@ -866,7 +866,7 @@ def test_python_steps(tmp_path: Path) -> None:
         "def odd(context):\n    return {1: (1, 2)}\ndef bad(context):\n    return {1, 2}\ndef boom(context):\n    raise ValueError('inner')\n"  # noqa: E501
     )
     app = AsteraLite(flows=str(tmp_path))
-    functions = app._functions
+    functions = app.deployer.functions
 
     def go(*steps: Any) -> Outcome:
         flow = build_flow(

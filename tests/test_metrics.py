@@ -234,11 +234,11 @@ def test_a_restart_begins_at_0_and_counts_what_was_left(tmp_path: Path) -> None:
 def test_only_deployed_flows_are_told_of(tmp_path: Path) -> None:
     with AsteraLite(database=str(tmp_path / "jobs.db"), flows=str(tmp_path)) as app:
         (tmp_path / "gone.json").write_text(json.dumps(FLOWS["light"]))
-        app.reload()
+        app.deployer.reload()
         app.run("gone")
         assert at(parsed(metrics_text(app)), "astera_run_duration_seconds_count", flow="gone") == 1
         (tmp_path / "gone.json").unlink()
-        app.reload()
+        app.deployer.reload()
         assert not any("flow" in dict(labels) for _, labels in parsed(metrics_text(app)))
 
 

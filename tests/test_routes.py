@@ -586,13 +586,13 @@ def test_status_and_result_wait_until_the_job_is_finished(tmp_path: Path, gate: 
             Watching(run.server).get, f"/api/jobs/{accepted['id']}/{route}", headers={"Prefer": "wait=9"}
         )
         gate.await_entry()
-        until(lambda: run.app._watchers)
+        until(lambda: run.app.watchers.by_job)
         assert not waiting.done()
         gate.open.set()
         answer = waiting.result(5)
         assert (answer.status_code, answer.headers["Job-Status"]) == (200, "Completed")
         assert answer.headers["Preference-Applied"] == "wait=9"
-        assert run.app._watchers == {}
+        assert run.app.watchers.by_job == {}
 
 
 # --- Idempotency-Key ---
@@ -1222,13 +1222,13 @@ def test_cancel_of_a_queued_a_running_and_a_finished_job(tmp_path: Path, gate: G
 def test_cancel_in_the_instant_of_the_end_is_409(run: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     accepted = run.client.get("/api/publishingAsync/forever").json()
     until(lambda: run.app.engine.counts()["waiting"])
-    cancel_job = run.app.cancel_job
+    cancel = run.app.engine.cancel
 
     def too_late(job: Job) -> bool:  # it ends between the look and the cancel
         run.app.engine.end(job, Outcome(Answer(200, (), b"by itself")))
-        return cancel_job(job)
+        return cancel(job)
 
-    monkeypatch.setattr(run.app, "cancel_job", too_late)
+    monkeypatch.setattr(run.app.engine, "cancel", too_late)
     answer = run.client.post(f"/api/jobs/{accepted['id']}/cancel")
     assert (answer.status_code, answer.headers["Job-Status"]) == (409, "Completed")
 
@@ -1452,8 +1452,8 @@ def test_a_faulty_file_shows_in_deployments_and_the_others_are_served(tmp_path: 
     (flows / "bad.json").write_text('{"request": {"method": "FETCH", "resource": "/bad"}}')
     (flows / "good.json").write_text('{"request": {"method": "GET", "resource": "/good"}, "response": {"body": 1}}')
     with serving(tmp_path, flows=None, database=str(tmp_path / "f.db")) as run:
-        run.app._folder = flows
-        run.app.reload()
+        run.app.deployer._folder = flows
+        run.app.deployer.reload()
         document = run.client.get("/api/deployments").json()
         assert [flow["name"] for flow in document["deployments"]] == ["good"]
         assert document["faults"][0]["file"] == "bad.json"
@@ -1556,11 +1556,11 @@ def test_a_long_poll_whose_client_has_gone_leaves_no_watcher(tmp_path: Path) -> 
         pollers = [socket.create_connection((host, int(port)), timeout=10) for _ in range(5)]
         for poller in pollers:
             poller.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nPrefer: wait=50\r\n\r\n".encode())
-        until(lambda: sum(map(len, server.app._watchers.values())) == 5)
+        until(lambda: sum(map(len, server.app.watchers.by_job.values())) == 5)
         for poller in pollers:
             poller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             poller.close()  # a reset, not an end
-        until(lambda: not server.app._watchers)
+        until(lambda: not server.app.watchers.by_job)
 
 
 def test_a_client_that_goes_while_its_job_changes_leaves_no_watcher(tmp_path: Path) -> None:
@@ -1572,18 +1572,18 @@ def test_a_client_that_goes_while_its_job_changes_leaves_no_watcher(tmp_path: Pa
         poller = socket.create_connection((host, int(port)), timeout=10)
         path = where.removeprefix(server.client.url)
         poller.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nPrefer: wait=50\r\n\r\n".encode())
-        until(lambda: server.app._watchers)
+        until(lambda: server.app.watchers.by_job)
         entered, leave = threading.Event(), threading.Event()
         server.server.post(lambda: (entered.set(), leave.wait(10))[0])
         assert entered.wait(10)  # the loop is held: it sees the end of the connection first, then the news of the job
         poller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         poller.close()
-        server.app._finished(key, False)
+        server.app.watchers.tell(key)
         done = threading.Event()
         leave.set()
         server.server.post(lambda: server.server.post(done.set))
         assert done.wait(10)
-        assert not server.app._watchers
+        assert not server.app.watchers.by_job
 
 
 def test_the_short_way_to_write_a_new_jobs_document_says_the_same() -> None:

@@ -269,10 +269,10 @@ def test_a_changed_connection_counts_at_once_and_a_faulty_one_not_at_all(tmp_pat
         assert answer(app)["body"] == 1
         path = tmp_path / "flows" / "connections.json"
         path.write_text(json.dumps({"a": {"url": two.url}}))
-        assert app.reload() == []
+        assert app.deployer.reload() == []
         assert answer(app)["body"] == 2
         path.write_text("{")
-        assert len(app.reload()) == 1
+        assert len(app.deployer.reload()) == 1
         assert answer(app)["body"] == 2
 
 
