@@ -110,7 +110,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from enum import StrEnum
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from http.server import ThreadingHTTPServer
 from socketserver import BaseRequestHandler, TCPServer
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TextIO, TypeVar, cast
@@ -118,6 +118,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, Tex
 if TYPE_CHECKING:
     import argparse
     import ssl
+    import urllib.request
 
 __all__ = [
     "AsteraError",
@@ -2321,50 +2322,40 @@ def compile_template(
 
 
 # ======================================================================================================================
-# 5 Outbound
-# To add a refused network: a row in _REFUSED_V4 or _REFUSED_V6, with its registry entry (IANA special-purpose).
+# 5 Outbound: the one HTTP client of callbacks and http steps
+# To refuse a network: add it to _NOT_PUBLIC, with its entry in the registries of special-purpose addresses (IANA).
 # ======================================================================================================================
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Written out, for `ipaddress.is_global` takes multicast, NAT64 and 6to4 addresses for public ones. AS112 and AMT
-# (192.31.196, 192.52.193, 192.175.48, 2620:4f:8000) can be reached, but what answers there is the nearest router.
-_REFUSED_V4 = [
-    ipaddress.IPv4Network(text)
-    for text in (
-        "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 "
-        "192.0.2.0/24 192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 "
-        "198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4"
-    ).split()
-]
-#: Global unicast, and three forms that are as public as the IPv4 address they carry.
-_PUBLIC_V6 = [ipaddress.IPv6Network(text) for text in ("2000::/3", "::ffff:0:0/96", "::/96", "64:ff9b::/96")]
-_REFUSED_V6 = [
-    ipaddress.IPv6Network(text) for text in ("::/127", "2001::/23", "2001:db8::/32", "2620:4f:8000::/48", "3fff::/20")
-]
-#: IPv6 networks that carry an IPv4 address, how far from the right it stands, and the bits that are turned over.
-_CARRIERS = [
-    (ipaddress.IPv6Network("::ffff:0:0/96"), 0, 0),  # mapped
-    (ipaddress.IPv6Network("::/96"), 0, 0),  # compatible
-    (ipaddress.IPv6Network("::ffff:0:0:0/96"), 0, 0),  # translated (SIIT)
-    (ipaddress.IPv6Network("64:ff9b::/96"), 0, 0),  # NAT64
-    (ipaddress.IPv6Network("64:ff9b:1::/48"), 0, 0),  # NAT64 of one's own network, in its usual form
-    (ipaddress.IPv6Network("2002::/16"), 80, 0),  # 6to4
-    (ipaddress.IPv6Network("2001::/32"), 0, 0xFFFFFFFF),  # Teredo
-]
+
+def _networks(text: str) -> list[IPNetwork]:
+    return [ipaddress.ip_network(word) for word in text.split()]
+
+
+# Written out, because `ipaddress.is_global` takes multicast, NAT64 and 6to4 addresses for public ones. AS112 and AMT
+# (192.31.196, 192.52.193, 192.175.48, 2620:4f:8000) are reachable, but the nearest router answers there.
+_NOT_PUBLIC = _networks(
+    "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 "
+    "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 "
+    "203.0.113.0/24 224.0.0.0/4 240.0.0.0/4 ::/127 2001::/23 2001:db8::/32 2620:4f:8000::/48 3fff::/20"
+)
+#: All of IPv4, the global unicast of IPv6, and three forms of IPv6 that are as public as the IPv4 address they carry.
+_PUBLIC = _networks("0.0.0.0/0 2000::/3 ::ffff:0:0/96 ::/96 64:ff9b::/96")
+#: IPv6 networks that carry an IPv4 address: mapped, compatible, translated (SIIT), NAT64 and NAT64 of a local network
+#: in the last 32 bits, 6to4 behind the first 16, Teredo in the last 32 with every bit inverted.
+_CARRIERS = [(net, 0, 0) for net in _networks("::ffff:0:0/96 ::/96 ::ffff:0:0:0/96 64:ff9b::/96 64:ff9b:1::/48")]
+_CARRIERS += [(ipaddress.ip_network("2002::/16"), 80, 0), (ipaddress.ip_network("2001::/32"), 0, 0xFFFFFFFF)]
 _ISATAP = 0x5EFE  # bits 64 to 95 of an address in any network, two flags left out (RFC 5214)
-_METADATA = frozenset(
-    ipaddress.ip_address(text)
-    for text in (
-        "169.254.169.254 169.254.170.2 169.254.170.23 169.254.42.42 169.254.0.23 100.100.100.200 192.0.0.192 "
-        "168.63.129.16 fd00:ec2::254 fd00:ec2::23 fd20:ce::254 fd00:c1::a9fe:a9fe fd00:42::42 fe80::a9fe:a9fe"
-    ).split()
+_METADATA = _networks(
+    "169.254.169.254 169.254.170.2 169.254.170.23 169.254.42.42 169.254.0.23 100.100.100.200 192.0.0.192 "
+    "168.63.129.16 fd00:ec2::254 fd00:ec2::23 fd20:ce::254 fd00:c1::a9fe:a9fe fd00:42::42 fe80::a9fe:a9fe"
 )
 
 
 class AddressRefused(AsteraError):
-    """The address policy does not let a request go there."""
+    """The address policy forbids a request to this address."""
 
 
 class OutboundError(AsteraError):
@@ -2375,30 +2366,27 @@ class OutboundError(AsteraError):
         self.kind = kind
 
 
-def carried_addresses(address: IPAddress) -> list[IPAddress]:
-    """The IPv4 addresses that an IPv6 one carries: mapped, compatible, translated, NAT64, 6to4, Teredo, ISATAP."""
+def _carried_addresses(address: IPAddress) -> list[IPAddress]:
+    """The IPv4 addresses that an IPv6 address carries, by every convention that fits."""
     number = int(address)
-    if isinstance(address, ipaddress.IPv4Address) or number <= 1:  # :: and ::1 are addresses of their own
+    if isinstance(address, ipaddress.IPv4Address) or number <= 1:  # :: and ::1 carry nothing
         return []
-    found = [number >> shift ^ turned for network, shift, turned in _CARRIERS if address in network]
+    found = [number >> shift ^ inverted for network, shift, inverted in _CARRIERS if address in network]
     if number >> 32 & 0xFCFFFFFF == _ISATAP:
         found.append(number)
     return [ipaddress.IPv4Address(each & 0xFFFFFFFF) for each in found]
 
 
-def _looks_public(address: IPAddress) -> bool:
-    """Whether an address by itself is in the public internet, by the IANA special-purpose registries."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return not any(address in network for network in _REFUSED_V4)
-    return any(address in network for network in _PUBLIC_V6) and not any(address in network for network in _REFUSED_V6)
+def _in_any(address: IPAddress, networks: Iterable[IPNetwork]) -> bool:
+    return any(address in network for network in networks)
 
 
 class AddressPolicy:
     """Which addresses an outgoing request may reach: public ones, and the hosts and networks that are named.
 
-    `allow` is `none`, `auto`, or hosts and networks, comma-separated; `loopback` says what `auto` means. A host stands
-    for every address its name resolves to; the metadata service of a cloud is reached by its exact address only.
-    Raises ConfigError for what is neither a host name nor a network.
+    `allow` is `none`, `auto`, or hosts and networks, comma-separated; `auto` allows loopback if `loopback` is true. A
+    host stands for every address that its name resolves to; only its exact address allows a cloud's metadata service.
+    Raises ConfigError for a word that is neither a host name nor a network.
     """
 
     def __init__(self, allow: str = "none", loopback: bool = False) -> None:
@@ -2411,45 +2399,40 @@ class AddressPolicy:
             try:
                 self.networks.append(ipaddress.ip_network(word.strip("[]"), strict=False))
             except ValueError:
+                fault = f"{shown(word)} is neither a host name nor a network such as 10.0.0.0/8"
                 if word in ("auto", "none"):
-                    instead = (
-                        "localhost, 127.0.0.0/8, ::1/128 beside the others" if word == "auto" else "the others only"
-                    )
-                    message = f'"{word}" stands alone: write {instead}'
-                    raise ConfigError([Fault("callback_allow", "", message)]) from None
-                if not _HOST_NAME.fullmatch(word) or _NUMBERED.fullmatch(word):
-                    message = f"{shown(word)} is neither a host name nor a network such as 10.0.0.0/8"
-                    raise ConfigError([Fault("callback_allow", "", message)]) from None
+                    fault = f"{shown(word)} stands alone: write localhost, 127.0.0.0/8, ::1/128 for loopback"
+                if word in ("auto", "none") or not _HOST_NAME.fullmatch(word) or _NUMBERED.fullmatch(word):
+                    raise ConfigError([Fault("callback_allow", "", fault)]) from None
                 self.hosts.add(word.rstrip("."))
 
     def refusal(self, host: str, address: IPAddress) -> str | None:
-        """Why a connection to this address, found under this host name, is refused; None if it is allowed."""
-        carried = carried_addresses(address)
-        exact = {network.network_address for network in self.networks if network.num_addresses == 1}
-        if any(form in _METADATA and not exact & {form, address} for form in (address, *carried)):
+        """Why a connection to `address`, to which the name `host` resolves, is refused; None if it is allowed."""
+        carried = _carried_addresses(address)
+        exact = [network for network in self.networks if network.num_addresses == 1]
+        named = _in_any(address, exact)
+        if any(_in_any(form, _METADATA) and not named and not _in_any(form, exact) for form in (address, *carried)):
             return f"{address} is a cloud metadata address"
-        if host.lower().rstrip(".") in self.hosts or self._names(address):
+        if host.lower().rstrip(".") in self.hosts or _in_any(address, self.networks):
             return None
-        # Each may be allowed in its own way: 64:ff9b::a00:1 is public by its form, 10.0.0.1 because it is named.
-        if _looks_public(address) and all(_looks_public(form) or self._names(form) for form in carried):
+        # Each form has its own permission: 64:ff9b::a00:1 is public by itself, the 10.0.0.1 in it must be named.
+        public = [form for form in (address, *carried) if _in_any(form, _PUBLIC) and not _in_any(form, _NOT_PUBLIC)]
+        if address in public and all(form in public or _in_any(form, self.networks) for form in carried):
             return None
         return f"{address} is not a public address"
 
-    def _names(self, address: IPAddress) -> bool:
-        return any(address in network for network in self.networks)
-
 
 class Target(NamedTuple):
-    """A URL taken apart by `parse_target`."""
+    """The parts of a URL, as `parse_target` returns them."""
 
     scheme: str
     host: str  # without brackets
     port: int
-    path: str  # with the query, as it goes on the wire
+    path: str  # with the query, as sent
 
     @property
     def receiver(self) -> str:
-        """`host:port`, to tell receivers apart."""
+        """`host:port`, which identifies a receiver of callbacks."""
         return f"{self.host}:{self.port}"
 
 
@@ -2465,24 +2448,25 @@ _URL = re.compile(
 
 
 def parse_target(url: str) -> Target:
-    """Take an absolute http or https URL apart; ValueError says what is wrong with it.
+    """Split an absolute http or https URL; ValueError says what is wrong with it.
 
-    Strict on purpose: no userinfo, no fragment, no blanks or control characters, ASCII only, as RFC 3986 has it.
+    Strict on purpose: ASCII only (RFC 3986), no user name, no fragment, no blanks, no control characters.
     """
-    host = url.partition("//")[2].partition("/")[0].partition(":")[0]
+    authority = url.partition("//")[2].partition("/")[0]
+    host = authority.partition(":")[0]
     if not host.isascii():
         with contextlib.suppress(UnicodeError):
-            if "xn--" in (name := host.encode("idna").decode()):  # not what only looks like ASCII
-                raise ValueError(f"has a host with other letters than ASCII has: write {name}")
+            if "xn--" in (name := host.encode("idna").decode()):  # not a name of letters that only look like ASCII
+                raise ValueError(f"has letters outside ASCII in its host: write {name}")
     if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
-        raise ValueError("has characters that a URL does not have: percent-encode them")
+        raise ValueError("has characters that no URL has: percent-encode them")
     match = _URL.fullmatch(url)
+    if match is None and "@" in authority:
+        raise ValueError("must not have a user name or password")
     if match is None:
-        if "@" in url.partition("//")[2].partition("/")[0]:
-            raise ValueError("must not carry a user name or password")
         raise ValueError("must not have a fragment" if "#" in url else "must be one absolute http or https URL")
     scheme, host = match["scheme"].lower(), match["host"].lower()
-    port = int(match["port"]) if match["port"] else {"http": 80, "https": 443}[scheme]
+    port = int(match["port"] or {"http": 80, "https": 443}[scheme])
     if not 0 < port < 65536:
         raise ValueError("has a port that does not exist")
     if host.startswith("["):
@@ -2497,123 +2481,40 @@ def parse_target(url: str) -> Target:
 
 
 def literal_addresses(host: str) -> list[IPAddress]:
-    """The addresses of a host that needs no look-up: every form that the system takes (127.1, 0x7f.1), localhost."""
+    """The addresses of a host that needs no look-up: localhost, and numbers in every form that the system accepts."""
     if host.rstrip(".") == "localhost" or host.rstrip(".").endswith(".localhost"):
         return [ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")]
     try:
-        numeric = host.encode("ascii")  # as bytes: a text loads the tables of international names, 0.4 MB
-        found = socket.getaddrinfo(numeric, None, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        numeric = host.encode("ascii")  # bytes, because text loads the tables of international names (0.4 MB)
+        return _addresses(socket.getaddrinfo(numeric, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST))
     except (OSError, UnicodeError):
         return []
-    return [_address(entry[4]) for entry in found]
 
 
-def _address(name: Any) -> IPAddress:
-    return ipaddress.ip_address(str(name[0]).partition("%")[0])
+def _addresses(answer: Iterable[Any]) -> list[IPAddress]:
+    return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in answer))
 
 
-class Fetched(NamedTuple):
-    """An answer to an outgoing request: status code, header pairs as they came, body."""
-
-    status: int
-    headers: list[tuple[str, str]]
-    body: bytes
-
-
-class _DeadlineReader(io.RawIOBase):
-    """Reads a socket under one deadline and one byte limit for all reads together.
-
-    urllib's own timeout is for each recv, so a server that drips could hold a client for ever.
-    """
-
-    def __init__(self, sock: socket.socket, deadline: float, max_bytes: int) -> None:
-        self._sock, self._deadline, self._left = sock, deadline, max_bytes
-        self.ended = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(_left(self._deadline))
-        count = self._sock.recv_into(buffer)
-        self.ended = count == 0
-        self._left -= count
-        if self._left < 0:
-            raise OutboundError("too_large", "the answer is larger than the limit")
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            self._sock.close()
-        super().close()
-
-
-class _DeadlineSocket:
-    """What http.client needs of a socket: sendall, makefile, close."""
-
-    def __init__(self, sock: socket.socket, deadline: float, max_bytes: int) -> None:
-        self._sock, self._deadline, self._max_bytes = sock, deadline, max_bytes
-        self._reader: _DeadlineReader | None = None
-        self._closed = False  # by the other side
-
-    @property
-    def ended(self) -> bool:
-        """Whether all was read that there was."""
-        return self._reader is not None and self._reader.ended
-
-    def sendall(self, data: Any) -> None:
-        """Send under the deadline: an SSLSocket's own sendall may grant each of its pieces the whole time anew.
-
-        A server that has closed may have answered before (RFC 9112, section 9.5): what is left then goes nowhere.
-        """
-        rest = memoryview(data)
-        while rest and not self._closed:
-            self._sock.settimeout(_left(self._deadline))
-            try:
-                rest = rest[self._sock.send(rest) :]
-            except ConnectionError:
-                self._closed = True
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        self._reader = _DeadlineReader(self._sock, self._deadline, self._max_bytes)
-        return io.BufferedReader(self._reader)
-
-    def close(self) -> None:
-        if self._reader is None:  # else the reader, which outlives this object, closes it
-            self._sock.close()
-
-
-class _FinalAnswer(http.client.HTTPResponse):
-    """Reads over the interim answers before the final one, such as 103; http.client does so for 100 only."""
-
-    def begin(self) -> None:
-        super().begin()
-        while self.status > 101 and self.status < 200:  # RFC 9110, section 15.2; 101 would be the last word in HTTP
-            self.headers = None  # type: ignore[assignment]  # what makes it begin anew
-            super().begin()
-
-
-def _left(deadline: float) -> float:
+def _seconds_left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise TimeoutError("timed out")
+        raise TimeoutError
     return left
 
 
-_MAX_LOOKUPS = 512  # names that the system's resolver is asked at one time, those nobody waits for any more included
+_MAX_LOOKUPS = 512  # threads that resolve names, those whose request has timed out included
 _MAX_TRIED = 16  # addresses of one name that a request tries
 _lookups: dict[str, Future[Any]] = {}  # under way, by host
 _lookups_lock = threading.Lock()
 
 
 def resolve(host: str, deadline: float) -> list[IPAddress]:
-    """Addresses of a host, in the system's order. OutboundError if there are none in time.
+    """The addresses of a host, in the system's order; OutboundError if there are none by `deadline` (monotonic).
 
-    The system's look-up cannot be interrupted, so it has a thread of its own that is left behind at the deadline.
-    There is one for a name, whoever asks meanwhile, and there are never more than 512.
+    The system's look-up cannot be interrupted, so a thread of its own does it and is abandoned at the deadline. All
+    requests for one name share a thread.
     """
-    literal = literal_addresses(host) if host.rstrip(".").rpartition(".")[2] != "localhost" else []
-    if literal:
+    if not host.rstrip(".").endswith("localhost") and (literal := literal_addresses(host)):
         return literal
     with _lookups_lock:
         lookup = _lookups.get(host)
@@ -2625,42 +2526,35 @@ def resolve(host: str, deadline: float) -> list[IPAddress]:
             try:
                 thread.start()
             except RuntimeError:
-                raise OutboundError("transport", "no thread can be had to resolve the host name") from None
+                raise OutboundError("transport", "there is no thread left to resolve the host name") from None
             _lookups[host] = lookup
     try:
-        answer = lookup.result(_left(deadline))
+        return _addresses(lookup.result(_seconds_left(deadline)))
     except TimeoutError:
         raise OutboundError("timeout", "the host name could not be resolved in time") from None
     except (OSError, UnicodeError):
         raise OutboundError("transport", "the host name cannot be resolved") from None
-    return list(dict.fromkeys(_address(entry[4]) for entry in answer))
 
 
 def _look_up(host: str, lookup: Future[Any]) -> None:
-    answer, failure = [], None
     try:
-        answer = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
+        lookup.set_result(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM))
     except (OSError, UnicodeError) as error:
-        failure = OSError(str(error))  # one that is no TimeoutError, which would look like the waiter's own
+        lookup.set_exception(error)
     with _lookups_lock:
         del _lookups[host]
-    if failure is None:
-        lookup.set_result(answer)
-    else:
-        lookup.set_exception(failure)
 
 
 def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> socket.socket:
-    """A connection to an address that was judged: the name is not looked up a second time."""
+    """A connection to an address that the policy allows. The name is resolved once, so it cannot change in between."""
     addresses = resolve(target.host, deadline)
-    for address in addresses:  # all of them, before any: a mixed answer is refused whole
-        refusal = policy.refusal(target.host, address) if policy else None
-        if refusal:
+    for address in addresses:  # one refused address refuses the name
+        if policy is not None and (refusal := policy.refusal(target.host, address)):
             raise AddressRefused(refusal)
-    failure: Exception = OSError("no address")
+    failure: OSError = OSError("the name has no address")
     tried = addresses[:_MAX_TRIED]
     for position, address in enumerate(tried):
-        share = _left(deadline) / (len(tried) - position)
+        share = _seconds_left(deadline) / (len(tried) - position)
         try:
             sock = socket.create_connection((str(address), target.port), timeout=share)
         except OSError as error:
@@ -2671,19 +2565,107 @@ def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> s
     raise failure
 
 
+class _BoundedStream(io.RawIOBase):
+    """What http.client uses of a socket, under one deadline and one limit for all bytes that come.
+
+    A socket's own timeout is for each call, so a server that drips could hold a request for ever.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float, max_bytes: int) -> None:
+        self._sock, self._deadline, self._max_bytes = sock, deadline, max_bytes
+        self._left = max_bytes + (256 << 10)  # for the head
+        self._refused = False  # the server takes no more of the request
+        self.ended = False  # the server has sent everything
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(_seconds_left(self._deadline))
+        count = self._sock.recv_into(buffer)
+        self.ended = count == 0
+        self._left -= count
+        if self._left < 0:
+            raise _too_large(self._max_bytes)
+        return count
+
+    def sendall(self, data: Any) -> None:
+        """Send under the deadline: an SSLSocket's own sendall may grant each of its pieces the whole time anew.
+
+        A server that has closed may have answered before (RFC 9112, section 9.5), so the rest is dropped then.
+        """
+        rest = memoryview(data)
+        while rest and not self._refused:
+            self._sock.settimeout(_seconds_left(self._deadline))
+            try:
+                rest = rest[self._sock.send(rest) :]
+            except ConnectionError:
+                self._refused = True
+
+    def close(self) -> None:
+        """The owner of the socket closes it: http.client does so before the answer is read."""
+
+
+class _FinalAnswer(http.client.HTTPResponse):
+    """Skips the interim answers before the final one, such as 103; http.client skips 100 only."""
+
+    def begin(self) -> None:
+        super().begin()
+        while 101 < self.status < 200:  # RFC 9110, section 15.2; 101 would be the last word in HTTP
+            self.headers = None  # type: ignore[assignment]  # begin() returns at once while it has headers
+            super().begin()
+
+
+def _connection_over(stream: Any, host: str, **_: Any) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection(host)
+    connection.response_class = _FinalAnswer
+    connection.sock = stream
+    return connection
+
+
+@lru_cache(maxsize=1)
+def _opener() -> urllib.request.OpenerDirector:
+    """The opener of all requests, with one handler: no proxies, redirects, cookies or other schemes.
+
+    Every request brings the stream of an open connection as its attribute `stream`.
+    """
+    import urllib.request  # noqa: PLC0415 (1 MB that a server without outgoing requests never needs)
+
+    class Handler(urllib.request.AbstractHTTPHandler):
+        def http_open(self, request: Any) -> http.client.HTTPResponse:
+            return self.do_open(partial(_connection_over, request.stream), request)
+
+        https_open = http_open
+        http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    opener = urllib.request.OpenerDirector()
+    opener.addheaders = []
+    opener.add_handler(Handler())
+    return opener
+
+
+def _too_large(max_bytes: int) -> OutboundError:
+    return OutboundError("too_large", f"the answer is larger than {show_size(max_bytes)}")
+
+
+KNOWN_CODINGS = ("gzip", "deflate")
+
+
 def content_codings(headers: Iterable[tuple[str, str]]) -> list[str]:
-    """What was done to a body, in this order (RFC 9110, section 8.4)."""
-    words = (
-        word.strip().lower() for key, value in headers if key.lower() == "content-encoding" for word in value.split(",")
-    )
+    """The codings of a body, in the order in which they were applied (RFC 9110, section 8.4)."""
+    values = [value for name, value in headers if name.lower() == "content-encoding"]
+    words = [word.strip().lower() for word in ",".join(values).split(",")]
     return [word.removeprefix("x-") for word in words if word not in ("", "identity")]
 
 
 def _decoded(data: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
-    """A body with gzip and deflate undone, which some servers send unasked; what is in another coding is left so."""
+    """A body without gzip and deflate, which some servers send unasked; an unknown coding stays."""
     if not data or not codings:
         return data
-    import gzip  # noqa: PLC0415 (hardly any API does that)
+    import gzip  # noqa: PLC0415 (few APIs compress unasked)
     import zlib  # noqa: PLC0415
 
     for coding in reversed(codings):
@@ -2701,29 +2683,28 @@ def _decoded(data: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
         except EOFError:
             raise OutboundError("transport", "the answer was cut short") from None
         except (OSError, zlib.error):
-            raise OutboundError("transport", f"the answer is damaged: it is not {coding}, as it says") from None
+            raise OutboundError("transport", f"the answer is not the {coding} that its headers promise") from None
         if len(data) > max_bytes:
-            raise OutboundError("too_large", f"the answer is larger than {show_size(max_bytes)}")
+            raise _too_large(max_bytes)
     return data
 
 
-KNOWN_CODINGS = ("gzip", "deflate")
+class Fetched(NamedTuple):
+    """An answer to an outgoing request: status code, pairs of headers in the order received, body."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
 
 
 class Outbound:
-    """The HTTP client. Uses urllib with just the two handlers that are wanted: no proxies, no file:, no cookies."""
+    """The HTTP client: one connection for each request."""
 
-    def __init__(self) -> None:
-        self._context: ssl.SSLContext | None = None
-        self._lock = threading.Lock()
-
+    @cached_property
     def _tls(self) -> ssl.SSLContext:
-        import ssl  # noqa: PLC0415 (3 MB that a server without https calls never needs)
+        import ssl  # noqa: PLC0415 (3 MB that a server without https requests never needs)
 
-        with self._lock:
-            if self._context is None:
-                self._context = ssl.create_default_context()
-            return self._context
+        return ssl.create_default_context()
 
     def fetch(
         self,
@@ -2736,13 +2717,11 @@ class Outbound:
         max_bytes: int,
         policy: AddressPolicy | None = None,
     ) -> Fetched:
-        """One request, one answer, whatever its status; redirects are not followed.
+        """Send one request and return its answer, whatever the status; redirects are not followed.
 
-        `timeout` (seconds) bounds everything from the name's look-up to the last byte, `max_bytes` the body, which is
-        not read at all for 0. Raises OutboundError, AddressRefused.
+        `timeout` (seconds) covers everything from the look-up of the name to the last byte. `max_bytes` limits the
+        body; 0 leaves it unread. Without a `policy` every address is allowed. Raises OutboundError, AddressRefused.
         """
-        import urllib.request  # noqa: PLC0415 (1 MB that a server without calls to the outside never needs)
-
         try:
             target = parse_target(url)
         except ValueError as error:
@@ -2750,75 +2729,55 @@ class Outbound:
         for name, value in headers.items():
             if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
                 raise OutboundError("invalid", f"the header {shown(name)} has characters that no header may have")
-        deadline = time.monotonic() + timeout
-        outbound = self
-        sockets: list[_DeadlineSocket] = []
-
-        class Connection(http.client.HTTPConnection):
-            response_class = _FinalAnswer
-
-            def connect(self) -> None:
-                sock = _connect(target, policy, deadline)
-                if target.scheme == "https":
-                    sock.settimeout(_left(deadline))
-                    sock = outbound._tls().wrap_socket(sock, server_hostname=target.host.rstrip("."))
-                self.sock = _DeadlineSocket(sock, deadline, max_bytes + (256 << 10))
-                sockets.append(self.sock)
-
-        class Opener(urllib.request.AbstractHTTPHandler):
-            def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-                return self.do_open(Connection, request)
-
-            https_open = http_open
-            http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-        opener = urllib.request.OpenerDirector()
-        opener.addheaders = []
-        opener.add_handler(Opener())
+        deadline, opener = time.monotonic() + timeout, _opener()
         try:
-            request = urllib.request.Request(url, body, dict(headers), method=method)  # noqa: S310 (parse_target)
-            with opener.open(request) as response:
-                if sockets[-1].ended:  # http.client takes the end of input for the end of the headers
-                    raise OutboundError("transport", "the answer was cut short")
-                data = response.read(max_bytes + 1) if max_bytes else b""
-                if len(data) > max_bytes:
-                    raise OutboundError("too_large", f"the answer is larger than {show_size(max_bytes)}")
-                if max_bytes and response.length:
-                    raise OutboundError("transport", "the answer was cut short")
-                headers_ = response.getheaders()
-                return Fetched(response.status, headers_, _decoded(data, content_codings(headers_), max_bytes))
-        except (AddressRefused, OutboundError):
-            raise
-        except TimeoutError:
-            raise OutboundError("timeout", f"no answer within {show_duration(round(timeout, 3))}") from None
+            with _connect(target, policy, deadline) as plain, self._secured(plain, target, deadline) as sock:
+                request: Any = urllib.request.Request(url, body, dict(headers), method=method)  # noqa: S310
+                request.stream = _BoundedStream(sock, deadline, max_bytes)
+                with opener.open(request) as response:
+                    return _read_answer_whole(response, request.stream, max_bytes)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._translated(error, timeout) from None
+            raise _outbound_error(error, timeout) from None
 
-    def _translated(self, error: Exception, timeout: float) -> AsteraError:
-        """urllib wraps what happened in a URLError; tell time-outs from the rest."""
-        cause = getattr(error, "reason", None)
-        for layer in (cause, error):
-            if isinstance(layer, AddressRefused | OutboundError):
-                return layer
-            if isinstance(layer, TimeoutError):
-                return OutboundError("timeout", f"no answer within {show_duration(round(timeout, 3))}")
-        layer = cause if isinstance(cause, Exception) else error
-        if isinstance(layer, http.client.IncompleteRead):
-            return OutboundError("transport", "the answer was cut short")
-        if not isinstance(layer, OSError):  # RemoteDisconnected and SSLCertVerificationError are of both kinds
-            return OutboundError("transport", f"the answer is not HTTP ({type(layer).__name__})")
-        return OutboundError("transport", f"the connection failed: {reason_of(layer)}")
+    def _secured(self, sock: socket.socket, target: Target, deadline: float) -> socket.socket:
+        if target.scheme == "http":
+            return sock
+        sock.settimeout(_seconds_left(deadline))
+        return self._tls.wrap_socket(sock, server_hostname=target.host.rstrip("."))
+
+
+def _read_answer_whole(response: http.client.HTTPResponse, stream: _BoundedStream, max_bytes: int) -> Fetched:
+    cut_short = stream.ended  # inside the head: http.client takes the end of input for the end of the headers
+    data = response.read(max_bytes + 1) if max_bytes and not cut_short else b""
+    if len(data) > max_bytes:
+        raise _too_large(max_bytes)
+    if cut_short or (max_bytes and response.length):
+        raise OutboundError("transport", "the answer was cut short")
+    headers = response.getheaders()
+    return Fetched(response.status, headers, _decoded(data, content_codings(headers), max_bytes))
+
+
+def _outbound_error(error: Exception, timeout: float) -> OutboundError:
+    cause = getattr(error, "reason", None)  # of urllib's URLError
+    cause = cause if isinstance(cause, Exception) else error
+    if isinstance(cause, TimeoutError):
+        return OutboundError("timeout", f"no answer within {show_duration(round(timeout, 3))}")
+    if isinstance(cause, http.client.IncompleteRead):
+        return OutboundError("transport", "the answer was cut short")
+    if isinstance(cause, OSError):  # RemoteDisconnected and SSLCertVerificationError are of both kinds
+        return OutboundError("transport", f"the connection failed: {reason_of(cause)}")
+    return OutboundError("transport", f"the answer is not HTTP ({type(cause).__name__})")
 
 
 def header_value(headers: Iterable[tuple[str, str]], name: str) -> str | None:
-    """The first value of a header, whatever its case."""
+    """The first value of a header; `name` is in lower case."""
     return next((value for key, value in headers if key.lower() == name), None)
 
 
 def joined_headers(headers: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Headers by their names in lower case: several of one name are one list (RFC 9110, section 5.3).
+    """Headers by their names in lower case; repeated ones are joined by commas (RFC 9110, section 5.3).
 
-    Set-Cookie, whose values have commas of their own, is a list of them.
+    Set-Cookie, whose values contain commas, is a list.
     """
     result: dict[str, Any] = {}
     for name, value in headers:
@@ -2831,17 +2790,18 @@ def joined_headers(headers: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 
 def parse_retry_after(value: str | None, now: int) -> float:
-    """Seconds from a Retry-After header, a number or a date (RFC 9110, section 10.2.3); 0 if there is none."""
-    if value is None:
-        return 0.0
-    if re.fullmatch("[0-9]{1,9}", value.strip()):
-        return float(value)
+    """Seconds from a Retry-After header, a number or a date (RFC 9110, section 10.2.3); 0 without one.
+
+    `now` is in milliseconds since the epoch.
+    """
+    if re.fullmatch("[0-9]{1,9}", (value or "0").strip()):
+        return float(value or 0)
     return max(0.0, http_date(value) - now / 1000)  # in this order NaN gives 0
 
 
 def http_date(text: str | None) -> float:
-    """Seconds since the epoch from a date in a header (RFC 9110, section 5.6.7); NaN, which no comparison holds for."""
-    from email.utils import parsedate_to_datetime  # noqa: PLC0415 (hardly anybody sends a date)
+    """Seconds since the epoch from a date in a header (RFC 9110, section 5.6.7); NaN, which compares false, if none."""
+    from email.utils import parsedate_to_datetime  # noqa: PLC0415 (few clients send a date)
 
     try:
         date = parsedate_to_datetime(text or "")
