@@ -103,7 +103,6 @@ import struct
 import threading
 import time
 import types
-import typing
 import urllib.parse
 import warnings
 from collections import Counter, defaultdict, deque
@@ -9833,7 +9832,7 @@ class AsteraLite:
         modes = [processing] if isinstance(processing, str) else list(processing)
 
         def publish(function: _Function) -> _Function:
-            tree = function_flow(function, route, modes, options)
+            tree = wing("astera_lite_steps:function_flow")(function, route, modes, options)
             self.deploy(name or function.__name__.replace("_", "-"), tree)
             return function
 
@@ -10293,121 +10292,6 @@ def _fingerprint(call: Call) -> bytes:
     segments = [unquote(segment) for segment in request.path.split("/")]
     values = [request.method, segments, decoded, call.callback_url, request.headers]
     return hashlib.sha256(to_json(values).encode() + b"\0" + request.body).digest()
-
-
-_PLAIN_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}
-_PLAIN_WORDS = "str, int, float, bool, a list of one of these, or one of them | None"
-
-
-def _hint(function: Callable[..., Any], annotation: Any) -> tuple[Any, bool]:
-    """What an annotation means, without `| None`, and whether that was there; raises what its evaluation raises."""
-    import inspect  # noqa: PLC0415 (no flow file needs it, unless it runs Python)
-
-    def alone() -> None:
-        """Carries this annotation only: the function's others need not be known when it runs."""
-
-    alone.__annotations__ = {"it": annotation}
-    hint = typing.get_type_hints(alone, getattr(inspect.unwrap(function), "__globals__", {}))["it"]
-    inside = [part for part in typing.get_args(hint) if part is not type(None)]
-    optional = typing.get_origin(hint) in (typing.Union, types.UnionType) and len(inside) == 1
-    return (inside[0] if optional else hint), optional
-
-
-def _hint_schema(hint: Any, in_body: bool) -> dict[str, Any] | None:
-    """The schema of the values that an annotation allows, in a JSON body or as a parameter; None for any other."""
-    kind, inside = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if hint is Any:
-        return {} if in_body else {"type": "string"}
-    if kind is list and inside:
-        items = _hint_schema(inside[0], in_body)
-        fits = items is not None and (in_body or items["type"] != "array")
-        return {"type": "array", "items": items} if fits else None
-    if in_body and (kind in (dict, Mapping) or typing.is_typeddict(hint)):
-        return {"type": "object"}
-    return {"type": _PLAIN_TYPES[hint]} if isinstance(hint, type) and hint in _PLAIN_TYPES else None
-
-
-def function_flow(
-    function: Callable[..., Any], route: str, processing: list[str], options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The tree of a flow that calls one Python function; its parameters follow from the signature.
-
-    Raises FlowError for what the signature has and a request cannot give.
-    """
-    import inspect  # noqa: PLC0415 (no flow file needs it, unless it runs Python)
-
-    method, _, resource_path = route.partition(" ")
-    described = dict(options.get("parameters", {}))
-    body = {"body": options["body"]} if "body" in options else {}
-    parameters: dict[str, Any] = {}
-    args: dict[str, str] = {}
-    faults: list[Fault] = []
-
-    def refuse(name: str, message: str) -> None:
-        faults.append(Fault(getattr(function, "__name__", "function"), name, message))
-
-    items = list(inspect.signature(function).parameters.values())
-    first = items[0] if items else None
-    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
-        refuse("", "has no argument for its Context: begin with `context: Context`")
-    elif first.name in ("self", "cls"):
-        refuse(first.name, "makes it a method: publish that of an object, app.flow(…)(object.method)")
-    elif f"{{{first.name}}}" in resource_path or first.annotation in (
-        *_PLAIN_TYPES,
-        *[t.__name__ for t in _PLAIN_TYPES],
-    ):
-        refuse(first.name, "is the first argument, which gets the Context: put `context: Context` before it")
-    for item in items[1:]:
-        if item.kind not in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY):
-            refuse(item.name, "cannot be given by name, as each argument is: write the arguments one by one")
-            continue
-        in_path = f"{{{item.name}}}" in resource_path
-        is_body = item.name == "body" and not in_path and (bool(body) or method != "GET")
-        args[item.name] = "${request.body}" if is_body else f"${{params.{item.name}}}"
-        if is_body and body:
-            continue
-        more = {} if is_body else described.pop(item.name, {})
-        has_default = item.default is not item.empty
-        try:
-            hint, optional = _hint(function, Any if item.annotation is item.empty else item.annotation)
-            schema = _hint_schema(hint, is_body)
-        except (NameError, AttributeError, TypeError, SyntaxError) as error:
-            hint, optional, schema = error, False, None
-        if schema is None and "type" not in more:
-            refuse(item.name, _not_taken(item.name, item.annotation, hint, is_body))
-        elif is_body:
-            if has_default and item.default is not None:
-                refuse("body", "can have no default but None, which a body that is left out is")
-            body["body"] = (schema or {}) | ({"required": False} if optional or has_default else {})
-        else:
-            spec: dict[str, Any] = {"in": "path" if in_path else "query", **(schema or {})}
-            if has_default and item.default is not None:
-                spec["default"] = item.default
-            elif not (has_default or optional or in_path):
-                spec["required"] = True
-            parameters[item.name] = spec | more
-    if faults:
-        raise FlowError(faults)
-    request: dict[str, Any] = {"method": method, "resource": resource_path.strip(), "processing": processing}
-    request |= {"parameters": parameters | described, **body}
-    others = {name: value for name, value in options.items() if name not in ("parameters", "body")}
-    description = " ".join((function.__doc__ or "").split())
-    step = {"name": "result", "python": {"call": function, "args": args}}
-    return {"description": description, **others, "request": request, "steps": [step]}
-
-
-def _not_taken(name: str, annotation: Any, hint: Any, in_body: bool) -> str:
-    """What is wrong with an annotation that `_hint_schema` knows no schema of, and what would be right."""
-    import inspect  # noqa: PLC0415 (no flow file needs it, unless it runs Python)
-
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    if isinstance(hint, Exception):
-        return f"has an annotation that cannot be read where the function is defined, {text}: {hint}"
-    if in_body:
-        return f"cannot be {text}: write dict, Any, {_PLAIN_WORDS}, or give app.flow a schema, body={{…}}"
-    named = "date" if hint is datetime.date else "date-time" if hint is datetime.datetime else ""
-    cure = f' and parameters={{"{name}": {{"type": "{named}"}}}}: it comes as text that was checked' if named else ""
-    return f"cannot be {text}: write {f'str{cure}' if cure else _PLAIN_WORDS}"
 
 
 # ======================================================================================================================

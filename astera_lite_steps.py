@@ -1,4 +1,4 @@
-"""What many flows do without: sql, run, python in a process of its own; pages, until and OAuth 2 of http.
+"""What many servers do without: sql, run, python in a process of its own; pages, until, OAuth 2 of http; @app.flow.
 
 A wing of astera_lite, which loads this file when a flow first wants one of them. A check function is as in the room
 Flows there: it notes faults with their places, and returns what runs the step.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import inspect
 import logging
 import os
 import queue
@@ -18,6 +19,8 @@ import sqlite3
 import sys
 import threading
 import time
+import types
+import typing
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,6 +34,8 @@ from astera_lite import (
     Build,
     Context,
     ExpressionError,
+    Fault,
+    FlowError,
     Functions,
     HttpCall,
     OutboundError,
@@ -801,3 +806,112 @@ def isolated_main() -> None:
             say({"value": as_json(value, task["function"])})
         except (Exception, SystemExit) as error:
             say({"error": f"{type(error).__name__}: {error}", "source": exception_source(error)})
+
+
+_ARGUMENT_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}
+_NO_CONTEXT = (*_ARGUMENT_TYPES, *(kind.__name__ for kind in _ARGUMENT_TYPES))  # types of a first argument
+_ANNOTATIONS = "str, int, float, bool, a list of one of these, or one of them | None"
+
+
+def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[Any, bool]:
+    """The type that an annotation means, without `| None`, and whether that was there."""
+
+    def alone() -> None:
+        """Carries one annotation: the function's others need not be known at run time."""
+
+    alone.__annotations__ = {"it": annotation}
+    hint = typing.get_type_hints(alone, getattr(inspect.unwrap(function), "__globals__", {}))["it"]
+    inside = [part for part in typing.get_args(hint) if part is not type(None)]
+    optional = typing.get_origin(hint) in (typing.Union, types.UnionType) and len(inside) == 1
+    return (inside[0] if optional else hint), optional
+
+
+def _schema_of(hint: Any, in_body: bool) -> dict[str, Any] | None:
+    """The schema of the values that a type allows, in a JSON body or as a parameter; None for any other type."""
+    kind, inside = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if hint is Any:
+        return {} if in_body else {"type": "string"}
+    if kind is list and inside:
+        items = _schema_of(inside[0], in_body)
+        fits = items is not None and (in_body or items["type"] != "array")
+        return {"type": "array", "items": items} if fits else None
+    if in_body and (kind in (dict, Mapping) or typing.is_typeddict(hint)):
+        return {"type": "object"}
+    return {"type": _ARGUMENT_TYPES[hint]} if isinstance(hint, type) and hint in _ARGUMENT_TYPES else None
+
+
+def _argument_spec(
+    function: Callable[..., Any], item: inspect.Parameter, where: str, described: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a flow says of an argument in the path, query or body; raises ValueError for what no request can give."""
+    if item.kind not in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY):
+        raise ValueError("cannot be given by name, as each argument is: write the arguments one by one")
+    annotation = Any if item.annotation is item.empty else item.annotation
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    schema, optional, in_body = None, False, where == "body"
+    try:
+        hint, optional = _annotated(function, annotation)
+        schema = _schema_of(hint, in_body)
+        cure = f"dict, Any, {_ANNOTATIONS}, or give app.flow a schema, body={{…}}"
+        if not in_body:
+            cure = f'{_ANNOTATIONS}; for a date str, and parameters={{"{item.name}": {{"type": "date"}}}}'
+        fault = f"cannot be {text}: write {cure}"
+    except (NameError, AttributeError, TypeError, SyntaxError) as error:
+        fault = f"has an annotation that cannot be read where the function is defined, {text}: {error}"
+    if schema is None and "type" not in described:
+        raise ValueError(fault)
+    has_default = item.default is not item.empty
+    default = {"default": item.default} if has_default and item.default is not None else {}
+    if in_body and default:
+        raise ValueError("can have no default but None, which stands for a body that is left out")
+    if in_body:
+        return (schema or {}) | ({"required": False} if optional or has_default else {})
+    needed = {} if has_default or optional or where == "path" else {"required": True}
+    return {"in": where, **(schema or {}), **default, **needed, **described}
+
+
+def function_flow(
+    function: Callable[..., Any], route: str, processing: list[str], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The tree of a flow that calls one Python function; its parameters follow from the signature.
+
+    `options` are other members of a flow file, with `parameters` and `body` of its request. Raises FlowError for what
+    the signature has and a request cannot give.
+    """
+    method, _, resource = route.partition(" ")
+    described, body = dict(options.get("parameters", {})), options.get("body")
+    parameters: dict[str, Any] = {}
+    args: dict[str, str] = {}
+    faults: list[Fault] = []
+
+    def refuse(name: str, message: str) -> None:
+        faults.append(Fault(getattr(function, "__name__", "function"), name, message))
+
+    items = list(inspect.signature(function).parameters.values())
+    first = items[0] if items else None
+    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        refuse("", "has no argument for its Context: begin with `context: Context`")
+    elif first.name in ("self", "cls"):
+        refuse(first.name, "makes it a method: publish that of an object, app.flow(…)(object.method)")
+    elif f"{{{first.name}}}" in resource or first.annotation in _NO_CONTEXT:
+        refuse(first.name, "is the first argument, which gets the Context: put `context: Context` before it")
+    for item in items[1:]:
+        where = "path" if f"{{{item.name}}}" in resource else "query"
+        if item.name == "body" and where == "query" and (body is not None or method != "GET"):
+            where = "body"
+        args[item.name] = "${request.body}" if where == "body" else f"${{params.{item.name}}}"
+        try:
+            if where != "body":
+                parameters[item.name] = _argument_spec(function, item, where, described.pop(item.name, {}))
+            elif "body" not in options:
+                body = _argument_spec(function, item, where, {})
+        except ValueError as error:
+            refuse(item.name, str(error))
+    if faults:
+        raise FlowError(faults)
+    request: dict[str, Any] = {"method": method, "resource": resource.strip(), "processing": processing}
+    request |= {"parameters": parameters | described, **({} if body is None else {"body": body})}
+    others = {name: value for name, value in options.items() if name not in ("parameters", "body")}
+    description = " ".join((function.__doc__ or "").split())
+    step = {"name": "result", "python": {"call": function, "args": args}}
+    return {"description": description, **others, "request": request, "steps": [step]}
