@@ -106,7 +106,7 @@ import types
 import urllib.parse
 import warnings
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from enum import StrEnum
 from functools import cached_property, lru_cache, partial
@@ -6564,6 +6564,14 @@ class Loaded(NamedTuple):
     trace: list[dict[str, Any]]  # what became of the steps before it was suspended
 
 
+class Claimed(NamedTuple):
+    """A Running job that nobody holds: until when it waits, if it does, and its flow."""
+
+    seq: int
+    due: int | None
+    flow: str
+
+
 class StoredResult(NamedTuple):
     """A finished job's response. `body` is None where it is read by pieces."""
 
@@ -6583,6 +6591,7 @@ class Submission(NamedTuple):
     idempotency_key: str | None = None
     fingerprint: bytes = b""
     ended: Finish | None = None  # of a job that was run before it was stored
+    claimed: bool = True  # stored as this server's own, else left to `claim`; of no account for a store with one owner
 
 
 class Suspension(NamedTuple):
@@ -6598,7 +6607,10 @@ class Suspension(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The end of a run of `job`, which is as it was before. `callback`: the receiver and the body to post, if owed."""
+    """The end of a run of `job`, which is as it was before. `callback`: the receiver and the body to post, if owed.
+
+    `fenced`: nothing changes if the attempt on record is another one. The end of a job that no thread runs is not.
+    """
 
     job: Job
     attempt: int
@@ -6608,6 +6620,7 @@ class Finish(NamedTuple):
     expires: int
     trace: str | None = None
     callback: tuple[str, str] | None = None
+    fenced: bool = True
 
 
 class Store(Protocol):
@@ -6619,15 +6632,26 @@ class Store(Protocol):
     """
 
     fault: str | None  # why the last write failed, or that the database was found damaged; None when the store is well
+    shared: bool  # other servers take jobs from it, too
 
     def add(self, submission: Submission, done: Done) -> None:
         """Store a new job; `done` gets Added, or Conflict if its key was used with another fingerprint."""
 
-    def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
-        """Put on record that a run began."""
+    def claim(self, held: Container[int], limit: int) -> list[Claimed]:
+        """Take Running jobs that nobody holds; `held` are the `seq` of the caller's own.
 
-    def save_step(self, key: JobKey, path: str, output: str, done: Done = _ignore) -> None:
-        """Save the output (JSON) of a finished step."""
+        Each call looks at the next `limit` jobs, oldest first, and begins again behind the last. A start calls it until
+        it brings nothing.
+        """
+
+    def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
+        """Those of some jobs that are not Running any more, or gone."""
+
+    def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
+        """Record that a run began; `done` gets whether the job is Running, at this attempt or the one before."""
+
+    def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = _ignore) -> None:
+        """Save the output (JSON) of a finished step of this attempt."""
 
     def suspend(self, suspension: Suspension, done: Done) -> None:
         """Put on record that a job waits, in which step, and until when; `done` gets whether it is Running."""
@@ -6679,8 +6703,8 @@ class Store(Protocol):
     def get(self, key: JobKey) -> Job | None:
         """A job."""
 
-    def find_key(self, flow: str, token: str, idempotency_key: str, now: int) -> tuple[Job, bytes] | None:
-        """The job that a key belongs to, and its fingerprint."""
+    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
+        """Find the job that a key belongs to, after all earlier writes; `done` gets job and fingerprint, or None."""
 
     def load(self, seq: int) -> Loaded | None:
         """A Running job with all that a run of it needs."""
@@ -6723,6 +6747,14 @@ class Store(Protocol):
         only: Collection[str] | None = None,
     ) -> list[tuple[Job, Delivery]]:
         """Callbacks to send now, but for busy receivers and those under way; `only` names the receivers if not all."""
+
+    def claim_deliveries(
+        self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
+    ) -> list[tuple[Job, Delivery]]:
+        """Take callbacks that are due, but for those in `held` and for receivers that are busy.
+
+        Nobody else gets them for `lease_ms`. `fresh`: only those not tried since they were last asked for.
+        """
 
     def next_delivery(self, now: int) -> int | None:
         """When the next callback that is not due yet will be."""
@@ -6963,6 +6995,8 @@ class SqliteStore:
     Running row that is found at start belongs to a run that is dead. Raises StoreError.
     """
 
+    shared = False
+
     def __init__(
         self,
         path: str,
@@ -7002,6 +7036,7 @@ class SqliteStore:
         self._fold_lock = threading.Lock()  # held by who folds: of two at one time SQLite lets only one
         self._folding = threading.Thread(target=self._fold_on_demand, name="astera-fold", daemon=True)
         self._versions: set[int] = set()
+        self._claimed_to = 0  # `seq` up to which `claim` has looked
         self._unused: tuple[set[int], int, int] | None = (
             None  # versions that no job up to a `seq` has, of those till one
         )
@@ -7540,25 +7575,28 @@ class SqliteStore:
         done(result, error)
 
     def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
-        sql = "UPDATE jobs SET attempt = ?, started = ?, due = NULL WHERE seq = ? AND status = 'Running'"
-        self._put(partial(_execute, sql, (attempt, started, key.seq)), done, keep=True)
+        sql = f"UPDATE jobs SET attempt = ?, started = ?, due = NULL WHERE {_FENCE}"  # noqa: S608
+        self._put(partial(_execute, sql, (attempt, started, key.seq, attempt - 1, attempt)), done, keep=True)
 
-    def save_step(self, key: JobKey, path: str, output: str, done: Done = _ignore) -> None:
-        self._put(partial(_execute, _SAVE_STEP, (key.seq, path, None, output, key.seq)), done, keep=True)
+    def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = _ignore) -> None:
+        self._put(
+            partial(_execute, _SAVE_STEP, (key.seq, path, None, output, key.seq, attempt - 1, attempt)), done, keep=True
+        )
 
     def suspend(self, suspension: Suspension, done: Done) -> None:
         key, attempt, started, due, path, until, trace = suspension
 
         def run(db: sqlite3.Connection) -> bool:
-            db.execute(_SAVE_STEP, (key.seq, path, until, None, key.seq))
-            sql = "UPDATE jobs SET attempt = ?, started = ?, due = ?, trace = ? WHERE seq = ? AND status = 'Running'"
-            return db.execute(sql, (attempt, started, due, trace, key.seq)).rowcount == 1
+            fence = (key.seq, attempt - 1, attempt)
+            db.execute(_SAVE_STEP, (key.seq, path, until, None, *fence))
+            sql = f"UPDATE jobs SET attempt = ?, started = ?, due = ?, trace = ? WHERE {_FENCE}"  # noqa: S608
+            return db.execute(sql, (attempt, started, due, trace, *fence)).rowcount == 1
 
         self._put(run, done, keep=True)
 
     def requeue(self, key: JobKey, attempt: int) -> None:
-        sql = "UPDATE jobs SET attempt = ? WHERE seq = ? AND status = 'Running' AND attempt > ?"
-        self._put(partial(_execute, sql, (attempt - 1, key.seq, attempt - 1)), keep=True)
+        sql = "UPDATE jobs SET attempt = ? WHERE seq = ? AND status = 'Running' AND attempt = ?"
+        self._put(partial(_execute, sql, (attempt - 1, key.seq, attempt)), keep=True)
 
     def barrier(self, done: Done) -> None:
         self._put(lambda db: None, done, keep=True)
@@ -7574,8 +7612,8 @@ class SqliteStore:
             moved = db.execute(
                 "UPDATE jobs SET status = ?, attempt = ?, started = ?, due = NULL, finished = ?, expires = ?, code = ?,"
                 " size = ?, headers = ?, error = ?, trace = ?, result = ?"
-                " WHERE seq = ? AND status = 'Running' AND attempt <= ?",
-                (*values, seq, finish.attempt),
+                " WHERE seq = ? AND status = 'Running' AND (? OR attempt IN (?, ?))",
+                (*values, seq, not finish.fenced, finish.attempt - 1, finish.attempt),
             ).rowcount
             if not moved:
                 if cells:
@@ -7735,9 +7773,20 @@ class SqliteStore:
         ).fetchone()
         return row and (_job(row), row[21])
 
-    def find_key(self, flow: str, token: str, idempotency_key: str, now: int) -> tuple[Job, bytes] | None:
+    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
+        self._put(lambda db: self._of_key(db, flow, token, idempotency_key, now), done)
+
+    def claim(self, held: Container[int], limit: int) -> list[Claimed]:
+        sql = "SELECT seq, due, flow FROM jobs WHERE status = 'Running' AND seq > ? ORDER BY seq LIMIT ?"
         with self._reader() as db:
-            return self._of_key(db, flow, token, idempotency_key, now)
+            rows = db.execute(sql, (self._claimed_to, limit)).fetchall()
+        self._claimed_to = rows[-1][0] if len(rows) == limit else 0
+        return [Claimed(*row) for row in rows if row[0] not in held]
+
+    def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
+        sql = "SELECT 1 FROM jobs WHERE seq = ? AND salt = ? AND status = 'Running'"
+        with self._reader() as db:
+            return [key for key in keys if db.execute(sql, key).fetchone() is None]
 
     def load(self, seq: int) -> Loaded | None:
         with self._reader() as db:
@@ -7881,6 +7930,22 @@ class SqliteStore:
         jobs = [(_job(row), _trace(json.loads(row[21]))) for row in rows if row is not None]
         return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
 
+    def claim_deliveries(
+        self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
+    ) -> list[tuple[Job, Delivery]]:
+        sql = (
+            "SELECT job FROM callbacks c JOIN jobs ON seq = job "  # noqa: S608 (question marks)
+            f"WHERE state = 'pending' AND next <= ? AND expires > ? AND receiver NOT IN ({_marks(busy)})"
+            f"{' AND c.attempts = 0' if fresh else ''} ORDER BY next LIMIT ?"
+        )
+        skip = {key.seq for key in held}
+        with self._reader() as db:
+            found = db.execute(sql, (now, now, *busy, limit + len(skip))).fetchall()
+            wanted = [seq for (seq,) in found if seq not in skip][:limit]
+            rows = [db.execute(f"{_SELECT_OWED} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
+        jobs = [(_job(row), _trace(json.loads(row[21]))) for row in rows if row is not None]
+        return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
+
     def next_delivery(self, now: int) -> int | None:
         with self._reader() as db:
             sql = "SELECT min(next) FROM callbacks WHERE state = 'pending' AND next > ?"
@@ -8010,9 +8075,10 @@ def _owe(db: sqlite3.Connection, finish: Finish) -> None:
     db.execute(sql, (finish.job.key.seq, receiver, finish.finished, body))
 
 
+_FENCE = "seq = ? AND status = 'Running' AND attempt IN (?, ?)"  # of an attempt, recorded or about to be
 _SAVE_STEP = (
-    "INSERT OR REPLACE INTO steps (job, path, until, output) SELECT ?, ?, ?, ?"
-    " WHERE EXISTS (SELECT 1 FROM jobs WHERE seq = ? AND status = 'Running')"
+    "INSERT OR REPLACE INTO steps (job, path, until, output) SELECT ?, ?, ?, ?"  # noqa: S608
+    f" WHERE EXISTS (SELECT 1 FROM jobs WHERE {_FENCE})"
 )
 
 
@@ -8265,7 +8331,7 @@ class JobJournal(Journal):
     def record(self, path: str, value: Any) -> int:
         """Save a step's output; it is waited for only before the next side effect."""
         text = to_saved(value, self._secrets)
-        self._store.save_step(self._key, path, text)
+        self._store.save_step(self._key, self._attempt, path, text)
         self._dirty = True
         return len(text)
 
@@ -8751,7 +8817,7 @@ class Engine:
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """Record the end of a job that did not run."""
-        self._hand_over(job, self._finish(job, outcome, []), _ignore)
+        self._hand_over(job, self._finish(job, outcome, [])._replace(fenced=False), _ignore)
 
     def _hand_over(self, job: Job, finish: Finish, done: Done, substitute: bool = True) -> None:
         """Give a job's end to the store."""
@@ -9884,8 +9950,8 @@ class AsteraLite:
         if full is not None:
             if call.idempotency_key is None:
                 raise full
-            replay = partial(self._replay, call, caller.name, fingerprint, full, done)
-            self.store.barrier(replay)  # the first request under this key may be on its way to the disk
+            replay = partial(self._replay, fingerprint, full, done)
+            self.store.find_key(call.flow.name, caller.name, call.idempotency_key, now, replay)
             return
         callback = Delivery(call.callback_url) if call.callback_url else None
         job = Job(
@@ -9920,18 +9986,10 @@ class AsteraLite:
             self.engine.dismiss(job.flow, job.key.seq)
         done(result, error)
 
-    def _replay(
-        self, call: Call, token: str, fingerprint: bytes, full: Busy, done: Done, result: Any, error: AsteraError | None
-    ) -> None:
+    def _replay(self, fingerprint: bytes, full: Busy, done: Done, known: Any, error: AsteraError | None) -> None:
         """Answer with the job that an idempotency key belongs to; there is no room for a new one."""
-        assert call.idempotency_key is not None
-        try:
-            known = self.store.find_key(call.flow.name, token, call.idempotency_key, self.clock.now())
-        except StoreError as failure:
-            done(None, failure)
-            return
         if known is None:
-            done(None, full)
+            done(None, error or full)
         else:
             done(Added(known[0], True) if known[1] == fingerprint else key_conflict(), None)
 

@@ -280,7 +280,8 @@ def test_a_finished_job_tells_its_end(store: SqliteStore) -> None:
 
 def test_a_late_result_changes_nothing(store: SqliteStore, path: str) -> None:
     new = added(store)
-    assert done(store.finish, finish(new, b"first", attempt=2)) is True
+    assert done(store.finish, finish(new, b"first", attempt=2)) is False  # the first one is not on record
+    assert done(store.finish, finish(new, b"first", attempt=2, fenced=False)) is True
     before = store.get(new.key)
     for attempt in (1, 2, 3):
         assert done(store.finish, finish(new, b"late" * PIECE, attempt=attempt, callback=("r:1", "x"))) is False
@@ -292,9 +293,29 @@ def test_a_late_result_changes_nothing(store: SqliteStore, path: str) -> None:
 
 def test_the_end_of_an_earlier_attempt_does_not_end_a_later_one(store: SqliteStore) -> None:
     new = added(store)
-    done(store.start, new.key, 2, T)
-    assert done(store.finish, finish(new, attempt=1)) is False
-    assert done(store.finish, finish(new, attempt=2)) is True
+    assert done(store.start, new.key, 2, T) is False
+    assert [done(store.start, new.key, attempt, T) for attempt in (1, 1, 2)] == [True] * 3
+    assert done(store.save_step, new.key, 3, "a", "1") is True  # its start may be on its way
+    assert done(store.start, new.key, 3, T) is True
+    assert done(store.save_step, new.key, 1, "a", "1") is False
+    assert done(store.finish, finish(new, attempt=2)) is False
+    assert done(store.finish, finish(new, attempt=3)) is True
+
+
+def test_claims_bring_what_nobody_holds_in_turn(store: SqliteStore) -> None:
+    jobs = [added(store).key.seq for _ in range(5)]
+    assert [claimed.seq for claimed in store.claim((), 2)] == jobs[:2]
+    assert [claimed.seq for claimed in store.claim({jobs[2]}, 2)] == jobs[3:4]
+    assert [claimed.seq for claimed in store.claim((), 2)] == jobs[4:]
+    assert store.claim(set(jobs), 10) == []
+    assert len(store.claim((), 10)) == 5
+
+
+def test_ended_are_those_that_do_not_run(store: SqliteStore) -> None:
+    runs, ended = added(store), added(store)
+    done(store.finish, finish(ended))
+    other = runs.key._replace(salt=runs.key.salt ^ 1)
+    assert store.ended([runs.key, ended.key, other]) == [ended.key, other]
 
 
 @pytest.mark.parametrize("state", sorted(MOVES["job"]))
@@ -314,7 +335,7 @@ def test_nothing_is_recorded_of_a_job_that_is_finished(store: SqliteStore, path:
     done(store.finish, finish(new))
     before = store.get(new.key)
     assert done(store.start, new.key, 2, T) is False
-    assert done(store.save_step, new.key, "a", "1") is False
+    assert done(store.save_step, new.key, 2, "a", "1") is False
     assert done(store.suspend, Suspension(new.key, 2, T, T, "w", T, "[]")) is False
     store.requeue(new.key, 1)
     done(store.barrier)
@@ -335,7 +356,7 @@ def test_a_run_is_loaded_with_its_outputs_waits_and_trace(store: SqliteStore) ->
         "oddest": [{"\0bytes": None}],
     }
     for place, value in outputs.items():
-        assert done(store.save_step, new.key, place, astera_lite.to_saved(value)) is True
+        assert done(store.save_step, new.key, 1, place, astera_lite.to_saved(value)) is True
     assert done(store.suspend, Suspension(new.key, 1, T + 1, T + 500, "w", T + 900, '[{"path": "a"}]')) is True
     loaded = store.load(new.key.seq)
     assert loaded is not None
@@ -406,7 +427,7 @@ def test_a_key_belongs_to_one_job_also_when_many_come_together(store: SqliteStor
     answers = [write.get() for write in writes]
     assert answers == [Added(jobs[0], n > 0) for n in range(20)]
     assert len(store.page(T, 100, None, None, None, None)) == 1
-    assert store.find_key("f", "", "k", T) == (jobs[0], b"same")
+    assert done(store.find_key, "f", "", "k", T) == (jobs[0], b"same")
 
 
 def test_a_key_with_another_payload_is_a_conflict(store: SqliteStore) -> None:
@@ -414,7 +435,7 @@ def test_a_key_with_another_payload_is_a_conflict(store: SqliteStore) -> None:
     done(store.add, submission(first, b"", "k", b"1"))
     answer = done(store.add, submission(job(), b"", "k", b"2"))
     assert isinstance(answer, Conflict)
-    assert store.find_key("f", "", "k", T) == (first, b"1")
+    assert done(store.find_key, "f", "", "k", T) == (first, b"1")
 
 
 def test_keys_are_scoped_to_flow_and_token(store: SqliteStore) -> None:
@@ -422,9 +443,9 @@ def test_keys_are_scoped_to_flow_and_token(store: SqliteStore) -> None:
     jobs = [job(flow, token=token) for flow, token in scopes]
     for new in jobs:
         assert done(store.add, submission(new, b"", "k", new.flow.encode())).replayed is False
-    found = [store.find_key(flow, token, "k", T) for flow, token in scopes]
+    found = [done(store.find_key, flow, token, "k", T) for flow, token in scopes]
     assert [each and each[0].key for each in found] == [new.key for new in jobs]
-    assert store.find_key("g", "ada", "k", T) is None
+    assert done(store.find_key, "g", "ada", "k", T) is None
 
 
 def test_an_expired_jobs_key_is_free_before_the_purge(store: SqliteStore) -> None:
@@ -432,10 +453,10 @@ def test_an_expired_jobs_key_is_free_before_the_purge(store: SqliteStore) -> Non
     done(store.add, submission(old, b"", "k", b"1"))
     done(store.finish, finish(old, expires=T + 100))
     assert done(store.add, submission(job(created=T + 99), b"", "k", b"1")).job.key == old.key
-    assert store.find_key("f", "", "k", T + 100) is None
+    assert done(store.find_key, "f", "", "k", T + 100) is None
     new = job(created=T + 100)
     assert done(store.add, submission(new, b"", "k", b"2")) == Added(new, False)
-    assert store.find_key("f", "", "k", T + 100) == (new, b"2")
+    assert done(store.find_key, "f", "", "k", T + 100) == (new, b"2")
 
 
 # ---- Callbacks -------------------------------------------------------------------------------------------------------
@@ -473,6 +494,14 @@ def test_deliveries_to_busy_receivers_and_those_under_way_are_left_out(store: Sq
     found = store.due_deliveries(T + 10, 3, ["r0:80", "r4:80"], [jobs[1].key])
     assert [each.key for each, _ in found] == [jobs[n].key for n in (2, 3, 5)]
     assert len(store.due_deliveries(T + 10, 2, [], [])) == 2
+    tried = Attempt(T, 1, 500)
+    done(store.record_delivery, jobs[2].key, tried, T + 10, "pending", T + 11)
+
+    def claimed(limit: int = 9, fresh: bool = False) -> list[int]:
+        found = store.claim_deliveries(T + 11, limit, 9, held=[jobs[1].key], busy=["r0:80", "r4:80"], fresh=fresh)
+        return [[other.key for other in jobs].index(each.key) for each, _ in found]
+
+    assert (claimed(), claimed(2), claimed(fresh=True)) == ([3, 5, 2], [3, 5], [3, 5])
 
 
 @pytest.mark.parametrize("state", sorted(MOVES["callback"]))
@@ -1002,7 +1031,7 @@ def test_a_database_of_version_1_0_opens_and_goes_on(path: str, sink: Sink) -> N
         assert bodies == {"done": b'{"n":7}\n', "big": b"x" * 300_000, "waits": b'"one\\n"\n', "busy": b'"one\\n"\n'}
         assert sink.next()[1]["flow"] == "done"
         assert [token.name for token in app.store.tokens()] == ["ada"]
-        assert app.store.find_key("done", "", "k1", 0)
+        assert done(app.store.find_key, "done", "", "k1", 0)
     SqliteStore(f"{path}-new").close()
     old, new = (
         look(file, "SELECT name, sql FROM sqlite_schema WHERE type = 'index' ORDER BY name")
