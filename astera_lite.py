@@ -10497,34 +10497,27 @@ class Reply(NamedTuple):
     length: int = 0  # of the stream
 
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-# Possessive, so that a hostile line costs no backtracking.
-_FIELDS = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+")
-_STRAY = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
-_ORIGIN_LINE = re.compile(rb"(?i)\r\norigin:[ \t]*([!-~]+)[ \t]*\r\n")
-_LENGTH = re.compile("(?=[0-9])0*+([0-9]{0,18}+)([0-9]*+)")
-_CODINGS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+[ \t]*,[ \t]*)+chunked")
-_CHUNK_SIZE = re.compile(  # with extensions, which mean nothing here
-    rb"([0-9A-Fa-f]{1,15})(?:[ \t]*+;[ \t]*+[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
-    rb"(?:[ \t]*+=[ \t]*+(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
-    rb"|\"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+\"))?+)*+"
-)
-_ORIGIN_FORM = re.compile(r"(/[^?#]*)(?:\?([^#]*))?")
-_ABSOLUTE_FORM = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(?:\?([^#]*))?", re.IGNORECASE)
-_KNOWN_METHODS = frozenset(  # of HTTP, by IANA's registry: no path serves most of them, which is 405
+_METHODS = frozenset(  # those that IANA knows are 405 where a path does not serve them, others 501
     (
         "ACL BASELINE-CONTROL BIND CHECKIN CHECKOUT CONNECT COPY DELETE GET HEAD LABEL LINK LOCK MERGE MKACTIVITY"
         " MKCALENDAR MKCOL MKREDIRECTREF MKWORKSPACE MOVE OPTIONS ORDERPATCH PATCH POST PROPFIND PROPPATCH PUT QUERY"
         " REBIND REPORT SEARCH TRACE UNBIND UNCHECKOUT UNLINK UNLOCK UPDATE UPDATEREDIRECTREF VERSION-CONTROL"
     ).split()
 )
-_BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
-_MAX_CHUNK_LINE = 4096
-_ENDLESS = 1 << 62  # stands for every length of more than 18 digits: int() would take its time, and refuse in the end
+_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # possessive, like most here: a hostile line costs no backtracking
+_REQUEST_LINE = re.compile(rf"({_NAME}) ([\x21-\x7e]++) HTTP/([0-9])\.([0-9])".encode())
+_TARGET = re.compile(r"(?:https?://([^/?#@]++))?(/[^?#]*+)?(?:\?([^#]*+))?", re.IGNORECASE)
+_FIELDS = re.compile(rf"(?:{_NAME}:[\t\x20-\x7e\x80-\xff]*+\r\n)*+".encode("latin-1"))
+_STRAY = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
+_ORIGIN_LINE = re.compile(rb"(?i)\r\norigin:[ \t]*([!-~]+)[ \t]*\r\n")
+_QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+"'
+_EXTENSION = rf"[ \t]*+;[ \t]*+{_NAME}(?:[ \t]*+=[ \t]*+(?:{_NAME}|{_QUOTED}))?+"
+_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:{_EXTENSION})*+\r\n".encode("latin-1"))
+_MAX_CHUNK_LINE = 4096  # bytes
 
 
 def _is_host(text: str) -> bool:
-    """Whether it is what a Host header may say (RFC 9110, section 7.2), with a host and a port that there can be."""
+    """Whether a Host header may say this: a name or an address, and a port up to 65535 (RFC 9110, section 7.2)."""
     match = _HOST.fullmatch(text)
     if match is None or int(match[2] or 0) > 65535:
         return False
@@ -10536,16 +10529,8 @@ def _is_host(text: str) -> bool:
     return True
 
 
-class _Fields(NamedTuple):
-    headers: dict[str, str]
-    length: int
-    chunked: bool
-    expects_continue: bool
-    connection: frozenset[str]
-
-
-def _parse_fields(block: bytes) -> _Fields:
-    """A header block, every line ended by CRLF; raises WireError."""
+def _parse_fields(block: bytes, version: int) -> tuple[dict[str, str], int, bool, bool, bool]:
+    """The members of a Head from `headers` on, of a header block in which every line ends with CRLF."""
     if not _FIELDS.fullmatch(block):
         raise WireError(400, "A header line is malformed.")
     headers: dict[str, str] = {}
@@ -10554,120 +10539,84 @@ def _parse_fields(block: bytes) -> _Fields:
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
             if name in ("host", "content-length"):
-                raise WireError(400, f"The header {name} is there twice.")
+                raise WireError(400, f"The header {name} is repeated.")
             value = f"{headers[name]}, {value}"
         headers[name] = value
-    length = 0
-    if "content-length" in headers:
-        number = _LENGTH.fullmatch(headers["content-length"])
-        if number is None:
-            raise WireError(400, "Content-Length is not a number.")
-        length = int(number[1] or 0) if not number[2] else _ENDLESS
-    coding = headers.get("transfer-encoding")
+    length, coding = headers.get("content-length", "0"), headers.get("transfer-encoding")
+    if not (length.isascii() and length.isdigit()):
+        raise WireError(400, "Content-Length is not a number.")
     if coding is not None:
         if "content-length" in headers:
             raise WireError(400, "Content-Length and Transfer-Encoding exclude each other.")
-        if coding.lower() != "chunked":
-            unknown = _CODINGS.fullmatch(coding.lower()) and coding.lower().count("chunked") == 1
-            raise WireError(501 if unknown else 400, "The only transfer coding is chunked, once.")
-    if "host" in headers and not _is_host(headers["host"]):
-        raise WireError(400, "The header host is malformed.")
+        if coding.lower() != "chunked" or version == 10:
+            raise WireError(400, "The only transfer coding is chunked, once, and in HTTP/1.1.")
+    if not _is_host(headers.get("host", "" if version == 11 else "none")):
+        raise WireError(400, "The header host is missing or malformed.")
     expect = headers.get("expect")
     if expect is not None and expect.lower() != "100-continue":
         raise WireError(417, "The only expectation is 100-continue.")
-    connection = frozenset(word.strip(" \t").lower() for word in headers.get("connection", "").split(","))
-    return _Fields(headers, length, coding is not None, expect is not None, connection)
+    connection = {word.strip(" \t").lower() for word in headers.get("connection", "").split(",")}
+    keep_alive = "close" not in connection and (version == 11 or "keep-alive" in connection)
+    size = int(length.lstrip("0")[:19] or 0)  # 19 digits are more than any limit; int() of thousands takes its time
+    return headers, size, coding is not None, expect is not None and version == 11, keep_alive
 
 
-_fields_of_short_block = lru_cache(maxsize=512)(_parse_fields)  # a client's headers hardly change between its requests
+_parse_short_fields = lru_cache(maxsize=512)(_parse_fields)  # a client's headers hardly change between its requests
 
 
-def _parse_request_line(line: bytes, max_url: int) -> tuple[str, str, int]:
+def parse_head(block: bytes, max_url: int) -> Head:
+    """The head of a request, without the empty line that ends it; raises WireError.
+
+    What is malformed is 400 before anything else is wrong with it, so that the answer does not depend on packets.
+    """
+    line, _, rest = block.partition(b"\r\n")
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
         raise WireError(400, "The request line is malformed.")
-    method, target = match[1].decode(), match[2].decode()
+    method, target, version = match[1].decode(), match[2].decode(), 10 if match[4] == b"0" else 11
+    fields = (_parse_short_fields if len(rest) <= 1024 else _parse_fields)(rest, version)
     if match[3] != b"1":
         raise WireError(505, "The protocol is HTTP/1.1.")
     if len(target) > max_url:
         raise WireError(414, f"The URL is longer than {show_size(max_url)}.")
-    if method not in _KNOWN_METHODS:
+    if method not in _METHODS:
         raise WireError(501, "The method is not known.")
-    return method, target, 10 if match[4] == b"0" else 11
-
-
-def parse_head(block: bytes, max_url: int) -> Head:
-    """The head of a request, without the empty line that ends it; raises WireError."""
-    return (_short_head if len(block) <= 1024 else _parse_head)(block, max_url)
-
-
-def _parse_head(block: bytes, max_url: int) -> Head:
-    line, _, rest = block.partition(b"\r\n")
-    method, target, version = _parse_request_line(line, max_url)
-    fields = _fields_of_short_block(rest) if len(rest) <= 1024 else _parse_fields(rest)
-    headers: Mapping[str, str] = fields.headers
-    if version == 11 and "host" not in headers:
-        raise WireError(400, "The header host is missing.")
-    if version == 10 and fields.chunked:
-        raise WireError(400, "HTTP/1.0 has no transfer codings.")
-    if version == 10 and method in _BODY_METHODS and "content-length" not in headers:
-        raise WireError(411, "A request of HTTP/1.0 that carries a body needs a Content-Length.")  # RFC 1945, 8.3
-    if method == "CONNECT":  # what comes behind it is no request
-        raise WireError(405, "This server is no proxy.")
-    form = _ORIGIN_FORM.fullmatch(target)
-    if form is not None:
-        path, query = form[1], form[2] or ""
-    elif (form := _ABSOLUTE_FORM.fullmatch(target)) is not None and _is_host(form[1]):
-        path, query = form[2] or "/", form[3] or ""
-        headers = {**headers, "host": form[1]}  # RFC 9112, section 3.2.2: it replaces the header
+    if method == "CONNECT":  # what follows it is not a request
+        raise WireError(405, "This server is not a proxy.")
+    form = _TARGET.fullmatch(target)
+    host, path, query = form.groups() if form is not None else (None, None, None)
+    if host is not None and _is_host(host):  # it replaces the header (RFC 9112, section 3.2.2)
+        path, fields = path or "/", ({**fields[0], "host": host}, *fields[1:])
     elif target == "*" and method == "OPTIONS":
-        path, query = "*", ""
-    else:
+        path = "*"
+    elif host is not None or path is None:
         raise WireError(400, "The request target is malformed.")
-    keep_alive = "close" not in fields.connection and (version == 11 or "keep-alive" in fields.connection)
-    expects_continue = fields.expects_continue and version == 11
-    return Head(method, path, query, version, headers, fields.length, fields.chunked, expects_continue, keep_alive)
-
-
-_short_head = lru_cache(maxsize=512)(_parse_head)  # who polls, or calls one flow, sends the same head again
+    return Head(method, path, query or "", version, *fields)
 
 
 class RequestParser:
-    """Cuts the bytes of a connection into requests, however they are cut into packets.
+    """Cuts the bytes of a connection into requests. How the bytes are cut into packets makes no difference.
 
-    `feed` bytes, then ask for `head()`, then for `body()`; each is None until it is complete. Raises WireError, after
-    which nothing more is read from the connection.
+    Call `feed` with bytes, then `head()`, then `body()`; each returns None until it is complete. After a WireError
+    nothing more is to be read from the connection.
     """
-
-    __slots__ = (
-        "_body",
-        "_buffer",
-        "_chunk_left",
-        "_head",
-        "_led",
-        "_line",
-        "_max_body",
-        "_max_header",
-        "_max_url",
-        "_seen",
-        "_trailer",
-    )
 
     def __init__(self, max_header: int, max_url: int, max_body: int) -> None:
         self._max_header, self._max_url, self._max_body = max_header, max_url, max_body
+        self._longest = max_url + 128 + max_header  # bytes of a head
         self._buffer = bytearray()
         self._led = False  # whether an empty line was ignored before the head
-        self._seen = 0  # bytes searched for the end of the head, or of a line of a chunked body
-        self._line = -1  # length of the request line, once it was found good although the head is not complete
+        self._seen = 0  # bytes searched for the end of the head
         self._head: Head | None = None
-        self._body: bytearray | None = None  # of a chunked request, as far as it came
-        self._chunk_left = 0
-        self._trailer = -1  # bytes of trailer lines so far; -1 before the last chunk
+        self._body = bytearray()  # of a chunked request, as far as it came
+        self._due = "size"  # what the next line of a chunked body is: size, end (of the data), trailer
+        self._left = 0  # bytes of a chunk's data to come
+        self._trailer = 0  # bytes of trailer lines so far
 
     @property
     def buffered(self) -> int:
         """Bytes held."""
-        return len(self._buffer) + (len(self._body) if self._body is not None else 0)
+        return len(self._buffer) + len(self._body)
 
     @property
     def begun(self) -> bool:
@@ -10675,7 +10624,7 @@ class RequestParser:
         return self._head is not None or len(self._buffer) > 0
 
     def feed(self, data: bytes) -> None:
-        """More bytes from the connection."""
+        """Take more bytes of the connection."""
         self._buffer += data
 
     def head(self) -> Head | None:
@@ -10686,146 +10635,122 @@ class RequestParser:
         if not self._led and buffer.startswith(b"\r\n"):  # one empty line before a request is ignored (RFC 9112, 2.2)
             del buffer[:2]
             self._led, self._seen = True, 0
-        end = buffer.find(b"\r\n\r\n", max(self._seen - 3, 0))
-        if end < 0 or end > min(self._max_header, self._max_url):
-            self._check(end)
+        stop = self._longest + 4
+        end = buffer.find(b"\r\n\r\n", max(self._seen - 3, 0), stop)
         if end < 0:
+            line = buffer.find(b"\r\n", 0, stop)
+            if _STRAY.search(buffer, max(self._seen - 1, 0), stop):
+                raise WireError(400, "Lines end with CR LF.")
+            if line >= 0 and not _REQUEST_LINE.fullmatch(buffer, 0, line):  # such as TLS: nothing more may come
+                raise WireError(400, "The request line is malformed.")
+            if len(buffer) >= stop:
+                self._refuse_long(line)
             self._seen = len(buffer)
             return None
-        head = self._head = parse_head(bytes(buffer[: end + 2]), self._max_url)
+        head = parse_head(bytes(buffer[: end + 2]), self._max_url)
+        if end > self._max_header and end + 2 - (line := buffer.find(b"\r\n")) > self._max_header:
+            self._refuse_long(line)
+        self._head = head
         if head.length > self._max_body:
             raise WireError(413, f"The body is larger than {show_size(self._max_body)}.")
         del buffer[: end + 4]
-        self._led, self._seen, self._line = False, 0, -1
-        if head.chunked:
-            self._body, self._chunk_left, self._trailer = bytearray(), 0, -1
+        self._led, self._seen, self._due, self._trailer = False, 0, "size", 0
         return head
 
+    def _refuse_long(self, line: int) -> NoReturn:
+        """Refuse a head that is too long; `line` is the length of its request line, or negative."""
+        if 0 <= line <= self._max_url + 128:
+            raise WireError(431, f"The header block is longer than {show_size(self._max_header)}.")
+        raise WireError(414, f"The URL is longer than {show_size(self._max_url)}.")
+
     def origin(self) -> dict[str, str]:
-        """The header Origin of a request that is refused as it stands, as far as it came."""
+        """The header Origin of a request that is refused before its head is complete, as far as it came."""
         match = _ORIGIN_LINE.search(self._buffer)
         return {"origin": match[1].decode()} if match else {}
-
-    def _check(self, end: int) -> None:
-        """Refuse what cannot become a head any more, instead of waiting for its end.
-
-        The first byte that is wrong decides, so that it makes no difference how the bytes were cut.
-        """
-        buffer, longest = self._buffer, self._max_url + 128
-        line = self._line
-        if line < 0 and (line := buffer.find(b"\r\n", max(self._seen - 1, 0), longest)) >= 0:
-            _parse_request_line(bytes(buffer[:line]), self._max_url)
-            self._line = line
-        if line >= 0:
-            longest = line + self._max_header
-        stop = len(buffer) if end < 0 else end + 2
-        if _STRAY.search(buffer, max(self._seen - 1, 0), min(stop, longest)):
-            raise WireError(400, "Lines end with CR LF.")
-        if line < 0 and len(buffer) > longest:
-            raise WireError(414, f"The URL is longer than {show_size(self._max_url)}.")
-        if line >= 0 and stop - (end < 0) > longest:  # the last byte may be the CR of the empty line
-            raise WireError(431, f"The header block is longer than {show_size(self._max_header)}.")
 
     def body(self) -> bytes | None:
         """The body of the request whose head was given; empty if it has none. Then comes the next head."""
         head = self._head
         assert head is not None
-        if self._body is not None:
-            if not self._dechunk(self._body):
+        if head.chunked:
+            if not self._dechunk():
                 return None
-            body, self._body = bytes(self._body), None
+            body, self._body = bytes(self._body), bytearray()
         elif len(self._buffer) < head.length:
             return None
-        elif head.length:
+        else:
             body = bytes(self._buffer[: head.length])
             del self._buffer[: head.length]
-        else:
-            body = b""
         self._head = None
         return body
 
-    def _dechunk(self, body: bytearray) -> bool:
-        """Decode chunks (RFC 9112, section 7.1) as far as they came; whether the last one and the trailer are there."""
+    def _dechunk(self) -> bool:
+        """Decode chunks (RFC 9112, section 7.1) as far as they came; whether the body and its trailer are complete."""
         buffer, at = self._buffer, 0
         try:
             while True:
-                if self._chunk_left:  # data, and the CR LF behind it
-                    data = min(self._chunk_left - 2, len(buffer) - at)
-                    if data > 0:
-                        body += buffer[at : at + data]
-                        at += data
-                        self._chunk_left -= data
-                    if self._chunk_left > 2 or len(buffer) - at < self._chunk_left:
-                        if self._chunk_left == 2 and not b"\r\n".startswith(buffer[at : at + 2]):
-                            raise WireError(400, "A chunk is longer than it says.")
+                if self._left:
+                    data = buffer[at : at + self._left]
+                    self._body += data
+                    self._left -= len(data)
+                    at += len(data)
+                    if self._left:
                         return False
-                    if buffer[at : at + 2] != b"\r\n":
-                        raise WireError(400, "A chunk is longer than it says.")
-                    at, self._chunk_left = at + 2, 0
-                start = at + self._seen - 1 if self._seen else at
-                end = buffer.find(b"\r\n", start, at + _MAX_CHUNK_LINE)
-                if end < 0:
-                    if len(buffer) - at >= _MAX_CHUNK_LINE or _STRAY.search(buffer, start):
-                        raise WireError(400, "A line of the chunked body is malformed.")
-                    self._seen = len(buffer) - at
+                end = buffer.find(b"\n", at, at + _MAX_CHUNK_LINE) + 1
+                if not end:
+                    if len(buffer) - at >= _MAX_CHUNK_LINE:
+                        raise WireError(400, "A line of the chunked body is too long.")
                     return False
-                line, at, self._seen = bytes(buffer[at:end]), end + 2, 0
-                if self._trailer >= 0:
-                    if not line:
-                        return True
-                    self._trailer += len(line) + 2
-                    if self._trailer > self._max_header or not _FIELDS.fullmatch(line + b"\r\n"):
-                        raise WireError(400, "The trailer of the chunked body is malformed or too long.")
-                    continue
-                match = _CHUNK_SIZE.fullmatch(line)
-                if match is None:
-                    raise WireError(400, "The size of a chunk is malformed.")
-                size = int(match[1], 16)
-                if len(body) + size > self._max_body:
-                    raise WireError(413, f"The body is larger than {show_size(self._max_body)}.")
-                if size:
-                    self._chunk_left = size + 2
+                line, at = bytes(buffer[at:end]), end
+                if self._due == "size":
+                    self._begin_chunk(line)
+                elif self._due == "end":
+                    if line != b"\r\n":
+                        raise WireError(400, "A chunk is longer than it says.")
+                    self._due = "size"
+                elif line == b"\r\n":
+                    return True
                 else:
-                    self._trailer = 0
+                    self._trailer += len(line)
+                    if self._trailer > self._max_header or not _FIELDS.fullmatch(line):
+                        raise WireError(400, "The trailer of the chunked body is malformed or too long.")
         finally:
             del buffer[:at]
 
+    def _begin_chunk(self, line: bytes) -> None:
+        match = _CHUNK_SIZE.fullmatch(line)
+        if match is None:
+            raise WireError(400, "The size of a chunk is malformed.")
+        self._left = int(match[1], 16)
+        if len(self._body) + self._left > self._max_body:
+            raise WireError(413, f"The body is larger than {show_size(self._max_body)}.")
+        self._due = "end" if self._left else "trailer"
 
-_STATUS_LINES = {code: f"HTTP/1.1 {code} {phrase}\r\n" for code, phrase in PHRASES.items()}
+
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def _http_date(_cache: list[Any] = [0, ""]) -> str:  # noqa: B006 (the date of this second)
-    now = int(time.time())
-    if _cache[0] != now:
-        from email.utils import formatdate  # noqa: PLC0415 (http.client has loaded it)
+@lru_cache(maxsize=1)
+def _http_date(seconds: int) -> str:
+    from email.utils import formatdate  # noqa: PLC0415 (http.client has loaded it)
 
-        _cache[:] = [now, formatdate(now, usegmt=True)]
-    return str(_cache[1])
-
-
-def _header_lines(headers: Iterable[tuple[str, str]]) -> str:
-    return "".join([f"{name}: {value}\r\n" for name, value in headers])
-
-
-_known_header_lines = _cached_if_short(_header_lines)
+    return formatdate(seconds, usegmt=True)
 
 
 def response_head(
     response: Reply, request_id: str, keep_alive: bool, version: int = 11, has_length: bool = True
 ) -> bytes:
-    """Status line and headers, with the framing that RFC 9112 asks for."""
+    """Status line and headers of a response, with the framing that RFC 9112 asks for."""
     status = response.status
-    headers = response.headers
-    block = _known_header_lines(headers) if isinstance(headers, tuple) else _header_lines(headers)
-    lines = [_STATUS_LINES.get(status) or f"HTTP/1.1 {status} \r\n", "Date: ", _http_date(), "\r\n", block]
-    if status != 204 and status != 304 and has_length:
+    lines = [f"HTTP/1.1 {status} {PHRASES.get(status, '')}\r\nDate: {_http_date(int(time.time()))}\r\n"]
+    lines += [f"{name}: {value}\r\n" for name, value in response.headers]
+    if status not in (204, 304) and has_length:
         lines.append(f"Content-Length: {len(response.body) or response.length}\r\n")
     if not keep_alive:
         lines.append("Connection: close\r\n")
     elif version == 10:
         lines.append("Connection: keep-alive\r\n")
-    lines += ("X-Request-Id: ", request_id, "\r\n\r\n")
+    lines.append(f"X-Request-Id: {request_id}\r\n\r\n")
     return "".join(lines).encode("latin-1")
 
 
