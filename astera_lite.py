@@ -2814,382 +2814,314 @@ def http_date(text: str | None) -> float:
 # ======================================================================================================================
 # 6 Flows
 # To add a step kind: a function that checks a spec and returns a runner, a row in STEP_KINDS, its schema in documents.
-# To add a parameter type: a row in PARAMETER_TYPES and one in SCHEMA_TYPES.
+# To add a type of parameters and bodies: a row in VALUE_TYPES.
 # ======================================================================================================================
 
 Scope = dict[str, Any]
 Runner = Callable[["Run", Scope, str], Any]  # (run, scope, path of the step) -> the step's value
 
-_INTEGER = re.compile(r"-?[0-9]{1,19}")
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,308})(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?")
-_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-_DATE_TIME = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
-)
 INT64 = range(-(1 << 63), 1 << 63)
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,308})(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?")
+_DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_DATE_TIME = re.compile(_DATE.pattern + r"[Tt][0-9:]{8}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})")
 
 
-def _integer_text(text: str) -> int:
-    if text.isascii() and _INTEGER.fullmatch(text) and (number := int(text)) in INT64:
-        return number
-    raise ValueError("must be an integer such as 3 or -12, in 64 bits")
+def _read_integer(text: str) -> int | None:
+    return int(text) if re.fullmatch("-?[0-9]{1,19}", text) else None
 
 
-def _number_text(text: str) -> float | int:
-    if not text.isascii() or not _NUMBER.fullmatch(text) or math.isinf(float(text)):
-        raise ValueError("must be a number such as 2.5 or -1e3")
-    if text.lstrip("-").isdecimal():
-        return _integer_text(text)
-    return float(text)
-
-
-def _boolean_text(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError("must be true or false")
-    return text == "true"
-
-
-def _date_text(text: str) -> str:
-    try:
-        if _DATE.fullmatch(text):
-            datetime.date.fromisoformat(text)
-            return text
-    except ValueError:
-        pass
-    raise ValueError("must be a date such as 2026-11-23")
-
-
-def _date_time_text(text: str) -> str:
-    try:
-        if text.isascii() and _DATE_TIME.fullmatch(text):
-            datetime.datetime.fromisoformat(text.upper())
-            return text
-    except ValueError:
-        pass
-    raise ValueError("must be a date and time with a zone such as 2026-11-23T20:31:05Z")
-
-
-#: How the text of a path, query or header parameter becomes a value; ValueError says what it must be.
-PARAMETER_TYPES: dict[str, Callable[[str], Any]] = {
-    "string": str,
-    "integer": _integer_text,
-    "number": _number_text,
-    "boolean": _boolean_text,
-    "date": _date_text,
-    "date-time": _date_time_text,
-}
+def _read_number(text: str) -> int | float | None:
+    """The number that a text is, None if it is none; a whole number is an integer, because a float has 53 bits."""
+    match = _NUMBER.fullmatch(text)
+    return None if match is None else float(text) if match[1] or match[2] else int(text)
 
 
 def _is_integer(value: Any) -> bool:
     return (type(value) is int or (type(value) is float and value.is_integer())) and int(value) in INT64
 
 
-#: Whether a JSON value is of a type (in JSON `true` is no integer, `1.0` is one).
-SCHEMA_TYPES: dict[str, Callable[[Any], bool]] = {
-    "string": lambda value: type(value) is str,
-    "integer": _is_integer,
-    "number": lambda value: type(value) in (int, float),
-    "boolean": lambda value: type(value) is bool,
-    "date": lambda value: type(value) is str and _accepts(_date_text, value),
-    "date-time": lambda value: type(value) is str and _accepts(_date_time_text, value),
-    "array": lambda value: type(value) is list,
-    "object": lambda value: type(value) is dict,
-    "null": lambda value: value is None,
-}
+def _is_number(value: Any) -> bool:
+    return math.isfinite(value) if type(value) is float else type(value) is int and value in INT64
 
 
-def _accepts(parse: Callable[[str], Any], text: str) -> bool:
+def _is_moment(value: Any, form: re.Pattern[str]) -> bool:
+    """Whether a value is the text of a date, or of a date and time, that the calendar has."""
+    if type(value) is not str or not form.fullmatch(value):
+        return False
     try:
-        parse(text)
+        datetime.datetime.fromisoformat(value.upper())
     except ValueError:
         return False
     return True
 
 
-def _bound(holds: Callable[[Any, Any], bool], sized: bool, message: str) -> Callable[[Any, Any], str | None]:
-    def check(value: Any, limit: Any) -> str | None:
-        if sized != (type(value) in (str, list)) or (not sized and type(value) not in (int, float)):
-            return None
-        return None if holds(len(value) if sized else value, limit) else message.format(limit)
+class ValueType(NamedTuple):
+    """A type of parameters and bodies."""
 
-    return check
+    words: str  # what a value must be
+    holds: Callable[[Any], bool]  # whether a JSON value is of this type (`true` is no integer, `1.0` is one)
+    read: Callable[[str], Any] | None = None  # the value that a parameter's text stands for, None for none
+
+    def parse(self, text: str) -> Any:
+        """The value of a parameter's text; ValueError says what it must be."""
+        value = self.read(text) if self.read else None
+        if value is None or not self.holds(value):
+            raise ValueError(f"must be {self.words}")
+        return value
+
+
+VALUE_TYPES = {
+    "string": ValueType("text", lambda value: type(value) is str, str),
+    "integer": ValueType("an integer such as 3 or -12, within 64 bits", _is_integer, _read_integer),
+    "number": ValueType("a number such as 2.5 or -1e3, within 64 bits", _is_number, _read_number),
+    "boolean": ValueType("true or false", lambda value: type(value) is bool, {"true": True, "false": False}.get),
+    "date": ValueType("a date such as 2026-11-23", partial(_is_moment, form=_DATE), str),
+    "date-time": ValueType(
+        "a date and time with a zone such as 2026-11-23T20:31:05Z", partial(_is_moment, form=_DATE_TIME), str
+    ),
+    "array": ValueType("a list", lambda value: type(value) is list),
+    "object": ValueType("an object", lambda value: type(value) is dict),
+    "null": ValueType("null", lambda value: value is None),
+}
+PARAMETER_TYPES = [name for name, kind in VALUE_TYPES.items() if kind.read]
 
 
 # Python's white space is not ECMA's, its `$` also holds before a last line feed, and its `.` takes more line ends.
 _SPACES = "\\t-\\r \\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000\\ufeff"
-_ECMA = {"$": r"\Z", ".": r"[^\n\r\u2028\u2029]", r"\s": f"[{_SPACES}]", r"\S": f"[^{_SPACES}]"}
-_ECMA_ATOM = r"\\[dDwWnrtfv]|\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\[!-/:-@\[-`{-~]"
-_ECMA_CLASS = re.compile(rf"\[\^?+(?!\])(?:{_ECMA_ATOM}|\\s|[^\\\[\]&~|-]|-(?!-)|&(?!&)|~(?!~)|\|(?!\|))++\]")
-_ECMA_TOKEN = re.compile(
-    rf"{_ECMA_CLASS.pattern}|{_ECMA_ATOM}|\\[bBsS]|\((?:\?[:=!])?(?!\?)|[)|^$.]"
-    r"|(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})\??(?![*+?{])|[^\\()\[\]{}|^$.*+?]"
+_TRANSLATED = {".": r"[^\n\r\u2028\u2029]", r"\s": f"[{_SPACES}]", r"\S": f"[^{_SPACES}]"}
+_ATOM = r"\\[dDwWnrtfv]|\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\[!-/:-@\[-`{-~]"
+_PATTERN_TOKEN = re.compile(
+    rf"\[\^?+(?!\])(?:{_ATOM}|\\s|[^\\\[\]&~|-]|-(?!-)|&(?!&)|~(?!~)|\|(?!\|))++\]|{_ATOM}|\\[bBsS]"
+    r"|\((?:\?:)?(?!\?)|[)|^$.]|(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})\??(?![*+?{])|[^\\()\[\]{}|^$.*+?]"
 )
-
-
-_MOST_PLACES = 2800  # of a pattern; so many repeats of a character as a text may have then fit in
-_LONGEST_MATCHED = 16 << 10  # characters
-_MOST_MATCHING = 4 << 20  # characters times places
-_KEPT_MATCHING = 1 << 14  # entries, which bounds what a pattern keeps in memory
-
-
-def _portable(mark: str) -> str:
-    """What takes a character in ECMA 262, as Python has it."""
-    if mark[0] == "[":
-        return re.sub(r"\\.", lambda match: _SPACES if match[0] == r"\s" else match[0], mark)
-    return _ECMA.get(mark, mark)
-
-
-class Pattern:
-    """A pattern of ECMA 262, as JSON Schema has them, that takes time by the length of a text and no more.
-
-    It is a program: what takes a character, which stands for its regular expression; an edge, which is a text; a
-    pair of ways to go on, relative to this place. A search is at all its places at once, and keeps what it learns:
-    from these places, this character leads to those. Raises re.error, ValueError.
-    """
-
-    def __init__(self, text: str) -> None:
-        with warnings.catch_warnings():  # of what is refused below
-            warnings.simplefilter("ignore")
-            re.compile(text)  # tells of most faults
-        self.text = text
-        self._marks = list(self._divided(text))
-        self.program = [(1, 3), re.compile("(?s:.)").match, (-2, -2), *self._ways(), None]  # it may begin anywhere
-        self.longest = min(_LONGEST_MATCHED, _MOST_MATCHING // len(self.program))
-        self.known: dict[Any, _Places] = {}
-        self.begin()
-
-    @staticmethod
-    def _divided(text: str) -> Iterator[str]:
-        at = 0
-        while at < len(text):
-            match = _ECMA_TOKEN.match(text, at)
-            if match is None or match[0] in ("(?=", "(?!"):
-                raise ValueError(
-                    f"has {shown(text[at : at + 3])} at character {at + 1}, which patterns lack here: write it with "
-                    "characters, [classes], (groups), | and repeats; what must not match is refused by a `fail` step"
-                )
-            yield match[0]
-            at = match.end()
-
-    def _ways(self) -> list[Any]:
-        """What stands between two brackets: alternatives, each a sequence."""
-        code: list[Any] = []
-        while self._marks and self._marks[0] != ")":
-            mark = self._marks.pop(0)
-            if mark == "|":
-                other = self._ways()
-                code = [(1, len(code) + 2), *code, (len(other) + 1, len(other) + 1), *other]
-            elif mark[0] == "(":
-                part = self._ways()
-                del self._marks[0]  # its closing bracket
-                code += self._repeated(part)
-            else:
-                code += self._repeated([mark if mark in _EDGES else re.compile(_portable(mark), re.ASCII).match])
-            if len(code) > _MOST_PLACES:
-                raise ValueError("is too long: write it shorter, and a large number of repeats as maxLength")
-        return code
-
-    def _repeated(self, part: list[Any]) -> list[Any]:
-        mark = self._marks[0] if self._marks else ""
-        if mark[:1] not in ("*", "+", "?", "{"):
-            return part
-        del self._marks[0]
-        counts = {"*": "0,", "+": "1,", "?": "0,1"}.get(mark[0], mark.rstrip("?")[1:-1])
-        least, comma, most = counts.partition(",")
-        optional = int(most or least) - int(least)
-        size = len(part) + 1
-        if size * max(int(least), optional) > _MOST_PLACES:
-            raise ValueError(f"repeats too much by {mark}: write a large number of repeats as maxLength")
-        if comma and not most:
-            return part * int(least) + [(1, size + 1), *part, (-size, -size)]
-        return part * int(least) + [step for left in range(optional, 0, -1) for step in ((1, left * size), *part)]
-
-    def begin(self) -> None:
-        """Forget what was learnt."""
-        for places in list(self.known.values()):  # they know one another
-            places.clear()
-        self.known.clear()
-        self.kept = 0
-        self.start = self.places(frozenset([0]), None)
-
-    def places(self, found: frozenset[int], word: bool | None) -> _Places:
-        """The places of a search; `word` is whether the character before them is one of a word, None for none."""
-        known = self.known.get((found, word))
-        return known if known is not None else self.known.setdefault((found, word), _Places(self, found, word))
-
-    def search(self, text: str) -> bool:
-        """Whether it matches somewhere in the text."""
-        places = self.start
-        for character in text:
-            places = places[character]
-        return places[""].ended
-
-
-#: Whether a condition holds: the character before is one of a word, None for none; the one behind; whether that is.
-_EDGES: dict[str, Callable[[bool | None, str, bool], bool]] = {
+#: Whether a position matches: by whether a character of a word is before it (None: nothing is), the character behind it
+#: (empty: nothing is), and whether that is one of a word.
+_POSITIONS: dict[str, Callable[[bool | None, str, bool], bool]] = {
     "^": lambda before, after, word: before is None,
     "$": lambda before, after, word: after == "",
     r"\b": lambda before, after, word: bool(before) != word,
     r"\B": lambda before, after, word: bool(before) == word,
 }
-_WORD_MARKS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
+_MAX_PROGRAM = 2800  # instructions: a character repeated as often as a text may be long fits in
+_MAX_MATCHED = 16 << 10  # characters
+_MAX_MATCHING = 4 << 20  # characters times instructions
+_MAX_REMEMBERED = 1 << 14  # places in a program, for each pattern
 
 
-class _Places(dict[str, "_Places"]):
-    """Where a search is; by the next character, where it is behind that one. The end is an empty character."""
+class Pattern:
+    """A regular expression as JSON Schema has them (ECMA 262), less look-around and back references.
 
-    def __init__(self, pattern: Pattern, found: frozenset[int], word: bool | None) -> None:
-        self.pattern, self.found, self.word = pattern, found, word
-        self.ended = len(pattern.program) in found
+    A search takes time by the length of the text, because it follows all ways through a program at once. An
+    instruction is the `match` of a regular expression, which takes one character; the name of a position; or a tuple
+    of jumps, each of which is a way to go on. Raises re.error or ValueError.
+    """
 
-    def __missing__(self, after: str) -> _Places:
-        program, word = self.pattern.program, after in _WORD_MARKS
-        todo, seen, found = list(self.found), set(self.found), set()
-        if self.ended:
-            return self
+    def __init__(self, text: str) -> None:
+        with warnings.catch_warnings():  # of what is refused below
+            warnings.simplefilter("ignore")
+            re.compile(text)  # finds most faults
+        tokens, at = [], 0
+        for match in _PATTERN_TOKEN.finditer(text):
+            if match.start() == at:
+                tokens.append(match[0])
+                at = match.end()
+        if at < len(text):
+            raise ValueError(
+                f"has {shown(text[at : at + 3])} at character {at + 1}, which patterns lack here: write it with "
+                "characters, [classes], (groups), | and repeats; what must not match is refused by a `fail` step"
+            )
+        self.text = text
+        self._program = self._compiled(tokens[::-1])
+        size = len(self._program) + 1
+        self.longest = min(_MAX_MATCHED, _MAX_MATCHING // size)
+        self._next = lru_cache(1 + _MAX_REMEMBERED // size)(self._step)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _compiled(self, tokens: list[str]) -> list[Any]:
+        """The program of what stands before the next `)`; its tokens are taken off the end of the list."""
+        program: list[Any] = []
+        while tokens and tokens[-1] != ")":
+            token = tokens.pop()
+            if token == "|":  # noqa: S105 (no password)
+                other = self._compiled(tokens)
+                return [(1, len(program) + 2), *program, (len(other) + 1,), *other]
+            if token[0] == "(":
+                part = self._compiled(tokens)
+                tokens.pop()  # the closing bracket
+            elif token in _POSITIONS:
+                part = [token]
+            else:
+                within = re.sub(r"\\.", lambda match: _SPACES if match[0] == r"\s" else match[0], token)
+                part = [re.compile(within if token[0] == "[" else _TRANSLATED.get(token, token), re.ASCII).match]
+            program += self._repeated(part, tokens.pop()) if tokens and tokens[-1][0] in "*+?{" else part
+            self._check_size(len(program))
+        return program
+
+    def _repeated(self, part: list[Any], mark: str) -> list[Any]:
+        counts = {"*": "0,", "+": "1,", "?": "0,1"}.get(mark[0], mark.rstrip("?")[1:-1])
+        least, comma, most = counts.partition(",")
+        required, optional, size = int(least), int(most or least) - int(least), len(part) + 1
+        self._check_size(size * max(required, optional))
+        if comma and not most:
+            return part * required + [(1, size + 1), *part, (-size,)]
+        return part * required + [step for left in range(optional, 0, -1) for step in ((1, left * size), *part)]
+
+    @staticmethod
+    def _check_size(instructions: int) -> None:
+        if instructions > _MAX_PROGRAM:
+            raise ValueError("is too long: write it shorter, and a large number of repeats as maxLength")
+
+    def _step(self, places: frozenset[int], before: bool | None, after: str) -> tuple[frozenset[int], bool]:
+        """Where in the program a search is behind the character `after`, and the next `before`; its end is a match."""
+        end, word = len(self._program), after.isascii() and (after.isalnum() or after == "_")
+        todo, found = [*places, 0], set()  # a match may begin anywhere
+        seen = set(todo)
         for place in todo:
-            step, next_ = program[place], []
-            if step is None:
-                found = {len(program)}
-                break
+            if place == end:
+                return frozenset((end,)), word
+            step = self._program[place]
             if type(step) is tuple:
-                next_ = [place + step[0], place + step[1]]
+                ways = {place + jump for jump in step} - seen
             elif type(step) is str:
-                next_ = [place + 1] * _EDGES[step](self.word, after, word)
-            elif after and step(after):
-                found.add(place + 1)
-            todo += [each for each in next_ if each not in seen]
-            seen.update(next_)
-        if self.pattern.kept > _KEPT_MATCHING:
-            self.pattern.begin()
-        self.pattern.kept += len(found) + 1
-        self[after] = places = self.pattern.places(frozenset(found), word)
-        return places
+                ways = {place + 1} - seen if _POSITIONS[step](before, after, word) else set()
+            else:
+                ways = set()
+                if after and step(after):
+                    found.add(place + 1)
+            todo += ways
+            seen |= ways
+        return frozenset(found), word
+
+    def search(self, text: str) -> bool:
+        """Whether it matches somewhere in the text, which may have `longest` characters."""
+        if len(text) > self.longest:
+            return False
+        places: frozenset[int] = frozenset()
+        before = None
+        for character in text:
+            places, before = self._next(places, before, character)
+        return len(self._program) in self._next(places, before, "")[0]
 
 
-def _check_pattern(value: Any, pattern: Pattern) -> str | None:
-    if type(value) is not str:
-        return None
-    if len(value) > pattern.longest:
-        return f"must have at most {pattern.longest} characters, for it must match the pattern {pattern.text}"
-    if pattern.search(value):
-        return None
-    return f"must match the pattern {pattern.text}"
+def equal(one: Any, other: Any) -> bool:
+    """Whether two JSON values are the same: for Python `True == 1`."""
+    return bool(one == other) and (type(one) is bool) == (type(other) is bool)
 
 
-def _check_enum(value: Any, allowed: list[Any]) -> str | None:
-    same = any(value == item and (type(value) is bool) == (type(item) is bool) for item in allowed)
-    return None if same else "must be one of " + ", ".join(map(shown, allowed))
+class Rule(NamedTuple):
+    """A rule of a schema: which values it bounds, and by what."""
+
+    limit_type: str  # of VALUE_TYPES
+    applies: Collection[type]  # to values of other types it says nothing; empty: to all
+    holds: Callable[[Any, Any], bool]  # (value, limit)
+    words: str
+
+    def fault(self, value: Any, limit: Any) -> str | None:
+        """What is wrong with a value, if anything is."""
+        if (self.applies and type(value) not in self.applies) or self.holds(value, limit):
+            return None
+        return self.words.format(", ".join(map(shown, limit)) if type(limit) is list else limit)
 
 
-#: Rules of a schema: how to check a value against the rule's own value, and the type that the rule's value has.
-SCHEMA_RULES: dict[str, tuple[Callable[[Any, Any], str | None], str]] = {
-    "enum": (_check_enum, "array"),
-    "pattern": (_check_pattern, "string"),
-    "minimum": (_bound(operator.ge, False, "must be at least {}"), "number"),
-    "maximum": (_bound(operator.le, False, "must be at most {}"), "number"),
-    "minLength": (_bound(operator.ge, True, "must have at least {} characters"), "integer"),
-    "maxLength": (_bound(operator.le, True, "must have at most {} characters"), "integer"),
-    "minItems": (_bound(operator.ge, True, "must have at least {} items"), "integer"),
-    "maxItems": (_bound(operator.le, True, "must have at most {} items"), "integer"),
+SCHEMA_RULES = {
+    "enum": Rule("array", (), lambda value, allowed: any(equal(value, one) for one in allowed), "must be one of {}"),
+    "pattern": Rule("string", (str,), lambda value, pattern: pattern.search(value), "must match the pattern {}"),
+    "minimum": Rule("number", (int, float), operator.ge, "must be at least {}"),
+    "maximum": Rule("number", (int, float), operator.le, "must be at most {}"),
+    "minLength": Rule(
+        "integer", (str, list), lambda value, limit: len(value) >= limit, "must have at least {} characters"
+    ),
+    "maxLength": Rule(
+        "integer", (str, list), lambda value, limit: len(value) <= limit, "must have at most {} characters"
+    ),
+    "minItems": Rule("integer", (str, list), lambda value, limit: len(value) >= limit, "must have at least {} items"),
+    "maxItems": Rule("integer", (str, list), lambda value, limit: len(value) <= limit, "must have at most {} items"),
 }
 _SCHEMA_MEMBERS = ("type", "items", "properties", "required", "additionalProperties", "default", *SCHEMA_RULES)
 _NOTES = ("description", "example")
 
 
-class Schema:
-    """A compiled schema: the subset of JSON Schema that parameters and bodies share."""
-
-    __slots__ = ("additional", "default", "has_default", "items", "properties", "required", "rules", "types")
-
-    def __init__(self) -> None:
-        self.types: tuple[str, ...] = ()
-        self.rules: list[tuple[Callable[[Any, Any], str | None], Any]] = []
-        self.items: Schema | None = None
-        self.properties: dict[str, Schema] = {}
-        self.required: tuple[str, ...] = ()
-        self.additional: bool | Schema = True
-        self.has_default = False
-        self.default: Any = None
-
-    def check(self, value: Any, place: str, errors: list[dict[str, str]], where: str = "body") -> Any:
-        """The value with defaults filled in; faults are appended to `errors` under the JSON Pointer `place`."""
-        if errors and _enough(errors, place, where):
-            return value
-        if self.types:
-            for name in self.types:
-                if SCHEMA_TYPES[name](value):
-                    break
-            else:
-                message = "must be " + " or ".join(_TYPE_WORDS[name] for name in self.types)
-                errors.append({"in": where, "name": place, "message": message})
-                return value
-            if type(value) is float and self.types == ("integer",):
-                value = int(value)
-        for rule, limit in self.rules:
-            fault = rule(value, limit)
-            if fault:
-                errors.append({"in": where, "name": place, "message": fault})
-        if type(value) is list and self.items is not None:
-            return [self.items.check(item, f"{place}/{at}", errors, where) for at, item in enumerate(value)]
-        if type(value) is dict:
-            return self._object(value, place, errors, where)
-        return value
-
-    def _object(self, value: dict[str, Any], place: str, errors: list[dict[str, str]], where: str) -> dict[str, Any]:
-        if self.additional is True and not (self.properties or self.required):
-            return value
-        result = {}
-        for name, item in value.items():
-            schema = self.properties.get(name, self.additional)
-            if schema is True:  # hundreds of thousands may come, whose places nobody asks for
-                result[name] = item
-                continue
-            at = f"{place}/{pointer(name)}"
-            if schema is False:
-                if _enough(errors, place, where):
-                    break
-                if len(at) > _LONGEST_NAME:
-                    at = at[:_LONGEST_NAME] + "…"
-                message = "is not a member of this object" + suggest(name, self.properties)
-                errors.append({"in": where, "name": at, "message": message})
-            result[name] = schema.check(item, at, errors, where) if isinstance(schema, Schema) else item
-        for name in self.required:
-            if name not in value and not _enough(errors, place, where):
-                errors.append({"in": where, "name": f"{place}/{pointer(name)}", "message": "is missing"})
-        for name, schema in self.properties.items():
-            if schema.has_default and name not in value:
-                result[name] = copy.deepcopy(schema.default)  # it may be a list, which a Python step may change
-        return result
-
-
-_MOST_ERRORS = 100  # that one answer tells of
-_LONGEST_NAME = 300  # of what is told, in characters
-
-
-def _enough(errors: list[dict[str, str]], place: str, where: str) -> bool:
-    """Whether no more faults are told; the last one then says so."""
-    if len(errors) == _MOST_ERRORS:
-        errors.append({"in": where, "name": place, "message": "has more faults than are told"})
-    return len(errors) > _MOST_ERRORS
-
-
-_TYPE_WORDS = {
-    "string": "text",
-    "integer": "an integer",
-    "number": "a number",
-    "boolean": "true or false",
-    "date": "a date such as 2026-11-23",
-    "date-time": "a date and time with a zone such as 2026-11-23T20:31:05Z",
-    "array": "a list",
-    "object": "an object",
-    "null": "null",
-}
-
-
 def pointer(name: str) -> str:
     """A member's name as a token of a JSON Pointer (RFC 6901)."""
     return name.replace("~", "~0").replace("/", "~1")
+
+
+_MAX_ERRORS = 100  # that one answer lists
+_MAX_NAME = 300  # characters of a name in it
+
+
+class InputErrors(list[dict[str, str]]):
+    """Faults of a request, as an InputError and its problem document list them."""
+
+    def add(self, where: str, name: str, message: str) -> None:
+        """Note a fault, unless there are too many; the last one then says so."""
+        if len(self) == _MAX_ERRORS:
+            message = "has more faults than are listed"
+        if not self.full:
+            name = name if len(name) <= _MAX_NAME else name[:_MAX_NAME] + "…"
+            self.append({"in": where, "name": name, "message": message})
+
+    @property
+    def full(self) -> bool:
+        """Whether no more are noted."""
+        return len(self) > _MAX_ERRORS
+
+
+class Schema:
+    """A compiled schema: the subset of JSON Schema that parameters and bodies share."""
+
+    types: Sequence[str] = ()  # empty: any
+    items: Schema | None = None
+    required: Sequence[str] = ()
+    additional: bool | Schema = True
+    has_default = False
+    default: Any = None
+
+    def __init__(self) -> None:
+        self.rules: list[tuple[Rule, Any]] = []  # each with its limit
+        self.properties: dict[str, Schema] = {}
+
+    def check(self, value: Any, place: str, errors: InputErrors, where: str = "body") -> Any:
+        """The value with defaults filled in; faults are added to `errors` under the JSON Pointer `place`."""
+        if errors.full:
+            return value
+        if self.types and not any(VALUE_TYPES[name].holds(value) for name in self.types):
+            errors.add(where, place, "must be " + " or ".join(VALUE_TYPES[name].words for name in self.types))
+            return value
+        if type(value) is float and self.types == ("integer",):
+            value = int(value)
+        for rule, limit in self.rules:
+            fault = rule.fault(value, limit)
+            if fault:
+                errors.add(where, place, fault)
+        if type(value) is list and self.items is not None:
+            return [self.items.check(item, f"{place}/{at}", errors, where) for at, item in enumerate(value)]
+        if type(value) is dict and (self.properties or self.required or self.additional is not True):
+            return self._check_members(value, place, errors, where)
+        return value
+
+    def _check_members(self, value: dict[str, Any], place: str, errors: InputErrors, where: str) -> dict[str, Any]:
+        result = dict(value)
+        for name, item in value.items():
+            schema = self.properties.get(name, self.additional)
+            if schema is True:  # hundreds of thousands may come, whose places nobody asks for
+                continue
+            at = f"{place}/{pointer(name)}"
+            if isinstance(schema, Schema):
+                result[name] = schema.check(item, at, errors, where)
+            else:
+                errors.add(where, at, "is not a member of this object" + suggest(name, self.properties))
+            if errors.full:
+                break
+        for name in self.required:
+            if name not in value:
+                errors.add(where, f"{place}/{pointer(name)}", "is missing")
+        for name, schema in self.properties.items():
+            if schema.has_default and name not in value:
+                result[name] = copy.deepcopy(schema.default)  # a Python step may change it
+        return result
 
 
 class Parameter(NamedTuple):
@@ -3216,7 +3148,7 @@ class Selection(NamedTuple):
         """The query parameters that say so."""
         return ["cursor"] * self.page + ["sort_by"] * bool(self.sort) + sorted(self.filters)
 
-    def read(self, path: str, query: Mapping[str, list[str]], errors: list[dict[str, str]]) -> Selected:
+    def read(self, path: str, query: Mapping[str, list[str]], errors: InputErrors) -> Selected:
         """What a request asks for; faults are appended to `errors`."""
 
         def refuse(name: str, message: str) -> None:
@@ -3289,8 +3221,7 @@ def _read_cursor(text: str, stamp: str) -> int | None:
 
 def _filter_value(text: str) -> tuple[str, int | float | None]:
     """A filter's text, and the number that it may mean: a whole one as it is, for a float has 53 bits."""
-    match = _NUMBER.fullmatch(text)
-    return text, None if match is None else float(text) if match[2] or match[3] else int(text)
+    return text, _read_number(text)
 
 
 def _selects(wanted: Sequence[tuple[str, int | float | None]], value: Any) -> bool:
@@ -3400,7 +3331,7 @@ class Flow(NamedTuple):
 
     def bind(self, request: StoredRequest, segments: Mapping[str, str], request_id: str = "") -> Input:
         """Check a request against the declaration; raises InputError with every fault at once."""
-        errors: list[dict[str, str]] = []
+        errors = InputErrors()
         remembered = None if segments else self.remembered.get(request.query)
         if remembered is not None:  # a client that calls one flow mostly sends the same query again
             params, plain, selected = remembered[0].copy(), remembered[1].copy(), _ALL_ROWS
@@ -3425,7 +3356,7 @@ class Flow(NamedTuple):
         )
 
     def _bind_query(
-        self, request: StoredRequest, segments: Mapping[str, str], errors: list[dict[str, str]]
+        self, request: StoredRequest, segments: Mapping[str, str], errors: InputErrors
     ) -> tuple[dict[str, Any], dict[str, Any], Selected]:
         """The parameters, the query as expressions see it, and what it asks of the rows."""
         query = parse_query(request.query)
@@ -3441,7 +3372,7 @@ class Flow(NamedTuple):
             params[item.name] = _bind_parameter(item, given, errors)
         if self.strict:
             known = [item.name for item in self.parameters if item.where == "query"] + self.selection.names
-            for name in [name for name in query if name not in known][:_MOST_ERRORS]:
+            for name in [name for name in query if name not in known][:_MAX_ERRORS]:
                 errors.append({"in": "query", "name": name, "message": "is not declared" + suggest(name, known)})
         selects = self.selection != NO_SELECTION
         selected = self.selection.read(request.path, query, errors) if selects else _ALL_ROWS
@@ -3454,7 +3385,7 @@ class Flow(NamedTuple):
             self.remembered[request.query] = params.copy(), plain.copy()
         return params, plain, selected
 
-    def _bind_body(self, request: StoredRequest, errors: list[dict[str, str]]) -> Any:
+    def _bind_body(self, request: StoredRequest, errors: InputErrors) -> Any:
         media, charset_is_known = _media_of(request.headers.get("content-type", ""))
         if not request.body:
             if self.body_required:
@@ -3493,10 +3424,10 @@ def _has_long_number(text: bytes) -> bool:
     return len(text.translate(None, _NO_DIGITS)) >= 19 and _LONG_NUMBER.search(text) is not None
 
 
-def _refuse_large(value: Any, place: str, errors: list[dict[str, str]]) -> None:
+def _refuse_large(value: Any, place: str, errors: InputErrors) -> None:
     """Append a fault for every integer beyond 64 bits: other programs, SQLite too, cannot hold it."""
-    if type(value) is int and value not in INT64 and not _enough(errors, place, "body"):
-        errors.append({"in": "body", "name": place, "message": "must be within 64 bits: send a larger number as text"})
+    if type(value) is int and value not in INT64 and not errors.full:
+        errors.add("body", place, "must be within 64 bits: send a larger number as text")
     elif type(value) is list:
         for at, item in enumerate(value):
             _refuse_large(item, f"{place}/{at}", errors)
@@ -3566,7 +3497,7 @@ def _sent(value: Any, where: str, name: str, write: Callable[[Any], str]) -> str
         members = (
             value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
         )
-        if len(name) < _LONGEST_NAME:
+        if len(name) < _MAX_NAME:
             for key, member in members:
                 _sent(member, where, f"{name}/{pointer(str(key))}", to_json)
         raise InputError([{"in": where, "name": name, "message": str(error)}]) from None
@@ -3631,7 +3562,7 @@ def _media_of(content_type: str) -> tuple[str, bool]:
     return media, not (is_json_type(media) or media.startswith("text/") or media == CONTENT_TYPES["form"])
 
 
-def _bind_parameter(item: Parameter, given: Sequence[str], errors: list[dict[str, str]]) -> Any:
+def _bind_parameter(item: Parameter, given: Sequence[str], errors: InputErrors) -> Any:
     if len(given) == 1 and not item.array and not item.schema.rules and (given[0] or item.text):
         try:  # most parameters have a type and no rules
             return item.parse(given[0])
@@ -3704,7 +3635,7 @@ def parse_query(query: str) -> dict[str, list[str]]:
                 try:
                     name, value = unquote(name, plus=True), unquote(value, plus=True)
                 except ValueError as error:
-                    raise InputError([{"in": "query", "name": name[:_LONGEST_NAME], "message": str(error)}]) from None
+                    raise InputError([{"in": "query", "name": name[:_MAX_NAME], "message": str(error)}]) from None
             if name in result:
                 result[name].append(value)
             else:
@@ -4739,7 +4670,9 @@ def _parse_time(value: Any) -> int:
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e10:
         return round(value * 1000)
     try:
-        return round(datetime.datetime.fromisoformat(_date_time_text(str(value)).upper()).timestamp() * 1000)
+        return round(
+            datetime.datetime.fromisoformat(VALUE_TYPES["date-time"].parse(str(value)).upper()).timestamp() * 1000
+        )
     except ValueError:
         raise ValueError(f"{shown(value)} is not a time such as 2026-11-23T20:31:05Z") from None
 
@@ -5981,7 +5914,7 @@ def _check_parameter(build: Build, name: str, spec: dict[str, Any], place: str) 
     return Parameter(
         name,
         str(spec.get("in")),
-        PARAMETER_TYPES.get(str(item_kind), str),
+        VALUE_TYPES[item_kind].parse,
         array,
         item_kind == "string" and not array,
         bool(required),
@@ -5997,15 +5930,15 @@ def check_schema(build: Build, spec: Any, place: str) -> Schema:
     kinds = spec.get("type", [])
     kinds = kinds if isinstance(kinds, list) else [kinds]
     for kind in kinds:
-        if not isinstance(kind, str) or kind not in SCHEMA_TYPES:
-            allowed = ", ".join(SCHEMA_TYPES)
-            build.fault(f"{place}/type", f"{shown(kind)} is not one of {allowed}{suggest(str(kind), SCHEMA_TYPES)}")
-    schema.types = tuple(kind for kind in kinds if isinstance(kind, str) and kind in SCHEMA_TYPES)
-    for name, (rule, kind) in SCHEMA_RULES.items():
+        if not isinstance(kind, str) or kind not in VALUE_TYPES:
+            allowed = ", ".join(VALUE_TYPES)
+            build.fault(f"{place}/type", f"{shown(kind)} is not one of {allowed}{suggest(str(kind), VALUE_TYPES)}")
+    schema.types = tuple(kind for kind in kinds if isinstance(kind, str) and kind in VALUE_TYPES)
+    for name, rule in SCHEMA_RULES.items():
         if name in spec:
             value = spec[name]
-            if not SCHEMA_TYPES[kind](value):
-                build.fault(f"{place}/{name}", f"must be {_TYPE_WORDS[kind]}, not {shown(value)}")
+            if not VALUE_TYPES[rule.limit_type].holds(value):
+                build.fault(f"{place}/{name}", f"must be {VALUE_TYPES[rule.limit_type].words}, not {shown(value)}")
                 continue
             if name == "pattern":
                 try:
@@ -6016,6 +5949,7 @@ def check_schema(build: Build, spec: Any, place: str) -> Schema:
                 except ValueError as error:
                     build.fault(f"{place}/pattern", str(error))
                     continue
+                schema.rules.append((SCHEMA_RULES["maxLength"], value.longest))
             schema.rules.append((rule, value))
     if "items" in spec:
         schema.items = check_schema(build, spec["items"], f"{place}/items")
@@ -6035,7 +5969,7 @@ def check_schema(build: Build, spec: Any, place: str) -> Schema:
         additional if type(additional) is bool else check_schema(build, additional, f"{place}/additionalProperties")
     )
     if "default" in spec:
-        errors: list[dict[str, str]] = []
+        errors = InputErrors()
         schema.default, schema.has_default = schema.check(spec["default"], "", errors), True
         for found in errors:
             build.fault(f"{place}/default{found['name']}", f"{found['message']}, not {shown(spec['default'])}")

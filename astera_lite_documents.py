@@ -33,9 +33,9 @@ from astera_lite import (
     PREFIXES,
     RUN_TIMES,
     SCHEMA_RULES,
-    SCHEMA_TYPES,
     SELECTING,
     STEP_OPTIONS,
+    VALUE_TYPES,
     AsteraLite,
     ConfigError,
     Deployments,
@@ -131,14 +131,14 @@ _KIND_SCHEMAS: dict[str, Any] = {
 def _rules_schema() -> dict[str, Any]:
     """The rules that parameters and bodies share."""
     kinds = {"integer": {"type": "integer"}, "number": {"type": "number"}, "array": {"type": "array"}}
-    rules = {name: kinds.get(kind, _TEXT) for name, (_, kind) in SCHEMA_RULES.items()}
+    rules = {name: kinds.get(rule.limit_type, _TEXT) for name, rule in SCHEMA_RULES.items()}
     return rules | {"default": _ANY, "description": _TEXT, "example": _ANY}
 
 
 def flow_schema(kinds: Mapping[str, StepKind]) -> dict[str, Any]:
     """A JSON Schema (2020-12) of the flow file, for editors; `check` knows more."""
     value = _rules_schema() | {
-        "type": {"anyOf": [{"enum": list(SCHEMA_TYPES)}, {"type": "array", "items": {"enum": list(SCHEMA_TYPES)}}]},
+        "type": {"anyOf": [{"enum": list(VALUE_TYPES)}, {"type": "array", "items": {"enum": list(VALUE_TYPES)}}]},
         "items": {"$ref": "#/$defs/value"},
         "properties": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}},
         "required": {"anyOf": [{"type": "array", "items": _TEXT}, _FLAG]},

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,7 @@ def test_of_very_many_faults_the_first_hundred_are_told(run: Running) -> None:
     answer = run.client.post(SYNC + "/people", data=_members(5000), headers=JSON)
     refused(answer)
     assert len(answer.json()["errors"]) == 101
-    assert answer.json()["errors"][-1]["message"] == "has more faults than are told"
+    assert answer.json()["errors"][-1]["message"] == "has more faults than are listed"
 
 
 @pytest.mark.parametrize("body", ["9223372036854775807", "1e300", '"a\\u2028b"', '"\\ud83d\\ude00"', "-1", "null"])
@@ -494,7 +495,7 @@ def test_a_pattern_takes_time_by_the_length_of_a_text_alone(tmp_path: Path) -> N
         ("^(?!a)b", 'has "(?!" at character 2'),
         (r"(a)\1", r'has "\\1" at character 4'),
         ("(?i)a", 'has "(?i" at character 1'),
-        ("a{5000}", "repeats too much by {5000}: write a large number of repeats as maxLength"),
+        ("a{5000}", "is too long: write it shorter, and a large number of repeats as maxLength"),
         ("(a{50}b){50}c{1000}", "is too long: write it shorter"),
     ],
 )
@@ -506,9 +507,13 @@ def test_what_a_pattern_cannot_have_is_told_with_what_to_write(pattern: str, mes
 
 def test_what_a_pattern_keeps_in_memory_is_bounded() -> None:
     pattern = astera_lite.Pattern("(.|a){0,30}b$")
-    for start in range(0x10000, 0x12000, 2000):
-        assert not pattern.search("".join(map(chr, range(start, start + 2000))) + "c")
-    assert sum(len(found) + len(places) for (found, _), places in pattern.known.items()) < 40_000
+    tracemalloc.start()
+    try:
+        for start in range(0x10000, 0x20000, 2000):
+            assert not pattern.search("".join(map(chr, range(start, start + 2000))) + "c")
+        assert tracemalloc.get_traced_memory()[0] < 2 << 20
+    finally:
+        tracemalloc.stop()
 
 
 LETTERS = st.sampled_from(["a", "b", "ab", ".", "[ab]", "[^a]", r"\d", r"\w", "^", "$", r"\b", r"\s", "-", ""])
