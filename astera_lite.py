@@ -108,7 +108,7 @@ import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from enum import StrEnum
+from enum import IntEnum, StrEnum, auto
 from functools import cached_property, lru_cache, partial
 from http.server import ThreadingHTTPServer
 from socketserver import BaseRequestHandler, TCPServer
@@ -3822,7 +3822,6 @@ class Run:
     """One run of a flow: its input, what it knows, and when it must end."""
 
     __slots__ = (
-        "blocking",
         "cancel",
         "canned",
         "deadline",
@@ -3854,7 +3853,6 @@ class Run:
         self.trace = trace
         self.cancel = cancel or Cancel()
         self.progress = Progress(None, 0, len(flow.steps))
-        self.blocking: Callable[[], None] | None = None  # called by `may_block`
         self.canned: _Canned | None = None  # of a test
         self.held = False  # waits with its thread, for it shares its run with others
         self.purse: Purse | None = None
@@ -3879,11 +3877,6 @@ class Run:
         for name, value in changes.items():
             setattr(part, name, value)
         return part
-
-    def may_block(self) -> None:
-        """Called before the thread may wait for something: another one can compute meanwhile."""
-        if self.blocking is not None:
-            self.blocking()
 
     def settled(self, template: Template, scope: Scope, key: str) -> Any:
         """The template's value; one that may turn out otherwise the next time is saved, for a resumed run."""
@@ -3913,7 +3906,6 @@ class Run:
     def sleep(self, seconds: float) -> None:
         """Hold the thread for so long; ends early, with an error, at the deadline or on cancel."""
         left = self.left()
-        self.may_block()
         if self.cancel.wait(min(seconds, left)):
             raise _Cancelled
         if seconds > left:
@@ -4081,7 +4073,6 @@ def _attempts(step: Step, run: Run, scope: Scope, path: str, failures: list[dict
         try:
             with _within(run, step.timeout, f"{path}@", resumed):
                 if step.effect:
-                    run.may_block()
                     run.journal.barrier()
                 return step.run(run, scope, path)
         except _Signal:
@@ -5445,10 +5436,9 @@ def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: i
     results: list[Any] = [None] * count
     errors: list[BaseException] = []
     turns, stop = itertools.count(), Cancel()
-    run.may_block()
 
     def work() -> None:
-        part = run.branch(cancel=stop, held=True, blocking=None)
+        part = run.branch(cancel=stop, held=True)
         while not stop.is_set and (at := next(turns)) < count:
             try:
                 results[at] = one(part, at)
@@ -8197,22 +8187,20 @@ def _bytes_from_mark(value: dict[str, Any]) -> Any:
 
 # ======================================================================================================================
 # 8 Engine
-# The threads are a ThreadPoolExecutor's, but a task of it takes many jobs, one after the other, from the engine's own
-# heap: handing each job over singly would cost a third of the throughput.
+# To add a state of a job: a member of State, and a row in _MOVES.
 # ======================================================================================================================
 
-MAX_ATTEMPTS = 3  # interrupted so often, a job is given up: it may be what brings the server down
-_KEEP_BYTES = 1 << 20  # of queued jobs' requests whose inputs stay in memory, where JSON takes up to thirty times that
-_ITSELF = 1 << 10  # bytes that any input counts for
-_MAX_UNRECORDED = 2000  # outcomes on their way to the disk, above which a worker waits for its own
-_MAX_UNRECORDED_BYTES = 32 << 20  # of their bodies, the same
-_PURSE = 10_000  # units that a run may cost which holds up the loop: some milliseconds
-_LIGHT_BODY = 16 << 10  # bytes of a request's body that such a run may have
-_COMPUTING = 2  # threads that run Python at one time: more would only hand the interpreter's lock to and fro
+MAX_ATTEMPTS = 3  # a job interrupted this often is given up: it may be what crashes the server
+_KEEP_BYTES = 1 << 20  # of queued jobs' requests kept in memory; parsed, they take up to thirty times as much
+_MIN_KEPT = 1 << 10  # bytes that a kept request counts for at least
+_MAX_UNWRITTEN = 32 << 20  # bytes of outcomes on their way to the disk, above which a worker waits for its own
+_MIN_UNWRITTEN = 16 << 10  # bytes that an outcome counts for at least
+_PURSE = 10_000  # units that a run on the calling thread may spend: a few milliseconds
+_LIGHT_BODY = 16 << 10  # bytes of the largest request that runs on the calling thread
 
 
 class Prepared(NamedTuple):
-    """A job that can run. `interrupted` says that a run of it began and was broken off by the end of its server."""
+    """A job that can run. `interrupted`: an earlier run of it began and was cut short by the end of its server."""
 
     job: Job
     flow: Flow
@@ -8223,20 +8211,51 @@ class Prepared(NamedTuple):
     interrupted: bool = False
 
 
-class _Live:
-    """A job that has a thread, or whose outcome is on its way to the disk."""
+class State(IntEnum):
+    """Where a job or a synchronous call stands in the engine."""
 
-    __slots__ = ("abandoned", "attempt", "blocking", "cancel", "job", "overdue", "run", "started")
+    NEW = auto()  # on its way to the disk
+    READY = auto()  # waits for a thread
+    HELD = auto()  # waits until its flow's limit leaves room
+    RUNNING = auto()  # has a thread
+    WAITING = auto()  # due later; has no thread
+    ENDING = auto()  # its end, or its wait, is on its way to the disk
+    GONE = auto()  # ended
 
-    def __init__(self) -> None:
-        self.cancel = Cancel()
-        self.blocking: Callable[[], None] | None = None
-        self.job: Job | None = None
+
+#: The states that may follow each state.
+_MOVES = {
+    State.NEW: {State.READY, State.WAITING, State.RUNNING, State.ENDING, State.GONE},
+    State.READY: {State.RUNNING, State.ENDING, State.GONE},
+    State.HELD: {State.READY, State.ENDING, State.GONE},
+    State.RUNNING: {State.HELD, State.WAITING, State.ENDING, State.GONE},
+    State.WAITING: {State.READY, State.ENDING, State.GONE},
+    State.ENDING: {State.WAITING, State.GONE},
+    State.GONE: set(),
+}
+
+
+class Entry:
+    """What the engine knows of a job that has not ended, or of a synchronous call, which has a negative number."""
+
+    __slots__ = ("call", "cancel", "due", "job", "kept_bytes", "number", "prepared", "progress", "run", "state")
+
+    def __init__(self, number: int) -> None:
+        self.number = number  # a job's `seq`
+        self.state = State.NEW
+        self.job: Job | None = None  # as it is now; None: read it from the store
+        self.prepared: Prepared | None = None
+        self.kept_bytes = 0  # that `prepared` counts for while the job is queued
+        self.due: int | None = None  # milliseconds since the epoch
         self.run: Run | None = None
-        self.attempt = 0
-        self.started: int | None = None
-        self.overdue = False  # ended by its deadline while its thread goes on
-        self.abandoned = False  # left to the next start of the server
+        self.progress: Progress | None = None  # of a job that waits
+        self.cancel: Cancel | None = None  # of a job that has had a thread
+        self.call: _SyncCall | None = None
+
+
+class _SyncCall(NamedTuple):
+    done: Callable[[Outcome], None]
+    turn: Callable[[], None] | None = None  # tells a caller who runs it on its own thread that there may be room
 
 
 class JobJournal(Journal):
@@ -8249,28 +8268,25 @@ class JobJournal(Journal):
         store: Store,
         secrets: Mapping[str, str],
         prepared: Prepared,
-        attempt: int,
-        started: int,
+        job: Job,
         left: Callable[[], float],
     ) -> None:
         super().__init__()
-        self._secrets = secrets
-        self._store, self._key, self._attempt, self._started = store, prepared.job.key, attempt, started
-        self._left = left
+        self._store, self._secrets, self._job, self._left = store, secrets, job, left
         self._begun = self._dirty = False
         self._lock = threading.Lock()  # the steps of a concurrent `each` share the journal
         self.saved, self.waits = prepared.saved, prepared.waits
         self.waiting: tuple[str, int] = ("", 0)
 
     def record(self, path: str, value: Any) -> int:
-        """Save a step's output; it is waited for only before the next side effect."""
+        """Save a step's output, without waiting for the disk; the bytes that were saved."""
         text = to_saved(value, self._secrets)
-        self._store.save_step(self._key, self._attempt, path, text)
+        self._store.save_step(self._job.key, self._job.attempt, path, text)
         self._dirty = True
         return len(text)
 
     def begin_wait(self, path: str, until: int) -> None:
-        """Remember until when a step waits; it goes to the disk when the job is suspended."""
+        """Remember until when a step waits; the suspension of the job stores it."""
         self.waiting = (path, until)
 
     def barrier(self) -> None:
@@ -8278,65 +8294,51 @@ class JobJournal(Journal):
         with self._lock:
             if self._begun and not self._dirty:
                 return
-            start = partial(self._store.start, self._key, self._attempt, self._started)
+            job = self._job
+            start = partial(self._store.start, job.key, job.attempt, job.started or 0)
             self._dirty = False  # what is recorded from now on is behind this barrier
             try:
                 runs = _await(self._store.barrier if self._begun else start, self._left())
             except TimeoutError:
                 raise _TimedOut from None
-            if not self._begun and not runs:  # it ended, by a cancel, before it began
+            if not self._begun and not runs:  # a cancel ended it before it began
                 raise _Cancelled
             self._begun = True
 
 
 class MeasuringJournal(Journal):
-    """Keeps nothing, but tells sizes."""
+    """Saves nothing and returns the sizes that a JobJournal would."""
 
     def record(self, path: str, value: Any) -> int:
-        """The size of what would be saved."""
+        """The bytes that would be saved."""
         return len(to_saved(value))
 
 
 _MEASURING = MeasuringJournal()
 _STOPPED = Outcome.failed("interrupted", 503, "The server is stopping.")
-_NEVER = Cancel()  # of a run that nobody can cancel, because it holds the thread that would be told
+_CANCELLED = Outcome.failed("cancelled", 409, "The job was cancelled.")
+_NEVER = Cancel()  # of what nobody cancels
 
 
 def _await(write: Callable[[Done], None], timeout_s: float) -> Any:
-    """Make a write and wait for it; raises its error, or TimeoutError."""
-    answer: list[tuple[Any, AsteraError | None]] = []
-    waiting = threading.Lock()
-    waiting.acquire()
-
-    def done(result: Any, error: AsteraError | None) -> None:
-        answer.append((result, error))
-        waiting.release()
-
-    write(done)
-    if not waiting.acquire(timeout=timeout_s):
-        raise TimeoutError("the database did not take a write in time")
-    result, error = answer[0]
+    """Make a write and wait for its result; raises its error, or TimeoutError."""
+    answers: queue.SimpleQueue[tuple[Any, AsteraError | None]] = queue.SimpleQueue()
+    write(lambda result, error: answers.put((result, error)))
+    try:
+        result, error = answers.get(timeout=min(timeout_s, threading.TIMEOUT_MAX))
+    except queue.Empty:
+        raise TimeoutError("the database did not take a write in time") from None
     if error is not None:
         raise error
     return result
 
 
-_Task = Callable[[Callable[[], None]], None]  # takes what it calls before it may block
-
-
-class _SyncRun(NamedTuple):
-    run: Run
-    done: Callable[[Outcome], None]
-    turn: Callable[[], None] | None = None  # tells who runs it on a thread of their own that there may be room now
-
-
 class Engine:
-    """Runs jobs and synchronous flows on a pool of threads, and records what came of the jobs.
+    """Runs jobs and synchronous calls on a pool of threads, and records how the jobs ended.
 
-    `prepare(seq)` makes a stored job ready to run, None if it is not Running any more; `finished(key, more)` is called,
-    on the store's thread, when a job's end or wait is committed, and `more` says that something becomes due. Some
-    threads are kept for synchronous runs, or slow jobs would starve them. Only few threads compute at one time; a run
-    that comes to what may block says so (`Run.blocking`), and another thread takes its turn. Durations are seconds.
+    `prepare(seq)` reads a stored job and makes it ready to run; None if it has ended. `finished(key, more)` is called
+    on the store's thread when a job's end or wait is committed; `more`: something becomes due. At most `workers`
+    threads run jobs; a quarter more are for calls, which slow jobs would starve otherwise. Durations are seconds.
     """
 
     def __init__(
@@ -8347,7 +8349,7 @@ class Engine:
         workers: int,
         retention: float,
         job_timeout: float,
-        prepare: Callable[[int], Prepared | Outcome | None],
+        prepare: Callable[[int], Prepared | None],
         finished: Callable[[JobKey, bool], None],
         metrics: Metrics,
     ) -> None:
@@ -8357,99 +8359,224 @@ class Engine:
         self._threads = workers + max(1, workers // 4)
         self._pool = ThreadPoolExecutor(self._threads, "astera-worker")
         self._lock = threading.Lock()  # guards what follows
-        self._ready: list[int] = []  # heap of seq: jobs that can run
-        self._waiting: list[tuple[int, int]] = []  # heap of (due, seq): jobs that wait for a time
-        self._asleep: set[int] = set()  # those of them that were not cancelled meanwhile
-        self._sync: deque[_SyncRun] = deque()
-        self._inputs: dict[int, Prepared] = {}
-        self._kept_bytes = 0  # what they count for
-        self._dropped: set[int] = set()  # cancelled while queued or waiting, the end not on disk yet
-        self._gone: set[int] = set()  # cancelled, but still in the heap of ready jobs
-        self._to_cancel: set[int] = set()  # cancelled while they could not be read; they end when they can
-        self._live: dict[int, _Live] = {}
-        self._paused: dict[int, Progress] = {}  # how far jobs are that wait for a time
-        self._running: dict[str, int] = {}  # runs of each flow that has a limit
-        self._limits: dict[str, int] = {}  # the limits themselves
-        self._held: dict[str, list[int]] = {}  # heap of seq by flow: jobs for which its limit leaves no room
-        self._held_sync: dict[str, deque[_SyncRun]] = {}
-        self._calls: set[Run] = set()  # synchronous runs that have begun
-        self._admitted: dict[str, set[int]] = {}  # by flow that refuses when full: unfinished jobs and calls
-        self._draining = self._busy = self._unrecorded = self._unrecorded_bytes = 0
-        self._computing, self._may_compute = 0, _COMPUTING  # of the draining threads, those in nothing that may block
-        self._taken = self._taken_before = 0
-        self._stopping = False
         self._idle = threading.Condition(self._lock)
+        self._entries: dict[int, Entry] = {}
+        self._counts = Counter[State]()  # of jobs
+        # Heaps of numbers. One that is in the wrong state when its turn comes is passed over.
+        self._ready: list[int] = []  # calls, which come first, and jobs by age
+        self._due: list[tuple[int, int]] = []  # (due, number) of WAITING
+        self._held: defaultdict[str, list[int]] = defaultdict(list)  # by flow
+        self._kept_bytes = self._unwritten = 0
+        self._limits: dict[str, int] = {}  # runs that a flow may have at one time
+        self._running = Counter[str]()  # runs of the flows that have a limit
+        self._admitted: dict[str, set[int]] = {}  # by flow that refuses when full: unfinished jobs and calls
+        self._call_numbers = itertools.count(-(1 << 62))
+        self._draining = self._busy = 0  # threads at work, and those of them that run a job
+        self._stopping = False
         self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
         self._dear: set[int] = set()  # versions of light flows that once cost more than a purse holds
 
-    # --- queue ---
+    # --- states ---
+
+    def _entry(self, number: int) -> Entry:
+        """With the lock held: the entry of a job or call; a new one if there is none."""
+        entry = self._entries.get(number)
+        if entry is None:
+            entry = self._entries[number] = Entry(number)
+            self._counts[State.NEW] += number >= 0
+        return entry
+
+    def _move(self, entry: Entry, state: State) -> bool:
+        """With the lock held: give an entry another state; False if it may not have this one now."""
+        if state not in _MOVES[entry.state]:
+            return False
+        if entry.call is None:
+            self._counts[entry.state] -= 1
+            self._counts[state] += 1
+        entry.state = state
+        if state is State.READY:
+            if entry.call is not None and entry.call.turn is not None:
+                entry.call.turn()
+            else:
+                heapq.heappush(self._ready, entry.number)
+        elif state is State.HELD:
+            heapq.heappush(self._held[_flow_of(entry).name], entry.number)
+            self._keep(entry)
+        else:
+            self._kept_bytes -= entry.kept_bytes
+            entry.kept_bytes = 0
+            if state is State.WAITING:
+                entry.job = entry.prepared = entry.run = None
+                heapq.heappush(self._due, (entry.due or 0, entry.number))
+            elif state is State.GONE:
+                del self._entries[entry.number]
+        return True
+
+    def _keep(self, entry: Entry) -> None:
+        """With the lock held: keep a queued job's request if there is room; else it is read again at its turn."""
+        prepared = entry.prepared
+        if prepared is None or entry.kept_bytes:
+            return
+        size = max(prepared.input.size, _MIN_KEPT)
+        if self._kept_bytes + size <= _KEEP_BYTES and not prepared.saved:
+            entry.kept_bytes = size
+            self._kept_bytes += size
+        else:
+            entry.prepared = None
 
     @property
     def queued(self) -> int:
-        """Jobs that have not begun to run."""
-        held = sum(map(len, self._held.values())) if self._held else 0
-        return len(self._ready) + held - len(self._gone)
+        """Jobs that were accepted and do not run yet."""
+        return self._counts[State.NEW] + self._counts[State.READY] + self._counts[State.HELD]
 
     def counts(self) -> dict[str, int]:
-        """What the engine has in hand, for people."""
-        return {"queued": self.queued, "running": self._busy, "waiting": len(self._asleep)}
-
-    def at_work(self) -> tuple[list[str], list[str]]:
-        """The flows of the jobs that run now, and of the requests."""
-        with self._lock:
-            jobs = [live.job.flow for live in self._live.values() if live.run and live.job]
-            return jobs, [run.flow.name for run in self._calls]
+        """Jobs that are queued, that have a thread, and that wait for a time."""
+        return {"queued": self.queued, "running": self._busy, "waiting": self._counts[State.WAITING]}
 
     def threads(self) -> tuple[int, int]:
-        """The threads that run jobs and synchronous flows: how many there are, and how many of them are busy."""
+        """The size of the thread pool, and how many of its threads are busy."""
         return self._threads, self._draining
 
-    def put(self, seq: int, prepared: Prepared | None = None) -> None:
-        """Queue a stored job; what is prepared already is kept in memory as long as the queue is short."""
+    def at_work(self) -> tuple[list[str], list[str]]:
+        """The flows of the jobs that run now, and of the synchronous calls."""
+        running = self._with_thread()
+        flows = [(entry.run.flow.name, entry.call is None) for entry in running if entry.run is not None]
+        return [name for name, is_job in flows if is_job], [name for name, is_job in flows if not is_job]
+
+    def _with_thread(self) -> list[Entry]:
+        return [entry for entry in list(self._entries.values()) if entry.state is State.RUNNING]
+
+    # --- queue ---
+
+    def expect(self, seq: int) -> None:
+        """Count a job as queued that is on its way to the disk; `put` or `dismiss` follows."""
         with self._lock:
-            if prepared is not None:
-                self._keep(seq, prepared)
-            heapq.heappush(self._ready, seq)
-            self._call_threads()
+            self._entry(seq)
 
-    def _keep(self, seq: int, prepared: Prepared) -> None:
-        """With the lock held: keep a job's input, if there is room; else it is read again when its turn comes."""
-        size = prepared.input.size + _ITSELF
-        if self._kept_bytes + size <= _KEEP_BYTES and not prepared.saved:
-            self._inputs[seq] = prepared
-            self._kept_bytes += size
-
-    def _take(self, seq: int) -> Prepared | None:
-        """With the lock held: a job's input, if it was kept."""
-        prepared = self._inputs.pop(seq, None)
-        if prepared is not None:
-            self._kept_bytes -= prepared.input.size + _ITSELF
-        return prepared
-
-    def later(self, due: int, seq: int) -> None:
-        """Queue a stored job when its time comes."""
+    def put(self, seq: int, prepared: Prepared | None = None, due: int | None = None) -> None:
+        """Queue a job that is on disk, to run when it is due; does nothing if the engine has it already."""
         with self._lock:
-            self._sleep(due, seq)
-
-    def _sleep(self, due: int, seq: int) -> None:
-        heapq.heappush(self._waiting, (due, seq))
-        self._asleep.add(seq)
+            entry = self._entry(seq)
+            if entry.state is not State.NEW:
+                return
+            entry.prepared, entry.due = prepared, due
+            self._keep(entry)
+            self._move(entry, State.READY if due is None else State.WAITING)
+            self._call_thread()
 
     def release(self, now: int) -> int | None:
-        """Make jobs ready whose time has come; when the next one is due."""
+        """Make jobs ready that are due; when the next one will be."""
         with self._lock:
-            while self._waiting and self._waiting[0][0] <= now:
-                seq = heapq.heappop(self._waiting)[1]
-                if seq in self._asleep:
-                    self._asleep.discard(seq)
-                    heapq.heappush(self._ready, seq)
-            self._call_threads()
-            return self._waiting[0][0] if self._waiting else None
+            while self._due and self._due[0][0] <= now:
+                due, seq = heapq.heappop(self._due)
+                entry = self._entries.get(seq)
+                if entry is not None and entry.state is State.WAITING and entry.due == due:
+                    self._move(entry, State.READY)
+            self._call_thread()
+            return self._due[0][0] if self._due else None
+
+    def admit(self, flow: Flow, ticket: int, although_full: bool = False) -> None:
+        """Count a job or call of a flow that refuses when it is full; raises Busy then."""
+        if flow.limit is None or flow.when_full != "refuse":
+            return
+        with self._lock:
+            admitted = self._admitted.setdefault(flow.name, set())
+            if len(admitted) >= flow.limit and not although_full:
+                message = f"The flow runs {flow.limit} times at one time, and no more."
+                raise Busy(message, self.retry_after(flow.name), 429)
+            admitted.add(ticket)
+
+    def dismiss(self, flow: str, ticket: int) -> None:
+        """Forget a job, or a call that was admitted, that has ended."""
+        with self._lock:
+            if flow in self._admitted:
+                self._admitted[flow].discard(ticket)
+            entry = self._entries.get(ticket)
+            if entry is not None:
+                self._move(entry, State.GONE)
+
+    # --- threads ---
+
+    def _call_thread(self) -> None:
+        """With the lock held: have another thread drain the queue, if there is work for it."""
+        if self._has_work() and self._draining < self._threads:
+            self._draining += 1
+            with contextlib.suppress(RuntimeError):  # no thread can be had: the pool keeps the task for the next one
+                self._pool.submit(self._drain)
+
+    def _has_work(self) -> bool:
+        """With the lock held: whether the first in the queue may run: a call, or a job if fewer than `workers` do."""
+        return bool(self._ready) and not self._stopping and (self._ready[0] < 0 or self._busy < self._workers)
+
+    def _next(self) -> Entry | None:
+        while self._has_work():
+            entry = self._entries.get(heapq.heappop(self._ready))
+            if entry is not None and self._move(entry, State.RUNNING):
+                entry.cancel = entry.cancel or Cancel()
+                return entry
+        return None
+
+    def _drain(self) -> None:
+        """A task of the pool: run one entry after the other. A task for each would cost a third of the throughput."""
+        while True:
+            with self._lock:
+                entry = self._next()
+                if entry is None:
+                    self._draining -= 1
+                    self._idle.notify_all()
+                    return
+                self._busy += entry.call is None
+                self._call_thread()
+            try:
+                if entry.call is None:
+                    self._run_job(entry)
+                elif self._begin(entry, _flow_of(entry)):
+                    entry.call.done(self._run_call(entry))
+            except BaseException:  # the thread goes on
+                log.exception("a task of the engine")
+            finally:
+                with self._lock:
+                    self._busy -= entry.call is None
+
+    def _begin(self, entry: Entry, flow: Flow) -> bool:
+        """Whether the flow's limit leaves room for a run, which then counts; else the entry is held."""
+        if flow.limit is None:
+            return True
+        with self._lock:
+            self._limits[flow.name] = flow.limit
+            if self._running[flow.name] >= flow.limit:
+                self._move(entry, State.HELD)
+                return False
+            self._running[flow.name] += 1
+            return True
+
+    def _leave(self, flow: Flow) -> None:
+        """A run of a flow has ended: one that was held may begin."""
+        if flow.limit is not None:
+            with self._lock:
+                self._running[flow.name] -= 1
+                self._let_in(flow.name)
+
+    def _let_in(self, flow: str) -> None:
+        """With the lock held: make as many held runs ready as the flow's limit leaves room for.
+
+        Each of them asks again when it begins, so one too many does no harm.
+        """
+        held = self._held[flow]
+        for _ in range(self._limits.get(flow, 1) - self._running[flow]):
+            while held:
+                entry = self._entries.get(heapq.heappop(held))
+                if entry is not None and entry.state is State.HELD:
+                    self._move(entry, State.READY)
+                    break
+        self._call_thread()
+
+    # --- synchronous calls ---
 
     def run_at_once(self, flow: Flow, given: Input, trace: list[dict[str, Any]] | None = None) -> Outcome | None:
-        """Run a light flow on the calling thread, which it holds for a few milliseconds at the most.
+        """Run a light flow on the calling thread, for a few milliseconds at most.
 
-        None if it is not light, costs more than that, or came with a large body: then it wants a thread.
+        None if the flow is not light, cost more than that once, or came with a large body: it needs a thread.
         """
         if not flow.light or flow.version in self._dear or given.size > _LIGHT_BODY:
             return None
@@ -8466,365 +8593,217 @@ class Engine:
         return outcome
 
     def run_sync(self, run: Run, done: Callable[[Outcome], None]) -> None:
-        """Run a flow for a caller who waits; `done` is called by the thread that ran it."""
-
+        """Run a flow on a thread of the pool, which calls `done`; raises Busy when the server stops."""
         with self._lock:
             if self._stopping:
                 raise Busy("The server is stopping.", 5)
-            self._sync.append(_SyncRun(run, done))
-            self._call_threads()
-
-    def _run_sync(self, sync: _SyncRun, blocking: Callable[[], None]) -> None:
-        if self._begin_call(sync):
-            sync.run.blocking = blocking
-            sync.done(self._run_call(sync.run))
+            self._move(self._call(run, _SyncCall(done)), State.READY)
+            self._call_thread()
 
     def run_here(self, run: Run) -> Outcome:
-        """Run a flow on the calling thread: it waits anyway, and may be one of the pool's, which then need no other."""
+        """Run a flow on the calling thread, which waits anyway and may be one of the pool's own."""
         answers: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
-        sync = _SyncRun(run, answers.put, partial(answers.put, None))
-        while not self._begin_call(sync):
+        with self._lock:
+            if self._stopping:
+                return _STOPPED
+            entry = self._call(run, _SyncCall(answers.put, partial(answers.put, None)))
+        while True:
+            with self._lock:
+                has_turn = self._move(entry, State.RUNNING)
+            if has_turn and self._begin(entry, run.flow):
+                return self._run_call(entry)
             outcome = answers.get()
             if outcome is not None:
                 return outcome
-        return self._run_call(run)
 
-    def _begin_call(self, sync: _SyncRun) -> bool:
-        """Whether a synchronous run may begin; it is held, or told that it comes too late, if not."""
-        with self._lock:
-            if not self._stopping:
-                if self._enter(sync.run.flow):
-                    self._calls.add(sync.run)
-                    return True
-                self._held_sync.setdefault(sync.run.flow.name, deque()).append(sync)
-                return False
-        sync.done(_STOPPED)
-        return False
+    def _call(self, run: Run, call: _SyncCall) -> Entry:
+        entry = self._entry(next(self._call_numbers))
+        entry.run, entry.call, entry.cancel = run, call, run.cancel
+        return entry
 
-    def _run_call(self, run: Run) -> Outcome:
+    def _run_call(self, entry: Entry) -> Outcome:
+        run = entry.run
+        assert run is not None
         began = self._clock.monotonic()
         try:
             outcome = run_flow(run)
         finally:
-            self._leave(run.flow)
             with self._lock:
-                self._calls.discard(run)
+                self._move(entry, State.GONE)
                 self._idle.notify_all()
+            self._leave(run.flow)
         assert isinstance(outcome, Outcome)
         self._measure(run.flow, self._clock.monotonic() - began)
         log_outcome("request", run.flow, run.input, outcome)
         return outcome
 
-    # --- limits of flows ---
+    # --- jobs ---
 
-    def admit(self, flow: Flow, ticket: int, although_full: bool = False) -> None:
-        """Count a job, or a call, in for a flow that refuses when it is full; raises Busy then."""
-        if flow.limit is None or flow.when_full != "refuse":
-            return
-        with self._lock:
-            admitted = self._admitted.setdefault(flow.name, set())
-            if len(admitted) >= flow.limit and not although_full:
-                message = f"The flow runs {flow.limit} times at one time, and no more."
-                raise Busy(message, self.retry_after(flow.name), 429)
-            admitted.add(ticket)
-
-    def dismiss(self, flow: str, ticket: int) -> None:
-        """What was admitted has ended."""
-        if flow in self._admitted:
-            with self._lock:
-                self._admitted[flow].discard(ticket)
-
-    def _enter(self, flow: Flow) -> bool:
-        """With the lock held: whether the flow's limit lets another run of it begin, which then counts."""
-        if flow.limit is None:
-            return True
-        self._limits[flow.name] = flow.limit
-        if self._running.get(flow.name, 0) >= flow.limit:
-            return False
-        self._running[flow.name] = self._running.get(flow.name, 0) + 1
-        return True
-
-    def _leave(self, flow: Flow) -> None:
-        """A run of a flow has ended: another one that was held may begin."""
-        if flow.limit is None:
-            return
-        with self._lock:
-            self._running[flow.name] -= 1
-            self._let_in(flow.name)
-            self._call_threads()
-
-    def _let_in(self, name: str) -> None:
-        """With the lock held: queue as many held runs of a flow as its limit leaves room for.
-
-        Each looks again when its turn comes, so one too many does no harm, and one that was cancelled meanwhile keeps
-        nobody out for longer than until the housekeeper's next look.
-        """
-        limit = self._limits.get(name, 1)
-        for _ in range(limit - self._running.get(name, 0)):
-            syncs, jobs = self._held_sync.get(name), self._held.get(name)
-            if syncs:
-                sync = syncs.popleft()
-                (sync.turn or partial(self._sync.appendleft, sync))()
-            elif jobs:
-                heapq.heappush(self._ready, heapq.heappop(jobs))
-
-    def _call_threads(self) -> None:
-        """With the lock held: let another thread drain if there is work for it."""
-        if self._work() and self._computing < self._may_compute and self._draining < self._threads:
-            self._draining += 1
-            self._computing += 1
-            with contextlib.suppress(RuntimeError):  # no thread can be had: the pool has it queued for the next one
-                self._pool.submit(self._drain)
-
-    def _work(self) -> bool:
-        ready = self._ready and self._busy < self._workers
-        return bool(self._sync or ready) and not self._stopping
-
-    def _drain(self) -> None:
-        """A pool task: take work until there is none, or until others who compute will take it."""
-        blocked = False
-
-        def blocking() -> None:
-            nonlocal blocked
-            if not blocked:
-                blocked = True
-                with self._lock:
-                    self._computing -= 1
-                    self._call_threads()
-
-        while True:
-            with self._lock:
-                self._computing += blocked
-                blocked = False
-                task = self._next() if self._computing <= self._may_compute else None
-                if task is None:
-                    self._computing -= 1
-                    self._draining -= 1
-                    self._idle.notify_all()
-                    return
-                self._taken += 1
-                self._call_threads()
-            try:
-                task(blocking)
-            except BaseException:  # or the thread would be lost, and counted as if it were there
-                log.exception("a task of the engine")
-
-    def unstall(self) -> None:
-        """Called now and then: if those who compute take nothing new, another thread may join them."""
-        with self._lock:
-            stalled = self._work() and self._taken == self._taken_before
-            self._may_compute = self._may_compute + 1 if stalled else _COMPUTING
-            self._taken_before = self._taken
-            for name in self._limits:
-                self._let_in(name)
-            self._call_threads()
-
-    def _next(self) -> _Task | None:
-        if self._sync:
-            return partial(self._run_sync, self._sync.popleft())
-        while self._ready and self._busy < self._workers and not self._stopping:
-            seq = heapq.heappop(self._ready)
-            if seq in self._dropped or seq in self._gone:
-                self._gone.discard(seq)
-                self._take(seq)
-                continue
-            self._busy += 1
-            self._paused.pop(seq, None)
-            live = self._live[seq] = _Live()
-            if seq in self._to_cancel:
-                self._to_cancel.discard(seq)
-                live.cancel.set()
-            return partial(self._run_job, seq, live, self._take(seq))
-        return None
-
-    # --- one job ---
-
-    def _run_job(self, seq: int, live: _Live, prepared: Prepared | None, blocking: Callable[[], None]) -> None:
-        live.blocking = blocking
+    def _run_job(self, entry: Entry) -> None:
+        this = JobKey(entry.number, 0)
         try:
-            ready = prepared or self._prepare(seq)
-            if isinstance(ready, Prepared):
-                self._run_within_limit(ready, live)
+            prepared = entry.prepared = entry.prepared or self._prepare(entry.number)
+            if prepared is None:
+                with self._lock:
+                    if entry.state is State.RUNNING:  # else its end is on its way to the disk
+                        self._move(entry, State.GONE)
+            elif self._begin(entry, prepared.flow):
+                try:
+                    self._run(entry, prepared)
+                finally:
+                    self._leave(prepared.flow)
+        except AsteraError as error:  # the database failed while the job was read
+            log.error("job %s could not be begun: %s", this, error, extra={"job": str(this)})
+            with self._lock:
+                entry.due = self._clock.now() + 1000
+                self._move(entry, State.WAITING)
+        except Exception:  # the door of a job's run: a fault of ours must not cost the thread
+            log.exception("job %s", this, extra=entry.run.about if entry.run else {"job": str(this)})
+            if entry.job is not None:
+                self.end(entry.job, Outcome.failed("failed", 500, "The server failed to run the job."))
             else:
                 with self._lock:
-                    self._live.pop(seq, None)
-        except AsteraError as error:  # the database failed while the job was read: it is tried again
-            log.error("job %s could not be begun: %s", JobKey(seq, 0), error, extra={"job": str(JobKey(seq, 0))})
-            with self._lock:
-                self._live.pop(seq, None)
-                if live.cancel.is_set:
-                    self._to_cancel.add(seq)
-                self._sleep(self._clock.now() + 1000, seq)
-        except Exception:  # the door of a job's run: a fault of ours must not cost the thread
-            log.exception("job %s", JobKey(seq, 0), extra=live.run.about if live.run else {"job": str(JobKey(seq, 0))})
-            if live.job is not None:
-                self.end(live.job, Outcome.failed("failed", 500, "The server failed to run the job."))
-            with self._lock:
-                self._live.pop(seq, None)
-        finally:
-            with self._lock:
-                self._busy -= 1
+                    self._move(entry, State.GONE)
 
-    def _run_within_limit(self, prepared: Prepared, live: _Live) -> None:
-        flow, seq = prepared.flow, prepared.job.key.seq
-        with self._lock:
-            if self._stopping or not self._enter(flow):
-                if live.cancel.is_set:
-                    self._to_cancel.add(seq)
-                self._live.pop(seq, None)
-                self._keep(seq, prepared)
-                heapq.heappush(self._held.setdefault(flow.name, []), seq)
-                return
-        try:
-            self._run(prepared, live)
-        finally:
-            self._leave(flow)
-
-    def _run(self, prepared: Prepared, live: _Live) -> None:
-        job, flow = prepared.job, prepared.flow
+    def _run(self, entry: Entry, prepared: Prepared) -> None:
+        job, flow, now = prepared.job, prepared.flow, self._clock.now()
         resumed = job.due is not None  # its wait is over: the attempt goes on
-        live.attempt = job.attempt if resumed and job.attempt else job.attempt + 1
-        live.started = job.started if resumed and job.started else self._clock.now()
-        live.job = job._replace(attempt=live.attempt, started=live.started)
+        attempt = job.attempt if resumed and job.attempt else job.attempt + 1
+        started = job.started if resumed and job.started else now
+        entry.job = job._replace(attempt=attempt, started=started)
         if prepared.interrupted and (job.attempt >= MAX_ATTEMPTS or flow.restart == "fail"):
             times = f"{job.attempt} times" if job.attempt > 1 else "once"
             detail = f"The server stopped {times} while the job ran; it is not tried again."
-            self._record(live, prepared, Outcome.failed("interrupted", 500, detail), [])
+            self._record(entry, prepared, Outcome.failed("interrupted", 500, detail))
             return
         if prepared.interrupted and flow.restart == "rerun":
             prepared = prepared._replace(saved={}, waits={}, trace=())
-        began = self._clock.monotonic()
-        spent = (self._clock.now() - live.started) / 1000
+        began, spent = self._clock.monotonic(), (now - started) / 1000
         deadline = began + (flow.timeout or self._job_timeout) - spent
-        journal = JobJournal(
-            self._store,
-            self._outside.secrets,
-            prepared,
-            live.attempt,
-            live.started,
-            lambda: max(deadline - self._clock.monotonic(), 0.0),
+        left = lambda: max(deadline - self._clock.monotonic(), 0.0)  # noqa: E731
+        journal = JobJournal(self._store, self._outside.secrets, prepared, entry.job, left)
+        entry.run = run = Run(
+            flow, prepared.input, self._outside, deadline, journal, list(prepared.trace), entry.cancel
         )
-        trace = list(prepared.trace)
-        live.run = Run(flow, prepared.input, self._outside, deadline, journal, trace, live.cancel)
-        live.run.blocking = live.blocking
-        outcome = run_flow(live.run)
-        if live.abandoned:
-            return
+        outcome = run_flow(run)
+        with self._lock:
+            if not self._move(entry, State.ENDING):
+                return  # it was ended by its deadline, or is left to the next start
         if isinstance(outcome, Suspended):
-            self._suspend(live, journal, outcome.until, trace)
-            return
-        if not live.overdue:  # or it was measured then
+            self._suspend(entry, journal, outcome.until)
+        else:
             self._measure(flow, self._clock.monotonic() - began, spent)
-        self._record(live, prepared, outcome, trace)
+            self._record(entry, run, outcome)
 
-    def _suspend(self, live: _Live, journal: JobJournal, due: int, trace: list[dict[str, Any]]) -> None:
-        job = live.job
-        assert job is not None and live.started is not None
+    def _suspend(self, entry: Entry, journal: JobJournal, due: int) -> None:
+        job, run = entry.job, entry.run
+        assert job is not None and run is not None
 
         def suspended(kept: Any, error: AsteraError | None) -> None:
             with self._lock:
-                self._live.pop(job.key.seq, None)
-            if kept and live.cancel.is_set:  # it came while the wait was put on record
-                self.end(job, Outcome.failed("cancelled", 409, "The job was cancelled."))
-            elif kept:
-                assert live.run is not None
-                self._paused[job.key.seq] = live.run.progress
-                self.later(due, job.key.seq)
+                waits = kept and not (entry.cancel and entry.cancel.is_set)
+                if waits:
+                    entry.due, entry.progress = due, run.progress
+                    self._move(entry, State.WAITING)
+                elif not kept and error is None:  # it has ended
+                    self._move(entry, State.GONE)
+            if waits:
                 self._tell(job.key, True)
+            elif kept:
+                self.end(job, _CANCELLED)
             elif error is not None:
                 self.end(job, Outcome.failed("failed", 500, "The job's wait could not be stored."))
 
-        suspension = Suspension(job.key, live.attempt, live.started, due, *journal.waiting, to_json(trace))
-        self._store.suspend(suspension, suspended)
+        trace = to_json(run.trace)
+        self._store.suspend(Suspension(job.key, job.attempt, job.started or 0, due, *journal.waiting, trace), suspended)
 
-    def _record(self, live: _Live, ran: Prepared | Run, outcome: Outcome, trace: list[dict[str, Any]]) -> None:
-        job = live.job
-        assert job is not None
-        finish = self._finish(job, outcome, trace)
+    def _record(self, entry: Entry, ran: Prepared | Run, outcome: Outcome) -> None:
+        """Record the end of a job that ran; waits for the disk where too many outcomes are on their way to it."""
+        assert entry.job is not None
         log_outcome("job", ran.flow, ran.input, outcome)
-        with self._lock:
-            crowded = self._unrecorded >= _MAX_UNRECORDED or self._unrecorded_bytes >= _MAX_UNRECORDED_BYTES
-        if crowded:
-            _await(partial(self._hand_over, job, finish), threading.TIMEOUT_MAX)
+        end = partial(self.end, entry.job, outcome, list(ran.trace or ()), fenced=True)
+        if self._unwritten < _MAX_UNWRITTEN:
+            end()
         else:
-            self._hand_over(job, finish, _ignore)
+            with contextlib.suppress(AsteraError):  # it is logged
+                _await(lambda done: end(done=done), threading.TIMEOUT_MAX)
 
-    def end(self, job: Job, outcome: Outcome) -> None:
-        """Record the end of a job that did not run."""
-        self._hand_over(job, self._finish(job, outcome, [])._replace(fenced=False), _ignore)
+    def end(
+        self,
+        job: Job,
+        outcome: Outcome,
+        trace: Sequence[dict[str, Any]] = (),
+        done: Done = _ignore,
+        fenced: bool = False,
+    ) -> None:
+        """Record the end of a job; `fenced`: of its run, which may have been superseded by another."""
+        with self._lock:
+            entry = self._entries.get(job.key.seq)
+            if entry is not None:
+                self._move(entry, State.ENDING)
+        finish = self._finish(job, job.attempt, job.started, outcome, trace)
+        self._hand_over(job, finish if fenced else finish._replace(fenced=False), done)
 
     def _hand_over(self, job: Job, finish: Finish, done: Done, substitute: bool = True) -> None:
-        """Give a job's end to the store."""
-        with self._lock:
-            self._unrecorded += 1
-            self._unrecorded_bytes += len(finish.outcome.answer.body)
-        try:
-            self._store.finish(finish, self._finished(job, finish.outcome, done, substitute))
-        except BaseException:  # out of memory: it is not on its way
+        """Give a job's end to the store; one that cannot be stored is replaced by a small one, once."""
+        size = len(finish.outcome.answer.body) + _MIN_UNWRITTEN
+
+        def written(moved: Any, error: AsteraError | None) -> None:
             with self._lock:
-                self._unrecorded -= 1
-                self._unrecorded_bytes -= len(finish.outcome.answer.body)
-            raise
-
-    def ended_at_once(self, job: Job, flow: Flow, given: Input) -> Finish | None:
-        """Run a job that is not stored yet, if its flow is light: how it ended, None if it is to be queued."""
-        trace: list[dict[str, Any]] = []
-        outcome = self.run_at_once(flow, given, trace)
-        if outcome is None or len(outcome.answer.body) > PIECE:
-            return None
-        if job.callback is None:
-            now = self._clock.now()
-            return Finish(
-                job, 1, outcome, job.created, now, now + self._retention_ms, to_json(trace) if trace else None
-            )
-        return self._finish(job._replace(attempt=1, started=job.created), outcome, trace)
-
-    def _finish(self, job: Job, outcome: Outcome, trace: list[dict[str, Any]]) -> Finish:
-        now = self._clock.now()
-        expires = now + self._retention_ms
-        callback = None
-        if job.callback is not None:
-            after = job._replace(status=outcome.status, finished=now, expires=expires, due=None, error=outcome.error)
-            body = to_json(status_document(after, job.base, offset=self._clock.offset, with_callback=False))
-            callback = (parse_target(job.callback.url).receiver, body)
-        return Finish(
-            job,
-            max(job.attempt, 1),
-            outcome,
-            job.started,
-            now,
-            expires,
-            to_json(trace) if trace else None,
-            callback,
-        )
-
-    def _finished(self, job: Job, outcome: Outcome, done: Done, substitute: bool) -> Done:
-        """What follows when a job's end is on disk; one that cannot be stored is replaced by a small one, once."""
-
-        def recorded(moved: Any, error: AsteraError | None) -> None:
-            self.dismiss(job.flow, job.key.seq)  # first: who sees that it is finished may call its flow at once
-            with self._lock:
-                self._unrecorded -= 1
-                self._unrecorded_bytes -= len(outcome.answer.body)
-                self._live.pop(job.key.seq, None)
-                self._paused.pop(job.key.seq, None)
-                self._dropped.discard(job.key.seq)
+                self._unwritten -= size
             if error is not None:
                 this = about("job", job.id, job.flow, None)
                 log.error("the end of job %s could not be recorded: %s", job.id, error, extra=this)
                 if substitute and not self._stopping:
                     instead = Outcome.failed("failed", 500, "The job's end could not be stored.")
-                    self._hand_over(job, self._finish(job, instead, []), done, substitute=False)
+                    end = self._finish(job, finish.attempt, finish.started, instead, ())
+                    self._hand_over(job, end, done, substitute=False)
                     return
+            self.dismiss(job.flow, job.key.seq)  # first: a client that sees the end may call the flow at once
             if moved:
-                self._metrics.ended[job.flow, outcome.end] += 1
+                self._metrics.ended[job.flow, finish.outcome.end] += 1
             self._tell(job.key, job.callback is not None)
             done(moved, error)
 
-        return recorded
+        with self._lock:
+            self._unwritten += size
+        try:
+            self._store.finish(finish, written)
+        except BaseException:  # out of memory: it is not on its way
+            with self._lock:
+                self._unwritten -= size
+            raise
+
+    def ended_at_once(self, job: Job, flow: Flow, given: Input) -> Finish | None:
+        """Run a job that is not stored yet, if its flow is light; how it ended, None if it is to be queued."""
+        trace: list[dict[str, Any]] = []
+        outcome = self.run_at_once(flow, given, trace)
+        if outcome is None or len(outcome.answer.body) > PIECE:
+            return None
+        return self._finish(job, 1, job.created, outcome, trace)
+
+    def _finish(
+        self, job: Job, attempt: int, started: int | None, outcome: Outcome, trace: Sequence[dict[str, Any]]
+    ) -> Finish:
+        now = self._clock.now()
+        expires, callback = now + self._retention_ms, None
+        if job.callback is not None:
+            after = job._replace(
+                status=outcome.status,
+                attempt=attempt,
+                started=started,
+                finished=now,
+                expires=expires,
+                due=None,
+                error=outcome.error,
+            )
+            document = status_document(after, job.base, offset=self._clock.offset, with_callback=False)
+            callback = (parse_target(job.callback.url).receiver, to_json(document))
+        steps = to_json(trace) if trace else None
+        return Finish(job, max(attempt, 1), outcome, started, now, expires, steps, callback)
 
     def _measure(self, flow: Flow, seconds: float, waited: float = 0.0) -> None:
-        """Note how long a run held its thread, and how long it was under way before that."""
+        """Note how long a run held its thread, and how long the job had been under way before."""
         mean = self._mean_s.get(flow.name, seconds)
         self._mean_s[flow.name] = mean + 0.2 * (seconds - mean)
         self._metrics.ran(flow.name, waited + seconds)
@@ -8832,21 +8811,20 @@ class Engine:
     # --- what others ask ---
 
     def peek(self, key: JobKey) -> tuple[Job, Progress | None] | None:
-        """A job that is in memory, with its progress; None says nothing about the store."""
-        live = self._live.get(key.seq)
-        if live is not None and live.job is not None:
-            return (live.job, live.run.progress if live.run else None) if live.job.key == key else None
-        prepared = self._inputs.get(key.seq)
-        return (prepared.job, None) if prepared is not None and prepared.job.key == key else None
+        """A job in memory, with its progress; None says nothing about the store."""
+        entry = self._entries.get(key.seq)
+        job = entry and (entry.job or (entry.prepared.job if entry.prepared else None))
+        return (job, entry.run.progress if entry.run else None) if entry and job and job.key == key else None
 
     def progress(self, key: JobKey) -> Progress | None:
-        """How far a job is that waits for a time."""
-        return self._paused.get(key.seq)
+        """The progress of a job that waits for a time."""
+        entry = self._entries.get(key.seq)
+        return entry.progress if entry else None
 
     def trace(self, key: JobKey) -> list[dict[str, Any]] | None:
         """The steps so far of a job that runs."""
-        live = self._live.get(key.seq)
-        return list(live.run.trace) if live is not None and live.run is not None and live.run.trace else None
+        entry = self._entries.get(key.seq)
+        return list(entry.run.trace) if entry and entry.run and entry.run.trace else None
 
     def retry_after(self, flow: str) -> int:
         """Whole seconds, at least 1, after which a new job of this flow is likely to be finished."""
@@ -8854,75 +8832,82 @@ class Engine:
         return 1 if seconds <= 1 else min(math.ceil(seconds), 3600)
 
     def cancel(self, job: Job) -> bool:
-        """Cancel a Running job; True if it had not begun or waits, and so is ended now, False if it ends by itself."""
-        seq = job.key.seq
+        """Cancel a Running job; True if it has no thread, and so is ended now, False if it stops at its next step."""
         with self._lock:
-            live = self._live.get(seq)
-            if live is not None:
-                live.cancel.set()
+            entry = self._entry(job.key.seq)
+            if entry.state is State.RUNNING or entry.run is not None:
+                assert entry.cancel is not None
+                entry.cancel.set()
                 return False
-            self._dropped.add(seq)
-            self._asleep.discard(seq)
-            if seq in self._ready or seq in self._held.get(job.flow, ()):
-                self._gone.add(seq)
-            self._take(seq)
-        self.end(job, Outcome.failed("cancelled", 409, "The job was cancelled."))
+            self._move(entry, State.ENDING)
+            self._let_in(job.flow)  # it may have been the one that was let in
+        self.end(job, _CANCELLED)
         return True
 
     def overdue(self) -> None:
-        """End jobs whose thread did not end at its deadline; what the thread brings later changes nothing."""
+        """End the runs that are over their time: calls without a thread, jobs whose thread does not come back."""
         now = self._clock.monotonic()
-        for sync in self._overdue_calls(now):
-            words = "The flow had no room for this call in time."
-            sync.done(Outcome.failed("timeout", 504, words, "its limit, or that of the threads"))
-        with self._lock:
-            late = [
-                live for live in self._live.values() if live.run and not live.overdue and live.run.deadline + 1 < now
-            ]
-        for live in late:
-            live.overdue = True
-            live.cancel.set()
-            assert live.run is not None and live.started is not None
-            self._measure(live.run.flow, (self._clock.now() - live.started) / 1000)
-            failure = blame(live.run, _TimedOut("the flow took longer than it may, and its thread does not end"))
-            outcome = Outcome.failed("timeout", 504, "The flow took longer than it may.", failure_text(failure))
-            self._record(live, live.run, outcome, list(live.run.trace or []))
+        for entry in list(self._entries.values()):
+            run = entry.run
+            if run is None or run.deadline > now:
+                continue
+            if entry.call is not None and entry.state in (State.READY, State.HELD):
+                words = "The flow had no room for this call in time."
+                self._refuse(entry, Outcome.failed("timeout", 504, words, "its limit, or that of the threads"))
+            elif entry.call is None and entry.state is State.RUNNING and run.deadline + 1 < now:
+                self._end_overdue(entry, run)
 
-    def _overdue_calls(self, now: float) -> list[_SyncRun]:
-        """Synchronous calls that waited to begin until their time was over; they wait no more."""
-        late: list[_SyncRun] = []
+    def _refuse(self, entry: Entry, outcome: Outcome) -> None:
+        """Answer a call that has no thread yet."""
         with self._lock:
-            for waiting in (self._sync, *self._held_sync.values()):
-                for _ in range(len(waiting)):
-                    sync = waiting.popleft()
-                    (late if sync.run.deadline <= now else waiting).append(sync)
-        return late
+            waits = entry.state in (State.READY, State.HELD) and self._move(entry, State.GONE)
+        if waits and entry.call is not None:
+            entry.call.done(outcome)
+
+    def _end_overdue(self, entry: Entry, run: Run) -> None:
+        with self._lock:
+            if entry.state is not State.RUNNING or not self._move(entry, State.ENDING):
+                return
+        assert entry.job is not None
+        run.cancel.set()
+        self._measure(run.flow, (self._clock.now() - (entry.job.started or 0)) / 1000)
+        failure = blame(run, _TimedOut("the flow took longer than it may, and its thread does not end"))
+        self._record(
+            entry, run, Outcome.failed("timeout", 504, "The flow took longer than it may.", failure_text(failure))
+        )
 
     def stop(self, timeout_s: float) -> int:
         """Begin nothing more, give what runs so many seconds, leave the rest to the next start; how many those are."""
         deadline = time.monotonic() + timeout_s
         with self._lock:
             self._stopping = True
-        for sync in self._overdue_calls(math.inf):
-            sync.done(_STOPPED)
+        for entry in list(self._entries.values()):
+            if entry.call is not None:
+                self._refuse(entry, _STOPPED)
         with self._lock:
-            while (self._draining or self._calls) and (left := deadline - time.monotonic()) > 0:
-                self._idle.wait(min(left, 0.2))  # a signal that comes just before a wait is seen behind it only
-            calls = list(self._calls)
-            left_over = [live for live in self._live.values() if live.run and not live.overdue and self._draining]
-            for live in left_over:
-                live.abandoned = True
-        for live in left_over:
-            assert live.job is not None
-            if live.cancel.is_set:  # it was to end, and is not to begin again
-                self.end(live.job, Outcome.failed("cancelled", 409, "The job was cancelled."))
-            else:
-                self._store.requeue(live.job.key, live.attempt)
-            live.cancel.set()
-        for call in calls:
-            call.cancel.set()
+            while (self._draining or self._with_thread()) and (left := deadline - time.monotonic()) > 0:
+                self._idle.wait(min(left, 0.2))  # a signal that comes just before a wait is seen only behind it
+            left_over = self._with_thread()
+            for entry in left_over:
+                if entry.call is None:
+                    self._move(entry, State.ENDING)
+        for entry in left_over:
+            cancel = entry.cancel
+            assert cancel is not None
+            if entry.job is not None and cancel.is_set:
+                self.end(entry.job, _CANCELLED)  # it is not to begin again
+            elif entry.job is not None:
+                self._store.requeue(entry.job.key, entry.job.attempt)
+            cancel.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        return len(left_over) + len(calls)
+        return max(len(left_over), self._draining)
+
+
+def _flow_of(entry: Entry) -> Flow:
+    """The flow of an entry that has, or had, a thread."""
+    ran = entry.run or entry.prepared
+    assert ran is not None
+    return ran.flow
 
 
 def log_outcome(what: str, flow: Flow, given: Input, outcome: Outcome) -> None:
@@ -9222,7 +9207,6 @@ class Housekeeper:
         self._engine.overdue()
         if now >= self._chores_at:
             self._chores_at = now + _CHORES_EVERY_MS
-            self._engine.unstall()
             self._look_around()
             while self._unsettled:
                 self._courier.settled(self._unsettled.popleft())
@@ -9681,8 +9665,6 @@ class AsteraLite:
         self.metrics = Metrics()
         self.started_at = 0  # milliseconds since the epoch, by the system's clock
         self._size_at, self._size = -1.0, 0
-        self._counting = threading.Lock()
-        self._on_the_way = 0  # jobs that were accepted, but are not on disk and so not queued yet
         self._keys = JobKeys()
         self._callbacks = ThreadPoolExecutor(_CALLBACKS, "astera-callback")  # of futures; made anew by a start
 
@@ -9751,10 +9733,7 @@ class AsteraLite:
             flow = self.deployments.by_name.get(name)
             if flow is not None:
                 self.engine.admit(flow, seq, although_full=True)
-            if due is None:
-                self.engine.put(seq)
-            else:
-                self.engine.later(due, seq)
+            self.engine.put(seq, due=due)
         if left:
             log.info("took up %d jobs that were not finished when the server stopped", len(left))
         self._callbacks = ThreadPoolExecutor(_CALLBACKS, "astera-callback")
@@ -9895,8 +9874,7 @@ class AsteraLite:
         # A flow that only computes is run before its job is stored, so that both need one commit.
         ended = self.engine.ended_at_once(job, call.flow, call.input)
         if ended is None:
-            with self._counting:
-                self._on_the_way += 1
+            self.engine.expect(job.key.seq)
         submission = Submission(job, call.request, call.flow.text, call.idempotency_key, fingerprint, ended)
         self.store.add(submission, partial(self._accepted, submission, call, done))
 
@@ -9906,12 +9884,9 @@ class AsteraLite:
         added = isinstance(result, Added) and not result.replayed
         if added:
             self.metrics.accepted[job.flow] += 1
-        if ended is None:
-            if added:
-                self.engine.put(job.key.seq, Prepared(job, call.flow, call.input))
-            with self._counting:
-                self._on_the_way -= 1
-        elif added:
+        if ended is None and added:
+            self.engine.put(job.key.seq, Prepared(job, call.flow, call.input))
+        elif added and ended is not None:
             self.metrics.ended[job.flow, ended.outcome.end] += 1
             log_outcome("job", call.flow, call.input, ended.outcome)
             if ended.callback is not None:
@@ -9930,7 +9905,7 @@ class AsteraLite:
     def _full(self, call: Call) -> Busy | None:
         """Why no more can be taken; None if there is room, and the job then is admitted to its flow."""
         settings = self.settings
-        if self.engine.queued + self._on_the_way >= settings.max_queue:
+        if self.engine.queued >= settings.max_queue:
             return Busy("The queue of jobs is full.", self.engine.retry_after(call.flow.name))
         if settings.max_database is not None:
             now = self.clock.monotonic()
@@ -9972,8 +9947,8 @@ class AsteraLite:
         limit = min(flow.timeout or self.settings.sync_timeout, self.settings.sync_timeout)
         return Run(flow, given, self.outside, self.clock.monotonic() + limit)
 
-    def _prepare(self, seq: int) -> Prepared | Outcome | None:
-        """A stored job, ready to run; what cannot be run any more is ended here."""
+    def _prepare(self, seq: int) -> Prepared | None:
+        """A stored job, ready to run; None if it has ended, or ends here because its flow is gone."""
         loaded = self.store.load(seq)
         if loaded is None:
             return None
@@ -9986,9 +9961,8 @@ class AsteraLite:
         except (NotFound, InputError, ValueError) as error:
             this = about("job", job.id, job.flow, loaded.request.trace)
             log.warning("job %s cannot be run: %s", job.id, error, extra=this)
-            outcome = Outcome.failed("interrupted", 500, "The flow that was called is not there any more.")
-            self.engine.end(job, outcome)
-            return outcome
+            self.engine.end(job, Outcome.failed("interrupted", 500, "The flow that was called is not there any more."))
+            return None
         interrupted = job.started is not None and job.due is None
         saved = {path: from_saved(text, self.outside.secrets) for path, text in loaded.saved.items()}
         return Prepared(job, flow, given, saved, loaded.waits, loaded.trace, interrupted)

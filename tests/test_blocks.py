@@ -22,6 +22,7 @@ from astera_lite import (
     InputError,
     Job,
     Principal,
+    State,
     Status,
     build_flow,
     from_saved,
@@ -451,9 +452,9 @@ def test_a_job_that_is_cancelled_when_its_turn_comes_keeps_nobody_out(tmp_path: 
     with serving(tmp_path, {"f": steps(python(gate), concurrency=1)}) as app:
         first, second, third = [app.submit("f") for _ in range(3)]
         assert gate.begun.acquire(timeout=10)
-        until(lambda: len(app.engine._held.get("f", ())) == 2)
+        until(lambda: len(app.engine._held["f"]) == 2)
         with app.engine._lock:  # the second is let in, and cancelled before a thread takes it
-            app.engine._ready.append(app.engine._held["f"].pop(0))
+            app.engine._move(app.engine._entries[app.engine._held["f"].pop(0)], State.READY)
         app.cancel(second.id)
         gate.open.set()
         assert [app.wait(job.id, 10).status for job in (first, second, third)] == ["Completed", "Error", "Completed"]
@@ -467,7 +468,7 @@ def test_a_call_for_which_there_is_no_room_in_time_is_a_timeout(tmp_path: Path) 
         answers: list[int] = []
         caller = threading.Thread(target=lambda: answers.append(app.run("f").status_code))
         caller.start()
-        until(lambda: app.engine._held_sync.get("f"))
+        until(lambda: app.engine._held["f"])
         clock.tick(app.settings.sync_timeout)
         app.housekeeper.tick(clock.now())
         caller.join(10)
@@ -588,7 +589,7 @@ def test_a_wait_inside_each_holds_no_thread_and_resumes(tmp_path: Path) -> None:
             assert (found[1].step, found[1].done, found[1].total) == ("every", turn - 1, 3) or turn == 1
             clock.tick(60)
             app.housekeeper.wake()
-            until(lambda: not app.engine._waiting or app.engine._waiting[0][0] > clock.now())
+            until(lambda: not app.engine._due or app.engine._due[0][0] > clock.now())
         assert app.wait(job.id, 10).status is Status.COMPLETED
         assert app.result(job.id).json() == [1, 2, 3]
 
