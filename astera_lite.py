@@ -144,7 +144,7 @@ log = logging.getLogger("astera_lite")
 
 # ======================================================================================================================
 # 1 Errors and tools
-# To add an error: a subclass here and its HTTP status in PROBLEM_STATUS (room 15).
+# To add an error: a subclass with its HTTP status.
 # ======================================================================================================================
 
 
@@ -159,12 +159,24 @@ class Fault(NamedTuple):
         return ": ".join(part for part in self if part)
 
 
+Pairs = tuple[tuple[str, str], ...]  # headers
+
+
 class AsteraError(Exception):
-    """Root of every error that this module raises on purpose."""
+    """Root of every error that this module raises on purpose.
+
+    Over HTTP it is answered with `status`, further `headers`, and further `members` of the problem document.
+    """
+
+    status: int = 500
+    headers: Pairs = ()
+    members: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class _FaultyError(AsteraError):
     """An error that lists everything that is wrong at once."""
+
+    status = 400
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         # names of files and texts of other people's errors may hold what UTF-8 cannot say
@@ -184,13 +196,15 @@ class InputError(AsteraError):
     """A request's input was refused; `errors` are `{"in", "name", "message"}` objects, `status` is a 4xx code."""
 
     def __init__(self, errors: Sequence[dict[str, str]], detail: str = "", status: int = 400) -> None:
-        self.errors = list(errors)
-        self.status = status
+        self.errors, self.status = list(errors), status
+        self.members = {"errors": self.errors}
         super().__init__(detail or "; ".join(f"{e['in']} {e['name']}".strip() + f": {e['message']}" for e in errors))
 
 
 class NotFound(AsteraError):
     """No such resource, job or deployment."""
+
+    status = 404
 
 
 class Conflict(AsteraError):
@@ -198,7 +212,8 @@ class Conflict(AsteraError):
 
     def __init__(self, detail: str, status: int = 409, job: Status | None = None) -> None:
         super().__init__(detail)
-        self.status, self.job = status, job
+        self.status = status
+        self.headers = () if job is None else (("Job-Status", job.value),)
 
 
 class Busy(AsteraError):
@@ -206,12 +221,15 @@ class Busy(AsteraError):
 
     def __init__(self, detail: str, retry_after: int, status: int = 503) -> None:
         super().__init__(detail)
-        self.retry_after = retry_after
-        self.status = status
+        self.retry_after, self.status = retry_after, status
+        self.headers = (("Retry-After", str(retry_after)),)
 
 
 class StoreError(AsteraError):
     """The database cannot be used: locked by another server, full, read-only, damaged, or of a newer version."""
+
+    status = 503
+    headers = (("Retry-After", "5"),)
 
 
 class DatabaseInUse(StoreError):
@@ -679,9 +697,6 @@ def check_written(value: Any, limit: int = MAX_WRITTEN) -> None:
         raise ValueError("the value is nested too deeply to be written as JSON") from None
     if total > limit:
         raise ValueError(f"the value is larger than {show_size(limit)}")
-
-
-Pairs = tuple[tuple[str, str], ...]  # headers
 
 
 _T = TypeVar("_T")
@@ -6253,7 +6268,7 @@ class Deployments:
     ) -> None:
         """`previous` are the flows in service so far: one of them stays where its new text cannot take its place."""
         self.faults = list(faults)
-        self.documents: dict[Any, list[bytes]] = {}  # those made of these flows
+        self.documents: dict[Any, bytes] = {}  # made of these flows, and kept as long as they are in service
         self._exact: dict[str, dict[str, Flow]] = {}
         self._patterns: dict[int, list[tuple[list[str], dict[str, Flow]]]] = {}
         self.by_name = self._agreeing({flow.name: flow for flow in flows}, dict(previous or {}))
@@ -10270,7 +10285,10 @@ class AccessError(AsteraError):
 
     def __init__(self, status: int, detail: str, code: str = "") -> None:
         super().__init__(detail)
-        self.status, self.code = status, code
+        self.status = status
+        if status == 401 or code:
+            more = f', error="{code}"' if code else ""
+            self.headers = (("WWW-Authenticate", f'Bearer realm="astera-lite"{more}'),)
 
 
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
@@ -10379,6 +10397,8 @@ class WireError(AsteraError):
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
         self.status = status
+        if status == 405:  # whatever the resource
+            self.headers = (("Allow", ", ".join(sorted(HTTP_METHODS))),)
 
 
 class Head(NamedTuple):
@@ -10673,12 +10693,18 @@ SELECTING = {
     "sort_by": "fields to sort by, comma-separated, - for descending",
 }
 FILTERING = "only rows whose field of this name has this value"
+DEFAULT_LIST, MAX_LIST = 50, 1000  # jobs on a page
+#: Where each mode of a flow is published.
+PREFIXES = {"synchronous": "/api/publishing", "asynchronous": "/api/publishingAsync"}
 
 
 def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
     """A published flow, as /api/deployments shows it."""
     urls = {mode: f"{base}{PREFIXES[mode]}{flow.resource}" for mode in MODES if mode in flow.modes}
     request = flow.tree["request"]
+    specs = request.get("parameters", {})
+    parameters = {item.name: specs.get(item.name) or {"in": item.where} for item in flow.parameters}
+    selecting = {name: {"in": "query", "description": SELECTING.get(name, FILTERING)} for name in flow.selection.names}
     return {
         "name": flow.name,
         "description": flow.description,
@@ -10686,64 +10712,57 @@ def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
         "resource": flow.resource,
         "processing": list(urls),
         "urls": urls,
-        "parameters": {
-            item.name: request.get("parameters", {}).get(item.name) or {"in": item.where} for item in flow.parameters
-        }
-        | {name: {"in": "query", "description": SELECTING.get(name, FILTERING)} for name in flow.selection.names},
+        "parameters": parameters | selecting,
         "body": request.get("body"),
         "contentTypes": list(flow.content_types),
+        "example": example_request(flow),
         "source": flow.source,
     }
 
 
-#: Where each mode of a flow is published.
-PREFIXES = {"synchronous": "/api/publishing", "asynchronous": "/api/publishingAsync"}
+def example_request(flow: Flow) -> dict[str, Any]:
+    """A request to start from: the path with its query, the headers that are needed, the body as a JSON value."""
+    request = flow.tree["request"]
+    texts: dict[str, dict[str, list[str]]] = {"path": {}, "query": {}, "header": {}}
+    for item in flow.parameters:
+        if item.required or item.where == "path":
+            value = sample_value(request.get("parameters", {}).get(item.name, {}), item.name)
+            texts[item.where][item.name] = as_texts(value)
+
+    def quoted(words: Iterable[str]) -> str:
+        return ",".join(urllib.parse.quote(word, safe="") for word in words)
+
+    parts = [quoted(texts["path"][part[1:-1]]) if part[0] == "{" else part for part in flow.segments]
+    query = "&".join(f"{quoted([name])}={quoted(words)}" for name, words in texts["query"].items())
+    return {
+        "path": "/" + "/".join(parts) + ("?" + query if query else ""),
+        "headers": {name: ",".join(words) for name, words in texts["header"].items()},
+        "body": sample_value(request.get("body") or {}, "text") if flow.content_types else None,
+    }
 
 
 def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
     """Every published endpoint with its mode, ready to paste behind curl."""
+
+    def word(text: str) -> str:  # of a shell
+        return "'" + text.replace("'", r"'\''") + "'"
+
     rows = []
     for flow in sorted(deployments.by_name.values(), key=lambda flow: flow.name):
-        for mode in MODES:
-            if mode in flow.modes:
-                parts = [_example(flow, part[1:-1]) if part[0] == "{" else part for part in flow.segments]
-                method = "" if flow.method == "GET" else f"-X {flow.method} "
-                url = base + PREFIXES[mode] + "/" + "/".join(parts) + _example_query(flow)
-                rows.append((flow.name, mode, " ".join([method + _in_quotes(url), *_example_options(flow)])))
+        example = example_request(flow)
+        more = [f" -H {word(f'{name}: {value}')}" for name, value in example["headers"].items()]
+        if flow.body_required:
+            media, body = flow.content_types[0], example["body"]
+            if media == CONTENT_TYPES["form"] and isinstance(body, dict):
+                text = urllib.parse.urlencode([(name, text) for name, item in body.items() for text in as_texts(item)])
+            else:
+                text = json.dumps(body, ensure_ascii=False) if is_json_type(media) else as_text(body)
+            more.append(f" -H {word(f'Content-Type: {media}')} --data-raw {word(text)}")
+        method = "" if flow.method == "GET" else f"-X {flow.method} "
+        for mode in (mode for mode in MODES if mode in flow.modes):
+            rows.append((flow.name, mode, method + word(base + PREFIXES[mode] + example["path"]) + "".join(more)))
     width = max((len(name) for name, _, _ in rows), default=0)
-    return [f"  {name:<{width}}  {mode:<12}  {url}" for name, mode, url in rows]
-
-
-def _example(flow: Flow, name: str) -> str:
-    example = sample_value(flow.tree["request"].get("parameters", {}).get(name, {}), name)
-    return ",".join(urllib.parse.quote(text, safe="") for text in as_texts(example))
-
-
-def _example_query(flow: Flow) -> str:
-    needed = [item.name for item in flow.parameters if item.where == "query" and item.required]
-    pairs = [f"{urllib.parse.quote(name, safe='')}={_example(flow, name)}" for name in needed]
-    return "?" + "&".join(pairs) if pairs else ""
-
-
-def _example_options(flow: Flow) -> Iterator[str]:
-    """What curl sends besides: the headers and the body without which the flow refuses the request."""
-    tree = flow.tree["request"]
-    for item in flow.parameters:
-        if item.where == "header" and item.required:
-            value = ",".join(as_texts(sample_value(tree["parameters"].get(item.name, {}), item.name)))
-            yield "-H " + _in_quotes(f"{item.name}: {value}")
-    if flow.body_required:
-        media, value = flow.content_types[0], sample_value(tree.get("body") or {}, "text")
-        if media == CONTENT_TYPES["form"] and isinstance(value, dict):
-            text = urllib.parse.urlencode([(name, text) for name, item in value.items() for text in as_texts(item)])
-        else:
-            text = json.dumps(value, ensure_ascii=False) if is_json_type(media) else as_text(value)
-        yield f"-H {_in_quotes(f'Content-Type: {media}')} --data-raw {_in_quotes(text)}"
-
-
-def _in_quotes(text: str) -> str:
-    """A text as a word of a shell."""
-    return "'" + text.replace("'", r"'\''") + "'"
+    return [f"  {name:<{width}}  {mode:<12}  {line}" for name, mode, line in rows]
 
 
 def as_texts(value: Any) -> list[str]:
@@ -10777,23 +10796,6 @@ def sample_value(spec: Mapping[str, Any], name: str) -> Any:
     return name.ljust(least, "x")[: spec.get("maxLength", len(name) + least)] if kind == "string" else _SAMPLES[kind]
 
 
-DEFAULT_LIST, MAX_LIST = 50, 1000  # jobs on a page
-
-
-def document_body(
-    make: Callable[..., Any], deployments: Deployments, base: str, secured: bool, only: frozenset[str] | None
-) -> bytes:
-    """A document of the flows as it is sent; kept with them, but for the base, which each client may spell anew."""
-    kept, key = deployments.documents, (make, secured, only)
-    parts = kept.get(key)
-    if parts is None:
-        if len(kept) >= 16:
-            kept.clear()
-        mark = os.urandom(16).hex()  # which no text of a flow is
-        parts = kept[key] = json_body(make(deployments, mark, secured, only)).split(to_json(mark).encode())
-    return to_json(base).encode().join(parts)
-
-
 # ======================================================================================================================
 # 15 Routes
 # To add a route: a function of an Exchange and a row in ROUTES.
@@ -10803,60 +10805,38 @@ NO_STORE = ("Cache-Control", "no-store")
 _REVALIDATED = ("Cache-Control", "private, no-cache")
 _JSON = ("Content-Type", "application/json")
 _PROBLEM = ("Content-Type", "application/problem+json")
+_VARY = (("Vary", "Prefer"),)
 _FLOW_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "sandbox"))
 
-#: The status of each error that a request may end in; errors with a `status` of their own say it themselves.
-PROBLEM_STATUS: dict[type[AsteraError], int] = {NotFound: 404, StoreError: 503, FlowError: 400, ConfigError: 400}
-
-
-class Peer(Protocol):
-    """Where a request came from."""
-
-    def answer(self, x: Exchange, reply: Reply) -> None:
-        """Write the answer, unless there was one."""
-
-    def post(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function on the loop: at once if this is its thread, else soon."""
-
-    def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
-        """Call a function on the loop after so many seconds, unless the answer was given by then."""
+_Seen = tuple[Job, Progress | None]  # a job, and how far it is
 
 
 class Exchange:
     """One request and the way to its answer.
 
-    A route returns its response, or None and gives it to `answer` later, on the loop: other threads use `post`.
-    `later(seconds, function, early)` calls a function on the loop unless the answer was given by then; one that may be
-    early is called at once when the server stops.
+    A route returns its reply, or None and gives the reply to `answer` later. `answer` belongs to the loop: other
+    threads hand their calls over by `post`.
     """
 
     __slots__ = (
-        "_peer", "answered", "app", "base", "began", "body", "caller", "cors_origin", "flow", "head", "on_close",
+        "_handler", "answered", "app", "base", "began", "body", "caller", "cors_origin", "flow", "head", "on_close",
         "origin", "path", "request_id", "route", "values",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        app: AsteraLite,
-        head: Head,
-        request_id: str,
-        base: str,
-        origin: str,
-        peer: Peer,
-    ) -> None:
+    def __init__(self, app: AsteraLite, head: Head, request_id: str, base: str, origin: str, handler: Handler) -> None:
         self.app, self.head, self.request_id, self.base = app, head, request_id, base
         self.origin = origin  # as the request names the server, whatever public_url says
-        self._peer = peer
+        self._handler = handler
         self.began = time.monotonic()
         self.body = b""
         self.caller = ANYBODY
         self.cors_origin: str | None = None
         self.route: Route | None = None
-        self.values: dict[str, str] = {}
+        self.values: dict[str, str] = {}  # of the path's placeholders
         self.flow: Flow | None = None
         self.path = ""  # raw, behind the prefix of a publishing route
         self.answered = False
-        self.on_close: Callable[[], None] | None = None  # called if the client has gone before it was answered
+        self.on_close: Callable[[], None] | None = None  # called if the client goes before it is answered
 
     # Methods, and no callables of its own: an exchange that refers to itself would be left to the garbage collector.
 
@@ -10864,19 +10844,26 @@ class Exchange:
         """Give the answer; on the loop."""
         if not _CONDITIONS.isdisjoint(self.head.headers):
             reply = conditional(self, reply)
-        self._peer.answer(self, reply)
+        self._handler.answer(self, reply)
+
+    def fail(self, error: Exception) -> None:
+        """Answer with an error; on the loop."""
+        self.answer(error_response(self, error))
 
     def post(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Have a function called on the loop, at once if this is it; from any thread."""
-        self._peer.post(self._call, function, *arguments)
+        """Call a function on the loop: at once on the loop's own thread, else soon."""
+        self._handler.post(self._call, function, *arguments)
 
     def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
-        """Call a function on the loop after so many seconds, unless the answer was given by then."""
-        self._peer.post(self._later, seconds, function, early)
+        """Call a function on the loop after so many seconds, unless the answer was given by then.
+
+        An `early` one is called at once when the server stops.
+        """
+        self._handler.post(self._later, seconds, function, early)
 
     def _later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
         if not self.answered:
-            self._peer.later(seconds, partial(self._call, function), early)
+            self._handler.later(seconds, partial(self._call, function), early)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -10884,69 +10871,49 @@ class Exchange:
         except Exception as error:  # the door of a request, for what other threads hand over
             self.fail(error)
 
-    def fail(self, error: Exception) -> None:
-        """Answer with an error."""
-        self.answer(error_response(self, error))
-
     def about(self) -> dict[str, Any]:
-        """Members of a line of the log about it."""
+        """What a line of the log says about the request."""
         trace = parse_trace(self.head.headers)
         job = JobKey.parse(self.values.get("id", ""))
         this = {"request": self.request_id, "method": self.head.method, "path": self.head.path}
         more = {"flow": self.flow and self.flow.name, "job": job and str(job), "trace": trace and trace.id}
         return this | {name: value for name, value in more.items() if value}
 
-    def query(self) -> dict[str, list[str]]:
-        """The query, decoded; raises InputError."""
-        return parse_query(self.head.query)
-
 
 class Route(NamedTuple):
-    """A row of ROUTES. `{name}` in the path matches one segment; a path that ends in /* everything behind it."""
+    """A row of ROUTES. `{name}` in the path matches one segment, `*` at its end whatever follows."""
 
     method: str
     path: str
     handle: Callable[[Exchange], Reply | None]
     is_open: bool = False  # needs no token
     check: Callable[[Exchange], None] | None = None  # raises what refuses the request before its body is read
-    apart: bool = False  # takes longer than a look-up, so it is handled on another thread than the loop's
+    slow: bool = False  # takes longer than a look-up, and so runs on another thread than the loop's
 
 
-def begin(x: Exchange, access: Access) -> None:
-    """Let a request in: origin, token, route. Raises the error that refuses it, before its body is read."""
-    head = x.head
-    x.cors_origin = access.named_origin(head.headers)
-    access.check_origin(head, x.origin)
-    if head.method == "OPTIONS":
-        x.route = Route("OPTIONS", "*", options, True)
-        return
-    routes = find_routes(head.path, x.values)
-    route = routes.get(head.method) or (routes.get("GET") if head.method == "HEAD" else None) or routes.get("*")
-    try:
-        x.caller = access.principal(head.headers.get("authorization"))
-    except AccessError:
-        if route is None or not route.is_open:
-            raise
-        x.caller = NOBODY
-    if not routes:
-        raise NotFound(f"There is nothing at {shown(head.path, 200)}. The endpoints are listed at /api/deployments.")
-    if route is None:
-        raise MethodNotAllowed(_with_head(routes))
-    x.route = route
-    if route.check is not None:
-        route.check(x)
-
-
-def _with_head(names: Iterable[str]) -> set[str]:
-    return {*names, "OPTIONS"} | ({"HEAD"} if "GET" in names else set())
+# --- errors ---
 
 
 class MethodNotAllowed(AsteraError):
-    """The resource exists, but not this method."""
+    """The resource exists, but not with this method."""
 
-    def __init__(self, allowed: Collection[str]) -> None:
-        self.allowed = ", ".join(sorted(allowed))
-        super().__init__(f"The method is not allowed here; allowed: {self.allowed}.")
+    status = 405
+
+    def __init__(self, allowed: Iterable[str]) -> None:
+        methods = ", ".join(sorted(allowed))
+        super().__init__(f"The method is not allowed here; allowed: {methods}.")
+        self.headers = (("Allow", methods),)
+
+
+class UnknownJob(NotFound):
+    """No such job, another token's, or one whose result has expired."""
+
+    headers = (("Job-Status", Status.UNKNOWN.value),)
+
+    def __init__(self, job_id: str, expired: bool) -> None:
+        super().__init__("The job has expired." if expired else "There is no such job.")
+        self.id, self.reason = job_id[:100], "expired" if expired else "not-found"
+        self.members = {"id": self.id, "reason": self.reason, "jobStatus": Status.UNKNOWN.value}
 
 
 def error_response(x: Exchange, error: Exception) -> Reply:
@@ -10959,43 +10926,26 @@ def error_response(x: Exchange, error: Exception) -> Reply:
         log.error(words, x.request_id, x.head.method, shown(x.head.path, 200), exc_info=error, extra=x.about())
         detail = "The server failed. Its log has the reason under this request id."
         return Reply(500, headers, json_body(problem(500, detail, requestId=x.request_id)))
-    status = getattr(error, "status", PROBLEM_STATUS.get(type(error), 500))
-    members: dict[str, Any] = {}
+    headers += error.headers
     detail = str(error)
-    if isinstance(error, InputError):
-        members["errors"] = error.errors
-        if status == 415:
-            types = ", ".join(x.flow.content_types if x.flow else ("application/json",))
-            headers += [("Accept", types)] * bool(types)
-            headers += [("Accept-Patch", types)] * bool(types and x.head.method == "PATCH")
-            headers += [("Accept-Encoding", "identity")] * (error.errors[0]["name"] == "Content-Encoding")
-    elif isinstance(error, Busy):
-        headers.append(("Retry-After", str(error.retry_after)))
-    elif isinstance(error, StoreError):
-        headers.append(("Retry-After", "5"))
-        detail = f"The database cannot be used at this time: {error}."
-    elif isinstance(error, Conflict) and error.job is not None:
-        headers.append(("Job-Status", error.job.value))
-    elif isinstance(error, MethodNotAllowed):
-        status = 405
-        headers.append(("Allow", error.allowed))
-    elif status == 405:  # whatever the resource
-        headers.append(("Allow", ", ".join(sorted(HTTP_METHODS))))
-    code = error.code if isinstance(error, AccessError) else ""
-    if status == 401 or code:
-        headers.append(("WWW-Authenticate", 'Bearer realm="astera-lite"' + f', error="{code}"' * bool(code)))
-    return Reply(status, headers, json_body(problem(status, detail, **members)))
+    if isinstance(error, UnknownJob) and x.route is not None and x.route.handle is job_status:
+        document = {"id": error.id, "status": Status.UNKNOWN.value, "reason": error.reason, "detail": detail}
+        return Reply(error.status, [_JSON, *headers[1:]], json_body(document))
+    if isinstance(error, StoreError):
+        detail = f"The database cannot be used at this time: {detail}."
+    if isinstance(error, InputError) and error.status == 415:
+        types = ", ".join(x.flow.content_types if x.flow else ("application/json",))
+        headers += [("Accept", types)] * bool(types)
+        headers += [("Accept-Patch", types)] * bool(types and x.head.method == "PATCH")
+        headers += [("Accept-Encoding", "identity")] * (error.errors[0]["name"] == "Content-Encoding")
+    return Reply(error.status, headers, json_body(problem(error.status, detail, **error.members)))
 
 
 # --- preconditions ---
 
 _CONDITIONS = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"})
 _READING = frozenset({"GET", "HEAD"})
-
-
-def entity_tag(body: bytes) -> str:
-    """A strong ETag of a document. Python's own hash costs next to nothing; a restart makes new ones."""
-    return f'"{hash(body) & (1 << 64) - 1:x}"'
+_ABOUT_A_BODY = ("content-type", "content-disposition", "content-encoding", "content-language", "content-range")
 
 
 def precondition(head: Head, exists: bool, tag: str = "", modified: str | None = None) -> int:
@@ -11025,28 +10975,27 @@ def _listed(sent: str, tag: str, weak: bool) -> bool:
     return sent == "*" or (tag[:1] == '"' and tag in tags)
 
 
+def _precondition_failed() -> Conflict:
+    return Conflict("A precondition of the request (If-Match or the like) does not hold.", status=412)
+
+
 def conditional(x: Exchange, reply: Reply) -> Reply:
-    """The answer to a request with preconditions that only reads; those of others hold, or it would not be there."""
+    """The answer to a request that reads under preconditions; what acts has checked them before."""
     if x.head.method not in _READING or not 200 <= reply.status < 300 or reply.status == 202:
         return reply
     own = {name.lower(): value for name, value in reply.headers}
     status = precondition(x.head, True, own.get("etag", ""), own.get("last-modified"))
     if status == 304:
-        about = ("content-type", "content-disposition", "content-encoding", "content-language", "content-range")
-        return Reply(304, [(name, value) for name, value in reply.headers if name.lower() not in about])
-    return error_response(x, _precondition_failed("it was not looked at any further")) if status else reply
-
-
-def _precondition_failed(so: str) -> Conflict:
-    return Conflict(f"A precondition of the request (If-Match and its like) does not hold: {so}.", status=412)
+        return Reply(304, [pair for pair in reply.headers if pair[0].lower() not in _ABOUT_A_BODY])
+    return error_response(x, _precondition_failed()) if status else reply
 
 
 def check_conditions(x: Exchange, exists: bool = True, flow: Flow | None = None) -> None:
-    """Raise Conflict where a precondition forbids to go on; for what acts, before it does."""
+    """Raise Conflict where a precondition forbids to act; `flow` is the deployment at hand."""
     if x.head.method in _READING or _CONDITIONS.isdisjoint(x.head.headers):
         return
     if precondition(x.head, exists, deployment_tag(flow) if flow else ""):
-        raise _precondition_failed("nothing was done")
+        raise _precondition_failed()
 
 
 def deployment_tag(flow: Flow) -> str:
@@ -11054,107 +11003,39 @@ def deployment_tag(flow: Flow) -> str:
     return f'"{flow.version:x}"'
 
 
+def entity_tag(body: bytes) -> str:
+    """A strong ETag of a document. Python's own hash costs next to nothing; a restart makes new ones."""
+    return f'"{hash(body) & (1 << 64) - 1:x}"'
+
+
 # --- publishing ---
 
-
-_WORD = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_QUOTED = r'"(?:[^"\\]|\\.)*"'
-_PREFERENCE = re.compile(  # possessive: a hostile header costs no backtracking
-    rf"[ \t]*+({_WORD})[ \t]*+(?:=[ \t]*+({_WORD}|{_QUOTED})?[ \t]*+)?(?:;(?:[^\",]|{_QUOTED})*+)?(?:,|$)"
-)
-_LIST_ITEM = re.compile(rf'(?:[^",]|{_QUOTED}|".*)*+,?')
+_LIST_ITEM = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*+"?)++')  # a comma in quotes separates nothing
 
 
 def parse_prefer(value: str | None) -> dict[str, str]:
-    """Preferences (RFC 7240) by lower-case name; of a repeated one the first counts, what is malformed is ignored."""
+    """The preferences `wait` and `respond-async` (RFC 7240); the first of each counts, a malformed one does not."""
     found: dict[str, str] = {}
-    at, text = 0, value or ""
-    while at < len(text):
-        match = _PREFERENCE.match(text, at)
-        if match is not None:
-            name, given = match[1].lower(), (match[2] or "").strip('"')
-            if (name == "wait" and re.fullmatch("[0-9]+", given)) or (name == "respond-async" and not given):
-                found.setdefault(name, given)  # a malformed one does not hide a good one
-        item = match or _LIST_ITEM.match(text, at)
-        assert item is not None  # it matches anything, and at least one character
-        at = item.end()
+    for item in _LIST_ITEM.findall(value or ""):
+        name, _, given = (part.strip(" \t") for part in item.partition(";")[0].lower().partition("="))
+        if (
+            re.fullmatch('[0-9]+|"[0-9]+"', given)
+            if name == "wait"
+            else name == "respond-async" and given in ("", '""')
+        ):
+            found.setdefault(name, given.strip('"'))
     return found
 
 
 def _wait_of(x: Exchange, preferences: Mapping[str, str]) -> int | None:
+    """The seconds that a client wants to wait, and may."""
     text = preferences.get("wait")
-    return None if text is None else min(int(text[:9]) if len(text) < 10 else 10**9, int(x.app.settings.max_wait))
+    return None if text is None else int(min(float(text), x.app.settings.max_wait))
 
 
 def _applied(names: Iterable[str]) -> list[tuple[str, str]]:
     text = ", ".join(names)
     return [("Preference-Applied", text)] if text else []
-
-
-def publish_sync(x: Exchange) -> Reply | None:
-    """METHOD /api/publishing{resource}"""
-    flow, path = x.flow, x.path
-    assert flow is not None
-    preferences = parse_prefer(x.head.headers.get("prefer"))
-    if "respond-async" in preferences and "asynchronous" in flow.modes and x.head.method != "HEAD":
-        _submit(x, flow, path, preferences, ["respond-async"])
-        return None
-    _check_callback_name(x)
-    if ("callbackUrl" in x.head.query or "%" in x.head.query) and "callbackUrl" in x.query():
-        message = "is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async"
-        raise InputError([{"in": "query", "name": "callbackUrl", "message": message}])
-    if "idempotency-key" in x.head.headers and "idempotency-key" not in flow.header_names:
-        message = "is for asynchronous requests, which are stored: leave it out, or publish the flow asynchronously too"
-        if "asynchronous" in flow.modes:
-            message = (
-                f"is for asynchronous requests: call {PREFIXES['asynchronous']}{flow.resource} with Prefer: wait=60"
-            )
-        raise InputError([{"in": "header", "name": "Idempotency-Key", "message": message}])
-    request = _stored_request(x, flow, path, x.head.query)
-    given = flow.bind(request, path_values(flow, path), x.request_id)
-    outcome = x.app.run_at_once(flow, given)
-    if outcome is not None:
-        return _flow_response(outcome.answer, _VARY)
-    limit = min(flow.timeout or x.app.settings.sync_timeout, x.app.settings.sync_timeout)
-    late = Outcome.failed("timeout", 504, "The flow took longer than it may.")
-    x.later(limit + 0.25, lambda: x.answer(_flow_response(late.answer, _VARY)), False)
-    x.app.run_sync(flow, given, lambda outcome: x.post(lambda: x.answer(_flow_response(outcome.answer, _VARY))))
-    return None
-
-
-_VARY = (("Vary", "Prefer"),)
-
-
-def _flow_response(answer: Answer, more: Pairs = ()) -> Reply:
-    return Reply(answer.code, _with_policy(answer.headers + more), answer.body)
-
-
-def one_line_each(headers: Iterable[tuple[str, str]]) -> Pairs:
-    """Headers with a line for each name: the last one counts, which is the server's own; Vary lists what all say."""
-    lines: dict[str, tuple[str, str]] = {}
-    for name, value in headers:
-        key = name.lower()
-        if key == "vary" and key in lines:
-            value = ", ".join(dict.fromkeys(re.split("[ \t]*,[ \t]*", f"{lines[key][1]},{value}")))
-        lines[key] = (name, value)
-    return tuple(lines.values())
-
-
-@_cached_if_short  # a flow's headers are mostly the same
-def _with_policy(headers: Pairs) -> Pairs:
-    """What a flow's response says of itself, and what browsers and caches must be told of it."""
-    headers = one_line_each(headers)
-    names = {name.lower() for name, _ in headers}
-    if "cache-control" not in names:
-        unsaid = _REVALIDATED if "etag" in names else ("Cache-Control", "private, no-store")
-        headers += (NO_STORE if headers[:1] == (_PROBLEM,) else unsaid,)
-    return headers + _FLOW_HEADERS
-
-
-def publish_async(x: Exchange) -> None:
-    """METHOD /api/publishingAsync{resource}"""
-    assert x.flow is not None
-    _submit(x, x.flow, x.path, parse_prefer(x.head.headers.get("prefer")), [])
 
 
 def find_flow(mode: str, x: Exchange) -> None:
@@ -11164,9 +11045,7 @@ def find_flow(mode: str, x: Exchange) -> None:
     if not matches:
         raise NotFound(f"No flow publishes {shown(path, 200)}. The endpoints are listed at /api/deployments.")
     method = "GET" if x.head.method == "HEAD" and mode == "synchronous" else x.head.method
-    flow = None
-    for methods in matches:
-        flow = flow or methods.get(method)
+    flow = next((methods[method] for methods in matches if method in methods), None)
     if flow is None:
         raise MethodNotAllowed(_allowed(matches, mode))
     if mode not in flow.modes:
@@ -11184,10 +11063,9 @@ def _check_may_call(x: Exchange, flow: str) -> None:
 
 
 def _allowed(matches: list[dict[str, Flow]], mode: str) -> set[str]:
+    """The methods of a resource in a mode."""
     names = {name for methods in matches for name, flow in methods.items() if mode in flow.modes}
-    if "GET" in names and mode == "synchronous":
-        names.add("HEAD")
-    return names | {"OPTIONS"}
+    return names | {"OPTIONS"} | ({"HEAD"} if "GET" in names and mode == "synchronous" else set())
 
 
 def options(x: Exchange) -> Reply:
@@ -11203,7 +11081,7 @@ def options(x: Exchange) -> Reply:
     if path == "*":
         names |= set(HTTP_METHODS)
     elif len(names) == 1:
-        names |= _with_head(find_routes(path, {})) - {"*"}
+        names |= _with_head(find_routes(path)[0]) - {"*"}
     headers = [("Allow", ", ".join(sorted(names))), NO_STORE]
     if patched and "PATCH" in names:
         headers.append(("Accept-Patch", ", ".join(dict.fromkeys(patched))))
@@ -11215,6 +11093,66 @@ def options(x: Exchange) -> Reply:
     return Reply(204, headers)
 
 
+def one_line_each(headers: Iterable[tuple[str, str]]) -> Pairs:
+    """Headers with one line for each name: the last one counts, which is the server's own; Vary joins them all."""
+    lines: dict[str, tuple[str, str]] = {}
+    for name, value in headers:
+        key = name.lower()
+        if key == "vary" and key in lines:
+            value = ", ".join(dict.fromkeys(re.split("[ \t]*,[ \t]*", f"{lines[key][1]},{value}")))
+        lines[key] = (name, value)
+    return tuple(lines.values())
+
+
+@_cached_if_short  # a flow's headers are mostly the same
+def _with_policy(headers: Pairs) -> Pairs:
+    """The headers of a flow's response, and those that keep browsers and caches safe from it."""
+    headers = one_line_each(headers)
+    names = {name.lower() for name, _ in headers}
+    if "cache-control" not in names:
+        usual = _REVALIDATED if "etag" in names else ("Cache-Control", "private, no-store")
+        headers += (NO_STORE if headers[:1] == (_PROBLEM,) else usual,)
+    return headers + _FLOW_HEADERS
+
+
+def _flow_response(answer: Answer, more: Pairs = _VARY) -> Reply:
+    return Reply(answer.code, _with_policy(answer.headers + more), answer.body)
+
+
+def publish_sync(x: Exchange) -> Reply | None:
+    """METHOD /api/publishing{resource}"""
+    flow = cast(Flow, x.flow)
+    preferences = parse_prefer(x.head.headers["prefer"]) if "prefer" in x.head.headers else {}
+    if "respond-async" in preferences and "asynchronous" in flow.modes and x.head.method != "HEAD":
+        _submit(x, flow, preferences, ["respond-async"])
+        return None
+    if _split_callback(x)[0]:
+        message = "is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async"
+        raise InputError([{"in": "query", "name": "callbackUrl", "message": message}])
+    _check_callback_name(x)
+    if "idempotency-key" in x.head.headers and "idempotency-key" not in flow.header_names:
+        cure = "leave it out, or publish the flow asynchronously too"
+        if "asynchronous" in flow.modes:
+            cure = f"call {PREFIXES['asynchronous']}{flow.resource} with Prefer: wait=60"
+        message = f"is for asynchronous requests, which are stored: {cure}"
+        raise InputError([{"in": "header", "name": "Idempotency-Key", "message": message}])
+    request = _stored_request(x, flow, x.head.query)
+    given = flow.bind(request, path_values(flow, x.path), x.request_id)
+    outcome = x.app.run_at_once(flow, given)
+    if outcome is not None:
+        return _flow_response(outcome.answer)
+    limit = min(flow.timeout or x.app.settings.sync_timeout, x.app.settings.sync_timeout)
+    late = Outcome.failed("timeout", 504, "The flow took longer than it may.")
+    x.later(limit + 0.25, lambda: x.answer(_flow_response(late.answer)), False)
+    x.app.run_sync(flow, given, lambda outcome: x.post(lambda: x.answer(_flow_response(outcome.answer))))
+    return None
+
+
+def publish_async(x: Exchange) -> None:
+    """METHOD /api/publishingAsync{resource}"""
+    _submit(x, cast(Flow, x.flow), parse_prefer(x.head.headers.get("prefer")), [])
+
+
 def _check_coding(x: Exchange) -> None:
     """Raise InputError for a body that is compressed (RFC 9110, section 15.5.16)."""
     coding = x.head.headers.get("content-encoding", "identity")
@@ -11223,13 +11161,12 @@ def _check_coding(x: Exchange) -> None:
         raise InputError([{"in": "header", "name": "Content-Encoding", "message": message}], status=415)
 
 
-def _stored_request(x: Exchange, flow: Flow, path: str, query: str) -> StoredRequest:
+def _stored_request(x: Exchange, flow: Flow, query: str) -> StoredRequest:
     _check_coding(x)
     sent = x.head.headers
-    names = flow.header_names
-    declared = {name: sent[name] for name in names if name in sent}
+    declared = {name: sent[name] for name in flow.header_names if name in sent}
     trace = parse_trace(sent) if "traceparent" in sent else None
-    return StoredRequest(flow.method, path, query, declared, x.body, trace)
+    return StoredRequest(flow.method, x.path, query, declared, x.body, trace)
 
 
 def _declared(flow: Flow | None) -> list[str]:
@@ -11238,21 +11175,18 @@ def _declared(flow: Flow | None) -> list[str]:
 
 
 def _check_callback_name(x: Exchange) -> None:
-    """Raise InputError for a callbackUrl under another name, which nobody would heed."""
-    if "callback" not in x.head.query.lower():
-        return
-    for part in x.head.query.split("&"):
+    """Raise InputError for a callbackUrl under another name, which would be ignored."""
+    for part in x.head.query.split("&") if "callback" in x.head.query.lower() else ():
         name = part.partition("=")[0]
         if re.fullmatch("callback[_-]?url", name, re.IGNORECASE) and name not in ("callbackUrl", *_declared(x.flow)):
             raise InputError([{"in": "query", "name": name, "message": "is not known here: write callbackUrl"}])
 
 
-def _take_callback(x: Exchange) -> tuple[str | None, str]:
-    """The callbackUrl of a request, judged, and the rest of the raw query; raises InputError."""
-    _check_callback_name(x)
+def _split_callback(x: Exchange) -> tuple[list[str], str]:
+    """The values of callbackUrl in the raw query, and the query without them."""
     query = x.head.query
     if "callbackUrl" not in query and "%" not in query:
-        return None, query
+        return [], query
     urls, rest = [], []
     for part in query.split("&"):
         name, _, value = part.partition("=")
@@ -11262,24 +11196,30 @@ def _take_callback(x: Exchange) -> tuple[str | None, str]:
             urls.append(value)
         else:
             rest.append(part)
+    return urls, "&".join(rest)
+
+
+def _callback_url(x: Exchange, urls: list[str]) -> str | None:
+    """The URL of the callback, judged as far as a look-up is not needed; raises InputError."""
+    _check_callback_name(x)
     if not urls:
-        return None, query
+        return None
     try:
         if len(urls) > 1:
             raise ValueError("must be given once")
         url = unquote(urls[0], plus=False)
-        cut = query.partition("callbackUrl=")[2].split("&")[1:] if "?" in urls[0] else []
-        cut = [part for part in cut if part.partition("=")[0] not in _declared(x.flow)]
+        behind = x.head.query.partition("callbackUrl=")[2].split("&")[1:] if "?" in urls[0] else []
+        cut = [part for part in behind if part.partition("=")[0] not in _declared(x.flow)]
         if cut:
             whole = urllib.parse.quote("&".join([url, *cut]), safe="")
             raise ValueError(f"ends at its first &, for it is not percent-encoded: write callbackUrl={whole}")
     except ValueError as error:
         raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
     x.app.check_callback(url)
-    return url, "&".join(rest)
+    return url
 
 
-def _take_key(x: Exchange) -> str | None:
+def _idempotency_key(x: Exchange) -> str | None:
     value = x.head.headers.get("idempotency-key")
     if value is None:
         return None
@@ -11290,69 +11230,57 @@ def _take_key(x: Exchange) -> str | None:
     return match[1] or match[2]
 
 
-def _submit(x: Exchange, flow: Flow, path: str, preferences: Mapping[str, str], applied: list[str]) -> None:
+def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: list[str]) -> None:
+    """Accept a job, or refuse the request with all its faults at once."""
+    refusals: list[InputError] = []
+
+    def checked(function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except InputError as error:
+            return refusals.append(error)
+
     key = x.app.new_key()
-    errors: list[dict[str, str]] = []
-    callback_url, query, idempotency_key = None, x.head.query, None
-    try:
-        callback_url, query = _take_callback(x)
-    except InputError as error:
-        errors += error.errors
-        query = "&".join(part for part in query.split("&") if not part.startswith("callbackUrl="))
-    try:
-        idempotency_key = _take_key(x)
-    except InputError as error:
-        errors += error.errors
-    request = _stored_request(x, flow, path, query)
-    try:
-        given = flow.bind(request, path_values(flow, path), str(key))
-    except InputError as error:
-        raise InputError([*errors, *error.errors], status=error.status) from None
-    if errors:
-        raise InputError(errors)
+    urls, query = _split_callback(x)
+    callback_url = checked(_callback_url, x, urls)
+    idempotency_key = checked(_idempotency_key, x)
+    request = _stored_request(x, flow, query)
+    given = checked(lambda: flow.bind(request, path_values(flow, x.path), str(key)))
+    if refusals:
+        raise InputError([fault for refusal in refusals for fault in refusal.errors], status=refusals[-1].status)
     wait_s = _wait_of(x, preferences)
     if wait_s is not None:
         applied = [*applied, f"wait={wait_s}"]
     headers = [*_VARY, *_applied(applied)] if applied else _VARY
     call = Call(key, flow, request, given, x.base, callback_url, idempotency_key)
-    x.app.accept(call, x.caller, partial(x.post, _accepted, x, wait_s, headers))
+    x.app.accept(call, x.caller, partial(x.post, _answer_submitted, x, wait_s, headers))
 
 
-def _accepted(
+def _answer_submitted(
     x: Exchange, wait_s: int | None, headers: Sequence[tuple[str, str]], result: Any, error: AsteraError | None
 ) -> None:
     """On the loop, once the job is on disk: 202, or the result if the client waits for it."""
     refusal = error or (result if isinstance(result, Conflict) else None)
     if refusal is not None:
-        x.fail(refusal)
-        return
+        raise refusal
     job, replayed = result
-    if not (wait_s or replayed):
-        x.answer(_status_response(x, (job, None), 202, [_location(x, job), *headers]))
-        return
-    more = [*headers, ("Idempotency-Replayed", "true")] if replayed else headers
+    if replayed:
+        headers = [*headers, ("Idempotency-Replayed", "true")]
 
-    def answer(found: tuple[Job, Progress | None] | None) -> Reply:
-        present = found or (job, None)
-        if wait_s is not None and present[0].status is not Status.RUNNING:
+    def answer(seen: _Seen) -> Reply:
+        if wait_s is not None and seen[0].status is not Status.RUNNING:
             where = ("Content-Location", f"{x.base}/api/jobs/{job.id}/result")
-            return _result_response(x, present[0], [where, *more])
-        return _status_response(x, present, 202, [_location(x, job), *more])
+            return _result_response(x, seen[0], [where, *headers])
+        return _status_response(x, seen, 202, headers)
 
     if wait_s:
-        _when_finished(x, job.key, wait_s, answer)
+        _when_finished(x, job.key, wait_s, lambda seen: answer(seen or (job, None)))
     else:
-        x.answer(answer(x.app.look(job.key, x.caller)))
+        x.answer(answer((replayed and x.app.look(job.key, x.caller)) or (job, None)))
 
 
-def _location(x: Exchange, job: Job) -> tuple[str, str]:
-    return "Location", f"{x.base}/api/jobs/{job.id}/status"
-
-
-def _when_finished(
-    x: Exchange, key: JobKey, seconds: float, answer: Callable[[tuple[Job, Progress | None] | None], Reply]
-) -> None:
-    """Answer when the job is finished, or after so many seconds as it then is."""
+def _when_finished(x: Exchange, key: JobKey, seconds: float, answer: Callable[[_Seen | None], Reply]) -> None:
+    """Answer when the job is finished, or after so many seconds with its state by then."""
 
     def changed() -> None:
         x.post(look)
@@ -11364,10 +11292,10 @@ def _when_finished(
             return
         if not final:
             x.app.watchers.add(key, changed)  # first watch, then look: nothing can happen unseen in between
-        found = x.app.look(key, x.caller)
-        if final or found is None or found[0].status is not Status.RUNNING:
+        seen = x.app.look(key, x.caller)
+        if final or seen is None or seen[0].status is not Status.RUNNING:
             x.app.watchers.remove(key, changed)
-            x.answer(answer(found))
+            x.answer(answer(seen))
 
     def gone() -> None:
         nonlocal has_gone
@@ -11382,11 +11310,13 @@ def _when_finished(
 # --- jobs ---
 
 
-def _status_response(
-    x: Exchange, found: tuple[Job, Progress | None], code: int = 200, more: Iterable[tuple[str, str]] = ()
-) -> Reply:
-    job, progress = found
-    headers = [_JSON, ("Job-Status", job.status._value_), NO_STORE, *more]
+def _status_response(x: Exchange, seen: _Seen, code: int = 200, more: Iterable[tuple[str, str]] = ()) -> Reply:
+    """A status document; with its Location where the answer is another resource's."""
+    job, progress = seen
+    headers = [_JSON, ("Job-Status", job.status), NO_STORE]
+    if code == 202:
+        headers.append(("Location", f"{x.base}/api/jobs/{job.id}/status"))
+    headers += more
     offset = x.app.clock.offset
     if job.status is Status.RUNNING:
         headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
@@ -11400,60 +11330,57 @@ def _status_response(
     return Reply(code, headers, body)
 
 
-def _unknown(x: Exchange) -> Reply:
-    """404 for a job that is not there; the status route speaks the status document, the others a problem."""
+def _unknown(x: Exchange) -> UnknownJob:
     text = x.values["id"]
-    expired = x.app.expired(JobKey.parse(text))
-    detail = "Its result was kept for its time and is forgotten." if expired else "There is no such job."
-    document = {
-        "id": text[:100],
-        "status": Status.UNKNOWN.value,
-        "reason": "expired" if expired else "not-found",
-        "detail": detail,
-    }
-    headers = [("Job-Status", Status.UNKNOWN.value), NO_STORE]
-    if x.route is not None and x.route.handle is job_status:
-        return Reply(404, [_JSON, *headers], json_body(document))
-    members = {name: value for name, value in document.items() if name not in ("status", "detail")}
-    return Reply(404, [_PROBLEM, *headers], json_body(problem(404, detail, jobStatus="Unknown", **members)))
+    return UnknownJob(text, x.app.expired(JobKey.parse(text)))
 
 
-def _find(x: Exchange) -> tuple[Job, Progress | None] | None:
+def _find(x: Exchange) -> _Seen:
+    """The job that the path names; raises UnknownJob, and Conflict by a precondition."""
     key = JobKey.parse(x.values["id"])
-    found = x.app.look(key, x.caller) if key is not None else None
-    if found is not None:
-        check_conditions(x)
-    return found
+    seen = x.app.look(key, x.caller) if key is not None else None
+    if seen is None:
+        raise _unknown(x)
+    check_conditions(x)
+    return seen
 
 
-def _answer_when_asked(
-    x: Exchange, respond: Callable[[tuple[Job, Progress | None], list[tuple[str, str]]], Reply]
-) -> Reply | None:
+def _find_finished(x: Exchange) -> Job:
+    job = _find(x)[0]
+    if job.status is Status.RUNNING:
+        raise Conflict("The job is still running.", job=job.status)
+    return job
+
+
+def _answer_when_asked(x: Exchange, respond: Callable[[_Seen, list[tuple[str, str]]], Reply]) -> Reply | None:
     """Answer at once, or with `Prefer: wait=N` when the job is finished."""
-    found = _find(x)
-    wait_s = _wait_of(x, parse_prefer(x.head.headers.get("prefer"))) if "prefer" in x.head.headers else None
+    seen = _find(x)
+    wait_s = _wait_of(x, parse_prefer(x.head.headers["prefer"])) if "prefer" in x.head.headers else None
     applied = _applied([f"wait={wait_s}"] if wait_s is not None else [])
-    if found is None:
-        return _unknown(x)
-    if not wait_s or found[0].status is not Status.RUNNING:
-        return respond(found, applied)
-    _when_finished(x, found[0].key, wait_s, lambda found: respond(found, applied) if found else _unknown(x))
+
+    def answer(seen: _Seen | None) -> Reply:
+        if seen is None:
+            raise _unknown(x)
+        return respond(seen, applied)
+
+    if not wait_s or seen[0].status is not Status.RUNNING:
+        return answer(seen)
+    _when_finished(x, seen[0].key, wait_s, answer)
     return None
 
 
 def job_status(x: Exchange) -> Reply | None:
     """GET /api/jobs/{id}/status"""
-    return _answer_when_asked(x, lambda found, more: _status_response(x, found, 200, more))
+    return _answer_when_asked(x, lambda seen, more: _status_response(x, seen, 200, more))
 
 
 def job_result(x: Exchange) -> Reply | None:
     """GET /api/jobs/{id}/result"""
 
-    def respond(found: tuple[Job, Progress | None], more: list[tuple[str, str]]) -> Reply:
-        job = found[0]
-        if job.status is Status.RUNNING:
-            return _status_response(x, found, 202, [("Location", f"{x.base}/api/jobs/{job.id}/status"), *more])
-        return _result_response(x, job, more)
+    def respond(seen: _Seen, more: list[tuple[str, str]]) -> Reply:
+        if seen[0].status is Status.RUNNING:
+            return _status_response(x, seen, 202, more)
+        return _result_response(x, seen[0], more)
 
     return _answer_when_asked(x, respond)
 
@@ -11461,7 +11388,7 @@ def job_result(x: Exchange) -> Reply | None:
 def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> Reply:
     stored = x.app.store.result(job.key)
     if stored is None:
-        return _unknown(x)
+        raise UnknownJob(job.id, x.app.expired(job.key))
     own, tag = tuple(stored.headers), []
     if stored.code < 300:  # a result never changes, and no other has its id
         names = {name.lower() for name, _ in own}
@@ -11505,10 +11432,7 @@ def _in_part(x: Exchange, whole: Reply, pieces: Callable[[int, int], Iterator[by
 
 def job_details(x: Exchange) -> Reply:
     """GET /api/jobs/{id}"""
-    found = _find(x)
-    if found is None:
-        return _unknown(x)
-    job, progress = found
+    job, progress = _find(x)
     app = x.app
     offset = app.clock.offset
     document = status_document(job, x.base, progress, offset=offset)
@@ -11545,27 +11469,28 @@ def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
 
 def job_list(x: Exchange) -> Reply:
     """GET /api/jobs"""
-    errors: list[dict[str, str]] = []
-    query = {name: values[-1] for name, values in x.query().items()}
-
-    def refuse(name: str, message: str) -> None:
-        errors.append({"in": "query", "name": name, "message": message})
-
-    limit_text = query.get("limit", str(DEFAULT_LIST))
-    if not re.fullmatch("[0-9]{1,6}", limit_text, re.ASCII) or not 1 <= int(limit_text) <= MAX_LIST:
-        refuse("limit", f"must be an integer from 1 to {MAX_LIST}")
-        limit_text = "1"
+    query = {name: values[-1] for name, values in parse_query(x.head.query).items()}
+    limit, cursor = query.get("limit", str(DEFAULT_LIST)), query.get("cursor")
     words = [status.value for status in Status if status is not Status.UNKNOWN]
-    if query.get("status", "Running") not in words:
-        refuse("status", "must be one of " + ", ".join(words))
-    cursor = query.get("cursor")
-    if cursor is not None and not re.fullmatch("[0-9a-f]{15}", cursor):
-        refuse("cursor", "is not one that this server gave: begin without a cursor")
+    rules = [
+        (
+            "limit",
+            limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= MAX_LIST,
+            f"must be an integer from 1 to {MAX_LIST}",
+        ),
+        ("status", query.get("status", "Running") in words, "must be one of " + ", ".join(words)),
+        (
+            "cursor",
+            cursor is None or re.fullmatch("[0-9a-f]{15}", cursor),
+            "is not one that this server gave: begin without a cursor",
+        ),
+    ]
+    errors = [{"in": "query", "name": name, "message": message} for name, holds, message in rules if not holds]
     if errors:
         raise InputError(errors)
-    flow, status = query.get("flow"), Status(query["status"]) if "status" in query else None
+    status = Status(query["status"]) if "status" in query else None
     before = int(cursor, 16) if cursor is not None else None
-    jobs, following = x.app.list_jobs(x.caller, flow, status, int(limit_text), before)
+    jobs, following = x.app.list_jobs(x.caller, query.get("flow"), status, int(limit), before)
     document = {
         "jobs": [status_document(job, x.base, offset=x.app.clock.offset) for job in jobs],
         "next": None if following is None else f"{following:015x}",
@@ -11575,89 +11500,61 @@ def job_list(x: Exchange) -> Reply:
 
 def job_cancel(x: Exchange) -> Reply | None:
     """POST /api/jobs/{id}/cancel"""
-    found = _find(x)
-    if found is None:
-        return _unknown(x)
-    job = found[0]
+    seen = _find(x)
+    job = seen[0]
     if job.status is not Status.RUNNING:
         raise already_finished(job)
     if not x.app.engine.cancel(job):
-        return _status_response(x, found, 202, [("Location", f"{x.base}/api/jobs/{job.id}/status")])
+        return _status_response(x, seen, 202)
 
-    def answer(found: tuple[Job, Progress | None] | None) -> Reply:
-        if found is None:
-            return _unknown(x)
-        if found[0].status is Status.RUNNING:
-            return _status_response(x, found, 202)
-        check_cancelled(found[0])
-        return _status_response(x, found, 200)
+    def answer(seen: _Seen | None) -> Reply:
+        if seen is None:
+            raise _unknown(x)
+        if seen[0].status is not Status.RUNNING:
+            check_cancelled(seen[0])
+        return _status_response(x, seen, 202 if seen[0].status is Status.RUNNING else 200)
 
     _when_finished(x, job.key, 30, answer)
     return None
 
 
-def job_rerun(x: Exchange) -> Reply | None:
+def job_rerun(x: Exchange) -> None:
     """POST /api/jobs/{id}/rerun"""
-    found = _find(x)
-    if found is None:
-        return _unknown(x)
-    job = found[0]
-    if job.status is Status.RUNNING:
-        raise Conflict("The job still runs.", job=job.status)
+    job = _find_finished(x)
     _check_may_call(x, job.flow)
     trace = parse_trace(x.head.headers)
-    x.app.rerun(job, x.base, x.caller, trace, partial(x.post, _accepted, x, None, ()))
-    return None
+    x.app.rerun(job, x.base, x.caller, trace, partial(x.post, _answer_submitted, x, None, ()))
 
 
-def job_callback(x: Exchange) -> Reply | None:
+def job_callback(x: Exchange) -> None:
     """POST /api/jobs/{id}/callback"""
-    found = _find(x)
-    if found is None:
-        return _unknown(x)
-    job = found[0]
+    job = _find(x)[0]
     if job.callback is None:
         raise Conflict("The job was submitted without a callbackUrl.", job=job.status)
-    if job.status is Status.RUNNING:
-        raise Conflict("The job still runs: its callback is sent when it is finished.", job=job.status)
-
-    def stored(result: Any, error: AsteraError | None) -> None:
-        x.post(lambda: answer(error))
-
-    def answer(error: AsteraError | None) -> None:
-        found = x.app.look(job.key, x.caller)
-        if error is not None or found is None:
-            x.answer(error_response(x, error) if error else _unknown(x))
-        else:
-            x.answer(_status_response(x, found, 202, [("Location", f"{x.base}/api/jobs/{job.id}/status")]))
-
-    x.app.resend(job, stored)
-    return None
-
-
-def job_delete(x: Exchange) -> Reply | None:
-    """DELETE /api/jobs/{id}"""
-    found = _find(x)
-    if found is None:
-        return _unknown(x)
-    job = found[0]
-
-    def done(result: Any, error: AsteraError | None) -> None:
-        x.post(lambda: answer(result, error))
+    _find_finished(x)
 
     def answer(result: Any, error: AsteraError | None) -> None:
-        if error is not None:
-            x.fail(error)
-        elif result == "deleted":
-            x.answer(Reply(204, [NO_STORE]))
-        elif result == "absent":
-            x.answer(_unknown(x))
-        else:
-            owed = "Its callback is still owed." if result == "owed" else "The job still runs: cancel it first."
-            x.fail(Conflict(owed, job=job.status))
+        seen = x.app.look(job.key, x.caller)
+        if error is not None or seen is None:
+            raise error or _unknown(x)
+        x.answer(_status_response(x, seen, 202))
 
-    x.app.store.delete(job.key, done)
-    return None
+    x.app.resend(job, partial(x.post, answer))
+
+
+def job_delete(x: Exchange) -> None:
+    """DELETE /api/jobs/{id}"""
+    job = _find(x)[0]
+
+    def answer(result: Any, error: AsteraError | None) -> None:
+        if error is not None or result == "absent":
+            raise error or _unknown(x)
+        if result != "deleted":
+            owed = "Its callback is still owed." if result == "owed" else "The job is still running: cancel it first."
+            raise Conflict(owed, job=job.status)
+        x.answer(Reply(204, [NO_STORE]))
+
+    x.app.store.delete(job.key, partial(x.post, answer))
 
 
 # --- the rest ---
@@ -11666,34 +11563,33 @@ def job_delete(x: Exchange) -> Reply | None:
 def deployment_list(x: Exchange) -> Reply:
     """GET /api/deployments"""
     deployments = x.app.deployments
+    flows = [flow for flow in deployments.by_name.values() if x.caller.may_call(flow.name)]
     document = {
-        "deployments": [
-            deployment_document(flow, x.base) for flow in deployments.by_name.values() if x.caller.may_call(flow.name)
-        ],
-        "faults": [
-            {"file": fault.where, "place": fault.place, "message": fault.message} for fault in deployments.faults
-        ],
+        "deployments": [deployment_document(flow, x.base) for flow in flows],
+        "faults": [{"file": file, "place": place, "message": message} for file, place, message in deployments.faults],
     }
     return Reply(200, [_JSON, NO_STORE], json_body(document))
 
 
 def deployment_one(x: Exchange) -> Reply:
     """GET /api/deployments/{name}"""
-    flow = x.app.deployments.by_name.get(x.values["name"])
+    name = x.values["name"]
+    flow = x.app.deployments.by_name.get(name)
     if flow is None:
-        known = suggest(x.values["name"], filter(x.caller.may_call, x.app.deployments.by_name))
-        raise NotFound(f"There is no deployment {shown(x.values['name'])}{known}.")
+        known = suggest(name, filter(x.caller.may_call, x.app.deployments.by_name))
+        raise NotFound(f"There is no deployment {shown(name)}{known}.")
     _check_may_call(x, flow.name)
     headers = [_JSON, _REVALIDATED, ("ETag", deployment_tag(flow))]
     return Reply(200, headers, json_body(deployment_document(flow, x.base)))
 
 
-def _may_deploy(x: Exchange) -> None:
-    if not x.caller.admin or not x.caller.name:  # a flow can run programs
-        if x.caller.name:
-            raise AccessError(403, "Deploying needs a token of role admin.", "insufficient_scope")
-        detail = "Deploying needs a token of role admin, and this server has no tokens: set `token`, and send it."
-        raise AccessError(403, detail)
+def _check_may_deploy(x: Exchange) -> None:
+    if x.caller.admin and x.caller.name:  # not in open mode: a flow can run programs
+        return
+    if x.caller.name:
+        raise AccessError(403, "Deploying needs a token of role admin.", "insufficient_scope")
+    detail = "Deploying needs a token of role admin, and this server has no tokens: set `token`, and send it."
+    raise AccessError(403, detail)
 
 
 def deployment_put(x: Exchange) -> Reply:
@@ -11721,59 +11617,65 @@ def deployment_delete(x: Exchange) -> Reply:
 def health(x: Exchange) -> Reply:
     """GET /health"""
     document = x.app.health(whole=x.caller != NOBODY)
-    well = document["status"] == "ok"
-    more = [] if well else [("Retry-After", "5")]
-    return Reply(200 if well else 503, [_JSON, NO_STORE, *more], json_body(document))
+    is_ok = document["status"] == "ok"
+    more = [] if is_ok else [("Retry-After", "5")]
+    return Reply(200 if is_ok else 503, [_JSON, NO_STORE, *more], json_body(document))
 
 
-def _may_measure(x: Exchange) -> None:
+def _check_may_measure(x: Exchange) -> None:
     if not x.caller.admin:
-        detail = f"The token {x.caller.name} is of role user: the metrics tell of everybody's jobs."
+        detail = f"The token {x.caller.name} is of role user: the metrics count everybody's jobs."
         raise AccessError(403, detail, "insufficient_scope")
 
 
 def flow_document(make: Callable[..., Any], x: Exchange) -> Reply:
-    """GET /openapi.json, GET /postman.json"""
-    body = document_body(make, x.app.deployments, x.base, x.caller.name != "", x.caller.flows)
+    """GET /openapi.json, GET /postman.json; kept with the deployments, for a large set takes long to describe."""
+    kept, arguments = x.app.deployments.documents, (x.base, x.caller.name != "", x.caller.flows)
+    body = kept.get((make, *arguments))
+    if body is None:
+        if len(kept) >= 16:  # each client may spell the base anew
+            kept.clear()
+        body = kept[make, *arguments] = json_body(make(x.app.deployments, *arguments))
     return Reply(200, [_JSON, _REVALIDATED, ("ETag", entity_tag(body))], body)
 
 
 @lru_cache(1)
-def _console() -> tuple[bytes, tuple[tuple[str, str], ...]]:
-    """The console's page and its headers. Its own script and style may run, nothing else, whatever a flow answers."""
+def _console_page() -> Reply:
+    """The console's page. Its policy lets its own script and style run, and nothing that a flow answers."""
     page = resource("console.html").replace(b"\r\n", b"\n")  # browsers hash what they have normalised
 
     def digest(part: bytes) -> str:
         return base64.b64encode(sha256(part)).decode()
 
-    def hashes(tag: str) -> str:
+    def source(tag: str) -> str:
         found = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
-        return " ".join(f"'sha256-{digest(part)}'" for part in found)
+        return " ".join([f"{tag}-src", *(f"'sha256-{digest(part)}'" for part in found)])
 
     policy = (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; img-src data:;"
-        " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+        f"default-src 'none'; {source('script')}; {source('style')}; img-src data:; connect-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
         " require-trusted-types-for 'script'; trusted-types 'none'"
     )
-    return page, (
-        ("ETag", f'"{digest(page)}"'),
-        ("Cache-Control", "no-cache"),
-        ("Content-Security-Policy", policy),
-        ("X-Content-Type-Options", "nosniff"),
-        ("Referrer-Policy", "no-referrer"),
-    )
+    headers = {
+        "Content-Type": "text/html; charset=utf-8",
+        "ETag": f'"{digest(page)}"',
+        "Cache-Control": "no-cache",
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+    return Reply(200, tuple(headers.items()), page)
 
 
 def console(x: Exchange) -> Reply:
     """GET /"""
     try:
-        page, headers = _console()
+        return _console_page()
     except ConfigError:
         raise NotFound(
             "The console's page, console.html, is missing: it belongs beside astera_lite.py. All else works without it;"
             " the endpoints are listed at /api/deployments."
         ) from None
-    return Reply(200, [("Content-Type", "text/html; charset=utf-8"), *headers], page)
 
 
 ROUTES = [
@@ -11781,42 +11683,71 @@ ROUTES = [
     Route("*", "/api/publishingAsync/*", publish_async, check=partial(find_flow, "asynchronous")),
     Route("GET", "/api/jobs/{id}/status", job_status),
     Route("GET", "/api/jobs/{id}/result", job_result),
-    Route("GET", "/api/jobs/{id}", job_details, apart=True),
+    Route("GET", "/api/jobs/{id}", job_details, slow=True),
     Route("DELETE", "/api/jobs/{id}", job_delete),
     Route("POST", "/api/jobs/{id}/cancel", job_cancel),
-    Route("POST", "/api/jobs/{id}/rerun", job_rerun, apart=True),
+    Route("POST", "/api/jobs/{id}/rerun", job_rerun, slow=True),
     Route("POST", "/api/jobs/{id}/callback", job_callback),
-    Route("GET", "/api/jobs", job_list, apart=True),
-    Route("GET", "/api/deployments", deployment_list, apart=True),
+    Route("GET", "/api/jobs", job_list, slow=True),
+    Route("GET", "/api/deployments", deployment_list, slow=True),
     Route("GET", "/api/deployments/{name}", deployment_one),
-    Route("PUT", "/api/deployments/{name}", deployment_put, check=_may_deploy, apart=True),
-    Route("DELETE", "/api/deployments/{name}", deployment_delete, check=_may_deploy, apart=True),
-    Route("GET", "/openapi.json", partial(flow_document, late("astera_lite_documents:openapi_document")), apart=True),
-    Route("GET", "/postman.json", partial(flow_document, late("astera_lite_documents:postman_document")), apart=True),
+    Route("PUT", "/api/deployments/{name}", deployment_put, check=_check_may_deploy, slow=True),
+    Route("DELETE", "/api/deployments/{name}", deployment_delete, check=_check_may_deploy, slow=True),
+    Route("GET", "/openapi.json", partial(flow_document, late("astera_lite_documents:openapi_document")), slow=True),
+    Route("GET", "/postman.json", partial(flow_document, late("astera_lite_documents:postman_document")), slow=True),
     Route("GET", "/health", health, is_open=True),
-    Route("GET", "/metrics", late("astera_lite_documents:metrics"), check=_may_measure),
+    Route("GET", "/metrics", late("astera_lite_documents:metrics"), check=_check_may_measure),
     Route("GET", "/", console, is_open=True),
 ]
 
-_PREFIX_ROUTES = {row.path[:-1]: {row.method: row} for row in ROUTES if row.path.endswith("/*")}
-_SHAPES: dict[int, dict[str, dict[str, Route]]] = {}
+_BY_PATH: dict[str, dict[str, Route]] = {}
 for _row in ROUTES:
-    if not _row.path.endswith("/*"):
-        _SHAPES.setdefault(_row.path.count("/"), {}).setdefault(_row.path, {})[_row.method] = _row
+    _BY_PATH.setdefault(_row.path, {})[_row.method] = _row
+#: What stands before a placeholder, its name, and what stands behind it.
+_PATTERNS = [
+    (before, name, after, methods)
+    for path, methods in _BY_PATH.items()
+    if "{" in path or "*" in path
+    for before, name, after in [re.split("[{}]", path.replace("*", "{*}"))]
+]
 
 
-def find_routes(path: str, values: dict[str, str]) -> dict[str, Route]:
-    """Routes of a raw path by method, empty if there are none; what placeholders match goes into `values`."""
-    for prefix, methods in _PREFIX_ROUTES.items():
-        if path.startswith(prefix):
-            return methods
-    segments = path.split("/")
-    for pattern, methods in _SHAPES.get(len(segments) - 1, {}).items():
-        wanted = pattern.split("/")
-        if all(want == got or (want[:1] == "{" and got) for want, got in zip(wanted, segments, strict=True)):
-            values.update({want[1:-1]: got for want, got in zip(wanted, segments, strict=True) if want[:1] == "{"})
-            return methods
-    return {}
+def find_routes(path: str) -> tuple[dict[str, Route], dict[str, str]]:
+    """The routes of a raw path by method, and what its placeholders match; both are empty if there are none."""
+    for before, name, after, methods in _PATTERNS:
+        value = path[len(before) : len(path) - len(after)]
+        if path.startswith(before) and path.endswith(after) and (name == "*" or (value and "/" not in value)):
+            return methods, {name: value}
+    return _BY_PATH.get(path, {}), {}
+
+
+def _with_head(names: Iterable[str]) -> set[str]:
+    return {*names, "OPTIONS"} | ({"HEAD"} if "GET" in names else set())
+
+
+def route_request(x: Exchange, access: Access) -> None:
+    """Authorise a request and find its route. Raises the error that refuses it before its body is read."""
+    head = x.head
+    x.cors_origin = access.named_origin(head.headers)
+    access.check_origin(head, x.origin)
+    if head.method == "OPTIONS":
+        x.route = Route("OPTIONS", "*", options, True)
+        return
+    routes, x.values = find_routes(head.path)
+    route = routes.get(head.method) or (routes.get("GET") if head.method == "HEAD" else None) or routes.get("*")
+    try:
+        x.caller = access.principal(head.headers.get("authorization"))
+    except AccessError:
+        if route is None or not route.is_open:
+            raise
+        x.caller = NOBODY
+    if not routes:
+        raise NotFound(f"There is nothing at {shown(head.path, 200)}. The endpoints are listed at /api/deployments.")
+    if route is None:
+        raise MethodNotAllowed(_with_head(routes))
+    x.route = route
+    if route.check is not None:
+        route.check(x)
 
 
 # ======================================================================================================================
@@ -11989,7 +11920,7 @@ class Handler(BaseRequestHandler):
             x = self.exchange = self.loop.exchange(self, head)
             self.refusal = None
             try:
-                begin(x, self.loop.access)
+                route_request(x, self.loop.access)
             except AsteraError as error:
                 self.refusal = error
             if head.expects_continue and (head.length or head.chunked) and not self.parser.buffered:
@@ -12601,7 +12532,7 @@ class Server(ThreadingHTTPServer):
     def handle(self, x: Exchange) -> None:
         """Call the route; its errors become problem documents here."""
         assert x.route is not None
-        if x.route.apart or (len(x.body) > _LARGE_BODY and x.flow is not None):
+        if x.route.slow or (len(x.body) > _LARGE_BODY and x.flow is not None):
             self.pool.submit(self._handle_apart, x)
             return
         try:

@@ -23,6 +23,7 @@ import requests
 from support import ECHO, Client, FakeClock, Running, get_flow, running, talk
 
 import astera_lite
+import astera_lite_documents
 from astera_lite import AsteraLite, ConfigError, Flow, Handler, Server, StoreError
 
 FLOWS = {
@@ -694,8 +695,8 @@ def held_in(owner: Any, name: str, patch: pytest.MonkeyPatch) -> Iterator[thread
 
 
 SLOW: dict[str, tuple[Any, str, bytes]] = {
-    "OpenAPI": (astera_lite, "document_body", request("GET", "/openapi.json", close=True)),
-    "Postman": (astera_lite, "document_body", request("GET", "/postman.json", close=True)),
+    "OpenAPI": (astera_lite_documents, "openapi_document", request("GET", "/openapi.json", close=True)),
+    "Postman": (astera_lite_documents, "postman_document", request("GET", "/postman.json", close=True)),
     "jobs": (AsteraLite, "list_jobs", request("GET", "/api/jobs", close=True)),
     "deployments": (astera_lite, "deployment_document", request("GET", "/api/deployments", close=True)),
     "a job": (astera_lite, "_request_document", request("GET", "/api/jobs/{id}", close=True)),

@@ -381,20 +381,6 @@ def test_the_document_is_served_for_the_name_that_was_called(run: Running) -> No
     assert collection["variable"][0]["value"] == f"http://localhost:{port}"
 
 
-def test_a_document_is_made_once_however_often_the_host_changes() -> None:
-    made: list[str] = []
-    deployments = Deployments([build_flow(tree, name) for name, tree in EVERYTHING.items()])
-
-    def make(deployments: Deployments, base: str, secured: bool, only: frozenset[str] | None) -> dict[str, Any]:
-        made.append(base)
-        return openapi_document(deployments, base, secured, only)
-
-    for base in ("http://a:1", "http://b:2"):
-        body = astera_lite.document_body(make, deployments, base, False, None)
-        assert json.loads(body) == openapi_document(deployments, base, False)
-    assert len(made) == 1
-
-
 def test_a_new_flow_is_in_the_next_document(tmp_path: Path) -> None:
     with running(tmp_path, {}) as (app, _, client):
         assert "/api/publishing/new" not in client.get("/openapi.json").json()["paths"]
