@@ -11752,247 +11752,213 @@ def route_request(x: Exchange, access: Access) -> None:
 
 # ======================================================================================================================
 # 16 Loop
-# One thread serves every socket. Others hand their answers over by `Server.post`, which wakes the selector.
+# One thread serves every socket. Other threads hand their answers over by `Server.post`, which wakes the selector.
 # ======================================================================================================================
 
 _READ = 64 << 10  # bytes taken from a socket at once
-_READ_CHUNKED = 16 << 10  # the same of a chunked body: chunks of one byte take the parser 3 ms
+_READ_CHUNKED = 16 << 10  # the same for a chunked body: chunks of one byte take the parser 3 ms
 _AHEAD = 256 << 10  # bytes of further requests that are buffered while one is answered
-_LINGER_S = 2.0  # for a client to read a refusal before its connection is reset under it
-_UNSENT = 256 << 10  # bytes that the system takes beyond what it can send, or it would hide how slow a reader is
+_LINGER_S = 2.0  # for a client to read the last answer before its connection is reset under it
+_MAX_LEAVING = 128  # connections that may linger at the same time
+_UNSENT = 256 << 10  # bytes the system takes beyond what it can send; with more it would hide how slow a reader is
 # Bytes a second that a client must take of an answer, on the average of each request_timeout. Half of what is promised
 # (64 KiB/s), because the system passes on in lumps what the client takes.
 _SLOWEST_READER = 32 << 10
 _MAX_BUFFERED = 256 << 20  # bytes of requests and answers in all connections together
-_LARGE_BODY = 64 << 10  # one that is larger is parsed and checked on another thread
+_LARGE_BODY = 64 << 10  # a larger one is parsed and checked on another thread
 _ACCEPTS_A_TURN = 64
-_EVENTS_AT_ONCE = 32  # after which a slow disk is given its work, and answers that are ready are sent
-_TURNED_AWAY = 128  # connections too many that are given the time to read why
-_GRACE_S = 0.01  # who came, or was answered, more recently is about to ask, and does not give way to a newcomer
-_TURN_S = 0.002  # seconds after which a client that sends requests without waiting lets the others have their turn
-_SWEEP_S = 0.02  # seconds between sweeps at the least
+_EVENTS_AT_ONCE = 32  # after which new jobs are committed and answers that are ready are sent
+_GRACE_S = 0.01  # a client that connected or was answered more recently is about to ask, and does not give way
+_SWEEP_S = 0.02  # least seconds between two looks at the deadlines
+_EXPOSED = (
+    "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, Idempotency-Replayed, ETag,"
+    " Accept-Ranges, Content-Range"
+)
+_NO_HEAD = Head("", "", "", 11, {}, 0, False, False, False)
+
+
+class ConnectionState(StrEnum):
+    """What a connection is doing, and what may follow."""
+
+    HANDSHAKE = "handshake"  # of TLS -> RECEIVING, or SENDING where it is turned away
+    RECEIVING = "receiving"  # idle, or a part of a request is there -> HANDLING, SENDING
+    QUEUED = "queued"  # more bytes are there; it takes its turn among the others -> RECEIVING, HANDLING, SENDING
+    HANDLING = "handling"  # a request is being worked on -> SENDING
+    SENDING = "sending"  # an answer -> RECEIVING, QUEUED, LINGERING
+    LINGERING = "lingering"  # the last answer is sent, and the client may still be sending -> CLOSED
+    CLOSED = "closed"  # which may follow any other
+
+
+_HANDSHAKE, _RECEIVING, _QUEUED, _HANDLING, _SENDING, _LINGERING, _CLOSED = ConnectionState
 
 
 class Handler(BaseRequestHandler):
-    """One connection: its bytes in and out, and the one request that is in flight. Lives on the loop's thread."""
+    """One connection: its bytes in and out, and the one request that is being answered. Lives on the loop's thread.
+
+    The loop calls `on_events` when the selector reports the socket, `proceed` when the connection is in `Server.ready`,
+    and `overdue` when `deadline` has passed. `receive`, `take_request`, `answer` and `send` each do one thing and
+    change `state`; only `proceed` calls one after the other.
+    """
+
+    server: Server
 
     def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
         # not the base class's, which would serve the connection to its end here and now
-        self.sock, self.client_address, self.loop = request, client_address, server
-        limits = server.limits
-        self.parser = RequestParser(limits.max_header, limits.max_url, limits.max_body)
-        self.exchange: Exchange | None = None
-        self.in_flight = False
-        self.refusal: Exception | None = None
+        self.request, self.client_address, self.server = request, client_address, server
+        settings = server.settings
+        self.state = _HANDSHAKE if server.tls is not None else _RECEIVING
+        self.parser = RequestParser(settings.max_header, settings.max_url, settings.max_body)
+        self.exchange: Exchange | None = None  # the request whose head is there
+        self.refusal: AsteraError | None = None  # answers that request once its body has been read
         self.out: deque[bytes | memoryview | Iterator[bytes]] = deque()
-        self.ending = False  # close when everything is written
-        self.lingering = False
         self.at_end = False  # the client sends nothing more
-        self.closed = False
-        self.shaking = server.tls is not None  # hands, that is
-        self.turned_away = False
-        self.advancing = False
-        self.yielded = False  # the others have their turn before its next request is taken
+        self.closing = False  # after the answer that is being sent
         self.taken = 0  # bytes of the answer that the client took since its deadline was set
         self.counted = 0  # bytes buffered, as the server counts them
-        self.events = selectors.EVENT_READ
-        self.since = time.monotonic()  # when it came, or the client had its last answer
-        self.deadline = self.since + (limits.request_timeout if self.shaking else limits.idle_timeout)
-        self.at_deadline: tuple[Callable[[], None], bool] | None = None  # of the request in flight, and may it be early
+        self.events = selectors.EVENT_READ  # what the selector reports
+        self.tls_wants = 0  # an event that TLS waits for before it can go on reading
+        self.since = time.monotonic()  # when the client connected, or had its last answer
+        self.deadline = self.since + (settings.idle_timeout if server.tls is None else settings.request_timeout)
+        self.at_deadline: tuple[Callable[[], None], bool] | None = None  # of the request being handled; may it be early
+        server.handlers.add(self)
         server.selector.register(request, self.events, self)
+
+    def on_events(self, mask: int) -> None:
+        """Go on after the selector has reported the socket."""
+        if self.state is _HANDSHAKE:
+            self.shake_hands()
+        elif mask & selectors.EVENT_READ or self.tls_wants:
+            self.receive()
+        self.proceed()
+
+    def proceed(self) -> None:
+        """Take one request if it is complete, send what there is to send, then wait."""
+        if self.state is _RECEIVING or self.state is _QUEUED:
+            self.take_request()
+        if self.out and self.state is not _HANDSHAKE:
+            self.send()
+        if self.state is _SENDING and not self.out:
+            self.answer_sent()
+        if self.state is not _CLOSED:
+            self.wait()
 
     # --- reading ---
 
-    def on_events(self, mask: int) -> None:
-        """The selector says that something can be done."""
-        if self.shaking and not self.shake_hands():
-            return
-        if mask & selectors.EVENT_READ or self.loop.tls is not None:
-            self.on_readable()
-        if mask & selectors.EVENT_WRITE and self.out and not self.closed:
-            self.flush()
-
-    def shake_hands(self) -> bool:
-        """Go on with the handshake of TLS; whether it is done."""
-        secure: Any = self.sock
+    def shake_hands(self) -> None:
+        """Go on with the handshake of TLS."""
+        self.tls_wants = 0
         try:
-            secure.do_handshake()
+            self.request.do_handshake()
         except OSError as error:
-            if self.loop.tls_waits(error):
-                self.want_write = self.loop.tls_wants_write(error)
-                self.update_interest()
-            else:
-                self.close()
-            return False
-        self.shaking = self.want_write = False
-        if self.out:
-            self.flush()
-        else:
-            self.deadline = time.monotonic() + self.loop.limits.idle_timeout
-            self.update_interest()
-        return not self.closed
-
-    def on_readable(self) -> None:
-        """Take what the client sent."""
-        for _ in range(8 if self.loop.tls is not None else 1):  # TLS: decrypted bytes wake no selector
-            x = self.exchange
-            try:
-                data = self.sock.recv(_READ if x is None or not x.head.chunked else _READ_CHUNKED)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                if self.loop.tls is not None and self.loop.tls_waits(error):
-                    self.want_write = self.loop.tls_wants_write(error)
-                    self.update_interest()
-                    return
-                self.close()
-                return
-            self.want_write = False
-            if not data:
-                self.at_end = True
-                if self.lingering or not (self.in_flight or self.out or self.yielded):
-                    self.close()
-                else:
-                    self.update_interest()
-                    if self.at_deadline is not None and self.at_deadline[1]:
-                        self.call_deadline()  # the client may have gone: it does not wait, and holds no place
-                return
-            if self.lingering:
-                continue
-            begins = not (self.parser.begun or self.in_flight or self.out)
-            self.parser.feed(data)
-            self.advance()
-            if self.closed:
-                return
-            if begins and self.parser.begun and not (self.in_flight or self.lingering):
-                self.deadline = time.monotonic() + self.loop.limits.request_timeout
-        if self.loop.tls is not None:
-            self.loop.post(self.on_readable_again)
-
-    want_write = False
-
-    def on_readable_again(self) -> None:
-        """There may be decrypted bytes left."""
-        if not self.closed:
-            self.on_readable()
-
-    def advance(self) -> None:
-        """Take requests from the buffer, one at a time, until one is in flight or nothing is complete."""
-        if self.advancing or self.yielded:
-            self.update_interest()
+            self.not_ready(error)
             return
-        self.advancing = True
-        turn_ends = 0.0
+        self.state = _RECEIVING
+        if self.out:
+            self.state = _SENDING
+        else:
+            self.deadline = time.monotonic() + self.server.settings.idle_timeout
+
+    def receive(self) -> None:
+        """Take what the client sent."""
+        x = self.exchange
+        self.tls_wants = 0
         try:
-            # an answer that the client does not take holds up the next, or all would wait in memory
-            while not (self.in_flight or self.out or self.ending or self.closed) and self.take_request():
-                if not self.parser.begun:
-                    break
-                now = time.monotonic()
-                turn_ends = turn_ends or now + _TURN_S
-                if now >= turn_ends:
-                    self.yielded = True
-                    self.loop.post(self.go_on)
-                    break
+            data = self.request.recv(_READ if x is None or not x.head.chunked else _READ_CHUNKED)
+            while self.server.tls is not None and (left := self.request.pending()):
+                data += self.request.recv(left)  # it is decrypted, so the selector does not report it
+        except OSError as error:
+            self.not_ready(error)
+            return
+        if self.state is _LINGERING:
+            if not data:
+                self.close()
+        elif data:
+            if self.state is _RECEIVING and not self.parser.begun:
+                self.deadline = time.monotonic() + self.server.settings.request_timeout
+            self.parser.feed(data)
+        else:
+            self.at_end = True
+            if self.at_deadline is not None and self.at_deadline[1]:
+                self.call_deadline()  # the client may have gone: it does not wait, and holds no place
+
+    def not_ready(self, error: OSError) -> None:
+        """Note what the socket waits for; where it is the connection that fails, close it."""
+        event = self.server.waits_for.get(type(error))
+        if event is None:
+            self.close()
+        elif event == selectors.EVENT_WRITE:
+            self.tls_wants = event
+
+    def take_request(self) -> None:
+        """Have the next request handled if all of it is there; refuse what cannot become one."""
+        self.state = _RECEIVING
+        try:
+            x = self.exchange or self.take_head()
+            body = self.parser.body() if x is not None else None
         except WireError as error:
             self.refuse(error)
-        finally:
-            self.advancing = False
-        if self.at_end and not (self.in_flight or self.out or self.yielded or self.lingering):
-            self.close()  # what is left will never be a request
-        if not self.closed:
-            self.count_buffered()
-            self.update_interest()
-
-    def go_on(self) -> None:
-        """The others had their turn."""
-        self.yielded = False
-        if not self.closed:
-            self.advance()
-
-    def take_request(self) -> bool:
-        """Take one step with the request at hand; False if more bytes are needed."""
-        x = self.exchange
-        if x is None:
-            head = self.parser.head()
-            if head is None:
-                return False
-            x = self.exchange = self.loop.exchange(self, head)
-            self.refusal = None
-            try:
-                route_request(x, self.loop.access)
-            except AsteraError as error:
-                self.refusal = error
-            if head.expects_continue and (head.length or head.chunked) and not self.parser.buffered:
-                if self.refusal is not None:
-                    self.ending = True  # the body is not sent, or if it is, not read
-                    self.in_flight = True
-                    x.fail(self.refusal)
-                    return False
-                self.write(_CONTINUE)
-        body = self.parser.body()
-        if body is None:
-            return False
+            return
+        if x is None or body is None:
+            if self.at_end and self.state is _RECEIVING:
+                self.close()  # the rest will never come
+            return
         x.body = body
-        self.in_flight = True
         self.deadline = math.inf
         if self.refusal is not None:
             x.fail(self.refusal)
         else:
-            self.loop.handle(x)
-        return True
+            self.server.handle(x)
+        if self.state is _RECEIVING:  # the answer comes later
+            self.state = _HANDLING
 
-    def refuse(self, error: WireError) -> None:
-        """Answer a request that cannot be read any further, and close."""
-        x = self.refused()
-        x.answered = False
-        x.fail(error)
-
-    def refused(self) -> Exchange:
-        """The exchange at hand, also where there is no head, with which the connection ends."""
-        x = self.exchange
-        if x is None:
-            x = self.loop.exchange(self, _NO_HEAD)
-            x.cors_origin = self.loop.access.named_origin(self.parser.origin())
-        self.exchange, self.in_flight, self.ending = x, True, True
+    def take_head(self) -> Exchange | None:
+        """Begin the next request if its head is there. One that waits for 100 Continue is asked for its body."""
+        head = self.parser.head()
+        if head is None:
+            return None
+        x = self.exchange = self.server.exchange(self, head)
+        self.refusal = None
+        try:
+            route_request(x, self.server.access)
+        except AsteraError as error:
+            self.refusal = error
+        if head.expects_continue and (head.length or head.chunked) and not self.parser.buffered:
+            if self.refusal is not None:  # the body is not sent, or if it is, not read
+                self.refuse(self.refusal)
+                return None
+            self.out.append(_CONTINUE)
         return x
 
-    def count_buffered(self) -> None:
-        """Keep the server's account of the bytes held; over the limit the newest comer is refused."""
-        held = self.parser.buffered + (len(self.exchange.body) if self.exchange is not None else 0)
-        if self.out:
-            held += sum(len(item) for item in self.out if isinstance(item, bytes | memoryview))
-        self.loop.buffered += held - self.counted
-        self.counted = held
-        if self.loop.buffered > _MAX_BUFFERED and held > _AHEAD and not (self.in_flight or self.out or self.ending):
-            self.refused().fail(Busy("The server holds as many bytes of requests as it can.", 5))
+    # --- answering ---
 
-    # --- writing ---
+    def refuse(self, error: AsteraError) -> None:
+        """Answer a request that is not read any further, and close."""
+        x = self.exchange
+        if x is None:
+            x = self.exchange = self.server.exchange(self, _NO_HEAD)
+            x.cors_origin = self.server.access.named_origin(self.parser.origin())
+        self.closing = True
+        x.fail(error)
 
     def answer(self, x: Exchange, reply: Reply) -> None:
-        """Write the answer to the request in flight, unless there was one, and go on with the next."""
+        """Give the answer to a request, unless there was one: it is counted, logged, and sent when the loop goes on."""
         if x.answered:
             return
         x.answered = True
-        head = x.head
-        if len(reply.body) > _AHEAD and self.loop.buffered + len(reply.body) > _MAX_BUFFERED and head.method != "HEAD":
+        server, head = self.server, x.head
+        if len(reply.body) > _AHEAD and server.buffered + len(reply.body) > _MAX_BUFFERED and head.method != "HEAD":
             reply = error_response(x, Busy("The server holds as many bytes of answers as it can.", 5))
-        if self.loop.access.origins:  # the answer would be another one for another origin, also where none was named
-            cors = [("Vary", "Origin")]
-            if x.cors_origin is not None:
-                cors += [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
-            reply = reply._replace(headers=list(one_line_each([*reply.headers, *cors])))
-        self.loop.requests[head.method, x.route.path if x.route else "", reply.status] += 1
-        if log.isEnabledFor(self.loop.access_level):
+        if server.access.origins:
+            reply = _with_cors(x, reply)
+        server.requests[head.method, x.route.path if x.route else "", reply.status] += 1
+        if log.isEnabledFor(server.access_level):
             self.log_access(x, reply)
-        if self.closed or x is not self.exchange:
+        if x is not self.exchange:  # the client has gone
             return
-        if not head.keep_alive or self.loop.stopping or reply.status == 405:
-            self.ending = True
+        if not head.keep_alive or server.stopping or reply.status == 405:
+            self.closing = True
         has_length = reply.status != 405 or head.method != "HEAD"  # it would have to be that of a GET
-        data = response_head(reply, x.request_id, not self.ending, head.version, has_length)
-        self.exchange, self.in_flight, self.at_deadline = None, False, None
-        self.taken = 0
+        data = response_head(reply, x.request_id, not self.closing, head.version, has_length)
         if head.method == "HEAD" or reply.status in (204, 304):
             self.out.append(data)
         elif reply.stream is not None:
@@ -12001,34 +11967,42 @@ class Handler(BaseRequestHandler):
             self.out.append(data + reply.body)
         else:
             self.out += (data, memoryview(reply.body))
-        self.flush()
-        if self.out:  # the client did not take it all at once
-            self.deadline = time.monotonic() + self.loop.limits.request_timeout
+        self.exchange = self.at_deadline = None
+        self.deadline, self.taken = math.inf, 0
+        self.state = _SENDING
+        server.ready[self] = None
 
     def log_access(self, x: Exchange, reply: Reply) -> None:
-        """A line of the log for a request. Its query, which may hold what nobody is to read, is left out."""
+        """Log a request. Its query is left out: it may hold what nobody is to read."""
         ms = round((time.monotonic() - x.began) * 1000, 1)
         client = str(self.client_address[0])
-        this = x.about() | {"status": reply.status, "ms": ms, "client": client, "token": x.caller.name or None}
+        extra = x.about() | {"status": reply.status, "ms": ms, "client": client, "token": x.caller.name or None}
         caller = f"{client} {x.caller.name or '-'}"
-        words = "%s %s %s %d %s ms, %s"
         arguments = (x.request_id, x.head.method, x.head.path, reply.status, ms, caller)
-        log.log(self.loop.access_level, words, *arguments, extra=this)
+        log.log(self.server.access_level, "%s %s %s %d %s ms, %s", *arguments, extra=extra)
 
-    def turn_away(self, data: bytes) -> None:
-        """Write the answer that there is no room for this connection, and close."""
-        self.ending = self.turned_away = True
-        self.deadline = time.monotonic() + _LINGER_S
-        self.out.append(data)
-        if not self.shaking:
-            self.flush()
+    def post(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function on the loop: at once if this is its thread, else soon."""
+        if threading.get_ident() == self.server.ident:
+            function(*arguments)
+        else:
+            self.server.post(partial(function, *arguments))
 
-    def write(self, data: bytes) -> None:
-        """Write bytes behind what is being written."""
-        self.out.append(data)
-        self.flush()
+    def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
+        """Call a function after so many seconds, unless the request is answered by then."""
+        self.at_deadline = (function, early)
+        self.deadline = time.monotonic() + (0 if early and (self.server.stopping or self.at_end) else seconds)
+        self.server.sweep_by(self.deadline)
 
-    def flush(self) -> None:
+    def call_deadline(self) -> None:
+        """Call what `later` was given."""
+        if self.at_deadline is not None:
+            function, self.at_deadline, self.deadline = self.at_deadline[0], None, math.inf
+            function()
+
+    # --- writing ---
+
+    def send(self) -> None:
         """Send as much as the client takes; a long body is fetched piece by piece as it goes."""
         try:
             while self.out:
@@ -12040,134 +12014,140 @@ class Handler(BaseRequestHandler):
                     else:
                         self.out.appendleft(memoryview(piece))
                     continue
-                sent = self.sock.send(first[:_AHEAD] if len(first) > _AHEAD else first)
+                sent = self.request.send(first[:_AHEAD])
                 self.taken += sent
                 if sent == len(first):
                     self.out.popleft()
                 else:
                     self.out[0] = memoryview(first)[sent:]
-        except (BlockingIOError, InterruptedError):
-            self.advance()  # no further, but what is held is counted, and waited for
-            return
         except OSError as error:
-            if self.loop.tls is not None and self.loop.tls_waits(error):
-                self.advance()
-            else:
-                self.close()
-            return
+            self.not_ready(error)
+            if self.deadline == math.inf:
+                self.deadline = time.monotonic() + self.server.settings.request_timeout
         except StoreError as error:  # a piece of a result cannot be read: a short answer is better than a wrong one
             log.error("a result could not be read to its end: %s", error)
             self.close()
-            return
-        if self.in_flight:
-            return
-        if self.ending:
-            self.finish()
-            return
-        begun = self.parser.begun
-        if self.exchange is None:  # else it was 100 Continue, and the time of its request goes on
-            limits, self.since = self.loop.limits, time.monotonic()
-            self.deadline = self.since + (limits.request_timeout if begun else limits.idle_timeout)
-        if begun or self.at_end or self.want_write or self.events != selectors.EVENT_READ:
-            self.advance()
-        else:  # the same in short, for there is nothing more
-            self.loop.buffered -= self.counted
-            self.counted = 0
 
-    def finish(self) -> None:
-        """Everything is written: close, but not under a client that still sends and has not read its answer."""
-        if self.at_end:
-            self.close()
+    def answer_sent(self) -> None:
+        """Expect the next request, which may be there already; after the last answer, close."""
+        if self.closing:
+            self.linger()
             return
-        secure: Any = self.sock
-        try:
-            if self.loop.tls is not None:
-                with contextlib.suppress(OSError):  # our close_notify is sent; the client's is not waited for
-                    secure.unwrap()
-            self.sock.shutdown(socket.SHUT_WR)  # after which bytes are read as they come, and not decrypted
-        except OSError:
-            self.close()
-            return
-        self.lingering, self.since = True, time.monotonic()
-        self.deadline = self.since + _LINGER_S
-        self.update_interest()
+        settings, begun = self.server.settings, self.parser.begun
+        self.since = time.monotonic()
+        self.deadline = self.since + (settings.request_timeout if begun else settings.idle_timeout)
+        self.state = _RECEIVING
+        if begun or self.at_end:  # other connections have their turn first
+            self.state = _QUEUED
+            self.server.ready[self] = None
 
-    def update_interest(self) -> None:
-        """Tell the selector what this connection waits for."""
-        if self.closed:
-            return
-        full = (self.in_flight or self.yielded or bool(self.out)) and self.parser.buffered > _AHEAD
-        events = 0 if self.at_end or full else selectors.EVENT_READ
-        if (self.out and not self.shaking) or self.want_write:
+    def wait(self) -> None:
+        """Count the bytes held, and tell the selector what this connection waits for."""
+        held = self.parser.buffered
+        if self.exchange is not None:
+            held += len(self.exchange.body)
+        if self.out:
+            held += sum(len(item) for item in self.out if isinstance(item, bytes | memoryview))
+        self.server.buffered += held - self.counted
+        self.counted = held
+        if self.state is _RECEIVING and held > _AHEAD and self.server.buffered > _MAX_BUFFERED:
+            self.refuse(Busy("The server holds as many bytes of requests as it can.", 5))
+        full = self.state is not _RECEIVING and self.parser.buffered > _AHEAD
+        events = self.tls_wants if self.at_end or full else self.tls_wants | selectors.EVENT_READ
+        if self.out and self.state is not _HANDSHAKE:
             events |= selectors.EVENT_WRITE
         if events == self.events:
             return
         if not events:
-            self.loop.selector.unregister(self.sock)
+            self.server.selector.unregister(self.request)
         elif not self.events:
-            self.loop.selector.register(self.sock, events, self)
+            self.server.selector.register(self.request, events, self)
         else:
-            self.loop.selector.modify(self.sock, events, self)
+            self.server.selector.modify(self.request, events, self)
         self.events = events
 
-    def post(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function on the loop: at once if this is its thread, else soon."""
-        if threading.get_ident() == self.loop.ident:
-            function(*arguments)
-        else:
-            self.loop.post(partial(function, *arguments))
-
-    def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
-        """Call a function after so many seconds, unless the request in flight was answered by then."""
-        self.at_deadline = (function, early)
-        self.deadline = time.monotonic() + (0 if early and (self.loop.stopping or self.at_end) else seconds)
-        self.loop.sweep_by(self.deadline)
-
-    def call_deadline(self) -> None:
-        """The request in flight has waited long enough."""
-        if self.at_deadline is not None:
-            function, self.at_deadline, self.deadline = self.at_deadline[0], None, math.inf
-            function()
+    # --- closing ---
 
     def gives_way(self) -> bool:
-        """Whether it is idle, its request is not complete, or the client sends no more and may have gone."""
-        return not (self.out or self.yielded or self.turned_away or (self.in_flight and not self.at_end))
+        """Whether it may be closed for a newcomer: it is idle, its request is not complete, or its client has gone."""
+        return self.state in (_HANDSHAKE, _RECEIVING) or (self.state is _HANDLING and self.at_end)
 
     def overdue(self) -> None:
-        """The deadline has passed: say so if a request was begun, then close."""
-        if self.in_flight and self.at_deadline is not None:
+        """Go on after the deadline has passed: an incomplete request is refused, a reader that is too slow is cut."""
+        enough = _SLOWEST_READER * self.server.settings.request_timeout
+        if self.at_deadline is not None:
             self.call_deadline()
-        elif self.out and self.exchange is None and self.taken >= _SLOWEST_READER * self.loop.limits.request_timeout:
-            self.deadline, self.taken = time.monotonic() + self.loop.limits.request_timeout, 0
-        elif self.out or self.lingering or not self.parser.begun or self.in_flight:
-            self.close()
-        else:
+        elif self.state is _RECEIVING and self.parser.begun:
             self.refuse(WireError(408, "The request was not complete in time."))
+        elif self.state is _SENDING and self.taken >= enough:
+            self.deadline, self.taken = time.monotonic() + self.server.settings.request_timeout, 0
+        else:
+            self.close()
+
+    def turn_away(self, data: bytes) -> None:
+        """Send the answer that there is no room for this connection, and close."""
+        self.closing = True
+        self.out.append(data)
+        self.leave()
+        if self.state is not _HANDSHAKE:
+            self.state = _SENDING
+            self.server.ready[self] = None
+
+    def leave(self) -> None:
+        """Make room for another connection: this one ends soon."""
+        self.server.handlers.discard(self)
+        self.server.leaving.add(self)
+        self.deadline = time.monotonic() + _LINGER_S
+
+    def linger(self) -> None:
+        """Close, but not under a client that still sends and has not read its answer."""
+        if self.at_end or len(self.server.leaving) > _MAX_LEAVING:
+            self.close()
+            return
+        try:
+            if self.server.tls is not None:
+                with contextlib.suppress(OSError):  # our close_notify is sent; the client's is not waited for
+                    self.request.unwrap()
+            self.request.shutdown(socket.SHUT_WR)  # after which bytes are read as they come, and not decrypted
+        except OSError:
+            self.close()
+            return
+        self.leave()
+        self.state = _LINGERING
 
     def close(self) -> None:
         """Let go of the socket; an answer that comes later goes nowhere."""
-        if self.closed:
+        if self.state is _CLOSED:
             return
-        self.closed = True
-        if self.exchange is not None and not self.exchange.answered and self.exchange.on_close is not None:
-            self.exchange.on_close()
-        self.exchange = None
+        self.state = _CLOSED
+        x, self.exchange = self.exchange, None
+        if x is not None and not x.answered and x.on_close is not None:
+            x.on_close()
         self.out.clear()
-        self.loop.buffered -= self.counted
-        self.loop.turned_away -= self.turned_away
-        self.loop.handlers.discard(self)
+        self.server.buffered -= self.counted
+        self.server.handlers.discard(self)
+        self.server.leaving.discard(self)
         if self.events:
-            self.loop.selector.unregister(self.sock)
-        self.loop.shutdown_request(self.sock)
+            self.server.selector.unregister(self.request)
+        self.server.shutdown_request(self.request)
+
+
+def _with_cors(x: Exchange, reply: Reply) -> Reply:
+    """The answer with its headers of CORS. It varies by origin also where the request named none."""
+    cors = [("Vary", "Origin")]
+    if x.cors_origin is not None:
+        cors += [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
+    return reply._replace(headers=one_line_each([*reply.headers, *cors]))
 
 
 class _Listener(NamedTuple):
-    """What is ready to be read, and is no connection."""
+    """A socket that is no connection."""
 
     function: Callable[[], None]
     deadline: float = math.inf  # it comes last: what a client has sent is read before it gives way to a newcomer
 
     def on_events(self, mask: int) -> None:
+        """Go on after the selector has reported the socket."""
         self.function()
 
 
@@ -12176,81 +12156,98 @@ def _deadline(event: tuple[selectors.SelectorKey, int]) -> float:
     return deadline
 
 
-_EXPOSED = (
-    "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, Idempotency-Replayed, ETag,"
-    " Accept-Ranges, Content-Range"
-)
-_NO_HEAD = Head("", "", "", 11, {}, 0, False, False, False)
-
-
 class Server(ThreadingHTTPServer):
-    """Puts an AsteraLite on a socket: http.server's classes and hooks, served by one selector loop.
+    """Puts an AsteraLite on a socket: http.server's class and hooks, served by one selector loop.
 
-    `serve_forever` runs in the calling thread, `start` (or the context manager) in one of its own. `host` and `port`
-    are the settings' unless given; `url` is the address once the constructor returns. Raises OSError if it cannot
-    listen, ConfigError if settings forbid it, StoreError if the application is not running.
+    `with Server(app) as server:` serves in a thread of its own until the block ends, as `start` and `stop` do;
+    `serve_forever` serves in the calling thread or, inside such a block, waits. `host` and `port` are the settings'
+    unless given; `url` is the address once the constructor returns. Subclasses may override `verify_request`,
+    `process_request`, `finish_request`, `handle_error` and `service_actions`, which are called on the loop's thread.
+    Raises OSError if it cannot listen, ConfigError if settings forbid it, StoreError if the application is not running.
     """
 
     request_queue_size = 1024
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers share a port
 
     def __init__(self, app: AsteraLite, *, host: str | None = None, port: int | None = None) -> None:
-        self.app, self.limits = app, app.settings
-        settings = app.settings
-        host = self.limits.host if host is None else host
-        port = self.limits.port if port is None else port
-        loopback = is_loopback(host)
-        check_exposure(settings, host, any(token.digest for token in app.tokens))
-        self.access = Access(
-            settings.token,
-            loopback,
-            settings.public_url,
-            settings.cors_origins,
-            host,
-            lambda: app.tokens,
-            is_open=_may_be_open(settings, loopback),
-        )
-        if not loopback and settings.callback_allow.strip().lower() == "auto":
-            app.policy.hosts.clear()  # the courier and the http steps share it
-            app.policy.networks.clear()
-        self.tls = self._tls_context() if settings.tls_cert or settings.tls_key else None
-        self.access_level = logging.INFO if settings.access_log else logging.DEBUG
+        self.app, self.settings = app, app.settings
+        host = self.settings.host if host is None else host
+        port = self.settings.port if port is None else port
+        self.access = self._access(host)
+        self.waits_for: dict[type[OSError], int] = {BlockingIOError: selectors.EVENT_READ}
+        self.tls = self._tls_context() if self.settings.tls_cert or self.settings.tls_key else None
         app.check_open()
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.selector = selectors.DefaultSelector()
-        self.pool = ThreadPoolExecutor(2, "astera-apart")  # for what takes longer than a look-up
-        self.apart: set[Exchange] = set()  # requests that its threads are at work on
+        # connections
         self.handlers: set[Handler] = set()
-        self.requests = app.metrics.requests
-        app.metrics.connections.append(self.handlers)
+        self.leaving: set[Handler] = set()  # they have their last answer, or only that there is no room
+        self.ready: dict[Handler, None] = {}  # they have something to do, in this order
         self.buffered = 0
-        self.turned_away = 0  # handlers that only tell their client that there are too many
         self._next_to_go: list[tuple[float, int, Handler]] = []  # who waits for its client longest, the last first
         self._fresh_from = 0.0  # who came or was answered later does not go
-        self.stopping = False
-        self._inbox: deque[Callable[[], None]] = deque()
-        self._awake = False
-        self._sweep_at = 0.0
-        self._accept_at = math.inf  # when accepting goes on after descriptors ran out
+        # requests
+        self.requests = app.metrics.requests
+        app.metrics.connections.append(self.handlers)
+        self.access_level = logging.INFO if self.settings.access_log else logging.DEBUG
         self._request_count = itertools.count(1)
         self._request_prefix = os.urandom(5).hex()
-        self._ended = threading.Event()
-        self._serving = False
+        self.pool = ThreadPoolExecutor(2, "astera-apart")  # for what takes longer than a look-up
+        self.apart: set[Exchange] = set()  # requests that its threads are working on
+        # the loop
         self.ident = 0  # of the thread that serves
-        self._over = False  # it does not serve any more
-        self.fault: Exception | None = None  # that ended it
+        self.fault: Exception | None = None  # that ended the loop
+        self.stopping = False
+        self._stop_at = self._sweep_at = 0.0
         self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._ended.set()  # it has not begun
+        self.selector = selectors.DefaultSelector()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._awake = False
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
         self.socket.setblocking(False)
-        scheme = "http" if self.tls is None else "https"
-        shown_host = f"[{host}]" if ":" in host else host
-        self.url = f"{scheme}://{shown_host}:{self.server_address[1]}"
-        self.scheme = scheme
-        self.base = (settings.public_url or "").rstrip("/") or None
+        self.scheme = "http" if self.tls is None else "https"
+        self.url = f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
+        self.base = (self.settings.public_url or "").rstrip("/") or None
         app.base = self.base or self.url  # for jobs that the embedding program submits
+
+    def _access(self, host: str) -> Access:
+        app, settings, loopback = self.app, self.settings, is_loopback(host)
+        check_exposure(settings, host, any(token.digest for token in app.tokens))
+        if not loopback and settings.callback_allow.strip().lower() == "auto":
+            app.policy.hosts.clear()  # the courier and the http steps share it
+            app.policy.networks.clear()
+        nobody_needs_one = _may_be_open(settings, loopback)
+        rules = (settings.token, loopback, settings.public_url, settings.cors_origins, host)
+        return Access(*rules, lambda: app.tokens, is_open=nobody_needs_one)
+
+    def _tls_context(self) -> ssl.SSLContext:
+        import ssl  # noqa: PLC0415 (3 MB that a server without TLS never needs)
+
+        settings = self.settings
+
+        def encrypted() -> NoReturn:  # OpenSSL itself would ask at the terminal
+            cure = "decrypt it, for nobody is asked for its password: openssl pkey -in KEY -out NEW"
+            raise ConfigError([Fault("tls_key" if settings.tls_key else "tls_cert", "", f"is encrypted: {cure}")])
+
+        if settings.tls_cert is None:
+            raise ConfigError([Fault("tls_cert", "", "is missing: tls_key goes with a certificate")])
+        for name in ("tls_cert", "tls_key"):
+            try:
+                read_bytes(getattr(settings, name) or os.devnull)
+            except OSError as error:
+                raise ConfigError([Fault(name, "", f"cannot be read: {reason_of(error)}")]) from None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(settings.tls_cert, settings.tls_key, encrypted)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError([Fault("tls_cert", "", f"cannot be used: {reason_of(error)}")]) from None
+        self.waits_for[ssl.SSLWantReadError] = selectors.EVENT_READ
+        self.waits_for[ssl.SSLWantWriteError] = selectors.EVENT_WRITE
+        return context
 
     def server_bind(self) -> None:
         """Bind, without the look-up of our own name that http.server makes, which can wait for DNS."""
@@ -12259,53 +12256,11 @@ class Server(ThreadingHTTPServer):
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
-    def _tls_context(self) -> ssl.SSLContext:
-        import ssl  # noqa: PLC0415 (3 MB that a server without TLS never needs)
-
-        def encrypted() -> NoReturn:  # OpenSSL itself would ask at the terminal
-            cure = "decrypt it, for nobody is asked for its password: openssl pkey -in KEY -out NEW"
-            raise ConfigError([Fault("tls_key" if self.limits.tls_key else "tls_cert", "", f"is encrypted: {cure}")])
-
-        if self.limits.tls_cert is None:
-            raise ConfigError([Fault("tls_cert", "", "is missing: tls_key goes with a certificate")])
-        for name in ("tls_cert", "tls_key"):
-            try:
-                read_bytes(getattr(self.limits, name) or os.devnull)
-            except OSError as error:
-                raise ConfigError([Fault(name, "", f"cannot be read: {reason_of(error)}")]) from None
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        try:
-            context.load_cert_chain(self.limits.tls_cert, self.limits.tls_key, encrypted)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError([Fault("tls_cert", "", f"cannot be used: {reason_of(error)}")]) from None
-        self._waits: tuple[type[OSError], ...] = (ssl.SSLWantReadError, ssl.SSLWantWriteError)
-        return context
-
-    def tls_waits(self, error: OSError) -> bool:
-        """Whether TLS only wants the socket to become ready."""
-        return isinstance(error, self._waits)
-
-    def tls_wants_write(self, error: OSError) -> bool:
-        """Whether it wants to write while reading (a handshake)."""
-        return isinstance(error, self._waits[1])
-
-    # --- other threads ---
-
-    def post(self, function: Callable[[], None]) -> None:
-        """Run a function on the loop's thread, soon. May be called from anywhere."""
-        self._inbox.append(function)
-        if self._over:
-            self._run_posted()  # or it would wait for ever
-        elif not self._awake:
-            self._awake = True
-            try:
-                self._wake_out.send(b"\0")
-            except (BlockingIOError, OSError):
-                pass  # it is awake, or has ended
+    # --- start and stop ---
 
     def start(self) -> Self:
         """Serve in a thread of its own."""
-        self._serving = True  # or a stop that comes at once would not wait for it
+        self._ended.clear()  # here, or a stop that comes at once would not wait for the thread
         self._thread = threading.Thread(target=self._serve, name="astera-loop", daemon=True)
         self._thread.start()
         return self
@@ -12315,7 +12270,7 @@ class Server(ThreadingHTTPServer):
             self.serve_forever()
         except Exception as error:
             self.fault = error
-            log.critical("the server ends by a fault of its own", exc_info=True)
+            log.critical("the server has failed and ends", exc_info=True)
             self._ended.set()
 
     def __enter__(self) -> Self:
@@ -12324,19 +12279,22 @@ class Server(ThreadingHTTPServer):
     def __exit__(self, *error: object) -> None:
         self.stop()
 
+    def handle_request(self) -> NoReturn:
+        """Not available: one loop serves all connections."""
+        raise NotImplementedError("Server cannot handle a single request: call serve_forever(), or start() and stop()")
+
     def request_stop(self) -> None:
         """Begin to stop: no new connection, open requests are answered. May be called by a signal handler."""
         self.post(self._stop_accepting)
 
     def ended(self, timeout_s: float) -> bool:
-        """Whether the loop has ended, which is waited for so long."""
+        """Whether the loop has ended; waits up to `timeout_s` seconds for that."""
         return self._ended.wait(timeout_s)
 
     def shutdown(self) -> None:
-        """Stop serving and wait until the loop has ended."""
+        """Stop serving, and wait until the loop has ended."""
         self.request_stop()
-        if self._serving:
-            self.ended(self.app.settings.shutdown_timeout + 5)
+        self.ended(self.settings.shutdown_timeout + 5)
 
     def stop(self) -> None:
         """Stop serving, and close."""
@@ -12345,83 +12303,153 @@ class Server(ThreadingHTTPServer):
             self._thread.join(5)
         self.server_close()
 
-    # --- the loop ---
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Serve until stopped."""
-        selector = self.selector
-        self._serving, self.ident = True, threading.get_ident()
-        selector.register(self.socket, selectors.EVENT_READ, _Listener(self._accept))
-        selector.register(self._wake_in, selectors.EVENT_READ, _Listener(self._woken))
-        self._stop_at = math.inf
-        self.app.store.attend(self.post)
-        commit = self.app.store.commit
-        try:
-            while not (self.stopping and not self.handlers) and time.monotonic() < self._stop_at:
-                timeout = 0 if self._inbox else max(self._sweep_at - time.monotonic(), 0)
-                events = selector.select(timeout)
-                events.sort(key=_deadline)  # who was answered longest ago first: epoll has an order of its own
-                self._awake = True  # what is posted from here on is seen below
-                for at, (key, mask) in enumerate(events, 1):
-                    handler = key.data
-                    try:
-                        handler.on_events(mask)
-                    except Exception:  # the door of the loop: a fault must end no more than its own connection
-                        self._failed(handler)
-                    if not at % _EVENTS_AT_ONCE:  # who was first is not to wait for all who came after
-                        commit(more=True)
-                        self._run_posted()
-                commit()
-                self._awake = False
-                self._run_posted()
-                if time.monotonic() >= self._sweep_at:
-                    self._sweep()
-                commit()
-        finally:
-            for handler in list(self.handlers):
-                handler.close()
-            self.app.store.attend(None)
-            self._over = True
-            self._run_posted()
-            self._close_own()
-            self._ended.set()
-
     def server_close(self) -> None:
-        """Close the listener, and what the loop waits on; http.server's hook, called too where it cannot listen."""
+        """Close the listener and what the loop waits on; http.server's hook, called too where it cannot listen."""
         super().server_close()
         self.pool.shutdown(wait=not self.apart, cancel_futures=True)  # a disk that hangs must not hold up the stop
         connections = self.app.metrics.connections
         connections[:] = [those for those in connections if those is not self.handlers]
-        if not self._serving:  # else the loop does it as it ends
-            self._close_own()
+        if self._ended.is_set():  # else the loop hangs, and still uses them
+            self.selector.close()
+            self._wake_in.close()
+            self._wake_out.close()
 
-    def _close_own(self) -> None:
-        self.selector.close()
-        self._wake_in.close()
-        self._wake_out.close()
+    # --- the loop ---
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Call a function on the loop's thread, soon. May be called from any thread."""
+        self._inbox.append(function)
+        if self.stopping and self._ended.is_set():
+            self._run_posted()  # or it would wait for ever
+        elif not self._awake:
+            self._awake = True
+            with contextlib.suppress(OSError):  # full: it is awake; closed: it has ended
+                self._wake_out.send(b"\0")
+
+    def serve_forever(self, poll_interval: float = 1.0) -> None:
+        """Serve in this thread until stopped; where another thread serves, wait for that.
+
+        `poll_interval` is the longest time in seconds between two calls of `service_actions`.
+        """
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._ended.wait()
+            return
+        if self.stopping:
+            raise RuntimeError("This server has stopped: make a new one.")
+        self.ident = threading.get_ident()
+        self._ended.clear()
+        self._stop_at = math.inf
+        self._listen()
+        self.selector.register(self._wake_in, selectors.EVENT_READ, _Listener(self._woken))
+        self.app.store.attend(self.post)
+        try:
+            while not (self.stopping and not self.handlers | self.leaving) and time.monotonic() < self._stop_at:
+                self._turn(poll_interval)
+        finally:
+            self._stop_accepting()
+            for handler in [*self.handlers, *self.leaving]:
+                handler.close()
+            self.app.store.attend(None)
+            self._ended.set()
+            self._run_posted()
+
+    def _turn(self, longest: float) -> None:
+        """Wait until a connection or another thread has something to do, and do it."""
+        commit = self.app.store.commit
+        busy = self._inbox or self.ready
+        events = self.selector.select(0 if busy else max(min(self._sweep_at - time.monotonic(), longest), 0))
+        events.sort(key=_deadline)  # who was answered longest ago first: epoll has an order of its own
+        self._awake = True  # what is posted from here on is seen below
+        for at, (key, mask) in enumerate(events, 1):
+            try:
+                key.data.on_events(mask)
+            except Exception:  # the door of the loop: a fault must end no more than its own connection
+                self._failed(key.data)
+            if not at % _EVENTS_AT_ONCE:  # who was first is not to wait for all who came after
+                commit(more=True)
+                self._run_posted()
+                self._run_ready()
+        commit()
+        self._awake = False
+        self._run_posted()
+        self._run_ready()
+        self.service_actions()
+        if time.monotonic() >= self._sweep_at:
+            self._sweep()
+        commit()
 
     def _run_posted(self) -> None:
         for _ in range(len(self._inbox)):
             try:
                 function = self._inbox.popleft()
-            except IndexError:  # after the end others run it too
+            except IndexError:  # after the end other threads run it too
                 return
             try:
                 function()
             except Exception:
-                self._failed(None)
+                log.exception("a function posted to the loop failed")
+
+    def _run_ready(self) -> None:
+        """Let each connection that has something to do take its turn: at most one request of each."""
+        ready, self.ready = self.ready, {}
+        for handler in ready:
+            if handler.state is _SENDING or handler.state is _QUEUED:  # else it had its turn
+                try:
+                    handler.proceed()
+                except Exception:
+                    self._failed(handler)
 
     def _failed(self, handler: Any) -> None:
-        log.exception("the loop")
         if isinstance(handler, Handler):
+            self.handle_error(handler.request, handler.client_address)
             handler.close()
+        else:
+            log.exception("the loop")
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log the exception that has ended a connection; http.server's hook."""
+        log.exception("the connection of %s ends by a fault of the server", client_address)
 
     def _woken(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             while self._wake_in.recv(4096):
                 pass
-        except BlockingIOError:
-            pass
+
+    def _sweep(self) -> None:
+        """See to connections whose deadline has passed: once a second, or when one waits for less."""
+        now = time.monotonic()
+        for handler in [handler for handler in (*self.handlers, *self.leaving) if handler.deadline <= now]:
+            try:
+                handler.overdue()
+            except Exception:
+                self._failed(handler)
+        waiting = [handler.deadline for handler in self.handlers if handler.at_deadline is not None]
+        self._sweep_at = max(min([now + 1, *waiting]), now + _SWEEP_S)
+        self._listen()
+
+    def sweep_by(self, moment: float) -> None:
+        """Sweep no later than at a moment on the monotonic clock."""
+        self._sweep_at = min(self._sweep_at, max(moment, time.monotonic() + _SWEEP_S))
+
+    # --- connections ---
+
+    def _listen(self) -> None:
+        if not self.stopping and self.socket.fileno() not in self.selector.get_map():
+            self.selector.register(self.socket, selectors.EVENT_READ, _Listener(self._accept))
+
+    def _stop_accepting(self) -> None:
+        if self.stopping:
+            return
+        self.stopping = True
+        self._stop_at = time.monotonic() + self.settings.shutdown_timeout
+        if self.socket.fileno() in self.selector.get_map():
+            self.selector.unregister(self.socket)
+        self.socket.close()
+        for handler in list(self.handlers):
+            if handler.at_deadline is not None and handler.at_deadline[1]:
+                handler.call_deadline()  # who waits for a job gets its state as it is
+            elif handler.state in (_HANDSHAKE, _RECEIVING) and not handler.parser.begun:
+                handler.close()
 
     def _accept(self) -> None:
         if self.stopping:  # since the selector said so
@@ -12429,44 +12457,47 @@ class Server(ThreadingHTTPServer):
         self._fresh_from = time.monotonic() - _GRACE_S
         for _ in range(_ACCEPTS_A_TURN):
             try:
-                request, address = self.socket.accept()
+                request, client_address = self.get_request()
             except (BlockingIOError, ConnectionError):
                 return
             except OSError as error:  # out of descriptors: leave the listener alone until some are back
                 log.error("connections are not accepted for a moment: %s", reason_of(error))
                 self.selector.unregister(self.socket)
-                self._accept_at = time.monotonic() + 0.5
+                self.sweep_by(time.monotonic() + 0.5)
                 return
-            self.process_request(request, address)
+            try:
+                if self.verify_request(request, client_address):
+                    self.process_request(request, client_address)
+                else:
+                    self.shutdown_request(request)
+            except Exception as error:
+                if not isinstance(error, OSError):  # else the client has gone
+                    self.handle_error(request, client_address)
+                self.shutdown_request(request)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Register a new connection with the selector; http.server's hook."""
         request.setblocking(False)
-        try:
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            crowded = len(self.handlers) - self.turned_away >= self.limits.max_connections and not self._make_room()
-            if crowded and self.turned_away >= _TURNED_AWAY:
-                if self.tls is None:
-                    request.send(self._too_many())
-                self.shutdown_request(request)
-                return
-            if self.tls is not None:
-                request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-        except OSError:
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        crowded = len(self.handlers) >= self.settings.max_connections and not self._make_room()
+        if crowded and len(self.leaving) >= _MAX_LEAVING:
+            if self.tls is None:
+                request.send(self._too_many())
             self.shutdown_request(request)
             return
-        handler = Handler(request, client_address, self)
-        self.handlers.add(handler)
+        if self.tls is not None:
+            request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
         if crowded:
-            self.turned_away += 1
-            handler.turn_away(self._too_many())
+            Handler(request, client_address, self).turn_away(self._too_many())
+        else:
+            self.finish_request(request, client_address)  # makes a Handler
 
     def _make_room(self) -> bool:
         """Close the connection whose client has kept it waiting longest; False where all are at work, or fresh."""
         while True:
             while self._next_to_go:
                 since, _, handler = self._next_to_go.pop()
-                if handler.since == since and handler.gives_way() and not handler.closed:
+                if handler.since == since and handler.gives_way():
                     handler.close()
                     return True
             waiting = ((h.since, id(h), h) for h in self.handlers if h.since < self._fresh_from and h.gives_way())
@@ -12481,43 +12512,6 @@ class Server(ThreadingHTTPServer):
         reply = Reply(503, [_PROBLEM, NO_STORE, ("Retry-After", "5")], body)
         return response_head(reply, self._next_request_id(), False) + reply.body
 
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection; http.server's hook."""
-        request.close()
-
-    def _sweep(self) -> None:
-        """Once a second, or when somebody waits for less: see to connections whose deadline has passed."""
-        now = time.monotonic()
-        for handler in [handler for handler in self.handlers if handler.deadline <= now]:
-            try:
-                handler.overdue()
-            except Exception:
-                self._failed(handler)
-        waiting = [handler.deadline for handler in self.handlers if handler.at_deadline is not None]
-        self._sweep_at = max(min([now + 1, *waiting]), now + _SWEEP_S)
-        if now >= self._accept_at:
-            self._accept_at = math.inf
-            if not self.stopping:
-                self.selector.register(self.socket, selectors.EVENT_READ, _Listener(self._accept))
-
-    def sweep_by(self, moment: float) -> None:
-        """Sweep no later than at a moment on the monotonic clock."""
-        self._sweep_at = min(self._sweep_at, max(moment, time.monotonic() + _SWEEP_S))
-
-    def _stop_accepting(self) -> None:
-        if self.stopping:
-            return
-        self.stopping = True
-        self._stop_at = time.monotonic() + self.app.settings.shutdown_timeout
-        if self.socket.fileno() in self.selector.get_map():
-            self.selector.unregister(self.socket)
-        self.socket.close()
-        for handler in list(self.handlers):
-            if handler.at_deadline is not None and handler.at_deadline[1]:
-                handler.call_deadline()  # who waits for a job gets its state as it is
-            elif not (handler.in_flight or handler.out or handler.parser.begun):
-                handler.close()
-
     # --- requests ---
 
     def _next_request_id(self) -> str:
@@ -12526,33 +12520,31 @@ class Server(ThreadingHTTPServer):
     def exchange(self, handler: Handler, head: Head) -> Exchange:
         """A new exchange on a connection."""
         origin = f"{self.scheme}://{head.headers.get('host') or self.url.partition('//')[2]}"
-        base = self.base or origin
-        return Exchange(self.app, head, self._next_request_id(), base, origin, handler)
+        return Exchange(self.app, head, self._next_request_id(), self.base or origin, origin, handler)
 
     def handle(self, x: Exchange) -> None:
-        """Call the route; its errors become problem documents here."""
+        """Have a request handled: by the loop itself, or on another thread if that may take long."""
         assert x.route is not None
         if x.route.slow or (len(x.body) > _LARGE_BODY and x.flow is not None):
             self.pool.submit(self._handle_apart, x)
-            return
-        try:
-            reply = x.route.handle(x)
-        except Exception as error:  # the door of a request
-            x.fail(error)
-            return
-        if reply is not None:
-            x.answer(reply)
+        else:
+            self._handle(x)
 
     def _handle_apart(self, x: Exchange) -> None:
-        assert x.route is not None
         self.apart.add(x)
+        try:
+            self._handle(x)
+        finally:
+            self.apart.discard(x)
+
+    def _handle(self, x: Exchange) -> None:
+        """Call the route; its errors become problem documents here."""
+        assert x.route is not None
         try:
             reply = x.route.handle(x)
         except Exception as error:  # the door of a request
             x.post(x.fail, error)
             return
-        finally:
-            self.apart.discard(x)
         if reply is not None:
             x.post(x.answer, reply)
 

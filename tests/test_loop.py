@@ -554,7 +554,7 @@ def test_many_idle_connections_lock_nobody_out(tmp_path: Path) -> None:
             idle = stack.enter_context(connected(it.server))
         idle.sendall(request("GET", "/nothing"))
         eventually(lambda: answers_a_newcomer(it.server))
-        assert len(it.server.handlers) - it.server.turned_away <= 100
+        assert len(it.server.handlers) <= 100
 
 
 def test_a_client_that_has_gone_while_its_flow_runs_gives_way(tmp_path: Path) -> None:
@@ -643,7 +643,7 @@ def test_who_is_turned_away_can_read_why_although_he_has_sent_much(tmp_path: Pat
                 (answered,) = answers(data)
                 assert (answered.status, answered.headers["retry-after"]) == (503, "5")
         eventually(lambda: len(it.server.handlers) == 1)
-        assert it.server.turned_away == 0
+        eventually(lambda: not it.server.leaving)
 
 
 def stack_free(server: Server) -> socket.socket:
@@ -655,7 +655,7 @@ def stack_free(server: Server) -> socket.socket:
 def test_beyond_those_who_may_read_why_newcomers_are_still_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(astera_lite, "_TURNED_AWAY", 0)
+    monkeypatch.setattr(astera_lite, "_MAX_LEAVING", 0)
     with running(tmp_path, FLOWS, max_connections=1) as it, working(it):
         assert answers(talk(it.server))[0].status == 503
 
@@ -667,7 +667,7 @@ def test_who_is_turned_away_takes_no_place(tmp_path: Path) -> None:
             one_answer(newcomer)
             opened.set()
             read_to_end(first)
-        eventually(lambda: len(it.server.handlers) == 1)  # the newcomer, who does not close
+        eventually(lambda: not it.server.handlers)  # although the newcomer does not close
         with newcomer:
             assert answers_a_newcomer(it.server)
 
@@ -731,7 +731,6 @@ def test_an_error_of_what_takes_long_is_answered(tmp_path: Path) -> None:
 def test_a_client_that_does_not_wait_for_answers_lets_others_have_their_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(astera_lite, "_TURN_S", 0)
     with running(tmp_path, FLOWS) as it, connected(it.server) as greedy, connected(it.server) as modest:
         for sock in (greedy, modest):
             sock.sendall(request("GET", "/nothing"))
@@ -752,10 +751,7 @@ def test_a_client_that_does_not_wait_for_answers_lets_others_have_their_turn(
     assert order.index("/modest") < 5
 
 
-def test_a_half_closed_client_that_did_not_wait_gets_every_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(astera_lite, "_TURN_S", 0)
+def test_a_half_closed_client_that_did_not_wait_gets_every_answer(tmp_path: Path) -> None:
     with running(tmp_path, FLOWS) as it:
         assert len(answers(talk(it.server, request("GET", "/nothing") * 100, end=True))) == 100
 
@@ -1057,12 +1053,12 @@ def test_a_reader_that_takes_nothing_of_a_large_result_is_cut(tmp_path: Path) ->
                 sock.sendall(request("GET", path))
                 receive(sock, b"\r\n\r\n")
                 (handler,) = [handler for handler in it.server.handlers if handler.out]
-                eventually(lambda handler=handler: handler.closed)  # type: ignore[misc]
+                eventually(lambda handler=handler: handler not in it.server.handlers)  # type: ignore[misc]
 
 
 def test_a_reader_that_is_slow_but_honest_gets_all(large: tuple[Running, str, bytes]) -> None:
     it, path, text = large
-    it.server.limits = it.server.limits._replace(request_timeout=0.2)
+    it.server.settings = it.server.settings._replace(request_timeout=0.2)
     pause = threading.Event()
     with connected(it.server, 16384) as sock:
         sock.sendall(request("GET", path, close=True))
@@ -1213,6 +1209,89 @@ def test_serving_in_the_calling_thread_ends_on_request(tmp_path: Path) -> None:
         server.server_close()
         with pytest.raises(ConnectionRefusedError):
             talk(server)
+
+
+# --- an http.server ---
+
+
+def test_a_server_is_used_as_those_of_http_server_are(tmp_path: Path) -> None:
+    with AsteraLite(database=str(tmp_path / "jobs.db")) as app, Server(app, port=0) as server:
+        threading.Timer(0.2, server.shutdown).start()
+        assert talk(server, request("GET", "/health", close=True)).startswith(b"HTTP/1.1 200 ")
+        server.serve_forever()
+        with pytest.raises(ConnectionRefusedError):
+            talk(server)
+
+
+def test_serving_again_after_the_end_is_refused(tmp_path: Path) -> None:
+    with AsteraLite(database=str(tmp_path / "jobs.db")) as app:
+        server = Server(app, port=0)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        assert talk(server, request("GET", "/health", close=True)).startswith(b"HTTP/1.1 200 ")
+        server.shutdown()
+        thread.join(5)
+        assert not thread.is_alive()
+        with pytest.raises(RuntimeError, match="stopped: make a new one"):
+            server.serve_forever()
+        server.server_close()
+
+
+def test_a_single_request_cannot_be_handled(tmp_path: Path) -> None:
+    with AsteraLite(database=str(tmp_path / "jobs.db")) as app:
+        server = Server(app, port=0)
+        with pytest.raises(NotImplementedError, match=r"serve_forever\(\)"):
+            server.handle_request()
+        server.server_close()
+
+
+class Hooked(Server):
+    """Calls of the hooks, each with the port of the client; the first connection is refused by `verify_request`."""
+
+    def __init__(self, app: AsteraLite) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.looked = threading.Event()
+        super().__init__(app, port=0)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        self.calls.append(("verify", client_address[1]))
+        return len(self.calls) > 1
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.calls.append(("process", client_address[1]))
+        super().process_request(request, client_address)
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        self.calls.append(("finish", client_address[1]))
+        super().finish_request(request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.calls.append(("error", client_address[1]))
+
+    def service_actions(self) -> None:
+        self.looked.set()
+
+
+def test_the_hooks_of_http_server_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with AsteraLite(database=str(tmp_path / "jobs.db")) as app, Hooked(app) as server:
+        assert talk(server, request("GET", "/health", close=True)) == b""
+        ((_, refused),) = server.calls
+        server.calls.append(("verified", None))
+        del server.calls[0]
+        with connected(server) as sock:
+            port = sock.getsockname()[1]
+            assert port != refused
+            sock.sendall(request("GET", "/health"))
+            assert one_answer(sock).status == 200
+            assert server.calls[1:] == [("verify", port), ("process", port), ("finish", port)]
+            monkeypatch.setattr(Handler, "receive", lambda handler: 1 / 0)
+            sock.sendall(request("GET", "/health"))
+            assert read_to_end(sock) == b""  # it ends, and only it
+            assert server.calls[4:] == [("error", port)]
+            monkeypatch.undo()
+        server.looked.clear()
+        assert server.looked.wait(5)
+        assert talk(server, request("GET", "/health", close=True)).startswith(b"HTTP/1.1 200 ")
 
 
 # --- addresses and TLS ---
