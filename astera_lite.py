@@ -78,14 +78,13 @@ import codecs
 import contextlib
 import copy
 import datetime
+import hashlib
 import heapq
 import http.client
-import importlib
 import io
 import ipaddress
 import itertools
 import json
-import json.encoder
 import keyword
 import logging
 import math
@@ -99,7 +98,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import struct
 import threading
 import time
 import types
@@ -148,18 +146,18 @@ log = logging.getLogger("astera_lite")
 # ======================================================================================================================
 
 
+Pairs = tuple[tuple[str, str], ...]  # headers
+
+
 class Fault(NamedTuple):
-    """One thing wrong with what somebody wrote: where it is, what is wrong, what would be right."""
+    """One thing wrong with a setting, a flow file or a request."""
 
     where: str  # a file or a setting
-    place: str  # a JSON Pointer or a line inside it; may be empty
+    place: str  # a JSON Pointer or a line in it; may be empty
     message: str  # the fault and its cure
 
     def __str__(self) -> str:
         return ": ".join(part for part in self if part)
-
-
-Pairs = tuple[tuple[str, str], ...]  # headers
 
 
 class AsteraError(Exception):
@@ -174,12 +172,12 @@ class AsteraError(Exception):
 
 
 class _FaultyError(AsteraError):
-    """An error that lists everything that is wrong at once."""
+    """An error that lists every fault at once."""
 
     status = 400
 
     def __init__(self, faults: Sequence[Fault]) -> None:
-        # names of files and texts of other people's errors may hold what UTF-8 cannot say
+        # names of files and messages of other libraries may hold what UTF-8 cannot encode
         self.faults = [Fault(*(part.encode(errors="replace").decode() for part in fault)) for fault in faults]
         super().__init__("\n".join(map(str, self.faults)))
 
@@ -208,7 +206,7 @@ class NotFound(AsteraError):
 
 
 class Conflict(AsteraError):
-    """Not in a state that allows this; `status` is 409, 412 by a precondition, 422 for a reused idempotency key."""
+    """The state does not allow this; `status` is 409, 412 for a precondition, 422 for a reused idempotency key."""
 
     def __init__(self, detail: str, status: int = 409, job: Status | None = None) -> None:
         super().__init__(detail)
@@ -217,7 +215,7 @@ class Conflict(AsteraError):
 
 
 class Busy(AsteraError):
-    """Nothing is wrong with the request, but it cannot be taken now; `retry_after` is in whole seconds."""
+    """The request is valid, but the server cannot take it now; `retry_after` is in whole seconds."""
 
     def __init__(self, detail: str, retry_after: int, status: int = 503) -> None:
         super().__init__(detail)
@@ -226,7 +224,7 @@ class Busy(AsteraError):
 
 
 class StoreError(AsteraError):
-    """The database cannot be used: locked by another server, full, read-only, damaged, or of a newer version."""
+    """The database cannot be used: it is locked by another server, full, read-only, damaged, or of a newer version."""
 
     status = 503
     headers = (("Retry-After", "5"),)
@@ -236,18 +234,27 @@ class DatabaseInUse(StoreError):
     """Another server has the database."""
 
 
-_LEAP_MS = 2000  # a step of the system's clock that is no correction any more
+class MissingFile(ConfigError):
+    """A file that belongs beside the module is missing, or is of another version."""
+
+    status = 501
+
+    def __init__(self, file: str, what: str = "is missing: copy it beside astera_lite.py") -> None:
+        super().__init__([Fault("", "", f"{file} {what}")])
+
+
+_LEAP_MS = 2000  # a larger difference is not a correction of the system's clock
 
 
 class Clock:
     """Where time comes from; a test passes its own. Times are milliseconds since the epoch.
 
-    Ages and deadlines are told by `now`, which counts the time that passes and takes no part in a leap of the system's
-    clock: a Pi without a battery for its clock boots in the past, and leaps years ahead once it has a network. What
-    people and other machines are told is `offset` later, which is what `wall` says.
+    Ages and deadlines use `now`, which counts the time that passes and ignores a leap of the system's clock: a Pi
+    without a battery for its clock boots in the past, and leaps years ahead once it has a network. People and other
+    machines are told `wall`, which is `now` plus `offset`.
     """
 
-    offset = 0  # milliseconds from `now` to what the system's clock says, as far as it leapt
+    offset = 0  # milliseconds from `now` to the system's clock, as far as that leapt
 
     def __init__(self) -> None:
         self._zero_ns = time.time_ns() - time.monotonic_ns()
@@ -257,7 +264,7 @@ class Clock:
         return (time.monotonic_ns() + self._zero_ns) // 1_000_000
 
     def wall(self) -> int:
-        """What the system's clock says."""
+        """The system's time."""
         return time.time_ns() // 1_000_000
 
     def monotonic(self) -> float:
@@ -269,15 +276,15 @@ class Clock:
         self._zero_ns += ms * 1_000_000
 
     def begin(self, seen: int) -> None:
-        """Start with what the system's clock says, or, where it has gone back, with the last moment that was seen."""
+        """Start at the system's time or, if that went back, at `seen`, the last moment on record."""
         behind = seen - self.wall()
         self.offset = -behind if behind > _LEAP_MS else 0
         self.forward(self.wall() - self.offset - self.now())
 
     def look(self) -> int:
-        """Compare with the system's clock, now and then; by how many milliseconds it leapt, 0 if it did not.
+        """Compare with the system's clock; return the milliseconds of its leap, 0 if it did not leap.
 
-        A small step is a correction, which `now` makes too.
+        A smaller step is a correction, and moves `now` as well.
         """
         step = self.wall() - self.now() - self.offset
         if abs(step) > _LEAP_MS:
@@ -288,64 +295,62 @@ class Clock:
         return 0
 
 
-SHIPPED = ("console.html", "openapi.json", "schema.sql")  # data files of the module
+def read_text(path: str) -> str:
+    """A file's text, without a byte order mark. Raises OSError, UnicodeDecodeError."""
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read()
+
+
+def read_bytes(path: str) -> bytes:
+    """A file's bytes; raises OSError."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def reason_of(error: Exception) -> str:
+    """The system's reason, without the path, which the caller names anyway."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+SHIPPED = ("console.html", "openapi.json", "schema.sql")  # files that the module needs beside it
+#: The files of the module that a server loads when somebody first uses what is in them.
+WINGS = ("astera_lite_documents.py", "astera_lite_steps.py", "astera_lite_tools.py")
+#: The folders of this file: as it was named and as links lead. Taken now, for a program may change its own folder.
+_HOME = [os.path.dirname(path) for path in (os.path.abspath(__file__), os.path.realpath(__file__))]
+_loading = threading.RLock()  # held while a wing is loaded: another thread must not find it half made
 
 
 def resource(name: str) -> bytes:
-    """A file shipped beside the module: in a checkout, in a zipapp, or in a wheel's `astera_lite/` folder."""
-    loader: Any = globals()["__loader__"]  # of a file or of a zip
-    fault = Fault(name, "", "is missing: it belongs beside astera_lite.py, copy both")
-    for module in (__file__, os.path.realpath(__file__)):  # which may be a link
-        for candidate in (name, os.path.join("astera_lite", name)):
-            path = os.path.join(os.path.dirname(module), candidate)
-            try:
-                return bytes(loader.get_data(path))
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            except OSError as error:
-                if error.errno:  # 0 says that a zip does not have it
-                    fault = Fault(path, "", f"cannot be read: {reason_of(error)}")
-    raise ConfigError([fault])
-
-
-#: The files of the module that a server loads when somebody first uses what is in them.
-WINGS = ("astera_lite_documents.py", "astera_lite_steps.py", "astera_lite_tools.py")
-
-
-class MissingWing(ConfigError):
-    """A file that belongs beside the module, and holds what was asked for, is not there."""
-
-    status = 501
-
-    def __init__(self, file: str, what: str = "is missing: copy it beside astera_lite.py") -> None:
-        super().__init__([Fault("", "", f"{file} {what}")])
-
-
-_loading = threading.RLock()  # held while a wing is loaded: another thread must not find it half made
-#: The folders of this file: as it was named and as links lead. Taken now, for a program may change its own folder.
-_HOME = [os.path.dirname(path) for path in (os.path.abspath(__file__), os.path.realpath(__file__))]
+    """The bytes of a file of SHIPPED: beside the module, or in `astera_lite/` of a wheel. Raises ConfigError."""
+    loader: Any = globals()["__loader__"]  # of a file or of a zipapp
+    for path in (os.path.join(home, folder, name) for home in _HOME for folder in ("", "astera_lite")):
+        try:
+            return bytes(loader.get_data(path))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            if error.errno:  # a zip that does not have the file gives none
+                raise ConfigError([Fault(path, "", f"cannot be read: {reason_of(error)}")]) from None
+    raise MissingFile(name)
 
 
 def wing(name: str) -> Any:
-    """What `module:name` names in a wing, which is loaded when it is first wanted; raises MissingWing.
-
-    The file is looked for beside this one, for the import path need not have this folder (`python -I`, a link).
-    """
+    """The object that `module:name` names in a wing, loaded on first use from beside this file; raises MissingFile."""
     module, _, attribute = name.partition(":")
     with _loading:
         if module not in sys.modules:
-            import importlib.util  # noqa: PLC0415 (a server without wings does without it)
+            import importlib.util  # noqa: PLC0415 (only for wings)
             from importlib.machinery import PathFinder  # noqa: PLC0415
 
-            spec = PathFinder.find_spec(module, _HOME)
+            spec = PathFinder.find_spec(module, _HOME)  # the import path need not have the folder (`python -I`, a link)
             if spec is None or spec.loader is None:
-                raise MissingWing(f"{module}.py")
+                raise MissingFile(f"{module}.py")
             made = importlib.util.module_from_spec(spec)
             try:
                 spec.loader.exec_module(made)
             except ImportError as error:  # the files were replaced while this one runs
                 log.debug("%s", module, exc_info=True)
-                raise MissingWing(f"{module}.py", "is of another version than what runs: restart it") from error
+                raise MissingFile(f"{module}.py", "is of another version than what runs: restart it") from error
             sys.modules[module] = made
         return getattr(sys.modules[module], attribute)
 
@@ -356,61 +361,41 @@ def late(name: str) -> Callable[..., Any]:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean "x"?` where a known word is near, else an empty string."""
-    words = list(known) if len(word) <= 100 else []  # a longer one is none that was misspelt
+    """`; did you mean "x"?` if a known word is near, else an empty string."""
+    words = list(known) if len(word) <= 100 else []  # a longer one is not a misspelling
     near = [each for each in words if each.lower() == word.lower()]
     if words and not near:
-        import difflib  # noqa: PLC0415 (where nothing is misspelt it is not needed)
+        import difflib  # noqa: PLC0415 (only for misspellings)
 
         near = difflib.get_close_matches(word, words, 1)
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
-def _find_sha256() -> Callable[[bytes], Any]:
-    for name in ("_sha2", "_sha256"):  # of Python 3.12 and later; of 3.11
-        with contextlib.suppress(ImportError):  # CPython can be built without it
-            found: Callable[[bytes], Any] = importlib.import_module(name).sha256
-            return found
-    import hashlib  # noqa: PLC0415 (as said below)
-
-    return hashlib.sha256
-
-
-_new_sha256 = _find_sha256()
-
-
 def sha256(data: bytes) -> bytes:
-    """The SHA-256 (FIPS 180-4) of a few bytes, by what `random` uses too: hashlib makes OpenSSL ready, 0.9 MB."""
-    digest: bytes = _new_sha256(data).digest()
-    return digest
+    """The SHA-256 of some bytes."""
+    return hashlib.sha256(data).digest()
 
 
 _SALT_BITS = 62
 _ID = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7([0-9a-f]{3})-([89ab][0-9a-f]{3})-([0-9a-f]{12})")
 
 
-@lru_cache(maxsize=1024)  # an answer about a job names it several times
-def _id_text(seq: int, salt: int) -> str:
-    head = f"{seq:015x}"
-    tail = f"{salt | 1 << 63:016x}"
-    return f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
-
-
 class JobKey(NamedTuple):
     """A job's id as the two integers that the store keeps (RFC 9562, version 7).
 
-    `seq` is the 48 bits of time and the 12 bits that follow, used as a counter; `salt` the 62 random bits.
+    `seq` is the 48 bits of time and the 12 bits that follow, used as a counter; `salt` is the 62 random bits.
     """
 
     seq: int
     salt: int
 
     def __str__(self) -> str:
-        return _id_text(self.seq, self.salt)
+        head, tail = f"{self.seq:015x}", f"{self.salt | 1 << 63:016x}"
+        return f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
 
     @property
     def time_ms(self) -> int:
-        """The time inside the id, in milliseconds since the epoch."""
+        """The time in the id, in milliseconds since the epoch."""
         return self.seq >> 12
 
     @classmethod
@@ -424,47 +409,44 @@ class JobKey(NamedTuple):
 
 
 class JobKeys:
-    """Makes keys that grow, also when the clock does not; `last` is the greatest one already stored."""
+    """Makes keys that grow even when the clock does not; `last` is the greatest `seq` already stored."""
 
     def __init__(self, last: int = 0) -> None:
         self._last = last
         self._lock = threading.Lock()
-        self._salts: list[int] = []  # drawn ahead: asking the system costs more than all else about a key
 
     def new(self, now_ms: int) -> JobKey:
         """A key for a job created at `now_ms`."""
+        salt = int.from_bytes(os.urandom(8), "big") >> 2
         with self._lock:
-            if not self._salts:
-                self._salts = [number >> 2 for number in struct.unpack("256Q", os.urandom(2048))]
             self._last = max(self._last + 1, now_ms << 12)
-            return JobKey(self._last, self._salts.pop())
+            return JobKey(self._last, salt)
 
 
-#: Upper bounds of the classes that run times are counted in, in seconds.
+#: Upper bounds of the histogram of run times, in seconds.
 RUN_TIMES = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0, 1800.0)
 
 
 class Metrics:
-    """What happened since the start, in plain numbers; any thread may count.
+    """Counts since the start; any thread may count.
 
-    There is no lock: CPython lets no other thread run within `counts[key] += 1`. Where it has no lock of its own, two
-    that count in one instant may be taken for one.
+    There is no lock: CPython lets no other thread run within `counts[key] += 1`. On a build without the global lock,
+    two that count in one instant may be counted as one.
     """
 
     def __init__(self) -> None:
         self.accepted: dict[str, int] = defaultdict(int)  # jobs by flow
         self.ended: dict[tuple[str, str], int] = defaultdict(int)  # jobs by flow and end
-        self.runs: dict[str, list[int]] = {}  # by flow: runs of each class of RUN_TIMES, and longer ones
+        self.runs: dict[str, list[int]] = {}  # by flow: runs in each class of RUN_TIMES, then longer ones
         self.run_seconds: dict[str, float] = defaultdict(float)  # by flow
-        self.callbacks: dict[str, int] = defaultdict(int)  # attempts by what followed
+        self.callbacks: dict[str, int] = defaultdict(int)  # attempts by outcome
         self.requests: dict[tuple[str, str, int], int] = defaultdict(int)  # by method, path of the route, and status
-        self.connections: list[Collection[Any]] = []  # of each server, those that are open
+        self.connections: list[Collection[Any]] = []  # the open ones of each server
 
     def ran(self, flow: str, seconds: float) -> None:
         """Count a run, synchronous or of a job."""
         counts = self.runs.get(flow) or self.runs.setdefault(flow, [0] * (len(RUN_TIMES) + 1))
-        bucket = bisect.bisect_left(RUN_TIMES, seconds)
-        counts[bucket] += 1
+        counts[bisect.bisect_left(RUN_TIMES, seconds)] += 1
         self.run_seconds[flow] += seconds
 
 
@@ -473,16 +455,7 @@ def timestamp(ms: int | None, offset: int = 0) -> str | None:
     if ms is None:
         return None
     seconds, rest = divmod(ms + offset, 1000)
-    return f"{_second(seconds)}.{rest:03d}Z"
-
-
-def _second(seconds: int, _cache: dict[int, str] = {}) -> str:  # noqa: B006 (the last few seconds, formatted)
-    text = _cache.get(seconds)
-    if text is None:
-        if len(_cache) > 64:
-            _cache.clear()
-        text = _cache[seconds] = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-    return text
+    return time.strftime(f"%Y-%m-%dT%H:%M:%S.{rest:03d}Z", time.gmtime(seconds))
 
 
 _DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)?")
@@ -531,7 +504,7 @@ def show_size(size: int) -> str:
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """A value as one short line of JSON for a message; control characters come out escaped."""
+    """A value as one short line of JSON for a message; control characters are escaped."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=lambda odd: f"<{type(odd).__name__}>")
     except (TypeError, ValueError, RecursionError):
@@ -540,56 +513,54 @@ def shown(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-def _not_json(value: Any) -> NoReturn:
-    if isinstance(value, bytes):
-        raise TypeError("bytes cannot be written as JSON: base64(…) makes text of them")
-    raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
+def log_message(record: logging.LogRecord) -> str:
+    """The message of a record; if its arguments do not fit its text, both as they are."""
+    try:
+        return record.getMessage()
+    except Exception:
+        return f"cannot be formatted: {shown([record.msg, record.args], 500)}"
 
 
 class Mask:
-    """The door for text that leaves (failures, traces, job details, the log): what is secret becomes *** there.
+    """The one door for text that leaves (failures, traces, job details, the log): secrets become *** there.
 
-    A secret is known as it is, in the forms that URLs and JSON have of it, and by its beginning where … cuts it off.
+    A secret is recognised as it is, as URLs, JSON and Python write it, and by its beginning where … cuts it off.
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        self._own, self._lock = frozenset(secrets), threading.Lock()
-        self._hidden: set[str] = set()
-        self._forms: list[str] = []  # the longest first: one secret may begin with another
-        self._pattern: re.Pattern[str] | None = None
-        self.longest = 0  # bytes: what is cut is masked before, with so much more
+        self._secrets, self._lock = frozenset(secrets), threading.Lock()
+        self._hidden: frozenset[str] = frozenset()
         self._learn()
 
     def hide(self, values: Iterable[str]) -> None:
-        """Mask these values from now on."""
-        new = set(values) - self._hidden
-        if new:
-            with self._lock:
-                # Of tokens that have passed there may be many.
-                self._hidden = new if len(self._hidden) > 1000 else self._hidden | new
+        """Mask these values as well from now on."""
+        with self._lock:
+            new = frozenset(values) - self._hidden
+            if new:
+                self._hidden = new if len(self._hidden) > 1000 else self._hidden | new  # access tokens come and go
                 self._learn()
 
     def _learn(self) -> None:
         forms: set[str] = set()
-        for value in filter(None, self._own | self._hidden):
+        for value in filter(None, self._secrets | self._hidden):
             quoted = (urllib.parse.quote(value, safe=""), urllib.parse.quote(value), urllib.parse.quote_plus(value))
             written = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
             forms |= {value, *quoted, *written}
-        self._forms = sorted(forms, key=len, reverse=True)
-        self.longest = max((len(form.encode("utf-8", "replace")) for form in forms), default=0)
+        self._forms = sorted(forms, key=len, reverse=True)  # one secret may begin with another
         self._pattern = re.compile("|".join(map(re.escape, self._forms))) if forms else None
+        #: Bytes of the longest form: text is masked with so much more before it is cut.
+        self.longest = max((len(form.encode("utf-8", "replace")) for form in forms), default=0)
 
     def __call__(self, text: str) -> str:
         """The text with every secret replaced."""
         if self._pattern is None:
             return text
         text = self._pattern.sub("***", text)
-        if "…" not in text:
-            return text
         *parts, rest = text.split("…")
         return "…".join([*map(self._without_beginning, parts), rest])
 
     def _without_beginning(self, text: str) -> str:
+        """The text, without the first four or more characters of a secret at its end."""
         for form in self._forms:
             end = len(form) - 1
             while (at := form.rfind(text[-4:], 0, end)) >= 0:
@@ -599,7 +570,7 @@ class Mask:
         return text
 
     def log_record(self, record: logging.LogRecord) -> bool:
-        """Mask a line of the log, as its filter."""
+        """Mask a record of the log, as its filter."""
         if self._pattern is not None:
             record.msg, record.args = self(log_message(record)), ()
             if "path" in vars(record):
@@ -609,115 +580,68 @@ class Mask:
         return True
 
 
-def log_message(record: logging.LogRecord) -> str:
-    """What a record says; where its arguments do not fit its text, both as they are."""
-    try:
-        return record.getMessage()
-    except Exception:
-        return f"cannot be formatted: {shown([record.msg, record.args], 500)}"
+def _not_json(value: Any) -> NoReturn:
+    if isinstance(value, bytes):
+        raise TypeError("bytes cannot be written as JSON: base64(…) makes text of them")
+    raise TypeError(f"a value of type {type(value).__name__} cannot be written as JSON")
 
 
-def _json_writer() -> Callable[[Any], str]:
-    """A JSONEncoder's `encode`, without the preparations that it makes anew for each value."""
-    make: Any = getattr(json.encoder, "c_make_encoder", None)
-    if make is None:  # an interpreter without json's accelerator
-        return json.JSONEncoder(
-            ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False, default=_not_json
-        ).encode
-    # in the order of json.encoder.JSONEncoder.iterencode
-    write = make(None, _not_json, json.encoder.encode_basestring, None, ":", ",", False, False, False)
-    return lambda value: "".join(write(value, 0))
-
-
-_encode_json = _json_writer()
-_quoted = json.encoder.encode_basestring  # a text as JSON
+_encoder = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False, default=_not_json
+)
+_TOO_DEEP_TO_WRITE = "the value is nested too deeply to be written as JSON"
 
 
 def to_json(value: Any) -> str:
-    """Compact JSON; ValueError or TypeError for what JSON cannot say (NaN, bytes, endless nesting)."""
+    """Compact JSON; ValueError or TypeError for what JSON cannot express (NaN, bytes, endless nesting)."""
     try:
-        return _encode_json(value)
+        return _encoder.encode(value)
     except RecursionError:
-        raise ValueError("the value is nested too deeply to be written as JSON") from None
+        raise ValueError(_TOO_DEEP_TO_WRITE) from None
+
+
+def json_body(value: Any) -> bytes:
+    """JSON as the bytes of a body, ended by a line feed so that a terminal's prompt starts on its own line."""
+    return to_json(value).encode() + b"\n"
 
 
 MAX_WRITTEN = 256 << 20  # bytes of JSON that a flow's value may come to
 
 
 def check_written(value: Any, limit: int = MAX_WRITTEN) -> None:
-    """Raise ValueError for a value that would take more than so many bytes as JSON.
+    """Raise ValueError for a value that takes more than so many bytes as JSON.
 
     A value of a flow may hold one part many times, so that a few steps of `[x, x]` make more than any memory takes.
     """
-    todo: list[Any] = [(value,)]
-    seen = characters = 0
-    for part in todo:  # a small value, as most are, is seen whole before long, however often it holds a part
-        seen += len(part)
-        if seen > 1000:
-            break
-        items = part
+    sizes: dict[int, int] = {}  # by id, so that a shared part is walked once
+
+    def size(part: Any) -> int:
+        """The least number of bytes of a list or an object."""
+        known = sizes.get(id(part))
+        if known is not None:
+            return known
+        total, items = 1, part
         if type(part) is dict:
             for name in part:
-                if type(name) is str:
-                    characters += len(name)
+                total += len(name) + 3 if type(name) is str else 4
             items = part.values()
         for item in items:
             kind = type(item)
-            if kind is str:
-                characters += len(item)
+            if kind is str or kind is bytes:
+                total += len(item) + 3
             elif kind is dict or kind is list or kind is tuple:
-                todo.append(item)
-    else:
-        if characters <= limit:
-            return
-    sizes: dict[int, int] = {}
-
-    def size(part: Any) -> int:
-        """The least number of bytes; every shared part is looked at once."""
-        kind = type(part)
-        if kind is str or kind is bytes:
-            return len(part) + 2
-        if kind is not list and kind is not dict and kind is not tuple:
-            return 1
-        known = sizes.get(id(part))
-        if known is None:
-            total = 2
-            if kind is dict:
-                for name, item in part.items():
-                    total += len(name) + 4 + size(item) if type(name) is str else 4 + size(item)
+                total += size(item) + 1
             else:
-                for item in part:
-                    total += 1 + size(item)
-            known = sizes[id(part)] = total
-        return known
+                total += 2
+        sizes[id(part)] = total
+        return total
 
     try:
-        total = size(value)
+        total = size((value,)) - 2
     except RecursionError:
-        raise ValueError("the value is nested too deeply to be written as JSON") from None
+        raise ValueError(_TOO_DEEP_TO_WRITE) from None
     if total > limit:
         raise ValueError(f"the value is larger than {show_size(limit)}")
-
-
-_T = TypeVar("_T")
-
-
-def _cached_if_short(make: Callable[[Pairs], _T]) -> Callable[[Pairs], _T]:
-    """Keep what a function makes of headers, unless they are so long that keeping them would cost more than memory."""
-    cached = lru_cache(maxsize=256)(make)
-
-    def made(pairs: Pairs) -> _T:
-        size = 0
-        for _, value in pairs:
-            size += len(value)
-        return cached(pairs) if size < 512 else make(pairs)
-
-    return made
-
-
-def json_body(value: Any) -> bytes:
-    """JSON as the bytes of a body, ended by a line feed so that a terminal's prompt starts on its own line."""
-    return to_json(value).encode() + b"\n"
 
 
 MAX_JSON_DEPTH = 100
@@ -730,8 +654,7 @@ _NO_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[^\[\]{}"]++')
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f"the member {shown(twice)} is there twice")
     return result
 
@@ -756,17 +679,24 @@ def _bounded_int(text: str) -> int:
 _decoder = json.JSONDecoder(
     object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded_int
 )
-
-
 LENIENT_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, parse_int=_bounded_int)
 
 
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with every text in it changed, the names of members too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(name) if isinstance(name, str) else name: _mapped(item, change) for name, item in value.items()}
+    return [_mapped(item, change) for item in value] if isinstance(value, list | tuple) else value
+
+
 def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
-    """A JSON text (RFC 8259) as a value.
+    """The value of a JSON text (RFC 8259).
 
     ValueError (json.JSONDecodeError, with line and column, for the grammar) for invalid UTF-8, NaN, numbers beyond a
-    double, nesting deeper than MAX_JSON_DEPTH, more than MAX_JSON_CONTAINERS, a member that stands twice, and lone
-    surrogates. With `LENIENT_DECODER`, for what APIs and programs write, the last one of a name counts, half a
+    double, nesting deeper than MAX_JSON_DEPTH, more than MAX_JSON_CONTAINERS, a member that is there twice, and lone
+    surrogates. With `LENIENT_DECODER`, for what APIs and programs write, the last member of a name counts, half a
     surrogate pair reads as U+FFFD, and a long text may have one container for each 20 bytes.
     """
     if isinstance(text, bytes):
@@ -778,15 +708,10 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
         _check_depth(text, MAX_JSON_CONTAINERS if decoder is _decoder else max(MAX_JSON_CONTAINERS, len(text) // 20))
     try:
-        try:
-            value, end = decoder.raw_decode(text)
-        except json.JSONDecodeError:
-            end = -1
-        if end != len(text) and (end < 0 or text[end:].strip(" \t\r\n")):
-            value = decoder.decode(text)  # white space before it, or a fault that it names
+        value = decoder.decode(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    if "\\" in text and ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    if ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         if decoder is _decoder:
             raise ValueError("a string has half of a surrogate pair")
         return _mapped(value, lambda text: _SURROGATE.sub("\ufffd", text))
@@ -1037,23 +962,6 @@ def _read_toml(path: str, faults: list[Fault]) -> dict[str, Any]:
     return {}
 
 
-def read_text(path: str) -> str:
-    """A file's text; Windows editors write a byte order mark. Raises OSError, UnicodeDecodeError."""
-    with open(path, encoding="utf-8-sig") as file:
-        return file.read()
-
-
-def read_bytes(path: str) -> bytes:
-    """What a file holds; raises OSError."""
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def reason_of(error: Exception) -> str:
-    """What the system says, without the path that the caller names anyway."""
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-
-
 def _checked_setting(name: str, value: Any) -> Any:
     item = SETTING_FIELDS[name]
     if value is None and item.default is None:
@@ -1093,18 +1001,6 @@ class Status(StrEnum):
     COMPLETED = "Completed"
     ERROR = "Error"
     UNKNOWN = "Unknown"
-
-
-#: The state moves that the store makes; anything else is refused by its conditional UPDATEs.
-MOVES: dict[str, dict[str, frozenset[str]]] = {
-    "job": {"Running": frozenset({"Completed", "Error"}), "Completed": frozenset(), "Error": frozenset()},
-    "callback": {
-        "pending": frozenset({"delivered", "failed", "gone"}),
-        "delivered": frozenset({"pending"}),
-        "failed": frozenset({"pending"}),
-        "gone": frozenset({"pending"}),
-    },
-}
 
 
 class Token(NamedTuple):
@@ -1151,10 +1047,6 @@ def with_owed(status: int, headers: Pairs, method: str = "GET") -> Pairs:
     return (*headers, (name, value))
 
 
-#: How a job may end: it answered, or the code of its error.
-ENDS = ("completed", "failed", "timeout", "cancelled", "interrupted")
-
-
 class Outcome(NamedTuple):
     """How a run ended. `error` is the problem with its `code`; None when the flow answered."""
 
@@ -1169,7 +1061,7 @@ class Outcome(NamedTuple):
 
     @property
     def end(self) -> str:
-        """One of ENDS."""
+        """`completed`, or the code of the error."""
         return "completed" if self.error is None else str(self.error["code"])
 
     @classmethod
@@ -1291,9 +1183,9 @@ class Progress(NamedTuple):
 def new_job_document(job: Job, base: str, offset: int = 0) -> bytes:
     """What `status_document` says of a job that was just accepted, as JSON: written for each 202."""
     job_id = job.id
-    status_url = _quoted(f"{base}/api/jobs/{job_id}/status")
+    status_url = to_json(f"{base}/api/jobs/{job_id}/status")
     return (
-        f'{{"id":"{job_id}","status":"Running","flow":{_quoted(job.flow)},'
+        f'{{"id":"{job_id}","status":"Running","flow":{to_json(job.flow)},'
         f'"createdAt":"{timestamp(job.created, offset)}",'
         '"startedAt":null,"finishedAt":null,"expiresAt":null,"attempt":0,"progress":null,'
         f'"statusUrl":{status_url},"resultUrl":null,"error":null,"callback":null}}\n'
@@ -5612,7 +5504,7 @@ def _faults_of(where: str) -> Iterator[None]:
         yield
     except FlowError:
         raise
-    except MissingWing as error:
+    except MissingFile as error:
         raise FlowError([Fault(where, "", f"cannot be deployed: {error}")]) from None
     except Exception as error:
         log.debug("%s", where, exc_info=True)
@@ -7467,7 +7359,7 @@ class SqliteStore:
         job, request, ended = submission.job, submission.request, submission.ended
         cells = _cells(job.key, "request_body", 0, request.body) if len(request.body) > PIECE else []
         sent = (
-            f'{{"method":"{request.method}","path":{_quoted(request.path)},"query":{_quoted(request.query)},'
+            f'{{"method":"{request.method}","path":{to_json(request.path)},"query":{to_json(request.query)},'
             f'"headers":{to_json(request.headers)}'
             + ("}" if request.trace is None else f',"trace":{to_json(request.trace)}}}')
         )
@@ -8179,15 +8071,6 @@ _dump_saved = partial(json.dumps, ensure_ascii=True, separators=(",", ":"), defa
 
 def _mark(found: str, names: Mapping[str, str]) -> str:
     return "\0\0" if found == "\0" else f"\0{urllib.parse.quote(names[found], safe='')};"
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with every text in it changed, the names of members too."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {change(name) if isinstance(name, str) else name: _mapped(item, change) for name, item in value.items()}
-    return [_mapped(item, change) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _save_bytes(value: Any) -> dict[str, str]:
@@ -10281,7 +10164,7 @@ def _fingerprint(call: Call) -> bytes:
 
 
 class AccessError(AsteraError):
-    """The caller may not do this; `status` is 401, 403 or 421, `code` what is wrong with the token (RFC 6750)."""
+    """The caller may not do this; `status` is 401, 403 or 421, `code` the fault of the token (RFC 6750) if any."""
 
     def __init__(self, status: int, detail: str, code: str = "") -> None:
         super().__init__(detail)
@@ -10291,22 +10174,20 @@ class AccessError(AsteraError):
             self.headers = (("WWW-Authenticate", f'Bearer realm="astera-lite"{more}'),)
 
 
-_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]++|%[0-9A-Fa-f]{2})+)(?::([0-9]{1,5}))?")
-
-
 ADMIN_TOKEN = "token"  # noqa: S105 (the name of the one that is a setting)
 
 
 def token_digest(token: str) -> bytes:
-    """What is kept of a token. It is random and long, so that a plain SHA-256 cannot be reversed."""
+    """What is kept of a token. A token is random and long, so that its SHA-256 cannot be reversed."""
     return sha256(token.encode("utf-8", "replace"))
 
 
 class Access:
-    """Who may call: tokens, and the rules that keep other web pages away (Host, Origin, Sec-Fetch-Site).
+    """Who may call: tokens, and the rules that keep pages of other sites away (Host, Origin, Sec-Fetch-Site).
 
-    `tokens` gives those that there are now, or have been. Without any the server is open to all, or to nobody.
+    `tokens` returns the tokens that exist, revoked ones included. If there are none and no `token`, everybody may call
+    when `is_open`, else nobody. `host` is the address that a loopback listener listens on.
     """
 
     def __init__(
@@ -10319,61 +10200,51 @@ class Access:
         tokens: Callable[[], Sequence[Token]] = lambda: (),
         is_open: bool = True,
     ) -> None:
-        self._good_hosts: set[str] = set()  # as they came, port and all
         self._setting = [] if token is None else [Token(ADMIN_TOKEN, token_digest(token), "admin")]
         self._tokens, self._open = tokens, is_open
-        self._hosts: set[str] | None = None
-        if loopback:
-            self._hosts = {*_LOOPBACK_HOSTS, f"[{host}]" if ":" in host else host}
-            if public_url is not None:
-                host = parse_target(public_url).host
-                self._hosts.add(f"[{host}]" if ":" in host else host)
         self.origins = parse_origins(cors_origins)
-        if public_url is not None:
-            self._own = "/".join(public_url.lower().split("/")[:3])  # an origin has no path
-
-    _own: str | None = None
+        self._own = "/".join(public_url.lower().split("/")[:3]) if public_url else None  # an origin has no path
+        names = [host, "localhost", "127.0.0.1", "::1", *([parse_target(public_url).host] if public_url else ())]
+        self._hosts = {f"[{name}]" if ":" in name else name for name in names} if loopback else None  # None: any
 
     def named_origin(self, headers: Mapping[str, str]) -> str | None:
-        """The origin of the page that calls, if the setting names it."""
+        """The origin of the page that calls, if `cors_origins` names it."""
         origin = headers.get("origin")
         return origin if origin in self.origins else None
 
     def check_origin(self, head: Head, base: str) -> None:
-        """Raise AccessError for a name not ours, or a page of another origin."""
+        """Raise AccessError for a host name that is not the server's, and for a page of another site.
+
+        `base` is the server's own origin, as the request names it.
+        """
         headers = head.headers
-        host = headers.get("host", "")
-        if self._hosts is not None and host and host not in self._good_hosts:
-            match = _HOST.fullmatch(host.lower())
+        host = headers.get("host", "").lower()
+        if self._hosts is not None and host:
+            match = _HOST.fullmatch(host)
             if match is None or match[1] not in self._hosts:
                 cure = "call it as localhost or 127.0.0.1, or let the setting public_url name it"
-                raise AccessError(421, f"This server is not {shown(host.lower())}: {cure}.")
-            if len(self._good_hosts) < 64:
-                self._good_hosts.add(host)
+                raise AccessError(421, f"This server is not {shown(host)}: {cure}.")
         origin = headers.get("origin")
         if origin in self.origins:
             return
         if origin is not None and origin not in (base, self._own):
-            raise AccessError(
-                403, f"Pages of {shown(origin)} may not call this server; cors_origins names those that may."
-            )
+            cure = "cors_origins names those that may"
+            raise AccessError(403, f"Pages of {shown(origin)} may not call this server; {cure}.")
         if headers.get("sec-fetch-site") == "cross-site" and not _is_followed_link(head):
             raise AccessError(403, "Pages of other sites may not call this server.")
 
     def principal(self, authorization: str | None) -> Principal:
-        """Who the bearer token stands for; raises AccessError (RFC 6750)."""
-        tokens: Sequence[Token] = self._tokens()
-        if self._setting:
-            tokens = [*self._setting, *tokens]
+        """The caller that a bearer token stands for; raises AccessError (RFC 6750)."""
+        tokens = [*self._setting, *self._tokens()]
         if not tokens and self._open:
             return ANYBODY
-        import hmac  # noqa: PLC0415 (0.9 MB that a server without tokens does without)
+        import hmac  # noqa: PLC0415 (only servers with tokens need it)
 
         scheme, _, given = (authorization or "").partition(" ")
-        digest = sha256(given.strip().encode("latin-1", "replace"))
-        found = [token for token in tokens if hmac.compare_digest(digest, token.digest)]  # all, so that none is sooner
         if scheme.lower() != "bearer" or not given.strip():
             raise AccessError(401, "This needs a token: send Authorization: Bearer …")
+        digest = sha256(given.strip().encode("latin-1", "replace"))
+        found = [token for token in tokens if hmac.compare_digest(digest, token.digest)]  # all, so that none is sooner
         if not found:
             raise AccessError(401, "The token is not known here, or not any more.", "invalid_token")
         return Principal(found[0].name, found[0].role == "admin", found[0].flows)
@@ -11104,11 +10975,11 @@ def one_line_each(headers: Iterable[tuple[str, str]]) -> Pairs:
     return tuple(lines.values())
 
 
-@_cached_if_short  # a flow's headers are mostly the same
 def _with_policy(headers: Pairs) -> Pairs:
     """The headers of a flow's response, and those that keep browsers and caches safe from it."""
-    headers = one_line_each(headers)
     names = {name.lower() for name, _ in headers}
+    if len(names) < len(headers):
+        headers = one_line_each(headers)
     if "cache-control" not in names:
         usual = _REVALIDATED if "etag" in names else ("Cache-Control", "private, no-store")
         headers += (NO_STORE if headers[:1] == (_PROBLEM,) else usual,)

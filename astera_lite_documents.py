@@ -20,7 +20,6 @@ from typing import Any
 
 from astera_lite import (
     CONTENT_TYPES,
-    ENDS,
     FILTERING,
     FLOW_METHODS,
     HTTP_METHODS,
@@ -42,7 +41,7 @@ from astera_lite import (
     Exchange,
     Flow,
     InputError,
-    MissingWing,
+    MissingFile,
     Reply,
     Selection,
     StepKind,
@@ -220,7 +219,7 @@ def _template() -> Any:
     try:
         template = json.loads(resource("openapi.json"))
     except ConfigError:
-        raise MissingWing("openapi.json") from None
+        raise MissingFile("openapi.json") from None
     for response in template["components"]["responses"].values():
         response["headers"] = _REQUEST_ID | response.get("headers", {})
     return template
@@ -572,7 +571,7 @@ def openapi_document(
     """OpenAPI 3.1 of the published flows and of the jobs API.
 
     `secured`: the server requires a token; `only`: the names of the flows that the caller may call, None for all.
-    Raises MissingWing if openapi.json is not there.
+    Raises MissingFile if openapi.json is not there.
     """
     template = _template()
     operations: list[tuple[str, str, dict[str, Any], _Responses]] = []  # path, method, operation, responses
@@ -661,6 +660,9 @@ def _resident_bytes(app: AsteraLite) -> _Samples:
         return []
 
 
+_ENDS = ("completed", "failed", "timeout", "cancelled", "interrupted")  # Outcome.end
+
+
 #: The metrics: name, type, help, and what gives the samples. Flows that are deployed now are told of, and no others.
 _METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
     (
@@ -671,7 +673,7 @@ _METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
         "astera_jobs_finished_total", "counter", "Jobs that ended, by how they did.",
         lambda app: [
             (_labels(flow=f, outcome=end), app.metrics.ended.get((f, end), 0))
-            for f in sorted(app.deployments.by_name) for end in ENDS
+            for f in sorted(app.deployments.by_name) for end in _ENDS
         ],
     ),
     (
