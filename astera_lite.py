@@ -2145,8 +2145,6 @@ class _Compiler:
         if isinstance(value, list):
             items = [self.tree(item, f"{place}/{at}", depth + 1) for at, item in enumerate(value)]
             return ast.List(items, ast.Load())
-        if isinstance(value, datetime.date | datetime.time):  # TOML has these
-            return ast.Constant(value.isoformat())
         return ast.Constant(value)
 
     def text(self, text: str, place: str) -> ast.expr:
@@ -2946,8 +2944,6 @@ SCHEMA_RULES = {
     "minItems": Rule("integer", (str, list), lambda value, limit: len(value) >= limit, "must have at least {} items"),
     "maxItems": Rule("integer", (str, list), lambda value, limit: len(value) <= limit, "must have at most {} items"),
 }
-_SCHEMA_MEMBERS = ("type", "items", "properties", "required", "additionalProperties", "default", *SCHEMA_RULES)
-_NOTES = ("description", "example")
 
 
 def pointer(name: str) -> str:
@@ -3186,6 +3182,9 @@ class Step(NamedTuple):
     retry: Retry = Retry()
     on_error: Template | None = None
     place: str = ""  # in the flow file
+    answers: bool = False  # as of its StepKind
+    holds: bool = False
+    code: bool = False
 
 
 class Response(NamedTuple):
@@ -3193,9 +3192,8 @@ class Response(NamedTuple):
 
     when: Template | None
     status: Template
-    headers: Template
-    body: Template
-    has_body: bool
+    headers: Mapping[str, Template]
+    body: Template | None
     selection: Selection = NO_SELECTION
     items: Template | None = None  # the rows that are given a page at a time
     page_size: Template | None = None
@@ -4008,7 +4006,6 @@ def _asked_pause(run: Run, error: Exception) -> float:
     return parse_retry_after(header_value(answer.headers, "retry-after"), run.outside.clock.wall())
 
 
-_HOLDING_STEPS = frozenset({"each", "choose", "call"})
 _TOLD_BODY = 500  # bytes of what an API answered with a failure
 _TOLD_TEXT = 2000  # characters of a message
 _TOLD_RETRIES = 10  # failed attempts of a step, besides the last one
@@ -4019,7 +4016,7 @@ def _failure(error: BaseException, step: Step, run: Run, path: str, attempt: int
 
     That of a step inside it stands for the step around it.
     """
-    known = _known_failure(error) if step.kind in _HOLDING_STEPS else None
+    known = _known_failure(error) if step.holds else None
     if known is not None:
         return known
     masked, place = run.outside.masked, step.place
@@ -4040,7 +4037,7 @@ def _failure(error: BaseException, step: Step, run: Run, path: str, attempt: int
         kind, message, more = "fail", error.message, {"status": error.status}
     else:
         kind, message = "error", f"{type(error).__name__}: {error}"
-        if step.kind not in STEP_KINDS or step.kind == "python":
+        if step.code:
             more = {"source": exception_source(error)}
     failure: dict[str, Any] = {
         "message": masked(message)[:_TOLD_TEXT],
@@ -4146,7 +4143,7 @@ def _note(
     if (run.journal.saved or run.journal.waits) and any(entry["path"] == path for entry in run.trace):
         return  # from before the run was suspended
     # Its headers would fill the preview. What `onError` gave may be anything, also when it is read back.
-    calls = step.kind in ("http", "call") and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
+    calls = step.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
     telling = value.get("items", value["body"]) if calls else value
     masked = run.outside.masked
     preview = None if telling is None else masked(shown(_outline(telling, masked), 200))
@@ -4204,6 +4201,11 @@ def _respond(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> Ans
         raise
 
 
+def evaluated(values: Mapping[str, Any], scope: Scope) -> dict[str, Any]:
+    """The values of templates by their names; what is no template stays as it is."""
+    return {name: value(scope) if isinstance(value, Template) else value for name, value in values.items()}
+
+
 def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
     """The answer that a response gives in a scope."""
     selected, limit = run.input.selected, run.outside.max_result
@@ -4211,16 +4213,13 @@ def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
     if response.items is not None:
         page = _page(response, selected, scope)
         scope = {**scope, "page": page}
-    status, headers = response.status(scope), response.headers(scope)
-    if page is None and not response.has_body:
+    status, headers = response.status(scope), evaluated(response.headers, scope)
+    if response.body is not None:
+        body = response.body(scope)
+    elif page is not None:
+        body = {"items": page["items"], "cursor": page["cursor"]}
+    else:
         return make_answer(status, headers, None, limit, empty=True, method=run.flow.method)
-    body = (
-        response.body(scope)
-        if response.has_body
-        else {name: page[name] for name in ("items", "cursor")}
-        if page
-        else None
-    )
     if page is None and any(response.selection):
         body = selected.rows(body, "/response/body")
     elif page is not None and type(body) is dict and "cursor" not in body:
@@ -4307,20 +4306,22 @@ def make_answer(
     return Answer(status, tuple(pairs), data)
 
 
-# --- step kinds -----------------------------------------------------------------------------------------------------
+# --- members --------------------------------------------------------------------------------------------------------
+# An object of a flow file is a table of members. One walk over it checks what an author wrote, fills in defaults,
+# compiles expressions and names the place of each fault. The JSON Schema of flow files, the members that a message
+# lists, and the tables of docs/flows.md follow from the same table.
 
 
-#: Members that are often put into another object than their own.
-_ELSEWHERE = {name: f": it belongs to request, beside body: /request/{name}" for name in ("contentTypes", "strict")}
-_ELSEWHERE |= {
-    "parameters": ": it belongs to request: /request/parameters",
-    "steps": ": it stands beside request: /steps",
-}
-_ELSEWHERE |= {name: f": it belongs to the step, beside its kind: {name}" for name in ("when", "retry", "onError")}
+_BASE_NAMES = ("params", "request", "env", "secrets")
+_REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
+MODES = ("synchronous", "asynchronous")
+FLOW_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+FLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+STEP_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
 
 class Build:
-    """What a step kind's check has at hand: where faults go, and the names known so far."""
+    """What is known while a flow is compiled: the faults found so far, and the names that expressions may use."""
 
     def __init__(
         self,
@@ -4332,12 +4333,15 @@ class Build:
         self.where, self.kinds, self.functions, self.connections = where, kinds, functions, connections
         self.faults: list[Fault] = []
         self.names: dict[str, Collection[str] | None] = {}
-        self.hints: dict[str, str] = {}
+        self.hints: dict[str, str] = {}  # messages for names that are not known
         self.schemas: dict[str, Any] = {}  # of names that stand for parts of the body
+        self.given: dict[str, Any] = {}  # members read so far of the object that is being read
         self.volatile = False  # whether a template compiled since this was cleared is
-        self.calls: list[tuple[str, str]] = []  # flows that are called, and where
-        self.step_names: set[str] = set()  # of all steps, also those inside others
+        self.calls: list[tuple[str, str]] = []  # flows that are called, and the places of the calls
+        self.step_names: set[str] = set()  # of all steps, those inside other steps included
         self.method = "GET"  # of the flow
+        self.light = True  # whether all steps so far only compute
+        self.step = Member()  # what a step is, of any of these kinds
 
     def fault(self, place: str, message: str) -> None:
         """Report a fault and its cure."""
@@ -4351,216 +4355,542 @@ class Build:
 
     @contextlib.contextmanager
     def block(self, *names: str) -> Iterator[None]:
-        """A part of the flow with further names; those that it adds are unknown behind it."""
-        outer = dict(self.names)
-        self.names |= dict.fromkeys(names)
+        """Read a part of the flow with further names; those and what the part adds are unknown behind it."""
+        outer = self.names, self.schemas, self.given
+        self.names, self.schemas, self.given = self.names | dict.fromkeys(names), dict(self.schemas), {}
         yield
-        inside = [name for name in self.names if name not in outer]
+        inside = self.names.keys() - outer[0].keys()
         self.hints |= {name: f'"{name}" is known only inside the step that it belongs to' for name in inside}
-        self.names = outer
+        self.names, self.schemas, self.given = outer
 
-    def condition(self, value: Any, place: str) -> Template:
-        """Compile what decides: an expression, for any other text would always hold."""
-        if isinstance(value, str) and "${" not in value:
-            self.fault(place, f"{shown(value)} is text, which always holds: write ${{…}} around the condition")
-        return self.template(value, place)
 
-    def members(self, spec: Any, place: str, allowed: Collection[str], required: Collection[str] = ()) -> bool:
-        """Whether `spec` is an object; unknown and missing members are faults."""
-        if not isinstance(spec, dict):
-            self.fault(place, f"must be an object with {', '.join(allowed)}, not {kind_of(spec)}")
-            return False
-        for name in spec:
-            if name not in allowed:
-                cure = _ELSEWHERE.get(name) or suggest(name, allowed)
-                self.fault(f"{place}/{pointer(name)}", f"is not known here (known: {', '.join(allowed)}){cure}")
-        for name in required:
-            if name not in spec:
-                self.fault(place, f'needs a member "{name}"')
-        return True
+class Member:
+    """What may stand behind a name in a flow file, and what it compiles to; this one takes any JSON as it is.
 
-    def checked(self, spec: Mapping[str, Any], name: str, place: str, parse: Callable[[Any], Any], default: Any) -> Any:
-        """A member read by `parse`, whose ValueError becomes a fault; `default` if it is absent or faulty."""
-        if name not in spec:
-            return default
+    `default` is what an author would write to the same effect; an absent member without one is not among the values of
+    its object. `word` describes the member in messages and in documentation.
+    """
+
+    word = "any value"
+    json: Mapping[str, Any] = {}
+
+    def __init__(self, default: Any = None, *, required: bool = False) -> None:
+        self.default, self.required = default, required
+
+    def schema(self) -> dict[str, Any]:
+        """Its JSON Schema."""
+        return dict(self.json)
+
+    def parse(self, value: Any) -> Any:
+        """Check and compile a value; ValueError says what is wrong and what would be right."""
+        return value
+
+    def read(self, build: Build, value: Any, place: str) -> Any:
+        """Check and compile what stands at a place; `build` collects the faults."""
         try:
-            return parse(spec[name])
+            return self.parse(value)
         except ValueError as error:
-            self.fault(f"{place}/{name}", str(error))
-            return default
+            build.fault(place, str(error))
+            return None
+
+
+class Plain(Member):
+    """A value without expressions that a function checks and compiles; the function raises ValueError."""
+
+    def __init__(
+        self,
+        parse: Callable[[Any], Any],
+        word: str,
+        json: Mapping[str, Any],
+        default: Any = None,
+        *,
+        required: bool = False,
+    ) -> None:
+        super().__init__(default, required=required)
+        self._parse, self.word, self.json = parse, word, json
+
+    def parse(self, value: Any) -> Any:
+        return self._parse(value)
+
+
+_DURATION_JSON = {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]}
+Duration = partial(Plain, parse_duration, "a duration such as 250ms, 30s, 5m or a number of seconds", _DURATION_JSON)
+Size = partial(Plain, parse_size, "a size such as 64KiB, 10MiB or a number of bytes", {"type": ["string", "integer"]})
+
+
+class Text(Member):
+    """Text without expressions, of which a pattern may want more; `word` says what."""
+
+    json: Mapping[str, Any] = {"type": "string"}
+
+    def __init__(
+        self, default: str | None = None, *, required: bool = False, pattern: str = "(?s:.*)", word: str = "text"
+    ) -> None:
+        super().__init__(default, required=required)
+        self.pattern, self.word = pattern, word
+
+    def parse(self, value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(self.pattern, value):
+            cure = ": nothing is computed here" if "${" in str(value) else ""
+            raise ValueError(f"{shown(value)} is not {self.word}{cure}")
+        return value
+
+
+class Flag(Member):
+    """True or false."""
+
+    word = "true or false"
+    json: Mapping[str, Any] = {"type": "boolean"}
+
+    def parse(self, value: Any) -> bool:
+        if type(value) is not bool:
+            raise ValueError("must be true or false")
+        return value
+
+
+class Number(Member):
+    """A number within bounds, by default a whole one."""
+
+    def __init__(
+        self,
+        least: int,
+        most: int | None = None,
+        default: float | None = None,
+        *,
+        what: str = "a number",
+        whole: bool = True,
+        required: bool = False,
+    ) -> None:
+        super().__init__(default, required=required)
+        self.least, self.most, self.types = least, most, (int,) if whole else (int, float)
+        self.word = f"{what} from {least} to {most}" if most else f"{what}, {least} or more"
+        self.json = {"type": "integer" if whole else "number", "minimum": least} | ({"maximum": most} if most else {})
+
+    def parse(self, value: Any) -> Any:
+        if type(value) not in self.types or not self.least <= value <= (self.most or math.inf):
+            cure = ": write it without quotes" if isinstance(value, str) and value.isdigit() else ""
+            raise ValueError(f"{shown(value)} is not {self.word}{cure}")
+        return value
+
+
+class OneOf(Member):
+    """One of some words."""
+
+    def __init__(self, *words: str, default: str | None = None, required: bool = False) -> None:
+        super().__init__(default, required=required)
+        self.words, self.word = words, f"one of {', '.join(words)}"
+        self.json = {"enum": list(words)}
+
+    def parse(self, value: Any) -> Any:
+        if value not in self.words:
+            raise ValueError(f"{shown(value)} is not {self.word}{suggest(str(value), self.words)}")
+        return value
+
+
+class Value(Member):
+    """Any JSON, in whose text there may be expressions, which may also use `names`; it compiles to a Template."""
+
+    def __init__(self, default: Any = None, *, required: bool = False, names: Sequence[str] = ()) -> None:
+        super().__init__(default, required=required)
+        self.names = names
+
+    def read(self, build: Build, value: Any, place: str) -> Template:
+        with build.block(*self.names):
+            return build.template(value, place)
+
+
+class Condition(Value):
+    """An expression that decides; any other text would always hold."""
+
+    word = "a condition, `${…}`"
+
+    def read(self, build: Build, value: Any, place: str) -> Template:
+        if isinstance(value, str) and "${" not in value:
+            build.fault(place, f"{shown(value)} is text, which always holds: write ${{…}} around the condition")
+        return super().read(build, value, place)
+
+
+_COMPUTED_JSON = {"type": "string", "pattern": r"\$\{", "description": "an expression: ${…}"}
+
+
+class Computed(Value):
+    """What a plain member takes, or an expression whose value its user checks; it compiles to a Template."""
+
+    def __init__(self, plain: Member, default: Any = None, *, required: bool = False) -> None:
+        super().__init__(default, required=required)
+        self.plain, self.word = plain, f"{plain.word}, or an expression"
+
+    def schema(self) -> dict[str, Any]:
+        return {"anyOf": [self.plain.schema(), _COMPUTED_JSON]}
+
+    def read(self, build: Build, value: Any, place: str) -> Template:
+        if not (isinstance(value, str) and "${" in value):
+            self.plain.read(build, value, place)
+        return super().read(build, value, place)
+
+
+class Object(Value):
+    """An object with members of the author's own names, whose values may have expressions."""
+
+    word = "an object"
+    json: Mapping[str, Any] = {"type": "object"}
+
+    def read(self, build: Build, value: Any, place: str) -> Template:
+        if not isinstance(value, dict):
+            build.fault(place, f"must be {self.word}, not {kind_of(value)}")
+            return build.template({}, place)
+        return super().read(build, value, place)
+
+
+class ListOf(Member):
+    """A list; with `lone`, what is no list stands for a list of it alone."""
+
+    def __init__(
+        self,
+        item: Member,
+        default: list[Any] | None = None,
+        *,
+        required: bool = False,
+        least: int = 0,
+        lone: bool = False,
+    ) -> None:
+        super().__init__(default, required=required)
+        self.item, self.least, self.lone = item, least, lone
+        self.word = f"{item.word}, or a list" if lone else f"a list of: {item.word}"
+
+    def schema(self) -> dict[str, Any]:
+        listed = {"type": "array", "items": self.item.schema()} | ({"minItems": self.least} if self.least else {})
+        return {"anyOf": [self.item.schema(), listed]} if self.lone else listed
+
+    def read(self, build: Build, value: Any, place: str) -> list[Any]:
+        if self.lone and not isinstance(value, list):
+            return [self.item.read(build, value, place)]
+        if not isinstance(value, list) or len(value) < self.least:
+            found = "" if isinstance(value, list) else f", not {kind_of(value)}"
+            build.fault(place, f"must be a list{' with at least one item' * bool(self.least)}{found}")
+            return []
+        return [self.item.read(build, item, f"{place}/{at}") for at, item in enumerate(value)]
+
+
+class MapOf(Member):
+    """An object whose members have names of the author's choice; `check(build, name, names)` says what is wrong."""
+
+    def __init__(
+        self,
+        item: Member,
+        default: dict[str, Any] | None = None,
+        *,
+        required: bool = False,
+        check: Callable[[Build, str, Collection[str]], str] = lambda build, name, names: "",
+    ) -> None:
+        super().__init__(default, required=required)
+        self.item, self.check, self.word = item, check, f"an object; by name, {item.word}"
+
+    def schema(self) -> dict[str, Any]:
+        return {"type": "object", "additionalProperties": self.item.schema()}
+
+    def read(self, build: Build, value: Any, place: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            build.fault(place, f"must be an object, not {kind_of(value)}")
+            return {}
+        read = {}
+        for name, item in value.items():
+            at = f"{place}/{pointer(name)}"
+            if fault := self.check(build, name, value):
+                build.fault(at, fault)
+            read[name] = self.item.read(build, item, at)
+        return read
+
+
+class Either(Member):
+    """One member for lists and objects, another one for all else."""
+
+    def __init__(self, plain: Member, structured: Member, default: Any = None) -> None:
+        super().__init__(default)
+        self.plain, self.structured, self.word = plain, structured, f"{plain.word}, or {structured.word}"
+
+    def schema(self) -> dict[str, Any]:
+        return {"anyOf": [self.plain.schema(), self.structured.schema()]}
+
+    def read(self, build: Build, value: Any, place: str) -> Any:
+        chosen = self.structured if isinstance(value, dict | list) else self.plain
+        return chosen.read(build, value, place)
+
+
+#: Members that are often put into another object than their own.
+_ELSEWHERE = {name: f": it belongs to request, beside body: /request/{name}" for name in ("contentTypes", "strict")}
+_ELSEWHERE |= {
+    "parameters": ": it belongs to request: /request/parameters",
+    "steps": ": it stands beside request: /steps",
+}
+_ELSEWHERE |= {name: f": it belongs to the step, beside its kind: {name}" for name in ("when", "retry", "onError")}
+
+
+class Table(Member):
+    """An object with these members and no others, read in the order of the table.
+
+    It compiles to a dict of the members that are given or have a default, or to what `make(build, values, place)` makes
+    of this dict if there are no faults. What is no object is the value of the member `short`. `choice` are members of
+    which exactly one must be there. `more` stands for members of other names; without it these are faults.
+    """
+
+    word = "an object"
+
+    def __init__(
+        self,
+        members: Mapping[str, Member],
+        make: Callable[[Build, dict[str, Any], str], Any] | None = None,
+        default: Any = None,
+        *,
+        required: bool = False,
+        short: str = "",
+        choice: Collection[str] = (),
+        more: Member | None = None,
+    ) -> None:
+        super().__init__(default, required=required)
+        self.members, self.make, self.short, self.choice, self.more = members, make, short, choice, more
+        if short:
+            self.word = f"{members[short].word}, or an object"
+
+    def schema(self) -> dict[str, Any]:
+        schema: dict[str, Any] = {"type": "object", "additionalProperties": self.more is not None}
+        schema["properties"] = {
+            name: member.schema() | ({} if member.default is None else {"default": member.default})
+            for name, member in self.members.items()
+        }
+        if required := [name for name, member in self.members.items() if member.required]:
+            schema["required"] = required
+        if self.choice:
+            schema["oneOf"] = [{"required": [name]} for name in self.choice]
+        return {"anyOf": [self.members[self.short].schema(), schema]} if self.short else schema
+
+    def read(self, build: Build, value: Any, place: str) -> Any:
+        if self.short and not isinstance(value, dict):
+            value = {self.short: value}
+        if not isinstance(value, dict):
+            build.fault(place, f"must be an object with {', '.join(self.members)}, not {kind_of(value)}")
+            return None
+        before, members = len(build.faults), self.members
+        if self.more is not None:
+            members = dict.fromkeys(value, self.more) | dict(members)
+        with build.block():
+            self._check_names(build, value, place, members)
+            for name, member in members.items():
+                if name in value or member.default is not None:
+                    at = f"{place}/{pointer(name)}"
+                    build.given[name] = member.read(build, value.get(name, member.default), at)
+            values = build.given
+        if len(build.faults) > before:
+            return None
+        return self.make(build, values, place) if self.make else values
+
+    def _check_names(self, build: Build, value: dict[str, Any], place: str, members: Mapping[str, Member]) -> None:
+        unknown = [name for name in value if name not in members]
+        for name in unknown:
+            cure = _ELSEWHERE.get(name) or suggest(name, members)
+            build.fault(f"{place}/{pointer(name)}", f"is not known here (known: {', '.join(members)}){cure}")
+        for name, member in members.items():
+            if member.required and name not in value:
+                build.fault(place, f'needs a member "{name}": {member.word}')
+        used = [name for name in self.choice if name in value]
+        if self.choice and len(used) != 1 and not (unknown and not used):  # the unknown one was to be it
+            found = f", not {' and '.join(used)}" if used else ""
+            build.fault(place, f"needs exactly one of {', '.join(self.choice)}{found}")
+
+
+class Elsewhere(Member):
+    """A member that a wing has under a name such as `astera_lite_steps:PAGES`, loaded when somebody first uses it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def schema(self) -> dict[str, Any]:
+        return self.found.schema()
+
+    @property
+    def found(self) -> Member:
+        """The member itself."""
+        member: Member = wing(self.name)
+        return member
+
+    def read(self, build: Build, value: Any, place: str) -> Any:
+        return self.found.read(build, value, place)
+
+
+class Steps(ListOf):
+    """A list of steps; each sees the names of those before it."""
+
+    def __init__(self, default: list[Any] | None = None, *, required: bool = False, least: int = 1) -> None:
+        super().__init__(_Step(), default, required=required, least=least)
+        self.word = "a list of steps"
+
+    def read(self, build: Build, value: Any, place: str) -> list[Step]:
+        names = [str(spec.get("name")) for spec in value if isinstance(spec, dict)] if isinstance(value, list) else []
+        build.hints |= {name: f'step "{name}" comes later: move it up' for name in names if name not in build.names}
+        volatile = build.volatile
+        steps: list[Step] = super().read(build, value, place)
+        build.volatile = volatile  # each step counts for itself
+        return steps
+
+
+class _Step(Member):
+    """One step, of a kind that the application knows."""
+
+    json: Mapping[str, Any] = {"$ref": "#/$defs/step"}
+
+    def read(self, build: Build, value: Any, place: str) -> Any:
+        step = build.step.read(build, value, place)
+        if isinstance(value, dict) and isinstance(name := value.get("name"), str):
+            build.names[name] = None
+            build.step_names.add(name)
+        return step
 
 
 class StepKind(NamedTuple):
-    """A row of STEP_KINDS: `check(build, spec, place)` returns the runner; `effect`: it may act on the outside."""
+    """A kind of step: what may stand behind its name in a flow file, and what makes its runner.
 
-    check: Callable[[Build, Any, str], Runner]
-    effect: bool
+    `make(build, values, place)` gets what `members` compile to, unless there are faults.
+    """
+
+    members: Member
+    make: Callable[[Build, Any, str], Runner]
     help: str
-    schema: Mapping[str, Any] | None = None  # JSON Schema of its spec, where the table in room 14 has none
+    effect: bool = False  # it may act on the world outside
+    light: bool = False  # it only computes, and no longer than its expressions do
+    answers: bool = False  # its value is what an API or a flow answered
+    holds: bool = False  # it runs steps that stand inside it
+    code: bool = False  # it runs Python code of the flow's author
+    failures: Sequence[str] = ()  # words for its failures, which `retry.on` may name
 
 
-def _is_status(value: Any) -> int:
-    if type(value) is not int or not 200 <= value <= 599:
-        cure = ": write it without quotes" if isinstance(value, str) and value.isdigit() else ""
-        raise ValueError(f"{shown(value)} is not a status from 200 to 599{cure}")
-    return value
+class _Kind(Member):
+    """The member of a step that is named after its kind: compiles to the runner, and whether its value is saved."""
+
+    def __init__(self, kind: StepKind) -> None:
+        super().__init__()
+        self.kind, self.word = kind, kind.help
+
+    def schema(self) -> dict[str, Any]:
+        return self.kind.members.schema() | {"description": self.kind.help}
+
+    def read(self, build: Build, value: Any, place: str) -> tuple[Runner, bool] | None:
+        before, volatile, build.volatile = len(build.faults), build.volatile, False
+        compiled = self.kind.members.read(build, value, place)
+        run = self.kind.make(build, compiled, place) if len(build.faults) == before else None
+        save, build.volatile = self.kind.effect or build.volatile, volatile
+        return (run, save) if run else None
 
 
-def _is_error_status(value: Any) -> int:
-    if _is_status(value) < 400:
-        raise ValueError("must be from 400 to 599: it is an error")
-    return int(value)
+# --- step kinds -----------------------------------------------------------------------------------------------------
 
 
-def check_response(build: Build, spec: Any, place: str, with_when: bool) -> Response | None:
-    """Compile `{"status", "headers", "body"}`; in a list of responses also `when`, `page`, `filter`, `sort`."""
-    allowed = ["status", "headers", "body"] + ["when", "page", "filter", "sort"] * with_when
-    if not build.members(spec, place, allowed):
-        return None
-    selection, items, size = _check_selection(build, spec, place)
-    when = build.condition(spec["when"], f"{place}/when") if "when" in spec else None
-    with build.block(*["page"] * selection.page):
-        return _check_answer(build, spec, place, when, selection, items, size)
+def _is_last(build: Build, whens: Sequence[Template | None], place: str) -> None:
+    """Only the last of several ways may lack a condition."""
+    for position, when in enumerate(whens[:-1]):
+        if when is None:
+            build.fault(f"{place}/{position}", "has no `when`, so nothing behind it is ever reached: put it last")
 
 
-def _check_selection(
-    build: Build, spec: dict[str, Any], place: str
-) -> tuple[Selection, Template | None, Template | None]:
-    """What callers may ask of the rows; the templates of `page`, if there is one."""
-    filters, sort, page = spec.get("filter", []), spec.get("sort", False), spec.get("page")
-    if not isinstance(filters, list) or not all(isinstance(name, str) for name in filters):
-        build.fault(f"{place}/filter", 'must be a list of fields such as ["state"]')
-        filters = []
-    if type(sort) is not bool and not (isinstance(sort, list) and all(isinstance(name, str) for name in sort)):
-        build.fault(f"{place}/sort", 'must be true, or a list of fields such as ["name"]')
-        sort = False
-    items = size = None
-    if page is not None and build.members(page, f"{place}/page", ("items", "size"), ("items",)):
-        items = build.template(page.get("items"), f"{place}/page/items")
-        size = build.template(page.get("size", 100), f"{place}/page/size")
-        if size.constant and (type(page.get("size", 1)) is not int or not 1 <= page.get("size", 1) <= _MAX_PAGE):
-            build.fault(f"{place}/page/size", f"{shown(page['size'])} is not a number from 1 to {_MAX_PAGE}")
-        if "page" in build.names:
-            build.fault(f"{place}/page", 'is called `page` in expressions here: rename the step "page"')
-    elif (filters or sort) and "body" not in spec:
+def _header_of_answer(build: Build, name: str, names: Collection[str]) -> str:
+    """What is wrong with the name of a header that a flow sets."""
+    first = next(each for each in names if each.lower() == name.lower())
+    if not _TOKEN_TEXT.fullmatch(name):
+        return "is not the name of a header"
+    if name.lower() in RESERVED_HEADERS:
+        return "is set by the server: leave it out"
+    return f"is the same header as {first}: leave one of them out" if first != name else ""
+
+
+def _header_of_failure(build: Build, name: str, names: Collection[str]) -> str:
+    if name.lower() == "content-type":
+        return "is application/problem+json here: leave it out"
+    return _header_of_answer(build, name, names)
+
+
+def _check_owed(build: Build, status: Template, headers: Iterable[str], place: str) -> None:
+    """A constant status must come with the headers that it owes."""
+    if status.constant:
+        try:
+            with_owed(status({}), tuple((name, "") for name in headers), build.method)
+        except ValueError as error:
+            build.fault(f"{place}/status", str(error))
+
+
+def _make_response(build: Build, given: dict[str, Any], place: str) -> Response:
+    status, headers, body, page = given["status"], given["headers"], given.get("body"), given.get("page")
+    _check_owed(build, status, headers, place)
+    bodiless = status.constant and status({}) in _WITHOUT_BODY
+    if bodiless and body is not None and not (body.constant and body({}) is None):
+        build.fault(f"{place}/body", f"a response of status {status({})} has no body: leave it out")
+    filters, sort = frozenset(given.get("filter", ())), given.get("sort", False)
+    if (filters or sort) and page is None and body is None:
         build.fault(place, "has filter or sort, but no rows: give a body that is a list, or a page")
-    allowed = frozenset(sort) if isinstance(sort, list) else sort
-    return Selection(items is not None, frozenset(filters), allowed), items, size
+    selection = Selection(page is not None, filters, frozenset(sort) if isinstance(sort, list) else sort)
+    items, size = (page["items"], page["size"]) if page else (None, None)
+    return Response(given.get("when"), status, headers, body, selection, items, size)
 
 
-def _check_answer(
-    build: Build,
-    spec: dict[str, Any],
-    place: str,
-    when: Template | None,
-    selection: Selection,
-    items: Template | None,
-    size: Template | None,
-) -> Response:
-    status = spec.get("status", 200)
-    headers = _check_headers(build, spec, place)
-    if not (isinstance(status, str) and "${" in status):
-        build.checked(spec, "status", place, partial(_is_owing_nothing, build, headers, _is_status), None)
-    if status in _WITHOUT_BODY and spec.get("body") is not None:
-        build.fault(f"{place}/body", f"a response of status {status} has no body: leave it out")
-    return Response(
-        when,
-        build.template(status, f"{place}/status"),
-        build.template(headers, f"{place}/headers"),
-        build.template(spec.get("body"), f"{place}/body"),
-        "body" in spec,
-        selection,
-        items,
-        size,
-    )
+class _Page(Table):
+    """The `page` of a response, which expressions of the response see under this name."""
+
+    def read(self, build: Build, value: Any, place: str) -> Any:
+        if "page" in build.names:
+            build.fault(place, 'is called `page` in expressions here: rename the step "page"')
+        page = super().read(build, value, place)
+        build.names["page"] = None
+        return page
 
 
-def _check_headers(build: Build, spec: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The headers that an answer of a flow is to have, as they are written."""
-    headers, place = spec.get("headers", {}), f"{place}/headers"
-    if not isinstance(headers, dict):
-        build.fault(place, 'must be an object such as {"Cache-Control": "no-store"}')
-        return {}
-    seen: dict[str, str] = {}
-    for name in headers:
-        first = seen.setdefault(name.lower(), name)
-        if not _TOKEN_TEXT.fullmatch(name):
-            build.fault(place, f"{shown(name)} is not the name of a header")
-        elif name.lower() in RESERVED_HEADERS:
-            build.fault(f"{place}/{name}", "is set by the server: leave it out")
-        elif first != name:
-            build.fault(f"{place}/{name}", f"is the same header as {first}: leave one of them out")
-    return headers
+_ANSWER: dict[str, Member] = {
+    "status": Computed(Number(200, 599, what="a status"), 200),
+    "headers": MapOf(Value(), {}, check=_header_of_answer),
+    "body": Value(),
+}
+_RESPONSE = Table(
+    {
+        "when": Condition(),
+        "page": _Page({"items": Value(required=True), "size": Computed(Number(1, _MAX_PAGE), 100)}),
+        "filter": ListOf(Text(word="the name of a field")),
+        "sort": Either(Flag(), ListOf(Text(word="the name of a field"))),
+        **_ANSWER,
+    },
+    _make_response,
+)
 
 
-def _is_owing_nothing(build: Build, headers: dict[str, Any], parse: Callable[[Any], int], value: Any) -> int:
-    with_owed(parse(value), tuple((name, "") for name in headers), build.method)
-    return int(value)
-
-
-def _check_set(build: Build, spec: Any, place: str) -> Runner:
-    template = build.template(spec, place)
+def _make_set(build: Build, template: Template, place: str) -> Runner:
     return lambda run, scope, path: template(scope)
 
 
-def _check_respond(build: Build, spec: Any, place: str) -> Runner:
-    response = check_response(build, spec, place, with_when=False)
-
+def _make_respond(build: Build, response: Response, place: str) -> Runner:
     def respond(run: Run, scope: Scope, path: str) -> NoReturn:
-        assert response is not None
         raise _Answered(evaluate_response(response, run, scope))
 
     return respond
 
 
-def _check_fail(build: Build, spec: Any, place: str) -> Runner:
-    if not build.members(spec, place, ("status", "message", "headers"), ("message",)):
-        spec = {}
-    status = build.template(spec.get("status", 500), f"{place}/status")
-    given = _check_headers(build, spec, place)
-    if status.constant:
-        build.checked(spec, "status", place, partial(_is_owing_nothing, build, given, _is_error_status), 500)
-    for name in given:
-        if name.lower() == "content-type":
-            build.fault(f"{place}/headers/{name}", "is application/problem+json here: leave it out")
-    headers = build.template(given, f"{place}/headers")
-    message = build.template(spec.get("message", ""), f"{place}/message")
+_FAIL_STATUS = Number(400, 599, what="a status")
+_FAIL = {
+    "status": Computed(_FAIL_STATUS, 500),
+    "message": Value(required=True),
+    "headers": MapOf(Value(), {}, check=_header_of_failure),
+}
+
+
+def _make_fail(build: Build, given: dict[str, Any], place: str) -> Runner:
+    _check_owed(build, given["status"], given["headers"], place)
 
     def fail(run: Run, scope: Scope, path: str) -> NoReturn:
-        text = as_text(message(scope)).encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
+        text = as_text(given["message"](scope)).encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
         try:
-            code = _is_error_status(status(scope))
-            answer = make_answer(code, headers(scope), None, 0, empty=True)
+            status = _FAIL_STATUS.parse(given["status"](scope))
+            answer = make_answer(status, evaluated(given["headers"], scope), None, 0, empty=True)
         except ValueError as error:
             raise ExpressionError(f"{place}/status: {error}") from None
-        raise _Failed(code, text, answer.headers)
+        raise _Failed(status, text, answer.headers)
 
     return fail
-
-
-def _check_wait(build: Build, spec: Any, place: str) -> Runner:
-    until = isinstance(spec, dict)
-    if until and not build.members(spec, place, ("until",), ("until",)):
-        spec = {}
-    value = spec.get("until") if until else spec
-    if not until and not (isinstance(value, str) and "${" in value):
-        build.checked({"wait": value}, "wait", place.removesuffix("/wait"), parse_duration, 0)
-    if until and "until" in spec and not (isinstance(value, str) and "${" in value):
-        build.checked(spec, "until", place, _parse_time, 0)
-    template = build.template(value, f"{place}/until" if until else place)
-
-    def wait(run: Run, scope: Scope, path: str) -> None:
-        clock, end = run.outside.clock, run.journal.waits.get(path)
-        try:
-            if until:  # a moment of the calendar: looked at anew, for the system's clock may have leapt meanwhile
-                end = _parse_time(run.settled(template, scope, f"{path}=")) - clock.offset
-            elif end is None:
-                end = clock.now() + round(parse_duration(template(scope)) * 1000)
-        except ValueError as error:
-            raise ExpressionError(f"{place}: {error}") from None
-        run.wait_until(end, path)
-
-    return wait
 
 
 def _parse_time(value: Any) -> int:
@@ -4575,22 +4905,41 @@ def _parse_time(value: Any) -> int:
         raise ValueError(f"{shown(value)} is not a time such as 2026-11-23T20:31:05Z") from None
 
 
+_TIME = Plain(_parse_time, "a time such as 2026-11-23T20:31:05Z", {"type": ["string", "number"]})
+
+
+def _make_wait(build: Build, given: Any, place: str) -> Runner:
+    until: Template | None = given["until"] if isinstance(given, dict) else None
+
+    def wait(run: Run, scope: Scope, path: str) -> None:
+        clock, end = run.outside.clock, run.journal.waits.get(path)
+        try:
+            if until is not None:  # read anew each time, for the system's clock may have leapt meanwhile
+                end = _parse_time(run.settled(until, scope, f"{path}=")) - clock.offset
+            elif end is None:
+                end = clock.now() + round(parse_duration(given(scope)) * 1000)
+        except ValueError as error:
+            raise ExpressionError(f"{place}: {error}") from None
+        run.wait_until(end, path)
+
+    return wait
+
+
 class Context:
-    """What a `python` step's function gets first: the run as it may see and tell it."""
+    """What the function of a step gets first: what the run knows, and ways to report and to wait."""
 
     def __init__(self, run: Run, scope: Scope, path: str) -> None:
-        self._run = run
+        self._run, self._path = run, path
         self.params: dict[str, Any] = scope["params"]
         self.request: dict[str, Any] = scope["request"]
-        known = {"error": scope["error"]} if scope["error"] is not None else {}
-        self.steps: dict[str, Any] = {k: v for k, v in scope.items() if k not in (*_BASE_NAMES, "error")} | known
+        hidden = {*_BASE_NAMES, "error"} if scope["error"] is None else {*_BASE_NAMES}
+        self.steps: dict[str, Any] = {name: value for name, value in scope.items() if name not in hidden}
         self.secrets: dict[str, str] = dict(run.outside.secrets)
         self.log = logging.LoggerAdapter(log, run.about | {"step": path})
-        self._path = path
 
     @property
     def cancelled(self) -> bool:
-        """Whether the run should stop; a long function looks now and then."""
+        """Whether the run should stop; a long function checks this now and then."""
         return self._run.cancel.is_set or self._run.outside.clock.monotonic() >= self._run.step_deadline
 
     def progress(self, done: int, total: int) -> None:
@@ -4598,7 +4947,7 @@ class Context:
         self._run.progress = Progress(self._path, done, total)
 
     def sleep(self, seconds: float) -> None:
-        """Wait; ends with an exception when the run is cancelled or over its time."""
+        """Wait; raises an exception when the run is cancelled or over its time."""
         self._run.sleep(seconds)
 
 
@@ -4617,9 +4966,8 @@ class Functions:
         try:
             module = self._module(module_name)
         except ModuleNotFoundError as error:
-            raise ValueError(
-                f'there is no module "{error.name}": put {error.name}.py into the flows folder, or install it'
-            ) from None
+            cure = f"put {error.name}.py into the flows folder, or install it"
+            raise ValueError(f'there is no module "{error.name}": {cure}') from None
         except (Exception, SystemExit) as error:
             raise ValueError(f'the module "{module_name}" cannot be loaded: {type(error).__name__}: {error}') from error
         function = getattr(module, function_name, None)
@@ -4645,90 +4993,6 @@ class Functions:
         return self._modules[key]
 
 
-def _check_python(build: Build, spec: Any, place: str) -> Runner:
-    if not isinstance(spec, dict):
-        spec = {"call": spec}
-    build.members(spec, place, ("call", "args", "isolate"), ("call",))
-    args = spec.get("args", {})
-    if not isinstance(args, dict):
-        build.fault(f"{place}/args", "must be an object of the function's arguments by name")
-        args = {}
-    template = build.template(args, f"{place}/args")
-    name = function = spec.get("call")
-    isolate = spec.get("isolate", False)
-    if isinstance(name, str):
-        function = build.checked(spec, "call", place, build.functions.load, None)
-    elif not callable(function) and "call" in spec:
-        build.fault(f"{place}/call", 'must be of the form "module:function"')
-    if type(isolate) is not bool:
-        build.fault(f"{place}/isolate", "must be true or false")
-    elif isolate and not callable(name):
-        wing("astera_lite_steps:isolated")  # what is missing is told before the flow is in service
-    elif isolate:
-        build.fault(
-            f"{place}/isolate", 'needs the function by name, "module:function": a process of its own imports it'
-        )
-
-    _refuse_async(build, function, f"{place}/call")
-
-    def call(run: Run, scope: Scope, path: str) -> Any:
-        assert callable(function)
-        context = Context(run, scope, path)
-        if isolate:
-            return wing("astera_lite_steps:isolated")(run.outside).call(run, str(name), context, template(scope), path)
-        value = function(context, **template(scope))
-        run.check()
-        run.left()
-        return as_json(value, getattr(function, "__name__", "the function"))
-
-    return call
-
-
-def _own_parameters(function: Callable[..., Any]) -> dict[str, Any]:
-    """The arguments of a function behind its context, by name."""
-    import inspect  # noqa: PLC0415 (no flow file needs it, unless it runs Python)
-
-    return {item.name: item for item in list(inspect.signature(function).parameters.values())[1:]}
-
-
-def _own_schema(function: Callable[..., Any]) -> dict[str, Any]:
-    """A JSON Schema of what stands behind the name of such a kind of step."""
-    parameters = _own_parameters(function)
-    required = [name for name, item in parameters.items() if item.default is item.empty]
-    if any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
-        return {"type": "object"}
-    properties: dict[str, Any] = {name: {} for name in parameters}
-    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-
-
-def _check_own(function: Callable[..., Any], build: Build, spec: Any, place: str) -> Runner:
-    """A kind of step that an embedding program adds: its arguments by name."""
-    parameters = _own_parameters(function)
-    open_ended = any(item.kind is item.VAR_KEYWORD for item in parameters.values())
-    named = {name: item for name, item in parameters.items() if item.kind is not item.VAR_KEYWORD}
-    required = [name for name, item in named.items() if item.default is item.empty]
-    allowed = {*named, *(spec if open_ended and isinstance(spec, dict) else ())}
-    if not build.members(spec, place, sorted(allowed), required):
-        spec = {}
-    template = build.template(spec, place)
-    _refuse_async(build, function, place)
-
-    def call(run: Run, scope: Scope, path: str) -> Any:
-        value = function(Context(run, scope, path), **template(scope))
-        run.check()
-        run.left()
-        return as_json(value, getattr(function, "__name__", "the function"))
-
-    return call
-
-
-def _refuse_async(build: Build, function: Any, place: str) -> None:
-    import inspect  # noqa: PLC0415 (no flow file needs it, unless it runs Python)
-
-    if inspect.iscoroutinefunction(function):
-        build.fault(place, "is an async function, and steps run on threads: write def, and asyncio.run(…) inside it")
-
-
 def as_json(value: Any, name: str) -> Any:
     """What a function returned, as it will be when it is read back: tuples are lists, names of members are text."""
     if isinstance(value, bytes):
@@ -4739,347 +5003,347 @@ def as_json(value: Any, name: str) -> Any:
         raise TypeError(f"{name}() did not return JSON: {error}") from None
 
 
-_HTTP_MEMBERS = (
-    *("method", "url", "connection", "path", "query", "headers", "json", "form", "body"),
-    *("timeout", "expect", "follow", "maxResponse", "pages", "until", "every"),
-)
+class _FunctionName(Member):
+    """The function of a `python` step, by its name or, in an embedding program, itself: compiles to both."""
+
+    word = '"module:function"'
+    json: Mapping[str, Any] = {"type": "string"}
+
+    def read(self, build: Build, value: Any, place: str) -> tuple[str, Callable[..., Any] | None]:
+        function = value if callable(value) else None
+        try:
+            if function is None:
+                function = build.functions.load(value if isinstance(value, str) else shown(value))
+        except ValueError as error:
+            build.fault(place, str(error))
+        _refuse_async(build, function, place)
+        return value if isinstance(value, str) else "", function
+
+
+def _refuse_async(build: Build, function: Any, place: str) -> None:
+    import inspect  # noqa: PLC0415 (no flow file needs it, unless it runs Python)
+
+    if inspect.iscoroutinefunction(function):
+        build.fault(place, "is an async function, and steps run on threads: write def, and asyncio.run(…) inside it")
+
+
+def _calling(function: Callable[..., Any], args: Callable[[Scope], dict[str, Any]]) -> Runner:
+    """Runs a function with a context and arguments by name."""
+
+    def call(run: Run, scope: Scope, path: str) -> Any:
+        value = function(Context(run, scope, path), **args(scope))
+        run.check()
+        run.left()
+        return as_json(value, getattr(function, "__name__", "the function"))
+
+    return call
+
+
+def _make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
+    (name, function), args = given["call"], given["args"]
+    if not given["isolate"]:
+        return _calling(function, args)
+    isolated = wing("astera_lite_steps:isolated")  # what is missing is told before the flow is in service
+    if not name:
+        cure = 'needs the function by name, "module:function": a process of its own imports it'
+        build.fault(f"{place}/isolate", cure)
+    return lambda run, scope, path: isolated(run.outside).call(run, name, Context(run, scope, path), args(scope), path)
+
+
+def own_kind(function: Callable[..., Any]) -> StepKind:
+    """The kind of step that an embedding program adds by a function: its members are the function's arguments."""
+    import inspect  # noqa: PLC0415 (no flow file needs it, unless it runs Python)
+
+    arguments = list(inspect.signature(function).parameters.values())[1:]  # behind the context
+    named = {
+        item.name: Value(required=item.default is item.empty) for item in arguments if item.kind != item.VAR_KEYWORD
+    }
+    spec = Table(named, more=None if len(named) == len(arguments) else Value())
+
+    def make(build: Build, given: dict[str, Any], place: str) -> Runner:
+        _refuse_async(build, function, place)
+        return _calling(function, partial(evaluated, given))
+
+    return StepKind(spec, make, " ".join((function.__doc__ or "").split()), effect=True, code=True)
+
+
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, section 9.2.2
 _WORTH_RETRYING = frozenset({"transport", "timeout", "408", "429", "500", "502", "503", "504"})
-_AUTHORITY = re.compile(r"https?://[^/?#]+[/?#]", re.IGNORECASE)
 _TRUSTED = frozenset({"env", "secrets"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_AUTHORITY = re.compile(r"https?://[^/?#]+[/?#]", re.IGNORECASE)
+#: What ends behind the host, in the text of a URL in which NUL stands for each expression; the first may be a scheme.
+_BEHIND_HOST = re.compile(r"(?:https?://|\0++(?:://)?+)[^/?#]*[/?#]", re.IGNORECASE)
 
 
-def _check_url(build: Build, url: Any, place: str) -> tuple[Template, Template | None]:
-    """The URL's template, and that of its part before any data from outside; None if it has no such data.
+class Address(NamedTuple):
+    """The URL of an `http` step, or a path behind that of a connection: texts and templates in turn."""
 
-    A value that stands behind the authority is percent-encoded, so that it cannot leave its place.
-    """
-    if not isinstance(url, str):
-        build.fault(place, "must be text: an absolute http or https URL")
-        return build.template("", place), None
-    try:
-        parts = split_template(url)
-    except ValueError as error:
-        build.fault(place, str(error))
-        return build.template("", place), None
-    before, rewritten, own = "", "", None
-    for is_code, text in parts:
-        if not is_code:
-            before = (before + text).replace("http://x://", "http://", 1)  # a scheme of its own stood first
-            rewritten += text.replace("${", "$${")
-            continue
-        names = compile_template(f"${{{text}}}", build.names, place, [], build.where).names
-        if own is None and not names <= _TRUSTED:
-            own = rewritten
-        if _AUTHORITY.match(before):
-            rewritten += f"${{urlencode(str({text}))}}"
-            continue
-        before += "x" if before else "http://x"
-        rewritten += f"${{{text}}}"
-    if parts and not parts[0][0]:
-        start = parts[0][1]
-        if not re.match(r"https?://", start, re.IGNORECASE):
-            build.fault(place, f"{shown(url)} must begin with http:// or https://")
-            return build.template("", place), None
-    if not any(is_code for is_code, _ in parts):
-        try:
-            parse_target(url)
-        except ValueError as error:
-            build.fault(place, f"the URL {error}")
-    return build.template(rewritten, place), None if own is None else build.template(own, place)
+    parts: Sequence[tuple[str | Template, bool]] = ()  # a part, and whether its value is percent-encoded
+
+    def __call__(self, scope: Scope) -> tuple[str, bool]:
+        """The URL, and whether its scheme, host and port are the flow author's choice."""
+        url, fixed = "", True
+        for part, encoded in self.parts:
+            if isinstance(part, str):
+                url += part
+                continue
+            fixed = fixed and (part.names <= _TRUSTED or _AUTHORITY.match(url) is not None)
+            value = as_text(part(scope))
+            url += urllib.parse.quote(value, safe="") if encoded else value
+        return url, fixed
 
 
-def _parse_expect(value: Any) -> frozenset[str]:
-    items = value if isinstance(value, list) else [value]
-    words = {str(item) for item in items if type(item) in (int, str)}
-    if not words or len(words) < len(items) or not all(re.fullmatch("[1-5]([0-9]{2}|xx)", word) for word in words):
-        raise ValueError('must be a status or a list of them, such as 200, "2xx" or [200, 404]')
-    return frozenset(words)
+class _Url(Member):
+    """A URL. An expression behind the host is percent-encoded, so that its value cannot leave its place."""
+
+    word = "an http or https URL"
+    json: Mapping[str, Any] = {"type": "string"}
+    before = ""  # what stands before it
+
+    def parse(self, value: Any) -> list[tuple[bool, str]]:
+        if not isinstance(value, str):
+            raise ValueError(f"must be text: {self.word}")
+        parts = split_template(value)
+        if parts and not parts[0][0] and not re.match("https?://", parts[0][1], re.IGNORECASE):
+            raise ValueError(f"{shown(value)} must begin with http:// or https://")
+        if not any(is_code for is_code, _ in parts):
+            try:
+                parse_target(value)
+            except ValueError as error:
+                raise ValueError(f"the URL {error}") from None
+        return parts
+
+    def read(self, build: Build, value: Any, place: str) -> Address:
+        parts: list[tuple[str | Template, bool]] = []
+        before = self.before
+        for is_code, text in super().read(build, value, place) or ():
+            part = build.template(f"${{{text}}}", place) if is_code else text
+            parts.append((part, _BEHIND_HOST.match(before) is not None))
+            before += "\0" if is_code else text
+        return Address(parts)
 
 
-def _matches(status: int, words: Collection[str]) -> bool:
-    return str(status) in words or f"{status // 100}xx" in words
+class _Path(_Url):
+    """A path or query behind the URL of a connection."""
+
+    word = "a path such as /v1/cities"
+    before = "\0/"
+
+    def parse(self, value: Any) -> list[tuple[bool, str]]:
+        if not isinstance(value, str) or (value and not value.startswith(("/", "?"))):
+            raise ValueError(f"{shown(value)} must begin with /: it is put behind the connection's url")
+        return split_template(value)
 
 
-class HttpCall(NamedTuple):
-    """A compiled `http` step: what one call needs."""
-
-    place: str
-    method: str
-    url: Template  # behind a connection: what follows its own URL
-    own: Template | None  # of the URL: what stands before any data from outside, if there is such data
-    connection: str | None
-    query: Template
-    headers: Template
-    body_kind: str
-    body: Template
-    timeout: float | None
-    expect: frozenset[str]
-    follow: bool
-    max_bytes: int | None
-
-    def request(self, run: Run, scope: Scope) -> _OutgoingRequest:
-        """The request that the step makes in a scope."""
-        # Looked at each time: whether an authority ends in it may depend on a variable of the environment.
-        fixed = self.own is None or _AUTHORITY.match(as_text(self.own(scope))) is not None
-        request = _OutgoingRequest(self.method, as_text(self.url(scope)), fixed)
-        request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
-        own = {name: as_text(value) for name, value in self.headers(scope).items() if value is not None}
-        query = self.query(scope)
-        if self.connection is not None:
-            request.connection = run.outside.connections.get(self.connection)
-            if request.connection is None:
-                raise StepError(500, "its connection is gone", f'connection "{self.connection}"', {"missing"})
-            request.connection.join(request, run.outside)
-        request.url = with_query(_encoded_address(request.url), query)
-        request.set_body(self.body_kind, self.body(scope))
-        names = {name.lower() for name in own}
-        request.headers = {name: text for name, text in request.headers.items() if name.lower() not in names} | own
-        given = {name.lower() for name in request.headers}
-        if run.input.trace is not None and "traceparent" not in given:
-            request.headers |= {name: text for name, text in run.input.trace.headers().items() if name not in given}
-        for name, text in request.headers.items():
-            if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
-                raise ExpressionError(f"{self.place}/headers/{name}: it has characters that no header may have")
-        if {".", ".."} & set(request.url.partition("?")[0].split("/")):
-            raise ExpressionError(
-                f"{self.place}/url: a value makes a segment . or .., which servers take for another path"
-            )
-        return request
-
-    def send(self, run: Run, request: _OutgoingRequest, max_bytes: int) -> tuple[dict[str, Any], int]:
-        """One call: `.status .headers .body`, and the size of the body."""
-        timeout = self.timeout or (request.connection.timeout if request.connection else None)
-        outer = run.step_deadline
-        if timeout:
-            run.step_deadline = min(outer, run.outside.clock.monotonic() + timeout)
-        try:
-            answer = _call_out(run, request, self.follow, max_bytes)
-        finally:
-            run.step_deadline = outer
-        if not _matches(answer.status, self.expect):
-            raise _unexpected(self.method, answer)
-        output = {
-            "status": answer.status,
-            "headers": joined_headers(answer.headers),
-            "body": _response_body(answer, self.method),
-        }
-        return output, len(answer.body)
+def parse_status_word(value: Any) -> str:
+    """A status such as 200 or "200", or a class of them such as "2xx", as text; ValueError for all else."""
+    if type(value) not in (int, str) or not re.fullmatch("[1-5]([0-9]{2}|xx)", str(value)):
+        raise ValueError(f'{shown(value)} is not a status such as 200 or "2xx"')
+    return str(value)
 
 
-def _check_http(build: Build, spec: Any, place: str) -> Runner:
-    if isinstance(spec, str):
-        spec = {"url": spec}
-    if not build.members(spec, place, _HTTP_MEMBERS):
-        spec = {"url": "http://x/"}
-    call = _check_call_out(build, spec, place)
-    if "pages" in spec and "until" in spec:
-        build.fault(place, "has both pages and until: a step does one of them")
-    if "every" in spec and "until" not in spec:
+STATUS_WORD = Plain(parse_status_word, 'a status such as 200 or "2xx"', {"type": ["string", "integer"]})
+
+
+def _framing_header(build: Build, name: str, names: Collection[str]) -> str:
+    framing = name.lower() in ("connection", "content-length", "transfer-encoding")
+    return "follows from the body: leave it out" if framing else ""
+
+
+_HTTP = {
+    "method": OneOf(*HTTP_METHODS),
+    "url": _Url(),
+    "connection": Text(word="the name of a connection"),
+    "path": _Path(),
+    "query": Object({}),
+    "headers": MapOf(Value(), {}, check=_framing_header),
+    "json": Value(),
+    "form": Value(),
+    "body": Value(),
+    "timeout": Duration(),
+    "expect": ListOf(STATUS_WORD, ["2xx"], least=1, lone=True),
+    "follow": Flag(),
+    "maxResponse": Size(),
+    "pages": Elsewhere("astera_lite_steps:PAGES"),
+    "until": Condition(names=("answer",)),
+    "every": Duration(),
+}
+
+
+def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
+    connection = given.get("connection")
+    for names in (("json", "form", "body"), ("pages", "until")):
+        if len(both := [name for name in names if name in given]) > 1:
+            build.fault(place, f"has {' and '.join(both)}: a step has one of {', '.join(names)}")
+    if connection is None:
+        if "path" in given:
+            build.fault(f"{place}/path", "belongs to a connection: name it, or give the whole url")
+        elif "url" not in given:
+            build.fault(place, 'needs a member "url", or "connection" and "path"')
+    elif "url" in given:
+        build.fault(f"{place}/url", "stands in the connection already: give a path")
+    elif connection not in build.connections:
+        known = suggest(connection, build.connections)
+        build.fault(f"{place}/connection", f"there is no {shown(connection)} in connections.json{known}")
+    if "every" in given and "until" not in given:
         build.fault(f"{place}/every", "says how often until is looked at, which is missing")
-    if "pages" in spec:
-        paged: Runner = wing("astera_lite_steps:check_pages")(build, spec["pages"], f"{place}/pages", call)
-        return paged
-    if "until" in spec:
-        polled: Runner = wing("astera_lite_steps:check_until")(build, spec, place, call)
-        return polled
+    if given.get("every", 1) < 0.01:
+        build.fault(f"{place}/every", "must be at least 10ms")
+    call = HttpCall(given, place)
+    for name, runner in (("pages", "astera_lite_steps:all_pages"), ("until", "astera_lite_steps:poll")):
+        if name in given:  # a missing wing is told before the flow is in service
+            return partial(wing(runner), call, given, place)
 
     def once(run: Run, scope: Scope, path: str) -> dict[str, Any]:
-        limit = run.outside.max_step_response
-        return call.send(run, call.request(run, scope), min(call.max_bytes or limit, limit))[0]
+        return call.send(run, call.request(run, scope), call.limit(run))[0]
 
     return once
 
 
-def _check_call_out(build: Build, spec: dict[str, Any], place: str) -> HttpCall:
-    bodies = [name for name in ("json", "form", "body") if name in spec]
-    if len(bodies) > 1:
-        build.fault(place, f"has {' and '.join(bodies)}: a request has one body")
-    method = spec.get("method", "POST" if bodies else "GET")
-    if method not in HTTP_METHODS:
-        cure = suggest(str(method), HTTP_METHODS)
-        build.fault(f"{place}/method", f"{shown(method)} is not one of {', '.join(HTTP_METHODS)}{cure}")
-    connection = spec.get("connection")
-    if connection is None:
-        if "path" in spec:
-            build.fault(f"{place}/path", "belongs to a connection: name it, or give the whole url")
-        elif "url" not in spec:
-            build.fault(place, 'needs a member "url", or "connection" and "path"')
-        url, own = _check_url(build, spec.get("url", "http://x/"), f"{place}/url")
-    else:
-        if "url" in spec:
-            build.fault(f"{place}/url", "stands in the connection already: give a path")
-        if not isinstance(connection, str) or connection not in build.connections:
-            known = suggest(str(connection), build.connections)
-            build.fault(f"{place}/connection", f"there is no {shown(connection)} in connections.json{known}")
-        url, own = _check_path(build, spec.get("path", ""), f"{place}/path"), None
-    for name in ("query", "headers"):
-        if not isinstance(spec.get(name, {}), dict):
-            build.fault(f"{place}/{name}", "must be an object")
-        elif name == "headers":
-            for header in spec.get(name, {}):
-                if header.lower() in ("connection", "content-length", "transfer-encoding"):
-                    build.fault(f"{place}/headers/{pointer(header)}", "follows from the body: leave it out")
-    body_kind = bodies[0] if bodies else ""
-    follow = spec.get("follow", method in ("GET", "HEAD"))
-    if type(follow) is not bool:
-        build.fault(f"{place}/follow", "must be true or false")
-    return HttpCall(
-        place,
-        method,
-        url,
-        own,
-        connection,
-        build.template(spec.get("query", {}), f"{place}/query"),
-        build.template(spec.get("headers", {}), f"{place}/headers"),
-        body_kind,
-        build.template(spec.get(body_kind), f"{place}/{body_kind}"),
-        build.checked(spec, "timeout", place, parse_duration, None),
-        build.checked(spec, "expect", place, _parse_expect, frozenset({"2xx"})),
-        follow,
-        build.checked(spec, "maxResponse", place, parse_size, None),
-    )
+class HttpCall:
+    """A compiled `http` step: makes its requests and reads the answers."""
 
+    def __init__(self, given: Mapping[str, Any], place: str) -> None:
+        self._given, self._place = given, place
+        self._address: Address = given.get("url") or given.get("path") or Address()
+        self._body = next((name for name in ("json", "form", "body") if name in given), "")
+        self.method = given.get("method", "POST" if self._body else "GET")
+        self._follow = given.get("follow", self.method in ("GET", "HEAD"))
 
-def _check_path(build: Build, path: Any, place: str) -> Template:
-    """The template of a path behind a connection's URL; values in it are percent-encoded."""
-    if not isinstance(path, str) or (path and not path.startswith(("/", "?"))):
-        build.fault(place, f"{shown(path)} must begin with /: it is put behind the connection's url")
-        return build.template("", place)
-    rewritten = ""
-    try:
-        for is_code, text in split_template(path):
-            rewritten += f"${{urlencode(str({text}))}}" if is_code else text.replace("${", "$${")
-    except ValueError as error:
-        build.fault(place, str(error))
-    return build.template(rewritten, place)
+    def limit(self, run: Run) -> int:
+        """How many bytes the answers may have in all."""
+        most = run.outside.max_step_response
+        return min(self._given.get("maxResponse") or most, most)
 
+    def request(self, run: Run, scope: Scope) -> OutgoingRequest:
+        """The request that the step makes in a scope."""
+        request = OutgoingRequest(self.method, *self._address(scope))
+        request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
+        if (name := self._given.get("connection")) is not None:
+            request.connection = run.outside.connections.get(name)
+            if request.connection is None:
+                raise StepError(500, "its connection is gone", f'connection "{name}"', {"missing"})
+            request.connection.join(request, run.outside)
+        own = {name: value(scope) for name, value in self._given["headers"].items()}
+        request.url = with_query(_encoded_address(request.url), self._given["query"](scope))
+        if self._body:
+            request.set_body(self._body, self._given[self._body](scope))
+        request.add_headers({name: as_text(value) for name, value in own.items() if value is not None})
+        names = {name.lower() for name in request.headers}
+        if run.input.trace is not None and "traceparent" not in names:
+            request.headers |= {name: text for name, text in run.input.trace.headers().items() if name not in names}
+        for name, text in request.headers.items():
+            if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
+                raise ExpressionError(f"{self._place}/headers/{name}: it has characters that no header may have")
+        if {".", ".."} & set(request.url.partition("?")[0].split("/")):
+            message = "a value makes a segment . or .., which servers take for another path"
+            raise ExpressionError(f"{self._place}/url: {message}")
+        return request
 
-class Connection:
-    """A row of connections.json: what all calls to one API share."""
-
-    def __init__(self, name: str, url: Template, headers: Template, timeout: float | None, auth: Auth | None) -> None:
-        self.name, self.url, self.headers, self.timeout, self.auth = name, url, headers, timeout, auth
-
-    def join(self, request: _OutgoingRequest, outside: Surroundings) -> None:
-        """Put the connection's address and headers into a request."""
-        scope = {"env": outside.env, "secrets": outside.secrets}
-        request.url = as_text(self.url(scope)).rstrip("/") + request.url
-        request.headers |= {name: as_text(value) for name, value in self.headers(scope).items() if value is not None}
-
-
-def _check_connections(tree: Any, where: str) -> dict[str, Connection]:
-    """The connections of a file; FlowError with every fault."""
-    build = Build(where, {}, Functions())
-    build.names = dict.fromkeys(("env", "secrets"))
-    if not isinstance(tree, dict):
-        raise FlowError([Fault(where, "", f"must be an object of connections by their names, not {kind_of(tree)}")])
-    connections = {}
-    for name, spec in tree.items():
-        place = f"/{pointer(name)}"
-        if not build.members(spec, place, ("url", "headers", "timeout", "auth", "description"), ("url",)):
-            continue
-        url, _ = _check_url(build, spec.get("url", "http://x/"), f"{place}/url")
-        headers = spec.get("headers", {})
-        if not isinstance(headers, dict):
-            build.fault(f"{place}/headers", "must be an object")
-            headers = {}
-        timeout = build.checked(spec, "timeout", place, parse_duration, None)
-        auth = _check_auth(build, spec["auth"], f"{place}/auth") if "auth" in spec else None
-        connections[name] = Connection(name, url, build.template(headers, f"{place}/headers"), timeout, auth)
-    if build.faults:
-        raise FlowError(build.faults)
-    return connections
-
-
-# Ways to prove who calls: members of each, and those that may be left out.
-_AUTHS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "bearer": ((), ()),
-    "basic": (("user", "password"), ()),
-    "apiKey": (("in", "name", "value"), ()),
-    "oauth2": (("tokenUrl", "clientId", "clientSecret"), ("scope", "in")),
-}
-
-
-def _check_auth(build: Build, spec: Any, place: str) -> Auth | None:
-    if not build.members(spec, place, tuple(_AUTHS)):
-        return None
-    if len(spec) != 1:
-        build.fault(place, f"needs exactly one of {', '.join(_AUTHS)}")
-        return None
-    [(kind, value)] = spec.items()
-    place = f"{place}/{kind}"
-    if kind == "bearer":
-        value = {"token": value}
-    elif kind in _AUTHS and not build.members(value, place, sum(_AUTHS[kind], ()), _AUTHS[kind][0]):
-        return None
-    if kind == "apiKey" and value.get("in") not in ("header", "query"):
-        build.fault(f"{place}/in", f"{shown(value.get('in'))} is neither header nor query")
-    if kind == "oauth2":
-        wing("astera_lite_steps:fetch_token")  # what is missing is told before the flow is in service
-    if kind == "oauth2" and value.get("in", "header") not in ("header", "body"):
-        build.fault(f"{place}/in", f"{shown(value.get('in'))} is neither header nor body")
-    return Auth(kind, build.template(value, place)) if kind in _AUTHS else None
-
-
-class Auth:
-    """How a connection proves who calls. A token got by OAuth 2 is kept until shortly before its end."""
-
-    def __init__(self, kind: str, values: Template) -> None:
-        self.kind, self.values = kind, values
-        self._lock = threading.Lock()
-        self._token, self._until = "", 0.0
-
-    def apply(self, run: Run, request: _OutgoingRequest) -> None:
-        """Put the credentials into a request."""
-        outside = run.outside
-        values = self.values({"env": outside.env, "secrets": outside.secrets})
-        outside.masked.hide(
-            as_text(values[name]) for name in ("token", "password", "value", "clientSecret") if name in values
-        )
-        if self.kind == "basic":
-            pair = f"{as_text(values['user'])}:{as_text(values['password'])}".encode()
-            proof = base64.b64encode(pair).decode()
-            outside.masked.hide([proof])
-            request.headers["Authorization"] = f"Basic {proof}"
-        elif self.kind == "apiKey" and values["in"] == "query":
-            request.url = with_query(request.url, {as_text(values["name"]): values["value"]})
-        elif self.kind == "apiKey":
-            request.headers[as_text(values["name"])] = as_text(values["value"])
-        else:
-            token = as_text(values["token"]) if self.kind == "bearer" else self._current(run, values)
-            request.headers["Authorization"] = f"Bearer {token}"
-
-    def forget(self) -> bool:
-        """Drop the token that was refused; whether another one can be had."""
-        self._until = 0.0
-        return self.kind == "oauth2"
-
-    def _current(self, run: Run, values: dict[str, Any]) -> str:
-        while not self._lock.acquire(timeout=min(run.left(), 1.0)):
-            run.check()
+    def send(self, run: Run, request: OutgoingRequest, max_bytes: int) -> tuple[dict[str, Any], int]:
+        """One call, with its redirects: `.status .headers .body`, and the size of the body in bytes."""
+        timeout = self._given.get("timeout") or (request.connection.timeout if request.connection else None)
+        outer = run.step_deadline
+        if timeout:
+            run.step_deadline = min(outer, run.outside.clock.monotonic() + timeout)
         try:
-            if run.outside.clock.monotonic() >= self._until:
-                self._token, life = wing("astera_lite_steps:fetch_token")(run, values)
-                self._until = run.outside.clock.monotonic() + life - min(30.0, life / 10)
-                run.outside.masked.hide([self._token])
-            return self._token
+            answer = self._fetch(run, request, max_bytes)
         finally:
-            self._lock.release()
+            run.step_deadline = outer
+        if not {str(answer.status), f"{answer.status // 100}xx"} & set(self._given["expect"]):
+            raise unexpected_answer(self.method, answer)
+        unknown = [word for word in content_codings(answer.headers) if word not in KNOWN_CODINGS]
+        try:
+            if answer.body and unknown:
+                known = " and ".join(KNOWN_CODINGS)
+                raise ValueError(f"in the Content-Encoding {shown(unknown[0])}: {known} are known here")
+            body = _read_answer(answer)
+        except ValueError as error:
+            raise _http_failure(self.method, 502, f"the API it calls answered {error}", "body", answer=answer) from None
+        return {"status": answer.status, "headers": joined_headers(answer.headers), "body": body}, len(answer.body)
+
+    def go_to_next(self, request: OutgoingRequest, url: str) -> None:
+        """Make a request one for the address that the API's answer names."""
+        try:
+            request.go_to(_encoded_address(url))
+        except ValueError as error:
+            detail = f"the address that the API names next is refused: {error}"
+            raise _http_failure(self.method, 502, detail, "next") from None
+
+    def _fetch(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
+        """The answer behind all redirects; a credential that is refused is renewed once for each address."""
+        for _ in range(6):
+            answer = self._send_once(run, request, max_bytes)
+            auth = request.connection.auth if request.connection else None
+            if answer.status == 401 and auth is not None and auth.forget():
+                answer = self._send_once(run, request, max_bytes)
+            location = header_value(answer.headers, "location")
+            if not self._follow or answer.status not in _REDIRECTS or not location:
+                return answer
+            to_get = request.method != "HEAD" if answer.status == 303 else request.method == "POST"
+            if to_get and answer.status in (301, 302, 303):
+                request.method, request.body = "GET", None
+                request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
+            self.go_to_next(request, location)
+        raise _http_failure(self.method, 502, "the API it calls redirects without end", "redirect")
+
+    def _send_once(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
+        outside, proven = run.outside, copy.copy(request)
+        proven.headers = dict(request.headers)
+        if request.connection and request.connection.auth:
+            request.connection.auth.apply(run, proven)
+        try:
+            return outside.outbound.fetch(
+                proven.method,
+                proven.url,
+                proven.headers,
+                proven.body,
+                timeout=run.left(),
+                max_bytes=max_bytes,
+                policy=None if proven.fixed else outside.policy,
+            )
+        except AddressRefused as error:
+            # Which address a name of the inner network has is none of the client's business.
+            detail = "the API's address is refused: it is not a public one"
+            raise StepError(502, detail, f"the API's address is refused: {error}", {"refused", "unsafe"}) from None
+        except OutboundError as error:
+            run.check()
+            status = 504 if error.kind == "timeout" else 502
+            said, colon, more = str(error).partition(": ")  # of the system, which may name hosts of the inner network
+            detail = f"the API it calls gave no answer: {said}"
+            raise _http_failure(self.method, status, detail, error.kind, more=colon + more) from None
 
 
-class _OutgoingRequest:
-    """A request of an `http` step that is being made."""
+def _http_failure(
+    method: str, status: int, detail: str, *kinds: str, answer: Fetched | None = None, more: str = ""
+) -> StepError:
+    """A failure of an `http` step; `more` is for the flow's author only. A POST stays unsafe behind its redirect."""
+    found = {*kinds, *(f"{kind[0]}xx" for kind in kinds if kind.isdigit())}
+    if method not in _IDEMPOTENT or not found & _WORTH_RETRYING:
+        found.add("unsafe")  # is repeated only where `retry.on` asks for it
+    return StepError(status, detail, detail + more, found, answer)
+
+
+def unexpected_answer(method: str, answer: Fetched) -> StepError:
+    """The failure of an `http` step whose API answers with a status that is not expected."""
+    return _http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
+
+
+class OutgoingRequest:
+    """A request of an `http` step that is being made; `fixed` says that its address is the flow author's choice."""
 
     def __init__(self, method: str, url: str, fixed: bool) -> None:
-        self.method = method
-        self.url = url
-        self.fixed = fixed  # its address is the flow author's choice
+        self.method, self.url, self.fixed = method, url, fixed
         self.headers: dict[str, str] = {}
         self.body: bytes | None = None
         self.connection: Connection | None = None
+
+    def add_headers(self, headers: Mapping[str, str]) -> None:
+        """Set headers, instead of those of the same names in whatever case."""
+        names = {name.lower() for name in headers}
+        self.headers = {name: text for name, text in self.headers.items() if name.lower() not in names} | dict(headers)
 
     def go_to(self, url: str) -> None:
         """Ask another address, relative to this one, next; credentials do not go along to another origin.
@@ -5097,16 +5361,15 @@ class _OutgoingRequest:
         self.url = url
 
     def set_body(self, kind: str, value: Any) -> None:
+        """Send a value as the member `json`, `form` or `body` of the step says."""
         if kind == "json":
             check_written(value)
-            self.body, media = to_json(value).encode(), "application/json"
+            self.body, media = to_json(value).encode(), CONTENT_TYPES["json"]
         elif kind == "form":
             self.body, media = encode_query(value).encode(), CONTENT_TYPES["form"]
-        elif kind:
-            self.body = as_bytes(value)
-            media = "application/octet-stream" if type(value) is bytes else "text/plain; charset=utf-8"
         else:
-            return
+            self.body = as_bytes(value)
+            media = CONTENT_TYPES["binary"] if type(value) is bytes else "text/plain; charset=utf-8"
         self.headers["Content-Type"] = media
 
 
@@ -5124,40 +5387,7 @@ def encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plu
 def with_query(url: str, values: Any) -> str:
     """The URL with an object added to its query."""
     query = encode_query(values, urllib.parse.quote)  # a plus is a blank in forms only; to some servers it is a plus
-    if not query:
-        return url
-    return f"{url}{'&' if '?' in url else '?'}{query}"
-
-
-def _unexpected(method: str, answer: Fetched) -> StepError:
-    return _http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
-
-
-def _http_failure(
-    method: str, status: int, detail: str, *kinds: str, answer: Fetched | None = None, more: str = ""
-) -> StepError:
-    """A failure of an `http` step; `more` is for the flow's author only."""
-    found = {*kinds, *(f"{kind[0]}xx" for kind in kinds if kind.isdigit())}
-    if method not in _IDEMPOTENT or not found & _WORTH_RETRYING:
-        found.add("unsafe")  # is repeated only where `retry.on` asks for it
-    return StepError(status, detail, detail + more, found, answer)
-
-
-def _call_out(run: Run, request: _OutgoingRequest, follow: bool, max_bytes: int) -> Fetched:
-    """Send a request, follow its redirects where wanted; addresses that the flow's author did not fix are judged."""
-    asked = request.method  # a POST stays unsafe to repeat behind its redirect
-    for _ in range(6):
-        answer = _send_with_auth(run, request, asked, max_bytes)
-        location = header_value(answer.headers, "location")
-        if not follow or answer.status not in _REDIRECTS or not location:
-            return answer
-        if (answer.status == 303 and request.method != "HEAD") or (
-            answer.status in (301, 302) and request.method == "POST"
-        ):
-            request.method, request.body = "GET", None
-            request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
-        go_to_next(request, location, asked)
-    raise _http_failure(asked, 502, "the API it calls redirects without end", "redirect")
+    return f"{url}{'&' if '?' in url else '?'}{query}" if query else url
 
 
 def _encoded_address(text: str) -> str:
@@ -5173,52 +5403,6 @@ def _encoded_address(text: str) -> str:
     return re.sub(rb"[^!-~]", lambda found: b"%%%02X" % ord(found[0]), data.strip()).decode()
 
 
-def go_to_next(request: _OutgoingRequest, url: str, asked: str) -> None:
-    """Ask what the API's answer names next."""
-    try:
-        request.go_to(_encoded_address(url))
-    except ValueError as error:
-        raise _http_failure(asked, 502, f"the address that the API names next is refused: {error}", "next") from None
-
-
-def _send_with_auth(run: Run, request: _OutgoingRequest, asked: str, max_bytes: int) -> Fetched:
-    """Send with the connection's credentials; once more with a new token if the old one is refused."""
-    auth = request.connection.auth if request.connection else None
-    for attempt in (1, 2):
-        proven = copy.copy(request)
-        proven.headers = dict(request.headers)
-        if auth is not None:
-            auth.apply(run, proven)
-        answer = _send_once(run, proven, asked, max_bytes)
-        if answer.status != 401 or auth is None or attempt == 2 or not auth.forget():
-            return answer
-    raise AssertionError  # the second attempt returns
-
-
-def _send_once(run: Run, request: _OutgoingRequest, asked: str, max_bytes: int) -> Fetched:
-    outside = run.outside
-    try:
-        return outside.outbound.fetch(
-            request.method,
-            request.url,
-            request.headers,
-            request.body,
-            timeout=run.left(),
-            max_bytes=max_bytes,
-            policy=None if request.fixed else outside.policy,
-        )
-    except AddressRefused as error:
-        # Which address a name of the inner network has is none of the client's business.
-        detail = "the API's address is refused: it is not a public one"
-        raise StepError(502, detail, f"the API's address is refused: {error}", {"refused", "unsafe"}) from None
-    except OutboundError as error:
-        run.check()
-        status = 504 if error.kind == "timeout" else 502
-        said, colon, more = str(error).partition(": ")  # of the system, which may name hosts of the inner network
-        detail = f"the API it calls gave no answer: {said}"
-        raise _http_failure(asked, status, detail, error.kind, more=colon + more) from None
-
-
 # What Python calls an encoding too; the first takes time with the square of the size.
 _NO_CHARSETS = frozenset({"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"})
 
@@ -5230,25 +5414,12 @@ def _charset(name: str) -> str:
     return found
 
 
-def _response_body(answer: Fetched, method: str) -> Any:
-    unknown = [word for word in content_codings(answer.headers) if word not in KNOWN_CODINGS]
-    try:
-        if answer.body and unknown:
-            raise ValueError(
-                f"in the Content-Encoding {shown(unknown[0])}: {' and '.join(KNOWN_CODINGS)} are known here"
-            )
-        return _read_answer(answer)
-    except ValueError as error:
-        detail = f"the API it calls answered {error}"
-        raise _http_failure(method, 502, detail, "body", answer=answer) from None
-
-
 def _read_answer(answer: Fetched) -> Any:
     """A body as its content type says it is; ValueError for JSON that is none."""
-    content_type = (header_value(answer.headers, "content-type") or "").lower()
-    media = content_type.partition(";")[0].strip()
     if not answer.body:
         return None
+    content_type = (header_value(answer.headers, "content-type") or "").lower()
+    media = content_type.partition(";")[0].strip()
     named = re.search(r"charset=\"?([\w-]+)", content_type)
     is_json = is_json_type(media)
     if not (is_json or named or media.startswith("text/") or media.endswith(("+xml", "/xml"))):
@@ -5270,6 +5441,87 @@ def _read_answer(answer: Fetched) -> Any:
         raise ValueError(f"with invalid JSON: {error}") from None
 
 
+class Connection(NamedTuple):
+    """A row of connections.json: what all calls to one API share. `timeout` is in seconds."""
+
+    url: Address
+    headers: Mapping[str, Template]
+    timeout: float | None
+    auth: Auth | None
+
+    def join(self, request: OutgoingRequest, outside: Surroundings) -> None:
+        """Put the connection's address and headers into a request."""
+        scope = {"env": outside.env, "secrets": outside.secrets}
+        request.url = self.url(scope)[0].rstrip("/") + request.url
+        headers = {name: value(scope) for name, value in self.headers.items()}
+        request.headers |= {name: as_text(value) for name, value in headers.items() if value is not None}
+
+
+class Auth:
+    """How a connection proves who calls; a wing has one that gets tokens by OAuth 2."""
+
+    def __init__(self, kind: str, values: Mapping[str, Template]) -> None:
+        self.kind, self.values = kind, values
+
+    def apply(self, run: Run, request: OutgoingRequest) -> None:
+        """Put the credentials into a request."""
+        outside = run.outside
+        values = {
+            name: as_text(value)
+            for name, value in evaluated(self.values, {"env": outside.env, "secrets": outside.secrets}).items()
+        }
+        outside.masked.hide(values[name] for name in ("token", "password", "value") if name in values)
+        if self.kind == "basic":
+            proof = base64.b64encode(f"{values['user']}:{values['password']}".encode()).decode()
+            outside.masked.hide([proof])
+            request.headers["Authorization"] = f"Basic {proof}"
+        elif self.kind == "bearer":
+            request.headers["Authorization"] = f"Bearer {values['token']}"
+        elif values["in"] == "query":
+            request.url = with_query(request.url, {values["name"]: values["value"]})
+        else:
+            request.headers[values["name"]] = values["value"]
+
+    def forget(self) -> bool:
+        """Drop what was refused; whether another credential can be had."""
+        return False
+
+
+def _make_auth(build: Build, given: dict[str, Any], place: str) -> Auth:
+    [(kind, values)] = given.items()
+    if isinstance(values, Auth):
+        return values
+    return Auth(kind, {"token": values} if kind == "bearer" else values)
+
+
+_BASIC = {"user": Value(required=True), "password": Value(required=True)}
+_API_KEY = {
+    "in": Computed(OneOf("header", "query"), required=True),
+    "name": Value(required=True),
+    "value": Value(required=True),
+}
+_AUTH: dict[str, Member] = {
+    "bearer": Value(),
+    "basic": Table(_BASIC),
+    "apiKey": Table(_API_KEY),
+    "oauth2": Elsewhere("astera_lite_steps:OAUTH2"),
+}
+_CONNECTION = {
+    "url": _Url(required=True),
+    "headers": MapOf(Value(), {}),
+    "timeout": Duration(),
+    "auth": Table(_AUTH, _make_auth, choice=_AUTH),
+    "description": Text(),
+}
+
+
+def _make_connection(build: Build, given: dict[str, Any], place: str) -> Connection:
+    return Connection(given["url"], given["headers"], given.get("timeout"), given.get("auth"))
+
+
+CONNECTIONS = MapOf(Table(_CONNECTION, _make_connection))
+
+
 #: Processes that steps have started and that may run still; each has a method `kill`.
 CHILDREN: set[Any] = set()
 
@@ -5280,16 +5532,12 @@ def kill_children() -> None:
         child.kill()
 
 
-MAX_CONCURRENCY = 64
+_BRANCH = {"steps": Steps(required=True), "result": Value()}
 
 
-def _check_steps_inside(build: Build, spec: Any, place: str, *names: str) -> Callable[[Run, Scope, str], Any]:
-    """Compile the `steps` of a step, and its `result`; what runs them takes the prefix of their paths."""
-    with build.block(*names):
-        steps = check_steps(build, spec.get("steps", []), f"{place}/steps")
-        result = build.template(spec["result"], f"{place}/result") if "result" in spec else None
-    if not steps and "steps" in spec:
-        build.fault(f"{place}/steps", "needs at least one step")
+def _inside(given: Mapping[str, Any]) -> Callable[[Run, Scope, str], Any]:
+    """What runs the `steps` of a step, and computes their `result`; it takes the prefix of their paths."""
+    steps, result = given["steps"], given.get("result")
 
     def inside(run: Run, scope: Scope, prefix: str) -> Any:
         value = run_steps(steps, run, scope, prefix)
@@ -5298,22 +5546,46 @@ def _check_steps_inside(build: Build, spec: Any, place: str, *names: str) -> Cal
     return inside
 
 
-def _parse_concurrency(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_CONCURRENCY:
-        raise ValueError(f"{shown(value)} is not a number from 1 to {MAX_CONCURRENCY}")
-    return value
+class _StepName(Member):
+    """A name that later expressions use."""
+
+    word = "a name that expressions can use"
+    json: Mapping[str, Any] = {"type": "string"}
+
+    def read(self, build: Build, value: Any, place: str) -> str:
+        if isinstance(value, str) and len(value) > 64:
+            build.fault(place, f"{shown(value)} has {len(value)} characters: at most 64")
+        elif not isinstance(value, str) or not STEP_NAME.fullmatch(value) or keyword.iskeyword(value):
+            build.fault(place, f"{shown(value)} must be a word of letters, digits and _ that expressions can use")
+        elif value in _BASE_NAMES or value in FUNCTIONS or value in _JSON_NAMES:
+            build.fault(place, f'"{value}" has a meaning in expressions already: choose another name')
+        elif value in build.names and build.names[value] is not _ERROR_MEMBERS:  # a flow may have a step "error"
+            what = "there is another step" if value in build.step_names else "something here has the name already,"
+            build.fault(place, f'{what} "{value}": names are unique')
+        return str(value)
 
 
-def _check_each(build: Build, spec: Any, place: str) -> Runner:
-    if not build.members(spec, place, ("of", "as", "concurrency", "steps", "result"), ("of", "steps")):
-        spec = {}
-    name = spec.get("as", "item")
-    _check_name(build, name, f"{place}/as")
-    of = build.template(spec.get("of"), f"{place}/of")
-    build.schemas[str(name)] = of.schema and of.schema.items
-    width = build.checked(spec, "concurrency", place, _parse_concurrency, 1)
-    inside = _check_steps_inside(build, spec, place, str(name))
-    build.schemas.pop(str(name), None)
+class _ItemName(_StepName):
+    """The name of the items of `each`; those of a part of the body are known by their schema."""
+
+    def read(self, build: Build, value: Any, place: str) -> str:
+        name, of = super().read(build, value, place), build.given.get("of")
+        build.names[name] = None
+        build.schemas[name] = of and of.schema and of.schema.items
+        return name
+
+
+MAX_CONCURRENCY = 64
+_EACH = {
+    "of": Value(required=True),
+    "as": _ItemName("item"),
+    "concurrency": Number(1, MAX_CONCURRENCY, 1),
+    **_BRANCH,
+}
+
+
+def _make_each(build: Build, given: dict[str, Any], place: str) -> Runner:
+    of, name, width, inside = given["of"], given["as"], given["concurrency"], _inside(given)
 
     def each(run: Run, scope: Scope, path: str) -> list[Any]:
         items = run.settled(of, scope, f"{path}/of")
@@ -5373,22 +5645,13 @@ def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: i
     return results
 
 
-def _check_choose(build: Build, spec: Any, place: str) -> Runner:
-    if not isinstance(spec, list) or not spec:
-        build.fault(place, 'must be a list such as [{"when": "${…}", "steps": […]}, {"steps": […]}]')
-        spec = []
-    branches: list[tuple[Template | None, Runner]] = []
-    for position, branch in enumerate(spec):
-        at = f"{place}/{position}"
-        if not build.members(branch, at, ("when", "steps", "result"), ("steps",)):
-            continue
-        when = build.condition(branch["when"], f"{at}/when") if "when" in branch else None
-        if when is None and position < len(spec) - 1:
-            build.fault(at, "has no `when`, so the branches behind it are never taken: put it last")
-        branches.append((when, _check_steps_inside(build, branch, at)))
+def _make_choose(build: Build, branches: list[dict[str, Any]], place: str) -> Runner:
+    whens = [branch.get("when") for branch in branches]
+    _is_last(build, whens, place)
+    ways = list(zip(whens, map(_inside, branches), strict=True))
 
     def choose(run: Run, scope: Scope, path: str) -> Any:
-        for position, (when, inside) in enumerate(branches):
+        for position, (when, inside) in enumerate(ways):
             if when is None or run.settled(when, scope, f"{path}/{position}?"):
                 return inside(run, dict(scope), f"{path}/{position}/")
         return None
@@ -5396,27 +5659,24 @@ def _check_choose(build: Build, spec: Any, place: str) -> Runner:
     return choose
 
 
-def _check_call(build: Build, spec: Any, place: str) -> Runner:
-    spec = {"flow": spec} if isinstance(spec, str) else spec
-    if not build.members(spec, place, ("flow", "params", "body"), ("flow",)):
-        spec = {}
-    name = spec.get("flow", "")
-    if not isinstance(name, str) or "${" in name:
-        build.fault(f"{place}/flow", "must be the name of a flow: which one is called is not computed")
-    else:
-        build.calls.append((name, f"{place}/flow"))
-    if not isinstance(spec.get("params", {}), dict):
-        build.fault(f"{place}/params", "must be an object of the flow's parameters by name")
-    params = build.template(spec.get("params", {}), f"{place}/params")
-    body = build.template(spec.get("body"), f"{place}/body")
+_CALL = {
+    "flow": Text(required=True, pattern=FLOW_NAME.pattern, word="the name of a flow"),
+    "params": Object({}),
+    "body": Value(),
+}
+
+
+def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
+    name, params, body = given["flow"], given["params"], given.get("body")
+    build.calls.append((name, f"{place}/flow"))
 
     def call(run: Run, scope: Scope, path: str) -> dict[str, Any]:
         flow = run.outside.flow_named(name)
         if flow is None:
             raise StepError(500, "the flow that it calls is not deployed", f'"{name}" is not deployed', {"missing"})
-        given = {key: value for key, value in params(scope).items() if value is not None}
+        values = {key: value for key, value in params(scope).items() if value is not None}
         try:
-            request = request_for(flow, given, body(scope))
+            request = request_for(flow, values, body(scope) if body else None)
             bound = flow.bind(request, path_values(flow, request.path), str(run.input.request["id"]))
         except InputError as error:
             raise StepError(500, "the flow that it calls refused its input", f'"{name}": {error}', {"input"}) from None
@@ -5442,36 +5702,59 @@ def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
         raise StepError(failed.status, failed.message, failed.message, {"fail"}, answer) from None
 
 
-#: Every kind of step. To add one: a check function as above, and a row here.
+_PYTHON = {"call": _FunctionName(required=True), "args": Object({}), "isolate": Flag(False)}
+_UNTIL = {"until": Computed(_TIME, required=True)}
+#: Every kind of step. To add one: its members, a function that makes the runner of what they compile to, and a row.
 STEP_KINDS: dict[str, StepKind] = {
-    "http": StepKind(_check_http, True, "calls an API"),
-    "python": StepKind(_check_python, True, "calls a Python function: module:function"),
-    "sql": StepKind(
-        late("astera_lite_steps:check_sql"), True, "asks a SQLite database in the data folder, or writes to it"
+    "http": StepKind(
+        Table(_HTTP, short="url"),
+        _make_http,
+        "calls an API",
+        effect=True,
+        answers=True,
+        failures=("transport", "timeout", "too_large", "body"),
     ),
-    "run": StepKind(late("astera_lite_steps:check_run"), True, "runs a program"),
-    "set": StepKind(_check_set, False, "computes a value"),
-    "each": StepKind(_check_each, False, "runs steps for every item of a list"),
-    "choose": StepKind(_check_choose, False, "runs the steps of the first branch whose `when` holds"),
-    "call": StepKind(_check_call, False, "runs another flow"),
-    "wait": StepKind(_check_wait, False, "waits for a time"),
-    "respond": StepKind(_check_respond, False, "answers at once; the steps after it do not run"),
-    "fail": StepKind(_check_fail, False, "ends as an error"),
+    "python": StepKind(
+        Table(_PYTHON, short="call"),
+        _make_python,
+        "calls a Python function: module:function",
+        effect=True,
+        code=True,
+        failures=("error",),
+    ),
+    "sql": StepKind(
+        Elsewhere("astera_lite_steps:SQL"),
+        late("astera_lite_steps:make_sql"),
+        "asks a SQLite database in the data folder, or writes to it",
+        effect=True,
+        failures=("locked", "sql"),
+    ),
+    "run": StepKind(
+        Elsewhere("astera_lite_steps:PROGRAM"),
+        late("astera_lite_steps:make_run"),
+        "runs a program",
+        effect=True,
+        failures=("exit",),
+    ),
+    "set": StepKind(Value(), _make_set, "computes a value", light=True),
+    "each": StepKind(Table(_EACH), _make_each, "runs steps for every item of a list", holds=True),
+    "choose": StepKind(
+        ListOf(Table({"when": Condition(), **_BRANCH}), least=1),
+        _make_choose,
+        "runs the steps of the first branch whose `when` holds",
+        light=True,
+        holds=True,
+    ),
+    "call": StepKind(Table(_CALL, short="flow"), _make_call, "runs another flow", answers=True, holds=True),
+    "wait": StepKind(Either(Computed(Duration()), Table(_UNTIL)), _make_wait, "waits for a time"),
+    "respond": StepKind(
+        Table(_ANSWER, _make_response), _make_respond, "answers at once; the steps after it do not run", light=True
+    ),
+    "fail": StepKind(Table(_FAIL), _make_fail, "ends as an error", light=True),
 }
 
 
-# --- validation -----------------------------------------------------------------------------------------------------
-
-_BASE_NAMES = ("params", "request", "env", "secrets")
-_REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
-_FLOW_MEMBERS = ("description", "request", "steps", "response", "timeout", "restart", "concurrency", "tests")
-STEP_OPTIONS = ("name", "when", "timeout", "retry", "onError", "description")
-MODES = ("synchronous", "asynchronous")
-FLOW_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
-FLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_STEP_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
-_SEGMENT = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+")
-_PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z][A-Za-z0-9_-]*)\}")
+# --- flow files -----------------------------------------------------------------------------------------------------
 
 
 def parse_flow_text(text: str, file_name: str) -> Any:
@@ -5591,19 +5874,306 @@ def nearest_line(lines: Mapping[str, int], place: str) -> int | None:
     return lines["/".join(names)] if names else None
 
 
-_LIGHT_KINDS = frozenset({"set", "choose", "respond", "fail"})
+# --- flows ----------------------------------------------------------------------------------------------------------
+
+_SEGMENT = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+")
+_PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z][A-Za-z0-9_-]*)\}")
+
+
+def _parse_rule(name: str, kind: str, value: Any) -> Any:
+    if not VALUE_TYPES[kind].holds(value):
+        raise ValueError(f"must be {VALUE_TYPES[kind].words}, not {shown(value)}")
+    try:
+        return Pattern(value) if name == "pattern" else value
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"is not a regular expression: {error}") from None
+
+
+_RULES: dict[str, Member] = {
+    name: Plain(
+        partial(_parse_rule, name, rule.limit_type), VALUE_TYPES[rule.limit_type].words, {"type": rule.limit_type}
+    )
+    for name, rule in SCHEMA_RULES.items()
+}
+_NOTES: dict[str, Member] = {"description": Text(), "example": Member()}
+
+
+class _Value(Member):
+    """A schema of a value inside the body."""
+
+    word = "a schema"
+    json: Mapping[str, Any] = {"$ref": "#/$defs/value"}
+
+    def read(self, build: Build, value: Any, place: str) -> Schema:
+        return VALUE_SCHEMA.read(build, value, place) or Schema()
+
+
+def _make_schema(build: Build, given: dict[str, Any], place: str) -> Schema:
+    schema = Schema()
+    schema.types, schema.items = tuple(given.get("type", ())), given.get("items")
+    schema.rules = [(rule, given[name]) for name, rule in SCHEMA_RULES.items() if name in given]
+    if "pattern" in given:
+        schema.rules.insert(0, (SCHEMA_RULES["maxLength"], given["pattern"].longest))
+    schema.properties, schema.required = given.get("properties", {}), tuple(given.get("required", ()))
+    schema.additional = given.get("additionalProperties", True)
+    for name in set(schema.required) - set(schema.properties) if schema.properties else ():
+        near = suggest(name, schema.properties)
+        build.fault(f"{place}/required", f"names {shown(name)}, which properties lacks{near}")
+    if "default" in given:
+        errors = InputErrors()
+        schema.default, schema.has_default = schema.check(given["default"], "", errors), True
+        for found in errors:
+            build.fault(f"{place}/default{found['name']}", f"{found['message']}, not {shown(given['default'])}")
+    return schema
+
+
+_SCHEMA: dict[str, Member] = {
+    "type": ListOf(OneOf(*VALUE_TYPES), lone=True),
+    "items": _Value(),
+    "properties": MapOf(_Value()),
+    "required": ListOf(Text(word="the name of a member")),
+    "additionalProperties": Either(Flag(), _Value()),
+    "default": Member(),
+    **_RULES,
+    **_NOTES,
+}
+VALUE_SCHEMA = Table(_SCHEMA, _make_schema)
+
+
+def _make_body(build: Build, given: dict[str, Any], place: str) -> tuple[Schema, bool]:
+    """The schema of a request's body, and whether it must come; `required` says that, or which members must."""
+    required = given.pop("required", True)
+    schema = _make_schema(build, given | ({"required": required} if isinstance(required, list) else {}), place)
+    return schema, bool(required)
+
+
+_BODY = _SCHEMA | {"required": Either(Flag(), ListOf(Text(word="the name of a member")))}
+_PARAMETER: dict[str, Member] = {
+    "in": OneOf("path", "query", "header", required=True),
+    "required": Flag(),
+    "type": OneOf(*PARAMETER_TYPES, "array", default="string"),
+    "items": _Value(),
+    "default": Member(),
+    **_RULES,
+    **_NOTES,
+}
+
+
+def _make_parameter(build: Build, given: dict[str, Any], place: str) -> Parameter:
+    kind, where, items = given["type"], given["in"], given.get("items")
+    if items is None:
+        items = Schema()
+        items.types = ("string",)
+    schema = _make_schema(build, given | {"type": [kind], "items": items, "required": ()}, place)
+    item_kind = (items.types or ("string",))[0] if kind == "array" else kind
+    if item_kind not in PARAMETER_TYPES:
+        build.fault(f"{place}/items/type", f"{shown(item_kind)} is not one of {', '.join(PARAMETER_TYPES)}")
+        item_kind = "string"
+    required = given.get("required", where == "path")
+    if required and schema.has_default:
+        cure = 'leave out "required" or "default"'
+        build.fault(f"{place}/default", f"a required parameter has no use for a default: {cure}")
+    if where == "path" and not required:
+        build.fault(f"{place}/required", "a path parameter is always there: leave it out")
+    parse, array = VALUE_TYPES[item_kind].parse, kind == "array"
+    return Parameter("", where, parse, array, item_kind == "string" and not array, required, schema)
+
+
+_PARAMETER_TABLE = Table(_PARAMETER, _make_parameter)
+
+
+def _parse_resource(path: Any) -> str:
+    if not isinstance(path, str) or not path.startswith("/") or path == "/":
+        raise ValueError(f"{shown(path)} must begin with / and name something, such as /weather/{{city}}")
+    for segment in path.split("/")[1:]:
+        if not segment:
+            raise ValueError("has an empty segment: write it without // and without a / at the end")
+        if segment in (".", ".."):
+            raise ValueError("must not have . or .. as a segment: clients take them away")
+        if not (_SEGMENT.fullmatch(segment) or _PARAMETER_SEGMENT.fullmatch(segment)):
+            cure = "percent-encode the rest"
+            if "?" in segment:
+                cure = "query parameters stand under parameters, not in the path"
+            elif "{" in segment or "}" in segment:
+                cure = "a parameter is a whole segment in braces, such as /x/{id}"
+            raise ValueError(f"{shown(segment)} is neither a plain path segment nor a {{parameter}}: {cure}")
+    return path
+
+
+def _parse_media(value: Any) -> str:
+    media = CONTENT_TYPES.get(value, value.lower()) if isinstance(value, str) else ""
+    if "/" not in media:
+        raise ValueError(f"{shown(value)} is no media type{suggest(str(value), CONTENT_TYPES)}")
+    return media
+
+
+_REQUEST = {
+    "method": OneOf(*FLOW_METHODS, required=True),
+    "resource": Plain(
+        _parse_resource, "a path such as /weather/{city}", {"type": "string", "pattern": "^/."}, required=True
+    ),
+    "processing": ListOf(OneOf(*MODES), ["synchronous"], least=1, lone=True),
+    "parameters": MapOf(_PARAMETER_TABLE, {}),
+    "strict": Flag(False),
+    "body": Table(_BODY, _make_body),
+    "contentTypes": ListOf(
+        Plain(_parse_media, f"{', '.join(CONTENT_TYPES)} or a media type", {"type": "string"}), least=1
+    ),
+}
+
+
+def _make_request(build: Build, given: dict[str, Any], place: str) -> dict[str, Any]:
+    resource, body = given["resource"], given.get("body")
+    in_path = [match[1] for segment in resource.split("/") if (match := _PARAMETER_SEGMENT.fullmatch(segment))]
+    for name in {name for name in in_path if in_path.count(name) > 1}:
+        build.fault(f"{place}/resource", f"has {{{name}}} twice")
+    undescribed = _PARAMETER_TABLE.read(build, {"in": "path"}, place)
+    items = {name: undescribed for name in in_path if name not in given["parameters"]} | given["parameters"]
+    for name, item in items.items():
+        at = f"{place}/parameters/{pointer(name)}"
+        if item.where == "path" and name not in in_path:
+            build.fault(at, f'is in "path", but the resource has no {{{name}}}{suggest(name, in_path)}')
+        elif item.where != "path" and name in in_path:
+            build.fault(at, f'stands in the resource as {{{name}}}: write "in": "path"')
+        elif item.where == "header" and not _TOKEN_TEXT.fullmatch(name):
+            build.fault(at, "is not the name of a header")
+        elif item.where == "query" and name == "callbackUrl":
+            build.fault(at, "is a parameter of every asynchronous request and does not reach the flow: rename it")
+    if body is not None and given["method"] == "GET":
+        build.fault(f"{place}/body", "a GET request has no body: use parameters, or another method")
+    build.method = given["method"]
+    build.names["params"], build.schemas["request.body"] = list(items), body and body[0]
+    parameters = tuple(item._replace(name=name) for name, item in items.items())
+    content_types = given.get("contentTypes", [CONTENT_TYPES["json"]] if body else [])
+    return given | {"parameters": parameters, "contentTypes": tuple(content_types), "body": body or (None, False)}
+
+
+class _RetryOn(Member):
+    """A status, or a word for a failure of some kind of step."""
+
+    word = 'a status such as 503 or "5xx", or a word for a failure such as "timeout"'
+    json: Mapping[str, Any] = {"type": ["string", "integer"]}
+
+    def read(self, build: Build, value: Any, place: str) -> str:
+        words = list(dict.fromkeys(word for kind in build.kinds.values() for word in kind.failures))
+        try:
+            return str(value) if value in words else parse_status_word(value)
+        except ValueError as error:
+            build.fault(place, f"{error}, nor one of {', '.join(words)}")
+            return ""
+
+
+def _make_retry(build: Build, given: dict[str, Any], place: str) -> Retry:
+    on = frozenset(given["on"]) if "on" in given else None
+    return Retry(given["attempts"], given["delay"], given["backoff"], given["maxDelay"], on)
+
+
+_RETRY = {
+    "attempts": Number(1, 100, what="a number of attempts", required=True),
+    "delay": Duration("1s"),
+    "backoff": Number(1, 10, 2, what="a factor", whole=False),
+    "maxDelay": Duration("30s"),
+    "on": ListOf(_RetryOn(), least=1),
+}
+
+
+class _OnError(Value):
+    """The value instead of that of a step that failed."""
+
+    word = '"continue", or the value instead'
+
+    def read(self, build: Build, value: Any, place: str) -> Template:
+        return super().read(build, None if value == "continue" else value, place)
+
+
+_OPTIONS: dict[str, Member] = {
+    "name": _StepName(required=True),
+    "when": Condition(),
+    "timeout": Duration(),
+    "retry": Table(_RETRY, _make_retry, short="attempts"),
+    "onError": _OnError(),
+    "description": Text(),
+}
+STEP_OPTIONS = tuple(_OPTIONS)
+
+
+def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
+    [name] = [name for name in build.kinds if name in given]
+    kind, (run, save) = build.kinds[name], given[name]
+    build.light = build.light and kind.light and not given.keys() & {"timeout", "retry"}
+    return Step(
+        name=given["name"],
+        kind=name,
+        run=run,
+        effect=kind.effect,
+        save=save,
+        when=given.get("when"),
+        timeout=given.get("timeout"),
+        retry=given.get("retry", Retry()),
+        on_error=given.get("onError"),
+        place=f"{place}/{name}",
+        answers=kind.answers,
+        holds=kind.holds,
+        code=kind.code,
+    )
+
+
+def step_table(kinds: Mapping[str, StepKind]) -> Table:
+    """The members of a step, where these kinds of steps are known."""
+    return Table(_OPTIONS | {name: _Kind(kind) for name, kind in kinds.items()}, _make_step, choice=kinds)
+
+
+class FlowTest(NamedTuple):
+    """A test that a flow's file carries: a request, outputs of steps that do not run, and the response expected."""
+
+    name: str
+    params: Mapping[str, Any]
+    body: Any
+    steps: Mapping[str, Any]  # outputs by step name, or by path
+    fails: Mapping[str, Any]  # steps that fail: the caller's status, or what the API answers
+    response: Mapping[str, Any]
+
+
+def _make_test(build: Build, given: dict[str, Any], place: str) -> FlowTest:
+    request = given["request"]
+    params, body = request["params"], request.get("body")
+    return FlowTest(given["name"], params, body, given["steps"], given["fails"], given["response"])
+
+
+def _step_of_flow(build: Build, name: str, names: Collection[str]) -> str:
+    known = build.step_names
+    return "" if name.rpartition("/")[2] in known else f"there is no step {shown(name)}{suggest(name, known)}"
+
+
+_STATUS = Number(200, 599, what="a status", required=True)
+_TEST = {
+    "name": Text(required=True),
+    "request": Table({"params": MapOf(Member(), {}), "body": Member()}, default={}),
+    "steps": MapOf(Member(), {}, check=_step_of_flow),
+    "fails": MapOf(Either(_STATUS, Table({"status": _STATUS, "body": Member()})), {}, check=_step_of_flow),
+    "response": Table(
+        {"status": Number(200, 599, 200, what="a status"), "headers": MapOf(Member(), {}), "body": Member()},
+        required=True,
+    ),
+}
+_CONCURRENCY = {
+    "limit": Number(1, what="a number of runs", required=True),
+    "whenFull": OneOf("queue", "refuse", default="queue"),
+}
+FLOW = Table(
+    {
+        "description": Text(""),
+        "request": Table(_REQUEST, _make_request, required=True),
+        "steps": Steps([], least=0),
+        "response": ListOf(_RESPONSE, [], lone=True),
+        "timeout": Duration(),
+        "restart": OneOf("resume", "rerun", "fail", default="resume"),
+        "concurrency": Table(_CONCURRENCY, short="limit"),
+        "tests": ListOf(Table(_TEST, _make_test), []),
+    }
+)
 _LIGHT_TEXT = 16 << 10  # characters of a light flow at the most, with all the constants that it answers with
-
-
-def _is_light(tree: dict[str, Any], text: str) -> bool:
-    """Whether a flow only computes, in few steps: what it may cost is then bounded by a purse."""
-    steps = list(tree.get("steps", ()))
-    for step in steps:
-        if not step.keys() <= _LIGHT_KINDS | {"name", "when", "onError"}:
-            return False
-        for branch in step.get("choose", ()):
-            steps += branch["steps"]  # they are looked at in their turn
-    return len(steps) <= 32 and len(text) <= _LIGHT_TEXT
+_LIGHT_STEPS = 32
 
 
 def build_flow(
@@ -5621,391 +6191,53 @@ def build_flow(
     if not FLOW_NAME.fullmatch(name):
         cure = ", 64 at most" if len(name) > 64 else ""
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _{cure}")
-    if not isinstance(tree, dict):
-        raise FlowError([Fault(where, "", f"must be an object with request, steps, response, not {kind_of(tree)}")])
-    build.members(tree, "", _FLOW_MEMBERS, ("request",))
-    request = tree.get("request", {"method": "GET", "resource": "/x"})  # to find what else is wrong
-    members = ("method", "resource", "processing", "parameters", "strict", "body", "contentTypes")
-    if not build.members(request, "/request", members, ("method", "resource")):
-        request = {}
-    method = request.get("method", "GET")
-    build.method = method
-    if method not in FLOW_METHODS:
-        cure = suggest(str(method), FLOW_METHODS)
-        build.fault("/request/method", f"{shown(method)} is not one of {', '.join(FLOW_METHODS)}{cure}")
-    resource_path = _check_resource(build, request.get("resource", "/x"))
-    parameters = _check_parameters(build, request.get("parameters", {}), resource_path)
-    body, content_types = _check_body(build, request)
-    build.names = dict.fromkeys(_BASE_NAMES)
-    build.names["params"] = [item.name for item in parameters]
-    build.names["request"] = _REQUEST_MEMBERS
-    build.schemas = {"request.body": body}
-    build.names["error"] = _ERROR_MEMBERS
-    steps = check_steps(build, tree.get("steps", []), "/steps")
-    responses = _check_responses(build, tree.get("response", []))
-    selection = _all_selections(build, responses, parameters)
-    description = tree.get("description", "")
-    if not isinstance(description, str):
-        build.fault("/description", "must be text")
-    restart = tree.get("restart", "resume")
-    if restart not in ("resume", "rerun", "fail"):
-        build.fault(
-            "/restart", f"{shown(restart)} is not one of resume, rerun, fail{suggest(str(restart), ('resume',))}"
-        )
-    timeout = build.checked(tree, "timeout", "", parse_duration, None)
-    tests = _check_tests(build, tree.get("tests", []))
-    limit, when_full = _check_concurrency(build, tree.get("concurrency"))
-    strict = request.get("strict", False)
-    if type(strict) is not bool:
-        build.fault("/request/strict", "must be true or false")
-    modes = _check_processing(build, request.get("processing", ["synchronous"]))
+    build.step = step_table(kinds)
+    build.names = dict.fromkeys(_BASE_NAMES) | {"request": _REQUEST_MEMBERS, "error": _ERROR_MEMBERS}
+    given = FLOW.read(build, tree, "")
     if build.faults:
         raise FlowError(build.faults)
+    request, responses = given["request"], given["response"]
+    parameters, (body, body_required) = request["parameters"], request["body"]
+    _is_last(build, [response.when for response in responses], "/response")
+    selection = _all_selections(build, responses, parameters)
     try:
         text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_function_name)
+        if _SURROGATE.search(text):
+            build.fault("", "a string has half of a surrogate pair")
     except ValueError as error:  # what a program that embeds the server gives
-        raise FlowError([Fault(where, "", f"is not JSON: {error}")]) from None
-    if _SURROGATE.search(text):
-        raise FlowError([Fault(where, "", "a string has half of a surrogate pair")])
+        build.fault("", f"is not JSON: {error}")
+    if build.faults:
+        raise FlowError(build.faults)
+    concurrency = given.get("concurrency", {"limit": None, "whenFull": "queue"})
+    light = build.light and len(build.step_names) <= _LIGHT_STEPS and len(text) <= _LIGHT_TEXT
     return Flow(
         name=name,
-        description=description,
-        method=method,
-        resource=resource_path,
-        modes=modes,
-        strict=strict,
+        description=given["description"],
+        method=request["method"],
+        resource=request["resource"],
+        modes=frozenset(request["processing"]),
+        strict=request["strict"],
         parameters=parameters,
         body=body,
-        content_types=content_types,
-        body_required=bool(isinstance(request.get("body"), dict) and request["body"].get("required", True)),
-        steps=tuple(steps),
+        content_types=request["contentTypes"],
+        body_required=body_required,
+        steps=tuple(given["steps"]),
         responses=tuple(responses),
         selection=selection,
-        timeout=timeout,
-        restart=restart,
-        limit=limit,
-        when_full=when_full,
+        timeout=given.get("timeout"),
+        restart=given["restart"],
+        limit=concurrency["limit"],
+        when_full=concurrency["whenFull"],
         calls=tuple(build.calls),
-        tests=tests,
+        tests=tuple(given["tests"]),
         tree=tree,
         text=text,
         version=int.from_bytes(sha256(f"{name}\n{text}".encode())[:8]) >> 1,
         source=where,
         remembered={},
         header_names=(*(item.name.lower() for item in parameters if item.where == "header"), "content-type"),
-        light=_is_light(tree, text) and limit is None,
+        light=light and concurrency["limit"] is None,
     )
-
-
-def _parse_limit(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{shown(value)} is not a number of runs, 1 or more")
-    return value
-
-
-def _check_concurrency(build: Build, spec: Any) -> tuple[int | None, str]:
-    spec = {"limit": spec} if type(spec) is int else spec
-    if spec is None or not build.members(spec, "/concurrency", ("limit", "whenFull"), ("limit",)):
-        return None, "queue"
-    when_full = spec.get("whenFull", "queue")
-    if when_full not in ("queue", "refuse"):
-        cure = suggest(str(when_full), ("queue", "refuse"))
-        build.fault("/concurrency/whenFull", f"{shown(when_full)} is neither queue nor refuse{cure}")
-    return build.checked(spec, "limit", "/concurrency", _parse_limit, None), str(when_full)
-
-
-def _function_name(value: Any) -> str:
-    if isinstance(value, datetime.date | datetime.time):  # TOML has these
-        return value.isoformat()
-    return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', repr(type(value)))}"
-
-
-def _check_processing(build: Build, modes: Any) -> frozenset[str]:
-    modes = [modes] if isinstance(modes, str) else modes
-    if not isinstance(modes, list) or not modes:
-        build.fault("/request/processing", 'must be a list such as ["synchronous", "asynchronous"]')
-        return frozenset()
-    for mode in modes:
-        if mode not in MODES:
-            build.fault(
-                "/request/processing", f"{shown(mode)} is not one of {', '.join(MODES)}{suggest(str(mode), MODES)}"
-            )
-    return frozenset(map(str, modes))
-
-
-def _check_resource(build: Build, path: Any) -> str:
-    if not isinstance(path, str) or not path.startswith("/") or path == "/":
-        build.fault(
-            "/request/resource", f"{shown(path)} must begin with / and name something, such as /weather/{{city}}"
-        )
-        return "/x"
-    for segment in path.split("/")[1:]:
-        if not segment:
-            build.fault("/request/resource", "has an empty segment: write it without // and without a / at the end")
-        elif not (_SEGMENT.fullmatch(segment) or _PARAMETER_SEGMENT.fullmatch(segment)):
-            message = f"{shown(segment)} is neither a plain path segment nor a {{parameter}}: " + (
-                "query parameters stand under parameters, not in the path"
-                if "?" in segment
-                else "a parameter is a whole segment in braces, such as /x/{id}"
-                if "{" in segment or "}" in segment
-                else "percent-encode the rest"
-            )
-            build.fault("/request/resource", message)
-        elif segment in (".", ".."):
-            build.fault("/request/resource", "must not have . or .. as a segment: clients take them away")
-    return path
-
-
-def _check_parameters(build: Build, specs: Any, path: str) -> tuple[Parameter, ...]:
-    if not isinstance(specs, dict):
-        build.fault("/request/parameters", 'must be an object such as {"city": {"in": "path"}}')
-        return ()
-    in_path = [match[1] for segment in path.split("/") if (match := _PARAMETER_SEGMENT.fullmatch(segment))]
-    for name in {name for name in in_path if in_path.count(name) > 1}:
-        build.fault("/request/resource", f"has {{{name}}} twice")
-    specs = {**{name: {"in": "path"} for name in in_path if name not in specs}, **specs}
-    parameters = []
-    for name, spec in specs.items():
-        place = f"/request/parameters/{pointer(name)}"
-        if not build.members(spec, place, ("in", "required", *_SCHEMA_MEMBERS[:2], "default", *SCHEMA_RULES, *_NOTES)):
-            continue
-        where = spec.get("in")
-        if where not in ("path", "query", "header"):
-            cure = ' (its name stands in the resource: "in": "path")' if name in in_path else ""
-            build.fault(place, f'needs "in": "path", "query" or "header"{cure}')
-        elif where == "path" and name not in in_path:
-            build.fault(place, f'is in "path", but the resource has no {{{name}}}{suggest(name, in_path)}')
-        elif where != "path" and name in in_path:
-            build.fault(place, f'stands in the resource as {{{name}}}: write "in": "path"')
-        elif where == "header" and not _TOKEN_TEXT.fullmatch(name):
-            build.fault(place, "is not the name of a header")
-        if name == "callbackUrl" and where == "query":
-            build.fault(place, "is a parameter of every asynchronous request and does not reach the flow: rename it")
-        parameters.append(_check_parameter(build, name, spec, place))
-    return tuple(parameters)
-
-
-def _check_parameter(build: Build, name: str, spec: dict[str, Any], place: str) -> Parameter:
-    kind = spec.get("type", "string")
-    array = kind == "array"
-    item_spec = spec.get("items", {"type": "string"}) if array else spec
-    item_kind = item_spec.get("type", "string") if isinstance(item_spec, dict) else None
-    if not isinstance(item_kind, str) or item_kind not in PARAMETER_TYPES:
-        allowed = [*PARAMETER_TYPES, "array"]
-        build.fault(f"{place}/type", f"{shown(kind)} is not one of {', '.join(allowed)}{suggest(str(kind), allowed)}")
-        spec = {**spec, "type": "string"}
-        kind = item_kind = "string"
-    schema_spec = {key: value for key, value in spec.items() if key not in ("in", "required")}
-    if array and "items" not in spec:
-        schema_spec["items"] = item_spec
-    schema = check_schema(build, {"type": "string", **schema_spec}, place)
-    required = spec.get("required", spec.get("in") == "path")
-    if type(required) is not bool:
-        build.fault(f"{place}/required", "must be true or false")
-    elif required and schema.has_default:
-        build.fault(
-            f"{place}/default", 'a required parameter has no use for a default: leave out "required" or "default"'
-        )
-    elif not required and spec.get("in") == "path":
-        build.fault(f"{place}/required", "a path parameter is always there: leave it out")
-    return Parameter(
-        name,
-        str(spec.get("in")),
-        VALUE_TYPES[item_kind].parse,
-        array,
-        item_kind == "string" and not array,
-        bool(required),
-        schema,
-    )
-
-
-def check_schema(build: Build, spec: Any, place: str) -> Schema:
-    """Compile a schema of the vocabulary that parameters and bodies share."""
-    schema = Schema()
-    if not build.members(spec, place, (*_SCHEMA_MEMBERS, *_NOTES)):
-        return schema
-    kinds = spec.get("type", [])
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    for kind in kinds:
-        if not isinstance(kind, str) or kind not in VALUE_TYPES:
-            allowed = ", ".join(VALUE_TYPES)
-            build.fault(f"{place}/type", f"{shown(kind)} is not one of {allowed}{suggest(str(kind), VALUE_TYPES)}")
-    schema.types = tuple(kind for kind in kinds if isinstance(kind, str) and kind in VALUE_TYPES)
-    for name, rule in SCHEMA_RULES.items():
-        if name in spec:
-            value = spec[name]
-            if not VALUE_TYPES[rule.limit_type].holds(value):
-                build.fault(f"{place}/{name}", f"must be {VALUE_TYPES[rule.limit_type].words}, not {shown(value)}")
-                continue
-            if name == "pattern":
-                try:
-                    value = Pattern(value)
-                except (re.error, RecursionError, OverflowError) as error:
-                    build.fault(f"{place}/pattern", f"is not a regular expression: {error}")
-                    continue
-                except ValueError as error:
-                    build.fault(f"{place}/pattern", str(error))
-                    continue
-                schema.rules.append((SCHEMA_RULES["maxLength"], value.longest))
-            schema.rules.append((rule, value))
-    if "items" in spec:
-        schema.items = check_schema(build, spec["items"], f"{place}/items")
-    properties = spec.get("properties", {})
-    if build.members(properties, f"{place}/properties", properties if isinstance(properties, dict) else ()):
-        for name, item in properties.items():
-            schema.properties[name] = check_schema(build, item, f"{place}/properties/{pointer(name)}")
-    required = spec.get("required", [])
-    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-        build.fault(f"{place}/required", "must be a list of member names")
-    else:
-        schema.required = tuple(required)
-        for name in set(required) - set(properties) if properties and isinstance(properties, dict) else ():
-            build.fault(f"{place}/required", f"names {shown(name)}, which properties lacks{suggest(name, properties)}")
-    additional = spec.get("additionalProperties", True)
-    schema.additional = (
-        additional if type(additional) is bool else check_schema(build, additional, f"{place}/additionalProperties")
-    )
-    if "default" in spec:
-        errors = InputErrors()
-        schema.default, schema.has_default = schema.check(spec["default"], "", errors), True
-        for found in errors:
-            build.fault(f"{place}/default{found['name']}", f"{found['message']}, not {shown(spec['default'])}")
-    return schema
-
-
-def _check_body(build: Build, request: dict[str, Any]) -> tuple[Schema | None, tuple[str, ...]]:
-    spec = request.get("body")
-    types_given = request.get("contentTypes", ["json"] if spec is not None else [])
-    is_list = isinstance(types_given, list) and all(isinstance(item, str) for item in types_given)
-    if not is_list or ("contentTypes" in request and not types_given):
-        build.fault("/request/contentTypes", f"must be a list of {', '.join(CONTENT_TYPES)} or of media types")
-        types_given = []
-    content_types = []
-    for item in types_given:
-        media = CONTENT_TYPES.get(item, item.lower())
-        if "/" not in media:
-            build.fault("/request/contentTypes", f"{shown(item)} is no media type{suggest(item, CONTENT_TYPES)}")
-        content_types.append(media)
-    if spec is None:
-        return None, tuple(content_types)
-    if request.get("method") == "GET":
-        build.fault("/request/body", "a GET request has no body: use parameters, or another method")
-    if not isinstance(spec, dict):
-        build.fault("/request/body", 'must be an object such as {"type": "object", "properties": {…}}')
-        return None, tuple(content_types)
-    schema_spec = {key: value for key, value in spec.items() if key != "required" or isinstance(value, list)}
-    return check_schema(build, schema_spec, "/request/body"), tuple(content_types)
-
-
-def check_steps(build: Build, specs: Any, place: str) -> list[Step]:
-    """Compile a list of steps; each sees the names of those before it."""
-    if not isinstance(specs, list):
-        build.fault(place, f"must be a list of steps, not {kind_of(specs)}")
-        return []
-    names = [str(spec.get("name")) for spec in specs if isinstance(spec, dict)]
-    build.hints |= {name: f'step "{name}" comes later: move it up' for name in names if name not in build.names}
-    steps = []
-    for position, spec in enumerate(specs):
-        step = _check_step(build, spec, f"{place}/{position}")
-        if step is not None:
-            steps.append(step)
-            build.names[step.name] = None
-    return steps
-
-
-def _check_name(build: Build, name: Any, place: str) -> None:
-    if isinstance(name, str) and len(name) > 64:
-        build.fault(place, f"{shown(name)} has {len(name)} characters: at most 64")
-    elif not isinstance(name, str) or not _STEP_NAME.fullmatch(name) or keyword.iskeyword(name):
-        build.fault(place, f"{shown(name)} must be a word of letters, digits and _ that expressions can use")
-    elif name in _BASE_NAMES or name in FUNCTIONS or name in _JSON_NAMES:
-        build.fault(place, f'"{name}" has a meaning in expressions already: choose another name')
-    elif name in build.names and build.names[name] is not _ERROR_MEMBERS:  # a flow may have a step "error"
-        what = "there is another step" if name in build.step_names else "something here has the name already,"
-        build.fault(place, f'{what} "{name}": names are unique')
-
-
-def _check_step(build: Build, spec: Any, place: str) -> Step | None:
-    kinds = build.kinds
-    if not build.members(spec, place, (*STEP_OPTIONS, *kinds), ("name",)):
-        return None
-    name = spec.get("name", "")
-    if "name" in spec:
-        _check_name(build, name, f"{place}/name")
-    used = [kind for kind in kinds if kind in spec]
-    if not used and any(member not in STEP_OPTIONS for member in spec):
-        return None  # what is not known was to be the kind
-    if len(used) != 1:
-        found = f"has {' and '.join(used)}" if used else "has no kind"
-        build.fault(place, f"{found}: a step has exactly one of {', '.join(kinds)}")
-        return None
-    kind = kinds[used[0]]
-    build.step_names.add(str(name))
-    outer_volatile, build.volatile = build.volatile, False  # a step inside a step counts for itself
-    run = kind.check(build, spec[used[0]], f"{place}/{used[0]}")
-    on_error = spec.get("onError")
-    error_value = None if on_error == "continue" else on_error
-    instead = build.template(error_value, f"{place}/onError") if "onError" in spec else None
-    save = kind.effect or build.volatile
-    build.volatile = outer_volatile
-    return Step(
-        name=str(name),
-        kind=used[0],
-        run=run,
-        effect=kind.effect,
-        save=save,
-        when=build.condition(spec["when"], f"{place}/when") if "when" in spec else None,
-        timeout=build.checked(spec, "timeout", place, parse_duration, None),
-        retry=_check_retry(build, spec["retry"], f"{place}/retry") if "retry" in spec else Retry(),
-        on_error=instead,
-        place=f"{place}/{used[0]}",
-    )
-
-
-def _parse_attempts(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= 100:
-        raise ValueError(f"{shown(value)} is not a number of attempts from 1 to 100")
-    return value
-
-
-def _parse_backoff(value: Any) -> float:
-    if type(value) not in (int, float) or not 1 <= value <= 10:
-        raise ValueError(f"{shown(value)} is not a factor from 1 to 10")
-    return float(value)
-
-
-def _parse_retry_on(value: Any) -> frozenset[str]:
-    words = {str(item) for item in value} if isinstance(value, list) else set()
-    named = ("transport", "timeout", "error", "too_large", "body", "locked", "exit", "sql")
-    if not words or not all(word in named or re.fullmatch("[1-5]([0-9]{2}|xx)", word) for word in words):
-        raise ValueError(f'must be a list of {", ".join(named)} and statuses, such as ["transport", 429, "5xx"]')
-    return frozenset(words)
-
-
-def _check_retry(build: Build, spec: Any, place: str) -> Retry:
-    spec = {"attempts": spec} if type(spec) is int else spec
-    if not build.members(spec, place, ("attempts", "delay", "backoff", "maxDelay", "on"), ("attempts",)):
-        return Retry()
-    return Retry(
-        build.checked(spec, "attempts", place, _parse_attempts, 1),
-        build.checked(spec, "delay", place, parse_duration, 1.0),
-        build.checked(spec, "backoff", place, _parse_backoff, 2.0),
-        build.checked(spec, "maxDelay", place, parse_duration, 30.0),
-        build.checked(spec, "on", place, _parse_retry_on, None),
-    )
-
-
-def _check_responses(build: Build, specs: Any) -> list[Response]:
-    listed = isinstance(specs, list)
-    responses = []
-    for position, spec in enumerate(specs if listed else [specs]):
-        place = f"/response/{position}" if listed else "/response"
-        response = check_response(build, spec, place, with_when=True)
-        if response is not None:
-            responses.append(response)
-            if response.when is None and listed and position < len(specs) - 1:
-                build.fault(place, "has no `when`, so the responses behind it can never answer: put it last")
-    return responses
 
 
 def _all_selections(build: Build, responses: Sequence[Response], parameters: Sequence[Parameter]) -> Selection:
@@ -6020,52 +6252,8 @@ def _all_selections(build: Build, responses: Sequence[Response], parameters: Seq
     return selection
 
 
-class FlowTest(NamedTuple):
-    """A test that a flow's file carries: a request, outputs of steps that do not run, and the response expected."""
-
-    name: str
-    params: Mapping[str, Any]
-    body: Any
-    steps: Mapping[str, Any]  # outputs by step name, or by path
-    fails: Mapping[str, Any]  # steps that fail: the caller's status, or what the API answers
-    response: Mapping[str, Any]
-
-
-def _check_tests(build: Build, specs: Any) -> tuple[FlowTest, ...]:
-    if not isinstance(specs, list):
-        build.fault("/tests", "must be a list of tests")
-        return ()
-    tests = []
-    for position, spec in enumerate(specs):
-        place = f"/tests/{position}"
-        if not build.members(spec, place, ("name", "request", "steps", "fails", "response"), ("name", "response")):
-            continue
-        parts = {name: spec.get(name, {}) for name in ("request", "steps", "fails", "response")}
-        members = {"request": ("params", "body"), "response": ("status", "headers", "body")}
-        if not all(
-            build.members(part, f"{place}/{name}", members.get(name, part if isinstance(part, dict) else ()))
-            for name, part in parts.items()
-        ):
-            continue
-        for part in ("steps", "fails"):
-            for name in parts[part]:
-                if name.rpartition("/")[2] not in build.step_names:
-                    cure = suggest(name, build.step_names)
-                    build.fault(f"{place}/{part}/{pointer(name)}", f"there is no step {shown(name)}{cure}")
-        for name in parts["fails"]:
-            failure, at = parts["fails"][name], f"{place}/fails/{pointer(name)}"
-            if not isinstance(failure, dict):
-                build.checked(parts["fails"], name, f"{place}/fails", _is_status, 502)
-            elif build.members(failure, at, ("status", "body"), ("status",)):
-                build.checked(failure, "status", at, _is_status, 502)
-        objects = (parts["request"].get("params", {}), parts["response"].get("headers", {}))
-        if not isinstance(spec.get("name"), str) or not all(isinstance(each, dict) for each in objects):
-            build.fault(place, "its name must be text, request/params and response/headers objects")
-            continue
-        request = parts["request"]
-        params, body = request.get("params", {}), request.get("body")
-        tests.append(FlowTest(spec["name"], params, body, parts["steps"], parts["fails"], parts["response"]))
-    return tuple(tests)
+def _function_name(value: Any) -> str:
+    return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', repr(type(value)))}"
 
 
 class _Canned:
@@ -6083,7 +6271,9 @@ class _Canned:
                 status = self._test.fails[name]
                 if isinstance(status, dict):
                     body = json_body(status["body"]) if "body" in status else b""
-                    raise _unexpected("GET", Fetched(status["status"], [("Content-Type", "application/json")], body))
+                    raise unexpected_answer(
+                        "GET", Fetched(status["status"], [("Content-Type", "application/json")], body)
+                    )
                 raise StepError(status, "it fails in this test", "fails", {"timeout" if status == 504 else "transport"})
             if name in self._test.steps:
                 self.used += 1
@@ -6262,7 +6452,12 @@ def load_connections(
     try:
         tree = _read_flow_file(folder, CONNECTIONS_FILE)
         with _faults_of(CONNECTIONS_FILE):
-            return _check_connections(tree, CONNECTIONS_FILE), []
+            build = Build(CONNECTIONS_FILE, {}, Functions())
+            build.names = dict.fromkeys(("env", "secrets"))
+            connections = CONNECTIONS.read(build, tree, "")
+            if build.faults:
+                raise FlowError(build.faults)
+            return connections, []
     except FileNotFoundError:
         return {}, []
     except FlowError as error:
@@ -9721,12 +9916,11 @@ class AsteraLite:
         Flows then write `{"greet": {"name": "${params.name}"}}`: the function gets a Context and these arguments, each
         of which may be an expression, and returns a JSON value. Raises ConfigError for a name that is taken.
         """
-        if name in STEP_KINDS or name in STEP_OPTIONS or not _STEP_NAME.fullmatch(name):
+        if name in STEP_KINDS or name in STEP_OPTIONS or not STEP_NAME.fullmatch(name):
             raise ConfigError([Fault("step", name, "is no new word of letters, digits and _: choose another name")])
 
         def add(function: _Function) -> _Function:
-            about = " ".join((function.__doc__ or "").split())
-            self.deployer.kinds[name] = StepKind(partial(_check_own, function), True, about, _own_schema(function))
+            self.deployer.kinds[name] = own_kind(function)
             if self._running:
                 self.deployer.reload()  # a file may have waited for it
             return function

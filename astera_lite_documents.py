@@ -21,20 +21,17 @@ from typing import Any
 from astera_lite import (
     CONTENT_TYPES,
     FILTERING,
-    FLOW_METHODS,
-    HTTP_METHODS,
+    FLOW,
     INT64,
-    MAX_CONCURRENCY,
     MODES,
     NO_SELECTION,
     NO_STORE,
-    PARAMETER_TYPES,
     PREFIXES,
     RUN_TIMES,
     SCHEMA_RULES,
     SELECTING,
-    STEP_OPTIONS,
-    VALUE_TYPES,
+    STEP_KINDS,
+    VALUE_SCHEMA,
     AsteraLite,
     ConfigError,
     Deployments,
@@ -54,156 +51,17 @@ from astera_lite import (
     resource,
     sample_value,
     split_template,
+    step_table,
     to_json,
 )
 
-
-def _object(required: Sequence[str] = (), /, **properties: Any) -> dict[str, Any]:
-    more = {"required": list(required)} if required else {}
-    return {"type": "object", "properties": properties, "additionalProperties": False, **more}
-
-
-_ANY: dict[str, Any] = {}
 _TEXT: dict[str, Any] = {"type": "string"}
-_FLAG: dict[str, Any] = {"type": "boolean"}
-_MAP: dict[str, Any] = {"type": "object"}
-_TEMPLATE: dict[str, Any] = {"type": "string", "pattern": r"\$\{", "description": "an expression: ${…}"}
-_COMPUTED_MAP = {"anyOf": [_MAP, _TEMPLATE]}
-_DURATION_SCHEMA = {
-    "description": "250ms, 30s, 5m, 24h, or a number of seconds",
-    "anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}],
-}
-_SIZE_SCHEMA = {"description": "64KiB, 10MiB, or a number of bytes", "type": ["string", "integer"]}
-_STATUS_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 200, "maximum": 599}, _TEMPLATE]}
-_STEPS = {"type": "array", "items": {"$ref": "#/$defs/step"}}
-_INSIDE = {**_STEPS, "minItems": 1}
-_STATEMENT = _object(("query",), query=_TEXT, params=_COMPUTED_MAP)
-_EXPECT = {
-    "type": ["string", "integer", "array"],
-    "description": 'statuses that are no failure: 200, "2xx", [200, 404]',
-}
-_CODES = {"type": ["integer", "array"], "items": {"type": "integer"}}
-_RESPONSE: dict[str, Any] = {"status": _STATUS_SCHEMA, "headers": _MAP, "body": _ANY}
-_PAGES_SCHEMA = _object(
-    next=_TEMPLATE, link={"const": True}, cursor=_TEMPLATE, parameter=_TEXT, offset=_TEXT, limit=_TEXT, total=_ANY,
-    size={"type": "integer"}, page=_TEXT, start={"type": "integer"}, items=_TEMPLATE, maxPages={"type": "integer"},
-    maxItems={"type": "integer"},
-)  # fmt: skip
-_HTTP_SCHEMA = _object(
-    method={"enum": list(HTTP_METHODS)}, url=_TEXT, connection=_TEXT, path=_TEXT, query=_MAP, headers=_MAP, json=_ANY,
-    form=_MAP, body=_ANY, timeout=_DURATION_SCHEMA, expect=_EXPECT, follow=_FLAG, maxResponse=_SIZE_SCHEMA,
-    pages=_PAGES_SCHEMA, until=_TEMPLATE, every=_DURATION_SCHEMA,
-)  # fmt: skip
-#: What stands behind the name of each kind of step in a flow file.
-_KIND_SCHEMAS: dict[str, Any] = {
-    "http": {"anyOf": [_TEXT, _HTTP_SCHEMA]},
-    "python": {"anyOf": [_TEXT, _object(("call",), call=_TEXT, args=_MAP, isolate=_FLAG)]},
-    "sql": _object(
-        ("database",), database=_TEXT, query=_TEXT, params=_COMPUTED_MAP, one=_FLAG, write=_FLAG,
-        statements={"type": "array", "items": _STATEMENT, "minItems": 1},
-    ),
-    "run": {
-        "anyOf": [
-            {"type": "array", "minItems": 1},
-            _object(
-                ("command",), command={"type": "array", "minItems": 1}, input=_ANY,
-                output={"enum": ["text", "json", "lines"]}, maxOutput=_SIZE_SCHEMA, expect=_CODES,
-            ),
-        ]
-    },
-    "set": _ANY,
-    "each": _object(
-        ("of", "steps"), of=_ANY, concurrency={"type": "integer", "minimum": 1, "maximum": MAX_CONCURRENCY},
-        steps=_INSIDE, result=_ANY, **{"as": _TEXT},
-    ),
-    "choose": {"type": "array", "minItems": 1, "items": _object(("steps",), when=_ANY, steps=_INSIDE, result=_ANY)},
-    "call": {"anyOf": [_TEXT, _object(("flow",), flow=_TEXT, params=_MAP, body=_ANY)]},
-    "wait": {"anyOf": [_DURATION_SCHEMA, _object(("until",), until=_ANY)]},
-    "respond": _object(**_RESPONSE),
-    "fail": _object(
-        ("message",), status={"anyOf": [{"type": "integer", "minimum": 400, "maximum": 599}, _TEMPLATE]},
-        message=_TEXT, headers=_MAP,
-    ),
-}  # fmt: skip
-
-
-def _rules_schema() -> dict[str, Any]:
-    """The rules that parameters and bodies share."""
-    kinds = {"integer": {"type": "integer"}, "number": {"type": "number"}, "array": {"type": "array"}}
-    rules = {name: kinds.get(rule.limit_type, _TEXT) for name, rule in SCHEMA_RULES.items()}
-    return rules | {"default": _ANY, "description": _TEXT, "example": _ANY}
 
 
 def flow_schema(kinds: Mapping[str, StepKind]) -> dict[str, Any]:
     """A JSON Schema (2020-12) of the flow file, for editors; `check` knows more."""
-    value = _rules_schema() | {
-        "type": {"anyOf": [{"enum": list(VALUE_TYPES)}, {"type": "array", "items": {"enum": list(VALUE_TYPES)}}]},
-        "items": {"$ref": "#/$defs/value"},
-        "properties": {"type": "object", "additionalProperties": {"$ref": "#/$defs/value"}},
-        "required": {"anyOf": [{"type": "array", "items": _TEXT}, _FLAG]},
-        "additionalProperties": {"anyOf": [_FLAG, {"$ref": "#/$defs/value"}]},
-    }
-    parameter: dict[str, Any] = _rules_schema() | {
-        "in": {"enum": ["path", "query", "header"]},
-        "type": {"enum": [*PARAMETER_TYPES, "array"]},
-        "items": {"$ref": "#/$defs/value"},
-        "required": _FLAG,
-    }
-    request = _object(
-        ("method", "resource"),
-        method={"enum": list(FLOW_METHODS)},
-        resource={"type": "string", "pattern": "^/."},
-        processing={"anyOf": [{"enum": list(MODES)}, {"type": "array", "items": {"enum": list(MODES)}, "minItems": 1}]},
-        parameters={"type": "object", "additionalProperties": _object(("in",), **parameter)},
-        strict=_FLAG,
-        body={"$ref": "#/$defs/value"},
-        contentTypes={"type": "array", "items": _TEXT},
-    )
-    retry = _object(
-        ("attempts",), attempts={"type": "integer", "minimum": 1, "maximum": 100}, delay=_DURATION_SCHEMA,
-        backoff={"type": "number"}, maxDelay=_DURATION_SCHEMA, on={"type": "array"},
-    )  # fmt: skip
-    options: dict[str, Any] = {
-        "name": _TEXT,
-        "when": _ANY,
-        "timeout": _DURATION_SCHEMA,
-        "retry": {"anyOf": [{"type": "integer"}, retry]},
-        "onError": _ANY,
-    }
-    specs = {name: _KIND_SCHEMAS.get(name, kind.schema or _ANY) for name, kind in kinds.items()}
-    described = {name: {**spec, "description": kinds[name].help} for name, spec in specs.items()}
-    step = _object(("name",), **{**options, "description": _TEXT, **described})
-    step["oneOf"] = [{"required": [kind]} for kind in kinds]
-    page = _object(("items",), items=_ANY, size={"anyOf": [{"type": "integer"}, _TEMPLATE]})
-    rows: dict[str, Any] = {
-        "page": page,
-        "filter": {"type": "array", "items": _TEXT},
-        "sort": {"type": ["boolean", "array"]},
-    }
-    response = _object(**_RESPONSE, when=_ANY, **rows)
-    test = _object(
-        ("name", "response"), name=_TEXT, request=_object(params=_MAP, body=_ANY), steps=_MAP, fails=_MAP,
-        response=_object(status={"type": "integer"}, headers=_MAP, body=_ANY),
-    )  # fmt: skip
-    limit = {
-        "anyOf": [
-            {"type": "integer"},
-            _object(("limit",), limit={"type": "integer"}, whenFull={"enum": ["queue", "refuse"]}),
-        ]
-    }
-    flow = _object(
-        ("request",),
-        description=_TEXT,
-        request=request,
-        steps=_STEPS,
-        response={"anyOf": [response, {"type": "array", "items": response}]},
-        timeout=_DURATION_SCHEMA,
-        restart={"enum": ["resume", "rerun", "fail"]},
-        concurrency=limit,
-        tests={"type": "array", "items": test},
-    )
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A flow of Astera Lite"}
-    return about | flow | {"$defs": {"step": step, "value": _object(**value)}}
+    return about | FLOW.schema() | {"$defs": {"step": step_table(kinds).schema(), "value": VALUE_SCHEMA.schema()}}
 
 
 def _ref(kind: str, name: str) -> dict[str, str]:
@@ -447,9 +305,6 @@ def _steps_in(steps: Any) -> Iterator[dict[str, Any]]:
             yield from _steps_in(branch["steps"])
 
 
-_WITHOUT_BYTES = ("set", "wait", "fail", "respond", "each", "choose")  # kinds of steps whose value is plain JSON
-
-
 def _flow_answer(spec: Mapping[str, Any], selection: Selection, may_be_bytes: bool) -> dict[str, Any]:
     """One response of a flow: what is known of its headers and its body."""
     given = {name: value for name, value in spec.get("headers", {}).items() if value is not None}
@@ -484,8 +339,9 @@ def _flow_answer(spec: Mapping[str, Any], selection: Selection, may_be_bytes: bo
 def _own_responses(flow: Flow) -> _Responses:
     """The responses that a flow itself declares, by status; `default` where the status is computed."""
     steps = list(_steps_in(flow.tree.get("steps", [])))
+    plain = {name for name, kind in STEP_KINDS.items() if not kind.effect and not kind.answers}  # their values are JSON
     may_be_bytes = any(not is_json_type(media) for media in flow.content_types) or any(
-        kind not in _WITHOUT_BYTES and kind not in STEP_OPTIONS for step in steps for kind in step
+        not step.keys() & plain for step in steps
     )
     specs = flow.tree.get("response") or [{"body": "${the last step's value}" if steps else None}]
     specs = specs if isinstance(specs, list) else [specs]

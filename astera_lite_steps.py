@@ -31,35 +31,47 @@ from astera_lite import (
     CONTENT_TYPES,
     INT64,
     LENIENT_DECODER,
+    Auth,
     Build,
+    Computed,
     Context,
+    Either,
     ExpressionError,
     Fault,
+    Flag,
     FlowError,
     Functions,
     HttpCall,
+    ListOf,
+    MapOf,
+    Member,
+    Number,
+    OneOf,
     OutboundError,
+    OutgoingRequest,
     Progress,
     Run,
     Runner,
     Scope,
+    Size,
     StepError,
     Surroundings,
+    Table,
     Template,
+    Text,
+    Value,
     as_bytes,
     as_json,
     as_text,
     encode_query,
+    evaluated,
     exception_source,
     from_json,
     from_saved,
-    go_to_next,
     kind_of,
     log,
     log_message,
-    parse_duration,
     parse_retry_after,
-    parse_size,
     pointer,
     show_size,
     shown,
@@ -68,27 +80,8 @@ from astera_lite import (
     with_query,
 )
 
-# How the next page is asked for, by the member of `pages` that says so.
-_PAGE_STYLES: dict[str, tuple[str, ...]] = {
-    "next": (),
-    "link": (),
-    "cursor": ("parameter",),
-    "offset": ("limit", "size", "total"),
-    "page": ("start", "total"),
-}
 _MAX_PAGES = 10_000  # unless the flow's author wrote another limit: an API whose pages have no end fails the step
-
-
-def _parse_count(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= 1_000_000_000:
-        raise ValueError(f"{shown(value)} is not a number, 1 or more")
-    return value
-
-
-def _parse_word(value: Any) -> str:
-    if not isinstance(value, str) or not value or "${" in value:
-        raise ValueError(f"{shown(value)} is not the name of a query parameter")
-    return value
+_STYLES = ("next", "link", "cursor", "offset", "page")
 
 
 class _Pages(NamedTuple):
@@ -98,18 +91,11 @@ class _Pages(NamedTuple):
     items: Template
     next: Template | None  # of the styles next and cursor
     parameter: str  # query parameter that asks for the next page
-    size_parameter: str
-    size: int
+    first: Mapping[str, Any]  # query of the first page
     start: int
     total: Template | None  # of the styles offset and page: how many items there are in all
     max_pages: int | None
     max_items: int
-
-    def first(self) -> dict[str, Any]:
-        """The query of the first page."""
-        if self.style == "offset":
-            return {self.parameter: 0, self.size_parameter: self.size}
-        return {self.parameter: self.start} if self.style == "page" else {}
 
     def following(self, output: dict[str, Any], scope: Scope, count: int, got: int, pages: int) -> Any:
         """What asks for the page behind this one: an address, or a value of the parameter; None at the end.
@@ -143,67 +129,81 @@ def _next_link(text: str) -> str | None:
     return None
 
 
-def check_pages(build: Build, spec: Any, place: str, call: HttpCall) -> Runner:
-    belonging = ("parameter", "limit", "size", "start", "total")
-    members = ("items", "maxPages", "maxItems", *_PAGE_STYLES, *belonging)
-    if not build.members(spec, place, members):
-        spec = {"next": ""}
-    styles = [style for style in _PAGE_STYLES if style in spec]
-    style = styles[0] if styles else "next"
-    if len(styles) != 1:
-        build.fault(place, f"needs exactly one of {', '.join(_PAGE_STYLES)}: how the next page is asked for")
-    for name in belonging:
-        if name in spec and name not in _PAGE_STYLES[style]:
-            build.fault(f"{place}/{name}", f"does not belong to {style}")
-    if style == "cursor" and "parameter" not in spec:
+_PAGE = ("page",)  # what expressions call the answer that holds a page
+_PARAMETER = partial(Text, pattern=r"(?!.*\$\{)(?s:.+)", word="the name of a query parameter")
+_COUNT = partial(Number, 1, what="a number")
+#: Members of `pages`, by the style that they belong to.
+_BELONGING = {"parameter": "cursor", "limit": "offset", "size": "offset", "start": "page", "total": "offset, page"}
+
+
+def _make_pages(build: Build, given: dict[str, Any], place: str) -> _Pages:
+    [style] = [name for name in _STYLES if name in given]
+    for name, styles in _BELONGING.items():
+        if name in given and style not in styles.split(", "):
+            build.fault(f"{place}/{name}", f"belongs to {styles}, not to {style}")
+    if style == "cursor" and "parameter" not in given:
         build.fault(place, 'needs "parameter": the query parameter that takes the cursor')
-    if style == "link" and spec["link"] is not True:
+    if given.get("link") is False:
         build.fault(f"{place}/link", "must be true")
-    with build.block("page"):
-        items = build.template(spec.get("items", "${page.body}"), f"{place}/items")
-        computed = style in ("next", "cursor")
-        following = build.template(spec.get(style), f"{place}/{style}") if computed else None
-        total = build.template(spec["total"], f"{place}/total") if "total" in spec else None
-    named = {"cursor": "parameter", "offset": "offset", "page": "page"}.get(style, "")
-    pages = _Pages(
+    start, first = given.get("start", 1), {}
+    if style == "offset":
+        first = {given["offset"]: 0, given.get("limit", "limit"): given.get("size", 100)}
+    elif style == "page":
+        first = {given["page"]: start}
+    return _Pages(
         style,
-        items,
-        following,
-        build.checked(spec, named, place, _parse_word, ""),
-        build.checked(spec, "limit", place, _parse_word, "limit"),
-        build.checked(spec, "size", place, _parse_count, 100),
-        build.checked(spec, "start", place, _parse_start, 1),
-        total,
-        build.checked(spec, "maxPages", place, _parse_count, None),
-        build.checked(spec, "maxItems", place, _parse_count, sys.maxsize),
+        given["items"],
+        given[style] if style in ("next", "cursor") else None,
+        given.get("parameter", "") if style == "cursor" else next(iter(first), ""),
+        first,
+        start,
+        given.get("total"),
+        given.get("maxPages"),
+        given.get("maxItems", sys.maxsize),
     )
-    return partial(_all_pages, call, pages, place)
 
 
-def _parse_start(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{shown(value)} is not a number, 0 or more")
-    return value
+PAGES = Table(
+    {
+        "items": Value("${page.body}", names=_PAGE),
+        "next": Value(names=_PAGE),
+        "link": Flag(),
+        "cursor": Value(names=_PAGE),
+        "offset": _PARAMETER(),
+        "page": _PARAMETER(),
+        "parameter": _PARAMETER(),
+        "limit": _PARAMETER(),
+        "size": _COUNT(),
+        "start": Number(0, what="a number"),
+        "total": Value(names=_PAGE),
+        "maxPages": _COUNT(),
+        "maxItems": _COUNT(),
+    },
+    _make_pages,
+    choice=_STYLES,
+)
 
 
-def _all_pages(call: HttpCall, pages: _Pages, place: str, run: Run, scope: Scope, path: str) -> dict[str, Any]:
+def all_pages(
+    call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: Scope, path: str
+) -> dict[str, Any]:
     """Call until there is no further page, or a limit is reached; all items together.
 
     What is there is kept in `run.reached`, so that a further attempt goes on with the page that failed.
     """
+    pages: _Pages = given["pages"]
     if path not in run.reached:
         request = call.request(run, scope)
         first = copy.copy(request)
-        request.url = with_query(request.url, pages.first())
-        left = min(call.max_bytes or sys.maxsize, run.outside.max_step_response)
-        run.reached[path] = (1, request, first, [], left, None)
+        request.url = with_query(request.url, pages.first)
+        run.reached[path] = (1, request, first, [], call.limit(run), None)
     while True:
         count, request, first, items, left, seen = run.reached[path]
         output, size = call.send(run, copy.copy(request), max(left, 1))
         page_scope = {**scope, "page": output}
         found = pages.items(page_scope)
         if type(found) is not list:
-            raise ExpressionError(f"{place}/items: {kind_of(found)} is not a list")
+            raise ExpressionError(f"{place}/pages/items: {kind_of(found)} is not a list")
         got = len(items) + len(found)
         following = pages.following(output, page_scope, got, len(found), count)
         if following is None or count == pages.max_pages or got >= pages.max_items:
@@ -217,9 +217,9 @@ def _all_pages(call: HttpCall, pages: _Pages, place: str, run: Run, scope: Scope
             raise StepError(502, detail, f"{detail} (page {count})", {"pages", "unsafe"})
         if pages.parameter:
             request = copy.copy(first)
-            request.url = with_query(first.url, {**pages.first(), pages.parameter: following})
+            request.url = with_query(first.url, {**pages.first, pages.parameter: following})
         else:
-            go_to_next(request, following, call.method)
+            call.go_to_next(request, following)
         items += found
         run.reached[path] = (count + 1, request, first, items, left - size, following)
 
@@ -227,25 +227,16 @@ def _all_pages(call: HttpCall, pages: _Pages, place: str, run: Run, scope: Scope
 _LONGEST_PAUSE_S = 3600.0
 
 
-def check_until(build: Build, spec: dict[str, Any], place: str, call: HttpCall) -> Runner:
-    every = build.checked(spec, "every", place, parse_duration, 2.0)
-    with build.block("answer"):
-        until = build.condition(spec["until"], f"{place}/until")
-    if every < 0.01:
-        build.fault(f"{place}/every", "must be at least 10ms")
-
-    def poll(run: Run, scope: Scope, path: str) -> dict[str, Any]:
-        limit = min(call.max_bytes or sys.maxsize, run.outside.max_step_response)
-        run.wait_until(run.journal.waits.get(path, 0), path)
-        while True:
-            output, _ = call.send(run, call.request(run, scope), limit)
-            if until({**scope, "answer": output}):
-                return output
-            asked = parse_retry_after(output["headers"].get("retry-after"), run.outside.clock.wall())
-            pause_ms = round(max(every, min(asked, _LONGEST_PAUSE_S)) * 1000)
-            run.wait_until(run.outside.clock.now() + pause_ms, path)
-
-    return poll
+def poll(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: Scope, path: str) -> dict[str, Any]:
+    """Repeat a call until its answer is as wanted."""
+    run.wait_until(run.journal.waits.get(path, 0), path)
+    while True:
+        output, _ = call.send(run, call.request(run, scope), call.limit(run))
+        if given["until"]({**scope, "answer": output}):
+            return output
+        asked = parse_retry_after(output["headers"].get("retry-after"), run.outside.clock.wall())
+        pause_ms = round(max(given.get("every", 2.0), min(asked, _LONGEST_PAUSE_S)) * 1000)
+        run.wait_until(run.outside.clock.now() + pause_ms, path)
 
 
 _TOKEN_LIFE_S = 3600.0
@@ -261,33 +252,75 @@ def _life_of(expires_in: Any) -> float:
     return seconds if 0 < seconds < 1e9 else _TOKEN_LIFE_S
 
 
-def fetch_token(run: Run, values: dict[str, Any]) -> tuple[str, float]:
-    """A token of the client credentials grant, and its life in seconds (RFC 6749, sections 4.4 and 2.3.1)."""
-    form = {"grant_type": "client_credentials", "scope": values.get("scope")}
-    headers = {"Accept": "application/json", "Content-Type": CONTENT_TYPES["form"]}
-    client, secret = as_text(values["clientId"]), as_text(values["clientSecret"])
-    if values.get("in", "header") == "body":
-        form |= {"client_id": client, "client_secret": secret}
-    else:
-        pair = f"{urllib.parse.quote_plus(client)}:{urllib.parse.quote_plus(secret)}".encode()
-        headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
-    url, body = as_text(values["tokenUrl"]), encode_query(form).encode()
-    try:
-        answer = run.outside.outbound.fetch("POST", url, headers, body, timeout=run.left(), max_bytes=_TOKEN_BYTES)
-        if not 200 <= answer.status < 300:
-            raise OutboundError("transport", f"the token's server answered {answer.status}")
-        given = from_json(answer.body, LENIENT_DECODER)
-        token = given["access_token"]
-        if not isinstance(token, str) or not token:
-            raise ValueError
-        return token, _life_of(given.get("expires_in"))
-    except OutboundError as error:
-        run.check()
-        status, kind = (504, "timeout") if error.kind == "timeout" else (502, "transport")
-        raise StepError(status, "no token could be had for the API it calls", str(error), {kind}) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+class _ClientCredentials(Auth):
+    """Tokens of the client credentials grant (RFC 6749, section 4.4), each kept until shortly before its end."""
+
+    def __init__(self, build: Build, values: Mapping[str, Template], place: str) -> None:
+        super().__init__("oauth2", values)
+        self._lock = threading.Lock()
+        self._token, self._until = "", 0.0
+
+    def apply(self, run: Run, request: OutgoingRequest) -> None:
+        """Put the token into a request."""
+        clock = run.outside.clock
+        while not self._lock.acquire(timeout=min(run.left(), 1.0)):
+            run.check()
+        try:
+            if clock.monotonic() >= self._until:
+                self._token, life = self._fetch(run)
+                self._until = clock.monotonic() + life - min(30.0, life / 10)
+                run.outside.masked.hide([self._token])
+            request.headers["Authorization"] = f"Bearer {self._token}"
+        finally:
+            self._lock.release()
+
+    def forget(self) -> bool:
+        """Drop the token that was refused, for another one can be had."""
+        self._until = 0.0
+        return True
+
+    def _fetch(self, run: Run) -> tuple[str, float]:
+        """A token, and its life in seconds."""
+        outside = run.outside
+        values = evaluated(self.values, {"env": outside.env, "secrets": outside.secrets})
+        client, secret = as_text(values["clientId"]), as_text(values["clientSecret"])
+        outside.masked.hide([secret])
+        form = {"grant_type": "client_credentials", "scope": values.get("scope")}
+        headers = {"Accept": "application/json", "Content-Type": CONTENT_TYPES["form"]}
+        if values["in"] == "body":
+            form |= {"client_id": client, "client_secret": secret}
+        else:  # section 2.3.1
+            pair = f"{urllib.parse.quote_plus(client)}:{urllib.parse.quote_plus(secret)}".encode()
+            headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+        url, body = as_text(values["tokenUrl"]), encode_query(form).encode()
         detail = "no token could be had for the API it calls"
-        raise StepError(502, detail, "the token's server did not give one", {"transport"}) from None
+        try:
+            answer = outside.outbound.fetch("POST", url, headers, body, timeout=run.left(), max_bytes=_TOKEN_BYTES)
+            if not 200 <= answer.status < 300:
+                raise OutboundError("transport", f"the token's server answered {answer.status}")
+            given = from_json(answer.body, LENIENT_DECODER)
+            token = given["access_token"]
+            if not isinstance(token, str) or not token:
+                raise ValueError
+            return token, _life_of(given.get("expires_in"))
+        except OutboundError as error:
+            run.check()
+            status, kind = (504, "timeout") if error.kind == "timeout" else (502, "transport")
+            raise StepError(status, detail, str(error), {kind}) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise StepError(502, detail, "the token's server did not give one", {"transport"}) from None
+
+
+OAUTH2 = Table(
+    {
+        "tokenUrl": Value(required=True),
+        "clientId": Value(required=True),
+        "clientSecret": Value(required=True),
+        "scope": Value(),
+        "in": Computed(OneOf("header", "body"), "header"),
+    },
+    _ClientCredentials,
+)
 
 
 # A statement's parts in which a mark is no parameter, and the marks of parameters (SQLite, "lang_expr").
@@ -303,50 +336,51 @@ _SQL_LOCKED_S = 5.0
 
 class _Statement(NamedTuple):
     query: str
-    params: Template
+    params: Callable[[Scope], Any]  # by name
     place: str
 
 
-def _check_statement(build: Build, spec: Mapping[str, Any], place: str) -> _Statement:
-    query = spec.get("query", "")
-    if not isinstance(query, str) or "${" in query:
-        build.fault(f"{place}/query", "must be plain SQL: values are given by :name in it and by params")
-        query = ""
+def _make_statement(build: Build, given: dict[str, Any], place: str) -> _Statement:
+    query, params = given["query"], given["params"]
     marks = [match["mark"] for match in _SQL_TOKEN.finditer(query) if match["mark"]]
     if any(mark.startswith("?") for mark in marks):
         build.fault(f"{place}/query", "has a ? parameter: write :name and give it by params")
-    wanted, given = {mark[1:] for mark in marks if mark[0] != "?"}, spec.get("params", {})
-    whole = isinstance(given, str) and given.startswith("${")  # an object that is computed
-    if not isinstance(given, dict) and not whole:
-        build.fault(f"{place}/params", "must be an object of the parameters by name")
-    elif not whole:
-        for name in sorted(wanted - set(given)):
-            build.fault(f"{place}/params", f"lacks {shown(name)}, which the query uses{suggest(name, given)}")
-        for name in sorted(set(given) - wanted):
-            cure = suggest(name, wanted)
-            build.fault(f"{place}/params/{pointer(name)}", f"is not used by the query: it has no :{name}{cure}")
-    return _Statement(query, build.template(given, f"{place}/params"), place)
+    if isinstance(params, Template):  # an object that is computed
+        if params.constant:
+            build.fault(f"{place}/params", "must be an object of the parameters by name")
+        return _Statement(query, params, place)
+    wanted = {mark[1:] for mark in marks if mark[0] != "?"}
+    for name in sorted(wanted - params.keys()):
+        build.fault(f"{place}/params", f"lacks {shown(name)}, which the query uses{suggest(name, params)}")
+    for name in sorted(params.keys() - wanted):
+        cure = suggest(name, wanted)
+        build.fault(f"{place}/params/{pointer(name)}", f"is not used by the query: it has no :{name}{cure}")
+    return _Statement(query, partial(evaluated, params), place)
 
 
-def check_sql(build: Build, spec: Any, place: str) -> Runner:
-    members = ("database", "query", "params", "statements", "one", "write")
-    if not build.members(spec, place, members, ("database",)):
-        spec = {}
-    listed = spec.get("statements")
-    if (listed is None) == ("query" not in spec) and spec:
-        build.fault(place, 'needs either a "query" or "statements", a list of them')
-    if listed is not None and (not isinstance(listed, list) or not listed or "params" in spec):
-        build.fault(f"{place}/statements", 'must be a list such as [{"query": "…", "params": {…}}]')
-        listed = []
-    statements = []
-    for at, each in [("", spec)] if listed is None else [(f"/statements/{n}", each) for n, each in enumerate(listed)]:
-        if listed is None or build.members(each, f"{place}{at}", ("query", "params"), ("query",)):
-            statements.append(_check_statement(build, each, f"{place}{at}"))
-    for name in ("one", "write"):
-        if type(spec.get(name, False)) is not bool:
-            build.fault(f"{place}/{name}", "must be true or false")
-    database = build.template(spec.get("database", ""), f"{place}/database")
-    write, one = spec.get("write") is True, spec.get("one") is True
+_QUERY = partial(Text, pattern=r"(?s:(?!.*\$\{).*)", word="plain SQL, in which :name stands for a value of params")
+_STATEMENT: dict[str, Member] = {
+    "query": _QUERY(required=True),
+    "params": Either(Value(), MapOf(Value()), {}),
+}
+SQL = Table(
+    {
+        "database": Value(required=True),
+        "query": _QUERY(),
+        "params": _STATEMENT["params"],
+        "statements": ListOf(Table(_STATEMENT, _make_statement), least=1),
+        "one": Flag(False),
+        "write": Flag(False),
+    },
+    choice=("query", "statements"),
+)
+
+
+def make_sql(build: Build, given: dict[str, Any], place: str) -> Runner:
+    listed, database, write, one = given.get("statements"), given["database"], given["write"], given["one"]
+    if listed is not None and given["params"]:
+        build.fault(f"{place}/params", "belongs to each of the statements")
+    statements = listed or [_make_statement(build, given, place)]
 
     def sql(run: Run, scope: Scope, path: str) -> Any:
         name = as_text(database(scope))
@@ -559,40 +593,28 @@ def child_environment(outside: Surroundings) -> dict[str, str]:
     }
 
 
-def _parse_output(value: Any) -> str:
-    if value not in ("text", "json", "lines"):
-        raise ValueError(f"{shown(value)} is not one of text, json, lines")
-    return str(value)
+PROGRAM = Table(
+    {
+        "command": ListOf(Value(), required=True, least=1),
+        "input": Value(),
+        "output": OneOf("text", "json", "lines", default="text"),
+        "maxOutput": Size(),
+        "expect": ListOf(Number(-255, 255, what="an exit code"), [0], least=1, lone=True),
+    },
+    short="command",
+)
 
 
-def _parse_codes(value: Any) -> frozenset[int]:
-    codes = value if isinstance(value, list) else [value]
-    if not codes or not all(type(code) is int and -255 <= code <= 255 for code in codes):
-        raise ValueError("must be an exit code or a list of them, such as [0, 1]")
-    return frozenset(codes)
-
-
-def check_run(build: Build, spec: Any, place: str) -> Runner:
-    spec = {"command": spec} if isinstance(spec, list) else spec
-    if not build.members(spec, place, ("command", "input", "output", "maxOutput", "expect"), ("command",)):
-        spec = {}
-    command = spec.get("command", ["x"])
-    if not isinstance(command, list) or not command or not all(isinstance(word, str | int | float) for word in command):
-        build.fault(f"{place}/command", 'must be a list such as ["sort", "-u"]: the program and its arguments')
-        command = ["x"]
-    if "${" in str(command[0]):
+def make_run(build: Build, given: dict[str, Any], place: str) -> Runner:
+    words, stdin, output, limit = given["command"], given.get("input"), given["output"], given.get("maxOutput")
+    if not words[0].constant:
         build.fault(f"{place}/command/0", "must be plain text: which program runs is not computed")
-    words = build.template(command, f"{place}/command")
-    given = build.template(spec.get("input"), f"{place}/input")
-    output = build.checked(spec, "output", place, _parse_output, "text")
-    limit = build.checked(spec, "maxOutput", place, parse_size, None)
-    expect = build.checked(spec, "expect", place, _parse_codes, frozenset({0}))
 
     def program(run: Run, scope: Scope, path: str) -> dict[str, Any]:
-        arguments = [_argument(word, f"{place}/command/{at}") for at, word in enumerate(words(scope))]
-        value = given(scope)
+        arguments = [_argument(word(scope), f"{place}/command/{at}") for at, word in enumerate(words)]
+        value = stdin(scope) if stdin else None
         code, out, err = _run_program(run, arguments, b"" if value is None else as_bytes(value), limit)
-        if code not in expect:
+        if code not in given["expect"]:
             tail = err.decode(errors="replace")[-2000:]
             detail = f"the program ended with code {code}"
             raise StepError(500, detail, f"{arguments[0]}: {detail}: {tail}", {"exit"})

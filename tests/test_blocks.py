@@ -360,8 +360,8 @@ OTHER = {"name": "b", "set": 1}
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({"each": {"of": "${[1]}"}}, '/each: needs a member "steps"'),
-        ({"each": {"of": "${[1]}", "steps": []}}, "/each/steps: needs at least one step"),
+        ({"each": {"of": "${[1]}"}}, '/each: needs a member "steps": a list of steps'),
+        ({"each": {"of": "${[1]}", "steps": []}}, "/each/steps: must be a list with at least one item"),
         (
             {"each": {"of": "${[1]}", "concurrency": 0, "steps": [SET]}},
             "/each/concurrency: 0 is not a number from 1 to 64",
@@ -374,16 +374,16 @@ OTHER = {"name": "b", "set": 1}
             {"each": {"of": "${[1]}", "step": []}},
             '/each/step: is not known here (known: of, as, concurrency, steps, result); did you mean "steps"?',
         ),
-        ({"choose": {}}, '/choose: must be a list such as [{"when": "${…}", "steps": […]}, {"steps": […]}]'),
+        ({"choose": {}}, "/choose: must be a list with at least one item, not an object"),
         (
             {"choose": [{"steps": [SET]}, {"steps": [OTHER]}]},
-            "/choose/0: has no `when`, so the branches behind it are never taken: put it last",
+            "/choose/0: has no `when`, so nothing behind it is ever reached: put it last",
         ),
         (
             {"call": {"flow": "${params.x}"}},
-            "/call/flow: must be the name of a flow: which one is called is not computed",
+            '/call/flow: "${params.x}" is not the name of a flow: nothing is computed here',
         ),
-        ({"call": {}}, '/call: needs a member "flow"'),
+        ({"call": {}}, '/call: needs a member "flow": the name of a flow'),
     ],
 )
 def test_faults_of_blocks(step: dict[str, Any], message: str) -> None:
@@ -400,8 +400,8 @@ def test_names_inside_a_block_are_unknown_behind_it() -> None:
     ("spec", "message"),
     [
         ({"limit": 0}, "/concurrency/limit: 0 is not a number of runs, 1 or more"),
-        ({}, '/concurrency: needs a member "limit"'),
-        ({"limit": 1, "whenFull": "reject"}, '/concurrency/whenFull: "reject" is neither queue nor refuse'),
+        ({}, '/concurrency: needs a member "limit": a number of runs, 1 or more'),
+        ({"limit": 1, "whenFull": "reject"}, '/concurrency/whenFull: "reject" is not one of queue, refuse'),
     ],
 )
 def test_faults_of_limits(spec: Any, message: str) -> None:

@@ -140,8 +140,8 @@ def test_one_bad_file_leaves_the_others_in_service(tmp_path: Path) -> None:
         assert client.get("/api/publishing/new").json() == "new"
         faults = client.get("/api/deployments").json()["faults"]
         assert [fault["message"] for fault in faults][:3] == [
-            "must be an object of connections by their names, not a list",
-            'there is no {"name": "crm"} in connections.json',
+            "must be an object, not a list",
+            '{"name": "crm"} is not the name of a connection',
             "cannot be deployed: RuntimeError: odd ?",
         ]
         for refused in (bad, python, [bad], 1.5, "x"):

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import PROGRAM, ROOT, Api, Sink, get_flow, process
 
 import astera_lite
-from astera_lite import WINGS
+from astera_lite import WINGS, Number, StepKind, Table, Value
+from astera_lite_documents import flow_schema
 
 FILES = ("astera_lite.py", *WINGS)
 TREES = {name: ast.parse((ROOT / name).read_text("utf-8")) for name in FILES}
@@ -144,13 +146,30 @@ def test_a_flow_without_its_wing_is_a_fault_and_the_others_are_served(alone: Pat
         assert {each["name"] for each in found["deployments"]} == {"hello", "order", "slow", "weather"}
 
 
-def test_a_kind_of_step_is_a_function_and_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def check_shout(build: astera_lite.Build, spec: object, place: str) -> astera_lite.Runner:
-        template = build.template(spec, place)
-        return lambda run, scope, path: str(template(scope)).upper()
+def test_a_kind_of_step_is_a_function_and_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = {"text": Value(required=True), "times": Number(1, 9, default=1)}
 
-    monkeypatch.setitem(astera_lite.STEP_KINDS, "shout", astera_lite.StepKind(check_shout, False, "writes in capitals"))
-    flow = get_flow("/f", steps=[{"name": "s", "shout": "${'ada'}"}], response={"body": "${s}"})
+    def make_shout(build: astera_lite.Build, given: dict[str, Any], place: str) -> astera_lite.Runner:
+        return lambda run, scope, path: str(given["text"](scope)).upper() * given["times"]
+
+    shout = StepKind(Table(members, short="text"), make_shout, "writes in capitals")
+    monkeypatch.setitem(astera_lite.STEP_KINDS, "shout", shout)
+
+    def flow(spec: Any) -> dict[str, Any]:
+        return get_flow("/f", steps=[{"name": "s", "shout": spec}], response={"body": "${s}"})
+
     with astera_lite.AsteraLite(database=str(tmp_path / "jobs.db")) as app:
-        app.deploy("f", flow)
-        assert app.run("f").json() == "ADA"
+        for spec in ("${'ada'}", {"text": "${'ada'}"}):
+            app.deploy("f", flow(spec))
+            assert app.run("f").json() == "ADA"
+        for wrong, message in (
+            ({"txt": "x"}, '/txt: is not known here (known: text, times); did you mean "text"?'),
+            ({}, ': needs a member "text": any value'),
+            ({"text": "x", "times": 12}, "/times: 12 is not a number from 1 to 9"),
+        ):
+            with pytest.raises(astera_lite.FlowError) as caught:
+                app.deploy("f", flow(wrong))
+            assert f"f: /steps/0/shout{message}" in str(caught.value)
+    found = flow_schema(astera_lite.STEP_KINDS)["$defs"]["step"]["properties"]["shout"]
+    assert found["description"] == "writes in capitals"
+    assert found["anyOf"][1]["properties"]["times"] == {"type": "integer", "minimum": 1, "maximum": 9, "default": 1}

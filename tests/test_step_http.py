@@ -584,11 +584,11 @@ def test_pages_without_end_and_pages_too_large_are_errors(tmp_path: Path, follow
 @pytest.mark.parametrize(
     ("pages", "message"),
     [
-        ({}, "/pages: needs exactly one of next, link, cursor, offset, page: how the next page is asked for"),
+        ({}, "/pages: needs exactly one of next, link, cursor, offset, page"),
         ({"next": "${page.x}", "page": "p"}, "/pages: needs exactly one of"),
         ({"cursor": "${page.x}"}, '/pages: needs "parameter": the query parameter that takes the cursor'),
-        ({"next": "${page.x}", "size": 5}, "/pages/size: does not belong to next"),
-        ({"link": True, "total": 5}, "/pages/total: does not belong to link"),
+        ({"next": "${page.x}", "size": 5}, "/pages/size: belongs to offset, not to next"),
+        ({"link": True, "total": 5}, "/pages/total: belongs to offset, page, not to link"),
         ({"page": "p", "maxPages": 0}, "/pages/maxPages: 0 is not a number, 1 or more"),
         ({"offset": "${x}"}, '/pages/offset: "${x}" is not the name of a query parameter'),
     ],
@@ -690,7 +690,7 @@ def test_a_step_may_lower_the_limit_of_its_response(tmp_path: Path) -> None:
         ({"path": "/y"}, "/path: belongs to a connection"),
         ({}, 'needs a member "url", or "connection" and "path"'),
         ({"url": "http://x/", "every": 5}, "/every: says how often until is looked at, which is missing"),
-        ({"url": "http://x/", "until": "${answer}", "pages": {"link": True}}, "has both pages and until: a step does"),
+        ({"url": "http://x/", "until": "${answer}", "pages": {"link": True}}, "has pages and until: a step has one of"),
         ({"connection": "a", "url": "http://x/"}, "/url: stands in the connection already: give a path"),
     ],
 )  # fmt: skip
