@@ -17,7 +17,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
      8 Engine              the thread pool that runs jobs and synchronous flows
      9 Courier             one callback delivery: signature, outcome, next try
     10 Housekeeper         the background thread: purge, callbacks due, jobs due, changed flow files
-    11 Service             AsteraLite: the application without HTTP
+    11 Service             AsteraLite, the application without HTTP; Deployer and Jobs, its parts
     12 Access              tokens, Host and Origin rules
     13 Wire                bytes <-> requests and responses, strict, without sockets
     14 Documents           a deployment as people see it: the list at /api/deployments, what a start prints
@@ -28,7 +28,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
 What a server does not need until somebody uses it is in wings, files beside this one. This file names them as text
 only, `"astera_lite_tools:check"`, and loads one when it is first wanted; with `schema.sql` alone it is a whole server.
 
-    astera_lite_steps      sql, run, python in a process of its own; pages, until and OAuth 2 of http
+    astera_lite_steps      sql, run, python in a process of its own; pages, until and OAuth 2 of http; @app.flow
     astera_lite_documents  OpenAPI, Postman collection, JSON Schema of flow files, text of the metrics
     astera_lite_tools      the commands check, try, test, new, jobs, job, token, backup, zipapp
 """
@@ -9387,18 +9387,6 @@ class Principal(NamedTuple):
 ANYBODY = Principal()
 
 
-class Call(NamedTuple):
-    """An asynchronous call that was checked and can be accepted. `key` is the new job's."""
-
-    key: JobKey
-    flow: Flow
-    request: StoredRequest
-    input: Input
-    base: str
-    callback_url: str | None = None
-    idempotency_key: str | None = None
-
-
 #: Who calls what needs no token, without one that is known.
 NOBODY = Principal(admin=False, flows=frozenset())
 
@@ -9685,6 +9673,165 @@ class Watchers:
             self.tell(JobKey(seq, 0))
 
 
+def check_callback(url: str, policy: AddressPolicy) -> None:
+    """Raise InputError unless a callback may be sent to this URL, as far as can be said without a look-up."""
+    try:
+        target = parse_target(url)
+        for address in literal_addresses(target.host):
+            refusal = policy.refusal(target.host, address)
+            if refusal:
+                raise ValueError(f"is refused: {refusal}; the setting callback_allow names those that are allowed")
+    except ValueError as error:
+        raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
+
+
+def _fingerprint(request: StoredRequest, callback: Delivery | None) -> bytes:
+    """What makes two requests under one idempotency key the same."""
+    import hashlib  # noqa: PLC0415 (for bodies of any size OpenSSL's code is worth its memory)
+
+    query = [part.partition("=")[::2] for part in request.query.split("&") if part]
+    decoded = [(unquote(name, plus=True), unquote(value, plus=True)) for name, value in query]
+    segments = [unquote(segment) for segment in request.path.split("/")]
+    values = [request.method, segments, decoded, callback and callback.url, request.headers]
+    return hashlib.sha256(to_json(values).encode() + b"\0" + request.body).digest()
+
+
+class Jobs:
+    """Takes jobs in, and finds them for those who may see them."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        store: Store,
+        engine: Engine,
+        deployer: Deployer,
+        metrics: Metrics,
+        wake: Callable[[], None],
+    ) -> None:
+        """`wake` tells the housekeeper that a callback is due."""
+        self._max_queue, self._max_database = settings.max_queue, settings.max_database
+        self._retention_ms = round(settings.retention * 1000)
+        self._clock, self._store, self._engine, self._deployer = clock, store, engine, deployer
+        self._metrics, self._wake = metrics, wake
+        self._keys = JobKeys(store.last_seq())
+        self._size_at, self._size = -1.0, 0  # of the database: when it was measured, and bytes
+
+    # --- accepting ---
+
+    def new_key(self) -> JobKey:
+        """A key for a job that is created now."""
+        return self._keys.new(self._clock.now())
+
+    def new(self, flow: Flow, base: str, token: str, callback_url: str | None = None) -> Job:
+        """A job that is not stored yet; `base` begins the URLs in its callback."""
+        now = self._clock.now()
+        callback = Delivery(callback_url) if callback_url else None
+        return Job(self._keys.new(now), flow.name, flow.version, Status.RUNNING, now, base, token, callback=callback)
+
+    def accept(self, ready: Prepared, request: StoredRequest, idempotency_key: str | None, done: Done) -> None:
+        """Store a job; `done` gets Added or Conflict once it is on disk; then it runs (see Store for the thread).
+
+        Raises Busy when nothing more can be taken.
+        """
+        job, flow = ready.job, ready.flow
+        fingerprint = b"" if idempotency_key is None else _fingerprint(request, job.callback)
+        try:
+            self._admit(ready, len(request.body))
+        except Busy as full:
+            if idempotency_key is None:
+                raise
+            replay = partial(self._replay, fingerprint, full, done)
+            self._store.find_key(job.flow, job.token, idempotency_key, job.created, replay)
+            return
+        # A flow that only computes is run before its job is stored, so that both need one commit.
+        ended = self._engine.ended_at_once(job, flow, ready.input)
+        if ended is None:
+            self._engine.expect(job.key.seq)
+        submission = Submission(job, request, flow.text, idempotency_key, fingerprint, ended)
+        self._store.add(submission, partial(self._accepted, ready, ended, done))
+
+    def _admit(self, ready: Prepared, size: int) -> None:
+        """Raise Busy unless there is room for a job with a body of this size."""
+        if self._engine.queued >= self._max_queue:
+            raise Busy("The queue of jobs is full.", self._engine.retry_after(ready.job.flow))
+        if self._max_database is not None:
+            now = self._clock.monotonic()
+            if now - self._size_at > 1:
+                self._size_at, self._size = now, self._store.size()
+            if self._size >= self._max_database:
+                raise Busy("The database has reached its greatest size: there is room when results expire.", 60)
+        self._engine.admit(ready.flow, ready.job.key.seq)
+        self._size += 2 * (size + _ROW_BYTES)  # in the log and in the file, until it is measured
+
+    def _accepted(
+        self, ready: Prepared, ended: Finish | None, done: Done, result: Any, error: AsteraError | None
+    ) -> None:
+        """Go on with a job that is on disk, or could not be put there."""
+        job = ready.job
+        added = isinstance(result, Added) and not result.replayed
+        if added:
+            self._metrics.accepted[job.flow] += 1
+        if added and ended is None:
+            self._engine.put(job.key.seq, ready)
+        else:
+            self._engine.dismiss(job.flow, job.key.seq)
+        if added and ended is not None:
+            self._metrics.ended[job.flow, ended.outcome.end] += 1
+            log_outcome("job", ready.flow, ready.input, ended.outcome)
+            if ended.callback is not None:
+                self._wake()
+        done(result, error)
+
+    def _replay(self, fingerprint: bytes, full: Busy, done: Done, known: Any, error: AsteraError | None) -> None:
+        """Answer with the job that an idempotency key belongs to; there is no room for a new one."""
+        if known is None:
+            done(None, error or full)
+        else:
+            done(Added(known[0], True) if known[1] == fingerprint else key_conflict(), None)
+
+    def rerun(self, job: Job, base: str, caller: Principal, trace: Trace | None, done: Done) -> None:
+        """Submit a finished job's input again, to the flow as it is now; raises Conflict, InputError, Busy."""
+        request, deployments = self._store.request(job.key), self._deployer.deployments
+        flow = deployments.by_name.get(job.flow)
+        if request is None or flow is None:
+            raise Conflict(f'The flow "{job.flow}" is not deployed any more.', job=job.status)
+        if flow not in [match.get(request.method) for match in deployments.match(request.path)]:
+            raise Conflict(f'The flow "{job.flow}" has another method or resource now.', job=job.status)
+        if "asynchronous" not in flow.modes:
+            raise Conflict(f'The flow "{job.flow}" is published synchronously only now.', job=job.status)
+        new = self.new(flow, base, caller.name, job.callback.url if job.callback else None)
+        request = request._replace(trace=trace)
+        self.accept(
+            Prepared(new, flow, flow.bind(request, path_values(flow, request.path), new.id)), request, None, done
+        )
+
+    # --- finding ---
+
+    def look(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
+        """A job, and how far it is; None if it is unknown, expired, or another token's."""
+        found = self._engine.peek(key) or ((job, self._engine.progress(key)) if (job := self._store.get(key)) else None)
+        if found is None or not (caller.admin or found[0].token == caller.name):
+            return None
+        expires = found[0].expires
+        return found if expires is None or expires > self._clock.now() else None
+
+    def expired(self, key: JobKey | None) -> bool:
+        """Whether an unknown job's id is older than results are kept."""
+        return key is not None and key.time_ms < self._clock.now() - self._retention_ms
+
+    def page(
+        self, caller: Principal, flow: str | None, status: Status | None, limit: int, before: int | None
+    ) -> tuple[list[Job], int | None]:
+        """Jobs that the caller may see, newest first, and the `before` of the next page."""
+        token = None if caller.admin else caller.name
+        jobs = self._store.page(self._clock.now(), limit + 1, before, flow, status, token)
+        live = [(found[0] if (found := self._engine.peek(job.key)) else job) for job in jobs[:limit]]
+        if status is not None:  # one that ended in this instant is Running for all until that was told
+            live = [job for job in live if job.status is status]
+        return live, jobs[limit - 1].key.seq if len(jobs) > limit else None
+
+
 _CALLBACKS = 16  # of futures, called at one time
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -9757,8 +9904,6 @@ class AsteraLite:
         self._open = False  # from start to the very end of stop
         self.metrics = Metrics()
         self.started_at = 0  # milliseconds since the epoch, by the system's clock
-        self._size_at, self._size = -1.0, 0
-        self._keys = JobKeys()
         self._callbacks = ThreadPoolExecutor(_CALLBACKS, "astera-callback")  # of futures; made anew by a start
 
     # --- life ---
@@ -9820,7 +9965,9 @@ class AsteraLite:
                 datetime.timedelta(seconds=-self.clock.offset // 1000),
             )
             self.store.keep_clock_offset(self.clock.offset)
-        self._keys = JobKeys(self.store.last_seq())
+        self.jobs = Jobs(
+            settings, self.clock, self.store, self.engine, self.deployer, self.metrics, self.housekeeper.wake
+        )
         left = list(self.store.unfinished())  # whole before the first one runs: the database may be damaged
         for seq, due, name in left:
             flow = self.deployments.by_name.get(name)
@@ -9927,90 +10074,7 @@ class AsteraLite:
 
         return add
 
-    # --- accepting ---
-
-    def new_key(self) -> JobKey:
-        """A key for a job that is created now."""
-        return self._keys.new(self.clock.now())
-
-    def check_callback(self, url: str) -> None:
-        """Raise InputError unless a callback may be sent to this URL, as far as can be said without a look-up."""
-        try:
-            target = parse_target(url)
-            for address in literal_addresses(target.host):
-                refusal = self.policy.refusal(target.host, address)
-                if refusal:
-                    raise ValueError(f"is refused: {refusal}; the setting callback_allow names those that are allowed")
-        except ValueError as error:
-            raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
-
-    def accept(self, call: Call, caller: Principal, done: Done) -> None:
-        """Store a job; `done` gets Added or Conflict once it is on disk; then it runs (see Store for the thread).
-
-        Raises Busy when nothing more can be taken.
-        """
-        now = self.clock.now()
-        fingerprint = _fingerprint(call) if call.idempotency_key is not None else b""
-        full = self._full(call)
-        if full is not None:
-            if call.idempotency_key is None:
-                raise full
-            replay = partial(self._replay, fingerprint, full, done)
-            self.store.find_key(call.flow.name, caller.name, call.idempotency_key, now, replay)
-            return
-        callback = Delivery(call.callback_url) if call.callback_url else None
-        job = Job(
-            call.key, call.flow.name, call.flow.version, Status.RUNNING, now, call.base, caller.name, callback=callback
-        )
-
-        # A flow that only computes is run before its job is stored, so that both need one commit.
-        ended = self.engine.ended_at_once(job, call.flow, call.input)
-        if ended is None:
-            self.engine.expect(job.key.seq)
-        submission = Submission(job, call.request, call.flow.text, call.idempotency_key, fingerprint, ended)
-        self.store.add(submission, partial(self._accepted, submission, call, done))
-
-    def _accepted(self, submission: Submission, call: Call, done: Done, result: Any, error: AsteraError | None) -> None:
-        """Go on with a job that is on disk, or could not be put there."""
-        job, ended = submission.job, submission.ended
-        added = isinstance(result, Added) and not result.replayed
-        if added:
-            self.metrics.accepted[job.flow] += 1
-        if ended is None and added:
-            self.engine.put(job.key.seq, Prepared(job, call.flow, call.input))
-        elif added and ended is not None:
-            self.metrics.ended[job.flow, ended.outcome.end] += 1
-            log_outcome("job", call.flow, call.input, ended.outcome)
-            if ended.callback is not None:
-                self.housekeeper.wake()
-        if ended is not None or not added:
-            self.engine.dismiss(job.flow, job.key.seq)
-        done(result, error)
-
-    def _replay(self, fingerprint: bytes, full: Busy, done: Done, known: Any, error: AsteraError | None) -> None:
-        """Answer with the job that an idempotency key belongs to; there is no room for a new one."""
-        if known is None:
-            done(None, error or full)
-        else:
-            done(Added(known[0], True) if known[1] == fingerprint else key_conflict(), None)
-
-    def _full(self, call: Call) -> Busy | None:
-        """Why no more can be taken; None if there is room, and the job then is admitted to its flow."""
-        settings = self.settings
-        if self.engine.queued >= settings.max_queue:
-            return Busy("The queue of jobs is full.", self.engine.retry_after(call.flow.name))
-        if settings.max_database is not None:
-            now = self.clock.monotonic()
-            if now - self._size_at > 1:
-                self._size_at, self._size = now, self.store.size()
-            if self._size >= settings.max_database:
-                return Busy("The database has reached its greatest size: there is room when results expire.", 60)
-        try:
-            self.engine.admit(call.flow, call.key.seq)
-        except Busy as busy:
-            return busy
-        self._size += 2 * (len(call.request.body) + _ROW_BYTES)  # in the log and in the file, until it is measured
-        return None
+    # --- running ---
 
     def run_at_once(self, flow: Flow, given: Input) -> Outcome | None:
         """Run a flow that only computes, on the calling thread; None if it wants one of its own."""
@@ -10021,7 +10085,7 @@ class AsteraLite:
 
     def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:
         """Run a flow for a caller who waits; `done` gets the outcome on the thread that ran it."""
-        ticket = self.new_key().seq
+        ticket = self.jobs.new_key().seq
         self.engine.admit(flow, ticket)
 
         def ended(outcome: Outcome) -> None:
@@ -10064,56 +10128,6 @@ class AsteraLite:
         if more:
             self.housekeeper.wake()
 
-    # --- jobs ---
-
-    def look(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
-        """A job, and how far it is; None if it is unknown, expired, or another token's. StoreError before the start."""
-        self.check_open()
-        found = self.engine.peek(key) or ((job, self.engine.progress(key)) if (job := self.store.get(key)) else None)
-        if found is None or not (caller.admin or found[0].token == caller.name):
-            return None
-        expires = found[0].expires
-        return found if expires is None or expires > self.clock.now() else None
-
-    def expired(self, key: JobKey | None) -> bool:
-        """Whether an unknown job's id is older than results are kept."""
-        return key is not None and key.time_ms < self.clock.now() - self.settings.retention * 1000
-
-    def rerun(self, job: Job, base: str, caller: Principal, trace: Trace | None, done: Done) -> None:
-        """Submit a finished job's input again, to the flow as it is now; raises Conflict, InputError, Busy."""
-        request = self.store.request(job.key)
-        flow = self.deployments.by_name.get(job.flow)
-        if request is None or flow is None:
-            raise Conflict(f'The flow "{job.flow}" is not deployed any more.', job=job.status)
-        if flow not in [match.get(request.method) for match in self.deployments.match(request.path)]:
-            raise Conflict(f'The flow "{job.flow}" has another method or resource now.', job=job.status)
-        if "asynchronous" not in flow.modes:
-            raise Conflict(f'The flow "{job.flow}" is published synchronously only now.', job=job.status)
-        key = self.new_key()
-        request = request._replace(trace=trace)
-        given = flow.bind(request, path_values(flow, request.path), str(key))
-        self.accept(Call(key, flow, request, given, base, job.callback.url if job.callback else None), caller, done)
-
-    def resend(self, job: Job, done: Done) -> None:
-        """Make a finished job's callback due now."""
-
-        def stored(result: Any, error: AsteraError | None) -> None:
-            self.housekeeper.wake()
-            done(result, error)
-
-        self.store.resend(job.key, self.clock.now(), stored)
-
-    def list_jobs(
-        self, caller: Principal, flow: str | None, status: Status | None, limit: int, before: int | None
-    ) -> tuple[list[Job], int | None]:
-        """Jobs that the caller may see, newest first, and the `before` of the next page."""
-        token = None if caller.admin else caller.name
-        jobs = self.store.page(self.clock.now(), limit + 1, before, flow, status, token)
-        live = [(found[0] if (found := self.engine.peek(job.key)) else job) for job in jobs[:limit]]
-        if status is not None:  # one that ended in this instant is Running for all until that was told
-            live = [job for job in live if job.status is status]
-        return live, jobs[limit - 1].key.seq if len(jobs) > limit else None
-
     def health(self, whole: bool = True) -> dict[str, Any]:
         """What /health says; `status` is ok, or why not. Without `whole`, what anybody may know."""
         fault = self.store.fault
@@ -10155,12 +10169,11 @@ class AsteraLite:
         """
         target, request, values = self._request(flow, params, body)
         if callback_url is not None:
-            self.check_callback(callback_url)
-        key = self.new_key()
-        given = target.bind(request, values, str(key))
-        call = Call(key, target, request, given, base or self.base, callback_url, idempotency_key)
+            check_callback(callback_url, self.policy)
+        job = self.jobs.new(target, base or self.base, ANYBODY.name, callback_url)
+        ready = Prepared(job, target, target.bind(request, values, job.id))
         with self.store.apart():
-            result = _await(partial(self.accept, call, Principal()), threading.TIMEOUT_MAX)
+            result = _await(partial(self.jobs.accept, ready, request, idempotency_key), threading.TIMEOUT_MAX)
         if isinstance(result, Conflict):
             raise result
         return result.job  # type: ignore[no-any-return]
@@ -10171,7 +10184,7 @@ class AsteraLite:
         It runs on the thread that calls. Raises NotFound, InputError, Busy, StoreError.
         """
         target, request, values = self._request(flow, params, body)
-        key = self.new_key()
+        key = self.jobs.new_key()
         given = target.bind(request, values, str(key))
         self.engine.admit(target, key.seq)
         try:
@@ -10183,7 +10196,7 @@ class AsteraLite:
         """A job by its id, or as it was once known; None if it is unknown or expired."""
         self.check_open()
         key = _key_of(job_id)
-        found = self.look(key, Principal()) if key else None
+        found = self.jobs.look(key, ANYBODY) if key else None
         return found and found[0]
 
     def wait(self, job_id: str | Job, timeout: float | None = None) -> Job:
@@ -10192,22 +10205,14 @@ class AsteraLite:
         Raises NotFound, and StoreError if the application stops meanwhile.
         """
         self.check_open()
-        key = _key_of(job_id)
-        deadline = time.monotonic() + timeout if timeout is not None else threading.TIMEOUT_MAX
-        while key is not None:
-            changed = threading.Event()
-            self.watchers.add(key, changed.set)
-            try:
-                found = self.look(key, Principal())
-                if found is None:
-                    break
-                left = deadline - time.monotonic() if timeout is not None else threading.TIMEOUT_MAX
-                if found[0].status is not Status.RUNNING or left <= 0:
-                    return found[0]
-                changed.wait(left)
-            finally:
-                self.watchers.remove(key, changed.set)
-        raise _no_job(job_id)
+        future = self.future(job_id)
+        with contextlib.suppress(TimeoutError):
+            return future.result(timeout)
+        future.cancel()  # it watches no more
+        job = self.status(job_id)
+        if job is None:
+            raise _no_job(job_id)
+        return job
 
     def future(self, job_id: str | Job) -> Future[Job]:
         """A future that gets the job when it is finished, or the error that `wait` raises; it holds no thread.
@@ -10223,7 +10228,7 @@ class AsteraLite:
             with contextlib.suppress(InvalidStateError):  # cancelled, or another thread has just seen the end, too
                 try:
                     self.check_open()
-                    found = self.look(key, Principal()) if key is not None else None
+                    found = self.jobs.look(key, ANYBODY) if key is not None else None
                 except StoreError as error:
                     future.set_exception(error)
                     return
@@ -10338,18 +10343,6 @@ class Result:
     def json(self) -> Any:
         """The body as a JSON value. Raises ValueError if it is none."""
         return json.loads(self.content)
-
-
-def _fingerprint(call: Call) -> bytes:
-    """What makes two requests under one idempotency key the same."""
-    import hashlib  # noqa: PLC0415 (for bodies of any size OpenSSL's code is worth its memory)
-
-    request = call.request
-    query = [part.partition("=")[::2] for part in request.query.split("&") if part]
-    decoded = [(unquote(name, plus=True), unquote(value, plus=True)) for name, value in query]
-    segments = [unquote(segment) for segment in request.path.split("/")]
-    values = [request.method, segments, decoded, call.callback_url, request.headers]
-    return hashlib.sha256(to_json(values).encode() + b"\0" + request.body).digest()
 
 
 # ======================================================================================================================
@@ -11280,7 +11273,7 @@ def _callback_url(x: Exchange, urls: list[str]) -> str | None:
             raise ValueError(f"ends at its first &, for it is not percent-encoded: write callbackUrl={whole}")
     except ValueError as error:
         raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
-    x.app.check_callback(url)
+    check_callback(url, x.app.policy)
     return url
 
 
@@ -11305,20 +11298,20 @@ def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: li
         except InputError as error:
             return refusals.append(error)
 
-    key = x.app.new_key()
     urls, query = _split_callback(x)
     callback_url = checked(_callback_url, x, urls)
     idempotency_key = checked(_idempotency_key, x)
     request = _stored_request(x, flow, query)
-    given = checked(lambda: flow.bind(request, path_values(flow, x.path), str(key)))
+    job = x.app.jobs.new(flow, x.base, x.caller.name, callback_url)
+    given = checked(lambda: flow.bind(request, path_values(flow, x.path), job.id))
     if refusals:
         raise InputError([fault for refusal in refusals for fault in refusal.errors], status=refusals[-1].status)
     wait_s = _wait_of(x, preferences)
     if wait_s is not None:
         applied = [*applied, f"wait={wait_s}"]
     headers = [*_VARY, *_applied(applied)] if applied else _VARY
-    call = Call(key, flow, request, given, x.base, callback_url, idempotency_key)
-    x.app.accept(call, x.caller, partial(x.post, _answer_submitted, x, wait_s, headers))
+    done = partial(x.post, _answer_submitted, x, wait_s, headers)
+    x.app.jobs.accept(Prepared(job, flow, given), request, idempotency_key, done)
 
 
 def _answer_submitted(
@@ -11341,7 +11334,7 @@ def _answer_submitted(
     if wait_s:
         _when_finished(x, job.key, wait_s, lambda seen: answer(seen or (job, None)))
     else:
-        x.answer(answer((replayed and x.app.look(job.key, x.caller)) or (job, None)))
+        x.answer(answer((replayed and x.app.jobs.look(job.key, x.caller)) or (job, None)))
 
 
 def _when_finished(x: Exchange, key: JobKey, seconds: float, answer: Callable[[_Seen | None], Reply]) -> None:
@@ -11357,7 +11350,7 @@ def _when_finished(x: Exchange, key: JobKey, seconds: float, answer: Callable[[_
             return
         if not final:
             x.app.watchers.add(key, changed)  # first watch, then look: nothing can happen unseen in between
-        seen = x.app.look(key, x.caller)
+        seen = x.app.jobs.look(key, x.caller)
         if final or seen is None or seen[0].status is not Status.RUNNING:
             x.app.watchers.remove(key, changed)
             x.answer(answer(seen))
@@ -11397,13 +11390,13 @@ def _status_response(x: Exchange, seen: _Seen, code: int = 200, more: Iterable[t
 
 def _unknown(x: Exchange) -> UnknownJob:
     text = x.values["id"]
-    return UnknownJob(text, x.app.expired(JobKey.parse(text)))
+    return UnknownJob(text, x.app.jobs.expired(JobKey.parse(text)))
 
 
 def _find(x: Exchange) -> _Seen:
     """The job that the path names; raises UnknownJob, and Conflict by a precondition."""
     key = JobKey.parse(x.values["id"])
-    seen = x.app.look(key, x.caller) if key is not None else None
+    seen = x.app.jobs.look(key, x.caller) if key is not None else None
     if seen is None:
         raise _unknown(x)
     check_conditions(x)
@@ -11453,7 +11446,7 @@ def job_result(x: Exchange) -> Reply | None:
 def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> Reply:
     stored = x.app.store.result(job.key)
     if stored is None:
-        raise UnknownJob(job.id, x.app.expired(job.key))
+        raise UnknownJob(job.id, x.app.jobs.expired(job.key))
     own, tag = tuple(stored.headers), []
     if stored.code < 300:  # a result never changes, and no other has its id
         names = {name.lower() for name, _ in own}
@@ -11555,7 +11548,7 @@ def job_list(x: Exchange) -> Reply:
         raise InputError(errors)
     status = Status(query["status"]) if "status" in query else None
     before = int(cursor, 16) if cursor is not None else None
-    jobs, following = x.app.list_jobs(x.caller, query.get("flow"), status, int(limit), before)
+    jobs, following = x.app.jobs.page(x.caller, query.get("flow"), status, int(limit), before)
     document = {
         "jobs": [status_document(job, x.base, offset=x.app.clock.offset) for job in jobs],
         "next": None if following is None else f"{following:015x}",
@@ -11588,7 +11581,7 @@ def job_rerun(x: Exchange) -> None:
     job = _find_finished(x)
     _check_may_call(x, job.flow)
     trace = parse_trace(x.head.headers)
-    x.app.rerun(job, x.base, x.caller, trace, partial(x.post, _answer_submitted, x, None, ()))
+    x.app.jobs.rerun(job, x.base, x.caller, trace, partial(x.post, _answer_submitted, x, None, ()))
 
 
 def job_callback(x: Exchange) -> None:
@@ -11599,12 +11592,13 @@ def job_callback(x: Exchange) -> None:
     _find_finished(x)
 
     def answer(result: Any, error: AsteraError | None) -> None:
-        seen = x.app.look(job.key, x.caller)
+        x.app.housekeeper.wake()
+        seen = x.app.jobs.look(job.key, x.caller)
         if error is not None or seen is None:
             raise error or _unknown(x)
         x.answer(_status_response(x, seen, 202))
 
-    x.app.resend(job, partial(x.post, answer))
+    x.app.store.resend(job.key, x.app.clock.now(), partial(x.post, answer))
 
 
 def job_delete(x: Exchange) -> None:

@@ -516,7 +516,7 @@ def test_a_list_of_finished_jobs_holds_none_that_the_status_calls_running(tmp_pa
 
         def look_first(end: Any, done: Any) -> None:
             def look(result: Any, error: Any) -> None:  # the end is on disk, but nobody was told
-                seen.extend(app.list_jobs(Principal(), None, Status.COMPLETED, 10, None)[0])
+                seen.extend(app.jobs.page(Principal(), None, Status.COMPLETED, 10, None)[0])
                 done(result, error)
 
             finish(end, look)
@@ -524,7 +524,7 @@ def test_a_list_of_finished_jobs_holds_none_that_the_status_calls_running(tmp_pa
         app.store.finish = look_first  # type: ignore[method-assign]
         finished(app, app.submit("f"))
         assert seen == []
-        assert len(app.list_jobs(Principal(), None, Status.COMPLETED, 10, None)[0]) == 1
+        assert len(app.jobs.page(Principal(), None, Status.COMPLETED, 10, None)[0]) == 1
 
 
 # ---- Timeouts --------------------------------------------------------------------------------------------------------
