@@ -1233,230 +1233,184 @@ def attempt_documents(attempts: Sequence[Attempt], offset: int) -> list[dict[str
 
 # ======================================================================================================================
 # 4 Expressions
-# To add a function: a row in FUNCTIONS. To add a method: a row in METHODS. Neither may mutate, call back or escape.
+# To add a function: a row in FUNCTIONS. To add a method: a name in METHODS. Neither may mutate, call back or escape.
 #
-# An expression is parsed by Python's own parser, every node is looked up in a table of what is allowed, and rewritten
-# so that no attribute is ever read: `a.b` becomes `a["b"]`, `a.f(x)` a call of the table's own function, a name an item
-# of the scope. What then runs is plain bytecode over JSON values. Loops, calls and growth are paid for from a budget.
+# Python's own parser reads an expression. Every node must be in the language, and is rewritten so that no attribute is
+# ever read: `a.b` becomes `a["b"]`, `a.f(x)` a call of the table's function, a name an item of the scope. What then
+# runs is plain bytecode over JSON values. Loops, calls, comparisons and growth are paid for from a budget.
 # ======================================================================================================================
 
 MAX_EXPRESSION = 4000  # characters
 MAX_NESTING = 60  # of syntax inside one template
-MAX_WORK = 10_000_000  # items looped over, four characters made, or an eighth of a call, in one evaluation
+MAX_WORK = 10_000_000  # units of one evaluation: an item looped over, four characters made, or an eighth of a call
 MAX_INT_BITS = 4096
 _SOURCE = "<flow expression>"
+_KINDS = {type(None): "null", bool: "a boolean", int: "an integer", float: "a number", str: "text", list: "a list"}
+_KINDS |= {dict: "an object", tuple: "a list", bytes: "bytes"}
 
 
 class ExpressionError(AsteraError):
     """An expression could not be evaluated; the message names the place and the part of it."""
 
 
-class _Work:
-    """What one evaluation may still spend."""
-
-    __slots__ = ("left",)
-
-    def __init__(self) -> None:
-        self.left = MAX_WORK
-
-    def spend(self, amount: int) -> None:
-        self.left -= amount
-        if self.left < 0:
-            raise ExpressionError(f"it does too much work (more than {MAX_WORK:,} units)")
-
-
-class TooDear(BaseException):
-    """A run costs more than its purse holds. No failure of the flow, and nothing in a flow can catch it."""
-
-
-class Purse(_Work):
-    """What all evaluations of one run together may spend, where the thread that runs it is needed for others."""
-
-    __slots__ = ()
-
-    def __init__(self, units: int) -> None:
-        self.left = units
-
-    def spend(self, amount: int) -> None:
-        self.left -= amount
-        if self.left < 0:
-            raise TooDear
-
-
-PURSE = ""  # under this name, which none of a flow can have, a scope holds the purse of its run
+class BudgetExceeded(BaseException):
+    """A run costs more than the budget of the whole run. Not a failure of the flow, so no flow can handle it."""
 
 
 def kind_of(value: Any) -> str:
-    """What a message calls the kind of a value: "a list", "an integer"."""
-    names: dict[Any, str] = {
-        type(None): "null",
-        bool: "a boolean",
-        int: "an integer",
-        float: "a number",
-        str: "text",
-        list: "a list",
-    }
-    names |= {dict: "an object", tuple: "a list", bytes: "bytes"}
-    return names.get(type(value), "a value")
+    """What a message calls the type of a value: "a list", "an integer"."""
+    return _KINDS.get(type(value), "a value")
 
 
 def as_text(value: Any) -> str:
-    """How a value reads inside a text: text as it is, everything else as JSON."""
+    """A value inside a text: text as it is, everything else as JSON."""
     if type(value) is str:
         return value
     check_written(value)
     return to_json(value)
 
 
-def _deep(work: _Work, values: Iterable[Any]) -> None:
-    """Pay for everything inside, as often as it is reached: what writing or comparing it will cost."""
-    todo = list(values)
-    texts = 0
-    while todo:
-        value = todo.pop()
-        kind = type(value)
-        if kind is str:
-            texts += len(value) // 16 + 1
-        elif kind is list or kind is tuple:
-            work.spend(8 * len(value))
-            todo += value
-        elif kind is dict:
-            work.spend(8 * len(value))
-            todo += value.values()
-    work.spend(texts)
+def as_bytes(value: Any) -> bytes:
+    """Bytes as they are, everything else as its text in UTF-8."""
+    return value if type(value) is bytes else as_text(value).encode()
 
 
-def _key(work: _Work, key: Any) -> Any:
-    """What is looked up in an object, paid for: a tuple is hashed with all that it holds."""
-    if type(key) is tuple:
-        _deep(work, key)
-    elif type(key) is str and len(key) > 64:
-        work.spend(len(key) >> 4)
-    return key
+BUDGET = ""  # the scope's name for the budget of a whole run; no flow can have this name
 
 
-def _member(work: _Work, values: Any, key: Any) -> Any:
-    return values[_key(work, key)]
+class Budget:
+    """The units that are left to spend, and the operations that are paid for from them.
 
+    An evaluation has a budget of its own, whose end is an ExpressionError; a run that must be short has one for all its
+    evaluations (`whole_run`), whose end is BudgetExceeded. Compiled expressions call the methods.
+    """
 
-def _optional(work: _Work, values: Any, name: str) -> Any:
-    """A member that the flow declares and a request need not have."""
-    return values.get(name) if type(values) is dict else values[name]
+    __slots__ = ("left", "whole_run")
 
+    def __init__(self, units: int, whole_run: bool = False) -> None:
+        self.left, self.whole_run = units, whole_run
 
-def _compared(work: _Work, item: Any, values: Any) -> None:
-    """Pay for looking for an item in a list, or for a text in a text."""
-    if type(item) is str:  # not every search that CPython has is linear
-        work.spend(len(item) * len(values) >> 6)
-    elif type(item) in (list, tuple, dict):
-        _deep(work, (values,))
+    def spend(self, units: int) -> None:
+        self.left -= units
+        if self.left < 0:
+            if self.whole_run:
+                raise BudgetExceeded
+            raise ExpressionError(f"it does too much work (more than {MAX_WORK:,} units)")
 
-
-def _each(work: _Work, values: Any, price: int) -> Any:
-    if type(values) not in (list, dict, tuple, str):
-        raise ExpressionError(f"{kind_of(values)} cannot be looped over")
-    work.spend(len(values) * price)
-    return values
-
-
-def _each_pair(work: _Work, values: Any, price: int) -> Any:
-    if type(values) is dict:  # whose names might be of as many letters
-        raise ExpressionError("an object is looped over by its names: write .items() for name and value")
-    return _each(work, values, price)
-
-
-def _join(work: _Work, parts: tuple[Any, ...]) -> str:
-    _deep(work, parts)
-    text = "".join(map(as_text, parts))
-    work.spend(8 + (len(text) >> 2))
-    return text
-
-
-def _grown(work: _Work, value: Any) -> Any:
-    """Pay for a result by its size."""
-    if type(value) in (list, tuple, dict):
-        work.spend(len(value))
-    elif type(value) in (str, bytes):
-        work.spend(len(value) >> 2)
-    elif type(value) is int and value.bit_length() > MAX_INT_BITS:
-        raise ExpressionError("the number grows too large")
-    return value
-
-
-def _add(work: _Work, a: Any, b: Any) -> Any:
-    work.spend(2)
-    return _grown(work, a + b)
-
-
-def _multiply(work: _Work, a: Any, b: Any) -> Any:
-    work.spend(4)
-    for sized, times in ((a, b), (b, a)):
-        if type(sized) in (str, list, tuple, bytes) and type(times) is int:
-            work.spend(len(sized) * max(times, 0) >> 2 * (type(sized) in (str, bytes)))
-    if type(a) is int and type(b) is int:
-        bits = a.bit_length() + b.bit_length()
-        work.spend(bits >> 6)
-        if bits > MAX_INT_BITS:
+    def flat(self, value: Any, units: int = 0) -> Any:
+        """Pay for a value by its own size, and `units` more; the value."""
+        if type(value) in (list, tuple, dict):
+            units += len(value)
+        elif type(value) in (str, bytes):
+            units += len(value) >> 2
+        elif type(value) is int and value.bit_length() > MAX_INT_BITS:
             raise ExpressionError("the number grows too large")
-    return a * b
+        self.spend(units)
+        return value
+
+    def deep(self, value: Any) -> Any:
+        """Pay for a value and everything in it as often as it occurs, as writing or comparing does; the value."""
+        if type(value) not in (list, tuple, dict):
+            if type(value) is str and len(value) > 64:
+                self.spend(len(value) >> 4)
+            return value
+        todo, texts = [value], 0
+        while todo:
+            part = todo.pop()
+            kind = type(part)
+            if kind is str:
+                texts += (len(part) >> 4) + 1
+            elif kind is list or kind is tuple or kind is dict:
+                self.spend(8 * len(part))
+                todo += part.values() if kind is dict else part
+        self.spend(texts)
+        return value
+
+    def search(self, item: Any, values: Any) -> None:
+        """Pay for the search for an item in a list, or for a text in a text, which is not always linear."""
+        if type(item) is str:
+            self.spend(len(item) * len(values) >> 6)
+        elif type(item) in (list, tuple, dict):
+            self.deep(values)
+
+    def each(self, values: Any, price: int, pairs: bool) -> Any:
+        if pairs and type(values) is dict:  # whose names might have as many letters as there are variables
+            raise ExpressionError("an object is looped over by its names: write .items() for name and value")
+        if type(values) not in (list, dict, tuple, str):
+            raise ExpressionError(f"{kind_of(values)} cannot be looped over")
+        self.spend(len(values) * price)
+        return values
+
+    def member(self, values: Any, key: Any) -> Any:
+        return values[self.deep(key)]
+
+    def optional(self, values: Any, name: str) -> Any:
+        """A member that the flow declares and that a request may omit."""
+        return values.get(name) if type(values) is dict else values[name]
+
+    def slice(self, values: Any, low: Any, high: Any, step: Any) -> Any:
+        if type(values) not in (list, tuple, str, bytes):
+            raise ExpressionError(f"{kind_of(values)} cannot be sliced")
+        return self.flat(values[low:high:step])
+
+    def contains(self, item: Any, values: Any) -> bool:
+        if type(values) is dict:
+            return self.deep(item) in values
+        if type(values) not in (list, tuple, str):
+            raise ExpressionError(f"{kind_of(values)} has nothing in it")
+        self.spend(len(values))
+        self.search(item, values)
+        return item in values
+
+    def join(self, parts: tuple[Any, ...]) -> str:
+        self.deep(parts)
+        text = "".join(map(as_text, parts))
+        self.spend(8 + (len(text) >> 2))
+        return text
+
+    def add(self, a: Any, b: Any) -> Any:
+        self.spend(2)
+        return self.flat(a + b)
+
+    def multiply(self, a: Any, b: Any) -> Any:
+        self.spend(4)
+        for sized, times in ((a, b), (b, a)):
+            if type(sized) in (str, list, tuple, bytes) and type(times) is int:
+                self.spend(len(sized) * max(times, 0))
+        if type(a) is int and type(b) is int and a.bit_length() + b.bit_length() > MAX_INT_BITS:
+            raise ExpressionError("the number grows too large")
+        return a * b
+
+    def power(self, a: Any, b: Any) -> Any:
+        self.spend(8)
+        if type(a) is int and type(b) is int and a.bit_length() * abs(b) > MAX_INT_BITS:
+            raise ExpressionError("the number grows too large")
+        result = a**b
+        if type(result) is complex:
+            raise ExpressionError("the root of a negative number is not a number")
+        return result
+
+    def modulo(self, a: Any, b: Any) -> Any:
+        if type(a) in (str, bytes):
+            raise ExpressionError("% does not format text: write ${…} inside the text")
+        self.spend(2)
+        return a % b
 
 
-def _power(work: _Work, a: Any, b: Any) -> Any:
-    work.spend(8)
-    if type(a) is int and type(b) is int and a.bit_length() * abs(b) > MAX_INT_BITS:
-        raise ExpressionError("the number grows too large")
-    result = a**b
-    if type(result) is complex:
-        raise ExpressionError("the root of a negative number is not a number")
-    return result
-
-
-def _modulo(work: _Work, a: Any, b: Any) -> Any:
-    if type(a) in (str, bytes):
-        raise ExpressionError("% does not format text: write ${…} inside the text")
-    work.spend(2)
-    return a % b
-
-
-def _paid(work: _Work, value: Any) -> Any:
-    """An operand of a comparison, paid for."""
-    if type(value) in (str, list, tuple, dict):
-        _deep(work, [value])
+def _number(value: Any, spelling: str, words: str) -> Any:
+    if type(value) not in (int, float, bool, str):
+        raise ExpressionError(f"{kind_of(value)} is not a number")
+    if type(value) is str and not re.fullmatch(spelling, value, re.ASCII):
+        raise ExpressionError(f"{shown(value)} is not {words}")
     return value
-
-
-def _contains(work: _Work, item: Any, values: Any) -> bool:
-    if type(values) not in (list, dict, tuple, str):
-        raise ExpressionError(f"{kind_of(values)} has nothing in it")
-    if type(values) is dict:
-        return _key(work, item) in values
-    work.spend(len(values))
-    _compared(work, item, values)
-    return item in values
-
-
-def _slice(work: _Work, values: Any, low: Any, high: Any, step: Any) -> Any:
-    if type(values) not in (list, tuple, str, bytes):
-        raise ExpressionError(f"{kind_of(values)} cannot be sliced")
-    return _grown(work, values[low:high:step])
 
 
 def _int(value: Any) -> int:
-    if type(value) is str:
-        if not re.fullmatch(r"\s*-?[0-9]{1,400}\s*", value, re.ASCII):
-            raise ExpressionError(f"{shown(value)} is not a whole number")
-        return int(value)
-    if type(value) in (int, float, bool):
-        return int(value)
-    raise ExpressionError(f"{kind_of(value)} is not a number")
+    return int(_number(value, r"\s*-?[0-9]{1,400}\s*", "a whole number"))
 
 
 def _float(value: Any) -> float:
-    if type(value) is str and not re.fullmatch(r"\s*-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?\s*", value):
-        raise ExpressionError(f"{shown(value)} is not a number")
-    if type(value) not in (int, float, bool, str):
-        raise ExpressionError(f"{kind_of(value)} is not a number")
-    return float(value)
+    return float(_number(value, r"\s*-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?\s*", "a number"))
 
 
 def _round(value: Any, digits: int = 0) -> Any:
@@ -1469,12 +1423,12 @@ def _sum(values: Any, start: int | float = 0) -> Any:
     return math.fsum(values) + start if any(type(v) is float for v in values) else sum(values, start + 0)
 
 
-def _extreme(choose: Callable[..., Any]) -> Callable[..., Any]:
-    def extreme(*values: Any, default: Any = None) -> Any:
-        candidates = values[0] if len(values) == 1 else values
-        return choose(candidates, default=default)
+def _min(*values: Any, default: Any = None) -> Any:
+    return min(values[0] if len(values) == 1 else values, default=default)
 
-    return extreme
+
+def _max(*values: Any, default: Any = None) -> Any:
+    return max(values[0] if len(values) == 1 else values, default=default)
 
 
 def _range(start: int, stop: int | None = None, step: int = 1) -> list[int]:
@@ -1484,48 +1438,41 @@ def _range(start: int, stop: int | None = None, step: int = 1) -> list[int]:
     return list(numbers)
 
 
-def _rows(rows: Any) -> list[Any]:
+def _field_of(rows: Any, name: str) -> list[Any]:
     if type(rows) is not list:
         raise ExpressionError(f"{kind_of(rows)} is not a list of rows")
-    return rows
-
-
-def _field_of(rows: list[Any], name: str) -> list[Any]:
     try:
-        return list(map(operator.itemgetter(name), rows))
-    except (KeyError, TypeError, IndexError):
-        at = next(i for i, row in enumerate(rows) if type(row) is not dict or name not in row)
+        return [row[name] for row in rows]
+    except (KeyError, TypeError):
+        at = next(at for at, row in enumerate(rows) if type(row) is not dict or name not in row)
         raise ExpressionError(f'row {at} has no field "{name}"') from None
 
 
 def sort_by(rows: Any, *fields: str) -> list[Any]:
-    """Rows sorted by the fields named, a leading "-" for descending; rows whose field is null come last."""
-    result = list(_rows(rows))
+    """Rows sorted by the named fields, a leading "-" for descending; rows whose field is null come last."""
     for name in reversed(fields):
         descending, name = name.startswith("-"), name.removeprefix("-")
-        values = _field_of(result, name)
+        nulls = [row for row, value in zip(rows, _field_of(rows, name), strict=True) if value is None]
+        rows = [row for row in rows if row[name] is not None]
         try:
-            result.sort(key=operator.itemgetter(name), reverse=descending)
+            rows.sort(key=operator.itemgetter(name), reverse=descending)
         except TypeError:
-            if None not in values:
-                raise ExpressionError(f'the field "{name}" has values that cannot be compared') from None
-            known = [row for row in result if row[name] is not None]
-            known.sort(key=operator.itemgetter(name), reverse=descending)
-            result = known + [row for row in result if row[name] is None]
-    return result
+            raise ExpressionError(f'the field "{name}" has values that cannot be compared') from None
+        rows += nulls
+    return list(rows)
 
 
 def group_by(rows: Any, name: str) -> dict[Any, list[Any]]:
-    """Object of lists: the rows that share a value of the field, under that value."""
+    """Object of lists: under each value of the field, the rows that have it."""
     groups: dict[Any, list[Any]] = {}
-    for value, row in zip(_field_of(_rows(rows), name), rows, strict=True):
+    for value, row in zip(_field_of(rows, name), rows, strict=True):
         groups.setdefault(value, []).append(row)
     return groups
 
 
 def index_by(rows: Any, name: str) -> dict[Any, Any]:
-    """Object of rows by the value of the field; of rows that share it, the last one stays."""
-    return dict(zip(_field_of(_rows(rows), name), rows, strict=True))
+    """Object of rows by the value of the field; of rows that share a value, the last one."""
+    return dict(zip(_field_of(rows, name), rows, strict=True))
 
 
 def _unique(values: Any) -> list[Any]:
@@ -1536,499 +1483,276 @@ def _unique(values: Any) -> list[Any]:
 
 
 def _merge(*objects: dict[str, Any]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for each in objects:
-        merged.update(each)
-    return merged
+    return {name: value for each in objects for name, value in dict(each).items()}
 
 
-def _parse_json(text: str) -> Any:
+def _parse_json(text: Any) -> Any:
     if not isinstance(text, str | bytes):
         raise ExpressionError(f"{kind_of(text)} is not text")
     return from_json(text, LENIENT_DECODER)
 
 
-def as_bytes(value: Any) -> bytes:
-    """Bytes as they are, anything else as its text in UTF-8."""
-    return value if type(value) is bytes else as_text(value).encode()
-
-
-def _sha256_text(value: Any) -> str:
+def _sha256(value: Any) -> str:
     import hashlib  # noqa: PLC0415 (for values of any size OpenSSL's code is worth its memory)
 
     return hashlib.sha256(as_bytes(value)).hexdigest()
+
+
+def _urlencode(value: Any) -> str:
+    if type(value) is dict:
+        return urllib.parse.urlencode(value, doseq=True)
+    return urllib.parse.quote(as_text(value), safe="")
 
 
 def _now() -> str:
     return str(timestamp(time.time_ns() // 1_000_000))
 
 
-#: Functions of the language. The free ones (True) cost nothing worth counting; the others pay for arguments and result.
-_GROUPS: dict[bool, dict[str, Callable[..., Any]]] = {
-    True: {
-        "len": len,
-        "abs": abs,
-        "round": _round,
-        "bool": bool,
-        "now": _now,
-        "today": lambda: _now()[:10],
-        "uuid": lambda: str(JobKeys().new(time.time_ns() // 1_000_000)),
-    },
-    False: {
-        "int": _int,
-        "float": _float,
-        "min": _extreme(min),
-        "max": _extreme(max),
-        "sum": _sum,
-        "sorted": lambda values, reverse=False: sorted(values, reverse=reverse),
-        "reversed": lambda values: list(values)[::-1],
-        "any": any,
-        "all": all,
-        "zip": lambda *lists: list(zip(*lists, strict=False)),
-        "enumerate": lambda values, start=0: list(enumerate(values, start)),
-        "range": _range,
-        "str": as_text,
-        "list": lambda values=(): list(values),
-        "json": to_json,
-        "parse_json": _parse_json,
-        "base64": lambda value: base64.b64encode(as_bytes(value)).decode(),
-        "sha256": _sha256_text,
-        "urlencode": lambda value: (
-            urllib.parse.urlencode(value, doseq=True)
-            if type(value) is dict
-            else urllib.parse.quote(as_text(value), safe="")
-        ),
-        "sort_by": sort_by,
-        "group_by": group_by,
-        "index_by": index_by,
-        "unique": _unique,
-        "merge": _merge,
-    },
+def _whole(*args: Any, **named: Any) -> Iterable[Any]:
+    return [*args, *named.values()]
+
+
+def _names(*objects: Any) -> Iterable[Any]:
+    return [name for each in objects if type(each) is dict for name in each]
+
+
+def field_values(rows: Any, *names: Any, **named: Any) -> list[Any]:
+    """The values by which rows are sorted, grouped or indexed."""
+    if type(rows) not in (list, tuple):
+        return []
+    names = tuple(name.removeprefix("-") for name in (*names, *named.values()) if type(name) is str)
+    return [row.get(name) for row in rows if type(row) is dict for name in names]
+
+
+class Function(NamedTuple):
+    """A function of the language."""
+
+    signature: str  # as a message shows it
+    call: Callable[..., Any]
+    reads: Callable[..., Iterable[Any]] | None = lambda *_, **__: ()  # of the arguments, in depth; None: costs nothing
+
+
+_FREE = None
+FUNCTIONS = {
+    row.signature.partition("(")[0]: row
+    for row in (
+        Function("len(value, /)", len, _FREE),
+        Function("abs(value, /)", abs, _FREE),
+        Function("round(value, digits=0)", _round, _FREE),
+        Function("bool(value, /)", bool, _FREE),
+        Function("now()", _now, _FREE),
+        Function("today()", lambda: _now()[:10], _FREE),
+        Function("uuid()", lambda: str(JobKeys().new(time.time_ns() // 1_000_000)), _FREE),
+        Function("int(value)", _int),
+        Function("float(value)", _float),
+        Function("min(*values, default=null)", _min, _whole),
+        Function("max(*values, default=null)", _max, _whole),
+        Function("sum(values, start=0)", _sum),
+        Function("sorted(values, /, *, reverse=false)", sorted, _whole),
+        Function("reversed(values)", lambda values: list(values)[::-1]),
+        Function("any(values, /)", any),
+        Function("all(values, /)", all),
+        Function("zip(*lists)", lambda *lists: list(zip(*lists, strict=False))),
+        Function("enumerate(values, start=0)", lambda values, start=0: list(enumerate(values, start))),
+        Function("range(start, stop=null, step=1)", _range),
+        Function("str(value)", as_text, _whole),
+        Function("list(values=[])", lambda values=(): list(values)),
+        Function("json(value)", to_json, _whole),
+        Function("parse_json(text)", _parse_json),
+        Function("base64(value)", lambda value: base64.b64encode(as_bytes(value)).decode(), _whole),
+        Function("sha256(value)", _sha256, _whole),
+        Function("urlencode(value)", _urlencode, _whole),
+        Function("sort_by(rows, *fields)", sort_by, field_values),
+        Function("group_by(rows, name)", group_by, field_values),
+        Function("index_by(rows, name)", index_by, field_values),
+        Function("unique(values)", _unique, _whole),
+        Function("merge(*objects)", _merge, _names),
+    )
 }
-#: Functions that answer differently each time: what they gave is saved with the job, for a resumed run to see the same.
+#: Functions whose result differs each time: it is saved with the job, so that a resumed run sees the same.
 VOLATILE = frozenset({"now", "today", "uuid"})
-FUNCTIONS = {name: (function, free) for free, group in _GROUPS.items() for name, function in group.items()}
-
-
-_WRITERS = frozenset({"str", "json", "base64", "sha256", "urlencode", "unique", "sorted", "min", "max"})
-_BY_FIELDS = frozenset({"sort_by", "group_by", "index_by"})
-
-
-def _fields(rows: Any, *names: Any) -> list[Any]:
-    """The values by which rows are sorted, grouped or found."""
-    names = tuple(name.removeprefix("-") for name in names if type(name) is str)
-    return [row.get(name) for row in rows if type(row) is dict for name in names] if type(rows) is list else []
-
-
-def _charged(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    def call(work: _Work, *args: Any, **named: Any) -> Any:
-        work.spend(8)
-        if name in _WRITERS:
-            _deep(work, (*args, *named.values()))
-        elif name in _BY_FIELDS:
-            _deep(work, _fields(*args, *named.values()))
-        elif name == "merge":
-            _deep(work, [key for each in args if type(each) is dict for key in each if type(key) is tuple])
-        for value in args:
-            if type(value) in (list, tuple, dict):
-                work.spend(len(value))
-            elif type(value) in (str, bytes):
-                work.spend(len(value) >> 2)
-        return _grown(work, function(*args, **named))
-
-    return call
 
 
 def _replace(text: str, old: str, new: str, count: int = -1) -> str:
     times = text.count(old) if count < 0 else min(count, text.count(old))
-    if times * len(new) > MAX_WORK:
-        raise ExpressionError("the text grows too long")
+    _check_length(times * len(new))
     return text.replace(old, new, count)
 
 
-def _padded(name: str) -> Callable[..., str]:
+def _join(text: str, values: Any) -> str:
+    for at, value in enumerate(values):
+        if type(value) is not str:
+            raise ExpressionError(f"item {at} is {kind_of(value)}, not text: join([str(x) for x in …])")
+    _check_length(sum(map(len, values)) + len(text) * len(values))
+    return text.join(values)
+
+
+def _check_length(length: int) -> None:
+    if length > MAX_WORK:
+        raise ExpressionError("the text grows too long")
+
+
+def _padding(name: str) -> Callable[..., str]:
     def pad(text: str, width: int, fill: str = " ") -> str:
-        if width > 10_000:
-            raise ExpressionError(f".{name}() pads to 10000 characters at most")
+        _check_length(width)
         return str(getattr(text, name)(width, fill))
 
     return pad
 
 
-def _text_join(text: str, values: Any) -> str:
-    return text.join(values)
-
-
-def _join_cost(text: str, values: Any) -> int:
-    for at, value in enumerate(values):
-        if type(value) is not str:
-            raise ExpressionError(f"item {at} is {kind_of(value)}, not text: join([str(x) for x in …])")
-    return len(values) + (sum(map(len, values)) + len(text) * len(values) >> 2)
-
-
-_STR_METHODS = (
+_TEXT_METHODS = (
     "upper lower title capitalize casefold strip lstrip rstrip split rsplit splitlines partition rpartition startswith "
     "endswith find rfind index count removeprefix removesuffix isdigit isalpha isalnum isspace islower isupper"
 )
-#: Methods of the language by name, then by the type of the value they are called on.
-METHODS: dict[str, dict[type, Callable[..., Any]]] = {name: {str: getattr(str, name)} for name in _STR_METHODS.split()}
-METHODS |= {name: {str: _padded(name)} for name in ("ljust", "rjust", "center")}
-METHODS |= {"join": {str: _text_join}, "replace": {str: _replace}}
-METHODS |= {
-    "get": {dict: dict.get},
-    "keys": {dict: lambda value: list(value)},
-    "values": {dict: lambda value: list(value.values())},
-    "items": {dict: lambda value: list(value.items())},
+#: Methods of the language by the type of the value that they are called on, then by name.
+METHODS: dict[type, dict[str, Callable[..., Any]]] = {
+    str: {name: getattr(str, name) for name in _TEXT_METHODS.split()}
+    | {name: _padding(name) for name in ("ljust", "rjust", "center")}
+    | {"join": _join, "replace": _replace},
+    list: {"index": list.index, "count": list.count},
+    dict: {
+        "get": dict.get,
+        "keys": list,
+        "values": lambda value: list(value.values()),
+        "items": lambda value: list(value.items()),
+    },
 }
-for _name in ("index", "count"):
-    METHODS[_name][list] = getattr(list, _name)
-
-
+_METHOD_NAMES = frozenset(name for methods in METHODS.values() for name in methods)
 _LINEAR = frozenset("join startswith endswith removeprefix removesuffix".split())
 
 
-def _method(name: str) -> Callable[..., Any]:
-    table = METHODS[name]
-    free = name == "get"
+def _paid_function(function: Function) -> Callable[..., Any]:
+    call, reads = function.call, function.reads
+    if reads is None:
+        return lambda budget, *args, **named: call(*args, **named)
 
-    def call(work: _Work, value: Any, *args: Any, **named: Any) -> Any:
-        function = table.get(type(value))
-        if function is None:
+    def paid(budget: Budget, *args: Any, **named: Any) -> Any:
+        budget.spend(8)
+        for value in (*args, *named.values()):
+            budget.flat(value)
+        budget.deep(reads(*args, **named))
+        return budget.flat(call(*args, **named))
+
+    return paid
+
+
+def _paid_method(name: str) -> Callable[..., Any]:
+    by_type = {kind: methods[name] for kind, methods in METHODS.items() if name in methods}
+
+    def paid(budget: Budget, value: Any, *args: Any, **named: Any) -> Any:
+        method = by_type.get(type(value))
+        if method is None:
             raise ExpressionError(f"{kind_of(value)} has no .{name}()")
-        if free:
-            _key(work, args[0] if args else None)
-            return function(value, *args, **named)
-        work.spend(8 + (len(value) >> 2 * (type(value) is str)))
+        if name == "get":
+            budget.deep(args[0] if args else None)
+            return method(value, *args, **named)
+        budget.flat(value, 8)
+        for part in args:
+            budget.flat(part)
         if args and name not in _LINEAR:
-            _compared(work, args[0], value)
-        if name == "join":
-            work.spend(_join_cost(value, *args, **named))
-        return _grown(work, function(value, *args, **named))
+            budget.search(args[0], value)
+        return budget.flat(method(value, *args, **named))
 
-    return call
+    return paid
 
 
-_HELPERS = {"_each": _each, "_join": _join, "_add": _add, "_multiply": _multiply, "_power": _power}
-_HELPERS |= {
-    "_paid": _paid,
-    "_modulo": _modulo,
-    "_contains": _contains,
-    "_slice": _slice,
-    "_key": _key,
-    "_member": _member,
-}
-_HELPERS |= {"_optional": _optional, "_each_pair": _each_pair}
-_GLOBALS: dict[str, Any] = {"__builtins__": {}, **_HELPERS}
-_GLOBALS |= {
-    f"_f_{name}": function if free else _charged(function, name) for name, (function, free) in FUNCTIONS.items()
-}
-_GLOBALS |= {f"_m_{name}": _method(name) for name in METHODS}
+_GLOBALS: dict[str, Any] = {"__builtins__": {}}
+_GLOBALS |= {f"_f_{name}": _paid_function(function) for name, function in FUNCTIONS.items()}
+_GLOBALS |= {f"_m_{name}": _paid_method(name) for name in _METHOD_NAMES}
 
-_JSON_NAMES = {"true": True, "false": False, "null": None}
-_REFUSED = {
-    ast.Lambda: "there is no lambda: sort_by, group_by and index_by take the name of a field",
-    ast.JoinedStr: "there are no f-strings: write ${…} inside the text",
-    ast.NamedExpr: "nothing can be assigned: add a `set` step",
-    ast.Starred: "there is no `*`: join lists with +",
-    ast.Set: "there are no sets: use unique([…])",
-    ast.SetComp: "there are no sets: use unique([… for …])",
-    ast.Await: "there is no await",
-    ast.Yield: "there is no yield",
-    ast.YieldFrom: "there is no yield",
-}
-_MUTATORS = frozenset("append extend insert remove pop clear sort reverse update setdefault popitem".split())
+
+def _by_word(rows: Mapping[str, str]) -> dict[str, str]:
+    return {word: text for words, text in rows.items() for word in words.split()}
 
 
 #: Functions and methods of other languages, and of Python, and what to write here.
-_FOREIGN_NAMES = {
-    **dict.fromkeys(("includes", "contains", "has_key", "has", "hasOwnProperty"), "x in y"),
-    **dict.fromkeys(("substring", "substr", "slice", "charAt", "at"), "text[from:to]"),
-    **dict.fromkeys(("map", "filter", "forEach", "reduce", "flatMap"), "[… for x in … if …]"),
-    **dict.fromkeys(("format", "concat", "sprintf"), "${…} inside the text, or a + b"),
-    **dict.fromkeys(("toString", "String", "stringify"), "str(…) or json(…)"),
-    **dict.fromkeys(("parseInt", "Number", "parseFloat"), "int(…) or float(…)"),
-    **dict.fromkeys(("toLowerCase", "to_lower", "lowercase"), ".lower()"),
-    **dict.fromkeys(("toUpperCase", "to_upper", "uppercase"), ".upper()"),
-    **dict.fromkeys(("length", "size"), "len(…)"),
-    **dict.fromkeys(("push", "add", "unshift"), "list + [x]"),
-    **{"trim": ".strip()", "indexOf": ".find(…)", "startsWith": ".startswith(…)", "endsWith": ".endswith(…)"},
-    **{"replaceAll": ".replace(…)", "padStart": ".rjust(…)", "padEnd": ".ljust(…)", "toFixed": "round(x, digits)"},
-    **{"some": "any(…)", "every": "all(…)", "set": "unique(…)", "tuple": "[…]", "dict": "{name: … for … in …}"},
-    **{
+_FOREIGN_NAMES = _by_word(
+    {
+        "append extend insert push add unshift": "list + [x]: nothing changes a value in place",
+        "update setdefault": "merge(a, b): nothing changes a value in place",
+        "sort": "sorted(…) or sort_by(…)",
+        "reverse": "reversed(…)",
+        "includes contains has_key has hasOwnProperty": "x in y",
+        "substring substr slice charAt at": "text[from:to]",
+        "map filter forEach reduce flatMap remove pop popitem clear": "[… for x in … if …]",
+        "format concat sprintf": "${…} inside the text, or a + b",
+        "toString String stringify": "str(…) or json(…)",
+        "parseInt Number parseFloat": "int(…) or float(…)",
+        "toLowerCase to_lower lowercase": ".lower()",
+        "toUpperCase to_upper uppercase": ".upper()",
+        "length size": "len(…)",
+        "trim": ".strip()",
+        "indexOf": ".find(…)",
+        "startsWith": ".startswith(…)",
+        "endsWith": ".endswith(…)",
+        "replaceAll": ".replace(…)",
+        "padStart": ".rjust(…)",
+        "padEnd": ".ljust(…)",
+        "toFixed": "round(x, digits)",
+        "some": "any(…)",
+        "every": "all(…)",
+        "set": "unique(…)",
+        "tuple": "[…]",
+        "dict": "{name: … for … in …}",
         "encode": "base64(…) or urlencode(…)",
         "parse": "parse_json(…)",
         "isinstance": "a comparison",
-    },
+    }
+)
+#: Syntax of other languages, and what to write here.
+_FOREIGN_SYNTAX = {
+    "&&": "there is no &&: write `and`",
+    r"\|\|": "there is no ||: write `or`",
+    "[=!]==": "there is no === or !==: write == or !=",
+    "!(?!=)": "there is no !: write `not`",
+    r"\?\?": "there is no ??: write `a if a is not None else b`",
+    r"\?[^:]*:": "there is no ? : here: write `a if condition else b`",
+    "=>": "there is no =>: write a comprehension, [… for x in …]",
+    "`": "there is no `…`: text stands in quotes",
+    "(?<![=!<>:])=(?!=)": "= does not compare: write ==",
 }
+#: Syntax of Python that is not in the language, by the names of its nodes.
+_FOREIGN_NODES = _by_word(
+    {
+        "Lambda": "there is no lambda: sort_by, group_by and index_by take the name of a field",
+        "JoinedStr": "there are no f-strings: write ${…} inside the text",
+        "NamedExpr": "nothing can be assigned: add a `set` step",
+        "Starred": "there is no `*`: join lists with +",
+        "Set SetComp": "there are no sets: use unique([…])",
+        "Await": "there is no await",
+        "Yield YieldFrom": "there is no yield",
+        "BitAnd BitOr BitXor LShift RShift MatMult": "the operators are + - * / // % ** and the comparisons",
+        "Invert": "there is no ~",
+    }
+)
+_JSON_NAMES = {"true": True, "false": False, "null": None}
+_PAID_OPERATORS = {ast.Add: "add", ast.Mult: "multiply", ast.Mod: "modulo", ast.Pow: "power"}
+#: Nodes that need no rewriting, but for what is in them.
+_PLAIN_NODES = (ast.List, ast.Tuple, ast.IfExp, ast.BoolOp, ast.UnaryOp)
+_PLAIN_LEAVES = (ast.boolop, ast.Not, ast.UAdd, ast.USub, ast.Load)
+_QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
+_MARK = re.compile(r"\$\$\{|\$\{")
+_OTHER_MARK = re.compile(r"(?<!\$)(?:\{\{?|\$\(|#\{|<%=?)\s*+(([A-Za-z]\w*+)[.\[])")  # of other languages
+_BRACKET = re.compile(_QUOTED + r"|[\[({]|[\])}]")
 
 
 class _Refused(Exception):
-    """What the checker does not let through."""
+    """An expression is not in the language; the message says why."""
 
 
-class _Checker:
-    """Rewrites one checked expression; every node kind that it knows is a method named after it."""
-
-    def __init__(self, names: Collection[str], line: int, hints: Mapping[str, str], schemas: Mapping[str, Any]) -> None:
-        self.names, self.line, self.hints = names, line, hints
-        self.schemas = dict(schemas)  # of what is declared: request.body, and names that stand for parts of it
-        self.members = names if isinstance(names, Mapping) else {}
-        self.used: set[str] = set()
-        self.volatile = False
-        self.depth = 0
-
-    def visit(self, node: ast.expr, bound: frozenset[str] = frozenset()) -> ast.expr:
-        method = getattr(self, "on_" + type(node).__name__, None)
-        if method is None:
-            raise _Refused(_REFUSED.get(type(node), f"{type(node).__name__} is not part of the language"))
-        self.depth += 1
-        if self.depth > MAX_NESTING:
-            raise _Refused(f"it is nested deeper than {MAX_NESTING} levels: split it over several steps")
-        result: ast.expr = ast.copy_location(method(node, bound), node)
-        self.depth -= 1
-        return result
-
-    def helper(self, name: str, *args: ast.expr, keywords: list[ast.keyword] | None = None) -> ast.expr:
-        work = ast.Name("_b", ast.Load())
-        return ast.Call(ast.Name(name, ast.Load()), [work, *args], keywords or [])
-
-    def on_Constant(self, node: ast.Constant, bound: frozenset[str]) -> ast.expr:  # noqa: N802 (named after the node)
-        if node.value is not None and type(node.value) not in (bool, int, float, str):
-            raise _Refused(f"a literal of type {type(node.value).__name__} is not part of the language")
-        if type(node.value) is int and node.value.bit_length() > MAX_INT_BITS:
-            raise _Refused("the number is too large")
-        return ast.Constant(node.value)
-
-    def on_Name(self, node: ast.Name, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        name = node.id
-        if name in bound:
-            return ast.Name(name, ast.Load())
-        if name in self.names:
-            self.used.add(name)
-            return ast.Subscript(ast.Name("_s", ast.Load()), ast.Constant(name), ast.Load())
-        if name in _JSON_NAMES:
-            return ast.Constant(_JSON_NAMES[name])
-        if name in self.hints:
-            raise _Refused(self.hints[name])
-        if name in FUNCTIONS:
-            raise _Refused(f"{name} is a function: write {name}(…)")
-        raise _Refused(f'there is nothing named "{name}"{suggest(name, [*self.names, *FUNCTIONS, *bound])}')
-
-    def on_Attribute(self, node: ast.Attribute, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        value = node.value
-        known = self.members.get(value.id) if isinstance(value, ast.Name) and value.id not in bound else None
-        if known is not None and node.attr not in known:
-            raise _Refused(f'there is no "{ast.unparse(value)}.{node.attr}"{suggest(node.attr, known)}')
-        return self.member(node, self.visit(value, bound), node.attr)
-
-    def member(self, node: ast.Attribute | ast.Subscript, value: ast.expr, name: Any) -> ast.expr:
-        schema = self.declared(node.value)
-        if schema is not None and name in schema.properties and name not in schema.required:
-            return self.helper("_optional", value, ast.Constant(name))
-        return ast.Subscript(value, ast.Constant(name), ast.Load())
-
-    def declared(self, node: ast.expr) -> Any:
-        """The schema of what an expression reads, if it is a part of what the flow declares; else None."""
-        if isinstance(node, ast.Name):
-            return self.schemas.get(node.id)
-        if not isinstance(node, ast.Attribute | ast.Subscript):
-            return None
-        if isinstance(node.value, ast.Name) and node.value.id == "request":
-            return self.schemas.get("request.body") if getattr(node, "attr", "") == "body" else None
-        if (schema := self.declared(node.value)) is None:
-            return None
-        name = node.attr if isinstance(node, ast.Attribute) else getattr(node.slice, "value", None)
-        return schema.properties.get(name) if isinstance(name, str) else schema.items
-
-    def on_Subscript(self, node: ast.Subscript, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        value = self.visit(node.value, bound)
-        if isinstance(node.slice, ast.Slice):
-            ends = (node.slice.lower, node.slice.upper, node.slice.step)
-            return self.helper("_slice", value, *(self.visit(e, bound) if e else ast.Constant(None) for e in ends))
-        index = self.visit(node.slice, bound)
-        if isinstance(index, ast.Constant):
-            return self.member(node, value, index.value)
-        return self.helper("_member", value, index)
-
-    def key(self, node: ast.expr, bound: frozenset[str]) -> ast.expr:
-        key = self.visit(node, bound)
-        return key if isinstance(key, ast.Constant) else self.helper("_key", key)
-
-    def on_Call(self, node: ast.Call, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        args = [self.visit(arg, bound) for arg in node.args]
-        keywords = []
-        for word in node.keywords:
-            if word.arg is None or word.arg.startswith("_"):
-                raise _Refused("an argument is either a value or name=value")
-            keywords.append(ast.keyword(word.arg, self.visit(word.value, bound)))
-        if isinstance(node.func, ast.Attribute):
-            name = node.func.attr
-            if name not in METHODS:
-                hint = ": nothing changes a value in place" if name in _MUTATORS else suggest(name, METHODS)
-                hint = f": write {_FOREIGN_NAMES[name]}" if name in _FOREIGN_NAMES else hint
-                raise _Refused(f"there is no method .{name}(){hint}")
-            return self.helper(f"_m_{name}", self.visit(node.func.value, bound), *args, keywords=keywords)
-        if not isinstance(node.func, ast.Name):
-            raise _Refused("only functions and methods by their name can be called")
-        name = node.func.id
-        if name not in FUNCTIONS or name in bound or name in self.names:
-            hint = f": write {_FOREIGN_NAMES[name]}" if name in _FOREIGN_NAMES else suggest(name, FUNCTIONS)
-            raise _Refused(f"there is no function {name}(){hint}")
-        function, free = FUNCTIONS[name]
-        self.volatile = self.volatile or name in VOLATILE
-        _check_arguments(name, function, len(args), [word.arg or "" for word in keywords])
-        if free:
-            return ast.Call(ast.Name(f"_f_{name}", ast.Load()), args, keywords)
-        return self.helper(f"_f_{name}", *args, keywords=keywords)
-
-    def on_BinOp(self, node: ast.BinOp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        left, right = self.visit(node.left, bound), self.visit(node.right, bound)
-        constants = [side.value for side in (left, right) if isinstance(side, ast.Constant)]
-        if isinstance(node.op, ast.Sub | ast.Div | ast.FloorDiv):
-            return ast.BinOp(left, node.op, right)
-        if isinstance(node.op, ast.Add):  # a number cannot make a value explode
-            plain = any(type(value) in (int, float) for value in constants)
-            return ast.BinOp(left, node.op, right) if plain else self.helper("_add", left, right)
-        if isinstance(node.op, ast.Mult):
-            plain = any(type(value) is float for value in constants)
-            return ast.BinOp(left, node.op, right) if plain else self.helper("_multiply", left, right)
-        if isinstance(node.op, ast.Mod):
-            return self.helper("_modulo", left, right)
-        if isinstance(node.op, ast.Pow):
-            return self.helper("_power", left, right)
-        raise _Refused("the operators are + - * / // % ** and the comparisons")
-
-    def on_UnaryOp(self, node: ast.UnaryOp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        if isinstance(node.op, ast.Invert):
-            raise _Refused("there is no ~")
-        return ast.UnaryOp(node.op, self.visit(node.operand, bound))
-
-    def on_BoolOp(self, node: ast.BoolOp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        return ast.BoolOp(node.op, [self.visit(value, bound) for value in node.values])
-
-    def on_Compare(self, node: ast.Compare, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        left = self.visit(node.left, bound)
-        others = [self.visit(other, bound) for other in node.comparators]
-        if not any(isinstance(op, ast.In | ast.NotIn) for op in node.ops):
-            if len(others) > 1 or not any(isinstance(side, ast.Constant) for side in (left, *others)):
-                left, *others = [self.helper("_paid", side) for side in (left, *others)]
-            return ast.Compare(left, node.ops, others)
-        if len(node.ops) > 1:
-            raise _Refused("`in` cannot be chained with another comparison: join them with `and`")
-        inside = self.helper("_contains", left, others[0])
-        return inside if isinstance(node.ops[0], ast.In) else ast.UnaryOp(ast.Not(), inside)
-
-    def on_IfExp(self, node: ast.IfExp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        return ast.IfExp(*(self.visit(part, bound) for part in (node.test, node.body, node.orelse)))
-
-    def on_List(self, node: ast.List, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        return ast.List([self.visit(item, bound) for item in node.elts], ast.Load())
-
-    def on_Tuple(self, node: ast.Tuple, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        return ast.Tuple([self.visit(item, bound) for item in node.elts], ast.Load())
-
-    def on_Dict(self, node: ast.Dict, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        keys = [self.key(key, bound) for key in node.keys if key is not None]
-        if len(keys) < len(node.values):
-            raise _Refused("there is no `**`: use merge(a, b)")
-        return ast.Dict(list(keys), [self.visit(value, bound) for value in node.values])
-
-    def on_ListComp(self, node: ast.ListComp | ast.GeneratorExp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        generators, bound = self.loops(node.generators, bound, _price(node.elt))
-        return ast.ListComp(self.visit(node.elt, bound), generators)
-
-    on_GeneratorExp = on_ListComp  # noqa: N815 (a generator would keep a frame; a list has the same items)
-
-    def on_DictComp(self, node: ast.DictComp, bound: frozenset[str]) -> ast.expr:  # noqa: N802
-        generators, bound = self.loops(node.generators, bound, 8 + _price(node.key) + _price(node.value))
-        return ast.DictComp(self.key(node.key, bound), self.visit(node.value, bound), generators)
-
-    def loops(
-        self, generators: list[ast.comprehension], bound: frozenset[str], price: int
-    ) -> tuple[list[ast.comprehension], frozenset[str]]:
-        """The `for … in … if …` parts, and the names bound behind them; an innermost turn costs `price`."""
-        checked = []
-        for loop in generators:
-            if loop.is_async:
-                raise _Refused("there is no async")
-            paid = ast.Constant(price if loop is generators[-1] else 1)
-            helper = "_each_pair" if isinstance(loop.target, ast.Tuple) else "_each"
-            values = ast.copy_location(self.helper(helper, self.visit(loop.iter, bound), paid), loop.iter)
-            parts = loop.target.elts if isinstance(loop.target, ast.Tuple) else [loop.target]
-            names = [part.id for part in parts if isinstance(part, ast.Name)]
-            if len(names) != len(parts) or any(name.startswith("_") for name in names):
-                raise _Refused("a loop binds plain names that do not begin with an underscore")
-            bound |= set(names)
-            self.schemas |= dict.fromkeys(names)
-            if len(names) == 1 and (schema := self.declared(loop.iter)) is not None:
-                self.schemas[names[0]] = schema.items
-            checked.append(ast.comprehension(loop.target, values, [self.visit(i, bound) for i in loop.ifs], 0))
-        return checked, bound
-
-
-def _price(node: ast.expr) -> int:
-    """What one turn of a loop costs: lists and objects that it makes take memory."""
-    parts = list(ast.walk(node))
-    return 1 + sum(16 if isinstance(part, ast.Dict) else 8 for part in parts if isinstance(part, ast.Dict | ast.List))
-
-
-def _takes(function: Callable[..., Any], count: int, words: list[str]) -> bool:
-    """Whether a function surely takes so many arguments and these keywords."""
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return count == 1 and not words  # as all builtins that the language has
-    least = code.co_argcount - len(function.__defaults__ or ())
-    most = count if code.co_flags & 4 else code.co_argcount  # inspect.CO_VARARGS
-    return least <= count <= most and {*words} <= {*(function.__kwdefaults__ or ())}
-
-
-def _check_arguments(name: str, function: Callable[..., Any], count: int, words: list[str]) -> None:
-    if _takes(function, count, words):
-        return
-    import inspect  # noqa: PLC0415 (1 MB that a correct flow does without)
-
-    try:
-        inspect.signature(function).bind(*[None] * count, **dict.fromkeys(words))
-    except TypeError as error:
-        raise _Refused(f"{name}(): {error}") from None
-    except ValueError:
-        return  # a builtin without a signature
-
-
-_KEYWORD_FIELD = re.compile(rf"\.({'|'.join(keyword.kwlist)})\b")
-#: What other languages have, and what it is here.
-_FOREIGN = [
-    (re.compile(r"&&"), "there is no &&: write `and`"),
-    (re.compile(r"\|\|"), "there is no ||: write `or`"),
-    (re.compile(r"[=!]=="), "there is no === or !==: write == or !="),
-    (re.compile(r"!(?!=)"), "there is no !: write `not`"),
-    (re.compile(r"\?\?"), "there is no ??: write `a if a is not None else b`"),
-    (re.compile(r"\?[^:]*:"), "there is no ? : here: write `a if condition else b`"),
-    (re.compile(r"=>"), "there is no =>: write a comprehension, [… for x in …]"),
-    (re.compile(r"`"), "there is no `…`: text stands in quotes"),
-    (re.compile(r"(?<![=!<>:])=(?!=)"), "= does not compare: write =="),
-]
-
-
-def _syntax_cure(source: str) -> str:
-    """What is wrong with an expression that does not parse, as far as it can be told; else an empty string."""
-    if word := _KEYWORD_FIELD.search(source):
+def _syntax_fault(source: str) -> str:
+    """What is wrong with an expression that does not parse, as far as is known; else an empty string."""
+    if word := re.search(rf"\.({'|'.join(keyword.kwlist)})\b", source):
         return f'{word[1]} is a word of the language: write ["{word[1]}"] for the field of that name'
-    bare = re.sub(_QUOTED_TEXT, "''", source)
-    return next((cure for pattern, cure in _FOREIGN if pattern.search(bare)), "")
-
-
-_QUOTED_TEXT = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\"""")
-_OPEN = re.compile(r"\$\$\{|\$\{")
-_OTHER_MARKS = re.compile(r"(?<!\$)(?:\{\{?|\$\(|#\{|<%=?)\s*+(([A-Za-z]\w*+)[.\[])")  # of other languages
-_TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|[\[({]|[\])}]""")
+    bare = re.sub(_QUOTED, "''", source)
+    return next((cure for pattern, cure in _FOREIGN_SYNTAX.items() if re.search(pattern, bare)), "")
 
 
 def split_template(text: str) -> list[tuple[bool, str]]:
-    """Parts of a text: (False, literal) and (True, expression source). ValueError if a `${` is never closed."""
+    """Parts of a text: (False, literal) and (True, source of an expression). ValueError if a `${` is never closed."""
     parts: list[tuple[bool, str]] = []
     literal, at = "", 0
-    while match := _OPEN.search(text, at):
+    while match := _MARK.search(text, at):
         literal += text[at : match.start()]
         if match[0] == "$${":
             literal, at = literal + "${", match.end()
@@ -2042,53 +1766,40 @@ def split_template(text: str) -> list[tuple[bool, str]]:
 
 def _closing_brace(text: str, at: int) -> int:
     depth = 0
-    for token in _TOKEN.finditer(text, at):
-        if token[0] in "[({":
-            depth += 1
-        elif token[0] in "])}":
-            if depth == 0:
-                if token[0] == "}":
-                    return token.start()
-                break
-            depth -= 1
+    for token in _BRACKET.finditer(text, at):
+        if token[0] == "}" and depth == 0:
+            return token.start()
+        depth += (token[0] in "[({") - (token[0] in "])}")
+        if depth < 0:
+            break
     raise ValueError("the ${ is never closed by a } (a literal ${ is written $${)")
 
 
 class Template:
     """A JSON tree with `${…}` in its strings, compiled. Call it with a scope to get the value.
 
-    `constant` says that it holds no expression, `volatile` that it may give another value each time, `names` are the
-    scope's names that it reads.
+    `constant`: it holds no expression. `volatile`: its value may differ each time. `names`: what it reads of the scope.
+    `schema`: that of the value where the flow declares it, else None.
     """
 
     __slots__ = ("_run", "_sources", "constant", "names", "schema", "volatile")
 
-    def __init__(
-        self, run: Callable[..., Any], sources: list[tuple[str, str]], names: frozenset[str], volatile: bool
-    ) -> None:
-        self._run, self._sources = run, sources
-        self.names, self.volatile = names, volatile
-        self.constant = not sources
-        self.schema: Any = None  # of the value, where it is a part of what the flow declares
+    def __init__(self, run: Callable[..., Any], compiler: _Compiler) -> None:
+        self._run, self._sources = run, compiler.sources
+        self.names, self.volatile, self.schema = frozenset(compiler.used), compiler.volatile, compiler.schema
+        self.constant = not compiler.sources
 
     def __call__(self, scope: Mapping[str, Any]) -> Any:
-        """The value; raises ExpressionError, which names the place and the part of the expression."""
+        """The value; ExpressionError names the place and the part of the expression that failed."""
         try:
-            return self._run(scope, scope.get(PURSE) or _Work())
-        except (
-            ExpressionError,
-            ArithmeticError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            MemoryError,
-            RecursionError,
-        ) as e:
-            raise ExpressionError(self._explain(e)) from None
+            return self._run(scope, scope.get(BUDGET) or Budget(MAX_WORK))
+        except (AsteraError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ExpressionError(self._explain(error)) from None
+        except (MemoryError, RecursionError) as error:
+            raise ExpressionError(self._explain(error)) from None
 
     def _explain(self, error: Exception) -> str:
-        place = part = source = ""
+        place = part = ""
         trace = error.__traceback__
         while trace is not None:
             code = trace.tb_frame.f_code
@@ -2096,52 +1807,62 @@ class Template:
                 line, _, start, end = next(itertools.islice(code.co_positions(), trace.tb_lasti // 2, None))
                 if line and line <= len(self._sources) and start is not None and end is not None:
                     place, source = self._sources[line - 1]
-                    part = f"({source})".encode()[start:end].decode(errors="replace")
+                    part = f"({source})".encode()[start:end].decode(errors="replace") or source
             trace = trace.tb_next
-        message = str(error)
-        if isinstance(error, KeyError):
-            message = f'there is no "{error.args[0]}"'
-            message += f': .get("{error.args[0]}") gives null instead' if isinstance(error.args[0], str) else ""
-        elif isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:
-            message = "what stands before it is null"
-        elif isinstance(error, TypeError) and "indices must be integers" in message:
-            message = "what stands before it is a list or text, which has no fields"
-            before, _, field = part.rstrip().rpartition(".")
-            if field == "length":
-                message += ": len(…) is the length"
-            elif before and "list" not in str(error):  # what an API answers as text or bytes
-                message += f": parse_json({before.lstrip('(')}) reads it if it is JSON"
-        elif isinstance(error, MemoryError | RecursionError):
-            message = "it is too large or nested too deeply"
-        return f"{place}: {part or source}: {message}" if place else message
+        message = _message_of(error, part)
+        return f"{place}: {part}: {message}" if place else message
 
 
-class _Compiler:
-    """Turns one tree into one syntax tree; remembers which line stands for which expression."""
+def _message_of(error: Exception, part: str) -> str:
+    """The message of an error that a part of an expression caused, in words of the language."""
+    message = str(error)
+    if isinstance(error, KeyError):
+        key = error.args[0]
+        return f'there is no "{key}"' + (f': .get("{key}") gives null instead' if isinstance(key, str) else "")
+    if isinstance(error, MemoryError | RecursionError):
+        return "it is too large or nested too deeply"
+    if isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:
+        return "what stands before it is null"
+    if not isinstance(error, TypeError) or "indices must be integers" not in message:
+        return message
+    before, _, field = part.rstrip().rpartition(".")
+    cure = ""
+    if field == "length":
+        cure = ": len(…) is the length"
+    elif before and "list" not in message:  # what an API answers as text or bytes
+        cure = f": parse_json({before.lstrip('(')}) reads it if it is JSON"
+    return f"what stands before it is a list or text, which has no fields{cure}"
+
+
+class _Compiler(ast.NodeTransformer):
+    """Turns one tree into one syntax tree. The line number of a node tells in which expression it stands."""
 
     def __init__(
         self,
         names: Collection[str],
-        faults: list[Fault],
-        where: str,
         hints: Mapping[str, str],
         schemas: Mapping[str, Any],
+        fault: Callable[[str, str], None],
     ) -> None:
-        self.names, self.faults, self.where, self.hints, self.schemas = names, faults, where, hints, schemas
-        self.schema: Any = None
-        self.sources: list[tuple[str, str]] = []
+        self.names = names if isinstance(names, Mapping) else dict.fromkeys(names)
+        self.hints, self.fault = hints, fault
+        self.schemas = self.outer_schemas = dict(schemas)
+        self.bound: frozenset[str] = frozenset()  # the variables of the comprehensions around
+        self.depth = 0
+        self.sources: list[tuple[str, str]] = []  # (place, expression) by line
         self.used: set[str] = set()
         self.volatile = False
+        self.schema: Any = None  # of the last expression
 
     def tree(self, value: Any, place: str, depth: int = 0) -> ast.expr:
         if depth > MAX_NESTING:
-            self.faults.append(Fault(self.where, place, f"is nested deeper than {MAX_NESTING} levels"))
+            self.fault(place, f"is nested deeper than {MAX_NESTING} levels")
             return ast.Constant(None)
         if isinstance(value, str):
             return self.text(value, place)
         if isinstance(value, dict):
-            keys: list[ast.expr | None] = [ast.Constant(key) for key in value]
-            return ast.Dict(keys, [self.tree(item, f"{place}/{key}", depth + 1) for key, item in value.items()])
+            items = [self.tree(item, f"{place}/{key}", depth + 1) for key, item in value.items()]
+            return ast.Dict([ast.Constant(key) for key in value], items)
         if isinstance(value, list):
             items = [self.tree(item, f"{place}/{at}", depth + 1) for at, item in enumerate(value)]
             return ast.List(items, ast.Load())
@@ -2150,44 +1871,200 @@ class _Compiler:
     def text(self, text: str, place: str) -> ast.expr:
         try:
             parts = split_template(text) if "${" in text else [(False, text)]
+            for match in itertools.chain(*(_OTHER_MARK.finditer(part) for is_code, part in parts if not is_code)):
+                if match[2] in self.names:
+                    cure = f"write ${{{match[1]}…}}, or ${{'{match[0][0]}'}} for the mark itself"
+                    raise ValueError(f"{match[0]}… stays as it is: {cure}")
         except ValueError as error:
-            self.faults.append(Fault(self.where, place, str(error)))
+            self.fault(place, str(error))
             return ast.Constant(None)
-        for match in itertools.chain(*(_OTHER_MARKS.finditer(part) for is_code, part in parts if not is_code)):
-            if match[2] in self.names:
-                cure = f"write ${{{match[1]}…}}, or ${{'{match[0][0]}'}} for the mark itself"
-                self.faults.append(Fault(self.where, place, f"{match[0]}… stays as it is: {cure}"))
-                return ast.Constant(None)
-        nodes = [self.expression(part, place) if is_code else ast.Constant(part) for is_code, part in parts]
-        if len(nodes) == 1:
-            return nodes[0]
-        return ast.Call(ast.Name("_join", ast.Load()), [ast.Name("_b", ast.Load()), ast.Tuple(nodes, ast.Load())], [])
+        nodes = [self.expression(part.strip(), place) if is_code else ast.Constant(part) for is_code, part in parts]
+        return nodes[0] if len(nodes) == 1 else self.paid("join", ast.Tuple(nodes, ast.Load()))
 
     def expression(self, source: str, place: str) -> ast.expr:
-        source = source.strip()
         self.sources.append((place, source))
-        line = len(self.sources)
+        self.bound, self.schemas, self.depth = frozenset(), self.outer_schemas, 0
         try:
             if not source:
                 raise _Refused("there is nothing inside ${}")
             if len(source) > MAX_EXPRESSION:
                 raise _Refused(f"it is longer than {MAX_EXPRESSION} characters: split it over several steps")
             node = ast.parse(f"({source})", mode="eval").body
-            checker = _Checker(self.names, line, self.hints, self.schemas)
-            checked = checker.visit(node)
-            self.schema = checker.declared(node)
-            self.used |= checker.used
-            self.volatile = self.volatile or checker.volatile
+            self.schema = self.declared(node)
+            checked: ast.expr = self.visit(node)
         except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
-            message = error.msg if isinstance(error, SyntaxError) else str(error) or "it is nested too deeply"
+            message = str(error) or "it is nested too deeply"
             if isinstance(error, SyntaxError):
-                message = _syntax_cure(source) or message
-            self.faults.append(Fault(self.where, place, f"${{{source[:120]}}}: {message}"))
+                message = _syntax_fault(source) or error.msg
+            self.fault(place, f"${{{source[:120]}}}: {message}")
             return ast.Constant(None)
         for part in ast.walk(checked):
             if hasattr(part, "lineno"):
-                part.lineno = part.end_lineno = line  # type: ignore[attr-defined]
+                part.lineno = part.end_lineno = len(self.sources)  # type: ignore[attr-defined]
         return checked
+
+    def visit(self, node: ast.AST) -> Any:
+        name = type(node).__name__
+        if not isinstance(node, (*_PLAIN_NODES, *_PLAIN_LEAVES)) and not hasattr(self, f"visit_{name}"):
+            raise _Refused(_FOREIGN_NODES.get(name, f"{name} is not part of the language"))
+        self.depth += 1
+        if self.depth > MAX_NESTING:
+            raise _Refused(f"it is nested deeper than {MAX_NESTING} levels: split it over several steps")
+        result = ast.copy_location(super().visit(node), node)
+        self.depth -= 1
+        return result
+
+    def paid(self, operation: str, *args: ast.expr) -> ast.expr:
+        return ast.Call(ast.Attribute(ast.Name("_b", ast.Load()), operation, ast.Load()), list(args), [])
+
+    def key(self, node: ast.expr) -> ast.expr:
+        key: ast.expr = self.visit(node)
+        return key if isinstance(key, ast.Constant) else self.paid("deep", key)
+
+    def declared(self, node: ast.expr) -> Any:
+        """The schema of what an expression reads, if the flow declares it; else None."""
+        if isinstance(node, ast.Name):
+            return self.schemas.get(node.id)
+        if not isinstance(node, ast.Attribute | ast.Subscript):
+            return None
+        name = node.attr if isinstance(node, ast.Attribute) else getattr(node.slice, "value", None)
+        if isinstance(node.value, ast.Name) and (schema := self.schemas.get(f"{node.value.id}.{name}")) is not None:
+            return schema
+        if (schema := self.declared(node.value)) is None:
+            return None
+        return schema.properties.get(name) if isinstance(name, str) else schema.items
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        if node.value is not None and type(node.value) not in (bool, int, float, str):
+            raise _Refused(f"a literal of type {type(node.value).__name__} is not part of the language")
+        if type(node.value) is int and node.value.bit_length() > MAX_INT_BITS:
+            raise _Refused("the number is too large")
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        name = node.id
+        if name in self.bound:
+            return node
+        if name in self.names:
+            self.used.add(name)
+            return ast.Subscript(ast.Name("_s", ast.Load()), ast.Constant(name), ast.Load())
+        if name in _JSON_NAMES:
+            return ast.Constant(_JSON_NAMES[name])
+        if name in self.hints:
+            raise _Refused(self.hints[name])
+        if name in FUNCTIONS:
+            raise _Refused(f"{name} is a function: write {name}(…)")
+        raise _Refused(f'there is nothing named "{name}"{suggest(name, [*self.names, *FUNCTIONS, *self.bound])}')
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        value = node.value
+        known = self.names.get(value.id) if isinstance(value, ast.Name) and value.id not in self.bound else None
+        if known is not None and node.attr not in known:
+            raise _Refused(f'there is no "{ast.unparse(value)}.{node.attr}"{suggest(node.attr, known)}')
+        return self.visit_Subscript(ast.Subscript(value, ast.Constant(node.attr), ast.Load()))
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        schema, value = self.declared(node.value), self.visit(node.value)
+        if isinstance(node.slice, ast.Slice):
+            ends = (node.slice.lower, node.slice.upper, node.slice.step)
+            return self.paid("slice", value, *(self.visit(end) if end else ast.Constant(None) for end in ends))
+        index = self.visit(node.slice)
+        if not isinstance(index, ast.Constant):
+            return self.paid("member", value, index)
+        if schema is not None and index.value in schema.properties and index.value not in schema.required:
+            return self.paid("optional", value, index)
+        return ast.Subscript(value, index, ast.Load())
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        table: Collection[str]
+        args = [self.visit(arg) for arg in node.args]
+        for word in node.keywords:
+            if word.arg is None or word.arg.startswith("_"):
+                raise _Refused("an argument is either a value or name=value")
+            word.value = self.visit(word.value)
+        if isinstance(node.func, ast.Attribute):
+            name, target, table = node.func.attr, f"_m_{node.func.attr}", _METHOD_NAMES
+            shape = f"method .{name}()"
+            args.insert(0, self.visit(node.func.value))
+        elif isinstance(node.func, ast.Name):
+            name, target, table = node.func.id, f"_f_{node.func.id}", FUNCTIONS.keys() - self.bound - self.names.keys()
+            shape = f"function {name}()"
+        else:
+            raise _Refused("only functions and methods can be called, by their names")
+        if name not in table:
+            hint = f": write {_FOREIGN_NAMES[name]}" if name in _FOREIGN_NAMES else suggest(name, table)
+            raise _Refused(f"there is no {shape}{hint}")
+        if table is not _METHOD_NAMES:
+            self.volatile = self.volatile or name in VOLATILE
+            _check_arguments(FUNCTIONS[name].signature, len(args), [word.arg or "" for word in node.keywords])
+        return ast.Call(ast.Name(target, ast.Load()), [ast.Name("_b", ast.Load()), *args], node.keywords)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        left, right = self.visit(node.left), self.visit(node.right)
+        paid = _PAID_OPERATORS.get(type(node.op))
+        if paid is None and not isinstance(node.op, ast.Sub | ast.Div | ast.FloorDiv):
+            self.visit(node.op)  # which is refused
+        constants = [type(side.value) for side in (left, right) if isinstance(side, ast.Constant)]
+        if paid is None or (paid == "add" and (int in constants or float in constants)):  # these add a few bits at most
+            return ast.BinOp(left, node.op, right)
+        return self.paid(paid, left, right)
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        left, *others = [self.visit(side) for side in (node.left, *node.comparators)]
+        if any(isinstance(operation, ast.In | ast.NotIn) for operation in node.ops):
+            if len(node.ops) > 1:
+                raise _Refused("`in` cannot be chained with another comparison: join them with `and`")
+            inside = self.paid("contains", left, others[0])
+            return inside if isinstance(node.ops[0], ast.In) else ast.UnaryOp(ast.Not(), inside)
+        if len(others) > 1 or not any(isinstance(side, ast.Constant) for side in (left, *others)):
+            left, *others = [self.paid("deep", side) for side in (left, *others)]
+        return ast.Compare(left, node.ops, others)
+
+    def visit_Dict(self, node: ast.Dict) -> ast.expr:
+        if None in node.keys:
+            raise _Refused("there is no `**`: use merge(a, b)")
+        return ast.Dict([self.key(key) for key in node.keys if key], [self.visit(value) for value in node.values])
+
+    def visit_ListComp(self, node: ast.ListComp | ast.GeneratorExp | ast.DictComp) -> ast.expr:
+        """A comprehension, whose innermost turn pays for the lists and objects that it makes."""
+        parts = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
+        made = [type(part) for each in parts for part in ast.walk(each)]
+        price = 1 + 10 * (len(parts) - 1) + 8 * made.count(ast.List) + 16 * made.count(ast.Dict)
+        outer = self.bound, self.schemas
+        for loop in node.generators:
+            self.loop(loop, price if loop is node.generators[-1] else 1)
+        if isinstance(node, ast.DictComp):
+            result: ast.expr = ast.DictComp(self.key(node.key), self.visit(node.value), node.generators)
+        else:  # a generator would keep a frame; a list has the same items
+            result = ast.ListComp(self.visit(node.elt), node.generators)
+        self.bound, self.schemas = outer
+        return result
+
+    visit_GeneratorExp = visit_DictComp = visit_ListComp  # noqa: N815
+
+    def loop(self, loop: ast.comprehension, price: int) -> None:
+        """Check one `for … in … if …` and bind its variables."""
+        if loop.is_async:
+            raise _Refused("there is no async")
+        pairs = isinstance(loop.target, ast.Tuple)
+        targets = loop.target.elts if isinstance(loop.target, ast.Tuple) else [loop.target]
+        names = [part.id for part in targets if isinstance(part, ast.Name) and not part.id.startswith("_")]
+        if len(names) < len(targets):
+            raise _Refused("a loop binds plain names that do not begin with an underscore")
+        schema = None if pairs else self.declared(loop.iter)
+        values = self.paid("each", self.visit(loop.iter), ast.Constant(price), ast.Constant(pairs))
+        loop.iter = ast.copy_location(values, loop.iter)
+        self.bound |= frozenset(names)
+        self.schemas = {**self.schemas, **dict.fromkeys(names, schema and schema.items)}
+        loop.ifs = [self.visit(condition) for condition in loop.ifs]
+
+
+def _check_arguments(signature: str, count: int, words: list[str]) -> None:
+    name, _, parameters = signature.partition("(")
+    try:  # Python itself binds the arguments, to a function that does nothing
+        eval(f"lambda {parameters[:-1]}: None", dict(_JSON_NAMES))(*[None] * count, **dict.fromkeys(words))  # noqa: S307
+    except TypeError:
+        raise _Refused(f"{name}() is called as {signature.replace('/, ', '').replace(', /', '')}") from None
 
 
 def compile_template(
@@ -2205,24 +2082,25 @@ def compile_template(
     names that it will not, `schemas` those of what is declared: an optional member that is not there is null. Faults
     are appended to `faults` (the template then gives null in their place); without a list they are raised as FlowError.
     """
-    found: list[Fault] = [] if faults is None else faults
-    compiler = _Compiler(names, found, where, hints or {}, schemas or {})
-    before = len(found)
+    found: list[Fault] = []
+    compiler = _Compiler(names, hints or {}, schemas or {}, lambda place, text: found.append(Fault(where, place, text)))
     body = compiler.tree(value, place)
-    if faults is None and len(found) > before:
-        raise FlowError(found)
     arguments = ast.arguments([], [ast.arg("_s"), ast.arg("_b")], None, [], [], None, [])
-    lambda_node = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))
+    tree = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))
+    run = None
     try:
         with warnings.catch_warnings():  # such as "perhaps you missed a comma": it is said when it is evaluated
             warnings.simplefilter("ignore")
-            run = eval(compile(lambda_node, _SOURCE, "eval"), _GLOBALS)  # noqa: S307 (a checked tree, no builtins)
+            run = eval(compile(tree, _SOURCE, "eval"), _GLOBALS)  # noqa: S307 (a checked tree, no builtins)
     except (RecursionError, MemoryError, ValueError):
         found.append(Fault(where, place, "is too large or nested too deeply"))
-        run = _GLOBALS["_f_bool"]
-    template = Template(run, compiler.sources, frozenset(compiler.used), compiler.volatile)
-    template.schema = compiler.schema if isinstance(value, str) else None
-    return template
+    if faults is not None:
+        faults += found
+    elif found:
+        raise FlowError(found)
+    if not isinstance(value, str):
+        compiler.schema = None
+    return Template(run or (lambda scope, budget: None), compiler)
 
 
 # ======================================================================================================================
@@ -3092,7 +2970,7 @@ class Selected(NamedTuple):
         """The rows that were asked for, in the order that was asked for."""
         if type(rows) not in (list, tuple) or not all(type(row) is dict for row in rows):
             raise ExpressionError(f"{place}: filter and sort need a list of objects")
-        _deep(_Work(), _fields(rows if type(rows) is list else list(rows), *self.filters, *self.sort))
+        Budget(MAX_WORK).deep(field_values(rows, *self.filters, *self.sort))
         for name, texts in self.filters.items():
             wanted = [_filter_value(text) for text in texts]
             rows = [row for row in rows if _selects(wanted, row.get(name))]
@@ -3727,6 +3605,7 @@ class Run:
     """One run of a flow: its input, what it knows, and when it must end."""
 
     __slots__ = (
+        "budget",
         "cancel",
         "canned",
         "deadline",
@@ -3736,7 +3615,6 @@ class Run:
         "journal",
         "outside",
         "progress",
-        "purse",
         "reached",
         "step_deadline",
         "trace",
@@ -3760,7 +3638,7 @@ class Run:
         self.progress = Progress(None, 0, len(flow.steps))
         self.canned: _Canned | None = None  # of a test
         self.held = False  # waits with its thread, for it shares its run with others
-        self.purse: Purse | None = None
+        self.budget: Budget | None = None  # of all evaluations together
         self.reached: dict[str, Any] = {}  # how far a step came, for its next attempt, by path
 
     def scope(self) -> Scope:
@@ -3768,7 +3646,7 @@ class Run:
         given, outside = self.input, self.outside
         env, secrets = dict(outside.env), dict(outside.secrets)  # which a Python step may change
         names: Scope = {"params": given.params, "request": given.request, "env": env, "secrets": secrets, "error": None}
-        return names if self.purse is None else {**names, PURSE: self.purse}
+        return names if self.budget is None else {**names, BUDGET: self.budget}
 
     @property
     def about(self) -> dict[str, str]:
@@ -3832,7 +3710,7 @@ class Run:
 def run_flow(run: Run) -> Outcome | Suspended:
     """Run a flow to its outcome, or until it waits. The door behind which everything is caught.
 
-    Raises TooDear, if the run has a purse, and nothing else.
+    Raises BudgetExceeded if the run has a budget, and nothing else.
     """
     flow = run.flow
     scope = run.scope()
@@ -3847,7 +3725,7 @@ def run_flow(run: Run) -> Outcome | Suspended:
         return Suspended(suspend.until)
     except _Cancelled:
         return Outcome.failed("cancelled", 409, "The job was cancelled.")
-    except TooDear:
+    except BudgetExceeded:
         raise
     except BaseException as error:  # sys.exit(), or a cancelled future, ends the run and not a thread of the pool
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
@@ -8288,7 +8166,7 @@ _KEEP_BYTES = 1 << 20  # of queued jobs' requests kept in memory; parsed, they t
 _MIN_KEPT = 1 << 10  # bytes that a kept request counts for at least
 _MAX_UNWRITTEN = 32 << 20  # bytes of outcomes on their way to the disk, above which a worker waits for its own
 _MIN_UNWRITTEN = 16 << 10  # bytes that an outcome counts for at least
-_PURSE = 10_000  # units that a run on the calling thread may spend: a few milliseconds
+_LIGHT_BUDGET = 10_000  # units that a run on the calling thread may spend: a few milliseconds
 _LIGHT_BODY = 16 << 10  # bytes of the largest request that runs on the calling thread
 
 
@@ -8467,7 +8345,7 @@ class Engine:
         self._draining = self._busy = 0  # threads at work, and those of them that run a job
         self._stopping = False
         self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
-        self._dear: set[int] = set()  # versions of light flows that once cost more than a purse holds
+        self._dear: set[int] = set()  # versions of light flows that once exceeded the budget
 
     # --- states ---
 
@@ -8675,10 +8553,10 @@ class Engine:
             return None
         began = self._clock.monotonic()
         run = Run(flow, given, self._outside, began + 1, _MEASURING, trace, _NEVER)
-        run.purse = Purse(_PURSE)
+        run.budget = Budget(_LIGHT_BUDGET, whole_run=True)
         try:
             outcome = run_flow(run)
-        except TooDear:
+        except BudgetExceeded:
             self._dear.add(flow.version)
             return None
         assert isinstance(outcome, Outcome)

@@ -6,7 +6,8 @@ import inspect
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from astera_lite import (
     ExpressionError,
     Fault,
     FlowError,
-    _takes,
+    _check_arguments,
+    _Refused,
     as_text,
     compile_template,
     make_answer,
@@ -38,6 +40,14 @@ SCOPE: dict[str, Any] = {
     "data": b"\xff\x00",
 }
 NAMES = dict.fromkeys(SCOPE)
+
+
+@contextmanager
+def processor_time(seconds: float) -> Iterator[None]:
+    """What is inside uses no more of the processor; how long it waits for the processor does not matter."""
+    began = time.thread_time()
+    yield
+    assert time.thread_time() - began < seconds
 
 
 def value(template: Any, scope: dict[str, Any] | None = None) -> Any:
@@ -238,15 +248,16 @@ def test_a_list_that_cannot_be_joined_is_explained() -> None:
         ("text.toLowerCase()", "there is no method .toLowerCase(): write .lower()"),
         ("text.substring(1, 2)", "there is no method .substring(): write text[from:to]"),
         ("'{}'.format(text)", "there is no method .format(): write ${…} inside the text, or a + b"),
-        ("text.append(1)", "nothing changes a value in place"),
+        ("text.append(1)", "write list + [x]: nothing changes a value in place"),
         ("parseInt(text)", "there is no function parseInt(): write int(…) or float(…)"),
         ("map(text)", "there is no function map(): write [… for x in … if …]"),
         ("lenn(text)", 'did you mean "len"?'),
         ("text.uper()", 'did you mean "upper"?'),
         ("len", "is a function: write len(…)"),
-        ("len(1, 2)", "len(): too many positional arguments"),
-        ("sorted(numbers, key=1)", "unexpected keyword argument 'key'"),
-        ("round()", "round(): missing a required argument"),
+        ("len(1, 2)", "len() is called as len(value)"),
+        ("sorted(numbers, key=1)", "sorted() is called as sorted(values, *, reverse=false)"),
+        ("round()", "round() is called as round(value, digits=0)"),
+        ("sort_by(by='a')", "sort_by() is called as sort_by(rows, *fields)"),
         ("numbers.append(1)", "nothing changes a value in place"),
         ("obj.from", 'write ["from"]'),
         ("lambda: 1", "there is no lambda"),
@@ -286,16 +297,16 @@ def test_what_is_not_in_the_language_is_a_fault_at_deployment(source: str, messa
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_arguments_are_judged_as_python_judges_them(name: str) -> None:
-    function = FUNCTIONS[name][0]
-    takes = 0
+def test_the_arguments_that_a_signature_allows_fit_the_function(name: str) -> None:
+    allowed = 0
     for count in range(6):
-        for words in ([], ["descending"], ["default"], ["reverse"], ["nope"]):
-            if _takes(function, count, words):
-                takes += 1
+        for words in ([], ["start"], ["default"], ["reverse"], ["digits", "value"], ["name"], ["nope"]):
+            with suppress(_Refused):
+                _check_arguments(FUNCTIONS[name].signature, count, words)
+                allowed += 1
                 with suppress(ValueError):  # a builtin without a signature
-                    inspect.signature(function).bind(*[None] * count, **dict.fromkeys(words))
-    assert takes
+                    inspect.signature(FUNCTIONS[name].call).bind(*[None] * count, **dict.fromkeys(words))
+    assert allowed
 
 
 def test_every_fault_of_a_tree_is_reported_with_its_place() -> None:
@@ -457,10 +468,8 @@ def test_text_from_outside_is_never_compiled() -> None:
 )
 def test_what_would_eat_time_or_memory_is_refused_soon(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(astera_lite, "MAX_WORK", 1_000_000)  # a smaller budget is used up sooner, by the same rules
-    began = time.perf_counter()
-    with pytest.raises(ExpressionError):
+    with processor_time(2), pytest.raises(ExpressionError):
         value(f"${{{source}}}")
-    assert time.perf_counter() - began < 2
 
 
 # The child has a limit of its own: what a fault in the budget would cost must not fall on the whole test run.
@@ -469,6 +478,7 @@ import sys
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    resource.setrlimit(resource.RLIMIT_CPU, (4, 4))
 except ImportError:
     pass
 import astera_lite
@@ -528,12 +538,9 @@ except ExpressionError as error:
     ],
 )
 def test_nothing_costs_more_than_its_budget(template: str) -> None:
-    try:
-        child = subprocess.run(
-            [sys.executable, "-c", _CHILD, template], cwd=ROOT, capture_output=True, text=True, timeout=4
-        )
-    except subprocess.TimeoutExpired:
-        pytest.fail("it ran on, unpaid")
+    command = [sys.executable, "-c", _CHILD, template]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert child.returncode >= 0, "it ran on, unpaid"
     assert child.stdout in ("done\n", "refused\n"), child.stderr[-500:]
 
 
@@ -556,10 +563,9 @@ def test_nothing_costs_more_than_its_budget(template: str) -> None:
     ],
 )
 def test_what_is_too_deep_or_too_long_is_a_fault_at_deployment(source: str) -> None:
-    began = time.perf_counter()
-    message = deployment_fault(f"${{{source}}}")
+    with processor_time(2):
+        message = deployment_fault(f"${{{source}}}")
     assert len(message) < 500
-    assert time.perf_counter() - began < 2
 
 
 def test_a_tree_that_is_too_deep_is_a_fault() -> None:
@@ -575,12 +581,11 @@ def test_many_expressions_in_one_tree_compile() -> None:
 
 @pytest.mark.parametrize("text", ["${a}" * 20000, "$${" * 50000, "${'" * 20000, "${" + "'\\\n" * 20000, "}" * 100000])
 def test_a_hostile_text_is_split_in_linear_time(text: str) -> None:
-    began = time.perf_counter()
-    try:
-        compile_template(text, ["a"])
-    except FlowError as error:
-        assert error.faults
-    assert time.perf_counter() - began < 4
+    with processor_time(4):
+        try:
+            compile_template(text, ["a"])
+        except FlowError as error:
+            assert error.faults
 
 
 def test_doubling_over_steps_is_bounded() -> None:
