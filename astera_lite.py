@@ -764,13 +764,14 @@ def _parse_int(value: Any) -> int:
     raise ValueError(f"{shown(value)} is not a whole number")
 
 
+_WORDS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+
+
 def _parse_bool(value: Any) -> bool:
-    words = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in words:
-        return words[value.lower()]
-    raise ValueError(f"{shown(value)} is neither true nor false")
+    found = value if isinstance(value, bool) else _WORDS.get(value.lower()) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(f"{shown(value)} is neither true nor false")
+    return found
 
 
 def _parse_durations(value: Any) -> tuple[float, ...]:
@@ -781,173 +782,62 @@ def _parse_durations(value: Any) -> tuple[float, ...]:
 
 
 class _SettingKind(NamedTuple):
-    parse: Callable[[Any], Any]
-    placeholder: str
-    show: Callable[[Any], str]
+    metavar: str
+    parse: Callable[[Any], Any] = _parse_text
+    show: Callable[[Any], str] = str
 
 
 SETTING_KINDS = {
-    "text": _SettingKind(_parse_text, "TEXT", str),
-    "int": _SettingKind(_parse_int, "N", str),
-    "bool": _SettingKind(_parse_bool, "", lambda value: "true" if value else "false"),
-    "duration": _SettingKind(parse_duration, "TIME", show_duration),
-    "durations": _SettingKind(_parse_durations, "TIME,…", lambda value: ",".join(map(show_duration, value))),
-    "size": _SettingKind(parse_size, "SIZE", show_size),
+    "bool": _SettingKind("true|false", _parse_bool, lambda value: "true" if value else "false"),
+    "duration": _SettingKind("TIME", parse_duration, show_duration),
+    "durations": _SettingKind("TIME,…", _parse_durations, lambda value: ",".join(map(show_duration, value))),
+    "file": _SettingKind("FILE"),
+    "folder": _SettingKind("FOLDER"),
+    "host": _SettingKind("HOST"),
+    "int": _SettingKind("N", _parse_int),
+    "list": _SettingKind("ITEM,…"),
+    "size": _SettingKind("SIZE", parse_size, show_size),
+    "text": _SettingKind("TEXT"),
+    "url": _SettingKind("URL"),
 }
 
 
 class _Setting(NamedTuple):
-    """A field of Settings."""
+    """A field of Settings: what it may be, and what help says about it."""
 
-    default: Any
     kind: str
+    default: Any
     help: str
     low: float | None = None
     high: float | None = None
     choices: tuple[str, ...] = ()
     secret: bool = False  # no flag: it would show in `ps`
-    placeholder: str = ""
 
     def show(self, value: Any) -> str:
         """A value as it is written."""
         return SETTING_KINDS[self.kind].show(value)
 
-
-def _setting(*args: Any, **rules: Any) -> Any:
-    return _Setting(*args, **rules)  # where the type of its default is expected
-
-
-class Settings(NamedTuple):
-    """Every setting, by its one name. Durations are seconds, sizes are bytes, None means unset.
-
-    Keywords of the constructor take the parsed values; `Settings.load` reads files, environment, flags and spelled-out
-    values such as "24h".
-    """
-
-    host: str = _setting("127.0.0.1", "text", "address to listen on", placeholder="HOST")
-    port: int = _setting(9261, "int", "port to listen on; 0 picks a free one", low=0, high=65535)
-    flows: str = _setting("flows", "text", "folder of flow files", placeholder="FOLDER")
-    database: str = _setting("astera_lite.db", "text", "path of the SQLite database", placeholder="FILE")
-    data: str = _setting("data", "text", "folder that sql steps may reach", placeholder="FOLDER")
-    workers: int = _setting(32, "int", "threads that run jobs", low=1, high=1024)
-    retention: float = _setting(86400.0, "duration", "how long a result is kept", low=1)
-    job_timeout: float = _setting(3600.0, "duration", "longest run of a job whose flow says nothing", low=0.001)
-    sync_timeout: float = _setting(60.0, "duration", "longest synchronous run", low=0.001)
-    max_wait: float = _setting(60.0, "duration", "longest wait that a client may ask for (Prefer: wait=N)")
-    max_queue: int = _setting(100_000, "int", "accepted jobs not yet started; one more is refused (503)", low=1)
-    max_connections: int = _setting(
-        1000, "int", "open connections; at the limit the one idle longest gives way (503 if all work)", low=1
-    )
-    max_header: int = _setting(64 << 10, "size", "longest header block of a request (431)", low=1024)
-    max_url: int = _setting(16 << 10, "size", "longest URL of a request (414)", low=256)
-    max_body: int = _setting(10 << 20, "size", "longest body of a request (413)")
-    max_result: int = _setting(50 << 20, "size", "longest body of a flow's response", low=1024)
-    max_step_response: int = _setting(
-        50 << 20,
-        "size",
-        "longest response that an http step reads; JSON takes up to twelve times as much memory",
-        low=1024,
-    )
-    request_timeout: float = _setting(
-        30.0, "duration", "time to send a request (408); in each such time an answer must be read at 64 KiB/s", low=0.1
-    )
-    idle_timeout: float = _setting(60.0, "duration", "time that an idle connection is kept open", low=0.1)
-    shutdown_timeout: float = _setting(30.0, "duration", "time that running jobs are given when the server stops")
-    callback_secret: str | None = _setting(None, "text", "key that signs callbacks (whsec_…)", secret=True)
-    callback_allow: str = _setting(
-        "auto",
-        "text",
-        "private addresses that callbacks may go to: hosts and networks, comma-separated, none, or auto: loopback as"
-        " long as the server listens on loopback only",
-        placeholder="LIST",
-    )
-    callback_timeout: float = _setting(15.0, "duration", "time that one delivery may take in all", low=0.1)
-    callback_retries: tuple[float, ...] = _setting(
-        (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0),
-        "durations",
-        "pauses between the attempts of a callback, comma-separated",
-    )
-    public_url: str | None = _setting(
-        None, "text", "base of all URLs handed out, for a server behind a proxy", placeholder="URL"
-    )
-    insecure_open: bool = _setting(False, "bool", "listen beyond loopback, or have a public_url, without a token")
-    cors_origins: str | None = _setting(
-        None, "text", "origins of web pages that may call, comma-separated", placeholder="LIST"
-    )
-    env_allow: str = _setting(
-        "ASTERA_FLOW_*", "text", "environment variables that flows may read, comma-separated", placeholder="LIST"
-    )
-    secrets: str | None = _setting(
-        None, "text", "what flows read as secrets: names of environment variables, or a TOML file of mode 600"
-    )
-    token: str | None = _setting(None, "text", "the one admin token of a small set-up", secret=True)
-    tls_cert: str | None = _setting(None, "text", "certificate chain (PEM) to serve https with", placeholder="FILE")
-    tls_key: str | None = _setting(
-        None, "text", "private key (PEM) of tls_cert, unless it is in the same file", placeholder="FILE"
-    )
-    durability: str = _setting(
-        "full",
-        "text",
-        "full: an accepted job survives power loss; normal: survives a killed process",
-        choices=("full", "normal"),
-    )
-    page_size: str = _setting(
-        "4KiB",
-        "text",
-        "of a database that is made: with 1KiB small jobs write half as much, which spares SD cards",
-        choices=("1KiB", "4KiB", "16KiB"),
-    )
-    max_database: int | None = _setting(None, "size", "database size at which new jobs are refused (503)", low=1 << 20)
-    log: str = _setting("text", "text", "form of the log on stderr", choices=("text", "json", "off"))
-    log_level: str = _setting(
-        "info", "text", "least level that is logged", choices=("debug", "info", "warning", "error")
-    )
-    access_log: bool = _setting(False, "bool", "a line in the log for each request, at level info instead of debug")
-
-    @classmethod
-    def load(
-        cls,
-        config: str | None = None,
-        environ: Mapping[str, str] | None = None,
-        flags: Mapping[str, str] | None = None,
-        **keywords: Any,
-    ) -> Settings:
-        """Settings from a TOML file, the environment, flags and keywords, the later winning.
-
-        A keyword may be spelled out ("24h") or be the value itself (86400). Raises ConfigError with every fault.
-        """
-        values: dict[str, Any] = {}
-        faults: list[Fault] = []
-        sources: list[tuple[str, Mapping[str, Any]]] = []
-        if config is not None:
-            sources.append((config, _read_toml(config, faults)))
-        prefix = "ASTERA_LITE_"
-        named = {key: text for key, text in (environ or {}).items() if key.startswith(prefix)}
-        sources.append((prefix, {key[len(prefix) :].lower(): text for key, text in named.items()}))
-        sources += [("--", flags or {}), ("", keywords)]
-        for where, given in sources:
-            for name, value in given.items():
-                spelled = where + (name.upper() if where == prefix else name.replace("_", "-") if where else name)
-                label = Fault(spelled, "", "") if where in (prefix, "--", "") else Fault(where, name, "")
-                hint = "" if name in SETTING_FIELDS else suggest(name, SETTING_FIELDS)
-                platforms = where == prefix and (value.startswith("tcp://") or not (hint or name in SETTING_FIELDS))
-                if platforms:  # container platforms put variables of their own under a service's name
-                    log.warning("%s is no setting: passed over", spelled)
-                    continue
-                if name not in SETTING_FIELDS:
-                    faults.append(label._replace(message=f"is no setting{hint}"))
-                    continue
-                try:
-                    values[name] = _checked_setting(name, value)
-                except ValueError as error:
-                    faults.append(label._replace(message=str(error)))
-        if faults:
-            raise ConfigError(faults)
-        return cls(**values)
+    def parse(self, value: Any) -> Any:
+        """The value that is meant; ValueError says what is right."""
+        if value is None and self.default is None:
+            return None
+        parsed = SETTING_KINDS[self.kind].parse(value)
+        if self.secret and (not parsed or parsed != parsed.strip()):
+            raise ValueError("is empty, or has blanks around it")
+        if self.choices and parsed not in self.choices:
+            raise ValueError(f"{shown(parsed)} is not one of {', '.join(self.choices)}")
+        if self.low is not None and parsed < self.low:
+            raise ValueError(f"must be at least {self.show(self.low)}")
+        if self.high is not None and parsed > self.high:
+            raise ValueError(f"must be at most {self.show(self.high)}")
+        return parsed
 
 
-SETTING_FIELDS: dict[str, _Setting] = Settings._field_defaults
-Settings.__new__.__defaults__ = tuple(item.default for item in SETTING_FIELDS.values())
+def _setting(*row: Any, **more: Any) -> Any:
+    return _Setting(*row, **more)  # Any, for the type of the default is expected
+
+
+_PREFIX = "ASTERA_LITE_"
 
 
 def _read_toml(path: str, faults: list[Fault]) -> dict[str, Any]:
@@ -962,22 +852,124 @@ def _read_toml(path: str, faults: list[Fault]) -> dict[str, Any]:
     return {}
 
 
-def _checked_setting(name: str, value: Any) -> Any:
-    item = SETTING_FIELDS[name]
-    if value is None and item.default is None:
-        return None
-    parsed = SETTING_KINDS[item.kind].parse(value)
-    if item.secret and not parsed.strip():
-        raise ValueError("is empty: leave it out, or give it a value")
-    if item.secret and parsed != parsed.strip():
-        raise ValueError("has blanks around it")
-    if item.choices and parsed not in item.choices:
-        raise ValueError(f"{shown(parsed)} is not one of {', '.join(item.choices)}")
-    if item.low is not None and parsed < item.low:
-        raise ValueError(f"must be at least {item.show(item.low)}")
-    if item.high is not None and parsed > item.high:
-        raise ValueError(f"must be at most {item.show(item.high)}")
-    return parsed
+def _from_environment(environ: Mapping[str, str], known: Collection[str]) -> dict[str, str]:
+    """The settings in the environment, without what container platforms put there under a service's name."""
+    found = {}
+    for key, text in environ.items():
+        name = key.removeprefix(_PREFIX).lower()
+        if not key.startswith(_PREFIX):
+            continue
+        if text.startswith("tcp://") or (name not in known and not suggest(name, known)):
+            log.warning("%s is not a setting: ignored", key)
+        else:
+            found[name] = text
+    return found
+
+
+class Settings(NamedTuple):
+    """Every setting, by its one name. Durations are seconds, sizes are bytes, None means unset.
+
+    The constructor takes parsed values; `Settings.load` reads a file, the environment, flags and spellings like "24h".
+    """
+
+    host: str = _setting("host", "127.0.0.1", "address to listen on")
+    port: int = _setting("int", 9261, "port to listen on; 0 picks a free one", 0, 65535)
+    flows: str = _setting("folder", "flows", "folder of flow files")
+    database: str = _setting("file", "astera_lite.db", "path of the SQLite database")
+    data: str = _setting("folder", "data", "folder that sql steps may reach")
+    workers: int = _setting("int", 32, "threads that run jobs", 1, 1024)
+    retention: float = _setting("duration", 86400.0, "how long a result is kept", 1)
+    job_timeout: float = _setting("duration", 3600.0, "longest run of a job whose flow has no timeout", 0.001)
+    sync_timeout: float = _setting("duration", 60.0, "longest synchronous run", 0.001)
+    max_wait: float = _setting("duration", 60.0, "longest wait that a client may ask for (Prefer: wait=N)")
+    max_queue: int = _setting("int", 100_000, "accepted jobs not yet started; one more is refused (503)", 1)
+    max_connections: int = _setting("int", 1000, "open connections; one more replaces an idle one, or gets 503", 1)
+    max_header: int = _setting("size", 64 << 10, "longest header block of a request (431)", 1024)
+    max_url: int = _setting("size", 16 << 10, "longest URL of a request (414)", 256)
+    max_body: int = _setting("size", 10 << 20, "longest body of a request (413)")
+    max_result: int = _setting("size", 50 << 20, "longest body of a flow's response", 1024)
+    max_step_response: int = _setting(
+        "size", 50 << 20, "longest response that an http step reads; JSON takes up to twelve times the memory", 1024
+    )
+    request_timeout: float = _setting(
+        "duration", 30.0, "time to send a request (408); in the same time an answer is read at 64 KiB/s or more", 0.1
+    )
+    idle_timeout: float = _setting("duration", 60.0, "time that an idle connection is kept open", 0.1)
+    shutdown_timeout: float = _setting("duration", 30.0, "time that running jobs have to end when the server stops")
+    callback_secret: str | None = _setting("text", None, "key that signs callbacks (whsec_…)", secret=True)
+    callback_allow: str = _setting(
+        "list",
+        "auto",
+        "private hosts and networks that callbacks may reach, or none, or auto: loopback, if the server listens on"
+        " loopback only",
+    )
+    callback_timeout: float = _setting("duration", 15.0, "longest attempt to deliver a callback", 0.1)
+    callback_retries: tuple[float, ...] = _setting(
+        "durations", (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0), "pauses between the attempts of a callback"
+    )
+    public_url: str | None = _setting("url", None, "base of all URLs handed out, for a server behind a proxy")
+    insecure_open: bool = _setting("bool", False, "allow listening beyond loopback, or a public_url, without a token")
+    cors_origins: str | None = _setting("list", None, "origins of web pages that may call")
+    env_allow: str = _setting("list", "ASTERA_FLOW_*", "environment variables that flows may read")
+    secrets: str | None = _setting(
+        "text", None, "secrets that flows may read: names of environment variables, or a TOML file of mode 600"
+    )
+    token: str | None = _setting("text", None, "an admin token, for a small set-up", secret=True)
+    tls_cert: str | None = _setting("file", None, "certificate chain (PEM) to serve https with")
+    tls_key: str | None = _setting("file", None, "private key (PEM) of tls_cert, unless it is in the same file")
+    durability: str = _setting(
+        "text",
+        "full",
+        "full: an accepted job survives a power cut; normal: it survives a killed process",
+        choices=("full", "normal"),
+    )
+    page_size: str = _setting(
+        "text",
+        "4KiB",
+        "page size of a new database; with 1KiB small jobs write half as much, which spares SD cards",
+        choices=("1KiB", "4KiB", "16KiB"),
+    )
+    max_database: int | None = _setting("size", None, "database size at which new jobs are refused (503)", 1 << 20)
+    log: str = _setting("text", "text", "form of the log on stderr", choices=("text", "json", "off"))
+    log_level: str = _setting("text", "info", "lowest level logged", choices=("debug", "info", "warning", "error"))
+    access_log: bool = _setting("bool", False, "log each request at level info instead of debug")
+
+    @classmethod
+    def load(
+        cls,
+        config: str | None = None,
+        environ: Mapping[str, str] | None = None,
+        flags: Mapping[str, str] | None = None,
+        **keywords: Any,
+    ) -> Settings:
+        """Settings from a TOML file, the environment, flags and keywords, the later winning.
+
+        A value may be spelled out ("24h") or parsed (86400). Raises ConfigError with every fault.
+        """
+        known: dict[str, _Setting] = cls._field_defaults
+        values: dict[str, Any] = {}
+        faults: list[Fault] = []
+        sources: list[tuple[Mapping[str, Any], Callable[[str], tuple[str, str]]]] = [
+            (_read_toml(config, faults) if config is not None else {}, lambda name: (str(config), name)),
+            (_from_environment(environ or {}, known), lambda name: (_PREFIX + name.upper(), "")),
+            (flags or {}, lambda name: ("--" + name.replace("_", "-"), "")),
+            (keywords, lambda name: (name, "")),
+        ]
+        for given, place_of in sources:
+            for name, value in given.items():
+                try:
+                    if name not in known:
+                        raise ValueError(f"is not a setting{suggest(name, known)}")
+                    values[name] = known[name].parse(value)
+                except ValueError as error:
+                    faults.append(Fault(*place_of(name), str(error)))
+        if faults:
+            raise ConfigError(faults)
+        return cls(**values)
+
+
+SETTING_FIELDS: dict[str, _Setting] = Settings._field_defaults
+Settings.__new__.__defaults__ = tuple(item.default for item in SETTING_FIELDS.values())
 
 
 def settings_table() -> list[tuple[str, str, str]]:
@@ -12583,11 +12575,11 @@ def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str], tak
         options_: dict[str, Any] = {
             "dest": f"set_{name}",
             "default": argparse.SUPPRESS,
-            "metavar": "|".join(item.choices) or item.placeholder or SETTING_KINDS[item.kind].placeholder,
+            "metavar": "|".join(item.choices) or SETTING_KINDS[item.kind].metavar,
             "help": f"{text.replace('%', '%%')} (default: {default})" if name in to_show else argparse.SUPPRESS,
         }
         if item.kind == "bool":
-            options_ |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+            options_ |= {"nargs": "?", "const": "true"}
         group.add_argument(flag, **options_)
     if "token" in to_show:
         names = [f"ASTERA_LITE_{name.upper()}" for name, item in SETTING_FIELDS.items() if item.secret]
