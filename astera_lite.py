@@ -4181,7 +4181,6 @@ def make_answer(
 # compiles expressions and names the place of each fault. The JSON Schema of flow files, the members that a message
 # lists, and the tables of docs/flows.md follow from the same table.
 
-
 _BASE_NAMES = ("params", "request", "env", "secrets")
 _REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
 MODES = ("synchronous", "asynchronous")
@@ -4194,11 +4193,7 @@ class Build:
     """What is known while a flow is compiled: the faults found so far, and the names that expressions may use."""
 
     def __init__(
-        self,
-        where: str,
-        kinds: Mapping[str, StepKind],
-        functions: Functions,
-        connections: Collection[str] = (),
+        self, where: str, kinds: Mapping[str, StepKind], functions: Functions, connections: Collection[str] = ()
     ) -> None:
         self.where, self.kinds, self.functions, self.connections = where, kinds, functions, connections
         self.faults: list[Fault] = []
@@ -4237,23 +4232,29 @@ class Build:
 class Member:
     """What may stand behind a name in a flow file, and what it compiles to; this one takes any JSON as it is.
 
-    `default` is what an author would write to the same effect; an absent member without one is not among the values of
-    its object. `word` describes the member in messages and in documentation.
+    `traits` are attributes. `default` is what an author would write to the same effect; an absent member without one is
+    not among the values of its object. `word` is for messages and documentation, `json` a JSON Schema.
     """
 
+    default: Any = None
+    required = False
     word = "any value"
     json: Mapping[str, Any] = {}
+    holds: Callable[[Any], Any] = staticmethod(lambda value: True)  # whether a value may stand there
+    cure: Callable[[Any], str] = staticmethod(lambda value: "")  # what to do about one that may not
 
-    def __init__(self, default: Any = None, *, required: bool = False) -> None:
-        self.default, self.required = default, required
+    def __init__(self, **traits: Any) -> None:
+        vars(self).update(traits)
 
     def schema(self) -> dict[str, Any]:
         """Its JSON Schema."""
         return dict(self.json)
 
     def parse(self, value: Any) -> Any:
-        """Check and compile a value; ValueError says what is wrong and what would be right."""
-        return value
+        """Check and compile a value; ValueError says what is wrong with it and what would be right."""
+        if self.holds(value):
+            return value
+        raise ValueError(f"{shown(value)} is not {self.word}{self.cure(value)}")
 
     def read(self, build: Build, value: Any, place: str) -> Any:
         """Check and compile what stands at a place; `build` collects the faults."""
@@ -4264,105 +4265,65 @@ class Member:
             return None
 
 
-class Plain(Member):
-    """A value without expressions that a function checks and compiles; the function raises ValueError."""
-
-    def __init__(
-        self,
-        parse: Callable[[Any], Any],
-        word: str,
-        json: Mapping[str, Any],
-        default: Any = None,
-        *,
-        required: bool = False,
-    ) -> None:
-        super().__init__(default, required=required)
-        self._parse, self.word, self.json = parse, word, json
-
-    def parse(self, value: Any) -> Any:
-        return self._parse(value)
-
-
-_DURATION_JSON = {"anyOf": [{"type": "number", "minimum": 0}, {"type": "string"}]}
-Duration = partial(Plain, parse_duration, "a duration such as 250ms, 30s, 5m or a number of seconds", _DURATION_JSON)
-Size = partial(Plain, parse_size, "a size such as 64KiB, 10MiB or a number of bytes", {"type": ["string", "integer"]})
-
-
 class Text(Member):
-    """Text without expressions, of which a pattern may want more; `word` says what."""
+    """Text without expressions, which matches a pattern."""
 
-    json: Mapping[str, Any] = {"type": "string"}
-
-    def __init__(
-        self, default: str | None = None, *, required: bool = False, pattern: str = "(?s:.*)", word: str = "text"
-    ) -> None:
-        super().__init__(default, required=required)
-        self.pattern, self.word = pattern, word
-
-    def parse(self, value: Any) -> str:
-        if not isinstance(value, str) or not re.fullmatch(self.pattern, value):
-            cure = ": nothing is computed here" if "${" in str(value) else ""
-            raise ValueError(f"{shown(value)} is not {self.word}{cure}")
-        return value
-
-
-class Flag(Member):
-    """True or false."""
-
-    word = "true or false"
-    json: Mapping[str, Any] = {"type": "boolean"}
-
-    def parse(self, value: Any) -> bool:
-        if type(value) is not bool:
-            raise ValueError("must be true or false")
-        return value
+    def __init__(self, word: str = "text", pattern: str = "(?s:.*)", **traits: Any) -> None:
+        super().__init__(**{"word": word, "json": {"type": "string"}} | traits)
+        self.holds = lambda value: isinstance(value, str) and re.fullmatch(pattern, value)
+        self.cure = lambda value: ": nothing is computed here" if "${" in str(value) else ""
 
 
 class Number(Member):
     """A number within bounds, by default a whole one."""
 
-    def __init__(
-        self,
-        least: int,
-        most: int | None = None,
-        default: float | None = None,
-        *,
-        what: str = "a number",
-        whole: bool = True,
-        required: bool = False,
-    ) -> None:
-        super().__init__(default, required=required)
-        self.least, self.most, self.types = least, most, (int,) if whole else (int, float)
-        self.word = f"{what} from {least} to {most}" if most else f"{what}, {least} or more"
-        self.json = {"type": "integer" if whole else "number", "minimum": least} | ({"maximum": most} if most else {})
+    types: Sequence[type] = (int,)
 
-    def parse(self, value: Any) -> Any:
-        if type(value) not in self.types or not self.least <= value <= (self.most or math.inf):
-            cure = ": write it without quotes" if isinstance(value, str) and value.isdigit() else ""
-            raise ValueError(f"{shown(value)} is not {self.word}{cure}")
-        return value
+    def __init__(self, least: int, most: int | None = None, what: str = "a number", **traits: Any) -> None:
+        word = f"{what} from {least} to {most}" if most else f"{what}, {least} or more"
+        super().__init__(word=word, **traits)
+        self.json = {"type": "number" if float in self.types else "integer", "minimum": least}
+        self.json |= {"maximum": most} if most else {}
+        self.holds = lambda value: type(value) in self.types and least <= value <= (most or math.inf)
+        self.cure = lambda value: ": write it without quotes" if str(value).isdigit() and type(value) is str else ""
 
 
 class OneOf(Member):
     """One of some words."""
 
-    def __init__(self, *words: str, default: str | None = None, required: bool = False) -> None:
-        super().__init__(default, required=required)
-        self.words, self.word = words, f"one of {', '.join(words)}"
-        self.json = {"enum": list(words)}
+    def __init__(self, *words: str, **traits: Any) -> None:
+        super().__init__(word=f"one of {', '.join(words)}", json={"enum": list(words)}, **traits)
+        self.holds = lambda value: value in words
+        self.cure = lambda value: suggest(str(value), words)
 
-    def parse(self, value: Any) -> Any:
-        if value not in self.words:
-            raise ValueError(f"{shown(value)} is not {self.word}{suggest(str(value), self.words)}")
-        return value
+
+def _parse_time(value: Any) -> int:
+    """Milliseconds since the epoch from an RFC 3339 text or a number of seconds."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e10:
+        return round(value * 1000)
+    try:
+        text = VALUE_TYPES["date-time"].parse(str(value))
+        return round(datetime.datetime.fromisoformat(text.upper()).timestamp() * 1000)
+    except ValueError:
+        raise ValueError(f"{shown(value)} is not a time such as 2026-11-23T20:31:05Z") from None
+
+
+def _is_status_word(value: Any) -> bool:
+    return type(value) in (int, str) and re.fullmatch("[1-5]([0-9]{2}|xx)", str(value)) is not None
+
+
+_JSON_NUMBER_OR_TEXT = {"type": ["number", "string"]}
+Flag = partial(Member, holds=lambda value: type(value) is bool, word="true or false", json={"type": "boolean"})
+Duration = partial(Member, parse=parse_duration, word="a duration such as 250ms, 30s, 5m", json=_JSON_NUMBER_OR_TEXT)
+Size = partial(Member, parse=parse_size, word="a size such as 64KiB, 10MiB", json=_JSON_NUMBER_OR_TEXT)
+_TIME = Member(parse=_parse_time, word="a time such as 2026-11-23T20:31:05Z", json=_JSON_NUMBER_OR_TEXT)
+_STATUS_WORD = Member(holds=_is_status_word, word='a status such as 200 or "2xx"', json=_JSON_NUMBER_OR_TEXT)
 
 
 class Value(Member):
     """Any JSON, in whose text there may be expressions, which may also use `names`; it compiles to a Template."""
 
-    def __init__(self, default: Any = None, *, required: bool = False, names: Sequence[str] = ()) -> None:
-        super().__init__(default, required=required)
-        self.names = names
+    names: Sequence[str] = ()
 
     def read(self, build: Build, value: Any, place: str) -> Template:
         with build.block(*self.names):
@@ -4380,18 +4341,16 @@ class Condition(Value):
         return super().read(build, value, place)
 
 
-_COMPUTED_JSON = {"type": "string", "pattern": r"\$\{", "description": "an expression: ${…}"}
-
-
 class Computed(Value):
-    """What a plain member takes, or an expression whose value its user checks; it compiles to a Template."""
+    """What a plain member takes, or an expression, whose value its user checks; it compiles to a Template."""
 
-    def __init__(self, plain: Member, default: Any = None, *, required: bool = False) -> None:
-        super().__init__(default, required=required)
-        self.plain, self.word = plain, f"{plain.word}, or an expression"
+    plain: Member
+
+    def __init__(self, plain: Member, **traits: Any) -> None:
+        super().__init__(plain=plain, word=f"{plain.word}, or an expression", **traits)
 
     def schema(self) -> dict[str, Any]:
-        return {"anyOf": [self.plain.schema(), _COMPUTED_JSON]}
+        return {"anyOf": [self.plain.schema(), {"type": "string", "pattern": r"\$\{"}]}
 
     def read(self, build: Build, value: Any, place: str) -> Template:
         if not (isinstance(value, str) and "${" in value):
@@ -4399,34 +4358,15 @@ class Computed(Value):
         return super().read(build, value, place)
 
 
-class Object(Value):
-    """An object with members of the author's own names, whose values may have expressions."""
-
-    word = "an object"
-    json: Mapping[str, Any] = {"type": "object"}
-
-    def read(self, build: Build, value: Any, place: str) -> Template:
-        if not isinstance(value, dict):
-            build.fault(place, f"must be {self.word}, not {kind_of(value)}")
-            return build.template({}, place)
-        return super().read(build, value, place)
-
-
 class ListOf(Member):
-    """A list; with `lone`, what is no list stands for a list of it alone."""
+    """A list of at least so many items; with `lone`, what is no list stands for a list of it alone."""
 
-    def __init__(
-        self,
-        item: Member,
-        default: list[Any] | None = None,
-        *,
-        required: bool = False,
-        least: int = 0,
-        lone: bool = False,
-    ) -> None:
-        super().__init__(default, required=required)
-        self.item, self.least, self.lone = item, least, lone
-        self.word = f"{item.word}, or a list" if lone else f"a list of: {item.word}"
+    item: Member
+    least = 0
+    lone = False
+
+    def __init__(self, item: Member, **traits: Any) -> None:
+        super().__init__(**{"item": item, "word": f"a list, each {item.word}"} | traits)
 
     def schema(self) -> dict[str, Any]:
         listed = {"type": "array", "items": self.item.schema()} | ({"minItems": self.least} if self.least else {})
@@ -4445,16 +4385,11 @@ class ListOf(Member):
 class MapOf(Member):
     """An object whose members have names of the author's choice; `check(build, name, names)` says what is wrong."""
 
-    def __init__(
-        self,
-        item: Member,
-        default: dict[str, Any] | None = None,
-        *,
-        required: bool = False,
-        check: Callable[[Build, str, Collection[str]], str] = lambda build, name, names: "",
-    ) -> None:
-        super().__init__(default, required=required)
-        self.item, self.check, self.word = item, check, f"an object; by name, {item.word}"
+    item: Member
+    check: Callable[[Build, str, Collection[str]], str] = staticmethod(lambda build, name, names: "")
+
+    def __init__(self, item: Member, **traits: Any) -> None:
+        super().__init__(item=item, word=f"an object; by name, {item.word}", **traits)
 
     def schema(self) -> dict[str, Any]:
         return {"type": "object", "additionalProperties": self.item.schema()}
@@ -4463,37 +4398,44 @@ class MapOf(Member):
         if not isinstance(value, dict):
             build.fault(place, f"must be an object, not {kind_of(value)}")
             return {}
-        read = {}
-        for name, item in value.items():
-            at = f"{place}/{pointer(name)}"
+        for name in value:
             if fault := self.check(build, name, value):
-                build.fault(at, fault)
-            read[name] = self.item.read(build, item, at)
-        return read
+                build.fault(f"{place}/{pointer(name)}", fault)
+        return {name: self.item.read(build, item, f"{place}/{pointer(name)}") for name, item in value.items()}
 
 
 class Either(Member):
     """One member for lists and objects, another one for all else."""
 
-    def __init__(self, plain: Member, structured: Member, default: Any = None) -> None:
-        super().__init__(default)
-        self.plain, self.structured, self.word = plain, structured, f"{plain.word}, or {structured.word}"
+    plain: Member
+    structured: Member
+
+    def __init__(self, plain: Member, structured: Member, **traits: Any) -> None:
+        super().__init__(plain=plain, structured=structured, word=f"{plain.word}, or {structured.word}", **traits)
 
     def schema(self) -> dict[str, Any]:
         return {"anyOf": [self.plain.schema(), self.structured.schema()]}
 
     def read(self, build: Build, value: Any, place: str) -> Any:
-        chosen = self.structured if isinstance(value, dict | list) else self.plain
-        return chosen.read(build, value, place)
+        return (self.structured if isinstance(value, dict | list) else self.plain).read(build, value, place)
+
+
+class Elsewhere(Member):
+    """A member that a wing has under a name such as `astera_lite_steps:PAGES`, loaded when somebody first uses it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            schema=lambda: wing(name).schema(), read=lambda build, value, place: wing(name).read(build, value, place)
+        )
 
 
 #: Members that are often put into another object than their own.
 _ELSEWHERE = {name: f": it belongs to request, beside body: /request/{name}" for name in ("contentTypes", "strict")}
+_ELSEWHERE |= {name: f": it belongs to the step, beside its kind: {name}" for name in ("when", "retry", "onError")}
 _ELSEWHERE |= {
     "parameters": ": it belongs to request: /request/parameters",
     "steps": ": it stands beside request: /steps",
 }
-_ELSEWHERE |= {name: f": it belongs to the step, beside its kind: {name}" for name in ("when", "retry", "onError")}
 
 
 class Table(Member):
@@ -4504,23 +4446,15 @@ class Table(Member):
     which exactly one must be there. `more` stands for members of other names; without it these are faults.
     """
 
+    members: Mapping[str, Member]
+    make: Callable[[Build, dict[str, Any], str], Any] | None
+    short = ""
+    choice: Collection[str] = ()
+    more: Member | None = None
     word = "an object"
 
-    def __init__(
-        self,
-        members: Mapping[str, Member],
-        make: Callable[[Build, dict[str, Any], str], Any] | None = None,
-        default: Any = None,
-        *,
-        required: bool = False,
-        short: str = "",
-        choice: Collection[str] = (),
-        more: Member | None = None,
-    ) -> None:
-        super().__init__(default, required=required)
-        self.members, self.make, self.short, self.choice, self.more = members, make, short, choice, more
-        if short:
-            self.word = f"{members[short].word}, or an object"
+    def __init__(self, members: Mapping[str, Member], make: Any = None, **traits: Any) -> None:
+        super().__init__(members=members, make=make, **traits)
 
     def schema(self) -> dict[str, Any]:
         schema: dict[str, Any] = {"type": "object", "additionalProperties": self.more is not None}
@@ -4528,8 +4462,7 @@ class Table(Member):
             name: member.schema() | ({} if member.default is None else {"default": member.default})
             for name, member in self.members.items()
         }
-        if required := [name for name, member in self.members.items() if member.required]:
-            schema["required"] = required
+        schema["required"] = [name for name, member in self.members.items() if member.required]
         if self.choice:
             schema["oneOf"] = [{"required": [name]} for name in self.choice]
         return {"anyOf": [self.members[self.short].schema(), schema]} if self.short else schema
@@ -4568,53 +4501,23 @@ class Table(Member):
             build.fault(place, f"needs exactly one of {', '.join(self.choice)}{found}")
 
 
-class Elsewhere(Member):
-    """A member that a wing has under a name such as `astera_lite_steps:PAGES`, loaded when somebody first uses it."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-
-    def schema(self) -> dict[str, Any]:
-        return self.found.schema()
-
-    @property
-    def found(self) -> Member:
-        """The member itself."""
-        member: Member = wing(self.name)
-        return member
-
-    def read(self, build: Build, value: Any, place: str) -> Any:
-        return self.found.read(build, value, place)
-
-
 class Steps(ListOf):
     """A list of steps; each sees the names of those before it."""
 
-    def __init__(self, default: list[Any] | None = None, *, required: bool = False, least: int = 1) -> None:
-        super().__init__(_Step(), default, required=required, least=least)
-        self.word = "a list of steps"
+    def __init__(self, **traits: Any) -> None:
+        super().__init__(Member(json={"$ref": "#/$defs/step"}), **{"least": 1, "word": "a list of steps"} | traits)
 
-    def read(self, build: Build, value: Any, place: str) -> list[Step]:
+    def read(self, build: Build, value: Any, place: str) -> list[Any]:
         names = [str(spec.get("name")) for spec in value if isinstance(spec, dict)] if isinstance(value, list) else []
         build.hints |= {name: f'step "{name}" comes later: move it up' for name in names if name not in build.names}
-        volatile = build.volatile
-        steps: list[Step] = super().read(build, value, place)
+        volatile, steps = build.volatile, []
+        for position, spec in enumerate(super().read(build, value, place)):
+            steps.append(build.step.read(build, spec, f"{place}/{position}"))
+            if isinstance(spec, dict) and isinstance(name := spec.get("name"), str):
+                build.names[name] = None
+                build.step_names.add(name)
         build.volatile = volatile  # each step counts for itself
         return steps
-
-
-class _Step(Member):
-    """One step, of a kind that the application knows."""
-
-    json: Mapping[str, Any] = {"$ref": "#/$defs/step"}
-
-    def read(self, build: Build, value: Any, place: str) -> Any:
-        step = build.step.read(build, value, place)
-        if isinstance(value, dict) and isinstance(name := value.get("name"), str):
-            build.names[name] = None
-            build.step_names.add(name)
-        return step
 
 
 class StepKind(NamedTuple):
@@ -4632,24 +4535,6 @@ class StepKind(NamedTuple):
     holds: bool = False  # it runs steps that stand inside it
     code: bool = False  # it runs Python code of the flow's author
     failures: Sequence[str] = ()  # words for its failures, which `retry.on` may name
-
-
-class _Kind(Member):
-    """The member of a step that is named after its kind: compiles to the runner, and whether its value is saved."""
-
-    def __init__(self, kind: StepKind) -> None:
-        super().__init__()
-        self.kind, self.word = kind, kind.help
-
-    def schema(self) -> dict[str, Any]:
-        return self.kind.members.schema() | {"description": self.kind.help}
-
-    def read(self, build: Build, value: Any, place: str) -> tuple[Runner, bool] | None:
-        before, volatile, build.volatile = len(build.faults), build.volatile, False
-        compiled = self.kind.members.read(build, value, place)
-        run = self.kind.make(build, compiled, place) if len(build.faults) == before else None
-        save, build.volatile = self.kind.effect or build.volatile, volatile
-        return (run, save) if run else None
 
 
 # --- step kinds -----------------------------------------------------------------------------------------------------
@@ -4678,18 +4563,18 @@ def _header_of_failure(build: Build, name: str, names: Collection[str]) -> str:
     return _header_of_answer(build, name, names)
 
 
-def _check_owed(build: Build, status: Template, headers: Iterable[str], place: str) -> None:
+def _check_owed(build: Build, given: Mapping[str, Any], place: str) -> None:
     """A constant status must come with the headers that it owes."""
-    if status.constant:
+    if given["status"].constant:
         try:
-            with_owed(status({}), tuple((name, "") for name in headers), build.method)
+            with_owed(given["status"]({}), tuple((name, "") for name in given["headers"]), build.method)
         except ValueError as error:
             build.fault(f"{place}/status", str(error))
 
 
 def _make_response(build: Build, given: dict[str, Any], place: str) -> Response:
-    status, headers, body, page = given["status"], given["headers"], given.get("body"), given.get("page")
-    _check_owed(build, status, headers, place)
+    status, body, page = given["status"], given.get("body"), given.get("page")
+    _check_owed(build, given, place)
     bodiless = status.constant and status({}) in _WITHOUT_BODY
     if bodiless and body is not None and not (body.constant and body({}) is None):
         build.fault(f"{place}/body", f"a response of status {status({})} has no body: leave it out")
@@ -4698,7 +4583,7 @@ def _make_response(build: Build, given: dict[str, Any], place: str) -> Response:
         build.fault(place, "has filter or sort, but no rows: give a body that is a list, or a page")
     selection = Selection(page is not None, filters, frozenset(sort) if isinstance(sort, list) else sort)
     items, size = (page["items"], page["size"]) if page else (None, None)
-    return Response(given.get("when"), status, headers, body, selection, items, size)
+    return Response(given.get("when"), status, given["headers"], body, selection, items, size)
 
 
 class _Page(Table):
@@ -4712,17 +4597,19 @@ class _Page(Table):
         return page
 
 
+_STATUS = partial(Number, 200, 599, "a status")
+_FIELD = Text("the name of a field")
 _ANSWER: dict[str, Member] = {
-    "status": Computed(Number(200, 599, what="a status"), 200),
-    "headers": MapOf(Value(), {}, check=_header_of_answer),
+    "status": Computed(_STATUS(), default=200),
+    "headers": MapOf(Value(), default={}, check=_header_of_answer),
     "body": Value(),
 }
 _RESPONSE = Table(
     {
         "when": Condition(),
-        "page": _Page({"items": Value(required=True), "size": Computed(Number(1, _MAX_PAGE), 100)}),
-        "filter": ListOf(Text(word="the name of a field")),
-        "sort": Either(Flag(), ListOf(Text(word="the name of a field"))),
+        "page": _Page({"items": Value(required=True), "size": Computed(Number(1, _MAX_PAGE), default=100)}),
+        "filter": ListOf(_FIELD),
+        "sort": Either(Flag(), ListOf(_FIELD)),
         **_ANSWER,
     },
     _make_response,
@@ -4740,16 +4627,16 @@ def _make_respond(build: Build, response: Response, place: str) -> Runner:
     return respond
 
 
-_FAIL_STATUS = Number(400, 599, what="a status")
+_FAIL_STATUS = Number(400, 599, "a status")
 _FAIL = {
-    "status": Computed(_FAIL_STATUS, 500),
+    "status": Computed(_FAIL_STATUS, default=500),
     "message": Value(required=True),
-    "headers": MapOf(Value(), {}, check=_header_of_failure),
+    "headers": MapOf(Value(), default={}, check=_header_of_failure),
 }
 
 
 def _make_fail(build: Build, given: dict[str, Any], place: str) -> Runner:
-    _check_owed(build, given["status"], given["headers"], place)
+    _check_owed(build, given, place)
 
     def fail(run: Run, scope: Scope, path: str) -> NoReturn:
         text = as_text(given["message"](scope)).encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
@@ -4761,21 +4648,6 @@ def _make_fail(build: Build, given: dict[str, Any], place: str) -> Runner:
         raise _Failed(status, text, answer.headers)
 
     return fail
-
-
-def _parse_time(value: Any) -> int:
-    """Milliseconds since the epoch from an RFC 3339 text or a number of seconds."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e10:
-        return round(value * 1000)
-    try:
-        return round(
-            datetime.datetime.fromisoformat(VALUE_TYPES["date-time"].parse(str(value)).upper()).timestamp() * 1000
-        )
-    except ValueError:
-        raise ValueError(f"{shown(value)} is not a time such as 2026-11-23T20:31:05Z") from None
-
-
-_TIME = Plain(_parse_time, "a time such as 2026-11-23T20:31:05Z", {"type": ["string", "number"]})
 
 
 def _make_wait(build: Build, given: Any, place: str) -> Runner:
@@ -4873,11 +4745,8 @@ def as_json(value: Any, name: str) -> Any:
         raise TypeError(f"{name}() did not return JSON: {error}") from None
 
 
-class _FunctionName(Member):
+class _FunctionName(Text):
     """The function of a `python` step, by its name or, in an embedding program, itself: compiles to both."""
-
-    word = '"module:function"'
-    json: Mapping[str, Any] = {"type": "string"}
 
     def read(self, build: Build, value: Any, place: str) -> tuple[str, Callable[..., Any] | None]:
         function = value if callable(value) else None
@@ -4910,7 +4779,7 @@ def _calling(function: Callable[..., Any], args: Callable[[Scope], dict[str, Any
 
 
 def _make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
-    (name, function), args = given["call"], given["args"]
+    (name, function), args = given["call"], partial(evaluated, given["args"])
     if not given["isolate"]:
         return _calling(function, args)
     isolated = wing("astera_lite_steps:isolated")  # what is missing is told before the flow is in service
@@ -4965,56 +4834,39 @@ class Address(NamedTuple):
         return url, fixed
 
 
-class _Url(Member):
-    """A URL. An expression behind the host is percent-encoded, so that its value cannot leave its place."""
+class _Url(Text):
+    """A URL, or with `behind` a path behind the URL of a connection.
 
-    word = "an http or https URL"
-    json: Mapping[str, Any] = {"type": "string"}
-    before = ""  # what stands before it
+    An expression behind the host is percent-encoded, so that its value cannot leave its place.
+    """
 
-    def parse(self, value: Any) -> list[tuple[bool, str]]:
-        if not isinstance(value, str):
-            raise ValueError(f"must be text: {self.word}")
-        parts = split_template(value)
-        if parts and not parts[0][0] and not re.match("https?://", parts[0][1], re.IGNORECASE):
-            raise ValueError(f"{shown(value)} must begin with http:// or https://")
-        if not any(is_code for is_code, _ in parts):
-            try:
-                parse_target(value)
-            except ValueError as error:
-                raise ValueError(f"the URL {error}") from None
-        return parts
+    behind = False
 
     def read(self, build: Build, value: Any, place: str) -> Address:
         parts: list[tuple[str | Template, bool]] = []
-        before = self.before
-        for is_code, text in super().read(build, value, place) or ():
-            part = build.template(f"${{{text}}}", place) if is_code else text
-            parts.append((part, _BEHIND_HOST.match(before) is not None))
-            before += "\0" if is_code else text
+        before = "\0/" if self.behind else ""
+        try:
+            for is_code, text in self._split(self.parse(value)):
+                part = build.template(f"${{{text}}}", place) if is_code else text
+                parts.append((part, _BEHIND_HOST.match(before) is not None))
+                before += "\0" if is_code else text
+        except ValueError as error:
+            build.fault(place, str(error))
         return Address(parts)
 
-
-class _Path(_Url):
-    """A path or query behind the URL of a connection."""
-
-    word = "a path such as /v1/cities"
-    before = "\0/"
-
-    def parse(self, value: Any) -> list[tuple[bool, str]]:
-        if not isinstance(value, str) or (value and not value.startswith(("/", "?"))):
-            raise ValueError(f"{shown(value)} must begin with /: it is put behind the connection's url")
-        return split_template(value)
-
-
-def parse_status_word(value: Any) -> str:
-    """A status such as 200 or "200", or a class of them such as "2xx", as text; ValueError for all else."""
-    if type(value) not in (int, str) or not re.fullmatch("[1-5]([0-9]{2}|xx)", str(value)):
-        raise ValueError(f'{shown(value)} is not a status such as 200 or "2xx"')
-    return str(value)
-
-
-STATUS_WORD = Plain(parse_status_word, 'a status such as 200 or "2xx"', {"type": ["string", "integer"]})
+    def _split(self, url: str) -> list[tuple[bool, str]]:
+        parts = split_template(url)
+        if self.behind:
+            if url and not url.startswith(("/", "?")):
+                raise ValueError(f"{shown(url)} must begin with /: it is put behind the connection's url")
+        elif parts and not parts[0][0] and not re.match("https?://", url, re.IGNORECASE):
+            raise ValueError(f"{shown(url)} must begin with http:// or https://")
+        elif not any(is_code for is_code, _ in parts):
+            try:
+                parse_target(url)
+            except ValueError as error:
+                raise ValueError(f"the URL {error}") from None
+        return parts
 
 
 def _framing_header(build: Build, name: str, names: Collection[str]) -> str:
@@ -5024,16 +4876,16 @@ def _framing_header(build: Build, name: str, names: Collection[str]) -> str:
 
 _HTTP = {
     "method": OneOf(*HTTP_METHODS),
-    "url": _Url(),
-    "connection": Text(word="the name of a connection"),
-    "path": _Path(),
-    "query": Object({}),
-    "headers": MapOf(Value(), {}, check=_framing_header),
+    "url": _Url("an http or https URL"),
+    "connection": Text("the name of a connection"),
+    "path": _Url("a path such as /v1/cities", behind=True),
+    "query": MapOf(Value(), default={}),
+    "headers": MapOf(Value(), default={}, check=_framing_header),
     "json": Value(),
     "form": Value(),
     "body": Value(),
     "timeout": Duration(),
-    "expect": ListOf(STATUS_WORD, ["2xx"], least=1, lone=True),
+    "expect": ListOf(_STATUS_WORD, default=["2xx"], least=1, lone=True),
     "follow": Flag(),
     "maxResponse": Size(),
     "pages": Elsewhere("astera_lite_steps:PAGES"),
@@ -5092,15 +4944,16 @@ class HttpCall:
         request = OutgoingRequest(self.method, *self._address(scope))
         request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
         if (name := self._given.get("connection")) is not None:
-            request.connection = run.outside.connections.get(name)
-            if request.connection is None:
+            request.connection = connection = run.outside.connections.get(name)
+            if connection is None:
                 raise StepError(500, "its connection is gone", f'connection "{name}"', {"missing"})
-            request.connection.join(request, run.outside)
-        own = {name: value(scope) for name, value in self._given["headers"].items()}
-        request.url = with_query(_encoded_address(request.url), self._given["query"](scope))
+            own = {"env": run.outside.env, "secrets": run.outside.secrets}
+            request.url = connection.url(own)[0].rstrip("/") + request.url
+            request.add_headers(evaluated(connection.headers, own))
+        request.url = with_query(_encoded_address(request.url), evaluated(self._given["query"], scope))
         if self._body:
             request.set_body(self._body, self._given[self._body](scope))
-        request.add_headers({name: as_text(value) for name, value in own.items() if value is not None})
+        request.add_headers(evaluated(self._given["headers"], scope))
         names = {name.lower() for name in request.headers}
         if run.input.trace is not None and "traceparent" not in names:
             request.headers |= {name: text for name, text in run.input.trace.headers().items() if name not in names}
@@ -5122,7 +4975,7 @@ class HttpCall:
             answer = self._fetch(run, request, max_bytes)
         finally:
             run.step_deadline = outer
-        if not {str(answer.status), f"{answer.status // 100}xx"} & set(self._given["expect"]):
+        if not {str(answer.status), f"{answer.status // 100}xx"} & set(map(str, self._given["expect"])):
             raise unexpected_answer(self.method, answer)
         unknown = [word for word in content_codings(answer.headers) if word not in KNOWN_CODINGS]
         try:
@@ -5210,10 +5063,11 @@ class OutgoingRequest:
         self.body: bytes | None = None
         self.connection: Connection | None = None
 
-    def add_headers(self, headers: Mapping[str, str]) -> None:
-        """Set headers, instead of those of the same names in whatever case."""
+    def add_headers(self, values: Mapping[str, Any]) -> None:
+        """Set headers, instead of those of the same names in whatever case; a value that is null sets none."""
+        headers = {name: as_text(value) for name, value in values.items() if value is not None}
         names = {name.lower() for name in headers}
-        self.headers = {name: text for name, text in self.headers.items() if name.lower() not in names} | dict(headers)
+        self.headers = {name: text for name, text in self.headers.items() if name.lower() not in names} | headers
 
     def go_to(self, url: str) -> None:
         """Ask another address, relative to this one, next; credentials do not go along to another origin.
@@ -5319,13 +5173,6 @@ class Connection(NamedTuple):
     timeout: float | None
     auth: Auth | None
 
-    def join(self, request: OutgoingRequest, outside: Surroundings) -> None:
-        """Put the connection's address and headers into a request."""
-        scope = {"env": outside.env, "secrets": outside.secrets}
-        request.url = self.url(scope)[0].rstrip("/") + request.url
-        headers = {name: value(scope) for name, value in self.headers.items()}
-        request.headers |= {name: as_text(value) for name, value in headers.items() if value is not None}
-
 
 class Auth:
     """How a connection proves who calls; a wing has one that gets tokens by OAuth 2."""
@@ -5364,21 +5211,16 @@ def _make_auth(build: Build, given: dict[str, Any], place: str) -> Auth:
     return Auth(kind, {"token": values} if kind == "bearer" else values)
 
 
-_BASIC = {"user": Value(required=True), "password": Value(required=True)}
-_API_KEY = {
-    "in": Computed(OneOf("header", "query"), required=True),
-    "name": Value(required=True),
-    "value": Value(required=True),
-}
+_WHERE = Computed(OneOf("header", "query"), required=True)
 _AUTH: dict[str, Member] = {
     "bearer": Value(),
-    "basic": Table(_BASIC),
-    "apiKey": Table(_API_KEY),
+    "basic": Table({"user": Value(required=True), "password": Value(required=True)}),
+    "apiKey": Table({"in": _WHERE, "name": Value(required=True), "value": Value(required=True)}),
     "oauth2": Elsewhere("astera_lite_steps:OAUTH2"),
 }
 _CONNECTION = {
-    "url": _Url(required=True),
-    "headers": MapOf(Value(), {}),
+    "url": _Url("an http or https URL", required=True),
+    "headers": MapOf(Value(), default={}),
     "timeout": Duration(),
     "auth": Table(_AUTH, _make_auth, choice=_AUTH),
     "description": Text(),
@@ -5416,11 +5258,8 @@ def _inside(given: Mapping[str, Any]) -> Callable[[Run, Scope, str], Any]:
     return inside
 
 
-class _StepName(Member):
+class _StepName(Text):
     """A name that later expressions use."""
-
-    word = "a name that expressions can use"
-    json: Mapping[str, Any] = {"type": "string"}
 
     def read(self, build: Build, value: Any, place: str) -> str:
         if isinstance(value, str) and len(value) > 64:
@@ -5448,8 +5287,8 @@ class _ItemName(_StepName):
 MAX_CONCURRENCY = 64
 _EACH = {
     "of": Value(required=True),
-    "as": _ItemName("item"),
-    "concurrency": Number(1, MAX_CONCURRENCY, 1),
+    "as": _ItemName("a name that expressions can use", default="item"),
+    "concurrency": Number(1, MAX_CONCURRENCY, default=1),
     **_BRANCH,
 }
 
@@ -5530,8 +5369,8 @@ def _make_choose(build: Build, branches: list[dict[str, Any]], place: str) -> Ru
 
 
 _CALL = {
-    "flow": Text(required=True, pattern=FLOW_NAME.pattern, word="the name of a flow"),
-    "params": Object({}),
+    "flow": Text("the name of a flow", FLOW_NAME.pattern, required=True),
+    "params": MapOf(Value(), default={}),
     "body": Value(),
 }
 
@@ -5544,7 +5383,7 @@ def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
         flow = run.outside.flow_named(name)
         if flow is None:
             raise StepError(500, "the flow that it calls is not deployed", f'"{name}" is not deployed', {"missing"})
-        values = {key: value for key, value in params(scope).items() if value is not None}
+        values = {key: value for key, value in evaluated(params, scope).items() if value is not None}
         try:
             request = request_for(flow, values, body(scope) if body else None)
             bound = flow.bind(request, path_values(flow, request.path), str(run.input.request["id"]))
@@ -5572,8 +5411,13 @@ def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
         raise StepError(failed.status, failed.message, failed.message, {"fail"}, answer) from None
 
 
-_PYTHON = {"call": _FunctionName(required=True), "args": Object({}), "isolate": Flag(False)}
-_UNTIL = {"until": Computed(_TIME, required=True)}
+_PYTHON = {
+    "call": _FunctionName('"module:function"', required=True),
+    "args": MapOf(Value(), default={}),
+    "isolate": Flag(default=False),
+}
+_WAIT = Either(Computed(Duration()), Table({"until": Computed(_TIME, required=True)}))
+_WAYS = ListOf(Table({"when": Condition(), **_BRANCH}), least=1)
 #: Every kind of step. To add one: its members, a function that makes the runner of what they compile to, and a row.
 STEP_KINDS: dict[str, StepKind] = {
     "http": StepKind(
@@ -5587,7 +5431,7 @@ STEP_KINDS: dict[str, StepKind] = {
     "python": StepKind(
         Table(_PYTHON, short="call"),
         _make_python,
-        "calls a Python function: module:function",
+        "calls a Python function, module:function",
         effect=True,
         code=True,
         failures=("error",),
@@ -5609,14 +5453,10 @@ STEP_KINDS: dict[str, StepKind] = {
     "set": StepKind(Value(), _make_set, "computes a value", light=True),
     "each": StepKind(Table(_EACH), _make_each, "runs steps for every item of a list", holds=True),
     "choose": StepKind(
-        ListOf(Table({"when": Condition(), **_BRANCH}), least=1),
-        _make_choose,
-        "runs the steps of the first branch whose `when` holds",
-        light=True,
-        holds=True,
+        _WAYS, _make_choose, "runs the steps of the first branch whose `when` holds", light=True, holds=True
     ),
     "call": StepKind(Table(_CALL, short="flow"), _make_call, "runs another flow", answers=True, holds=True),
-    "wait": StepKind(Either(Computed(Duration()), Table(_UNTIL)), _make_wait, "waits for a time"),
+    "wait": StepKind(_WAIT, _make_wait, "waits for a time"),
     "respond": StepKind(
         Table(_ANSWER, _make_response), _make_respond, "answers at once; the steps after it do not run", light=True
     ),
@@ -5760,15 +5600,13 @@ def _parse_rule(name: str, kind: str, value: Any) -> Any:
 
 
 _RULES: dict[str, Member] = {
-    name: Plain(
-        partial(_parse_rule, name, rule.limit_type), VALUE_TYPES[rule.limit_type].words, {"type": rule.limit_type}
-    )
-    for name, rule in SCHEMA_RULES.items()
+    name: Member(parse=partial(_parse_rule, name, kind), word=VALUE_TYPES[kind].words, json={"type": kind})
+    for name, kind in ((name, rule.limit_type) for name, rule in SCHEMA_RULES.items())
 }
 _NOTES: dict[str, Member] = {"description": Text(), "example": Member()}
 
 
-class _Value(Member):
+class _Schema(Member):
     """A schema of a value inside the body."""
 
     word = "a schema"
@@ -5799,10 +5637,10 @@ def _make_schema(build: Build, given: dict[str, Any], place: str) -> Schema:
 
 _SCHEMA: dict[str, Member] = {
     "type": ListOf(OneOf(*VALUE_TYPES), lone=True),
-    "items": _Value(),
-    "properties": MapOf(_Value()),
-    "required": ListOf(Text(word="the name of a member")),
-    "additionalProperties": Either(Flag(), _Value()),
+    "items": _Schema(),
+    "properties": MapOf(_Schema()),
+    "required": ListOf(Text("the name of a member")),
+    "additionalProperties": Either(Flag(), _Schema()),
     "default": Member(),
     **_RULES,
     **_NOTES,
@@ -5817,12 +5655,12 @@ def _make_body(build: Build, given: dict[str, Any], place: str) -> tuple[Schema,
     return schema, bool(required)
 
 
-_BODY = _SCHEMA | {"required": Either(Flag(), ListOf(Text(word="the name of a member")))}
+_BODY = _SCHEMA | {"required": Either(Flag(), ListOf(Text("the name of a member")))}
 _PARAMETER: dict[str, Member] = {
     "in": OneOf("path", "query", "header", required=True),
     "required": Flag(),
     "type": OneOf(*PARAMETER_TYPES, "array", default="string"),
-    "items": _Value(),
+    "items": _Schema(),
     "default": Member(),
     **_RULES,
     **_NOTES,
@@ -5877,18 +5715,15 @@ def _parse_media(value: Any) -> str:
     return media
 
 
+_PATH_JSON = {"type": "string", "pattern": "^/."}
 _REQUEST = {
     "method": OneOf(*FLOW_METHODS, required=True),
-    "resource": Plain(
-        _parse_resource, "a path such as /weather/{city}", {"type": "string", "pattern": "^/."}, required=True
-    ),
-    "processing": ListOf(OneOf(*MODES), ["synchronous"], least=1, lone=True),
-    "parameters": MapOf(_PARAMETER_TABLE, {}),
-    "strict": Flag(False),
+    "resource": Text("a path such as /weather/{city}", json=_PATH_JSON, parse=_parse_resource, required=True),
+    "processing": ListOf(OneOf(*MODES), default=["synchronous"], least=1, lone=True),
+    "parameters": MapOf(_PARAMETER_TABLE, default={}),
+    "strict": Flag(default=False),
     "body": Table(_BODY, _make_body),
-    "contentTypes": ListOf(
-        Plain(_parse_media, f"{', '.join(CONTENT_TYPES)} or a media type", {"type": "string"}), least=1
-    ),
+    "contentTypes": ListOf(Text(f"{', '.join(CONTENT_TYPES)} or a media type", parse=_parse_media), least=1),
 }
 
 
@@ -5921,16 +5756,15 @@ def _make_request(build: Build, given: dict[str, Any], place: str) -> dict[str, 
 class _RetryOn(Member):
     """A status, or a word for a failure of some kind of step."""
 
-    word = 'a status such as 503 or "5xx", or a word for a failure such as "timeout"'
-    json: Mapping[str, Any] = {"type": ["string", "integer"]}
+    word = "a status, or a word for a failure"
+    json: Mapping[str, Any] = _JSON_NUMBER_OR_TEXT
 
     def read(self, build: Build, value: Any, place: str) -> str:
         words = list(dict.fromkeys(word for kind in build.kinds.values() for word in kind.failures))
-        try:
-            return str(value) if value in words else parse_status_word(value)
-        except ValueError as error:
-            build.fault(place, f"{error}, nor one of {', '.join(words)}")
-            return ""
+        if value not in words and not _is_status_word(value):
+            cure = f'a status such as 503 or "5xx", nor one of {", ".join(words)}'
+            build.fault(place, f"{shown(value)} is neither {cure}")
+        return str(value)
 
 
 def _make_retry(build: Build, given: dict[str, Any], place: str) -> Retry:
@@ -5939,10 +5773,10 @@ def _make_retry(build: Build, given: dict[str, Any], place: str) -> Retry:
 
 
 _RETRY = {
-    "attempts": Number(1, 100, what="a number of attempts", required=True),
-    "delay": Duration("1s"),
-    "backoff": Number(1, 10, 2, what="a factor", whole=False),
-    "maxDelay": Duration("30s"),
+    "attempts": Number(1, 100, "a number of attempts", required=True),
+    "delay": Duration(default="1s"),
+    "backoff": Number(1, 10, "a factor", types=(int, float), default=2),
+    "maxDelay": Duration(default="30s"),
     "on": ListOf(_RetryOn(), least=1),
 }
 
@@ -5957,7 +5791,7 @@ class _OnError(Value):
 
 
 _OPTIONS: dict[str, Member] = {
-    "name": _StepName(required=True),
+    "name": _StepName("a name that expressions can use", required=True),
     "when": Condition(),
     "timeout": Duration(),
     "retry": Table(_RETRY, _make_retry, short="attempts"),
@@ -5965,6 +5799,24 @@ _OPTIONS: dict[str, Member] = {
     "description": Text(),
 }
 STEP_OPTIONS = tuple(_OPTIONS)
+
+
+class _Kind(Member):
+    """The member of a step that is named after its kind: compiles to the runner, and whether its value is saved."""
+
+    def __init__(self, kind: StepKind) -> None:
+        super().__init__(word=kind.help)
+        self.kind = kind
+
+    def schema(self) -> dict[str, Any]:
+        return self.kind.members.schema() | {"description": self.kind.help}
+
+    def read(self, build: Build, value: Any, place: str) -> tuple[Runner, bool] | None:
+        before, volatile, build.volatile = len(build.faults), build.volatile, False
+        compiled = self.kind.members.read(build, value, place)
+        run = self.kind.make(build, compiled, place) if len(build.faults) == before else None
+        save, build.volatile = self.kind.effect or build.volatile, volatile
+        return (run, save) if run else None
 
 
 def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
@@ -6015,16 +5867,15 @@ def _step_of_flow(build: Build, name: str, names: Collection[str]) -> str:
     return "" if name.rpartition("/")[2] in known else f"there is no step {shown(name)}{suggest(name, known)}"
 
 
-_STATUS = Number(200, 599, what="a status", required=True)
+_REQUESTED = {"params": MapOf(Member(), default={}), "body": Member()}
+_FAILED = {"status": _STATUS(required=True), "body": Member()}
+_EXPECTED = {"status": _STATUS(default=200), "headers": MapOf(Member(), default={}), "body": Member()}
 _TEST = {
     "name": Text(required=True),
-    "request": Table({"params": MapOf(Member(), {}), "body": Member()}, default={}),
-    "steps": MapOf(Member(), {}, check=_step_of_flow),
-    "fails": MapOf(Either(_STATUS, Table({"status": _STATUS, "body": Member()})), {}, check=_step_of_flow),
-    "response": Table(
-        {"status": Number(200, 599, 200, what="a status"), "headers": MapOf(Member(), {}), "body": Member()},
-        required=True,
-    ),
+    "request": Table(_REQUESTED, default={}),
+    "steps": MapOf(Member(), default={}, check=_step_of_flow),
+    "fails": MapOf(Either(_STATUS(), Table(_FAILED)), default={}, check=_step_of_flow),
+    "response": Table(_EXPECTED, required=True),
 }
 _CONCURRENCY = {
     "limit": Number(1, what="a number of runs", required=True),
@@ -6032,14 +5883,14 @@ _CONCURRENCY = {
 }
 FLOW = Table(
     {
-        "description": Text(""),
+        "description": Text(default=""),
         "request": Table(_REQUEST, _make_request, required=True),
-        "steps": Steps([], least=0),
-        "response": ListOf(_RESPONSE, [], lone=True),
+        "steps": Steps(default=[], least=0),
+        "response": ListOf(_RESPONSE, default=[], lone=True),
         "timeout": Duration(),
         "restart": OneOf("resume", "rerun", "fail", default="resume"),
         "concurrency": Table(_CONCURRENCY, short="limit"),
-        "tests": ListOf(Table(_TEST, _make_test), []),
+        "tests": ListOf(Table(_TEST, _make_test), default=[]),
     }
 )
 _LIGHT_TEXT = 16 << 10  # characters of a light flow at the most, with all the constants that it answers with

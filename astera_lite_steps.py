@@ -130,8 +130,7 @@ def _next_link(text: str) -> str | None:
 
 
 _PAGE = ("page",)  # what expressions call the answer that holds a page
-_PARAMETER = partial(Text, pattern=r"(?!.*\$\{)(?s:.+)", word="the name of a query parameter")
-_COUNT = partial(Number, 1, what="a number")
+_PARAMETER = partial(Text, "the name of a query parameter", r"(?!.*\$\{)(?s:.+)")
 #: Members of `pages`, by the style that they belong to.
 _BELONGING = {"parameter": "cursor", "limit": "offset", "size": "offset", "start": "page", "total": "offset, page"}
 
@@ -165,7 +164,7 @@ def _make_pages(build: Build, given: dict[str, Any], place: str) -> _Pages:
 
 PAGES = Table(
     {
-        "items": Value("${page.body}", names=_PAGE),
+        "items": Value(default="${page.body}", names=_PAGE),
         "next": Value(names=_PAGE),
         "link": Flag(),
         "cursor": Value(names=_PAGE),
@@ -173,11 +172,11 @@ PAGES = Table(
         "page": _PARAMETER(),
         "parameter": _PARAMETER(),
         "limit": _PARAMETER(),
-        "size": _COUNT(),
-        "start": Number(0, what="a number"),
+        "size": Number(1),
+        "start": Number(0),
         "total": Value(names=_PAGE),
-        "maxPages": _COUNT(),
-        "maxItems": _COUNT(),
+        "maxPages": Number(1),
+        "maxItems": Number(1),
     },
     _make_pages,
     choice=_STYLES,
@@ -317,7 +316,7 @@ OAUTH2 = Table(
         "clientId": Value(required=True),
         "clientSecret": Value(required=True),
         "scope": Value(),
-        "in": Computed(OneOf("header", "body"), "header"),
+        "in": Computed(OneOf("header", "body"), default="header"),
     },
     _ClientCredentials,
 )
@@ -358,10 +357,10 @@ def _make_statement(build: Build, given: dict[str, Any], place: str) -> _Stateme
     return _Statement(query, partial(evaluated, params), place)
 
 
-_QUERY = partial(Text, pattern=r"(?s:(?!.*\$\{).*)", word="plain SQL, in which :name stands for a value of params")
+_QUERY = partial(Text, "plain SQL, in which :name stands for a value of params", r"(?s:(?!.*\$\{).*)")
 _STATEMENT: dict[str, Member] = {
     "query": _QUERY(required=True),
-    "params": Either(Value(), MapOf(Value()), {}),
+    "params": Either(Value(), MapOf(Value()), default={}),
 }
 SQL = Table(
     {
@@ -369,8 +368,8 @@ SQL = Table(
         "query": _QUERY(),
         "params": _STATEMENT["params"],
         "statements": ListOf(Table(_STATEMENT, _make_statement), least=1),
-        "one": Flag(False),
-        "write": Flag(False),
+        "one": Flag(default=False),
+        "write": Flag(default=False),
     },
     choice=("query", "statements"),
 )
@@ -599,7 +598,7 @@ PROGRAM = Table(
         "input": Value(),
         "output": OneOf("text", "json", "lines", default="text"),
         "maxOutput": Size(),
-        "expect": ListOf(Number(-255, 255, what="an exit code"), [0], least=1, lone=True),
+        "expect": ListOf(Number(-255, 255, "an exit code"), default=[0], least=1, lone=True),
     },
     short="command",
 )

@@ -209,7 +209,7 @@ def test_a_locked_database_can_be_tried_again(shop: Path) -> None:
         ({"query": "SELECT :id", "params": {"ID": 1}}, 'not used by the query: it has no :ID; did you mean "id"?'),
         ({}, '/sql: needs exactly one of query, statements'),
         ({"statements": []}, '/sql/statements: must be a list with at least one item'),
-        ({"query": "SELECT 1", "write": "yes"}, "/sql/write: must be true or false"),
+        ({"query": "SELECT 1", "write": "yes"}, '/sql/write: "yes" is not true or false'),
     ],
 )  # fmt: skip
 def test_faults_of_sql(spec: Any, message: str) -> None:
