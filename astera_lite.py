@@ -2596,13 +2596,14 @@ Scope = dict[str, Any]
 Runner = Callable[["Run", Scope, str], Any]  # (run, scope, path of the step) -> the step's value
 
 INT64 = range(-(1 << 63), 1 << 63)
+_INTEGER = re.compile("-?[0-9]{1,19}")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,308})(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?")
 _DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _DATE_TIME = re.compile(_DATE.pattern + r"[Tt][0-9:]{8}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})")
 
 
 def _read_integer(text: str) -> int | None:
-    return int(text) if re.fullmatch("-?[0-9]{1,19}", text) else None
+    return int(text) if _INTEGER.fullmatch(text) else None
 
 
 def _read_number(text: str) -> int | float | None:
@@ -2860,9 +2861,13 @@ class Schema:
         """The value with defaults filled in; faults are added to `errors` under the JSON Pointer `place`."""
         if errors.full:
             return value
-        if self.types and not any(VALUE_TYPES[name].holds(value) for name in self.types):
-            errors.add(where, place, "must be " + " or ".join(VALUE_TYPES[name].words for name in self.types))
-            return value
+        for name in self.types:
+            if VALUE_TYPES[name].holds(value):
+                break
+        else:
+            if self.types:
+                errors.add(where, place, "must be " + " or ".join(VALUE_TYPES[name].words for name in self.types))
+                return value
         if type(value) is float and self.types == ("integer",):
             value = int(value)
         for rule, limit in self.rules:
@@ -2898,15 +2903,47 @@ class Schema:
 
 
 class Parameter(NamedTuple):
-    """A declared parameter. `parse` reads one text; for an array each item."""
+    """A declared parameter. `parse` reads one text; of an array, one item."""
 
     name: str
     where: str  # path, query or header
-    parse: Callable[[str], Any]
+    parse: Callable[[str], Any]  # raises ValueError
     array: bool
-    text: bool  # an empty text is a value
     required: bool
     schema: Schema
+
+    def read(self, given: Sequence[str], errors: InputErrors) -> Any:
+        """The value of the texts that a request gives; faults are added to `errors`."""
+        if not given:
+            if self.required:
+                errors.add(self.where, self.name, "is missing")
+            return copy.deepcopy(self.schema.default)
+        before = len(errors)
+        try:
+            value = self._parsed(given)
+            if self.array or self.schema.rules:  # else it was looked at when it was parsed
+                value = self.schema.check(value, "", errors, self.where)
+        except ValueError as error:
+            errors.add(self.where, "", str(error))
+            value = None
+        if len(errors) > before:
+            spaced = next((text for text in given if " " in text), None) if self.where == "query" else None
+            cure = f"; {shown(spaced)} came: a + in a query is a space, write %2B" if spaced else ""
+            for fault in errors[before:]:
+                fault |= {"name": self.name + fault["name"], "message": fault["message"] + cure}
+        return value
+
+    def _parsed(self, given: Sequence[str]) -> Any:
+        if not self.array:
+            if len(given) > 1:
+                raise ValueError("must be given once")
+            return self.parse(given[0])
+        # One text is a list; of several each is an item, and an empty one is none.
+        texts = given[0].split(",") if len(given) == 1 and given[0] else [text for text in given if text]
+        texts = [text.strip(" \t") for text in texts] if self.where == "header" else texts
+        if "" in texts:
+            raise ValueError("has an empty item")
+        return [self.parse(text) for text in texts]
 
 
 class Selection(NamedTuple):
@@ -2922,96 +2959,66 @@ class Selection(NamedTuple):
         return ["cursor"] * self.page + ["sort_by"] * bool(self.sort) + sorted(self.filters)
 
     def read(self, path: str, query: Mapping[str, list[str]], errors: InputErrors) -> Selected:
-        """What a request asks for; faults are appended to `errors`."""
-
-        def refuse(name: str, message: str) -> None:
-            errors.append({"in": "query", "name": name, "message": message})
-
-        for name in ("cursor", "sort_by"):
-            if name in self.names and len(query.get(name, [])) > 1:
-                refuse(name, "must be given once")
-        given = ",".join(query.get("sort_by", []) if self.sort else [])
-        fields = tuple(part for part in given.split(",") if part)
-        for name in [part.removeprefix("-") for part in fields]:
-            if not name or (isinstance(self.sort, frozenset) and name not in self.sort):
-                known = sorted(self.sort) if isinstance(self.sort, frozenset) else []
-                refuse("sort_by", f"knows no field {shown(name)}{suggest(name, known)}")
-        filters = {name: tuple(query[name]) for name in self.filters if name in query}
+        """What a request asks for; faults are added to `errors`."""
+        for name in {"cursor", "sort_by"} & {*self.names}:
+            if len(query.get(name, ())) > 1:
+                errors.add("query", name, "must be given once")
+        sort = tuple(filter(None, query.get("sort_by", [""])[0].split(","))) if self.sort else ()
+        known = self.sort if isinstance(self.sort, frozenset) else {part.removeprefix("-") for part in sort} - {""}
+        for name in [part.removeprefix("-") for part in sort]:
+            if name not in known:
+                errors.add("query", "sort_by", f"knows no field {shown(name)}{suggest(name, known)}")
+        filters = {name: query[name] for name in self.filters if name in query}
         if not self.page:
-            return Selected(0, fields, filters)
-        stamp = _cursor_stamp(path, query)
-        offset = _read_cursor(query.get("cursor", [""])[0], stamp)
-        if offset is None:
-            refuse("cursor", "is none that this endpoint gave for this request: begin again without it")
-        return Selected(offset or 0, fields, filters, stamp)
+            return Selected(0, sort, filters)
+        rest = sorted(item for item in query.items() if item[0] != "cursor")
+        stamp = sha256(to_json([path, rest]).encode()).hex()[:16]
+        cursor = query.get("cursor", [""])[0]
+        match = re.fullmatch(rf"([1-9][0-9]{{0,14}})\.{stamp}", cursor)
+        if cursor and not match:
+            errors.add("query", "cursor", "is none that this endpoint gave for this request: begin again without it")
+        return Selected(int(match[1]) if match else 0, sort, filters, stamp)
 
 
 class Selected(NamedTuple):
     """What a request asks of the rows."""
 
     offset: int = 0
-    sort: tuple[str, ...] = ()
-    filters: Mapping[str, tuple[str, ...]] = types.MappingProxyType({})
+    sort: Sequence[str] = ()  # fields, a leading "-" for descending
+    filters: Mapping[str, Sequence[str]] = types.MappingProxyType({})  # the texts that each field may have
     stamp: str = ""  # ties a cursor to the request
 
     def cursor(self, offset: int) -> str:
         """What asks for the rows from here on."""
-        return base64.urlsafe_b64encode(f"{offset}.{self.stamp}".encode()).decode().rstrip("=")
+        return f"{offset}.{self.stamp}"
 
-    def rows(self, rows: Any, place: str) -> list[Any]:
-        """The rows that were asked for, in the order that was asked for."""
-        if type(rows) not in (list, tuple) or not all(type(row) is dict for row in rows):
+    def rows(self, given: Any, place: str) -> list[Any]:
+        """The rows that were asked for, in the order that was asked for: rows without a value come last."""
+        if type(given) not in (list, tuple) or not all(type(row) is dict for row in given):
             raise ExpressionError(f"{place}: filter and sort need a list of objects")
+        rows = list(given)
         Budget(MAX_WORK).deep(field_values(rows, *self.filters, *self.sort))
         for name, texts in self.filters.items():
-            wanted = [_filter_value(text) for text in texts]
-            rows = [row for row in rows if _selects(wanted, row.get(name))]
-        for name in reversed(self.sort):
-            rows = _sorted_rows(rows, name.removeprefix("-"), name.startswith("-"))
-        return list(rows)
+            numbers = {number for text in texts if (number := _read_number(text)) is not None}
+            rows = [row for row in rows if _is_selected(row.get(name), texts, numbers)]
+        for field in reversed(self.sort):
+            name, descending = field.removeprefix("-"), field.startswith("-")
+            if rows and not any(name in row for row in rows):
+                raise _Failed(400, f"sort_by knows no field {shown(name)}")
+            known = [row for row in rows if row.get(name) is not None]
+            try:
+                known.sort(key=operator.itemgetter(name), reverse=descending)
+            except TypeError:  # values of several kinds
+                known.sort(key=lambda row, name=name: as_text(row[name]), reverse=descending)  # type: ignore[misc]
+            rows = known + [row for row in rows if row.get(name) is None]
+        return rows
+
+
+def _is_selected(value: Any, texts: Sequence[str], numbers: Collection[float]) -> bool:
+    return value in numbers if type(value) in (int, float) else value is not None and as_text(value) in texts
 
 
 NO_SELECTION, _ALL_ROWS = Selection(), Selected()
-
-
-def _cursor_stamp(path: str, query: Mapping[str, list[str]]) -> str:
-    rest = sorted((name, values) for name, values in query.items() if name != "cursor")
-    return sha256(to_json([path, rest]).encode()).hex()[:16]
-
-
-def _read_cursor(text: str, stamp: str) -> int | None:
-    """The offset that a cursor stands for, 0 for none; None if it is not one of this request."""
-    if not text:
-        return 0
-    try:
-        offset, _, given = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode("ascii").partition(".")
-    except ValueError:
-        return None
-    if given != stamp or not re.fullmatch("[0-9]{1,15}", offset):
-        return None
-    return int(offset) if Selected(stamp=stamp).cursor(int(offset)) == text else None  # base64 has other spellings
-
-
-def _filter_value(text: str) -> tuple[str, int | float | None]:
-    """A filter's text, and the number that it may mean: a whole one as it is, for a float has 53 bits."""
-    return text, _read_number(text)
-
-
-def _selects(wanted: Sequence[tuple[str, int | float | None]], value: Any) -> bool:
-    if type(value) in (int, float):
-        return any(number == value for _, number in wanted)
-    return value is not None and any(text == as_text(value) for text, _ in wanted)
-
-
-def _sorted_rows(rows: list[Any], name: str, descending: bool) -> list[Any]:
-    known = [row for row in rows if row.get(name) is not None]
-    if rows and not any(name in row for row in rows):
-        raise _Failed(400, f"sort_by knows no field {shown(name)}")
-    try:
-        known.sort(key=operator.itemgetter(name), reverse=descending)
-    except TypeError:  # of several kinds
-        known.sort(key=lambda row: as_text(row[name]), reverse=descending)
-    return known + [row for row in rows if row.get(name) is None]
 
 
 class Input(NamedTuple):
@@ -3048,7 +3055,7 @@ class Step(NamedTuple):
     effect: bool
     save: bool
     when: Template | None = None
-    timeout: float | None = None
+    timeout: float | None = None  # seconds
     retry: Retry = Retry()
     on_error: Template | None = None
     place: str = ""  # in the flow file
@@ -3085,7 +3092,7 @@ class Flow(NamedTuple):
     steps: tuple[Step, ...]
     responses: tuple[Response, ...]
     selection: Selection  # of all responses together
-    timeout: float | None
+    timeout: float | None  # seconds
     restart: str  # resume, rerun or fail
     limit: int | None  # runs at one time
     when_full: str  # queue or refuse
@@ -3095,7 +3102,6 @@ class Flow(NamedTuple):
     text: str
     version: int
     source: str  # the file's name, for people
-    remembered: dict[str, tuple[dict[str, Any], dict[str, Any]]]  # bound queries that may come again
     header_names: tuple[str, ...] = ()  # of a request, in lower case: those that matter to the flow
     light: bool = False  # computes only, and is short: it may be run where a thread must not be held for long
 
@@ -3107,108 +3113,32 @@ class Flow(NamedTuple):
     def bind(self, request: StoredRequest, segments: Mapping[str, str], request_id: str = "") -> Input:
         """Check a request against the declaration; raises InputError with every fault at once."""
         errors = InputErrors()
-        remembered = None if segments else self.remembered.get(request.query)
-        if remembered is not None:  # a client that calls one flow mostly sends the same query again
-            params, plain, selected = remembered[0].copy(), remembered[1].copy(), _ALL_ROWS
-        else:
-            params, plain, selected = self._bind_query(request, segments, errors)
-        body = self._bind_body(request, errors)
-        if errors:
-            raise InputError(errors)
-        return Input(
-            params,
-            {
-                "method": request.method,
-                "path": request.path,
-                "query": plain,
-                "headers": request.headers,
-                "body": body,
-                "id": request_id,
-            },
-            selected,
-            len(request.body) + len(request.query),
-            request.trace,
-        )
-
-    def _bind_query(
-        self, request: StoredRequest, segments: Mapping[str, str], errors: InputErrors
-    ) -> tuple[dict[str, Any], dict[str, Any], Selected]:
-        """The parameters, the query as expressions see it, and what it asks of the rows."""
-        query = parse_query(request.query)
-        params: dict[str, Any] = {}
+        query, params = parse_query(request.query), {}
         for item in self.parameters:
-            given: Sequence[str]
             if item.where == "query":
-                given = query.get(item.name, ())
+                given: Sequence[str] = query.get(item.name, ())
             elif item.where == "path":
                 given = (segments[item.name],)
             else:
-                given = (request.headers[item.name.lower()],) if item.name.lower() in request.headers else ()
-            params[item.name] = _bind_parameter(item, given, errors)
+                given = [value for name, value in request.headers.items() if name == item.name.lower()]
+            params[item.name] = item.read(given, errors)
         if self.strict:
             known = [item.name for item in self.parameters if item.where == "query"] + self.selection.names
-            for name in [name for name in query if name not in known][:_MAX_ERRORS]:
-                errors.append({"in": "query", "name": name, "message": "is not declared" + suggest(name, known)})
-        selects = self.selection != NO_SELECTION
-        selected = self.selection.read(request.path, query, errors) if selects else _ALL_ROWS
-        plain = {name: values[0] if len(values) == 1 else values for name, values in query.items()}
-        depends = selects or bool(segments) or len(self.header_names) > 1  # on more than the query
-        values = [*params.values(), *plain.values()]
-        if not errors and not depends and len(request.query) < 256 and all(type(value) in _SCALARS for value in values):
-            if len(self.remembered) >= 64:
-                self.remembered.clear()
-            self.remembered[request.query] = params.copy(), plain.copy()
-        return params, plain, selected
-
-    def _bind_body(self, request: StoredRequest, errors: InputErrors) -> Any:
-        media, charset_is_known = _media_of(request.headers.get("content-type", ""))
-        if not request.body:
-            if self.body_required:
-                errors.append({"in": "body", "name": "", "message": "is missing: send " + self.content_types[0]})
-            return None
-        accepts, binary = self.content_types, CONTENT_TYPES["binary"]
-        if not media and binary in accepts:  # RFC 9110, section 8.3
-            media = binary
-        if accepts and media not in accepts and not any(_same_media(media, accepted) for accepted in accepts):
-            accepted = " or ".join(self.content_types)
-            message = f"must be {accepted}, and the Content-Type must say so"
-            raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
-        if not charset_is_known:
-            message = "the charset must be utf-8"
-            raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
-        try:
-            value = _read_body(request.body, media)
-        except ValueError as error:
-            cure = _quoting_cure(request.body) if is_json_type(media) else ""
-            errors.append({"in": "body", "name": "", "message": f"is not valid {media or 'JSON'}: {error}{cure}"})
-            return None
-        before = len(errors)
-        checked = self.body.check(value, "", errors) if self.body else value
-        if len(errors) == before and is_json_type(media) and _has_long_number(request.body):
-            _refuse_large(value, "", errors)
-        return checked
-
-
-_SCALARS = (str, int, float, bool, type(None))  # which nobody can change
-_LONG_NUMBER = re.compile(rb"[0-9]{19}")
-_NO_DIGITS = bytes(set(range(256)) - set(b"0123456789"))
-
-
-def _has_long_number(text: bytes) -> bool:
-    """Whether there are 19 digits in a row; that there are none at all is found at once."""
-    return len(text.translate(None, _NO_DIGITS)) >= 19 and _LONG_NUMBER.search(text) is not None
-
-
-def _refuse_large(value: Any, place: str, errors: InputErrors) -> None:
-    """Append a fault for every integer beyond 64 bits: other programs, SQLite too, cannot hold it."""
-    if type(value) is int and value not in INT64 and not errors.full:
-        errors.add("body", place, "must be within 64 bits: send a larger number as text")
-    elif type(value) is list:
-        for at, item in enumerate(value):
-            _refuse_large(item, f"{place}/{at}", errors)
-    elif type(value) is dict:
-        for name, item in value.items():
-            _refuse_large(item, f"{place}/{pointer(name)}", errors)
+            for name in query:
+                if name not in known and not errors.full:
+                    errors.add("query", name, "is not declared" + suggest(name, known))
+        selected = _ALL_ROWS if self.selection == NO_SELECTION else self.selection.read(request.path, query, errors)
+        seen = {
+            "method": request.method,
+            "path": request.path,
+            "query": _plain(query),
+            "headers": request.headers,
+            "body": _bind_body(self, request, errors),
+            "id": request_id,
+        }
+        if errors:
+            raise InputError(errors)
+        return Input(params, seen, selected, len(request.body) + len(request.query), request.trace)
 
 
 #: Short names of content types in a flow file.
@@ -3218,41 +3148,131 @@ CONTENT_TYPES = {
     "text": "text/plain",
     "binary": "application/octet-stream",
 }
+_CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*+"?+(?!(?:utf-?8|us-ascii)[ \t]*"?[ \t]*(?:;|$))', re.IGNORECASE)
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*+\\u0000")
+_MAX_FIELDS = 10_000  # of a form; half a million of them took seconds
+
+
+def is_json_type(media: str) -> bool:
+    """Whether a media type (without parameters, in lower case) is JSON: RFC 6839 has the suffix."""
+    return media == "application/json" or media.endswith("+json")
+
+
+def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
+    """The value of a request's body; InputError (415) if it is of another type than the flow takes."""
+    if not request.body:
+        if flow.body_required:
+            errors.add("body", "", "is missing: send " + flow.content_types[0])
+        return None
+    content_type, accepts = request.headers.get("content-type", ""), flow.content_types
+    media = content_type.partition(";")[0].strip().lower()
+    if not media and CONTENT_TYPES["binary"] in accepts:  # RFC 9110, section 8.3
+        media = CONTENT_TYPES["binary"]
+    is_json = is_json_type(media)
+    is_text = is_json or media.startswith("text/") or media == CONTENT_TYPES["form"]
+    message = ""
+    if accepts and media not in accepts and not (is_json and CONTENT_TYPES["json"] in accepts):
+        message = f"must be {' or '.join(accepts)}, and the Content-Type must say so"
+    elif is_text and _CHARSET.search(content_type):
+        message = "the charset must be utf-8"
+    if message:
+        raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
+    try:
+        value = _read_body(request.body, media)
+    except ValueError as error:
+        cure = _quoting_cure(request.body) if is_json else ""
+        errors.add("body", "", f"is not valid {media or 'JSON'}: {error}{cure}")
+        return None
+    before = len(errors)
+    checked = flow.body.check(value, "", errors) if flow.body else value
+    if is_json and len(errors) == before and _LONG_NUMBER.search(request.body):
+        _refuse_large(value, "", errors)
+    return checked
+
+
+def _refuse_large(value: Any, place: str, errors: InputErrors) -> None:
+    """Note a fault for every integer beyond 64 bits: other programs, SQLite too, cannot hold it."""
+    if type(value) is int and value not in INT64:
+        errors.add("body", place, "must be within 64 bits: send a larger number as text")
+    for key, item in _members_of(value):
+        if not errors.full:
+            _refuse_large(item, f"{place}/{pointer(str(key))}", errors)
+
+
+def _members_of(value: Any) -> Iterable[tuple[Any, Any]]:
+    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+
+
+def _quoting_cure(body: bytes) -> str:
+    """What a shell may have done to JSON on a command line."""
+    if body[:1] == b"'":
+        return '; it begins with \', which shells of Windows leave where it is: write "{\\"name\\": \\"Ada\\"}"'
+    if re.match(rb"[ \t\r\n]*\{[ \t\r\n]*[A-Za-z_]", body):
+        return '; a shell may have taken its double quotes: write \\" for each, or send a file with -d @body.json'
+    return ""
+
+
+def _read_body(body: bytes, media: str) -> Any:
+    """A body as a value; ValueError says what is wrong with it."""
+    if is_json_type(media):
+        value = from_json(body)
+        if b"\\u0000" in body and _ESCAPED_NUL.search(body.decode()):
+            raise ValueError("a string has a NUL character")
+        return value
+    if media != CONTENT_TYPES["form"] and not media.startswith("text/"):
+        return body
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not valid UTF-8") from None
+    if "\0" in text:
+        raise ValueError("it has a NUL character")
+    if media.startswith("text/"):
+        return text
+    if text.count("&") >= _MAX_FIELDS:
+        raise ValueError(f"it has more than {_MAX_FIELDS:,} fields")
+    try:
+        return _plain(parse_query(text))
+    except InputError as error:
+        raise ValueError(error.errors[0]["name"] + ": " + error.errors[0]["message"]) from None
+
+
+def _plain(query: Mapping[str, list[str]]) -> dict[str, str | list[str]]:
+    """A query as expressions see it: a list only where a name was given several times."""
+    return {name: values[0] if len(values) == 1 else values for name, values in query.items()}
 
 
 def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
-    """The request that a client would send to call a flow with these parameters; InputError for unknown ones."""
+    """The request that a client would send to call a flow with these parameters; InputError if none can say them."""
     known = {item.name: item for item in flow.parameters}
-    errors = [
-        {"in": "query", "name": str(name), "message": "is no parameter" + suggest(str(name), known)}
-        for name in params
-        if name not in known and name not in flow.selection.names
-    ]
-    if errors:
-        raise InputError(errors)
+    errors = InputErrors()
     path, query, headers = flow.resource, [], {}
     for name, value in params.items():
-        where = known[name].where if name in known else "query"
-        many, array = isinstance(value, list | tuple), name in known and known[name].array
+        if name not in known and name not in flow.selection.names:
+            errors.add("query", str(name), "is no parameter" + suggest(str(name), known))
+            continue
+        where, array = (known[name].where, known[name].array) if name in known else ("query", False)
+        many = isinstance(value, list | tuple)
         texts = [_sent(item, where, name, as_text) for item in (value if many else [value])]
         if many and array and "" in texts:
-            raise InputError([{"in": where, "name": name, "message": "has an empty item"}])
-        if many and where != "query" and (not array or "," in "".join(texts)):
-            message = (
-                "has an item with a comma, which divides items there" if array else "must be one value, not a list"
-            )
-            raise InputError([{"in": where, "name": name, "message": message}])
-        if where == "path":
-            path = path.replace(f"{{{name}}}", urllib.parse.quote(",".join(texts), safe=""))
+            errors.add(where, name, "has an empty item")
+        elif many and array and where != "query" and "," in "".join(texts):
+            errors.add(where, name, "has an item with a comma, which divides items there")
+        elif many and not array and where != "query":
+            errors.add(where, name, "must be given once")
         elif where == "query":
             query += [(name, text) for text in texts]
             if many and array and (not texts or (len(texts) == 1 and "," in texts[0])):
-                query.append((name, ""))  # see _bind_parameter
+                query.append((name, ""))  # see Parameter
+        elif where == "path":
+            path = path.replace(f"{{{name}}}", urllib.parse.quote(",".join(texts), safe=""))
         else:
             headers[name.lower()] = ",".join(texts)
-    missing = [match[1] for segment in path.split("/") if (match := _PARAMETER_SEGMENT.fullmatch(segment))]
-    if missing:
-        raise InputError([{"in": "path", "name": name, "message": "is missing"} for name in missing])
+    for name in [item.name for item in flow.parameters if item.where == "path" and item.name not in params]:
+        errors.add("path", name, "is missing")
+    if errors:
+        raise InputError(errors)
     data = b""
     if body is not None:
         data = body if isinstance(body, bytes) else _sent(body, "body", "", to_json).encode()
@@ -3269,112 +3289,10 @@ def _sent(value: Any, where: str, name: str, write: Callable[[Any], str]) -> str
         text.encode()
         return text
     except (TypeError, ValueError) as error:
-        members = (
-            value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-        )
         if len(name) < _MAX_NAME:
-            for key, member in members:
+            for key, member in _members_of(value):
                 _sent(member, where, f"{name}/{pointer(str(key))}", to_json)
         raise InputError([{"in": where, "name": name, "message": str(error)}]) from None
-
-
-def is_json_type(media: str) -> bool:
-    """Whether a media type (without parameters, in lower case) is JSON: RFC 6839 has the suffix."""
-    return media == "application/json" or media.endswith("+json")
-
-
-def _quoting_cure(body: bytes) -> str:
-    """What a shell may have done to JSON on a command line."""
-    if body[:1] == b"'":
-        return '; it begins with \', which shells of Windows leave where it is: write "{\\"name\\": \\"Ada\\"}"'
-    if re.match(rb"[ \t\r\n]*\{[ \t\r\n]*[A-Za-z_]", body):
-        return '; a shell may have taken its double quotes: write \\" for each, or send a file with -d @body.json'
-    return ""
-
-
-def _same_media(media: str, accepted: str) -> bool:
-    return media == accepted or (accepted == "application/json" and is_json_type(media))
-
-
-_MAX_FIELDS = 10_000  # of a form; half a million of them took seconds
-_ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*+\\u0000")
-_CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*("?)([^";]*)\1', re.IGNORECASE)
-
-
-def _read_body(body: bytes, media: str) -> Any:
-    """A body as a value; ValueError says what is wrong with it."""
-    if is_json_type(media):
-        value = from_json(body)
-        if b"\\" in body and b"\\u0000" in body and _ESCAPED_NUL.search(body.decode()):
-            raise ValueError("a string has a NUL character")
-        return value
-    if media != CONTENT_TYPES["form"] and not media.startswith("text/"):
-        return body
-    try:
-        text = body.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is not valid {error.encoding.upper()}") from None
-    if "\0" in text:
-        raise ValueError("it has a NUL character")
-    if media.startswith("text/"):
-        return text
-    if text.count("&") >= _MAX_FIELDS:
-        raise ValueError(f"it has more than {_MAX_FIELDS:,} fields")
-    try:
-        pairs = parse_query(text)
-    except InputError as error:
-        raise ValueError(error.errors[0]["name"] + ": " + error.errors[0]["message"]) from None
-    return {name: values[0] if len(values) == 1 else values for name, values in pairs.items()}
-
-
-@lru_cache(maxsize=64)
-def _media_of(content_type: str) -> tuple[str, bool]:
-    """The media type, and whether text of it comes in the encoding that is read."""
-    media = content_type.partition(";")[0].strip().lower()
-    charset = _CHARSET.search(content_type)
-    if charset is None or charset[2].strip().lower() in ("utf-8", "utf8", "us-ascii"):
-        return media, True
-    return media, not (is_json_type(media) or media.startswith("text/") or media == CONTENT_TYPES["form"])
-
-
-def _bind_parameter(item: Parameter, given: Sequence[str], errors: InputErrors) -> Any:
-    if len(given) == 1 and not item.array and not item.schema.rules and (given[0] or item.text):
-        try:  # most parameters have a type and no rules
-            return item.parse(given[0])
-        except ValueError:
-            pass  # which is told below
-
-    def refuse(message: str) -> None:
-        errors.append({"in": item.where, "name": item.name, "message": message})
-
-    spaced = next((text for text in given if " " in text), None) if item.where == "query" else None
-    cure = f"; {shown(spaced)} came: a + in a query is a space, write %2B" if spaced else ""
-    if not given:
-        if item.required:
-            refuse("is missing")
-        return copy.deepcopy(item.schema.default)
-    if not item.array and len(given) > 1:
-        refuse("must be given once")
-        return None
-    texts = given
-    if item.array:  # one text is split, for it may be a list; of several each is an item, and an empty one is none
-        texts = given[0].split(",") if len(given) == 1 and given[0] else [text for text in given if text]
-        texts = [text.strip(" \t") for text in texts] if item.where == "header" else texts
-    values = []
-    for text in texts:
-        if not text and not item.text:
-            refuse("must not be empty")
-            return None
-        try:
-            values.append(item.parse(text))
-        except ValueError as error:
-            refuse(f"{error}{cure}")
-            return None
-    before = len(errors)
-    value = item.schema.check(values if item.array else values[0], "", errors, item.where)
-    for found in errors[before:]:
-        found |= {"name": item.name + found["name"], "message": found["message"] + cure}
-    return value
 
 
 _PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
@@ -3384,24 +3302,22 @@ def unquote(text: str, plus: bool = False) -> str:
     """Percent-decode once, strictly; ValueError for a stray %, invalid UTF-8 or a NUL."""
     if plus:
         text = text.replace("+", " ")
-    if "%" in text:
-        if _PERCENT.search(text):
-            raise ValueError("a % is not followed by two hexadecimal digits")
-        try:
-            # quoted-printable is the same with =, and its decoder is in C: millions of escapes take no second
-            text = binascii.a2b_qp(text.encode().replace(b"=", b"=3D").replace(b"%", b"=")).decode()
-        except UnicodeDecodeError:
-            raise ValueError("its percent-encoded bytes are not UTF-8") from None
-        if "\0" in text:
-            raise ValueError("it has a NUL character")
+    if "%" not in text:
+        return text
+    if _PERCENT.search(text):
+        raise ValueError("a % is not followed by two hexadecimal digits")
+    try:
+        text = urllib.parse.unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError("its percent-encoded bytes are not UTF-8") from None
+    if "\0" in text:
+        raise ValueError("it has a NUL character")
     return text
 
 
 def parse_query(query: str) -> dict[str, list[str]]:
     """Names and values of a query; raises InputError for what does not decode."""
     result: dict[str, list[str]] = {}
-    if not query:
-        return result
     encoded = "%" in query or "+" in query
     for pair in query.split("&"):
         if pair:
@@ -3411,10 +3327,7 @@ def parse_query(query: str) -> dict[str, list[str]]:
                     name, value = unquote(name, plus=True), unquote(value, plus=True)
                 except ValueError as error:
                     raise InputError([{"in": "query", "name": name[:_MAX_NAME], "message": str(error)}]) from None
-            if name in result:
-                result[name].append(value)
-            else:
-                result[name] = [value]
+            result.setdefault(name, []).append(value)
     return result
 
 
@@ -5684,7 +5597,7 @@ def _make_parameter(build: Build, given: dict[str, Any], place: str) -> Paramete
     if where == "path" and not required:
         build.fault(f"{place}/required", "a path parameter is always there: leave it out")
     parse, array = VALUE_TYPES[item_kind].parse, kind == "array"
-    return Parameter("", where, parse, array, item_kind == "string" and not array, required, schema)
+    return Parameter("", where, parse, array, required, schema)
 
 
 _PARAMETER_TABLE = Table(_PARAMETER, _make_parameter)
@@ -5955,7 +5868,6 @@ def build_flow(
         text=text,
         version=int.from_bytes(sha256(f"{name}\n{text}".encode())[:8]) >> 1,
         source=where,
-        remembered={},
         header_names=(*(item.name.lower() for item in parameters if item.where == "header"), "content-type"),
         light=light and concurrency["limit"] is None,
     )

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -301,43 +301,9 @@ def test_whatever_stands_anywhere_in_a_file_is_a_fault_and_never_a_crash(odd: An
 
 
 def bind(tree: dict[str, Any], query: str = "", path: str = "", headers: Any = None, data: bytes = b"") -> Any:
-    """What a request is bound to; the same when it comes again, whatever was done to what the first one gave."""
     flow = build_flow(tree, "t")
     path = path or flow.resource
-
-    def bound() -> Any:
-        return flow.bind(StoredRequest(flow.method, path, query, headers or {}, data), path_values(flow, path))
-
-    first = bound()
-    wanted = copy.deepcopy(first.params), copy.deepcopy(first.request)
-    for values in (first.params, first.request["query"]):
-        for value in values.values():
-            if isinstance(value, list):
-                value.append("spoilt")
-        values["spoilt"] = True
-    again = bound()
-    assert (again.params, again.request) == wanted
-    return again
-
-
-def test_queries_are_remembered_up_to_a_number_and_only_where_nothing_else_decides() -> None:
-    tree = get_flow("/x", request={"parameters": {"n": {"in": "query", "type": "integer"}}})
-    flow = build_flow(tree, "t")
-    for n in range(500):
-        assert flow.bind(StoredRequest("GET", "/x", f"n={n}"), {}).params == {"n": n}
-        assert flow.bind(StoredRequest("GET", "/x", f"n={n}"), {}).params == {"n": n}
-    for query in ("n=x", "n=" + "0" * 1000 + "1", "n=1&m=1&m=2"):
-        with suppress(InputError):
-            flow.bind(StoredRequest("GET", "/x", query), {})
-        assert query not in flow.remembered
-    assert 0 < len(flow.remembered) <= 64
-    tree["request"]["parameters"]["h"] = {"in": "header", "type": "string", "default": "none"}
-    flow = build_flow(tree, "t")
-    for h in ("a", "b"):
-        assert flow.bind(StoredRequest("GET", "/x", "n=1", {"h": h}), {}).params == {"n": 1, "h": h}
-    flow = build_flow(get_flow("/x/{p}"), "t")
-    for p in ("a", "b"):
-        assert flow.bind(StoredRequest("GET", f"/x/{p}", "n=1"), path_values(flow, f"/x/{p}")).params == {"p": p}
+    return flow.bind(StoredRequest(flow.method, path, query, headers or {}, data), path_values(flow, path))
 
 
 OK: dict[str, list[tuple[str, Any]]] = {
