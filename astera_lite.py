@@ -30,7 +30,7 @@ only, `"astera_lite_tools:check"`, and loads one when it is first wanted; with `
 
     astera_lite_steps      sql, run, python in a process of its own; pages, until and OAuth 2 of http; @app.flow
     astera_lite_documents  OpenAPI, Postman collection, JSON Schema of flow files, text of the metrics
-    astera_lite_tools      the commands check, try, test, new, jobs, job, token, backup, zipapp
+    astera_lite_tools      the commands check, try, test, new, jobs, job, token, backup, zipapp; deploying over HTTP
 """
 
 from __future__ import annotations
@@ -9102,7 +9102,6 @@ def read_secrets(setting: str | None, environ: Mapping[str, str]) -> dict[str, s
 
 
 _Signature = tuple[tuple[str, int, int], ...]
-_Check = Callable[[bool, Flow | None], None]  # whether a deployment exists, and the flow in service
 
 
 def _signature(folder: str | None) -> _Signature:
@@ -9119,17 +9118,6 @@ def _signature(folder: str | None) -> _Signature:
     return tuple(sorted(found))
 
 
-def _write_atomically(path: str, text: str) -> None:
-    """Write a file so that a reader, and a start after a crash, find the old text or the new one, whole."""
-    folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 class Deployer:
     """Puts flows into service: those of a folder's files, and those that the embedding program deploys.
 
@@ -9141,10 +9129,10 @@ class Deployer:
         self.deployments = Deployments()
         self.kinds = dict(STEP_KINDS)
         self.functions = Functions(folder)
-        self._folder, self._connections = folder, connections
-        self._own: dict[str, Flow] = {}  # deployed by the program
+        self.folder, self._connections = folder, connections
+        self.own: dict[str, Flow] = {}  # deployed by the program
         self._by_version: dict[int, Flow] = {}  # flows not in service any more whose jobs still run
-        self._changing = threading.RLock()  # held while flows are read and put into service
+        self.changing = threading.RLock()  # held while flows are read and put into service
         self._read = self._seen = _Signature()
 
     def build(self, tree: Any, name: str, source: str = "") -> Flow:
@@ -9156,9 +9144,9 @@ class Deployer:
 
     def reload(self) -> list[Fault]:
         """Read the flow files again, and return their faults; new faults are logged. Running jobs keep their flow."""
-        with self._changing:
+        with self.changing:
             known = set(self.deployments.faults)
-            self._read = self._seen = _signature(self._folder)
+            self._read = self._seen = _signature(self.folder)
             self.deployments = self.read()
         for fault in self.deployments.faults:
             if fault not in known:
@@ -9167,23 +9155,23 @@ class Deployer:
 
     def read(self) -> Deployments:
         """The program's flows, those of the files as they are now, and the files' faults."""
-        flows, faults = list(self._own.values()), list[Fault]()
-        if self._folder is not None and os.path.isdir(self._folder):
-            connections, faults = load_connections(self._folder, self._connections)
+        flows, faults = list(self.own.values()), list[Fault]()
+        if self.folder is not None and os.path.isdir(self.folder):
+            connections, faults = load_connections(self.folder, self._connections)
             for name in self._connections.keys() - connections:
                 del self._connections[name]
             self._connections.update(connections)
-            read, found = load_flows(self._folder, self.build, self.deployments.by_name)
+            read, found = load_flows(self.folder, self.build, self.deployments.by_name)
             flows, faults = flows + read, faults + found
-        elif self._folder is not None:
-            what = "is no folder" if os.path.exists(self._folder) else "there is no such folder"
+        elif self.folder is not None:
+            what = "is no folder" if os.path.exists(self.folder) else "there is no such folder"
             cure = "start where it is, or name it (--flows); `new NAME` makes one with a first flow"
-            faults = [Fault(self._folder, "", f"{what}: {cure}")]
+            faults = [Fault(self.folder, "", f"{what}: {cure}")]
         return Deployments(flows, faults, self.deployments.by_name)
 
     def reload_if_changed(self) -> None:
         """Read the flow files again if they have changed, and have been at rest since the last look."""
-        before, self._seen = self._seen, _signature(self._folder)
+        before, self._seen = self._seen, _signature(self.folder)
         if self._seen != self._read and self._seen == before:
             self.reload()
             count = len(self.deployments.by_name)
@@ -9191,52 +9179,13 @@ class Deployer:
 
     def deploy(self, name: str, tree: Any) -> Flow:
         """Deploy a flow that is in no file, replacing one of the same name; raises FlowError."""
-        with self._changing:
+        with self.changing:
             flow = self.build(tree, name)
-            self.deployments = self._with(name, flow)
-            self._own[name] = flow
+            self.deployments = self.replaced(name, flow)
+            self.own[name] = flow
         return flow
 
-    def put(self, name: str, text: bytes, check: _Check) -> tuple[Flow, bool]:
-        """Deploy a flow as the file NAME.json; returns the flow, and whether the deployment is new.
-
-        Raises what `check` raises, FlowError with every fault, and Conflict if the name belongs to something else than
-        that file.
-        """
-        with self._changing:
-            path = self._file_of(name)
-            known = self.deployments.by_name.get(name)
-            check(known is not None or os.path.exists(path), known)
-            file = os.path.basename(path)
-            try:
-                tree = parse_flow_text(text.decode(), file)
-            except UnicodeDecodeError as error:
-                raise FlowError([Fault(file, "", f"byte {error.start} is not valid UTF-8")]) from None
-            flow = self.build(tree, name, file)
-            deployments = self._with(name, flow)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            _write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-            self.deployments = deployments
-        log.info("deployed %s", name)
-        return flow, known is None
-
-    def delete(self, name: str, check: _Check) -> None:
-        """Take a flow out of service and delete its file; raises NotFound, Conflict, and what `check` raises."""
-        with self._changing:
-            path = self._file_of(name)
-            known = self.deployments.by_name.get(name)
-            if known is None and not os.path.exists(path):
-                raise NotFound(f"There is no deployment {shown(name)}.")
-            check(True, known)
-            callers = [f.name for f in self.deployments.by_name.values() if name in [called for called, _ in f.calls]]
-            if callers:
-                raise Conflict(f"It is called by {', '.join(callers)}.")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            self.deployments = self._with(name)
-        log.info("deleted the deployment %s", name)
-
-    def _with(self, name: str, *flow: Flow) -> Deployments:
+    def replaced(self, name: str, *flow: Flow) -> Deployments:
         """The deployments with this flow, or none, under a name; raises FlowError for what the flow brings."""
         others = {other.name: other for other in self.deployments.by_name.values() if other.name != name}
         faults = [fault for fault in self.deployments.faults if fault.where != f"{name}.json"]
@@ -9244,18 +9193,6 @@ class Deployer:
         if len(deployments.faults) > len(faults):
             raise FlowError(deployments.faults[len(faults) :])
         return deployments
-
-    def _file_of(self, name: str) -> str:
-        """The path of a deployment's file; raises NotFound, Conflict."""
-        if not FLOW_NAME.fullmatch(name):
-            raise NotFound(f"{shown(name)} is no name of a deployment: letters, digits, - and _.")
-        if name + ".json" == CONNECTIONS_FILE:
-            raise Conflict(f"{CONNECTIONS_FILE} holds the connections: choose another name.")
-        if self._folder is None or name in self._own:
-            raise Conflict("It is published by the program that embeds this server, not by a file.")
-        if os.path.exists(os.path.join(self._folder, f"{name}.toml")):
-            raise Conflict(f"It is kept in {name}.toml: change that file.")
-        return os.path.join(self._folder, f"{name}.json")
 
     def flow_of(self, job: Job, stored: Callable[[int], tuple[str, str] | None]) -> Flow | None:
         """The flow that a job was accepted with, or the one of that name; `stored` reads a version's name and text."""
@@ -10494,7 +10431,7 @@ def sample_value(spec: Mapping[str, Any], name: str) -> Any:
 
 NO_STORE = ("Cache-Control", "no-store")
 _REVALIDATED = ("Cache-Control", "private, no-cache")
-_JSON = ("Content-Type", "application/json")
+JSON_TYPE = ("Content-Type", "application/json")
 _PROBLEM = ("Content-Type", "application/problem+json")
 _VARY = (("Vary", "Prefer"),)
 _FLOW_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "sandbox"))
@@ -10621,7 +10558,7 @@ def error_response(x: Exchange, error: Exception) -> Reply:
     detail = str(error)
     if isinstance(error, UnknownJob) and x.route is not None and x.route.handle is job_status:
         document = {"id": error.id, "status": Status.UNKNOWN.value, "reason": error.reason, "detail": detail}
-        return Reply(error.status, [_JSON, *headers[1:]], json_body(document))
+        return Reply(error.status, [JSON_TYPE, *headers[1:]], json_body(document))
     if isinstance(error, StoreError):
         detail = f"The database cannot be used at this time: {detail}."
     if isinstance(error, InputError) and error.status == 415:
@@ -10844,7 +10781,7 @@ def publish_async(x: Exchange) -> None:
     _submit(x, cast(Flow, x.flow), parse_prefer(x.head.headers.get("prefer")), [])
 
 
-def _check_coding(x: Exchange) -> None:
+def check_coding(x: Exchange) -> None:
     """Raise InputError for a body that is compressed (RFC 9110, section 15.5.16)."""
     coding = x.head.headers.get("content-encoding", "identity")
     if x.body and coding.strip().lower() not in ("", "identity"):
@@ -10853,7 +10790,7 @@ def _check_coding(x: Exchange) -> None:
 
 
 def _stored_request(x: Exchange, flow: Flow, query: str) -> StoredRequest:
-    _check_coding(x)
+    check_coding(x)
     sent = x.head.headers
     declared = {name: sent[name] for name in flow.header_names if name in sent}
     trace = parse_trace(sent) if "traceparent" in sent else None
@@ -11004,7 +10941,7 @@ def _when_finished(x: Exchange, key: JobKey, seconds: float, answer: Callable[[_
 def _status_response(x: Exchange, seen: _Seen, code: int = 200, more: Iterable[tuple[str, str]] = ()) -> Reply:
     """A status document; with its Location where the answer is another resource's."""
     job, progress = seen
-    headers = [_JSON, ("Job-Status", job.status), NO_STORE]
+    headers = [JSON_TYPE, ("Job-Status", job.status), NO_STORE]
     if code == 202:
         headers.append(("Location", f"{x.base}/api/jobs/{job.id}/status"))
     headers += more
@@ -11137,7 +11074,7 @@ def job_details(x: Exchange) -> Reply:
     document["steps"] = steps
     if document["callback"] is not None:
         document["callback"]["history"] = attempt_documents(app.store.attempts(job.key), offset)
-    return Reply(200, [_JSON, ("Job-Status", job.status), NO_STORE], json_body(document))
+    return Reply(200, [JSON_TYPE, ("Job-Status", job.status), NO_STORE], json_body(document))
 
 
 def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
@@ -11186,7 +11123,7 @@ def job_list(x: Exchange) -> Reply:
         "jobs": [status_document(job, x.base, offset=x.app.clock.offset) for job in jobs],
         "next": None if following is None else f"{following:015x}",
     }
-    return Reply(200, [_JSON, NO_STORE], json_body(document))
+    return Reply(200, [JSON_TYPE, NO_STORE], json_body(document))
 
 
 def job_cancel(x: Exchange) -> Reply | None:
@@ -11260,7 +11197,7 @@ def deployment_list(x: Exchange) -> Reply:
         "deployments": [deployment_document(flow, x.base) for flow in flows],
         "faults": [{"file": file, "place": place, "message": message} for file, place, message in deployments.faults],
     }
-    return Reply(200, [_JSON, NO_STORE], json_body(document))
+    return Reply(200, [JSON_TYPE, NO_STORE], json_body(document))
 
 
 def deployment_one(x: Exchange) -> Reply:
@@ -11271,39 +11208,8 @@ def deployment_one(x: Exchange) -> Reply:
         known = suggest(name, filter(x.caller.may_call, x.app.deployments.by_name))
         raise NotFound(f"There is no deployment {shown(name)}{known}.")
     _check_may_call(x, flow.name)
-    headers = [_JSON, _REVALIDATED, ("ETag", deployment_tag(flow))]
+    headers = [JSON_TYPE, _REVALIDATED, ("ETag", deployment_tag(flow))]
     return Reply(200, headers, json_body(deployment_document(flow, x.base)))
-
-
-def _check_may_deploy(x: Exchange) -> None:
-    if x.caller.admin and x.caller.name:  # not in open mode: a flow can run programs
-        return
-    if x.caller.name:
-        raise AccessError(403, "Deploying needs a token of role admin.", "insufficient_scope")
-    detail = "Deploying needs a token of role admin, and this server has no tokens: set `token`, and send it."
-    raise AccessError(403, detail)
-
-
-def deployment_put(x: Exchange) -> Reply:
-    """PUT /api/deployments/{name}"""
-    _check_coding(x)
-    name, media = x.values["name"], x.head.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not is_json_type(media):
-        message = "must be application/json: a flow"
-        raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
-    try:
-        flow, new = x.app.deployer.put(name, x.body, partial(check_conditions, x))
-    except FlowError as error:
-        faults = [{"in": "body", "name": fault.place, "message": fault.message} for fault in error.faults]
-        raise InputError(faults, "The flow has faults.") from None
-    headers = [_JSON, NO_STORE] + [("Location", f"{x.base}/api/deployments/{name}")] * new
-    return Reply(201 if new else 200, headers, json_body(deployment_document(flow, x.base)))
-
-
-def deployment_delete(x: Exchange) -> Reply:
-    """DELETE /api/deployments/{name}"""
-    x.app.deployer.delete(x.values["name"], partial(check_conditions, x))
-    return Reply(204, [NO_STORE])
 
 
 def health(x: Exchange) -> Reply:
@@ -11311,7 +11217,7 @@ def health(x: Exchange) -> Reply:
     document = x.app.health(whole=x.caller != NOBODY)
     is_ok = document["status"] == "ok"
     more = [] if is_ok else [("Retry-After", "5")]
-    return Reply(200 if is_ok else 503, [_JSON, NO_STORE, *more], json_body(document))
+    return Reply(200 if is_ok else 503, [JSON_TYPE, NO_STORE, *more], json_body(document))
 
 
 def _check_may_measure(x: Exchange) -> None:
@@ -11328,7 +11234,7 @@ def flow_document(make: Callable[..., Any], x: Exchange) -> Reply:
         if len(kept) >= 16:  # each client may spell the base anew
             kept.clear()
         body = kept[make, *arguments] = json_body(make(x.app.deployments, *arguments))
-    return Reply(200, [_JSON, _REVALIDATED, ("ETag", entity_tag(body))], body)
+    return Reply(200, [JSON_TYPE, _REVALIDATED, ("ETag", entity_tag(body))], body)
 
 
 @lru_cache(1)
@@ -11370,6 +11276,7 @@ def console(x: Exchange) -> Reply:
         ) from None
 
 
+_MAY_DEPLOY = late("astera_lite_tools:check_may_deploy")
 ROUTES = [
     Route("*", "/api/publishing/*", publish_sync, check=partial(find_flow, "synchronous")),
     Route("*", "/api/publishingAsync/*", publish_async, check=partial(find_flow, "asynchronous")),
@@ -11383,8 +11290,8 @@ ROUTES = [
     Route("GET", "/api/jobs", job_list, slow=True),
     Route("GET", "/api/deployments", deployment_list, slow=True),
     Route("GET", "/api/deployments/{name}", deployment_one),
-    Route("PUT", "/api/deployments/{name}", deployment_put, check=_check_may_deploy, slow=True),
-    Route("DELETE", "/api/deployments/{name}", deployment_delete, check=_check_may_deploy, slow=True),
+    Route("PUT", "/api/deployments/{name}", late("astera_lite_tools:deploy"), check=_MAY_DEPLOY, slow=True),
+    Route("DELETE", "/api/deployments/{name}", late("astera_lite_tools:undeploy"), check=_MAY_DEPLOY, slow=True),
     Route("GET", "/openapi.json", partial(flow_document, late("astera_lite_documents:openapi_document")), slow=True),
     Route("GET", "/postman.json", partial(flow_document, late("astera_lite_documents:postman_document")), slow=True),
     Route("GET", "/health", health, is_open=True),

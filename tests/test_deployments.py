@@ -8,6 +8,7 @@ import os
 import threading
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -311,16 +312,12 @@ def test_deploying_needs_the_admin_token(tmp_path: Path) -> None:
 
 
 def test_deployments_at_the_same_time_do_not_lose_each_other(tmp_path: Path) -> None:
-    with serving(tmp_path, token=TOKEN) as app:
-        flows = {f"f{n}": json.dumps(get_flow(f"/f{n}")).encode() for n in range(24)}
-        threads = [
-            threading.Thread(target=app.deployer.put, args=(*item, lambda exists, flow: None)) for item in flows.items()
-        ]
-        threads += [threading.Thread(target=app.deployer.reload) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
+    flows = {f"f{n}": get_flow(f"/f{n}") for n in range(24)}
+    with serving(tmp_path, token=TOKEN) as app, calling(app) as client, ThreadPoolExecutor(8) as pool:
+        done = [pool.submit(client, "PUT", f"/api/deployments/{name}", json=flow) for name, flow in flows.items()]
+        reloaded = [pool.submit(app.deployer.reload) for _ in range(8)]
+        assert {each.result(20).status_code for each in done} == {201}
+        assert [each.result(20) for each in reloaded] == [[]] * 8
         assert sorted(app.deployments.by_name) == sorted(flows)
 
 

@@ -1452,7 +1452,7 @@ def test_a_faulty_file_shows_in_deployments_and_the_others_are_served(tmp_path: 
     (flows / "bad.json").write_text('{"request": {"method": "FETCH", "resource": "/bad"}}')
     (flows / "good.json").write_text('{"request": {"method": "GET", "resource": "/good"}, "response": {"body": 1}}')
     with serving(tmp_path, flows=None, database=str(tmp_path / "f.db")) as run:
-        run.app.deployer._folder = flows
+        run.app.deployer.folder = flows
         run.app.deployer.reload()
         document = run.client.get("/api/deployments").json()
         assert [flow["name"] for flow in document["deployments"]] == ["good"]
