@@ -6177,7 +6177,7 @@ def load_flows(
 # All SQL of the module stands in this room. Rows do not leave it; records do.
 # ======================================================================================================================
 
-PIECE = 256 << 10  # bytes; a larger value is written in pieces, so that it does not hold up the writes behind it
+PIECE = 256 << 10  # bytes; a larger value is stored and read in pieces of this size
 SCHEMA_VERSION = 3
 APPLICATION_ID = 0x41535431  # marks the file as ours (PRAGMA application_id)
 #: Scripts that lead from a version of the schema to the next one, by the version they start from.
@@ -6199,7 +6199,6 @@ UPGRADES: dict[int, str] = {
 }
 
 Done = Callable[[Any, AsteraError | None], None]  # (result, error)
-Post = Callable[[Callable[[], None]], None]  # has a function called by a certain thread
 
 
 def _ignore(result: Any, error: AsteraError | None) -> None:
@@ -6207,20 +6206,20 @@ def _ignore(result: Any, error: AsteraError | None) -> None:
 
 
 class Added(NamedTuple):
-    """What became of a new job: it, or the one that its idempotency key belongs to already."""
+    """The result of adding a job: the new job, or the one that its idempotency key belongs to already."""
 
     job: Job
     replayed: bool
 
 
 class Loaded(NamedTuple):
-    """A stored job as the engine needs it to run it."""
+    """A stored job with all that a run of it needs."""
 
     job: Job
     request: StoredRequest
     saved: dict[str, str]  # outputs of finished steps by path, as `to_saved` wrote them
     waits: dict[str, int]  # begun waits by path: until when
-    trace: list[dict[str, Any]]  # what became of the steps before it was suspended
+    trace: list[dict[str, Any]]  # the steps before the job was suspended
 
 
 class Claimed(NamedTuple):
@@ -6232,7 +6231,7 @@ class Claimed(NamedTuple):
 
 
 class StoredResult(NamedTuple):
-    """A finished job's response. `body` is None where it is read by pieces."""
+    """A finished job's response. `body` is None if it is to be read in pieces."""
 
     code: int
     headers: list[tuple[str, str]]
@@ -6242,7 +6241,7 @@ class StoredResult(NamedTuple):
 
 
 class Submission(NamedTuple):
-    """A new job and what is stored with it only once."""
+    """A new job and what is stored with it."""
 
     job: Job
     request: StoredRequest
@@ -6254,7 +6253,7 @@ class Submission(NamedTuple):
 
 
 class Suspension(NamedTuple):
-    """A run that waits: due when, in which step, and until when that step waits; the steps so far as JSON."""
+    """A run that waits: when the job is due, in which step, until when that step waits; the steps so far as JSON."""
 
     key: JobKey
     attempt: int
@@ -6266,7 +6265,7 @@ class Suspension(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The end of a run of `job`, which is as it was before. `callback`: the receiver and the body to post, if owed.
+    """The end of a run. `job` is as it was before; `callback` is the receiver and the body to post, if one is owed.
 
     `fenced`: nothing changes if the attempt on record is another one. The end of a job that no thread runs is not.
     """
@@ -6281,20 +6280,34 @@ class Finish(NamedTuple):
     callback: tuple[str, str] | None = None
     fenced: bool = True
 
+    def after(self) -> Job:
+        """The job as it is then."""
+        job, outcome = self.job, self.outcome
+        return Job(
+            job.key, job.flow, job.version, outcome.status, job.created, job.base, job.token, self.attempt, None,
+            self.started, self.finished, self.expires, outcome.error, job.callback,
+        )  # fmt: skip
+
 
 class Store(Protocol):
-    """The storage contract. Everything is durable once `done` is called.
+    """The storage contract. Times are milliseconds since the epoch. Reads may be called from any thread.
 
-    A write's `done` runs on the store's thread, or, if the thread that wrote attends, on that one.
-    Reads may be called from any thread, also the loop: they do not wait for writes. A failed write or read is a
-    StoreError. Times are milliseconds since the epoch.
+    A write returns at once. `done(result, error)` is called once the write is durable, or has failed with a StoreError:
+    on a thread of the store, or by `flush` on the calling one. The writes of one caller keep their order. The end of a
+    run and what led to it are not lost by a full disk or a lock: they are tried again.
     """
 
-    fault: str | None  # why the last write failed, or that the database was found damaged; None when the store is well
-    shared: bool  # other servers take jobs from it, too
+    shared: bool  # other servers take jobs from the same store
+
+    @property
+    def fault(self) -> str | None:
+        """Why the last write failed, or that the database was found damaged; None if all is well."""
 
     def add(self, submission: Submission, done: Done) -> None:
-        """Store a new job; `done` gets Added, or Conflict if its key was used with another fingerprint."""
+        """Queue a new job for `flush`; `done` gets Added, or Conflict if its key was used with another fingerprint."""
+
+    def flush(self) -> None:
+        """Store the jobs added so far: on the calling thread if that is quick. To be called after `add`."""
 
     def claim(self, held: Container[int], limit: int) -> list[Claimed]:
         """Take Running jobs that nobody holds; `held` are the `seq` of the caller's own.
@@ -6310,92 +6323,22 @@ class Store(Protocol):
         """Record that a run began; `done` gets whether the job is Running, at this attempt or the one before."""
 
     def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = _ignore) -> None:
-        """Save the output (JSON) of a finished step of this attempt."""
+        """Save the output (JSON) of a finished step; `done` gets whether the job is Running at this attempt."""
 
     def suspend(self, suspension: Suspension, done: Done) -> None:
-        """Put on record that a job waits, in which step, and until when; `done` gets whether it is Running."""
+        """Record that a job waits; `done` gets whether it is Running at this attempt."""
 
     def requeue(self, key: JobKey, attempt: int) -> None:
-        """Put on record that an orderly stop broke a run off: unlike a crash it does not count as an attempt."""
+        """Record that an orderly stop broke a run off: unlike a crash it does not count as an attempt."""
 
-    def attend(self, post: Post | None) -> None:
-        """Say that the calling thread calls `commit` after its writes, and after each function that `post` is given.
-
-        None: not any more.
-        """
-
-    def apart(self) -> contextlib.AbstractContextManager[None]:
-        """The calling thread waits for what it writes inside, so that it cannot attend."""
-
-    def commit(self, more: bool = False) -> None:
-        """Commit what waits: here, where that holds the calling thread for less than two milliseconds or so.
-
-        `more` says that it will write more before it waits for anything.
-        """
+    def finish(self, finish: Finish, done: Done) -> None:
+        """End a Running job; `done` gets whether it was Running, at this attempt if it is fenced."""
 
     def barrier(self, done: Done) -> None:
         """Call `done` when everything written before is committed."""
 
-    def finish(self, finish: Finish, done: Done) -> None:
-        """End a job that is Running, at this attempt or before; `done` gets whether it was. Not lost by a full disk."""
-
-    def delete(self, key: JobKey, done: Done) -> None:
-        """Forget a finished job; `done` gets deleted, running, owed or absent."""
-
-    def resend(self, key: JobKey, now: int, done: Done) -> None:
-        """Make the callback of a finished job due, with its whole schedule; `done` gets whether there is one."""
-
-    def record_delivery(
-        self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
-    ) -> None:
-        """Keep an attempt to deliver a callback, and what follows from it.
-
-        Nothing follows if the callback was made due anew meanwhile: its `next` is not the one `seen` any more.
-        """
-
-    def purge(self, now: int, limit: int, done: Done) -> None:
-        """Forget some expired jobs, `limit` at the most, and give their space back; `done` gets how many they were."""
-
-    def forget_flows(self) -> bool:
-        """Forget the texts of flows that no job refers to any more; a piece of that, and whether there is more."""
-
-    def get(self, key: JobKey) -> Job | None:
-        """A job."""
-
-    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
-        """Find the job that a key belongs to, after all earlier writes; `done` gets job and fingerprint, or None."""
-
-    def load(self, seq: int) -> Loaded | None:
-        """A Running job with all that a run of it needs."""
-
-    def request(self, key: JobKey) -> StoredRequest | None:
-        """What was sent."""
-
-    def request_beginning(self, key: JobKey, length: int) -> tuple[StoredRequest, int] | None:
-        """What was sent, with the beginning of its body, 256 KiB at the most, and the bytes of the whole body."""
-
-    def result(self, key: JobKey) -> StoredResult | None:
-        """The response of a finished job."""
-
-    def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
-        """The body of a large result, or a part, which is not purged meanwhile; ends early if the job is deleted."""
-
-    def trace(self, key: JobKey) -> list[dict[str, Any]]:
-        """What became of each step, of a job that is finished or waits."""
-
-    def attempts(self, key: JobKey) -> list[Attempt]:
-        """Every attempt to deliver a job's callback."""
-
-    def page(
-        self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
-    ) -> list[Job]:
-        """Unexpired jobs, newest first, of `seq` below `before`."""
-
     def unfinished(self) -> Iterator[tuple[int, int | None, str]]:
         """`seq`, `due` and flow of every Running job, oldest first."""
-
-    def flow_text(self, version: int) -> tuple[str, str] | None:
-        """Name and text of a flow that stored jobs were accepted with."""
 
     def due_deliveries(
         self,
@@ -6407,16 +6350,68 @@ class Store(Protocol):
     ) -> list[tuple[Job, Delivery]]:
         """Callbacks to send now, but for busy receivers and those under way; `only` names the receivers if not all."""
 
+    def delete(self, key: JobKey, done: Done) -> None:
+        """Forget a finished job; `done` gets deleted, running, owed or absent."""
+
+    def resend(self, key: JobKey, now: int, done: Done) -> None:
+        """Make the callback of a finished job due, with its whole schedule; `done` gets whether there is one."""
+
     def claim_deliveries(
         self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
     ) -> list[tuple[Job, Delivery]]:
-        """Take callbacks that are due, but for those in `held` and for receivers that are busy.
+        """Take callbacks that are due, except those in `held` and those for busy receivers.
 
         Nobody else gets them for `lease_ms`. `fresh`: only those not tried since they were last asked for.
         """
 
     def next_delivery(self, now: int) -> int | None:
-        """When the next callback that is not due yet will be."""
+        """When the next callback will be due that is not due yet."""
+
+    def record_delivery(
+        self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
+    ) -> None:
+        """Keep an attempt to deliver a callback, and the callback's new state.
+
+        The state stays if the callback was asked for anew meanwhile: if its `next` is not `seen` any more.
+        """
+
+    def purge(self, now: int, limit: int, done: Done) -> None:
+        """Forget at most `limit` expired jobs and give back their space; `done` gets how many they were."""
+
+    def forget_flows(self) -> None:
+        """Forget the texts of flows that no job refers to any more."""
+
+    def get(self, key: JobKey) -> Job | None:
+        """A job."""
+
+    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
+        """Find the job that a key belongs to, after all earlier writes; `done` gets job and fingerprint, or None."""
+
+    def load(self, seq: int) -> Loaded | None:
+        """A Running job with all that a run of it needs."""
+
+    def request(self, key: JobKey, length: int = 1 << 30) -> tuple[StoredRequest, int] | None:
+        """The request, with at most `length` bytes of its body, and the size of the whole body."""
+
+    def result(self, key: JobKey) -> StoredResult | None:
+        """The response of a finished job."""
+
+    def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
+        """The body of a large result, or a part of it. The purge spares it meanwhile; a deletion ends it early."""
+
+    def trace(self, key: JobKey) -> list[dict[str, Any]]:
+        """The steps of a job that is finished or waits."""
+
+    def attempts(self, key: JobKey) -> list[Attempt]:
+        """Every attempt to deliver a job's callback."""
+
+    def page(
+        self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
+    ) -> list[Job]:
+        """Unexpired jobs, newest first, of `seq` below `before`."""
+
+    def flow_text(self, version: int) -> tuple[str, str] | None:
+        """Name and text of a flow that stored jobs were accepted with."""
 
     def tokens(self) -> list[Token]:
         """Every token, by name."""
@@ -6425,86 +6420,90 @@ class Store(Protocol):
         """The greatest `seq` stored; 0 if there is none."""
 
     def last_seen(self) -> int:
-        """The latest time at which something is known to have happened; 0 if nothing has."""
+        """The latest time on record; 0 if there is none."""
 
     def clock_offset(self) -> int:
-        """How far the times stored are behind what the system's clock says, because it leapt (milliseconds)."""
+        """By how many milliseconds the stored times are behind the system's clock, because that leapt."""
 
     def keep_clock_offset(self, offset: int) -> None:
-        """Remember it. If the clock leapt ahead, the times are moved by so much when the database is opened again.
-
-        If it is behind, that is seen again then, unless it was set right meanwhile.
-        """
+        """Record the offset. When the store is opened again its times are moved by a positive one."""
 
     def size(self) -> int:
-        """Bytes on disk, with the write-ahead log."""
+        """Bytes on disk."""
 
     def close(self, timeout_s: float) -> None:
         """Finish what is queued, and let go of the database."""
 
 
-_WRITE_BYTES = 8 << 10  # that a write adds to the log, about, beside the values that it stores
-_COMMIT_BYTES = 16 << 10  # that a commit adds, about, for indexes and half-filled pages
-
-
-class _NewRow(NamedTuple):
-    """A new job that is one row, and may be written with others."""
-
-    job: Job
-    values: Sequence[Any]
-
-
-class _Write(NamedTuple):
-    run: Callable[[sqlite3.Connection], Any]
-    done: Done
-    keep: bool  # an environment's failure (disk full) puts it off instead of failing it
-    new: _NewRow | None = None
-    size: int = _WRITE_BYTES  # that it adds to the log, about
-    post: Post | None = None  # of the attending thread that made it
-
-
-_Made = tuple[list[Any], bool]  # what each write of a transaction brought, and whether it changed anything
-
-
-class _Filled(NamedTuple):
-    """A transaction that is made and not committed yet."""
-
-    batch: list[_Write]
-    results: list[Any]
-    changes: int  # that the connection had made before
-
-
 _JOB_COLUMNS = (
     "seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, "
-    "callback_url"
+    "callback_url, c.state, iif(c.attempts IS NULL, 0, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = seq)), "
+    "c.last_status, c.next, c.body, c.attempts"
 )
-_CALLBACK_COLUMNS = (
-    "c.state, iif(c.attempts IS NULL, 0, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = seq)), c.last_status,"
-    " c.next, c.body, c.attempts"
+_FROM_JOBS = " FROM jobs LEFT JOIN callbacks c ON c.job = seq"
+_SELECT_JOB = f"SELECT {_JOB_COLUMNS}{_FROM_JOBS}"
+_OF_KEY = " WHERE seq = ? AND salt = ?"
+_FENCE = " WHERE seq = ? AND status = 'Running' AND attempt IN (?, ?)"  # of an attempt, recorded or about to be
+_SAVE_STEP = f"INSERT OR REPLACE INTO steps (job, path, until, output) SELECT ?, ?, ?, ? FROM jobs{_FENCE}"
+_INSERT_JOB = (
+    "INSERT INTO jobs (seq, salt, flow, version, created, token, base, idempotency_key, fingerprint, callback_url,"
+    " request, request_body, status, attempt, started, finished, expires, code, size, headers, error, trace, result)"
+    " VALUES "
 )
-_SELECT_JOB = f"SELECT {_JOB_COLUMNS}, {_CALLBACK_COLUMNS} FROM jobs LEFT JOIN callbacks c ON c.job = seq"  # noqa: S608
-_SELECT_OWED = _SELECT_JOB.replace(" FROM jobs", ", request FROM jobs")
-_CHILD_TABLES = ("pieces", "steps", "callbacks", "attempts")
-_COMMIT, _FOLDED, _QUIET = range(3)  # calls of the store's thread: writes wait, the log was folded, nobody called
+_INSERT_PIECE = "INSERT INTO pieces VALUES (?, ?, ?, ?, ?)"
 _BATCH = 512  # writes committed together at the most; more would make the first of them wait
-_RETRY_S = 0.5
-_QUIET_S = 0.02  # without a commit, after which a log that was folded begins anew
+_RETRY_S = 0.5  # between attempts to write to a database that cannot be written
+_BUSY_MS = 1000  # that a write waits for another process's lock
+_SMALL = 16 << 10  # bytes of request and result of a job that the thread that answers requests may write
+_QUICK_S = 0.003  # that a commit may take; for a hundred times as long as a longer one took the thread commits
+_FOLD_AFTER = 2000  # writes after which the log is folded into the file, on the thread
+_LOG_BYTES = 64 << 20  # of the log, at which a commit folds it
 _ROW_BYTES = 2048  # that a job takes beside its bodies, about
 _RECENT_BYTES = 16 << 20  # of jobs that ended lately, which are held in memory
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
-_LOOK_THROUGH = 2000  # jobs that are looked through at one time for the flows that they have
-_MINUTE_OF_SEQ = 60_000 << 12  # between the `seq` of two jobs that were created a minute apart
-_FOLD = "PRAGMA wal_checkpoint(PASSIVE)"
-_BUSY_MS = 1000  # that a write waits for another process's lock
-_QUICK_S = 0.001  # that a commit may take (the disk's part of it) to be made by the thread that answers requests
-_FILL_BYTES = 1 << 20  # of a transaction, up to which it is made by the thread that answers requests
-_HICCUP_S = 0.005  # for which a commit may hold up requests; after a longer one none may for a hundred times as long
-_FOLD_BYTES = 4 << 20  # of the log, about, after which they are folded into the file, beside what is written meanwhile
-_LOG_BYTES = 128 << 20  # of the log, about, at which even waiting writes are held up so that it can begin anew
 _GIVE_BACK = 512  # pages that a purge gives back to the system at the most, so that no write waits long
-_FULL = frozenset(
-    "SQLITE_FULL SQLITE_IOERR SQLITE_CANTOPEN SQLITE_READONLY SQLITE_BUSY SQLITE_LOCKED SQLITE_NOMEM".split()
-)
+_MINUTE_OF_SEQ = 60_000 << 12  # between the `seq` of two jobs that were created a minute apart
+#: Faults of the disk, or of a lock, by the beginning of SQLite's name for them: the write is good, and is tried again.
+_PASSING = {
+    "SQLITE_FULL": "the disk is full: make room",
+    "SQLITE_IOERR_WRITE": "the disk is full, or a file may not grow: make room, or raise the limit",
+    "SQLITE_IOERR": "the disk fails: look at the system's log",
+    "SQLITE_BUSY": "the database is locked by another process: end that one",
+    "SQLITE_LOCKED": "the database is locked: try again",
+    "SQLITE_READONLY": "the database is read-only: let this user write it and its folder",
+    "SQLITE_CANTOPEN": "the database cannot be opened: let this user read and write it and its folder",
+    "SQLITE_NOMEM": "there is not enough memory",
+}
+_DAMAGE = {
+    "SQLITE_CORRUPT": "the database is damaged: restore a backup",
+    "SQLITE_NOTADB": "the file is not a database: restore a backup, or set `database` to another path",
+}
+
+
+class _Moved(Exception):
+    """Another file has the name of the one that was opened, or none has: what is written now would be lost."""
+
+
+def _words(error: Exception, table: Mapping[str, str]) -> str | None:
+    """What a table says of an error of SQLite's."""
+    name = getattr(error, "sqlite_errorname", "")
+    return next((words for code, words in table.items() if name.startswith(code)), None)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the fault lies with disk, lock or memory, and so with every write alike, not with one row."""
+    return isinstance(error, MemoryError | _Moved) or _words(error, _PASSING) is not None
+
+
+def _store_error(error: Exception) -> StoreError:
+    """The error, and how to mend it, in words; the statement and the path stay inside."""
+    if isinstance(error, StoreError):
+        return error
+    if isinstance(error, _Moved):
+        moved = "a file of the database was moved, deleted or replaced while the server runs"
+        return StoreError(f"{moved}: put it back, or restart the server")
+    name = getattr(error, "sqlite_errorname", type(error).__name__)
+    return StoreError(_words(error, _PASSING | _DAMAGE) or f"the database failed ({name})")
 
 
 def _marks(values: Collection[Any]) -> str:
@@ -6526,109 +6525,456 @@ def _job(row: Sequence[Any]) -> Job:
     )  # fmt: skip
 
 
-def _trace(sent: Mapping[str, Any]) -> Trace | None:
-    """The trace in the column `request`."""
-    return Trace(*sent["trace"]) if "trace" in sent else None
-
-
-def _store_error(error: Exception) -> StoreError:
-    """What went wrong and how to mend it, in words; the statement and the path stay inside."""
-    if isinstance(error, StoreError):
-        return error
-    if isinstance(error, _Moved):
-        return StoreError(
-            "a file of the database was moved, deleted or replaced while the server runs: put it back, or restart the"
-            " server"
-        )
-    name = getattr(error, "sqlite_errorname", "")
-    words = {
-        "SQLITE_FULL": "the disk is full: make room",
-        "SQLITE_IOERR_WRITE": "the disk is full, or a file may not grow: make room, or raise the limit",
-        "SQLITE_IOERR": "the disk fails: look at the system's log",
-        "SQLITE_BUSY": "the database is locked by another process: end that one",
-        "SQLITE_READONLY": "the database is read-only: let this user write it and its folder",
-        "SQLITE_CORRUPT": "the database is damaged: restore a backup",
-        "SQLITE_NOTADB": "the file is not a database: restore a backup, or set `database` to another path",
-        "SQLITE_CANTOPEN": "the database cannot be opened: let this user read and write it and its folder",
-    }
-    found = next((text for code, text in words.items() if name.startswith(code)), None)
-    return StoreError(found or f"the database failed ({name or type(error).__name__})")
-
-
-def _is_damage(error: Exception) -> bool:
-    return getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
-
-
-class _Moved(Exception):
-    """Another file than the one that was opened has its name, or none has: what is written now would be lost."""
-
-
-_Identity = tuple[int, int]
-
-
-def _identity(path: str) -> _Identity | None:
-    """Which file has this name; None if there is none."""
-    try:
-        about = os.stat(path)
-    except OSError:
-        return None
-    return about.st_dev, about.st_ino
-
-
-def _environmental(error: Exception) -> bool:
-    """Whether the fault lies with disk or lock, and so with every write alike, not with one row."""
-    name = getattr(error, "sqlite_errorname", "")
-    if isinstance(error, MemoryError | _Moved):
-        return True
-    return isinstance(error, sqlite3.Error) and any(name.startswith(code) for code in _FULL)
+def _request(sent: dict[str, Any], body: bytes) -> StoredRequest:
+    """The columns `request` and `request_body` as a record."""
+    trace = sent.get("trace")
+    return StoredRequest(sent["method"], sent["path"], sent["query"], sent["headers"], body, trace and Trace(*trace))
 
 
 _Cell = tuple[int, str, int, int, bytes]  # a row of the table `pieces`
 
 
 def _cells(key: JobKey, part: str, attempt: int, value: bytes) -> list[_Cell]:
-    return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(range(0, len(value), PIECE))]
+    """The pieces of a value that is too large for its own column."""
+    starts = range(0, len(value), PIECE) if len(value) > PIECE else ()
+    return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(starts)]
+
+
+def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
+    """status, attempt, started, finished, expires, code, size, headers, error, trace, result."""
+    if finish is None:
+        return ("Running", 0, *(None,) * 9)
+    answer, error = finish.outcome.answer, finish.outcome.error
+    return (
+        str(finish.outcome.status), finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
+        len(answer.body), to_json(answer.headers), error and to_json(error), finish.trace,
+        None if len(answer.body) > PIECE else answer.body,
+    )  # fmt: skip
+
+
+def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
+    """Insert rows, many by one statement: for each, a thread gives the interpreter away and waits to have it back."""
+    for at in range(0, len(rows), 32):  # SQLite may take no more than 999 parameters
+        some = rows[at : at + 32]
+        marks = ", ".join([f"({_marks(some[0])})"] * len(some))
+        db.execute(_INSERT_JOB + marks, list(itertools.chain.from_iterable(some)))
+
+
+def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
+    """Whether a statement changed anything."""
+    return db.execute(sql, values).rowcount > 0
+
+
+def _find_key(flow: str, token: str, key: str, now: int, db: sqlite3.Connection) -> tuple[Job, bytes] | None:
+    row = db.execute(
+        f"SELECT {_JOB_COLUMNS}, fingerprint{_FROM_JOBS}"
+        " WHERE flow = ? AND token = ? AND idempotency_key = ? AND (expires IS NULL OR expires > ?)",
+        (flow, token, key, now),
+    ).fetchone()
+    return row and (_job(row), row[-1])
+
+
+def _owe(db: sqlite3.Connection, finish: Finish) -> None:
+    """Store the callback of a finished job, if it has one."""
+    if finish.callback is not None:
+        values = (finish.job.key.seq, finish.callback[0], finish.finished, finish.callback[1])
+        db.execute("INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)", values)
+
+
+def _forget(db: sqlite3.Connection, seqs: Iterable[int]) -> None:
+    rows = [(seq,) for seq in seqs]
+    for table, column in (
+        ("pieces", "job"),
+        ("steps", "job"),
+        ("callbacks", "job"),
+        ("attempts", "job"),
+        ("jobs", "seq"),
+    ):
+        db.executemany(f"DELETE FROM {table} WHERE {column} = ?", rows)
+
+
+def _tokens(db: sqlite3.Connection) -> list[Token]:
+    rows = db.execute("SELECT name, hash, role, flows, created FROM tokens ORDER BY name")
+    return [
+        Token(name, digest, role, flows and frozenset(json.loads(flows)), at) for name, digest, role, flows, at in rows
+    ]
+
+
+def _own(path: str) -> sqlite3.Connection:
+    """Take the lock of a database, which stands beside it."""
+    owner = None
+    try:
+        owner = sqlite3.connect(f"{path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
+        owner.execute("PRAGMA locking_mode = EXCLUSIVE")
+        owner.execute("PRAGMA journal_mode = MEMORY")  # a lock needs no file beside it
+        owner.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        if owner is not None:
+            owner.close()
+        if error.sqlite_errorname == "SQLITE_BUSY":
+            raise DatabaseInUse(f"another server uses {path}: stop it, or set `database` to another path") from None
+        raise StoreError(f"{path}.lock: {_store_error(error)}") from None
+    return owner
+
+
+def _upgrade(db: sqlite3.Connection, version: int) -> None:
+    """Make the tables, or bring them from an older version of the schema to this one."""
+    scripts = [(old + 1, UPGRADES[old]) for old in range(version, SCHEMA_VERSION)] if version else []
+    if not version:
+        made = resource("schema.sql").decode() + f"\nPRAGMA application_id = {APPLICATION_ID};"
+        scripts = [(SCHEMA_VERSION, made)]
+    for new, script in scripts:
+        db.executescript(f"BEGIN EXCLUSIVE;\n{script}\nPRAGMA user_version = {new};\nCOMMIT;")
+
+
+_MOVE_TIMES = [
+    "UPDATE jobs SET created = created + :by, due = due + :by, started = started + :by, finished = finished + :by,"
+    " expires = expires + :by",
+    "UPDATE steps SET until = until + :by WHERE until NOT NULL",
+    "UPDATE steps SET output = CAST(output + :by AS TEXT) WHERE path LIKE '%@'",  # until when a step may take
+    "UPDATE callbacks SET next = next + :by WHERE next NOT NULL",
+    "UPDATE attempts SET at = at + :by",
+]
+
+
+def _clock_offset(db: sqlite3.Connection) -> int:
+    return int((db.execute("SELECT offset FROM clock").fetchone() or [0])[0])
+
+
+def _set_clock(db: sqlite3.Connection) -> None:
+    """Bring the stored times in line with the system's clock, if that leapt while they were written."""
+    offset = _clock_offset(db)
+    if offset:
+        db.execute("BEGIN IMMEDIATE")
+        for statement in _MOVE_TIMES if offset > 0 else ():
+            db.execute(statement, {"by": offset})
+        db.execute("DELETE FROM clock")
+        db.execute("COMMIT")
+
+
+def _give_name(part: str, path: str) -> None:
+    """Give a file its name; FileExistsError if another has it."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no links on that file system
+        if os.path.lexists(path):
+            raise FileExistsError("there is a file of that name") from None
+        os.rename(part, path)
+
+
+def whole_body(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
+    """The pieces of a body; StoreError if they end early, or the next answer would be taken for the rest."""
+    for piece in pieces:
+        length -= len(piece)
+        if length < 0:
+            break
+        yield piece
+    if length:
+        raise StoreError("a part of it is gone, or another's")
+
+
+class _File:
+    """The file of a database: where it is, whether it is still that one, and what is wrong with it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.realpath(path)
+        self.fault: str | None = None
+        self.damaged = False  # which does not mend by itself
+        self._pinned: dict[str, tuple[int, int] | None] = {}
+
+    @staticmethod
+    def _identity(path: str) -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):  # by name only: opening the file here would drop SQLite's own locks on it
+            about = os.stat(path)
+            return about.st_dev, about.st_ino
+        return None
+
+    def pin(self) -> None:
+        """From now on the file, its log and its lock must stay in place."""
+        self._pinned = {path: self._identity(path) for path in (self.path, f"{self.path}-wal", f"{self.path}.lock")}
+
+    def check(self) -> None:
+        """Raise _Moved if one of them did not stay."""
+        for path, identity in self._pinned.items():
+            if self._identity(path) != identity:
+                raise _Moved
+
+    def failure(self, error: Exception) -> StoreError:
+        """The error in words. Damage is remembered: no new job is put on a damaged database."""
+        failure = _store_error(error)
+        if _words(error, _DAMAGE) and not self.damaged:
+            self.damaged, self.fault = True, str(failure)
+            log.error("%s; new jobs are refused until the server is started with a good one", failure)
+        return failure
+
+    def check_format(self, db: sqlite3.Connection) -> int:
+        """The version of the schema, 0 for a new file; StoreError for a file that is not ours, or too new."""
+        try:
+            tables, ours, version = db.execute(
+                "SELECT (SELECT count(*) FROM sqlite_schema), application_id, user_version"
+                " FROM pragma_application_id, pragma_user_version"
+            ).fetchone()
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: {_store_error(error)}") from None
+        if tables and ours != APPLICATION_ID:
+            raise StoreError(f"{self.path} is a database of another program: set `database` to another path")
+        if version > SCHEMA_VERSION:
+            raise StoreError(f"{self.path} was made by a newer version ({version}): use that one; nothing was changed")
+        return int(version)
+
+    @staticmethod
+    def _size(path: str) -> int:
+        try:
+            return os.stat(path).st_size
+        except OSError:
+            return 0
+
+    def size(self) -> int:
+        """Bytes on disk, with the write-ahead log."""
+        return self._size(self.path) + self.log_size()
+
+    def log_size(self) -> int:
+        """Bytes of the write-ahead log."""
+        return self._size(f"{self.path}-wal")
+
+
+class _Write(NamedTuple):
+    run: Callable[[sqlite3.Connection], Any]
+    done: Done = _ignore
+    keep: bool = False  # tried again when the disk is full or the database locked, instead of failed
+    row: Sequence[Any] | None = None  # of a new job: rows are inserted together, before anything is run
+
+
+class _Writer:
+    """The connection that writes. Whatever waits is committed together, in one transaction.
+
+    A thread takes what is put into its queue. New jobs are left to `flush`, so that the thread that answers requests
+    commits those of a turn itself: handing them over would cost a quarter of them. It does so as long as the disk is
+    quick and nobody else is committing; otherwise the thread does, so that a slow disk never stops a poll.
+    """
+
+    def __init__(self, db: sqlite3.Connection, file: _File, log_bytes: int) -> None:
+        self.db, self._file, self._log_bytes = db, file, log_bytes
+        self._lock = threading.Lock()  # guards the connection
+        self._new: deque[_Write] = deque()
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()  # None: look at the other fields
+        self._kept: list[_Write] = []  # to be tried again
+        self._unfolded = 0  # writes since the log was folded into the file
+        self._slow_until = 0.0  # on the monotonic clock
+        self._give_up_at: float | None = None  # when a closing store stops trying, on the monotonic clock
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="astera-store", daemon=True)
+        self._thread.start()
+
+    def put(self, write: _Write) -> None:
+        """Have the thread make a write."""
+        self._queue.put(write)
+        if self._closed:
+            self._refuse()
+
+    def put_new(self, write: _Write) -> None:
+        """Leave a small write of a new job to `flush`."""
+        self._new.append(write)
+
+    def flush(self) -> None:
+        """Commit new jobs here if the disk is quick and nobody else commits; else the thread does."""
+        if not self._new:
+            return
+        if self._file.fault or time.monotonic() < self._slow_until or not self._lock.acquire(blocking=False):
+            self._call()
+            return
+        batch = self._take_new()
+        try:
+            results = self._transact(batch, busy_ms=0)
+        except BaseException as error:
+            self._new.extendleft(reversed(batch))
+            self._slow_until = time.monotonic() + _RETRY_S
+            self._call()  # it meets the fault, too, and can wait
+            if not isinstance(error, Exception):
+                raise
+            return
+        finally:
+            self._lock.release()
+        if self._unfolded >= _FOLD_AFTER:
+            self._call()
+        self._tell(batch, results, None)
+
+    def close(self, timeout_s: float) -> bool:
+        """Commit what waits and end the thread; False if it did not end in time."""
+        self._give_up_at = time.monotonic() + timeout_s * 0.8
+        self._call()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            log.error("the database did not take the last writes within %s", show_duration(timeout_s))
+            return False
+        self.db.close()
+        return True
+
+    def shorten(self) -> None:
+        """Have a log that grew too long, because a reader held it up, folded soon."""
+        if self._file.log_size() > self._log_bytes * 5 // 4:
+            self._unfolded = _FOLD_AFTER
+            self._call()
+
+    def _call(self) -> None:
+        self._queue.put(None)
+        if self._closed:
+            self._refuse()
+
+    def _take_new(self) -> list[_Write]:
+        return [self._new.popleft() for _ in range(len(self._new))]
+
+    def _refuse(self) -> None:
+        """Answer writes that came after the end, or their callers would wait for ever."""
+        late = self._take_new()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                late += filter(None, [self._queue.get_nowait()])
+        self._tell(late, None, StoreError("the database is closed"))
+
+    def _serve(self) -> None:
+        """The thread."""
+        while True:
+            waiting = []
+            with contextlib.suppress(queue.Empty):
+                waiting.append(self._queue.get(timeout=_RETRY_S if self._kept or self._file.fault else None))
+                while len(waiting) < _BATCH:
+                    waiting.append(self._queue.get_nowait())
+            try:
+                with self._lock:  # the new ones first, for what waits may want to find them
+                    batch = [*self._kept, *self._take_new(), *filter(None, waiting)]
+                self._kept = []
+                if self._file.fault and not self._file.damaged and not batch:
+                    batch = [self._probe()]
+                self._commit(batch)
+                if self._unfolded >= _FOLD_AFTER:
+                    self._fold()
+            except Exception:  # none is foreseen, but all writes depend on this thread
+                log.exception("the store")
+            if self._give_up_at is not None and len(waiting) < _BATCH:
+                if self._kept and time.monotonic() >= self._give_up_at:
+                    log.error("%d writes could not be made: %s", len(self._kept), self._file.fault)
+                    self._tell(self._kept, None, StoreError(self._file.fault or ""))
+                    self._kept = []
+                if not self._kept and self._queue.empty():
+                    break
+        self._closed = True
+        self._refuse()
+
+    def _probe(self) -> _Write:
+        """A write that tells whether a database that failed is well again: perhaps nobody brings another one."""
+
+        def remove(result: Any, error: AsteraError | None) -> None:
+            if error is None:
+                self.put(_Write(partial(_execute, "DELETE FROM pieces WHERE job = 0", ()), keep=True))
+
+        insert = "INSERT OR REPLACE INTO pieces VALUES (0, 'result', 0, 0, zeroblob(?))"
+        return _Write(partial(_execute, insert, (PIECE,)), remove)
+
+    def _commit(self, batch: list[_Write]) -> None:
+        """On the thread: commit a batch, or do what can be done still if that fails."""
+        try:
+            with self._lock:
+                results = self._transact(batch, _BUSY_MS)
+        except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
+            if _passes(error):
+                self._put_off(batch, error)
+            elif len(batch) > 1:  # one bad row must not fail the others
+                for write in batch:
+                    self._commit([write])
+            else:
+                failure = error if isinstance(error, AsteraError) else self._file.failure(error)
+                known = isinstance(error, AsteraError) or self._file.damaged
+                log.error("a write failed: %s", error, exc_info=None if known else error)
+                self._tell(batch, None, failure)
+        else:
+            self._tell(batch, results, None)
+
+    def _transact(self, batch: list[_Write], busy_ms: int) -> list[Any]:
+        """Make all writes of a batch in one transaction: what each brought. The lock is held."""
+        db, before = self.db, self.db.total_changes
+        if not batch:
+            return []
+        self._file.check()
+        try:
+            if db.in_transaction:  # the last one could not be rolled back
+                db.execute("ROLLBACK")
+            db.execute(f"PRAGMA busy_timeout = {busy_ms}")
+            db.execute("BEGIN IMMEDIATE")
+            _insert_jobs(db, [write.row for write in batch if write.row])
+            results = [write.run(db) for write in batch]
+            began = time.monotonic()
+            db.execute("COMMIT")
+            ended = time.monotonic()
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+            raise
+        if ended - began > _QUICK_S:
+            self._slow_until = ended + 100 * (ended - began)
+        self._unfolded += len(batch)
+        if (
+            self._file.fault and not self._file.damaged and db.total_changes > before
+        ):  # else it tells nothing of the disk
+            log.info("the database can be written again")
+            self._file.fault = None
+        return results
+
+    def _put_off(self, batch: list[_Write], error: Exception) -> None:
+        failure = self._file.failure(error)
+        if self._file.fault is None:
+            log.error("%s; new jobs are refused until that is mended", failure)
+        if not self._file.damaged:
+            self._file.fault = str(failure)
+        self._fold()  # on a full disk there is room in the log once it is folded
+        self._kept += [write for write in batch if write.keep]
+        self._tell([write for write in batch if not write.keep], None, failure)
+
+    def _fold(self) -> None:
+        """Fold the log into the file, so that the log begins anew; cut one that a reader let grow too long."""
+        mode = "TRUNCATE" if self._file.log_size() > self._log_bytes * 5 // 4 else "PASSIVE"
+        with self._lock, contextlib.suppress(sqlite3.Error):  # it is tried again
+            self._unfolded = 0
+            self.db.execute("PRAGMA busy_timeout = 0")
+            self.db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+
+    def _tell(self, batch: list[_Write], results: list[Any] | None, error: AsteraError | None) -> None:
+        for write, result in zip(batch, results or [None] * len(batch), strict=True):
+            try:
+                write.done(result, error)
+            except Exception:  # a listener's fault must not end the thread that all writes depend on
+                log.exception("after a write")
 
 
 class _Recent:
-    """What ended lately, in memory, so that who polls for it and fetches it need not wait for the database.
+    """Jobs that ended lately, in memory: polls for them and fetches of their results need not read the database.
 
-    Jobs with a callback are left out, for theirs change still, as are results in pieces. At most `limit` bytes or so:
-    who came first goes first. A job is kept as plain columns, which the garbage collector need not look at.
+    At most `limit` bytes or so; the first to come is the first to go. Jobs with a callback are left out, for that still
+    changes, as are results in pieces.
     """
 
     def __init__(self, limit: int = _RECENT_BYTES) -> None:
         self._limit, self._held = limit, 0
-        self._rows: dict[int, tuple[Any, ...]] = {}  # by seq
+        self._ends: dict[int, Finish] = {}  # by seq
         self._lock = threading.Lock()  # guards the sum, and the order
 
-    def put(self, job: Job, end: Sequence[Any]) -> None:
-        """Keep a job that ended; `end` is what `_end_columns` made of its end."""
-        if job.callback is not None or end[-1] is None:
+    def put(self, end: Finish) -> None:
+        """Keep the end of a job."""
+        if end.job.callback is not None or len(end.outcome.answer.body) > PIECE:
             return
-        row = (job.key.salt, job.flow, job.version, job.created, job.token, job.base, *end)
         with self._lock:
-            self._rows[job.key.seq] = row
-            self._held += end[6] + _ROW_BYTES
+            self._ends[end.job.key.seq] = end
+            self._held += len(end.outcome.answer.body) + _ROW_BYTES
             while self._held > self._limit:
-                self._drop(next(iter(self._rows)))
+                self._drop(next(iter(self._ends)))
 
-    def job(self, key: JobKey) -> Job | None:
-        """A job that is held."""
-        row = self._rows.get(key.seq)
-        if row is None or row[0] != key.salt:
-            return None
-        salt, flow, version, created, token, base, status, attempt, started, finished, expires, *_, error, _, _ = row
-        columns = (status, created, base, token, attempt, None, started, finished, expires, error, None)
-        return _job((key.seq, salt, flow, version, *columns))
-
-    def result(self, key: JobKey) -> StoredResult | None:
-        """The response of a job that is held."""
-        row = self._rows.get(key.seq)
-        if row is None or row[0] != key.salt:
-            return None
-        attempt, code, size, headers, body = row[7], *row[11:14], row[16]
-        return StoredResult(code, [(name, value) for name, value in json.loads(headers)], size, body, attempt)
+    def get(self, key: JobKey) -> Finish | None:
+        """The end of a job, if it is held."""
+        end = self._ends.get(key.seq)
+        return end if end is not None and end.job.key == key else None
 
     def forget(self, seqs: Iterable[int]) -> None:
         """Drop what is deleted."""
@@ -6637,882 +6983,103 @@ class _Recent:
                 self._drop(seq)
 
     def _drop(self, seq: int) -> None:
-        row = self._rows.pop(seq, None)
-        if row is not None:
-            self._held -= row[12] + _ROW_BYTES
+        end = self._ends.pop(seq, None)
+        if end is not None:
+            self._held -= len(end.outcome.answer.body) + _ROW_BYTES
 
 
-class SqliteStore:
-    """The Store on SQLite: whatever waits is committed together; a few connections read.
+class SqliteReader:
+    """A database read, perhaps beside the server that writes to it. Raises StoreError."""
 
-    A thread of its own writes and commits. New jobs are written by the loop itself (`attend`, `commit`), which leaves
-    to that thread no more than to wait for the disk; where the disk is quick, not even that. One at a time, by the lock
-    `_committing`. Another thread folds the log into the file; it begins anew at some `log_bytes`, or a quarter of the
-    room on the disk. A database that is made has pages of `page_size` bytes.
-
-    One owner for each database: a lock on a file beside it, which the system releases when the process dies, so every
-    Running row that is found at start belongs to a run that is dead. Raises StoreError.
-    """
-
-    shared = False
-
-    def __init__(
-        self,
-        path: str,
-        durability: str = "full",
-        read_only: bool = False,
-        log_bytes: int = _LOG_BYTES,
-        page_size: int = 4 << 10,
-    ) -> None:
-        self.fault: str | None = None
-        self._damaged = False  # a page could not be read, which does not mend by itself
-        self._probe_at = 0.0  # when a store that is not well tries next whether it is, on the monotonic clock
-        self._files: dict[str, _Identity | None] = {}  # those that must stay in place while they are open
-        self._closed = False
-        self._give_up_at = math.inf  # when a closing store stops trying writes again, on the monotonic clock
-        self.path = os.path.realpath(path)
-        self._durability, self._page_size = durability, page_size
-        self._read_only = read_only
-        self._readers: list[sqlite3.Connection] = []
-        self._recent = _Recent()
-        self._being_read: set[tuple[int, object]] = set()  # large results, which the purge lets be until they are read
-        self._queue: deque[_Write] = deque()
-        self._kept: deque[_Write] = deque()  # put off: the disk was full, the database locked
-        self._committing = threading.Lock()  # guards the writing connection; its holder alone takes from the queue
-        self._calls: queue.SimpleQueue[int] = queue.SimpleQueue()  # for the store's thread
-        self._called = False
-        self._resting = False  # the store's thread waits to be called
-        self._filled: _Filled | None = None  # left for the store's thread to commit, which is all that it is to do then
-        self._stopping = False
-        self._attending: dict[int, Post] = {}  # threads that commit what they write
-        self._quick: deque[bool] = deque([False] * 8, 8)  # whether the last commits were: most of them are to be
-        self._slow_until = 0.0  # after a commit that took long, on the monotonic clock
-        self._patient = True  # the writing connection waits for other processes' locks
-        self._unfolded = self._log_bytes = 0  # added to the log, about, since it was folded, and since it began anew
-        self._reset_due = False  # the log was folded just now: what came since is little
-        self._folds: queue.SimpleQueue[bool] = queue.SimpleQueue()  # for the thread that folds it; False: end
-        self._fold_asked = False
-        self._fold_lock = threading.Lock()  # held by who folds: of two at one time SQLite lets only one
-        self._folding = threading.Thread(target=self._fold_on_demand, name="astera-fold", daemon=True)
-        self._versions: set[int] = set()
-        self._claimed_to = 0  # `seq` up to which `claim` has looked
-        self._unused: tuple[set[int], int, int] | None = (
-            None  # versions that no job up to a `seq` has, of those till one
-        )
-        self._owner: sqlite3.Connection | None = None
-        folder = os.path.dirname(self.path)
-        if not os.path.isdir(folder):
-            raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
-        # A log must not be what a small disk is filled by.
-        self._log_limit = log_bytes
-        with contextlib.suppress(OSError):  # not every file system tells
-            self._log_limit = min(log_bytes, max(shutil.disk_usage(folder).free // 4, 1 << 18))
-        self._fold_at = min(_FOLD_BYTES, self._log_limit // 4)
-        if read_only:
+    def __init__(self, path: str) -> None:
+        self._file = _File(path)
+        self._idle: list[sqlite3.Connection] = []
+        self._being_read: set[tuple[int, object]] = set()  # large results, which the purge spares until they are read
+        self.path = self._file.path
+        self._version = SCHEMA_VERSION
+        if type(self) is SqliteReader:
             if not os.path.isfile(self.path):
                 raise StoreError(f"there is no database {self.path}: a server makes it when it starts")
-            try:
-                with self._reader() as reader:
-                    self._check_format(reader)
-            except BaseException:
-                self.close()
-                raise
-            return
-        self._owner = self._own()
-        try:
-            self._writer = self._open()
-        except BaseException:
-            self._owner.close()
-            raise
-        self._files = {path: _identity(path) for path in (self.path, f"{self.path}-wal", f"{self.path}.lock")}
-        self._thread = threading.Thread(target=self._write, name="astera-store", daemon=True)
-        self._thread.start()
-
-    # --- opening ---
-
-    def _own(self) -> sqlite3.Connection:
-        owner = None
-        try:
-            owner = sqlite3.connect(f"{self.path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
-            owner.execute("PRAGMA locking_mode = EXCLUSIVE")
-            owner.execute("PRAGMA journal_mode = MEMORY")  # a lock needs no file beside it
-            owner.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error as error:
-            if owner is not None:
-                owner.close()
-            raise self._not_owned(error) from None
-        return owner
-
-    def _not_owned(self, error: sqlite3.Error) -> StoreError:
-        if isinstance(error, sqlite3.OperationalError):
-            if error.sqlite_errorname == "SQLITE_BUSY":
-                return DatabaseInUse(f"another server uses {self.path}: stop it, or set `database` to another path")
-            if error.sqlite_errorname.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
-                return StoreError(f"{self.path}.lock: cannot be opened and locked; the folder must be writable")
-            return StoreError(f"{self.path}.lock: {_store_error(error)}")
-        return StoreError(f"{self.path}.lock: is another program's file: move it away")
-
-    def _open(self) -> sqlite3.Connection:
-        connection = None
-        try:
-            connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-            connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
-            self._check_format(connection)
-            connection.execute(f"PRAGMA page_size = {self._page_size}")  # heeded only before the first table
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # the same
-            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-            if mode != "wal":
-                raise StoreError(f"{self.path}: write-ahead logging cannot be used here (journal mode {mode})")
-            connection.execute("PRAGMA journal_size_limit = 67108864")
-            self._page_size = connection.execute("PRAGMA page_size").fetchone()[0]
-            pages = 2 * self._log_limit // self._page_size  # twice that: the threads that see to it did not come to it
-            connection.execute(f"PRAGMA wal_autocheckpoint = {max(pages, 16)}")
-            connection.execute(f"PRAGMA synchronous = {'FULL' if self._durability == 'full' else 'NORMAL'}")
-            self._upgrade(connection)
-            self._version = SCHEMA_VERSION
-            self._set_clock(connection)
-            connection.execute("BEGIN IMMEDIATE")  # a database that cannot be written is to be found now
-            connection.execute("DELETE FROM pieces WHERE job NOT IN (SELECT seq FROM jobs)")
-            connection.execute("COMMIT")
-        except BaseException as error:
-            if connection is not None:
-                connection.close()  # or it keeps its locks as long as the exception lives
-            if isinstance(error, sqlite3.Error):
-                raise StoreError(f"{self.path}: {_store_error(error)}") from None
-            raise
-        return connection
-
-    def _check_format(self, connection: sqlite3.Connection) -> None:
-        try:
-            tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
-            ours = connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: {_store_error(error)}") from None
-        if tables and not ours:
-            raise StoreError(f"{self.path} is a database of another program: set `database` to another path")
-        self._version = version
-        if version > SCHEMA_VERSION:
-            raise StoreError(f"{self.path} was made by a newer version ({version}): use that one; nothing was changed")
-
-    def _upgrade(self, connection: sqlite3.Connection) -> None:
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            script = resource("schema.sql").decode() + f"\nPRAGMA application_id = {APPLICATION_ID};"
-            steps = [(SCHEMA_VERSION, script)]
-        else:
-            steps = [(old + 1, UPGRADES[old]) for old in range(version, SCHEMA_VERSION)]
-        for new, script in steps:
-            connection.executescript(f"BEGIN EXCLUSIVE;\n{script}\nPRAGMA user_version = {new};\nCOMMIT;")
-
-    def _set_clock(self, connection: sqlite3.Connection) -> None:
-        """Bring the times in line with the system's clock, if it leapt while they were written."""
-        offset = _clock_offset(connection)
-        if offset:
-            connection.execute("BEGIN IMMEDIATE")
-            for statement in _MOVE_TIMES if offset > 0 else ():
-                connection.execute(statement, {"by": offset})
-            connection.execute("DELETE FROM clock")
-            connection.execute("COMMIT")
-
-    # --- writing ---
-
-    def _put(
-        self,
-        run: Callable[[sqlite3.Connection], Any],
-        done: Done = _ignore,
-        keep: bool = False,
-        new: _NewRow | None = None,
-        size: int = _WRITE_BYTES,
-    ) -> None:
-        post = self._attending.get(threading.get_ident())
-        self._queue.append(_Write(run, done, keep, new, size, post))
-        if post is None:
-            self._call()
-        if self._closed:
-            self._refuse()
-
-    def _call(self) -> None:
-        """Have the store's thread commit."""
-        if not self._called:
-            self._called = True
-            self._calls.put(_COMMIT)
-
-    def _take(self, count: int) -> list[_Write]:
-        taken: list[_Write] = []
-        with contextlib.suppress(IndexError):
-            while len(taken) < count:
-                taken.append(self._queue.popleft())
-        return taken
-
-    def _refuse(self) -> None:
-        """Tell writes that came after the end, or their callers would wait for ever."""
-        while writes := self._take(_BATCH):
-            for write in writes:
-                self._tell(write, None, StoreError("the database is closed"))
-
-    def _write(self) -> None:
-        """The store's thread: commit together whatever waits."""
-        # Each commit waits several times for the interpreter's lock, by a timer to which Linux adds up to 0.05 ms.
-        slack = f"/proc/{threading.get_native_id()}/timerslack_ns"
-        with contextlib.suppress(OSError), open(slack, "w", encoding="ascii") as file:
-            file.write("1000")
-        kept = self._kept
-        while True:
-            self._resting, call = True, _COMMIT  # before it looks whether anything is left
-            if kept or not (self._stopping or self._is_mine()):
-                grown = self._unfolded
-                try:
-                    timeout = _RETRY_S if kept or self.fault else _QUIET_S if self._reset_due else None
-                    call = self._calls.get(timeout=timeout)
-                except queue.Empty:
-                    call = _QUIET if kept or self._unfolded == grown else _FOLDED
-            self._resting = False
-            self._called, stopping, busy = False, self._stopping, False  # before it looks at the queue
-            try:
-                busy = self._commit_next(_COMMIT if stopping else call)
-            except Exception:  # none is foreseen, but all writes depend on this thread
-                log.exception("the store")
-            if self.fault is not None and not self._damaged and not kept and not stopping:
-                self._probe()
-            if stopping and kept and time.monotonic() >= self._give_up_at:
-                log.error("%d writes could not be made: %s", len(kept), self.fault)
-                for write in kept:
-                    self._tell(write, None, StoreError(self.fault or ""))
-                kept.clear()
-            if stopping and not kept and not busy:
-                break
-        self._closed = True
-        self._refuse()
-
-    def _is_mine(self) -> bool:
-        """Whether the store's thread is to go on with what waits. A new job's writer is to, who is reminded of it."""
-        try:
-            first = self._queue[0]
-        except IndexError:
-            return False
-        if first.new is None or first.post is None or first.post not in self._attending.values():
-            return True
-        try:
-            first.post(lambda: None)
-        except Exception:  # as for a listener
-            log.exception("before a write")
-            return True
-        return False
-
-    def _commit_next(self, call: int) -> bool:
-        """Commit what was put off and what waits, or have the log begin anew; False if there was nothing to do."""
-        with self._committing:  # not while `done` is called, which may wait for others
-            filled = self._filled
-            if filled is not None:
-                batch, made = filled.batch, self._attempt(partial(self._end, filled))
-                self._filled = None
-            else:
-                batch = [*self._kept, *self._take(_BATCH)] if call != _FOLDED else []
-                cheap = not batch and (call == _QUIET or self._is_quick())
-                if self._reset_due and (cheap or self._log_bytes >= self._log_limit):
-                    self._reset()
-                elif not batch:
-                    return False
-                if batch:
-                    self._kept.clear()
-                made = self._attempt(partial(self._transact, batch)) if batch else ([], False)
-        self._conclude(batch, made)
-        return True
-
-    def attend(self, post: Post | None) -> None:
-        me, others = threading.get_ident(), dict(self._attending)
-        others.pop(me, None)
-        self._attending = others if post is None else {**others, me: post}  # replaced, for others look through it
-        if post is None:
-            self._call()
+            with self._reading() as db:
+                self._version = self._file.check_format(db)
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
-        post = self._attending.get(threading.get_ident())
-        if post is not None:
-            self.attend(None)
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Borrow a connection."""
         try:
-            yield
-        finally:
-            if post is not None:
-                self.attend(post)
-
-    def commit(self, more: bool = False) -> None:
-        """Commit new jobs that are a row each, as long as the disk is quick; all else is left to the store's thread.
-
-        While the disk is slow new jobs are written here all the same, and that thread only commits them: if both ran
-        Python they would wait for each other, some forty times a commit. It reminds of what is left out meanwhile.
-        """
-        if not self._queue or self._filled is not None:
-            return
-        here = self._is_quick() and self.fault is None and time.monotonic() >= self._slow_until
-        if here and more:
-            return
-        if not (here or self._resting):
-            return  # that thread looks, before it rests, whether anything is left
-        if not self._committing.acquire(timeout=_QUICK_S if here else 0):
-            self._call()
-            return
-        made, batch = None, list[_Write]()
-        try:
-            if not (self._kept or self._closed) and (here or self._resting):
-                batch = self._take(_BATCH)
-                if all(write.new for write in batch) and sum([write.size for write in batch]) < _FILL_BYTES:
-                    if here:
-                        made = self._transact(batch, patient=False)
-                    else:
-                        self._filled = self._begin(batch, patient=False)
-        except Exception:  # the thread meets it again, and can wait
-            log.debug("a commit is left to the store's thread", exc_info=True)
-            self._quick.append(False)
-        finally:
-            if made is None and self._filled is None:
-                self._queue.extendleft(reversed(batch))
-            self._committing.release()
-            if self._queue or self._filled is not None:
-                self._call()
-        if made is not None:
-            self._told(batch, made)
-            post = self._attending.get(threading.get_ident())
-            if self._queue and post is not None:  # who was answered brought more, and nothing else may wake this thread
-                post(lambda: None)
-
-    def _is_quick(self) -> bool:
-        return sum(self._quick) > 4
-
-    def _be_patient(self, patient: bool) -> None:
-        """Let the writing connection wait for other processes' locks, or not."""
-        if patient != self._patient:
-            self._patient = patient
-            self._writer.execute(f"PRAGMA busy_timeout = {_BUSY_MS if patient else 0}")
-
-    def _grown(self, size: int) -> None:
-        """Have the log folded when it has grown by enough; the sizes are estimates, for SQLite tells then only."""
-        self._unfolded += size
-        self._log_bytes += size
-        if self._unfolded >= self._fold_at and not self._fold_asked:
-            self._unfolded = 0
-            self._reset_due &= self._log_bytes >= self._log_limit  # else what came since the last fold is not little
             try:
-                if not self._folding.ident:
-                    self._folding.start()
-            except (RuntimeError, MemoryError) as error:  # no more threads: later perhaps; what was committed stays so
-                log.debug("the log is not folded: %s", error)
-                return
-            self._fold_asked = True
-            self._folds.put(True)
-
-    def _fold_on_demand(self) -> None:
-        """A thread of its own: fold the log into the file beside the commits, of which each would wait for it else."""
-        db = None
-        while self._folds.get():
-            self._fold_asked = False
+                db = self._idle.pop()
+            except IndexError:
+                db = self._connect()
             try:
-                self._check_in_place()
-                db = db or sqlite3.connect(self.path, isolation_level=None)
-                with self._fold_lock:
-                    _, pages, _ = db.execute(_FOLD).fetchone()
-                if pages > 0:
-                    self._log_bytes = pages * self._page_size
-            except Exception as error:  # a commit meets it too, and tells; the next one is to be folded all the same
-                log.debug("the log was not folded: %s", error)
-            self._reset_due = True
-            self._calls.put(_FOLDED)
-        if db is not None:
-            db.close()
+                yield db
+            finally:
+                self._idle.append(db)
+        except (sqlite3.Error, _Moved) as error:
+            raise self._file.failure(error) from None
 
-    def _reset(self) -> None:
-        """Fold what came meanwhile, with no commit beside it: SQLite begins a log anew that is all folded."""
-        self._reset_due = False
-        if not self._fold_lock.acquire(blocking=self._log_bytes >= self._log_limit):
-            return  # the end of that fold asks for this again
-        try:
-            with contextlib.suppress(sqlite3.Error):
-                _, pages, folded = self._writer.execute(_FOLD).fetchone()
-                if -1 < pages == folded:  # -1, -1: another process folds it
-                    self._log_bytes = 0
-                else:  # a reader held it up: it is tried again before long
-                    self._unfolded = max(self._unfolded, self._fold_at * 3 // 4)
-        finally:
-            self._fold_lock.release()
+    def _connect(self) -> sqlite3.Connection:
+        self._file.check()  # or some answers would come from another database than the others
+        name = f"file:{urllib.parse.quote(self.path)}?mode=ro"
+        db = sqlite3.connect(name, uri=True, timeout=1, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA query_only = ON")
+        return db
 
-    def _probe(self) -> None:
-        """Find out whether a store that failed is well again, for perhaps nobody brings a write any more."""
-        now = time.monotonic()
-        if now >= self._probe_at:
-            self._probe_at = now + _RETRY_S
-            sql = "INSERT OR REPLACE INTO pieces VALUES (0, 'result', 0, 0, zeroblob(?))"
-            self._commit([_Write(partial(_execute, sql, (PIECE,)), _ignore, False)])
-            if self.fault is None:
-                self._put(partial(_execute, "DELETE FROM pieces WHERE job = 0", ()), keep=True)
+    def _all(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._reading() as db:
+            return db.execute(sql, values).fetchall()
 
-    def _check_in_place(self) -> None:
-        for path, identity in self._files.items():
-            if _identity(path) != identity:
-                raise _Moved
+    def _first(self, sql: str, values: Sequence[Any] = ()) -> Any:
+        with self._reading() as db:
+            return db.execute(sql, values).fetchone()
 
-    def _noted(self, error: Exception) -> StoreError:
-        """The error in words. Damage is remembered: it is no ground to put new jobs on."""
-        failure = _store_error(error)
-        if _is_damage(error) and not self._damaged:
-            self._damaged, self.fault = True, str(failure)
-            log.error("%s; new jobs are refused until the server is started with a good one", failure)
-        return failure
-
-    def _transact(self, batch: list[_Write], patient: bool = True) -> _Made:
-        """What each write of a transaction brings, once it is committed, and whether it changed anything."""
-        return self._end(self._begin(batch, patient))
-
-    def _begin(self, batch: list[_Write], patient: bool) -> _Filled:
-        """All of a transaction but its end."""
-        writer = self._writer
-        changes = writer.total_changes
-        self._check_in_place()
-        self._be_patient(patient)
-        try:
-            if writer.in_transaction:  # the last one could not be rolled back
-                writer.execute("ROLLBACK")
-            writer.execute("BEGIN IMMEDIATE")
-            return _Filled(batch, self._run(batch), changes)
-        except BaseException:
-            self._roll_back()
-            raise
-
-    def _end(self, filled: _Filled) -> _Made:
-        try:
-            began = time.monotonic()
-            self._writer.execute("COMMIT")
-            ended = time.monotonic()
-        except BaseException:
-            self._roll_back()
-            raise
-        self._quick.append(ended - began < _QUICK_S)
-        if ended - began > _HICCUP_S:
-            self._slow_until = ended + 100 * (ended - began)
-        self._grown(sum([write.size for write in filled.batch]) + _COMMIT_BYTES)
-        return filled.results, self._writer.total_changes > filled.changes
-
-    def _roll_back(self) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
-
-    def _told(self, batch: list[_Write], made: _Made) -> None:
-        results, changed = made
-        if self.fault is not None and changed and not self._damaged:  # one without a change says nothing about the disk
-            log.info("the database can be written again")
-            self.fault = None
-        me, attending = threading.get_ident(), self._attending
-        others = {post for thread, post in attending.items() if thread != me}
-        elsewhere: dict[Post, list[tuple[_Write, Any]]] = {}
-        told = list(zip(batch, results, strict=True))
-        for write, result in told:
-            if write.post in others:
-                elsewhere.setdefault(write.post, []).append((write, result))
-        self._tell_all([(write, result) for write, result in told if write.post not in others] if others else told)
-        for post, theirs in elsewhere.items():  # one message for all: each wakes a thread
-            try:
-                post(partial(self._tell_all, theirs))
-            except Exception:  # as for a listener
-                log.exception("after a write")
-
-    def _tell_all(self, told: list[tuple[_Write, Any]]) -> None:
-        left = iter(told)
-        try:
-            for write, result in left:
-                self._tell(write, result, None)
-        finally:  # an interrupt of the program ends it in the middle: the store's thread tells the others
-            for write, result in left:
-                self._queue.append(_Write(partial(_given, result), write.done, keep=True))
-                self._call()
-
-    def _attempt(self, transact: Callable[[], _Made]) -> _Made | Exception:
-        try:
-            return transact()
-        except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
-            return error
-
-    def _conclude(self, batch: list[_Write], made: _Made | Exception) -> None:
-        """Say what became of a transaction; of one that failed, do what can be done still."""
-        if not isinstance(made, Exception):
-            self._told(batch, made)
-        elif _environmental(made):
-            self._put_off(batch, made)
-        elif len(batch) > 1:  # one bad row must not fail the others
-            for write in batch:
-                self._commit([write])
-        else:
-            known = isinstance(made, AsteraError) or _is_damage(made)
-            log.error("a write failed: %s", made, exc_info=None if known else made)
-            self._tell(batch[0], None, made if isinstance(made, AsteraError) else self._noted(made))
-
-    def _commit(self, batch: list[_Write]) -> None:
-        with self._committing:
-            made = self._attempt(partial(self._transact, batch))
-        self._conclude(batch, made)
-
-    def _run(self, batch: list[_Write]) -> list[Any]:
-        """What each write of a transaction brings. New jobs that are no more than a row come first, all together."""
-        plain = [write.new if write.new and write.new.job.version in self._versions else None for write in batch]
-        _insert_jobs(self._writer, [new.values for new in plain if new])
-        return [
-            Added(new.job, False) if new else write.run(self._writer) for new, write in zip(plain, batch, strict=True)
-        ]
-
-    def _put_off(self, batch: list[_Write], error: Exception) -> None:
-        failure = _store_error(error)
-        if self.fault is None:
-            log.error("%s; new jobs are refused until that is mended", failure)
-        with self._committing:
-            self._reset()  # on a full disk there is room in the log once it is folded
-        if not self._damaged:
-            self.fault = str(failure)
-        for write in batch:
-            if write.keep:
-                self._kept.append(write)
-            else:
-                self._tell(write, None, failure)
-
-    def _tell(self, write: _Write, result: Any, error: AsteraError | None) -> None:
-        try:
-            write.done(result, error)
-        except Exception:  # a listener's fault must not end the thread that all writes depend on
-            log.exception("after a write")
-
-    def add(self, submission: Submission, done: Done) -> None:
-        if self._damaged:
-            done(None, StoreError(self.fault or ""))
-            return
-        job, request, ended = submission.job, submission.request, submission.ended
-        cells = _cells(job.key, "request_body", 0, request.body) if len(request.body) > PIECE else []
-        sent = (
-            f'{{"method":"{request.method}","path":{to_json(request.path)},"query":{to_json(request.query)},'
-            f'"headers":{to_json(request.headers)}'
-            + ("}" if request.trace is None else f',"trace":{to_json(request.trace)}}}')
-        )
-        row = (
-            *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
-            submission.fingerprint, job.callback.url if job.callback else None, sent, None if cells else request.body,
-            *_end_columns(ended),
-        )  # fmt: skip
-        size = _ROW_BYTES + len(request.body) + (0 if ended is None else len(ended.outcome.answer.body))
-        plain = submission.idempotency_key is None and not cells and (ended is None or ended.callback is None)
-        known = ended is None and job.version in self._versions
-        told = done if known else partial(self._inserted, job, row[12:] if ended else None, done)
-        insert = partial(self._insert, submission, row, cells)
-        self._put(insert, told, new=_NewRow(job, row) if plain else None, size=size)
-
-    def _insert(
-        self, submission: Submission, row: Sequence[Any], cells: Sequence[_Cell], db: sqlite3.Connection
-    ) -> Added | Conflict:
-        """Write a new job and the pieces of its request, unless its key is known."""
-        job = submission.job
-        if submission.idempotency_key is not None:
-            known = self._of_key(db, job.flow, job.token, submission.idempotency_key, job.created)
-            if known is not None:
-                return Added(known[0], True) if known[1] == submission.fingerprint else key_conflict()
-            db.execute(
-                "UPDATE jobs SET idempotency_key = NULL WHERE flow = ? AND token = ? AND idempotency_key = ?",
-                (job.flow, job.token, submission.idempotency_key),
-            )
-        if job.version not in self._versions:
-            db.execute("INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text))
-        db.executemany(_INSERT_PIECE, cells)  # in one commit: on a full disk a part would take the room for good
-        _insert_jobs(db, [row])
-        if submission.ended is not None and submission.ended.callback is not None:
-            _owe(db, submission.ended)
-        return Added(job, False)
-
-    def _inserted(
-        self, job: Job, ended: Sequence[Any] | None, done: Done, result: Any, error: AsteraError | None
-    ) -> None:
-        if isinstance(result, Added) and not result.replayed:
-            self._versions.add(job.version)  # its text is on disk now
-            if ended is not None:
-                self._recent.put(job, ended)
-        done(result, error)
-
-    def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
-        sql = f"UPDATE jobs SET attempt = ?, started = ?, due = NULL WHERE {_FENCE}"  # noqa: S608
-        self._put(partial(_execute, sql, (attempt, started, key.seq, attempt - 1, attempt)), done, keep=True)
-
-    def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = _ignore) -> None:
-        self._put(
-            partial(_execute, _SAVE_STEP, (key.seq, path, None, output, key.seq, attempt - 1, attempt)), done, keep=True
-        )
-
-    def suspend(self, suspension: Suspension, done: Done) -> None:
-        key, attempt, started, due, path, until, trace = suspension
-
-        def run(db: sqlite3.Connection) -> bool:
-            fence = (key.seq, attempt - 1, attempt)
-            db.execute(_SAVE_STEP, (key.seq, path, until, None, *fence))
-            sql = f"UPDATE jobs SET attempt = ?, started = ?, due = ?, trace = ? WHERE {_FENCE}"  # noqa: S608
-            return db.execute(sql, (attempt, started, due, trace, *fence)).rowcount == 1
-
-        self._put(run, done, keep=True)
-
-    def requeue(self, key: JobKey, attempt: int) -> None:
-        sql = "UPDATE jobs SET attempt = ? WHERE seq = ? AND status = 'Running' AND attempt = ?"
-        self._put(partial(_execute, sql, (attempt - 1, key.seq, attempt)), keep=True)
-
-    def barrier(self, done: Done) -> None:
-        self._put(lambda db: None, done, keep=True)
-
-    def finish(self, finish: Finish, done: Done) -> None:
-        answer, seq = finish.outcome.answer, finish.job.key.seq
-        cells = _cells(finish.job.key, "result", finish.attempt, answer.body) if len(answer.body) > PIECE else []
-        for cell in cells:
-            self._put(partial(_execute, _INSERT_PIECE, cell), keep=True, size=len(cell[-1]) + _WRITE_BYTES)
-        values = _end_columns(finish)
-
-        def run(db: sqlite3.Connection) -> bool:
-            moved = db.execute(
-                "UPDATE jobs SET status = ?, attempt = ?, started = ?, due = NULL, finished = ?, expires = ?, code = ?,"
-                " size = ?, headers = ?, error = ?, trace = ?, result = ?"
-                " WHERE seq = ? AND status = 'Running' AND (? OR attempt IN (?, ?))",
-                (*values, seq, not finish.fenced, finish.attempt - 1, finish.attempt),
-            ).rowcount
-            if not moved:
-                if cells:
-                    db.execute(
-                        "DELETE FROM pieces WHERE job = ? AND part = 'result' AND attempt = ?", (seq, finish.attempt)
-                    )
-                return False
-            db.execute("DELETE FROM steps WHERE job = ?", (seq,))
-            db.execute(  # of runs that died before their end: one of them may have had the same number
-                "DELETE FROM pieces WHERE job = ? AND part = 'result' AND (attempt <> ? OR n >= ?)",
-                (seq, finish.attempt, len(cells)),
-            )
-            if finish.callback is not None:
-                _owe(db, finish)
-            return True
-
-        def finished(moved: Any, error: AsteraError | None) -> None:
-            if moved:
-                self._recent.put(finish.job, values)
-            done(moved, error)
-
-        self._put(run, finished, keep=True, size=_WRITE_BYTES + len(finish.outcome.answer.body))
-
-    def delete(self, key: JobKey, done: Done) -> None:
-        def run(db: sqlite3.Connection) -> str:
-            row = db.execute(f"{_SELECT_JOB} WHERE seq = ? AND salt = ?", key).fetchone()
-            if row is None:
-                return "absent"
-            job = _job(row)
-            if job.status is Status.RUNNING:
-                return "running"
-            if job.callback is not None and job.callback.state == "pending":
-                return "owed"
-            _forget(db, [key.seq])
-            return "deleted"
-
-        def deleted(result: Any, error: AsteraError | None) -> None:
-            self._recent.forget([key.seq])
-            done(result, error)
-
-        self._put(run, deleted)
-
-    def resend(self, key: JobKey, now: int, done: Done) -> None:
-        sql = "UPDATE callbacks SET state = 'pending', next = ?, attempts = 0 WHERE job = ?"
-        self._put(partial(_execute, sql, (now, key.seq)), done)
-
-    def record_delivery(
-        self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
-    ) -> None:
-        def run(db: sqlite3.Connection) -> None:
-            db.execute(
-                "INSERT INTO attempts SELECT job, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = c.job) + 1,"
-                " ?, ?, ?, ? FROM callbacks c WHERE job = ?",
-                (attempt.at, attempt.duration_ms, attempt.status, attempt.error, key.seq),
-            )
-            db.execute(
-                "UPDATE callbacks SET attempts = attempts + 1, last_status = ?,"
-                " state = iif(next IS ?, ?, state), next = iif(next IS ?, ?, next)"
-                " WHERE job = ? AND state = 'pending'",
-                (attempt.status, seen, state, seen, next_at, key.seq),
-            )
-
-        self._put(run, done, keep=True)
-
-    def purge(self, now: int, limit: int, done: Done) -> None:
-        expired: list[int] = []
-
-        def run(db: sqlite3.Connection) -> int:
-            expired.clear()  # a transaction that failed is made again
-            kept = ",".join(str(seq) for seq, _ in tuple(self._being_read))
-            sql = f"SELECT seq, size FROM jobs WHERE expires <= ? AND seq NOT IN ({kept}) ORDER BY expires LIMIT ?"  # noqa: S608
-            total = 0
-            for seq, size in db.execute(sql, (now, limit)):
-                expired.append(seq)
-                total += size or 0
-                if total > _PURGE_BYTES:
-                    break
-            _forget(db, expired)
-            free = db.execute("PRAGMA freelist_count").fetchone()[0]
-            for _ in range(min(free, _GIVE_BACK)):  # one by one: before CPython 3.13 only the first step is made
-                db.execute("PRAGMA incremental_vacuum(1)")
-            return len(expired)
-
-        def purged(result: Any, error: AsteraError | None) -> None:
-            self._recent.forget(expired)
-            self._fold()
-            done(result, error)
-
-        self._put(run, purged)
-
-    def forget_flows(self) -> bool:
-        with self._reader() as db:  # here, so that no write waits for it
-            if self._unused is None:
-                sql = "SELECT version FROM flows WHERE version IS NOT"
-                sql += " (SELECT version FROM jobs WHERE flow = flows.name ORDER BY seq DESC LIMIT 1)"
-                old = {version for (version,) in db.execute(sql)}
-                self._unused = old, 0, db.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
-            unused, at, young = self._unused
-            sql = "SELECT version, seq FROM jobs WHERE seq > ? ORDER BY seq LIMIT ?"
-            jobs = db.execute(sql, (at, _LOOK_THROUGH)).fetchall() if unused else []
-        unused.difference_update([version for version, _ in jobs])
-        if unused and len(jobs) == _LOOK_THROUGH:
-            self._unused = unused, jobs[-1][1], young
-            return True
-        self._unused = None
-
-        def run(db: sqlite3.Connection) -> None:
-            for version in unused:  # unless a job came meanwhile, whose id may be a little older than its row
-                gone = db.execute(
-                    "DELETE FROM flows WHERE version = ? AND NOT EXISTS"
-                    " (SELECT 1 FROM jobs WHERE flow = flows.name AND seq > ? AND version = flows.version)",
-                    (version, young - _MINUTE_OF_SEQ),
-                ).rowcount
-                if gone:
-                    self._versions.discard(version)  # it is to be written again with its next job
-
-        if unused:
-            self._put(run)
-        return False
-
-    def _fold(self) -> None:
-        """Give back the room of a log that grew while a reader held it up; between transactions, waiting for nobody."""
-        with contextlib.suppress(OSError, sqlite3.Error):  # it is tried again by the next purge
-            if os.stat(f"{self.path}-wal").st_size > self._log_limit * 5 // 4:
-                with self._committing:
-                    self._be_patient(False)
-                    self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-
-    # --- reading ---
-
-    def _connect_reader(self) -> sqlite3.Connection:
-        self._check_in_place()  # or some answers would come from another database than the others
-        quoted = urllib.parse.quote(self.path)
-        reader = sqlite3.connect(
-            f"file:{quoted}?mode=ro", uri=True, timeout=1, isolation_level=None, check_same_thread=False
-        )
-        reader.execute("PRAGMA query_only = ON")
-        return reader
-
-    def _reader(self) -> _Reading:
-        return _Reading(self)
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Let go of the database."""
+        while self._idle:
+            self._idle.pop().close()
 
     def get(self, key: JobKey) -> Job | None:
-        recent = self._recent.job(key)
-        if recent is not None:
-            return recent
-        with self._reader() as db:
-            row = db.execute(f"{_SELECT_JOB} WHERE seq = ? AND salt = ?", key).fetchone()
-            return row and _job(row)
-
-    @staticmethod
-    def _of_key(db: sqlite3.Connection, flow: str, token: str, key: str, now: int) -> tuple[Job, bytes] | None:
-        row = db.execute(
-            f"SELECT {_JOB_COLUMNS}, {_CALLBACK_COLUMNS}, fingerprint FROM jobs LEFT JOIN callbacks c ON c.job = seq"  # noqa: S608
-            " WHERE flow = ? AND token = ? AND idempotency_key = ? AND (expires IS NULL OR expires > ?)",
-            (flow, token, key, now),
-        ).fetchone()
-        return row and (_job(row), row[21])
-
-    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
-        self._put(lambda db: self._of_key(db, flow, token, idempotency_key, now), done)
-
-    def claim(self, held: Container[int], limit: int) -> list[Claimed]:
-        sql = "SELECT seq, due, flow FROM jobs WHERE status = 'Running' AND seq > ? ORDER BY seq LIMIT ?"
-        with self._reader() as db:
-            rows = db.execute(sql, (self._claimed_to, limit)).fetchall()
-        self._claimed_to = rows[-1][0] if len(rows) == limit else 0
-        return [Claimed(*row) for row in rows if row[0] not in held]
-
-    def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
-        sql = "SELECT 1 FROM jobs WHERE seq = ? AND salt = ? AND status = 'Running'"
-        with self._reader() as db:
-            return [key for key in keys if db.execute(sql, key).fetchone() is None]
+        row = self._first(_SELECT_JOB + _OF_KEY, key)
+        return row and _job(row)
 
     def load(self, seq: int) -> Loaded | None:
-        with self._reader() as db:
-            row = db.execute(f"{_SELECT_JOB} WHERE seq = ? AND status = 'Running'", (seq,)).fetchone()
-            if row is None:
-                return None
-            job = _job(row)
-            saved, waits = {}, {}
-            for path, until, output in db.execute("SELECT path, until, output FROM steps WHERE job = ?", (seq,)):
-                if until is None:
-                    saved[path] = output
-                else:
-                    waits[path] = until
-            request = self._request(db, job.key)
-            assert request is not None
-            trace = db.execute("SELECT trace FROM jobs WHERE seq = ?", (seq,)).fetchone()[0]
-            return Loaded(job, request, saved, waits, json.loads(trace) if trace else [])
-
-    def _request(self, db: sqlite3.Connection, key: JobKey) -> StoredRequest | None:
-        row = db.execute("SELECT request, request_body FROM jobs WHERE seq = ? AND salt = ?", key).fetchone()
+        row = self._first(f"SELECT {_JOB_COLUMNS}, trace{_FROM_JOBS} WHERE seq = ? AND status = 'Running'", (seq,))
         if row is None:
             return None
-        sent, body = json.loads(row[0]), row[1]
-        if body is None:
-            sql = "SELECT data FROM pieces WHERE job = ? AND part = 'request_body' ORDER BY n"
-            body = b"".join(piece for (piece,) in db.execute(sql, (key.seq,)))
-        return StoredRequest(sent["method"], sent["path"], sent["query"], sent["headers"], body, _trace(sent))
+        job = _job(row)
+        steps = self._all("SELECT path, until, output FROM steps WHERE job = ?", (seq,))
+        saved = {path: output for path, until, output in steps if until is None}
+        waits = {path: until for path, until, _ in steps if until is not None}
+        found = self.request(job.key)
+        return found and Loaded(job, found[0], saved, waits, json.loads(row[-1] or "[]"))
 
-    def request(self, key: JobKey) -> StoredRequest | None:
-        with self._reader() as db:
-            return self._request(db, key)
-
-    def request_beginning(self, key: JobKey, length: int) -> tuple[StoredRequest, int] | None:
-        with self._reader() as db:
-            row = db.execute(
-                "SELECT request, substr(ifnull(request_body, (SELECT data FROM pieces WHERE job = seq"
-                " AND part = 'request_body' AND n = 0)), 1, ?), ifnull(length(request_body),"
-                " (SELECT total(length(data)) FROM pieces WHERE job = seq AND part = 'request_body'))"
-                " FROM jobs WHERE seq = ? AND salt = ?",
-                (length, *key),
-            ).fetchone()
-        if row is None:
-            return None
-        sent = json.loads(row[0])
-        request = StoredRequest(
-            sent["method"], sent["path"], sent["query"], sent["headers"], row[1] or b"", _trace(sent)
+    def request(self, key: JobKey, length: int = 1 << 30) -> tuple[StoredRequest, int] | None:
+        row = self._first(
+            "SELECT request, substr(request_body, 1, ?), ifnull(length(request_body),"
+            " (SELECT total(length(data)) FROM pieces WHERE job = seq AND part = 'request_body'))"
+            f" FROM jobs{_OF_KEY}",
+            (length, *key),
         )
-        return request, int(row[2])
+        if row is None:
+            return None
+        sent, body, size = row
+        if body is None:
+            sql = "SELECT data FROM pieces WHERE job = ? AND part = 'request_body' AND n <= ? ORDER BY n"
+            body = b"".join(data for (data,) in self._all(sql, (key.seq, length // PIECE)))[:length]
+        return _request(json.loads(sent), body), int(size)
 
     def result(self, key: JobKey) -> StoredResult | None:
-        recent = self._recent.result(key)
-        if recent is not None:
-            return recent
-        with self._reader() as db:
-            row = db.execute(
-                "SELECT code, headers, size, result, attempt FROM jobs"
-                " WHERE seq = ? AND salt = ? AND status <> 'Running'",
-                key,
-            ).fetchone()
-            if row is None:
-                return None
-            code, headers, size, body, attempt = row
-            return StoredResult(code, [(name, value) for name, value in json.loads(headers)], size, body, attempt)
+        row = self._first(
+            f"SELECT code, headers, size, result, attempt FROM jobs{_OF_KEY} AND status <> 'Running'", key
+        )
+        if row is None:
+            return None
+        code, headers, size, body, attempt = row
+        return StoredResult(code, [(name, value) for name, value in json.loads(headers)], size, body, attempt)
 
     def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
         pieces = self._read_pieces(key, attempt, start, stop)
-        next(pieces)  # from here on the purge lets be what is read
+        next(pieces)  # from here on the purge spares what is read
         return pieces
 
     def _read_pieces(self, key: JobKey, attempt: int, start: int, stop: int) -> Iterator[bytes]:
@@ -7522,8 +7089,7 @@ class SqliteStore:
         try:
             yield b""
             for at in range(start - start % PIECE, stop, PIECE):
-                with self._reader() as db:
-                    row = db.execute(sql, (key.seq, attempt, at // PIECE)).fetchone()
+                row = self._first(sql, (key.seq, attempt, at // PIECE))
                 if row is None:
                     return
                 yield row[0][max(start - at, 0) : stop - at]
@@ -7531,14 +7097,12 @@ class SqliteStore:
             self._being_read.discard(reading)
 
     def trace(self, key: JobKey) -> list[dict[str, Any]]:
-        with self._reader() as db:
-            row = db.execute("SELECT trace FROM jobs WHERE seq = ? AND salt = ?", key).fetchone()
-            return json.loads(row[0]) if row and row[0] else []
+        row = self._first(f"SELECT trace FROM jobs{_OF_KEY}", key)
+        return json.loads(row[0]) if row and row[0] else []
 
     def attempts(self, key: JobKey) -> list[Attempt]:
-        with self._reader() as db:
-            sql = "SELECT at, duration, status, error FROM attempts WHERE job = ? ORDER BY n"
-            return [Attempt(*row) for row in db.execute(sql, (key.seq,))]
+        rows = self._all("SELECT at, duration, status, error FROM attempts WHERE job = ? ORDER BY n", (key.seq,))
+        return [Attempt(*row) for row in rows]
 
     def page(
         self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
@@ -7553,17 +7117,217 @@ class SqliteStore:
         if status is not None:  # written out, for the planner to see that a partial index serves
             conditions[f"status = '{status.value}' AND ?"] = 1
         sql = f"{_SELECT_JOB} WHERE {' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?"
-        with self._reader() as db:
-            return [_job(row) for row in db.execute(sql, (*conditions.values(), limit))]
-
-    def unfinished(self) -> Iterator[tuple[int, int | None, str]]:
-        with self._reader() as db:
-            yield from db.execute("SELECT seq, due, flow FROM jobs WHERE status = 'Running' ORDER BY seq")
+        return [_job(row) for row in self._all(sql, (*conditions.values(), limit))]
 
     def flow_text(self, version: int) -> tuple[str, str] | None:
-        with self._reader() as db:
-            row = db.execute("SELECT name, text FROM flows WHERE version = ?", (version,)).fetchone()
-            return row and (row[0], row[1])
+        found: tuple[str, str] | None = self._first("SELECT name, text FROM flows WHERE version = ?", (version,))
+        return found
+
+    def tokens(self) -> list[Token]:
+        with self._reading() as db:
+            return _tokens(db) if self._version > 1 else []  # a look at an older database does not upgrade it
+
+    def clock_offset(self) -> int:
+        with self._reading() as db:
+            return _clock_offset(db) if self._version > 1 else 0
+
+    def size(self) -> int:
+        return self._file.size()
+
+    def backup(self, path: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile.
+
+        The file is there when it is whole, or not at all. `progress` is told how many pages are done of how many.
+        """
+        part = f"{path}.part"
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)  # of a backup that was killed
+            with contextlib.closing(sqlite3.connect(part)) as copied, self._reading() as db:
+                db.execute("BEGIN")
+                db.execute("SELECT 1 FROM sqlite_schema").fetchone()  # the moment; or each write would begin it anew
+                try:
+                    db.backup(copied, pages=1024, progress=lambda _, left, total: progress(total - left, total))
+                finally:
+                    db.execute("ROLLBACK")
+                if copied.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+                    raise StoreError(_DAMAGE["SQLITE_CORRUPT"])
+            _give_name(part, path)
+        except (OSError, StoreError, sqlite3.Error) as error:
+            words = reason_of(error) if isinstance(error, OSError) else str(_store_error(error))
+            raise StoreError(f"{self.path if _DAMAGE['SQLITE_CORRUPT'] in words else path}: {words}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+
+
+class SqliteStore(SqliteReader):
+    """The Store on SQLite. One connection writes (`_Writer`), a few read.
+
+    `durability` is full or normal, as the setting; `page_size` that of a database that is made. The write-ahead log
+    begins anew at `log_bytes`, or a quarter of the room on the disk.
+
+    One owner for each database: a lock on a file beside it, which the system releases when the process dies, so every
+    Running row that is found at start belongs to a run that is dead.
+    """
+
+    shared = False
+
+    def __init__(
+        self, path: str, durability: str = "full", log_bytes: int = _LOG_BYTES, page_size: int = 4 << 10
+    ) -> None:
+        super().__init__(path)
+        self._recent = _Recent()
+        self._versions: set[int] = set()  # of flows whose text is stored
+        self._claimed_to = 0  # `seq` up to which `claim` has looked
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
+        with contextlib.suppress(OSError):  # not every file system tells
+            log_bytes = min(log_bytes, max(shutil.disk_usage(folder).free // 4, 1 << 18))
+        self._owner = _own(self.path)
+        try:
+            db = self._open(durability, log_bytes, page_size)
+        except BaseException:
+            self._owner.close()
+            raise
+        self._file.pin()
+        self._writer = _Writer(db, self._file, log_bytes)
+
+    @property
+    def fault(self) -> str | None:
+        return self._file.fault
+
+    def _open(self, durability: str, log_bytes: int, page_size: int) -> sqlite3.Connection:
+        db = None
+        try:
+            db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            db.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+            version = self._file.check_format(db)
+            db.execute(f"PRAGMA page_size = {page_size}")  # heeded only before the first table
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # the same
+            mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            if mode != "wal":
+                raise StoreError(f"{self.path}: write-ahead logging cannot be used here (journal mode {mode})")
+            page_size = db.execute("PRAGMA page_size").fetchone()[0]
+            db.execute(f"PRAGMA journal_size_limit = {log_bytes}")
+            db.execute(f"PRAGMA wal_autocheckpoint = {max(log_bytes // page_size, 16)}")
+            db.execute(f"PRAGMA synchronous = {'FULL' if durability == 'full' else 'NORMAL'}")
+            _upgrade(db, version)
+            _set_clock(db)
+            db.execute("BEGIN IMMEDIATE")  # a database that cannot be written is to be found now
+            db.execute("DELETE FROM pieces WHERE job NOT IN (SELECT seq FROM jobs)")
+            db.execute("COMMIT")
+        except BaseException as error:
+            if db is not None:
+                db.close()  # or it keeps its locks as long as the exception lives
+            if isinstance(error, sqlite3.Error):
+                raise StoreError(f"{self.path}: {_store_error(error)}") from None
+            raise
+        return db
+
+    def _put(self, run: Callable[[sqlite3.Connection], Any], done: Done = _ignore, keep: bool = True) -> None:
+        self._writer.put(_Write(run, done, keep))
+
+    def _do(self, sql: str, values: Sequence[Any], done: Done = _ignore, keep: bool = True) -> None:
+        """Make a write of one statement; `done` gets whether it changed anything."""
+        self._writer.put(_Write(partial(_execute, sql, values), done, keep))
+
+    def add(self, submission: Submission, done: Done) -> None:
+        if self._file.damaged:
+            done(None, StoreError(self.fault or ""))
+            return
+        job, request, ended = submission.job, submission.request, submission.ended
+        cells = _cells(job.key, "request_body", 0, request.body)
+        sent: dict[str, Any] = {"method": request.method, "path": request.path, "query": request.query}
+        sent["headers"] = request.headers
+        if request.trace is not None:
+            sent["trace"] = request.trace
+        row = (
+            *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
+            submission.fingerprint, job.callback.url if job.callback else None, to_json(sent),
+            None if cells else request.body, *_end_columns(ended),
+        )  # fmt: skip
+
+        def added(result: Any, error: AsteraError | None) -> None:
+            if isinstance(result, Added) and not result.replayed:
+                self._versions.add(job.version)
+                if ended is not None:
+                    self._recent.put(ended)
+            done(result, error)
+
+        size = len(request.body) + (0 if ended is None else len(ended.outcome.answer.body))
+        owes = ended is not None and ended.callback is not None
+        if submission.idempotency_key is None and not owes and size <= _SMALL:
+            self._writer.put_new(_Write(partial(self._keep_text, submission), added, row=row))
+        else:
+            self._put(partial(self._insert, submission, row, cells), added, keep=False)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def _keep_text(self, submission: Submission, db: sqlite3.Connection) -> Added:
+        """Store the text of a new job's flow, once for all of them."""
+        job = submission.job
+        if job.version not in self._versions:
+            db.execute("INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text))
+        return Added(job, False)
+
+    def _insert(
+        self, submission: Submission, row: Sequence[Any], cells: Sequence[_Cell], db: sqlite3.Connection
+    ) -> Added | Conflict:
+        """Write a new job, unless its key is known, and all that belongs to it."""
+        job = submission.job
+        if submission.idempotency_key is not None:
+            of_key = (job.flow, job.token, submission.idempotency_key)
+            known = _find_key(*of_key, job.created, db)
+            if known is not None:
+                return Added(known[0], True) if known[1] == submission.fingerprint else key_conflict()
+            forget = "UPDATE jobs SET idempotency_key = NULL WHERE flow = ? AND token = ? AND idempotency_key = ?"
+            db.execute(forget, of_key)  # of a job that is expired
+        _insert_jobs(db, [row])
+        db.executemany(_INSERT_PIECE, cells)
+        if submission.ended is not None:
+            _owe(db, submission.ended)
+        return self._keep_text(submission, db)
+
+    def claim(self, held: Container[int], limit: int) -> list[Claimed]:
+        sql = "SELECT seq, due, flow FROM jobs WHERE status = 'Running' AND seq > ? ORDER BY seq LIMIT ?"
+        rows = self._all(sql, (self._claimed_to, limit))
+        self._claimed_to = rows[-1][0] if len(rows) == limit else 0
+        return [Claimed(*row) for row in rows if row[0] not in held]
+
+    def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
+        sql = f"SELECT 1 FROM jobs{_OF_KEY} AND status = 'Running'"
+        with self._reading() as db:
+            return [key for key in keys if db.execute(sql, key).fetchone() is None]
+
+    def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
+        sql = f"UPDATE jobs SET attempt = ?, started = ?, due = NULL{_FENCE}"
+        self._do(sql, (attempt, started, key.seq, attempt - 1, attempt), done)
+
+    def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = _ignore) -> None:
+        self._do(_SAVE_STEP, (key.seq, path, None, output, key.seq, attempt - 1, attempt), done)
+
+    def suspend(self, suspension: Suspension, done: Done) -> None:
+        key, attempt, started, due, path, until, trace = suspension
+        fence = (key.seq, attempt - 1, attempt)
+
+        def run(db: sqlite3.Connection) -> bool:
+            db.execute(_SAVE_STEP, (key.seq, path, until, None, *fence))
+            sql = f"UPDATE jobs SET attempt = ?, started = ?, due = ?, trace = ?{_FENCE}"
+            return _execute(sql, (attempt, started, due, trace, *fence), db)
+
+        self._put(run, done)
+
+    def requeue(self, key: JobKey, attempt: int) -> None:
+        self._do(f"UPDATE jobs SET attempt = ?{_FENCE}", (attempt - 1, key.seq, attempt, attempt))
+
+    def barrier(self, done: Done) -> None:
+        self._put(lambda db: None, done)
+
+    def unfinished(self) -> Iterator[tuple[int, int | None, str]]:
+        yield from self._all("SELECT seq, due, flow FROM jobs WHERE status = 'Running' ORDER BY seq")
 
     def due_deliveries(
         self,
@@ -7574,178 +7338,179 @@ class SqliteStore:
         only: Collection[str] | None = None,
     ) -> list[tuple[Job, Delivery]]:
         sql = (
-            "SELECT job FROM callbacks JOIN jobs ON seq = job "  # noqa: S608 (question marks)
+            "SELECT job FROM callbacks JOIN jobs ON seq = job "
             f"WHERE state = 'pending' AND next <= ? AND expires > ? AND receiver NOT IN ({_marks(busy)})"
         )
         if only is not None:
             sql += f" AND receiver IN ({_marks(only)})"
         skip = {key.seq for key in under_way}
-        with self._reader() as db:
+        with self._reading() as db:
             found = db.execute(
                 f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, *(only or ()), limit + len(skip))
             ).fetchall()
             wanted = [seq for (seq,) in found if seq not in skip][:limit]
-            rows = [db.execute(f"{_SELECT_OWED} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
-        jobs = [(_job(row), _trace(json.loads(row[21]))) for row in rows if row is not None]
+            rows = [
+                db.execute(f"SELECT {_JOB_COLUMNS}, request{_FROM_JOBS} WHERE seq = ?", (seq,)).fetchone()
+                for seq in wanted
+            ]
+        jobs = [(_job(row), _request(json.loads(row[21]), b"").trace) for row in rows if row is not None]
         return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
+
+    def finish(self, finish: Finish, done: Done) -> None:
+        seq = finish.job.key.seq
+        cells = _cells(finish.job.key, "result", finish.attempt, finish.outcome.answer.body)
+        sql = (
+            "UPDATE jobs SET status = ?, attempt = ?, started = ?, due = NULL, finished = ?, expires = ?, code = ?,"
+            " size = ?, headers = ?, error = ?, trace = ?, result = ?"
+            " WHERE seq = ? AND status = 'Running' AND (? OR attempt IN (?, ?))"
+        )
+        values = (*_end_columns(finish), seq, not finish.fenced, finish.attempt - 1, finish.attempt)
+
+        def run(db: sqlite3.Connection) -> bool:
+            moved = _execute(sql, values, db)
+            if moved:
+                db.execute("DELETE FROM steps WHERE job = ?", (seq,))
+                if cells:  # of a run that died there may be some: version 1.0 wrote them before its end
+                    db.execute("DELETE FROM pieces WHERE job = ? AND part = 'result'", (seq,))
+                    db.executemany(_INSERT_PIECE, cells)
+                _owe(db, finish)
+            return moved
+
+        def finished(moved: Any, error: AsteraError | None) -> None:
+            if moved:
+                self._recent.put(finish)
+            done(moved, error)
+
+        self._put(run, finished)
+
+    def delete(self, key: JobKey, done: Done) -> None:
+        def run(db: sqlite3.Connection) -> str:
+            row = db.execute(_SELECT_JOB + _OF_KEY, key).fetchone()
+            if row is None:
+                return "absent"
+            job = _job(row)
+            if job.status is Status.RUNNING:
+                return "running"
+            if job.callback is not None and job.callback.state == "pending":
+                return "owed"
+            _forget(db, [key.seq])
+            return "deleted"
+
+        def deleted(result: Any, error: AsteraError | None) -> None:
+            self._recent.forget([key.seq])
+            done(result, error)
+
+        self._put(run, deleted, keep=False)
+
+    def resend(self, key: JobKey, now: int, done: Done) -> None:
+        sql = "UPDATE callbacks SET state = 'pending', next = ?, attempts = 0 WHERE job = ?"
+        self._do(sql, (now, key.seq), done, keep=False)
 
     def claim_deliveries(
         self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
     ) -> list[tuple[Job, Delivery]]:
-        sql = (
-            "SELECT job FROM callbacks c JOIN jobs ON seq = job "  # noqa: S608 (question marks)
-            f"WHERE state = 'pending' AND next <= ? AND expires > ? AND receiver NOT IN ({_marks(busy)})"
-            f"{' AND c.attempts = 0' if fresh else ''} ORDER BY next LIMIT ?"
-        )
         skip = {key.seq for key in held}
-        with self._reader() as db:
-            found = db.execute(sql, (now, now, *busy, limit + len(skip))).fetchall()
-            wanted = [seq for (seq,) in found if seq not in skip][:limit]
-            rows = [db.execute(f"{_SELECT_OWED} WHERE seq = ?", (seq,)).fetchone() for seq in wanted]
-        jobs = [(_job(row), _trace(json.loads(row[21]))) for row in rows if row is not None]
-        return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
+        rows = self._all(
+            f"SELECT {_JOB_COLUMNS}, request FROM jobs JOIN callbacks c ON c.job = seq"
+            f" WHERE c.state = 'pending' AND c.next <= ? AND expires > ? AND c.receiver NOT IN ({_marks(busy)})"
+            f"{' AND c.attempts = 0' if fresh else ''} ORDER BY c.next LIMIT ?",
+            (now, now, *busy, limit + len(skip)),
+        )
+        jobs = [(_job(row), _request(json.loads(row[-1]), b"").trace) for row in rows if row[0] not in skip]
+        return [(job, job.callback._replace(trace=trace)) for job, trace in jobs[:limit] if job.callback]
 
     def next_delivery(self, now: int) -> int | None:
-        with self._reader() as db:
-            sql = "SELECT min(next) FROM callbacks WHERE state = 'pending' AND next > ?"
-            found: int | None = db.execute(sql, (now,)).fetchone()[0]
-            return found
+        sql = "SELECT min(next) FROM callbacks WHERE state = 'pending' AND next > ?"
+        found: int | None = self._first(sql, (now,))[0]
+        return found
 
-    def tokens(self) -> list[Token]:
-        with self._reader() as db:
-            return _tokens(db) if self._version > 1 else []  # a look at an older database does not upgrade it
+    def record_delivery(
+        self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
+    ) -> None:
+        def run(db: sqlite3.Connection) -> None:
+            db.execute(
+                "INSERT INTO attempts SELECT job, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = c.job) + 1,"
+                " ?, ?, ?, ? FROM callbacks c WHERE job = ?",
+                (*attempt, key.seq),
+            )
+            db.execute(
+                "UPDATE callbacks SET attempts = attempts + 1, last_status = ?,"
+                " state = iif(next IS ?, ?, state), next = iif(next IS ?, ?, next)"
+                " WHERE job = ? AND state = 'pending'",
+                (attempt.status, seen, state, seen, next_at, key.seq),
+            )
+
+        self._put(run, done)
+
+    def purge(self, now: int, limit: int, done: Done) -> None:
+        expired: list[int] = []
+
+        def run(db: sqlite3.Connection) -> int:
+            expired.clear()  # a transaction that failed is made again
+            kept = ",".join(str(seq) for seq, _ in tuple(self._being_read))
+            sql = f"SELECT seq, size FROM jobs WHERE expires <= ? AND seq NOT IN ({kept}) ORDER BY expires LIMIT ?"
+            total = 0
+            for seq, size in db.execute(sql, (now, limit)):
+                expired.append(seq)
+                total += size or 0
+                if total > _PURGE_BYTES:
+                    break
+            _forget(db, expired)
+            free = db.execute("PRAGMA freelist_count").fetchone()[0]
+            for _ in range(min(free, _GIVE_BACK)):  # one by one: before CPython 3.13 only the first step is made
+                db.execute("PRAGMA incremental_vacuum(1)")
+            return len(expired)
+
+        def purged(result: Any, error: AsteraError | None) -> None:
+            self._recent.forget(expired)
+            self._writer.shorten()
+            done(result, error)
+
+        self._put(run, purged, keep=False)
+
+    def forget_flows(self) -> None:
+        newest = "SELECT version FROM jobs WHERE flow = flows.name ORDER BY seq DESC LIMIT 1"  # as most texts are
+        used = "SELECT 1 FROM jobs WHERE flow = flows.name AND version = flows.version"
+        unused = self._all(f"SELECT version FROM flows WHERE version IS NOT ({newest}) AND NOT EXISTS ({used})")
+        young = self.last_seq() - _MINUTE_OF_SEQ
+
+        def run(db: sqlite3.Connection) -> None:
+            sql = f"DELETE FROM flows WHERE version = ? AND NOT EXISTS ({used} AND seq > ?)"
+            for (version,) in unused:  # unless a job came meanwhile, whose id may be a little older than its row
+                if _execute(sql, (version, young), db):
+                    self._versions.discard(version)
+
+        self._put(run, keep=False)
+
+    def get(self, key: JobKey) -> Job | None:
+        end = self._recent.get(key)
+        return end.after() if end else super().get(key)
+
+    def result(self, key: JobKey) -> StoredResult | None:
+        end = self._recent.get(key)
+        if end is None:
+            return super().result(key)
+        code, headers, body = end.outcome.answer
+        return StoredResult(code, list(headers), len(body), body, end.attempt)
+
+    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
+        self._put(partial(_find_key, flow, token, idempotency_key, now), done, keep=False)
 
     def last_seq(self) -> int:
-        with self._reader() as db:
-            return db.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
+        return self._first("SELECT max(seq) FROM jobs")[0] or 0
 
     def last_seen(self) -> int:
-        with self._reader() as db:
-            row = db.execute(
-                "SELECT max(ifnull((SELECT created FROM jobs ORDER BY seq DESC LIMIT 1), 0),"
-                " ifnull((SELECT finished FROM jobs WHERE expires NOT NULL ORDER BY expires DESC LIMIT 1), 0))"
-            ).fetchone()
-            return int(row[0])
-
-    def clock_offset(self) -> int:
-        with self._reader() as db:
-            return _clock_offset(db) if self._version > 1 else 0
+        created = "SELECT created FROM jobs ORDER BY seq DESC LIMIT 1"
+        finished = "SELECT finished FROM jobs WHERE expires NOT NULL ORDER BY expires DESC LIMIT 1"
+        return int(self._first(f"SELECT max(ifnull(({created}), 0), ifnull(({finished}), 0))")[0])
 
     def keep_clock_offset(self, offset: int) -> None:
-        self._put(partial(_execute, "INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,)), keep=True)
-
-    def backup(self, path: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile.
-
-        The file is there when it is whole, or not at all. `progress` is told how many pages are done of how many.
-        """
-        part = f"{path}.part"
-        place, words, keep = path, "", False
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)  # of a backup that was killed
-            with contextlib.closing(sqlite3.connect(part)) as copy_, self._reader() as db:
-                db.execute("BEGIN")
-                db.execute("SELECT 1 FROM sqlite_master").fetchone()  # the moment; or each write would begin it anew
-                try:
-                    db.backup(copy_, pages=1024, progress=lambda _, left, total: progress(total - left, total))
-                finally:
-                    db.execute("ROLLBACK")
-                keep = copy_.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok"
-            if not keep:
-                _give_name(part, path)
-                return
-            place, words = self.path, f"is damaged: the copy is kept as {part}"
-        except OSError as error:
-            words = reason_of(error)
-        except (StoreError, sqlite3.Error) as error:
-            place, words = self.path if self._damaged else path, str(_store_error(error))
-        finally:
-            if not keep:
-                with contextlib.suppress(OSError):
-                    os.unlink(part)
-        raise StoreError(f"{place}: {words}")
-
-    def size(self) -> int:
-        total = 0
-        for suffix in ("", "-wal"):
-            try:  # by name only: opening the file here would drop SQLite's own locks on it
-                total += os.stat(self.path + suffix).st_size
-            except OSError:
-                continue
-        return total
+        self._do("INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,))
 
     def close(self, timeout_s: float = 10.0) -> None:
-        if self._owner is not None:
-            self._give_up_at = time.monotonic() + timeout_s * 0.8
-            self._stopping = True
-            self._calls.put(_COMMIT)
-            self._thread.join(timeout_s)
-            if self._thread.is_alive():
-                log.error("the database did not take the last writes within %s", show_duration(timeout_s))
-                return
-        if self._owner is not None and self._folding.ident:
-            self._folds.put(False)
-            self._folding.join(timeout_s)
-        while self._readers:
-            self._readers.pop().close()
-        if self._owner is not None:
-            self._writer.close()  # the last one: it folds the write-ahead log into the file
+        super().close()
+        if self._writer.close(timeout_s):  # its connection is the last one: that folds the log into the file
             self._owner.close()
-
-
-_INSERT_JOB = (
-    "INSERT INTO jobs (seq, salt, flow, version, created, token, base, idempotency_key, fingerprint, callback_url,"
-    " request, request_body, status, attempt, started, finished, expires, code, size, headers, error, trace, result)"
-    " VALUES "
-)
-_JOB_MARKS = "(" + ", ".join("?" * 23) + ")"
-#: Rows that one statement inserts: SQLite may take no more than 999 parameters, and keeps the interpreter waiting for
-#: each statement.
-_ROWS_AT_ONCE = (32, 8, 1)
-_INSERT_JOBS = {count: _INSERT_JOB + ", ".join([_JOB_MARKS] * count) for count in _ROWS_AT_ONCE}
-_NOT_ENDED = ("Running", 0) + (None,) * 9
-
-
-def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
-    """status, attempt, started, finished, expires, code, size, headers, error, trace, result."""
-    if finish is None:
-        return _NOT_ENDED
-    answer, error = finish.outcome.answer, finish.outcome.error
-    return (  # `_value_`, for `value` is a property, which this is done too often for
-        finish.outcome.status._value_, finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
-        len(answer.body), to_json(answer.headers), error and to_json(error), finish.trace,
-        None if len(answer.body) > PIECE else answer.body,
-    )  # fmt: skip
-
-
-def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
-    at = 0
-    for count in _ROWS_AT_ONCE:
-        while len(rows) - at >= count:
-            db.execute(_INSERT_JOBS[count], list(itertools.chain.from_iterable(rows[at : at + count])))
-            at += count
-
-
-def _owe(db: sqlite3.Connection, finish: Finish) -> None:
-    assert finish.callback is not None
-    receiver, body = finish.callback
-    sql = "INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)"
-    db.execute(sql, (finish.job.key.seq, receiver, finish.finished, body))
-
-
-_FENCE = "seq = ? AND status = 'Running' AND attempt IN (?, ?)"  # of an attempt, recorded or about to be
-_SAVE_STEP = (
-    "INSERT OR REPLACE INTO steps (job, path, until, output) SELECT ?, ?, ?, ?"  # noqa: S608
-    f" WHERE EXISTS (SELECT 1 FROM jobs WHERE {_FENCE})"
-)
-
-
-def _tokens(db: sqlite3.Connection) -> list[Token]:
-    rows = db.execute("SELECT name, hash, role, flows, created FROM tokens ORDER BY name")
-    return [
-        Token(name, digest, role, flows and frozenset(json.loads(flows)), at) for name, digest, role, flows, at in rows
-    ]
 
 
 def edit_tokens(path: str, add: Token | None = None, revoke: str | None = None) -> list[Token]:
@@ -7779,85 +7544,6 @@ def edit_tokens(path: str, add: Token | None = None, revoke: str | None = None) 
             return _tokens(db)
     except sqlite3.Error as error:
         raise StoreError(f"{path}: {_store_error(error)}") from None
-
-
-_MOVE_TIMES = [
-    "UPDATE jobs SET created = created + :by, due = due + :by, started = started + :by, finished = finished + :by,"
-    " expires = expires + :by",
-    "UPDATE steps SET until = until + :by WHERE until NOT NULL",
-    "UPDATE steps SET output = CAST(output + :by AS TEXT) WHERE path LIKE '%@'",  # until when a step may take
-    "UPDATE callbacks SET next = next + :by WHERE next NOT NULL",
-    "UPDATE attempts SET at = at + :by",
-]
-
-
-def _clock_offset(db: sqlite3.Connection) -> int:
-    return int((db.execute("SELECT offset FROM clock").fetchone() or [0])[0])
-
-
-_INSERT_PIECE = "INSERT OR REPLACE INTO pieces VALUES (?, ?, ?, ?, ?)"
-
-
-class _Reading:
-    """Borrows a read connection; its faults become StoreErrors."""
-
-    __slots__ = ("_connection", "_store")
-
-    def __init__(self, store: SqliteStore) -> None:
-        self._store = store
-
-    def __enter__(self) -> sqlite3.Connection:
-        try:
-            self._connection = self._store._readers.pop()
-        except IndexError:
-            try:
-                self._connection = self._store._connect_reader()
-            except (sqlite3.Error, _Moved) as error:
-                raise _store_error(error) from None
-        return self._connection
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._store._readers.append(self._connection)
-        if isinstance(error, sqlite3.Error):
-            raise self._store._noted(error) from None
-
-
-def _given(result: Any, db: sqlite3.Connection) -> Any:
-    return result
-
-
-def _execute(sql: str, values: Sequence[Any] | Mapping[str, Any], db: sqlite3.Connection) -> bool:
-    return db.execute(sql, values).rowcount > 0
-
-
-def _give_name(part: str, path: str) -> None:
-    """Give a file its name; FileExistsError if another has it."""
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        raise
-    except OSError:  # no links on that file system
-        if os.path.lexists(path):
-            raise FileExistsError("there is a file of that name") from None
-        os.rename(part, path)
-
-
-def whole_body(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
-    """The pieces of a body; StoreError if they end early, or the next answer would be taken for the rest."""
-    for piece in pieces:
-        length -= len(piece)
-        if length < 0:
-            break
-        yield piece
-    if length:
-        raise StoreError("a part of it is gone, or another's")
-
-
-def _forget(db: sqlite3.Connection, seqs: Iterable[int]) -> None:
-    rows = [(seq,) for seq in seqs]
-    for table in _CHILD_TABLES:
-        db.executemany(f"DELETE FROM {table} WHERE job = ?", rows)  # noqa: S608 (a table of ours)
-    db.executemany("DELETE FROM jobs WHERE seq = ?", rows)
 
 
 def key_conflict() -> Conflict:
@@ -8936,8 +8622,9 @@ class Housekeeper:
             self._look_around()
             while self._unsettled:
                 self._courier.settled(self._unsettled.popleft())
-        if now >= self._forget_at:  # a piece at a time, so that nothing that is due waits for the whole
-            self._forget_at = now if self._store.forget_flows() else now + _FORGET_EVERY_MS
+        if now >= self._forget_at:
+            self._store.forget_flows()
+            self._forget_at = now + _FORGET_EVERY_MS
         wanted = [
             now + _CHORES_EVERY_MS,
             self._forget_at,
@@ -9362,10 +9049,11 @@ class Jobs:
 
     def rerun(self, job: Job, base: str, caller: Principal, trace: Trace | None, done: Done) -> None:
         """Submit a finished job's input again, to the flow as it is now; raises Conflict, InputError, Busy."""
-        request, deployments = self._store.request(job.key), self._deployer.deployments
+        found, deployments = self._store.request(job.key), self._deployer.deployments
         flow = deployments.by_name.get(job.flow)
-        if request is None or flow is None:
+        if found is None or flow is None:
             raise Conflict(f'The flow "{job.flow}" is not deployed any more.', job=job.status)
+        request = found[0]
         if flow not in [match.get(request.method) for match in deployments.match(request.path)]:
             raise Conflict(f'The flow "{job.flow}" has another method or resource now.', job=job.status)
         if "asynchronous" not in flow.modes:
@@ -9742,8 +9430,12 @@ class AsteraLite:
             check_callback(callback_url, self.policy)
         job = self.jobs.new(target, base or self.base, ANYBODY.name, callback_url)
         ready = Prepared(job, target, target.bind(request, values, job.id))
-        with self.store.apart():
-            result = _await(partial(self.jobs.accept, ready, request, idempotency_key), threading.TIMEOUT_MAX)
+
+        def write(done: Done) -> None:
+            self.jobs.accept(ready, request, idempotency_key, done)
+            self.store.flush()
+
+        result = _await(write, threading.TIMEOUT_MAX)
         if isinstance(result, Conflict):
             raise result
         return result.job  # type: ignore[no-any-return]
@@ -11080,7 +10772,7 @@ def job_details(x: Exchange) -> Reply:
 def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
     """What was sent, secrets masked; a long body only by its beginning."""
     masked = app.outside.masked
-    found = app.store.request_beginning(job.key, 4096 + masked.longest)
+    found = app.store.request(job.key, 4096 + masked.longest)
     if found is None:
         return None
     request, size = found
@@ -11940,7 +11632,6 @@ class Server(ThreadingHTTPServer):
         self._stop_at = math.inf
         self._listen()
         self.selector.register(self._wake_in, selectors.EVENT_READ, _Listener(self._woken))
-        self.app.store.attend(self.post)
         try:
             while not (self.stopping and not self.handlers | self.leaving) and time.monotonic() < self._stop_at:
                 self._turn(poll_interval)
@@ -11948,13 +11639,13 @@ class Server(ThreadingHTTPServer):
             self._stop_accepting()
             for handler in [*self.handlers, *self.leaving]:
                 handler.close()
-            self.app.store.attend(None)
+            self.app.store.flush()
             self._ended.set()
             self._run_posted()
 
     def _turn(self, longest: float) -> None:
         """Wait until a connection or another thread has something to do, and do it."""
-        commit = self.app.store.commit
+        flush = self.app.store.flush
         busy = self._inbox or self.ready
         events = self.selector.select(0 if busy else max(min(self._sweep_at - time.monotonic(), longest), 0))
         events.sort(key=_deadline)  # who was answered longest ago first: epoll has an order of its own
@@ -11965,17 +11656,17 @@ class Server(ThreadingHTTPServer):
             except Exception:  # the door of the loop: a fault must end no more than its own connection
                 self._failed(key.data)
             if not at % _EVENTS_AT_ONCE:  # who was first is not to wait for all who came after
-                commit(more=True)
+                flush()
                 self._run_posted()
                 self._run_ready()
-        commit()
+        flush()
         self._awake = False
         self._run_posted()
         self._run_ready()
         self.service_actions()
         if time.monotonic() >= self._sweep_at:
             self._sweep()
-        commit()
+        flush()
 
     def _run_posted(self) -> None:
         for _ in range(len(self._inbox)):

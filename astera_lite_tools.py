@@ -49,7 +49,7 @@ from astera_lite import (
     Reply,
     Run,
     Settings,
-    SqliteStore,
+    SqliteReader,
     Status,
     StoredResult,
     Token,
@@ -162,7 +162,7 @@ def _tokens_of(path: str) -> list[Token]:
     """The tokens in a database; none where it is not there yet."""
     if not os.path.exists(path):
         return []
-    with contextlib.closing(SqliteStore(path, read_only=True)) as store:
+    with contextlib.closing(SqliteReader(path)) as store:
         return store.tokens()
 
 
@@ -417,7 +417,7 @@ def _status_words(job: Job) -> str:
 
 def jobs(args: argparse.Namespace, settings: Settings) -> int:
     """jobs: list the jobs in the database, newest first."""
-    with contextlib.closing(SqliteStore(settings.database, read_only=True)) as store:
+    with contextlib.closing(SqliteReader(settings.database)) as store:
         status = Status(args.status) if args.status else None
         offset = store.clock_offset()
         now = Clock().now() - offset
@@ -450,7 +450,7 @@ def jobs(args: argparse.Namespace, settings: Settings) -> int:
 
 def show_job(args: argparse.Namespace, settings: Settings) -> int:
     """job: one job, its steps, its callback attempts and its result."""
-    with contextlib.closing(SqliteStore(settings.database, read_only=True)) as store:
+    with contextlib.closing(SqliteReader(settings.database)) as store:
         key = JobKey.parse(args.id)
         job = store.get(key) if key else None
         if job is None:
@@ -666,7 +666,7 @@ def backup(args: argparse.Namespace, settings: Settings) -> int:
     if os.path.exists(args.copy):
         print(f"{args.copy} is there already: name another file", file=sys.stderr)
         return 1
-    store = SqliteStore(settings.database, read_only=True)
+    store = SqliteReader(settings.database)
     try:
         store.backup(args.copy, _progress("copying"))
     finally:

@@ -21,7 +21,7 @@ import pytest
 import requests
 from support import ROOT, Api, get_flow, process, until
 
-from astera_lite import AsteraLite, SqliteStore, StoreError
+from astera_lite import AsteraLite, SqliteReader, StoreError
 
 PROGRAM = str(ROOT / "astera_lite.py")
 PROMPT = 0.7  # seconds in which /health answers, whatever the disk does
@@ -637,7 +637,7 @@ def as_modes_say() -> None:
             0o444,
             "astera_lite.db: the database is read-only: let this user write it and its folder",
         ),
-        (".", 0o555, "astera_lite.db.lock: cannot be opened and locked; the folder must be writable"),
+        (".", 0o555, "astera_lite.db.lock: the database cannot be opened: let this user read and write it"),
     ],
 )
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="root heeds modes only where it can be made to")
@@ -741,19 +741,19 @@ def test_a_backup_is_of_one_moment_and_no_write_begins_it_anew(tmp_path: Path) -
             assert len(told) < 50
             app.wait(app.submit("large").id)
 
-        store = SqliteStore(str(tmp_path / "jobs.db"), read_only=True)
+        store = SqliteReader(str(tmp_path / "jobs.db"))
         store.backup(str(tmp_path / "copy.db"), tell)
         store.close()
     assert len(told) > 2 and told == sorted(told) and len({total for _, total in told}) == 1
     assert told[-1][0] == told[-1][1]
-    copied = SqliteStore(str(tmp_path / "copy.db"), read_only=True)
+    copied = SqliteReader(str(tmp_path / "copy.db"))
     assert [job.id for job in copied.page(0, 10, None, None, None, None)] == [first.id]
     copied.close()
 
 
 def test_a_backup_overwrites_no_file_that_came_meanwhile(folder: Path) -> None:
     filled(folder, 3)
-    store = SqliteStore(str(folder / "astera_lite.db"), read_only=True)
+    store = SqliteReader(str(folder / "astera_lite.db"))
     with closing(store):
         (folder / "copy.db").write_text("another's")
         with pytest.raises(StoreError, match=r"copy\.db: File exists"):
