@@ -458,6 +458,16 @@ def timestamp(ms: int | None, offset: int = 0) -> str | None:
     return time.strftime(f"%Y-%m-%dT%H:%M:%S.{rest:03d}Z", time.gmtime(seconds))
 
 
+def shown(value: Any, limit: int = 60) -> str:
+    """A value as one short line of JSON for a message; control characters are escaped."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=lambda odd: f"<{type(odd).__name__}>")
+    except (TypeError, ValueError, RecursionError):
+        text = f"<{type(value).__name__}>"
+    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[: limit + 1])
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
 _DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 _SIZE = re.compile(r"([0-9]{1,15})(B|KiB|MiB|GiB)?")
@@ -501,16 +511,6 @@ def show_size(size: int) -> str:
         if size and size % _BYTES[unit] == 0:
             return f"{size // _BYTES[unit]}{unit}"
     return str(size)
-
-
-def shown(value: Any, limit: int = 60) -> str:
-    """A value as one short line of JSON for a message; control characters are escaped."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=lambda odd: f"<{type(odd).__name__}>")
-    except (TypeError, ValueError, RecursionError):
-        text = f"<{type(value).__name__}>"
-    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[: limit + 1])
-    return text if len(text) <= limit else text[:limit] + "…"
 
 
 def log_message(record: logging.LogRecord) -> str:
@@ -691,6 +691,20 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     return [_mapped(item, change) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _check_depth(text: str, most: int) -> None:
+    """Raise ValueError for too many lists and objects, or too deep ones; what is malformed is left to the decoder."""
+    brackets = _NO_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
+    if brackets.count("[") > most:
+        raise ValueError(f"it has more than {most:,} lists and objects")
+    for _ in range(MAX_JSON_DEPTH):  # level by level from within: a loop over millions of brackets takes seconds
+        outer = brackets.replace("[]", "")
+        if len(outer) == len(brackets):
+            return
+        brackets = outer
+    if "[]" in brackets:
+        raise ValueError(_TOO_DEEP)
+
+
 def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
     """The value of a JSON text (RFC 8259).
 
@@ -716,20 +730,6 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
             raise ValueError("a string has half of a surrogate pair")
         return _mapped(value, lambda text: _SURROGATE.sub("\ufffd", text))
     return value
-
-
-def _check_depth(text: str, most: int) -> None:
-    """Raise ValueError for too many lists and objects, or too deep ones; what is malformed is left to the decoder."""
-    brackets = _NO_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
-    if brackets.count("[") > most:
-        raise ValueError(f"it has more than {most:,} lists and objects")
-    for _ in range(MAX_JSON_DEPTH):  # level by level from within: a loop over millions of brackets takes seconds
-        outer = brackets.replace("[]", "")
-        if len(outer) == len(brackets):
-            return
-        brackets = outer
-    if "[]" in brackets:
-        raise ValueError(_TOO_DEEP)
 
 
 #: Reason phrases by status, as RFC 9110 has them: older Pythons know some by older names.
@@ -987,7 +987,7 @@ def settings_table() -> list[tuple[str, str, str]]:
 
 
 class Status(StrEnum):
-    """The four words of the status document."""
+    """The status of a job, as the status document has it."""
 
     RUNNING = "Running"
     COMPLETED = "Completed"
@@ -996,9 +996,10 @@ class Status(StrEnum):
 
 
 class Token(NamedTuple):
-    """Who may call. `digest` is the SHA-256 of the token, empty once it is revoked; `flows` those it may call, or None.
+    """A bearer token: `digest` is its SHA-256, empty once it is revoked; `flows` are those it may call, None for all.
 
-    A revoked one stays, so that a server does not open when the last is revoked, and that nobody inherits its jobs.
+    A revoked token stays on record, so that a server does not open when its last token is revoked, and so that a new
+    token of the same name does not get the old one's jobs.
     """
 
     name: str
@@ -1016,7 +1017,7 @@ class Answer(NamedTuple):
     body: bytes = b""
 
 
-#: The header that a status owes (RFC 9110, section 15), and what stands in for one that a flow does not give.
+#: The header that a status requires (RFC 9110, section 15), and its default if there can be one.
 _OWED: dict[int, tuple[str, str | None]] = {
     401: ("WWW-Authenticate", "Bearer"),
     405: ("Allow", ""),  # RFC 9110, section 10.2.1: none, at this time
@@ -1028,7 +1029,7 @@ _OWED: dict[int, tuple[str, str | None]] = {
 
 
 def with_owed(status: int, headers: Pairs, method: str = "GET") -> Pairs:
-    """Headers with the one that the status owes; ValueError where nothing can stand in for it."""
+    """Headers with the one that the status requires; ValueError if it is missing and has no default."""
     if status == 304 and method not in ("GET", "HEAD"):
         raise ValueError("status 304 is an answer to GET and HEAD only")
     name, value = _OWED.get(status, ("", ""))
@@ -1040,11 +1041,11 @@ def with_owed(status: int, headers: Pairs, method: str = "GET") -> Pairs:
 
 
 class Outcome(NamedTuple):
-    """How a run ended. `error` is the problem with its `code`; None when the flow answered."""
+    """How a run ended. `error` is a problem document with a `code`; None if the flow answered."""
 
     answer: Answer
     error: dict[str, Any] | None = None
-    reason: str = ""  # for the log only: what the client is not told
+    reason: str = ""  # for the log only; clients do not see it
 
     @property
     def status(self) -> Status:
@@ -1060,14 +1061,14 @@ class Outcome(NamedTuple):
     def failed(
         cls, code: str, status: int, detail: str, reason: str = "", headers: Pairs = (), **members: Any
     ) -> Outcome:
-        """An Error whose response is the problem document that says so."""
+        """An Error whose response is a problem document with this status and detail."""
         error = problem(status, detail, code=code, **members)
         headers = with_owed(status, (("Content-Type", "application/problem+json"), *headers))
         return cls(Answer(status, headers, json_body(error)), error, reason)
 
 
 class Delivery(NamedTuple):
-    """The callback of a job: where it goes and how far it got. Times are milliseconds since the epoch."""
+    """The callback of a job. Times are milliseconds since the epoch."""
 
     url: str
     state: str = "pending"
@@ -1075,12 +1076,12 @@ class Delivery(NamedTuple):
     last_status: int | None = None
     next_at: int | None = None
     body: str = ""
-    tries: int = 0  # those of the attempts that count against its schedule: since it was last asked for
-    trace: Trace | None = None  # known when it is due
+    tries: int = 0  # attempts since the last resend, which count against the schedule
+    trace: Trace | None = None  # set when the callback is due
 
 
 class Attempt(NamedTuple):
-    """One try to deliver a callback; `status` is the receiver's, or None with an `error`."""
+    """One attempt to deliver a callback; `status` is the receiver's, or None with an `error`."""
 
     at: int
     duration_ms: int
@@ -1089,53 +1090,50 @@ class Attempt(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """Whose work a request is part of (W3C Trace Context): the trace, its flags, and `tracestate`."""
+    """The trace that a request is part of (W3C Trace Context)."""
 
     id: str  # 32 hexadecimal digits
-    flags: int  # 1: the caller records it; 2: its id is random (Level 2); others mean nothing yet, and are not sent
-    state: str = ""
+    flags: int  # 1: the caller records the trace; 2: its id is random (Level 2); others are reserved, and not sent
+    state: str = ""  # the header `tracestate`
 
     def headers(self) -> dict[str, str]:
-        """What a request carries on that this one causes: the same trace, and a new id of its own."""
+        """The headers of a request that this one causes: the same trace, and a new parent id."""
         parent = f"00-{self.id}-{os.urandom(8).hex()}-0{self.flags:d}"
         return {"traceparent": parent} | ({"tracestate": self.state} if self.state else {})
 
 
 _TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(-.*)?")
-_STATE_KEY = r"[a-z0-9][a-z0-9_\-*/]{0,255}|[a-z0-9][a-z0-9_\-*/]{0,240}@[a-z][a-z0-9_\-*/]{0,13}"
-_STATE_VALUE = r"[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
-_STATE_MEMBER = re.compile(rf"({_STATE_KEY})={_STATE_VALUE}")
-_MOST_STATES, _LONGEST_STATE = 32, 512  # members of a list; characters that have to be passed on
+_STATE = re.compile(r"([a-z0-9][a-z0-9_\-*/@]{0,255})=[ -+\--<>-~]{0,255}[!-+\--<>-~]")
 
 
 def parse_trace(headers: Mapping[str, str]) -> Trace | None:
     """The trace that a request belongs to; None without a `traceparent`, or with a malformed one.
 
-    A malformed `tracestate` is dropped; of one that is too long, the last members are.
+    A malformed `tracestate` is dropped. One of more than 32 members or 512 characters loses its last members.
     """
     match = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
-    if match is None or (match[1] == "00" and match[4]):  # only a later version may say more
+    if match is None or (match[1] == "00" and match[4]):  # only a later version may have more parts
         return None
-    parts = [text for part in headers.get("tracestate", "").split(",") if (text := part.strip(" \t"))]
-    keys = {member[1] for text in parts if (member := _STATE_MEMBER.fullmatch(text))}
-    sent = parts[:_MOST_STATES] if len(keys) == len(parts) else []
-    while len(state := ",".join(sent)) > _LONGEST_STATE:
-        sent.pop()
-    return Trace(match[2], int(match[3], 16) & 3, state)
+    states = [text for part in headers.get("tracestate", "").split(",") if (text := part.strip(" \t"))]
+    keys = {state[1] for text in states if (state := _STATE.fullmatch(text))}
+    kept = states[:32] if len(keys) == len(states) else []
+    while len(",".join(kept)) > 512:
+        kept.pop()
+    return Trace(match[2], int(match[3], 16) & 3, ",".join(kept))
 
 
 def about(what: str, its_id: str, flow: str, trace: Trace | None) -> dict[str, str]:
-    """Members of a line of the log about a job, or a request, as its `extra`."""
+    """The `extra` of a log record about a job or a request."""
     return {what: its_id, "flow": flow} | ({"trace": trace.id} if trace else {})
 
 
 class StoredRequest(NamedTuple):
-    """What a client sent, as the job keeps it: enough to bind it to the flow again."""
+    """A client's request as the job keeps it, enough to bind it to the flow again."""
 
     method: str
-    path: str  # raw, behind the prefix: "/weather/Berlin"
+    path: str  # raw, after the prefix: "/weather/Berlin"
     query: str = ""  # raw, without callbackUrl
-    headers: dict[str, str] = {}  # noqa: RUF012 (never changed) declared ones and the content type, lower case
+    headers: dict[str, str] = {}  # noqa: RUF012 (never changed) the declared ones and the content type, in lower case
     body: bytes = b""
     trace: Trace | None = None
 
@@ -1145,13 +1143,13 @@ class Job(NamedTuple):
 
     key: JobKey
     flow: str
-    version: int  # the deployed text's hash, a key of the table `flows`
+    version: int  # hash of the deployed flow, a key of the table `flows`
     status: Status
     created: int
-    base: str  # base of the URLs, as the submitter saw the server
-    token: str = ""  # name of the token that submitted it
+    base: str  # base of the job's URLs, as the client addressed the server
+    token: str = ""  # name of the client's token
     attempt: int = 0  # runs begun
-    due: int | None = None  # waits until then
+    due: int | None = None  # the job waits until then
     started: int | None = None
     finished: int | None = None
     expires: int | None = None
@@ -1165,29 +1163,17 @@ class Job(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a run is: the step it is in, steps done and steps in all."""
+    """The progress of a run: its current step, steps done and steps in all."""
 
     step: str | None
     done: int
     total: int
 
 
-def new_job_document(job: Job, base: str, offset: int = 0) -> bytes:
-    """What `status_document` says of a job that was just accepted, as JSON: written for each 202."""
-    job_id = job.id
-    status_url = to_json(f"{base}/api/jobs/{job_id}/status")
-    return (
-        f'{{"id":"{job_id}","status":"Running","flow":{to_json(job.flow)},'
-        f'"createdAt":"{timestamp(job.created, offset)}",'
-        '"startedAt":null,"finishedAt":null,"expiresAt":null,"attempt":0,"progress":null,'
-        f'"statusUrl":{status_url},"resultUrl":null,"error":null,"callback":null}}\n'
-    ).encode()
-
-
 def status_document(
     job: Job, base: str, progress: Progress | None = None, *, offset: int = 0, with_callback: bool = True
 ) -> dict[str, Any]:
-    """The status document of http-api.md; `base` is the base of its URLs, `offset` the clock's (milliseconds)."""
+    """The status document of http-api.md; `base` is the base of its URLs, `offset` the clock's, in milliseconds."""
     url = f"{base}/api/jobs/{job.id}"
     finished = job.status is not Status.RUNNING
     document: dict[str, Any] = {
@@ -1216,7 +1202,7 @@ def status_document(
 
 
 def attempt_documents(attempts: Sequence[Attempt], offset: int) -> list[dict[str, Any]]:
-    """The attempts of a callback, as a job's document has them; `offset` is the clock's (milliseconds)."""
+    """The attempts of a callback, as a job's document has them; `offset` is the clock's, in milliseconds."""
     return [
         {"at": timestamp(one.at, offset), "status": one.status, "error": one.error, "durationMs": one.duration_ms}
         for one in attempts
@@ -9632,6 +9618,13 @@ def token_digest(token: str) -> bytes:
     return sha256(token.encode("utf-8", "replace"))
 
 
+def _is_followed_link(head: Head) -> bool:
+    """Whether a person follows a link to what only reads: a navigation of a whole window (Fetch Metadata)."""
+    sent = head.headers
+    window = sent.get("sec-fetch-mode") == "navigate" and sent.get("sec-fetch-dest", "document") == "document"
+    return head.method == "GET" and (head.path == "/" or (window and not head.path.startswith("/api/publishing")))
+
+
 class Access:
     """Who may call: tokens, and the rules that keep pages of other sites away (Host, Origin, Sec-Fetch-Site).
 
@@ -9697,13 +9690,6 @@ class Access:
         if not found:
             raise AccessError(401, "The token is not known here, or not any more.", "invalid_token")
         return Principal(found[0].name, found[0].role == "admin", found[0].flows)
-
-
-def _is_followed_link(head: Head) -> bool:
-    """Whether a person follows a link to what only reads: a navigation of a whole window (Fetch Metadata)."""
-    sent = head.headers
-    window = sent.get("sec-fetch-mode") == "navigate" and sent.get("sec-fetch-dest", "document") == "document"
-    return head.method == "GET" and (head.path == "/" or (window and not head.path.startswith("/api/publishing")))
 
 
 # ======================================================================================================================
@@ -10637,12 +10623,9 @@ def _status_response(x: Exchange, seen: _Seen, code: int = 200, more: Iterable[t
     if code == 202:
         headers.append(("Location", f"{x.base}/api/jobs/{job.id}/status"))
     headers += more
-    offset = x.app.clock.offset
     if job.status is Status.RUNNING:
         headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
-        if job.attempt == 0 and job.callback is None and progress is None:
-            return Reply(code, headers, new_job_document(job, x.base, offset))
-    body = json_body(status_document(job, x.base, progress, offset=offset))
+    body = json_body(status_document(job, x.base, progress, offset=x.app.clock.offset))
     if job.status is not Status.RUNNING and code == 200:
         headers.append(("Location", f"{x.base}/api/jobs/{job.id}/result"))
         if x.head.method in _READING:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import bisect
+import dis
 import inspect
+import re
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +73,39 @@ def test_the_core_names_a_wing_as_text_alone() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_is_no_longer_than_it_may_be(name: str) -> None:
     assert (ROOT / name).read_text("utf-8").count("\n") <= LINES[name]
+
+
+#: Rooms in which functions, too, use only what stands above them.
+POINT_BACKWARDS = (1, 2, 3, 12, 13)
+
+
+def instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
+    yield from dis.get_instructions(code)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from instructions(constant)
+
+
+def test_a_room_uses_only_what_stands_above_it() -> None:
+    """What runs at the import cannot do otherwise; this is about the bodies of functions."""
+    text = (ROOT / "astera_lite.py").read_text("utf-8")
+    code = compile(text, "astera_lite.py", "exec", dont_inherit=True)
+    banners = [n for n, line in enumerate(text.split("\n"), 1) if re.match(r"# [0-9]+ [A-Z]", line)]
+    assert len(banners) == 17
+
+    defined: dict[str, int] = {}
+    for one in dis.get_instructions(code):
+        if one.opname in ("STORE_NAME", "STORE_GLOBAL") and one.positions and one.positions.lineno:
+            defined.setdefault(one.argval, one.positions.lineno)
+    found = []
+    for one in instructions(code):
+        line = one.positions.lineno if one.positions else None
+        if one.opname not in ("LOAD_GLOBAL", "LOAD_NAME") or line is None or defined.get(one.argval, 0) <= line:
+            continue
+        room = bisect.bisect(banners, line)
+        if room in POINT_BACKWARDS or bisect.bisect(banners, defined[one.argval]) > room:
+            found.append(f"line {line} uses {one.argval} of line {defined[one.argval]}")
+    assert found == []
 
 
 @pytest.fixture

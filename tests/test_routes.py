@@ -20,7 +20,6 @@ import pytest
 import requests
 from support import ECHO, Client, FakeClock, Running, Sink, get_flow, running, talk
 
-import astera_lite
 from astera_lite import Answer, FlowError, Job, JobKey, Outcome, Store, StoreError
 
 WORDS = {"Running", "Completed", "Error", "Unknown"}
@@ -1584,11 +1583,3 @@ def test_a_client_that_goes_while_its_job_changes_leaves_no_watcher(tmp_path: Pa
         server.server.post(lambda: server.server.post(done.set))
         assert done.wait(10)
         assert not server.app.watchers.by_job
-
-
-def test_the_short_way_to_write_a_new_jobs_document_says_the_same() -> None:
-    key = astera_lite.JobKeys().new(1_790_000_000_123)
-    for base, flow in (("http://h:1", "f"), ('http://ä"\\', 'quo"te\n')):
-        job = astera_lite.Job(key, flow, 1, astera_lite.Status.RUNNING, 1_790_000_000_123, base)
-        long = astera_lite.json_body(astera_lite.status_document(job, base, offset=77))
-        assert astera_lite.new_job_document(job, base, 77) == long
