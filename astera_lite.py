@@ -42,33 +42,33 @@ if sys.version_info < (needed := (3, 11)):  # Astera Lite needs Python 3.11 or l
     raise (SystemExit if __name__ == "__main__" else ImportError)(f"Astera Lite needs Python 3.11 or later; {this}")
 
 if __name__ == "__main__":
-    # Run as a script: Python has compiled all of this, and keeps the syntax tree (30 MB) until the script ends. So a
-    # server goes on in a new interpreter, which is the same process, and takes the compiled code along in a file.
-    import contextlib
-    import marshal
     import os
-    import tempfile
 
-    compiled = sys._getframe().f_code
-    go_on = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("astera_lite", {os.path.realpath(__file__)!r})
-module = sys.modules["astera_lite"] = importlib.util.module_from_spec(spec)  # the one copy, so that plugins share it
-exec(compiled, vars(module))
-del compiled
-sys.exit(module.main())"""
-    serves = (sys.argv[1:] or ["serve"])[0].startswith(("serve", "-"))
-    flags = sys.orig_argv[1 : -len(sys.argv)]  # Python's own; not -m, where there is no tree to be rid of
-    if serves and os.name == "posix" and set("".join(flags)) <= set("-BEIPsSu"):
-        with contextlib.suppress(OSError):  # where no file can be made, the tree stays
-            file = open(os.memfd_create("code"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()  # noqa: SIM115
-            marshal.dump(compiled, file)
-            file.seek(0)
-            os.set_inheritable(file.fileno(), True)
-            take = f"import marshal, sys; sys.path[:] = {sys.path!r}\nwith open({file.fileno()}, 'rb') as file: "
-            code = f"{take}compiled = marshal.load(file)\n{go_on}"
-            os.execv(sys.executable, [sys.executable, *flags, "-c", code, *sys.argv[1:]])  # noqa: S606 (as we were started)
-    exec(go_on)  # noqa: S102 (ourselves)
+    __name__ = "astera_lite"  # by which plugins and wings import it: this one copy
+    sys.modules[__name__] = sys.modules["__main__"]
+    flags = sys.orig_argv[1 : -len(sys.argv)]  # Python's own
+    if __file__.startswith("/proc/self/fd/"):  # the new interpreter of below
+        os.close(int(__file__.rpartition("/")[2]))
+        del sys.argv[0]
+        __file__ = os.path.realpath(sys.argv[0])
+        if not sys.flags.safe_path:
+            sys.path[0] = os.path.dirname(__file__)
+    elif (
+        (sys.argv[1:] or ["serve"])[0].startswith(("serve", "-"))
+        and hasattr(os, "memfd_create")
+        and set("".join(flags)) <= set("-BEIPsSu")
+    ):
+        # Python has compiled this file, and keeps the syntax tree (30 MB) until the script ends. So a server goes on
+        # in a new interpreter, which is the same process and takes the compiled code along in a file in memory.
+        import contextlib
+        import importlib.util
+        import marshal
+
+        with contextlib.suppress(OSError):  # where that is not possible, the tree stays
+            path = f"/proc/self/fd/{os.memfd_create('astera_lite', 0)}"
+            with open(path, "wb") as file:
+                file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
+            os.execv(sys.executable, [sys.executable, *flags, path, *sys.argv])  # noqa: S606 (as we were started)
 
 import ast
 import base64
@@ -10908,7 +10908,7 @@ def flow_document(make: Callable[..., Any], x: Exchange) -> Reply:
     if body is None:
         if len(kept) >= 16:  # each client may spell the base anew
             kept.clear()
-        body = kept[make, *arguments] = json_body(make(x.app.deployments, *arguments))
+        body = kept[(make, *arguments)] = json_body(make(x.app.deployments, *arguments))
     return Reply(200, [JSON_TYPE, _REVALIDATED, ("ETag", entity_tag(body))], body)
 
 
@@ -12420,3 +12420,7 @@ COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Colle
         ("database",),
     ),
 }
+
+
+if sys.modules["__main__"] is sys.modules.get(__name__):
+    sys.exit(main())

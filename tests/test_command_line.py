@@ -180,6 +180,14 @@ sys.exit(astera_lite.main(["--port", "0"]))
     assert not loaded.intersection(spared.split())
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/cmdline"), reason="/proc tells how a process was started: Linux")
+def test_the_list_of_processes_shows_what_was_typed(tmp_path: Path) -> None:
+    with process(tmp_path, "--workers", "2") as (started, _, _):
+        words = Path(f"/proc/{started.pid}/cmdline").read_text().split("\0")
+    assert words[0] == sys.executable and words[-6:] == [PROGRAM, "--port", "0", "--workers", "2", ""]
+    assert not any(" " in word or "\n" in word for word in words)
+
+
 def test_help_names_every_command_and_exit_code(help_text: str) -> None:
     for name, (_, text, _, _) in COMMANDS.items():
         assert re.search(rf"^ +{name} +{re.escape(text)}", help_text, re.MULTILINE)
