@@ -8690,11 +8690,8 @@ class Principal(NamedTuple):
         return self.flows is None or flow in self.flows
 
 
-ANYBODY = Principal()
-
-
-#: Who calls what needs no token, without one that is known.
-NOBODY = Principal(admin=False, flows=frozenset())
+ANYBODY = Principal()  # where no token is needed
+NOBODY = Principal(admin=False, flows=frozenset())  # on a route that needs none, where others do
 
 
 def is_loopback(host: str) -> bool:
@@ -8703,25 +8700,30 @@ def is_loopback(host: str) -> bool:
     return bool(addresses) and all(address.is_loopback for address in addresses)
 
 
-def _all_checked(*makes: Callable[[], Any]) -> list[Any]:
-    """What the functions return; ConfigError with the faults of all of them."""
-    made, faults = [], []
-    for make in makes:
+def _all_checked(**makes: Callable[[], Any]) -> dict[str, Any]:
+    """What the functions of settings return, by the settings' names; raises ConfigError with the faults of all."""
+    made: dict[str, Any] = {}
+    faults: list[Fault] = []
+    for name, make in makes.items():
         try:
-            made.append(make())
+            made[name] = make()
         except ConfigError as error:
             faults += error.faults
+        except ValueError as error:
+            faults.append(Fault(name, "", str(error)))
     if faults:
         raise ConfigError(faults)
     return made
 
 
 def _check_public_url(url: str | None) -> None:
-    try:
-        if url is not None and "?" in parse_target(url).path:
-            raise ValueError("must not have a query")
-    except ValueError as error:
-        raise ConfigError([Fault("public_url", "", str(error))]) from None
+    if url is not None and "?" in parse_target(url).path:
+        raise ValueError("must not have a query")
+
+
+def _check_database(path: str) -> None:
+    if path in ("", ":memory:") or path.startswith("file:"):
+        raise ValueError(f"{shown(path)} is not the path of a file, which jobs need: use one in a temporary folder")
 
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?/?")
@@ -8743,32 +8745,23 @@ def parse_origins(text: str | None) -> set[str]:
     return origins
 
 
-def _check_database(path: str) -> None:
-    if path in ("", ":memory:") or path.startswith("file:"):
-        fault = f"{shown(path)} is no path of a file, in which jobs are kept: one in a temporary folder will do"
-        raise ConfigError([Fault("database", "", fault)])
-
-
 def read_secrets(setting: str | None, environ: Mapping[str, str]) -> dict[str, str]:
     """The secrets that flows may read: from the environment variables that are named, or from a TOML file."""
-    if setting is None:
-        return {}
-    if not setting.endswith(".toml"):
-        names = [name.strip() for name in setting.split(",") if name.strip()]
-        missing = [
-            Fault("secrets", "", f"there is no environment variable {name}") for name in names if name not in environ
-        ]
-        if missing:
-            raise ConfigError(missing)
-        return {name: environ[name] for name in names}
     faults: list[Fault] = []
-    try:
-        if os.name == "posix" and os.stat(setting).st_mode & 0o077:
-            faults.append(Fault(setting, "", "can be read by others: chmod 600 it"))
-    except OSError as error:
-        faults.append(Fault(setting, "", f"cannot be read: {reason_of(error)}"))
-    values = {} if faults else _read_toml(setting, faults)
-    faults += [Fault(setting, name, "must be text") for name, value in values.items() if not isinstance(value, str)]
+    values: dict[str, Any] = {}
+    if setting is None or not setting.endswith(".toml"):
+        names = filter(None, map(str.strip, (setting or "").split(",")))
+        values = {name: environ.get(name) for name in names}
+        missing = [name for name, value in values.items() if value is None]
+        faults = [Fault("secrets", "", f"there is no environment variable {name}") for name in missing]
+    else:
+        try:
+            if os.name == "posix" and os.stat(setting).st_mode & 0o077:
+                faults.append(Fault(setting, "", "can be read by others: chmod 600 it"))
+        except OSError as error:
+            faults.append(Fault(setting, "", f"cannot be read: {reason_of(error)}"))
+        values = {} if faults else _read_toml(setting, faults)
+        faults += [Fault(setting, name, "must be text") for name, value in values.items() if not isinstance(value, str)]
     if faults:
         raise ConfigError(faults)
     return values
@@ -9107,20 +9100,20 @@ class AsteraLite:
         if settings is None:
             settings = Settings.load(**{"flows": "", **keywords})
         elif keywords:
-            known = settings._asdict()
-            settings = Settings.load(**{**known, **keywords})
+            settings = Settings.load(**settings._asdict() | keywords)
         self.settings = settings
         self.clock = clock or Clock()
         environ = os.environ if environ is None else environ
         local = is_loopback(settings.host) and settings.public_url is None
-        self.policy, self._signing_key, secrets, *_ = _all_checked(
-            partial(AddressPolicy, settings.callback_allow, loopback=local),
-            partial(signing_key, settings.callback_secret),
-            partial(read_secrets, settings.secrets, environ),
-            partial(_check_public_url, settings.public_url),
-            partial(parse_origins, settings.cors_origins),
-            partial(_check_database, settings.database),
+        made = _all_checked(
+            callback_allow=partial(AddressPolicy, settings.callback_allow, loopback=local),
+            callback_secret=partial(signing_key, settings.callback_secret),
+            secrets=partial(read_secrets, settings.secrets, environ),
+            public_url=partial(_check_public_url, settings.public_url),
+            cors_origins=partial(parse_origins, settings.cors_origins),
+            database=partial(_check_database, settings.database),
         )
+        self.policy, self._signing_key, secrets = made["callback_allow"], made["callback_secret"], made["secrets"]
         patterns = [re.escape(p.strip()).replace(r"\*", ".*") for p in settings.env_allow.split(",") if p.strip()]
         allowed = re.compile("|".join(patterns) or "(?!)")
         self.outside = Surroundings(
@@ -9457,10 +9450,7 @@ class AsteraLite:
         with contextlib.suppress(TimeoutError):
             return future.result(timeout)
         future.cancel()  # it watches no more
-        job = self.status(job_id)
-        if job is None:
-            raise _no_job(job_id)
-        return job
+        return self._job(job_id)
 
     def future(self, job_id: str | Job) -> Future[Job]:
         """A future that gets the job when it is finished, or the error that `wait` raises; it holds no thread.
@@ -9468,7 +9458,7 @@ class AsteraLite:
         In a coroutine: `job = await asyncio.wrap_future(app.future(job.id))`. What is added by add_done_callback is
         called on a thread of the application that is there for this, and may use the application.
         """
-        key, future = _key_of(job_id), _JobFuture(self._call_back)
+        key, future = _key_of(job_id), _JobFuture(self._hand_over)
 
         def look() -> None:
             if key is not None:
@@ -9490,24 +9480,16 @@ class AsteraLite:
             Future.add_done_callback(future, lambda _: self.watchers.remove(key, look))
         return future
 
-    def _call_back(self, function: Callable[[Future[Job]], Any], future: Future[Job]) -> None:
-        def call() -> None:
-            try:
-                function(future)
-            except Exception:  # as a future does
-                log.exception("a callback of a future")
-
+    def _hand_over(self, call: Callable[[], None]) -> None:
         try:
             self._callbacks.submit(call)
-        except RuntimeError:  # after the stop nobody waits for this thread; before, one of that pool's takes it
+        except RuntimeError:  # after the stop nobody waits for this thread; before, one of the pool's takes the call
             if not self._open:
                 call()
 
     def result(self, job_id: str | Job) -> Result:
         """The response of a finished job. Raises NotFound, and Conflict while it runs."""
-        job = self.status(job_id)
-        if job is None:
-            raise _no_job(job_id)
+        job = self._job(job_id)
         stored = self.store.result(job.key)
         if stored is None:
             raise Conflict("The job is not finished.")
@@ -9518,15 +9500,19 @@ class AsteraLite:
 
     def cancel(self, job_id: str | Job) -> bool:
         """Cancel a job; True if it ends now, False if it stops at its next step. Raises NotFound, Conflict."""
-        job = self.status(job_id)
-        if job is None:
-            raise _no_job(job_id)
+        job = self._job(job_id)
         if job.status is not Status.RUNNING:
             raise already_finished(job)
         if not self.engine.cancel(job):
             return False
         check_cancelled(self.wait(job_id))
         return True
+
+    def _job(self, job_id: str | Job) -> Job:
+        job = self.status(job_id)
+        if job is None:
+            raise _no_job(job_id)
+        return job
 
     def _request(
         self, name: str, params: Mapping[str, Any] | None, body: Any
@@ -9543,13 +9529,14 @@ class AsteraLite:
 class _JobFuture(Future[Job]):
     """Its callbacks are handed over: the thread that completes it is the one that they wait for when they submit."""
 
-    def __init__(self, hand_over: Callable[[Callable[[Future[Job]], Any], Future[Job]], None]) -> None:
+    def __init__(self, hand_over: Callable[[Callable[[], None]], None]) -> None:
         super().__init__()
         self._hand_over = hand_over
 
     def add_done_callback(self, function: Callable[[Future[Job]], Any]) -> None:
         """Have `function(future)` called when the job is finished."""
-        super().add_done_callback(partial(self._hand_over, function))
+        call = partial(super().add_done_callback, function)  # which is at once by then, and logs what is raised
+        super().add_done_callback(lambda _: self._hand_over(call))
 
 
 def _key_of(job: str | Job) -> JobKey | None:
@@ -10425,12 +10412,13 @@ def _flow_response(answer: Answer, more: Pairs = _VARY) -> Reply:
     return Reply(answer.code, _with_policy(answer.headers + more), answer.body)
 
 
-def publish_sync(x: Exchange) -> Reply | None:
-    """METHOD /api/publishing{resource}"""
+def publish(mode: str, x: Exchange) -> Reply | None:
+    """METHOD /api/publishing{resource}, METHOD /api/publishingAsync{resource}"""
     flow = cast(Flow, x.flow)
     preferences = parse_prefer(x.head.headers["prefer"]) if "prefer" in x.head.headers else {}
-    if "respond-async" in preferences and "asynchronous" in flow.modes and x.head.method != "HEAD":
-        _submit(x, flow, preferences, ["respond-async"])
+    prefers = "respond-async" in preferences and "asynchronous" in flow.modes and x.head.method != "HEAD"
+    if mode == "asynchronous" or prefers:
+        _submit(x, flow, preferences, ["respond-async"] if mode == "synchronous" else [])
         return None
     if _split_callback(x)[0]:
         message = "is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async"
@@ -10452,11 +10440,6 @@ def publish_sync(x: Exchange) -> Reply | None:
     x.later(limit + 0.25, lambda: x.answer(_flow_response(late.answer)), False)
     x.app.run_sync(flow, given, lambda outcome: x.post(lambda: x.answer(_flow_response(outcome.answer))))
     return None
-
-
-def publish_async(x: Exchange) -> None:
-    """METHOD /api/publishingAsync{resource}"""
-    _submit(x, cast(Flow, x.flow), parse_prefer(x.head.headers.get("prefer")), [])
 
 
 def check_coding(x: Exchange) -> None:
@@ -10953,8 +10936,7 @@ def console(x: Exchange) -> Reply:
 
 _MAY_DEPLOY = late("astera_lite_tools:check_may_deploy")
 ROUTES = [
-    Route("*", "/api/publishing/*", publish_sync, check=partial(find_flow, "synchronous")),
-    Route("*", "/api/publishingAsync/*", publish_async, check=partial(find_flow, "asynchronous")),
+    *(Route("*", f"{PREFIXES[mode]}/*", partial(publish, mode), check=partial(find_flow, mode)) for mode in MODES),
     Route("GET", "/api/jobs/{id}/status", job_status),
     Route("GET", "/api/jobs/{id}/result", job_result),
     Route("GET", "/api/jobs/{id}", job_details, slow=True),

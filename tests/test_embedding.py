@@ -94,7 +94,7 @@ def test_an_application_that_does_not_run_says_so(
 
 @pytest.mark.parametrize("path", ["", ":memory:", "file:jobs.db?mode=memory"])
 def test_a_database_that_is_no_file_is_refused(path: str) -> None:
-    with pytest.raises(ConfigError, match=r"database: .* is no path of a file"):
+    with pytest.raises(ConfigError, match=r"database: .* is not the path of a file"):
         AsteraLite(database=path)
 
 
