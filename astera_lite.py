@@ -3527,7 +3527,7 @@ class Run:
         self.trace = trace
         self.cancel = cancel or Cancel()
         self.progress = Progress(None, 0, len(flow.steps))
-        self.canned: _Canned | None = None  # of a test
+        self.canned: Canned | None = None  # of a test
         self.held = False  # waits with its thread, for it shares its run with others
         self.budget: Budget | None = None  # of all evaluations together
         self.reached: dict[str, Any] = {}  # how far a step came, for its next attempt, by path
@@ -4847,7 +4847,7 @@ class HttpCall:
             if connection is None:
                 raise StepError(500, "its connection is gone", f'connection "{name}"', {"missing"})
             own = {"env": run.outside.env, "secrets": run.outside.secrets}
-            request.url = connection.url(own)[0].rstrip("/") + request.url
+            request.url, request.fixed = connection.url(own)[0].rstrip("/") + request.url, True
             request.add_headers(evaluated(connection.headers, own))
         request.url = with_query(_encoded_address(request.url), evaluated(self._given["query"], scope))
         if self._body:
@@ -4875,7 +4875,7 @@ class HttpCall:
         finally:
             run.step_deadline = outer
         if not {str(answer.status), f"{answer.status // 100}xx"} & set(map(str, self._given["expect"])):
-            raise unexpected_answer(self.method, answer)
+            raise _unexpected(self.method, answer)
         unknown = [word for word in content_codings(answer.headers) if word not in KNOWN_CODINGS]
         try:
             if answer.body and unknown:
@@ -4948,7 +4948,7 @@ def _http_failure(
     return StepError(status, detail, detail + more, found, answer)
 
 
-def unexpected_answer(method: str, answer: Fetched) -> StepError:
+def _unexpected(method: str, answer: Fetched) -> StepError:
     """The failure of an `http` step whose API answers with a status that is not expected."""
     return _http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
 
@@ -5013,28 +5013,21 @@ def with_query(url: str, values: Any) -> str:
     return f"{url}{'&' if '?' in url else '?'}{query}" if query else url
 
 
+_IN_URLS = "".join(map(chr, range(0x21, 0x7F)))
+
+
 def _encoded_address(text: str) -> str:
     """An address with what no URL may have percent-encoded, as browsers do.
 
     It may come from a header, whose bytes are read as Latin-1 although most servers mean UTF-8.
     """
-    try:
-        data = text.encode("latin-1")
-        data.decode()
-    except UnicodeError:
-        data = text.encode("utf-8", "replace")
-    return re.sub(rb"[^!-~]", lambda found: b"%%%02X" % ord(found[0]), data.strip()).decode()
+    with contextlib.suppress(UnicodeError):
+        text = text.encode("latin-1").decode()
+    return urllib.parse.quote(text.strip(), safe=_IN_URLS, errors="replace")
 
 
 # What Python calls an encoding too; the first takes time with the square of the size.
 _NO_CHARSETS = frozenset({"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"})
-
-
-def _charset(name: str) -> str:
-    found = codecs.lookup(name).name
-    if found.replace("_", "-") in _NO_CHARSETS:
-        raise LookupError(name)
-    return found
 
 
 def _read_answer(answer: Fetched) -> Any:
@@ -5048,7 +5041,9 @@ def _read_answer(answer: Fetched) -> Any:
     if not (is_json or named or media.startswith("text/") or media.endswith(("+xml", "/xml"))):
         return answer.body
     try:
-        charset = _charset(named[1] if named else "utf-8")
+        charset = codecs.lookup(named[1] if named else "utf-8").name.replace("_", "-")
+        if charset in _NO_CHARSETS:
+            raise LookupError
         text = answer.body.decode(charset).removeprefix("\ufeff")
     except LookupError:
         text = answer.body.decode("utf-8" if is_json else "latin-1", "replace")
@@ -5082,10 +5077,8 @@ class Auth:
     def apply(self, run: Run, request: OutgoingRequest) -> None:
         """Put the credentials into a request."""
         outside = run.outside
-        values = {
-            name: as_text(value)
-            for name, value in evaluated(self.values, {"env": outside.env, "secrets": outside.secrets}).items()
-        }
+        scope = {"env": outside.env, "secrets": outside.secrets}
+        values = {name: as_text(value(scope)) for name, value in self.values.items()}
         outside.masked.hide(values[name] for name in ("token", "password", "value") if name in values)
         if self.kind == "basic":
             proof = base64.b64encode(f"{values['user']}:{values['password']}".encode()).decode()
@@ -5369,42 +5362,27 @@ STEP_KINDS: dict[str, StepKind] = {
 def parse_flow_text(text: str, file_name: str) -> Any:
     """The tree of a flow file, JSON or TOML by its name; FlowError with line and column for a slip of grammar."""
     try:
-        if file_name.endswith(".toml"):
-            import tomllib  # noqa: PLC0415 (most flows are JSON)
+        if not file_name.endswith(".toml"):
+            return from_json(text)
+        import tomllib  # noqa: PLC0415 (most flows are JSON)
 
-            tree = tomllib.loads(text)
-            _check_tree_depth(tree)
-            return {name: _as_json_has_it(value, f"/{pointer(name)}") for name, value in tree.items()}
-        tree = from_json(text)
+        return _as_json_has_it(tomllib.loads(text), "")
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise FlowError([Fault(file_name, place, f"is not JSON: {error.msg}{_json_cure(error)}")]) from None
+        place, message = f"line {error.lineno}, column {error.colno}", f"is not JSON: {error.msg}{_json_cure(error)}"
     except RecursionError:
-        raise FlowError([Fault(file_name, "", f"it is nested deeper than {MAX_JSON_DEPTH} levels")]) from None
+        place, message = "", f"it is nested deeper than {MAX_JSON_DEPTH} levels"
     except ValueError as error:  # TOMLDecodeError is one; it names line and column itself
-        prefix = "is not TOML: " if file_name.endswith(".toml") else ""
-        text, _, place = str(error).removesuffix(")").partition(" (at ")
-        cure = ": text stands in quotes there" if "Invalid value" in text else ""
-        raise FlowError([Fault(file_name, place, f"{prefix}{text}{cure}")]) from None
-    return tree
-
-
-@contextlib.contextmanager
-def _faults_of(where: str) -> Iterator[None]:
-    """A door: whatever else goes wrong with one file is a fault of that file, for the others must be read too."""
-    try:
-        yield
-    except FlowError:
-        raise
-    except MissingFile as error:
-        raise FlowError([Fault(where, "", f"cannot be deployed: {error}")]) from None
-    except Exception as error:
-        log.debug("%s", where, exc_info=True)
-        raise FlowError([Fault(where, "", f"cannot be deployed: {type(error).__name__}: {error}")]) from error
+        message, _, place = str(error).removesuffix(")").partition(" (at ")
+        if file_name.endswith(".toml"):
+            cure = ": text stands in quotes there" if "Invalid value" in message else ""
+            message = f"is not TOML: {message}{cure}"
+    raise FlowError([Fault(file_name, place, message)])
 
 
 def _as_json_has_it(value: Any, place: str) -> Any:
     """A value of TOML as JSON would have it: its dates are texts; ValueError for numbers that JSON has not."""
+    if place.count("/") > MAX_JSON_DEPTH:
+        raise RecursionError
     if isinstance(value, dict):
         return {name: _as_json_has_it(item, f"{place}/{pointer(name)}") for name, item in value.items()}
     if isinstance(value, list):
@@ -5416,17 +5394,17 @@ def _as_json_has_it(value: Any, place: str) -> Any:
     return value
 
 
-def _check_tree_depth(tree: Any) -> None:
-    level = [tree]
-    for _ in range(MAX_JSON_DEPTH):
-        level = [
-            item
-            for node in level
-            if isinstance(node, dict | list)
-            for item in (node.values() if isinstance(node, dict) else node)
-        ]
-    if level:
-        raise RecursionError
+@contextlib.contextmanager
+def _faults_of(where: str) -> Iterator[None]:
+    """A door: whatever else goes wrong with one file is a fault of that file, for the others must be read too."""
+    try:
+        yield
+    except (FlowError, FileNotFoundError):
+        raise
+    except Exception as error:
+        log.debug("%s", where, exc_info=True)
+        reason = str(error) if isinstance(error, MissingFile) else f"{type(error).__name__}: {error}"
+        raise FlowError([Fault(where, "", f"cannot be deployed: {reason}")]) from error
 
 
 def _json_cure(error: json.JSONDecodeError) -> str:
@@ -5875,90 +5853,88 @@ def _function_name(value: Any) -> str:
     return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', repr(type(value)))}"
 
 
-class _Canned:
-    """Stands in for the steps of a flow under test."""
+# --- tests of flows -------------------------------------------------------------------------------------------------
+
+_TEST_S = 30.0
+
+
+class Canned:
+    """Stands in for the steps of a flow under test; counts the outputs that were `used`."""
 
     def __init__(self, test: FlowTest) -> None:
         self._test = test
-        self.used = 0
-        self.missing: list[str] = []
+        self.used, self.missing = 0, ""  # path of a step that would act on the world
 
     def output(self, step: Step, path: str) -> tuple[bool, Any]:
         """Whether a step does not run, and what it then gives."""
-        for name in (path, step.name):
-            if name in self._test.fails:
-                status = self._test.fails[name]
-                if isinstance(status, dict):
-                    body = json_body(status["body"]) if "body" in status else b""
-                    raise unexpected_answer(
-                        "GET", Fetched(status["status"], [("Content-Type", "application/json")], body)
-                    )
-                raise StepError(status, "it fails in this test", "fails", {"timeout" if status == 504 else "transport"})
-            if name in self._test.steps:
-                self.used += 1
-                return True, copy.deepcopy(self._test.steps[name])
+        steps, fails = self._test.steps, self._test.fails
+        name = path if path in steps or path in fails else step.name
+        if isinstance(failure := fails.get(name), dict):
+            body = json_body(failure["body"]) if "body" in failure else b""
+            raise _unexpected("GET", Fetched(failure["status"], [("Content-Type", "application/json")], body))
+        if failure is not None:
+            raise StepError(failure, "it fails in this test", "fails", {"timeout" if failure == 504 else "transport"})
+        if name in steps:
+            self.used += 1
+            return True, copy.deepcopy(steps[name])
         if step.effect:
-            self.missing.append(path)
+            self.missing = path
             raise _Cancelled
         return step.kind == "wait", None
 
 
 def run_test(flow: Flow, test: FlowTest, outside: Surroundings) -> tuple[list[str], int]:
     """Run one test of a flow; what is not as expected, a line each, and how many outputs were canned."""
-    canned = _Canned(test)
+    canned = Canned(test)
     try:
         request = request_for(flow, test.params, test.body)
         given = flow.bind(request, path_values(flow, request.path), "test")
-    except InputError as error:
-        found = Outcome.failed("failed", error.status, str(error))
-    else:
-        run = Run(flow, given, outside, outside.clock.monotonic() + TEST_S)
+        run = Run(flow, given, outside, outside.clock.monotonic() + _TEST_S)
         run.canned = canned
         outcome = run_flow(run)
         assert isinstance(outcome, Outcome)
-        found = outcome
-    if canned.missing:
-        name = canned.missing[0]
+    except InputError as error:
+        outcome = Outcome.failed("failed", error.status, str(error))
+    if name := canned.missing:
         return [f'the step "{name}" would act on the world: add its output, "steps": {{"{name}": …}}'], canned.used
-    return _differences(found, test.response), canned.used
-
-
-TEST_S = 30.0
+    return _differences(outcome, test.response), canned.used
 
 
 def _differences(outcome: Outcome, expected: Mapping[str, Any]) -> list[str]:
-    answer = outcome.answer
-    lines = []
-    if answer.code != expected.get("status", 200):
+    answer, lines = outcome.answer, []
+    if answer.code != expected["status"]:
         reason = outcome.reason or (outcome.error or {}).get("detail", "")
-        lines.append(f"status: expected {expected.get('status', 200)}, got {answer.code} {reason}".rstrip())
+        lines.append(f"status: expected {expected['status']}, got {answer.code} {reason}".rstrip())
     headers = {name.lower(): value for name, value in answer.headers}
-    for name, value in expected.get("headers", {}).items():
+    for name, value in expected["headers"].items():
         if headers.get(name.lower()) != as_text(value):
             lines.append(f"header {name}: expected {shown(value)}, got {shown(headers.get(name.lower()))}")
     if "body" in expected:
-        body = _read_answer(Fetched(answer.code, list(answer.headers), answer.body))
-        lines += _unlike(expected["body"], body, "body")
+        lines += _unlike(
+            expected["body"], _read_answer(Fetched(answer.code, list(answer.headers), answer.body)), "body"
+        )
     return lines
 
 
+_NOTHING = object()
+
+
 def _unlike(expected: Any, found: Any, place: str) -> list[str]:
-    """Where two values differ."""
+    """A line for each place where two values differ."""
     if isinstance(expected, dict) and isinstance(found, dict):
-        lines = []
-        for name in [*expected, *(name for name in found if name not in expected)]:
-            at = f"{place}/{pointer(name)}"
-            if name in expected and name in found:
-                lines += _unlike(expected[name], found[name], at)
-            else:
-                want, got = (shown(side[name]) if name in side else "nothing" for side in (expected, found))
-                lines.append(f"{at}: expected {want}, got {got}")
-        return lines
-    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        pairs = enumerate(zip(expected, found, strict=True))
-        return [line for at, (want, got) in pairs for line in _unlike(want, got, f"{place}/{at}")]
-    same = expected == found and (type(expected) is bool) == (type(found) is bool)
-    return [] if same else [f"{place}: expected {shown(expected, 200)}, got {shown(found, 200)}"]
+        names: Iterable[Any] = dict.fromkeys([*expected, *found])
+        pairs = [(name, expected.get(name, _NOTHING), found.get(name, _NOTHING)) for name in names]
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        pairs = list(zip(itertools.count(), expected, found))
+    elif expected == found and (type(expected) is bool) == (type(found) is bool):
+        return []
+    else:
+        want, got = ("nothing" if side is _NOTHING else shown(side, 200) for side in (expected, found))
+        return [f"{place}: expected {want}, got {got}"]
+    return [line for name, want, got in pairs for line in _unlike(want, got, f"{place}/{pointer(str(name))}")]
+
+
+# --- deployments ----------------------------------------------------------------------------------------------------
 
 
 class Deployments:
@@ -5970,19 +5946,19 @@ class Deployments:
         """`previous` are the flows in service so far: one of them stays where its new text cannot take its place."""
         self.faults = list(faults)
         self.documents: dict[Any, bytes] = {}  # made of these flows, and kept as long as they are in service
-        self._exact: dict[str, dict[str, Flow]] = {}
-        self._patterns: dict[int, list[tuple[list[str], dict[str, Flow]]]] = {}
         self.by_name = self._agreeing({flow.name: flow for flow in flows}, dict(previous or {}))
         self.by_version = {flow.version: flow for flow in self.by_name.values()}
+        routes: dict[tuple[str, ...], dict[str, Flow]] = {}
         for flow in self.by_name.values():
-            self._route(flow)
-        for patterns in self._patterns.values():  # a literal beats a parameter, from the left
-            patterns.sort(key=lambda pattern: [segment.startswith("{") for segment in pattern[0]])
+            routes.setdefault(_shape(flow), {})[flow.method] = flow
+        self._exact = {"/" + "/".join(shape): methods for shape, methods in routes.items() if "" not in shape}
+        patterns = [route for route in routes.items() if "" in route[0]]
+        self._patterns = sorted(patterns, key=lambda route: [not part for part in route[0]])
 
     def _agreeing(self, flows: dict[str, Flow], previous: dict[str, Flow]) -> dict[str, Flow]:
         """The flows but for those that cannot be in service beside the others, each of which is a fault."""
         flows = dict(sorted(flows.items(), key=lambda item: previous.get(item[0]) is not item[1]))
-        while found := next(itertools.chain(_claimed_twice(flows), _calling_wrongly(flows)), None):
+        while found := next(_disagreeing(flows), None):
             flow, place, message = found
             self.faults.append(Fault(flow.source, place, message))
             older = previous.pop(flow.name, None)
@@ -5992,42 +5968,32 @@ class Deployments:
                 flows[flow.name] = older
         return flows
 
-    def _route(self, flow: Flow) -> None:
-        if "{" not in flow.resource:
-            self._exact.setdefault(flow.resource, {})[flow.method] = flow
-            return
-        patterns = self._patterns.setdefault(len(flow.segments), [])
-        for segments, methods in patterns:
-            if [s if s[0] != "{" else "{" for s in segments] == [s if s[0] != "{" else "{" for s in flow.segments]:
-                methods[flow.method] = flow
-                return
-        patterns.append((flow.segments, {flow.method: flow}))
-
     def match(self, path: str) -> list[dict[str, Flow]]:
         """Flows by method for every resource that a raw path matches, the most literal first."""
         found = [self._exact[path]] if path in self._exact else []
         if not self._patterns:
             return found
-        segments = path.split("/")[1:]
-        for pattern, methods in self._patterns.get(len(segments), ()):
-            if all(want == got or (want[0] == "{" and got) for want, got in zip(pattern, segments, strict=True)):
-                found.append(methods)
-        return found
+        parts = path.split("/")[1:]
+        return found + [
+            methods
+            for shape, methods in self._patterns  # a literal beats a parameter, from the left
+            if len(shape) == len(parts) and all(want == got if want else got for want, got in zip(shape, parts))  # noqa: B905
+        ]
 
 
-_Wrong = tuple[Flow, str, str]  # a flow, the place in it, and what is wrong there
+def _shape(flow: Flow) -> tuple[str, ...]:
+    """The segments of a flow's resource, without the names of its parameters."""
+    return tuple("" if segment[0] == "{" else segment for segment in flow.segments)
 
 
-def _claimed_twice(flows: Mapping[str, Flow]) -> Iterator[_Wrong]:
-    claims: dict[tuple[str, str], Flow] = {}
+def _disagreeing(flows: Mapping[str, Flow]) -> Iterator[tuple[Flow, str, str]]:
+    """Flows that cannot be in service beside the others: the flow, the place in it, and the fault."""
+    claims: dict[tuple[str, tuple[str, ...]], Flow] = {}
     for flow in flows.values():
-        other = claims.setdefault((flow.method, re.sub(r"\{[^}]*\}", "{}", flow.resource)), flow)
+        other = claims.setdefault((flow.method, _shape(flow)), flow)
         if other is not flow:
             message = f'{flow.method} {flow.resource} is claimed by "{other.name}" ({other.source}) too: change one'
             yield flow, "/request/resource", message
-
-
-def _calling_wrongly(flows: Mapping[str, Flow]) -> Iterator[_Wrong]:
     for flow in flows.values():
         for name, place in flow.calls:
             if name not in flows:
@@ -6064,41 +6030,6 @@ def path_values(flow: Flow, path: str) -> dict[str, str]:
     return values
 
 
-def load_connections(
-    folder: str | os.PathLike[str], previous: dict[str, Connection]
-) -> tuple[dict[str, Connection], list[Fault]]:
-    """The connections of a folder's connections.json; where it is faulty, those before stay in service."""
-    try:
-        tree = _read_flow_file(folder, CONNECTIONS_FILE)
-        with _faults_of(CONNECTIONS_FILE):
-            build = Build(CONNECTIONS_FILE, {}, Functions())
-            build.names = dict.fromkeys(("env", "secrets"))
-            connections = CONNECTIONS.read(build, tree, "")
-            if build.faults:
-                raise FlowError(build.faults)
-            return connections, []
-    except FileNotFoundError:
-        return {}, []
-    except FlowError as error:
-        return previous, error.faults
-
-
-def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
-    path = os.path.join(folder, name)
-    try:
-        text = read_text(path)
-    except FileNotFoundError:
-        if os.path.islink(path):
-            raise FlowError([Fault(name, "", "is a link to a file that is not there")]) from None
-        raise
-    except UnicodeDecodeError as error:
-        message = f"is not UTF-8 (byte {error.start}): save it with that encoding"
-        raise FlowError([Fault(name, "", message)]) from None
-    except OSError as error:
-        raise FlowError([Fault(name, "", f"cannot be read: {reason_of(error)}")]) from None
-    return parse_flow_text(text, name)
-
-
 CONNECTIONS_FILE = "connections.json"
 _STRAY_SUFFIX = re.compile(r"\.(ya?ml|json[c5]|(json|toml)(\.txt)?)$", re.IGNORECASE)
 
@@ -6117,11 +6048,39 @@ def _stray(folder: str | os.PathLike[str], name: str) -> str:
         of_flows = any(map(is_flow_file, inside)) and not any(file.endswith(".py") for file in inside)
         return "flows in a folder inside are not read: move them one up" if of_flows else ""
     suffix = _STRAY_SUFFIX.search(name)
-    return (
-        f"is not read: write it as JSON or TOML, in a file that ends in .json or .toml, not {suffix[0]}"
-        if suffix
-        else ""
-    )
+    cure = "write it as JSON or TOML, in a file that ends in .json or .toml"
+    return f"is not read: {cure}, not {suffix[0]}" if suffix else ""
+
+
+def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
+    path = os.path.join(folder, name)
+    try:
+        return parse_flow_text(read_text(path), name)
+    except FileNotFoundError:
+        if not os.path.islink(path):
+            raise
+        message = "is a link to a file that is not there"
+    except UnicodeDecodeError as error:
+        message = f"is not UTF-8 (byte {error.start}): save it with that encoding"
+    except OSError as error:
+        message = f"cannot be read: {reason_of(error)}"
+    raise FlowError([Fault(name, "", message)])
+
+
+def load_connections(
+    folder: str | os.PathLike[str], previous: dict[str, Connection]
+) -> tuple[dict[str, Connection], list[Fault]]:
+    """The connections of a folder's connections.json; where it is faulty, those before stay in service."""
+    build = Build(CONNECTIONS_FILE, {}, Functions())
+    build.names = dict.fromkeys(("env", "secrets"))
+    try:
+        with _faults_of(CONNECTIONS_FILE):
+            connections = CONNECTIONS.read(build, _read_flow_file(folder, CONNECTIONS_FILE), "")
+            return (previous, build.faults) if build.faults else (connections, [])
+    except FileNotFoundError:
+        return {}, []
+    except FlowError as error:
+        return previous, error.faults
 
 
 def load_flows(
