@@ -100,6 +100,7 @@ import socket
 import sqlite3
 import threading
 import time
+import traceback
 import types
 import urllib.parse
 import warnings
@@ -3321,7 +3322,7 @@ def parse_query(query: str) -> dict[str, list[str]]:
 
 
 class _Signal(Exception):
-    """Ends a run on purpose; not a failure of a step."""
+    """Ends a run. It is no failure of a step: nothing tries again, and `onError` does not catch it."""
 
 
 class _Answered(_Signal):
@@ -3331,7 +3332,7 @@ class _Answered(_Signal):
 
 class _Suspend(_Signal):
     def __init__(self, until: int) -> None:
-        self.until = until
+        self.until = until  # milliseconds since the epoch
 
 
 class _Cancelled(_Signal):
@@ -3339,23 +3340,32 @@ class _Cancelled(_Signal):
 
 
 class _TimedOut(_Signal):
-    pass
+    """The run took longer than it may; the message is for the flow's author, `detail` for the client."""
+
+    kind, status, detail, headers = "timeout", 504, "The flow took longer than it may.", ()
+
+    def __init__(self, message: str = "the flow took longer than it may") -> None:
+        super().__init__(message)
 
 
 class _Failed(_Signal):
     """What a `fail` step says."""
 
-    def __init__(self, status: int, message: str, headers: Pairs = ()) -> None:
-        self.status, self.message, self.headers = status, message, headers
+    kind = "fail"
+
+    def __init__(self, status: int, detail: str, headers: Pairs = ()) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, headers
 
 
 class StepError(AsteraError):
     """A step failed. `detail` may be told to the client; `status` is the response's code, `kinds` are for retry.
 
-    `answer` is what the API, or the called flow, answered, if it did.
+    `reason` is for the flow's author; `answer` is what the API, or the called flow, answered, if it did.
     """
 
-    source: dict[str, Any] | None = None  # file and line of the exception that a process of its own tells of
+    headers = ()
+    source: dict[str, Any] | None = None  # file and line of the exception, where it came from another process
 
     def __init__(
         self, status: int, detail: str, reason: str, kinds: Collection[str] = (), answer: Fetched | None = None
@@ -3367,39 +3377,37 @@ class StepError(AsteraError):
     def kind(self) -> str:
         """The one word for what happened."""
         word = min(self.kinds - {"unsafe"}, default="error")
-        return "status" if word[0].isdigit() else _ERROR_KINDS.get(word, word)
+        return "status" if word[0].isdigit() else _KINDS_FOR_PEOPLE.get(word, word)
 
 
-_ERROR_KINDS = {
-    "too_large": "size",
-    "invalid": "address",
-    "next": "address",
-    "redirect": "address",
-    "refused": "address",
-}
+_KINDS_FOR_PEOPLE = {"too_large": "size"} | dict.fromkeys(("invalid", "next", "redirect", "refused"), "address")
+
+
+def _kind_and_message(error: BaseException) -> tuple[str, str]:
+    """What happened, in one word and in the words for the flow's author."""
+    if isinstance(error, StepError | _TimedOut | _Failed):
+        return error.kind, str(error)
+    if isinstance(error, ExpressionError):
+        return "expression", str(error)
+    return "error", f"{type(error).__name__}: {error}"
 
 
 #: What expressions see as `error`, behind a step that failed and went on.
 _ERROR_MEMBERS = ("status", "headers", "body", "message", "kind")
 
 
-def _error_value(error: Exception, outside: Surroundings) -> dict[str, Any]:
+def _error_value(error: Exception, masked: Mask) -> dict[str, Any]:
     """A failure as expressions see it; what an API answered with it is read as far as it can be."""
-    answer, kind, body = None, "expression" if isinstance(error, ExpressionError) else "error", None
-    if isinstance(error, StepError):
-        answer, kind = error.answer, error.kind
+    kind, message = _kind_and_message(error)
+    status, headers, body = None, {}, None
+    answer = error.answer if isinstance(error, StepError) else None
     if answer is not None:
+        status, headers = answer.status, joined_headers(answer.headers)
         try:
             body = _read_answer(answer)
         except ValueError:
             body = answer.body.decode("utf-8", "replace")
-    return {
-        "status": answer and answer.status,
-        "headers": joined_headers(answer.headers) if answer is not None else {},
-        "body": body,
-        "message": outside.masked(str(error) or type(error).__name__),
-        "kind": kind,
-    }
+    return dict(zip(_ERROR_MEMBERS, (status, headers, body, masked(message), kind), strict=True))
 
 
 class Suspended(NamedTuple):
@@ -3447,7 +3455,7 @@ class Journal:
     suspendable = False
 
     def __init__(self) -> None:
-        self.saved: Mapping[str, Any] = {}
+        self.saved: Mapping[str, Any] = {}  # also under the keys of `journal_key`
         self.waits: Mapping[str, int] = {}
 
     def record(self, path: str, value: Any) -> int | None:
@@ -3461,6 +3469,24 @@ class Journal:
         """Return when all that was recorded is committed; called before each side effect."""
 
 
+#: What a journal keeps of a step beside its output, so that a resumed run does not work it out again: the suffix of the
+#: step's path under which it does. Databases in the field have them.
+_JOURNAL_SUFFIXES = {
+    "when": "?",  # whether it held
+    "error": "!",  # of a step that failed and went on, as expressions see it
+    "began": "<",  # when the first attempt began, milliseconds since the epoch
+    "deadline": "@",  # of the attempt that was suspended, milliseconds since the epoch
+    "time": "=",  # that a `wait` waits for
+    "items": "/of",  # of an `each`
+    "flow deadline": "/@",  # of a flow that is called
+}
+
+
+def journal_key(path: str, what: str) -> str:
+    """The key under which a journal keeps something of a step (see _JOURNAL_SUFFIXES)."""
+    return path + _JOURNAL_SUFFIXES[what]
+
+
 class Surroundings(NamedTuple):
     """What every run needs of the outside."""
 
@@ -3469,8 +3495,8 @@ class Surroundings(NamedTuple):
     policy: AddressPolicy
     env: dict[str, str]
     secrets: dict[str, str]
-    max_result: int
-    max_step_response: int
+    max_result: int  # bytes
+    max_step_response: int  # bytes
     connections: dict[str, Connection]  # as they are now: a reload replaces them
     masked: Mask  # of the secrets, and of credentials
     helpers: threading.Semaphore  # a thread that helps with the items of an `each` holds one of them
@@ -3487,29 +3513,11 @@ class Surroundings(NamedTuple):
 
 
 _EACH_HELPERS = 64  # threads in all that help with the items of `each`
-_MAX_TOLD = 100  # lines, above which failures of steps inside steps are told briefly
-_MAX_TRACE = 500  # lines, above which steps inside steps are left out
 _WORTH_SUSPENDING_MS = 250  # a shorter wait costs less than two commits
 
 
 class Run:
     """One run of a flow: its input, what it knows, and when it must end."""
-
-    __slots__ = (
-        "budget",
-        "cancel",
-        "canned",
-        "deadline",
-        "flow",
-        "held",
-        "input",
-        "journal",
-        "outside",
-        "progress",
-        "reached",
-        "step_deadline",
-        "trace",
-    )
 
     def __init__(
         self,
@@ -3548,19 +3556,17 @@ class Run:
     def branch(self, **changes: Any) -> Run:
         """A run of a part of this one, under the same deadlines; `changes` are its attributes that differ."""
         part = copy.copy(self)
-        for name, value in changes.items():
-            setattr(part, name, value)
+        vars(part).update(changes)
         return part
 
     def settled(self, template: Template, scope: Scope, key: str) -> Any:
         """The template's value; one that may turn out otherwise the next time is saved, for a resumed run."""
-        if not template.volatile:
-            return template(scope)
-        if key not in self.journal.saved:
-            value = template(scope)
+        if template.volatile and key in self.journal.saved:
+            return self.journal.saved[key]
+        value = template(scope)
+        if template.volatile:
             self.journal.record(key, value)
-            return value
-        return self.journal.saved[key]
+        return value
 
     def check(self) -> None:
         """Raise if the run was cancelled or is over its time."""
@@ -3570,7 +3576,7 @@ class Run:
             raise _TimedOut
 
     def left(self) -> float:
-        """Seconds until the step or the run must end; raises _TimedOut if there are none."""
+        """Seconds until the step or the run must end; raises _TimedOut or StepError if there are none."""
         left = self.step_deadline - self.outside.clock.monotonic()
         if left <= 0:
             self.check()
@@ -3586,7 +3592,7 @@ class Run:
             self.left()
 
     def wait_until(self, until: int, path: str) -> None:
-        """Wait until a time, without the thread where the run can be suspended."""
+        """Wait until a time (milliseconds since the epoch), without the thread where the run can be suspended."""
         clock = self.outside.clock
         wait_ms = until - clock.now()
         if wait_ms <= 0:
@@ -3594,8 +3600,26 @@ class Run:
         if wait_ms <= _WORTH_SUSPENDING_MS or self.held or not self.journal.suspendable:
             self.sleep(wait_ms / 1000)
             return
-        self.journal.begin_wait(path, min(until, (1 << 63) - 1))  # what the database can keep
+        self.journal.begin_wait(path, min(until, INT64.stop - 1))  # what the database can keep
         raise _Suspend(min(until, clock.now() + math.ceil(self.left() * 1000)))
+
+    @contextlib.contextmanager
+    def within(self, timeout: float | None, key: str, resumed: bool = True) -> Iterator[None]:
+        """Bound what is done inside to so many seconds; the bound outlives a suspension, saved under `key`."""
+        if timeout is None:
+            yield
+            return
+        clock, outer = self.outside.clock, self.step_deadline
+        until = self.journal.saved.get(key) if resumed else None
+        seconds = timeout if until is None else (until - clock.now()) / 1000
+        self.step_deadline = min(outer, clock.monotonic() + seconds)
+        try:
+            yield
+        except _Suspend:
+            self.journal.record(key, clock.now() + round((self.step_deadline - clock.monotonic()) * 1000))
+            raise
+        finally:
+            self.step_deadline = outer
 
 
 def run_flow(run: Run) -> Outcome | Suspended:
@@ -3621,26 +3645,19 @@ def run_flow(run: Run) -> Outcome | Suspended:
     except BaseException as error:  # sys.exit(), or a cancelled future, ends the run and not a thread of the pool
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
-        if not isinstance(error, AsteraError | _Signal):
-            log.debug("flow %s", flow.name, exc_info=True, extra=run.about)
         return _failed(run, error)
 
 
 def _failed(run: Run, error: BaseException) -> Outcome:
     """How a run ended that failed; what the client may be told, and the reason for the log."""
-    code, status, members = "failed", 500, {}
-    headers: Pairs = ()
-    if isinstance(error, _TimedOut):
-        code, status, detail = "timeout", 504, "The flow took longer than it may."
-    elif isinstance(error, _Failed):
-        status, detail, headers = error.status, error.message, error.headers
-    elif isinstance(error, StepError):
-        code, status, detail = "timeout" if error.status == 504 else "failed", error.status, error.detail
-    else:
-        detail = "The flow failed. The server's log has the reason under this id."
-        members["requestId"] = run.input.request["id"]
     reason = failure_text(_known_failure(error) or blame(run, error))
-    return Outcome.failed(code, status, run.outside.masked(detail), reason, headers, **members)
+    if isinstance(error, StepError | _TimedOut | _Failed):
+        code = "timeout" if error.status == 504 and not isinstance(error, _Failed) else "failed"
+        return Outcome.failed(code, error.status, run.outside.masked(error.detail), reason, error.headers)
+    if not isinstance(error, AsteraError):
+        log.debug("flow %s", run.flow.name, exc_info=error, extra=run.about)
+    detail = "The flow failed. The server's log has the reason under this id."
+    return Outcome.failed("failed", 500, detail, reason, requestId=run.input.request["id"])
 
 
 def blame(run: Run, error: BaseException) -> dict[str, Any]:
@@ -3650,90 +3667,84 @@ def blame(run: Run, error: BaseException) -> dict[str, Any]:
     return _note_failure(run, step, step.name, error)
 
 
-def _note_failure(run: Run, step: Step, path: str, error: BaseException) -> dict[str, Any]:
-    """Put the failure of what is no attempt of a step into the trace."""
-    failure = _failure(error, step, run, path, 1)
-    _note(run, step, path, "failed", run.outside.clock.wall(), failures=[failure])
-    return failure
-
-
 def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any:
     """Run steps in order, each result going into the scope; the value of the last one that was not skipped."""
-    value = None
+    value, saved = None, run.journal.saved
     for position, step in enumerate(steps):
         path = prefix + step.name
         if not prefix:
             run.progress = Progress(step.name, position, len(steps))
-        if path in run.journal.saved:
-            value = scope[step.name] = run.journal.saved[path]
-            scope["error"] = run.journal.saved.get(f"{path}!", scope["error"])
-            _note(run, step, path, "resumed", run.outside.clock.wall(), None, value)
+        if path in saved:
+            value = scope[step.name] = saved[path]
+            scope["error"] = saved.get(journal_key(path, "error"), scope["error"])
+            _note(run, step, path, "resumed", run.outside.clock.wall(), value=value)
             continue
         run.check()
         try:
-            skipped = step.when is not None and not run.settled(step.when, scope, f"{path}?")
+            skipped = step.when is not None and not run.settled(step.when, scope, journal_key(path, "when"))
         except ExpressionError as error:
             _note_failure(run, step, path, error)
             raise
         if skipped:
             scope[step.name] = None
             _note(run, step, path, "skipped", run.outside.clock.wall())
-            continue
-        value = scope[step.name] = _run_step(step, run, scope, path)
+        else:
+            value = scope[step.name] = _run_step(step, run, scope, path)
     return value
 
 
 def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
-    resumed = run.journal.saved.get(f"{path}<")
-    began = run.outside.clock.wall() if resumed is None else resumed
+    """The step's value; the trace says how it ended."""
+    began_key = journal_key(path, "began")
+    began = run.journal.saved.get(began_key) or run.outside.clock.wall()
     failures: list[dict[str, Any]] = []  # of each attempt
-
-    def note(state: str, size: int | None = None, value: Any = None) -> None:
-        _note(run, step, path, state, began, size, value, failures)
-
     try:
         canned, value = run.canned.output(step, path) if run.canned is not None else (False, None)
         if not canned:
             value = _attempts(step, run, scope, path, failures)
-        state = "finished"
     except _Suspend:
-        if resumed is None and run.trace is not None:
-            run.journal.record(f"{path}<", began)
+        if began_key not in run.journal.saved and run.trace is not None:
+            run.journal.record(began_key, began)
         raise
-    except _Answered:
-        note("answered")
-        raise
-    except _Cancelled:
-        note("cancelled")
-        raise
-    except (_TimedOut, _Failed) as error:
-        failures.append(_failure(error, step, run, path, len(failures) + 1))
-        note("failed")
+    except (_Answered, _Cancelled) as signal:
+        _note(run, step, path, "answered" if isinstance(signal, _Answered) else "cancelled", began, failures=failures)
         raise
     except Exception as error:
-        if not failures:
-            failures.append(_failure(error, step, run, path, 1))
+        if not failures or isinstance(error, _Signal):
+            failures.append(_failure(error, step, run, path, len(failures) + 1))
         try:
-            if step.on_error is None:
+            if step.on_error is None or isinstance(error, _Signal):
                 if isinstance(error, StepError):
-                    detail, reason = f'step "{step.name}": {error.detail}', f"step {path}: {error}"
-                    raise StepError(error.status, detail, reason, error.kinds, error.answer) from error
+                    error.detail, error.args = f'step "{step.name}": {error.detail}', (f"step {path}: {error}",)
                 raise
-            words = "flow %s: going on, although it failed: %s"
-            log.info(words, run.flow.name, failure_text(failures[-1]), extra=run.about)
-            scope["error"] = _error_value(error, run.outside)
-            try:
-                value, state = step.on_error(scope), "failed"
-            except ExpressionError as second:
-                failures.append(_failure(second, step, run, path, len(failures)))
-                raise
+            return _go_on(step.on_error, step, run, scope, path, error, failures)
         finally:
-            note("failed")
-        run.journal.record(f"{path}!", scope["error"])
-    # What stands for a failure is kept too, or a resumed run would fail, and act, once more.
-    size = run.journal.record(path, value) if step.save or state == "failed" else None
-    if state == "finished":
-        note(state, size, value)
+            _note(run, step, path, "failed", began, failures=failures)
+    size = run.journal.record(path, value) if step.save else None
+    _note(run, step, path, "finished", began, size, value, failures)
+    return value
+
+
+def _go_on(
+    on_error: Template,
+    step: Step,
+    run: Run,
+    scope: Scope,
+    path: str,
+    error: Exception,
+    failures: list[dict[str, Any]],
+) -> Any:
+    """What stands for the value of a step that failed. It is saved, or a resumed run would fail, and act, once more."""
+    words = "flow %s: going on, although it failed: %s"
+    log.info(words, run.flow.name, failure_text(failures[-1]), extra=run.about)
+    scope["error"] = _error_value(error, run.outside.masked)
+    try:
+        value = on_error(scope)
+    except ExpressionError as second:
+        failures.append(_failure(second, step, run, path, len(failures)))
+        raise
+    run.journal.record(journal_key(path, "error"), scope["error"])
+    run.journal.record(path, value)
     return value
 
 
@@ -3745,7 +3756,7 @@ def _attempts(step: Step, run: Run, scope: Scope, path: str, failures: list[dict
     while True:
         attempt += 1
         try:
-            with _within(run, step.timeout, f"{path}@", resumed):
+            with run.within(step.timeout, journal_key(path, "deadline"), resumed):
                 if step.effect:
                     run.journal.barrier()
                 return step.run(run, scope, path)
@@ -3756,9 +3767,9 @@ def _attempts(step: Step, run: Run, scope: Scope, path: str, failures: list[dict
                 attempt, before = 1, run.reached[path]
             failures.append(_failure(error, step, run, path, attempt))
             kinds = error.kinds if isinstance(error, StepError) else {"error"}
-            wanted = retry.on is None or retry.on & set(kinds)
+            wanted = "unsafe" not in kinds if retry.on is None else retry.on & set(kinds)
             pause = max(retry.pause(attempt), _asked_pause(run, error))
-            if attempt >= retry.attempts or not wanted or (retry.on is None and "unsafe" in kinds):
+            if attempt >= retry.attempts or not wanted:
                 raise
             run.check()
             if pause > run.left():
@@ -3775,9 +3786,25 @@ def _asked_pause(run: Run, error: Exception) -> float:
     return parse_retry_after(header_value(answer.headers, "retry-after"), run.outside.clock.wall())
 
 
-_TOLD_BODY = 500  # bytes of what an API answered with a failure
-_TOLD_TEXT = 2000  # characters of a message
-_TOLD_RETRIES = 10  # failed attempts of a step, besides the last one
+@lru_cache(maxsize=64)
+def _lines_of_file(path: str, changed: int, text: str) -> Mapping[str, int]:
+    """The lines of a flow file by JSON Pointer; none where it is not the text of this flow any more."""
+    written = read_text(path)
+    return pointer_lines(written) if parse_flow_text(written, path) == json.loads(text) else {}
+
+
+def _line_in_file(flow: Flow, folder: str | None, place: str) -> int | None:
+    if folder is None or not flow.source.endswith(".json"):
+        return None
+    path = os.path.join(folder, flow.source)
+    try:
+        return nearest_line(_lines_of_file(path, os.stat(path).st_mtime_ns, flow.text), place)
+    except (OSError, ValueError, FlowError):
+        return None
+
+
+_MAX_FAILURE_BODY = 500  # bytes of what an API answered
+_MAX_FAILURE_MESSAGE = 2000  # characters
 
 
 def _failure(error: BaseException, step: Step, run: Run, path: str, attempt: int) -> dict[str, Any]:
@@ -3789,27 +3816,22 @@ def _failure(error: BaseException, step: Step, run: Run, path: str, attempt: int
     if known is not None:
         return known
     masked, place = run.outside.masked, step.place
+    kind, message = _kind_and_message(error)
     more: dict[str, Any] = {}
     if isinstance(error, StepError):
-        kind, message = error.kind, str(error)
         if error.answer is not None:
-            head = error.answer.body[: _TOLD_BODY + masked.longest].decode("utf-8", "replace")
-            more = {"status": error.answer.status, "body": masked(head).encode()[:_TOLD_BODY].decode("utf-8", "ignore")}
+            head = masked(error.answer.body[: _MAX_FAILURE_BODY + masked.longest].decode("utf-8", "replace"))
+            body = head.encode()[:_MAX_FAILURE_BODY].decode("utf-8", "ignore")
+            more = {"status": error.answer.status, "body": body}
         more |= {"source": error.source} if error.source else {}
-    elif isinstance(error, ExpressionError):
-        kind, message = "expression", str(error)
-        if message.startswith(place.rpartition("/")[0] + "/"):  # or it stands in connections.json
-            place, _, message = message.partition(": ")
-    elif isinstance(error, _TimedOut):
-        kind, message = "timeout", str(error) or "the flow took longer than it may"
     elif isinstance(error, _Failed):
-        kind, message, more = "fail", error.message, {"status": error.status}
-    else:
-        kind, message = "error", f"{type(error).__name__}: {error}"
-        if step.code:
-            more = {"source": exception_source(error)}
+        more = {"status": error.status}
+    elif kind == "expression" and message.startswith(place.rpartition("/")[0] + "/"):  # else of connections.json
+        place, _, message = message.partition(": ")
+    elif kind == "error" and step.code:
+        more = {"source": exception_source(error)}
     failure: dict[str, Any] = {
-        "message": masked(message)[:_TOLD_TEXT],
+        "message": masked(message)[:_MAX_FAILURE_MESSAGE],
         "kind": kind,
         "step": path,
         "file": run.flow.source,
@@ -3831,7 +3853,7 @@ def _known_failure(error: BaseException | None) -> dict[str, Any] | None:
 
 
 def failure_of(job: Job, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Why a job failed, by what became of its steps; None if none of them is to blame."""
+    """Why a job failed, by the trace of its steps; None if none of them is to blame."""
     if job.error is None or job.error["code"] not in ("failed", "timeout"):
         return None
     last: Mapping[str, Any] = next((step for step in reversed(steps) if "/" not in step["path"]), {})
@@ -3849,51 +3871,16 @@ def failure_text(failure: Mapping[str, Any]) -> str:
 
 
 def exception_source(error: BaseException) -> dict[str, Any] | None:
-    """The innermost line of the step's own code that an exception came by: of a file beside that of its function."""
-    frames = []
-    trace = error.__traceback__
-    while trace is not None:
-        frames.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
-        trace = trace.tb_next
+    """File and line of an exception in the step's own code: the innermost frame in the folder of its function."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     theirs = [frame for frame in frames if os.path.basename(frame[0]) not in ("astera_lite.py", *WINGS)]
     beside = [frame for frame in theirs if os.path.dirname(frame[0]) == os.path.dirname(theirs[0][0])]
     return {"file": os.path.basename(beside[-1][0]), "line": beside[-1][1]} if beside else None
 
 
-@lru_cache(maxsize=64)
-def _lines_of_file(path: str, changed: int, text: str) -> Mapping[str, int]:
-    """The lines of a flow file by JSON Pointer; none where it is not the text of this flow any more."""
-    written = read_text(path)
-    return pointer_lines(written) if parse_flow_text(written, path) == json.loads(text) else {}
-
-
-def _line_in_file(flow: Flow, folder: str | None, place: str) -> int | None:
-    if folder is None or not flow.source.endswith(".json"):
-        return None
-    path = os.path.join(folder, flow.source)
-    try:
-        return nearest_line(_lines_of_file(path, os.stat(path).st_mtime_ns, flow.text), place)
-    except (OSError, ValueError, FlowError):
-        return None
-
-
-@contextlib.contextmanager
-def _within(run: Run, timeout: float | None, key: str, resumed: bool = True) -> Iterator[None]:
-    """Bound what is done inside to so many seconds; the bound outlives a suspension, saved under `key`."""
-    if timeout is None:
-        yield
-        return
-    clock, outer = run.outside.clock, run.step_deadline
-    until = run.journal.saved.get(key) if resumed else None
-    seconds = timeout if until is None else (until - clock.now()) / 1000
-    run.step_deadline = min(outer, clock.monotonic() + seconds)
-    try:
-        yield
-    except _Suspend:
-        run.journal.record(key, clock.now() + round((run.step_deadline - clock.monotonic()) * 1000))
-        raise
-    finally:
-        run.step_deadline = outer
+_MAX_TRACE = 500  # lines, above which steps inside steps are left out
+_MAX_DETAILED_TRACE = 100  # lines, above which failures of steps inside steps are cut short
+_MAX_RETRIES_NOTED = 10  # failed attempts of a step, besides the last one
 
 
 def _note(
@@ -3907,37 +3894,43 @@ def _note(
     failures: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Put a line into the trace, which is what people see of the steps; `failures` are those of its attempts."""
-    if run.trace is None or (len(run.trace) >= _MAX_TRACE and "/" in path):
+    inside = "/" in path
+    if run.trace is None or (inside and len(run.trace) >= _MAX_TRACE):
         return
     if (run.journal.saved or run.journal.waits) and any(entry["path"] == path for entry in run.trace):
         return  # from before the run was suspended
-    # Its headers would fill the preview. What `onError` gave may be anything, also when it is read back.
-    calls = step.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
-    telling = value.get("items", value["body"]) if calls else value
     masked = run.outside.masked
-    preview = None if telling is None else masked(shown(_outline(telling, masked), 200))
-    retries = failures[:-1] if state == "failed" else failures
-    if "/" in path and len(run.trace) >= _MAX_TOLD:  # of the items of a long list, what they said is not kept
-        failures = [
-            {name: value[:200] if name == "message" else value for name, value in each.items() if name != "body"}
-            for each in failures[-1:]
-        ]
+    # Its headers would fill the preview. What `onError` gave may be anything, also when it is read back.
+    answers = step.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
+    preview = value.get("items", value["body"]) if answers else value
+    line: dict[str, Any] = {
+        "path": path,
+        "name": step.name,
+        "kind": step.kind,
+        "state": state,
+        "startedAt": timestamp(began),
+        "finishedAt": timestamp(run.outside.clock.wall()),
+        "size": size,
+        "preview": None if preview is None else masked(shown(_outline(preview, masked), 200)),
+    }
+    if answers:
+        line["status"] = value["status"]
+    *retries, last = failures if state == "failed" and failures else (*failures, None)
+    if inside and len(run.trace) >= _MAX_DETAILED_TRACE:
         retries = []
-    run.trace.append(
-        {
-            "path": path,
-            "name": step.name,
-            "kind": step.kind,
-            "state": state,
-            "startedAt": timestamp(began),
-            "finishedAt": timestamp(run.outside.clock.wall()),
-            "size": size,
-            "preview": preview,
-        }
-        | ({"status": value["status"]} if calls else {})
-        | ({"error": failures[-1]} if failures and state == "failed" else {})
-        | ({"retries": retries[-_TOLD_RETRIES:]} if retries else {})
-    )
+        last = last and {name: last[name] for name in last if name != "body"} | {"message": last["message"][:200]}
+    if last:
+        line["error"] = last
+    if retries:
+        line["retries"] = retries[-_MAX_RETRIES_NOTED:]
+    run.trace.append(line)
+
+
+def _note_failure(run: Run, step: Step, path: str, error: BaseException) -> dict[str, Any]:
+    """Put the failure of what is no attempt of a step into the trace."""
+    failure = _failure(error, step, run, path, 1)
+    _note(run, step, path, "failed", run.outside.clock.wall(), failures=[failure])
+    return failure
 
 
 def _outline(value: Any, masked: Callable[[str], str], depth: int = 3) -> Any:
@@ -3954,10 +3947,13 @@ def _outline(value: Any, masked: Callable[[str], str], depth: int = 3) -> Any:
     return value
 
 
+# --- responses ------------------------------------------------------------------------------------------------------
+
 _RESPONDING = Step("response", "response", lambda run, scope, path: None, False, False, place="/response")
 
 
 def _respond(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> Answer:
+    """The answer of the first response whose `when` holds; a flow without responses answers with `value`."""
     try:
         if not flow.responses:
             return make_answer(200, {}, value, run.outside.max_result)
@@ -3977,23 +3973,22 @@ def evaluated(values: Mapping[str, Any], scope: Scope) -> dict[str, Any]:
 
 def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
     """The answer that a response gives in a scope."""
-    selected, limit = run.input.selected, run.outside.max_result
-    page = None
+    selected, page = run.input.selected, None
+    body: Any = None
     if response.items is not None:
-        page = _page(response, selected, scope)
+        body = page = _page(response, selected, scope)
         scope = {**scope, "page": page}
     status, headers = response.status(scope), evaluated(response.headers, scope)
     if response.body is not None:
         body = response.body(scope)
-    elif page is not None:
-        body = {"items": page["items"], "cursor": page["cursor"]}
-    else:
-        return make_answer(status, headers, None, limit, empty=True, method=run.flow.method)
     if page is None and any(response.selection):
         body = selected.rows(body, "/response/body")
-    elif page is not None and type(body) is dict and "cursor" not in body:
-        body = {**body, "cursor": page["cursor"]}
-    return make_answer(status, headers, body, limit, method=run.flow.method)
+    elif page is body and page is not None:
+        body = {"items": page["items"], "cursor": page["cursor"]}
+    elif page is not None and type(body) is dict:
+        body = {"cursor": page["cursor"], **body}
+    empty = page is None and response.body is None
+    return make_answer(status, headers, body, run.outside.max_result, empty=empty, method=run.flow.method)
 
 
 _MAX_PAGE = 10_000
@@ -4014,8 +4009,6 @@ def _page(response: Response, selected: Selected, scope: Scope) -> dict[str, Any
     return {"items": rows[selected.offset : end], "cursor": cursor, "total": len(rows)}
 
 
-_UNSENDABLE = re.compile(r"[^\t\x20-\x7e\x80-\xff]+")
-_NO_URL = re.compile(r"[^\t\x20-\x7e]+")
 #: Headers that the server alone sets: framing (RFC 9112), hop-by-hop ones, and our own.
 RESERVED_HEADERS = frozenset(
     (
@@ -4023,6 +4016,10 @@ RESERVED_HEADERS = frozenset(
         "upgrade job-status x-request-id content-security-policy x-content-type-options"
     ).split()
 )
+_UNSENDABLE = re.compile(r"[^\t\x20-\x7e\x80-\xff]+")
+_NO_URL = re.compile(r"[^\t\x20-\x7e]+")
+_ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
+_WITHOUT_BODY = (204, 205, 304)
 
 
 def _field_value(name: str, text: str) -> str:
@@ -4031,48 +4028,38 @@ def _field_value(name: str, text: str) -> str:
     It may be what a client sent: that must neither split the answer nor make it a 5xx.
     """
     unsendable = _NO_URL if name.lower() in ("location", "content-location") else _UNSENDABLE
-    return unsendable.sub(lambda match: urllib.parse.quote(match[0], safe="", errors="replace"), text).strip(" \t")
-
-
-_WITHOUT_BODY = (204, 205, 304)
-_ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
+    value = unsendable.sub(lambda match: urllib.parse.quote(match[0], safe="", errors="replace"), text).strip(" \t")
+    return f'"{urllib.parse.quote(value)}"' if name.lower() == "etag" and not _ENTITY_TAG.fullmatch(value) else value
 
 
 def make_answer(
     status: Any, headers: Mapping[str, Any], body: Any, max_bytes: int, *, empty: bool = False, method: str = "GET"
 ) -> Answer:
-    """A flow's values as a response to a method; ExpressionError if they are none."""
+    """A flow's values as a response to a method; ExpressionError or ValueError if they are none."""
     if type(status) is not int or not 200 <= status <= 599:
         raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
-    pairs: list[tuple[str, str]] = []
-    media = None
-    for name, value in headers.items():
-        if value is not None:
-            pairs.append((name, _field_value(name, as_text(value))))
-            if name.lower() == "content-type":
-                media = pairs[-1][1].partition(";")[0].strip().lower()
-            elif name.lower() == "etag" and not _ENTITY_TAG.fullmatch(pairs[-1][1]):
-                pairs[-1] = name, f'"{urllib.parse.quote(pairs[-1][1])}"'
+    pairs = tuple((name, _field_value(name, as_text(value))) for name, value in headers.items() if value is not None)
     try:
-        pairs = list(with_owed(status, tuple(pairs), method))
+        pairs = with_owed(status, pairs, method)
     except ValueError as error:
         raise ExpressionError(f"/response/status: {error}") from None
     if empty or status in _WITHOUT_BODY:
-        return Answer(status, tuple(pairs))
+        return Answer(status, pairs)
+    content_type = header_value(pairs, "content-type") or ""
+    media = content_type.partition(";")[0].strip().lower()
     if type(body) is bytes:
-        data, default = body, "application/octet-stream"
+        data, default = body, CONTENT_TYPES["binary"]
     elif media and not is_json_type(media):
         data, default = as_text(body).encode(), ""
-        if media.startswith("text/"):
-            pairs = [(n, v + "; charset=utf-8" if v.strip().lower() == media else v) for n, v in pairs]
+        if media.startswith("text/") and content_type.lower() == media:
+            content_type += "; charset=utf-8"
     else:
         check_written(body, max_bytes)
-        data, default = json_body(body), "application/json"
+        data, default = json_body(body), CONTENT_TYPES["json"]
     if len(data) > max_bytes:
         raise ExpressionError(f"/response/body: it is larger than max_result ({show_size(max_bytes)})")
-    if not media:
-        pairs = [pair for pair in pairs if pair[0].lower() != "content-type"] + [("Content-Type", default)]
-    return Answer(status, tuple(pairs), data)
+    others = tuple(pair for pair in pairs if pair[0].lower() != "content-type")
+    return Answer(status, (*others, ("Content-Type", content_type if media else default)), data)
 
 
 # --- members --------------------------------------------------------------------------------------------------------
@@ -4556,7 +4543,7 @@ def _make_wait(build: Build, given: Any, place: str) -> Runner:
         clock, end = run.outside.clock, run.journal.waits.get(path)
         try:
             if until is not None:  # read anew each time, for the system's clock may have leapt meanwhile
-                end = _parse_time(run.settled(until, scope, f"{path}=")) - clock.offset
+                end = _parse_time(run.settled(until, scope, journal_key(path, "time"))) - clock.offset
             elif end is None:
                 end = clock.now() + round(parse_duration(given(scope)) * 1000)
         except ValueError as error:
@@ -5189,7 +5176,7 @@ def _make_each(build: Build, given: dict[str, Any], place: str) -> Runner:
     of, name, width, inside = given["of"], given["as"], given["concurrency"], _inside(given)
 
     def each(run: Run, scope: Scope, path: str) -> list[Any]:
-        items = run.settled(of, scope, f"{path}/of")
+        items = run.settled(of, scope, journal_key(path, "items"))
         if type(items) not in (list, tuple):
             raise ExpressionError(f"{place}/of: {kind_of(items)} is not a list")
         done = itertools.count(1)
@@ -5253,7 +5240,7 @@ def _make_choose(build: Build, branches: list[dict[str, Any]], place: str) -> Ru
 
     def choose(run: Run, scope: Scope, path: str) -> Any:
         for position, (when, inside) in enumerate(ways):
-            if when is None or run.settled(when, scope, f"{path}/{position}?"):
+            if when is None or run.settled(when, scope, journal_key(f"{path}/{position}", "when")):
                 return inside(run, dict(scope), f"{path}/{position}/")
         return None
 
@@ -5282,7 +5269,7 @@ def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
         except InputError as error:
             raise StepError(500, "the flow that it calls refused its input", f'"{name}": {error}', {"input"}) from None
         part = run.branch(flow=flow, input=bound)
-        with _within(part, flow.timeout, f"{path}/@"):
+        with part.within(flow.timeout, journal_key(path, "flow deadline")):
             answer = _answer_of(flow, part, f"{path}/")
         run.progress = part.progress
         fetched = Fetched(answer.code, list(answer.headers), answer.body)
@@ -5300,7 +5287,7 @@ def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
         return answered.answer
     except _Failed as failed:
         answer = Fetched(failed.status, list(failed.headers), b"")
-        raise StepError(failed.status, failed.message, failed.message, {"fail"}, answer) from None
+        raise StepError(failed.status, failed.detail, failed.detail, {"fail"}, answer) from None
 
 
 _PYTHON = {
