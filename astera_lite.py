@@ -4526,9 +4526,11 @@ def _make_fail(build: Build, given: dict[str, Any], place: str) -> Runner:
 
     def fail(run: Run, scope: Scope, path: str) -> NoReturn:
         text = as_text(given["message"](scope)).encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
+        masked, headers = run.outside.masked, evaluated(given["headers"], scope)
         try:
             status = _FAIL_STATUS.parse(given["status"](scope))
-            answer = make_answer(status, evaluated(given["headers"], scope), None, 0, empty=True)
+            headers = {name: None if value is None else masked(as_text(value)) for name, value in headers.items()}
+            answer = make_answer(status, headers, None, 0, empty=True)
         except ValueError as error:
             raise ExpressionError(f"{place}/status: {error}") from None
         raise _Failed(status, text, answer.headers)

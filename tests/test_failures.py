@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from urllib.parse import quote, quote_plus
 import pytest
 from support import Api, Client, Running, Sink, get_flow, process
 
+import astera_lite
 from astera_lite import AsteraLite, Server, main
 
 MODULE = """
@@ -298,7 +301,6 @@ def test_the_commands_and_the_log_tell_it(tmp_path: Path, api: str, capsys: pyte
 # --- secrets ----------------------------------------------------------------------------------------------------------
 
 SECRETS = {
-    "PLAIN": "hunter2-correct",
     "ODD": 'pa"ss/w ör+d\\x\ny',
     "LONG": "eyJhbGciOi" + "0123456789" * 30,
     "PIN": "471147",
@@ -325,44 +327,140 @@ def spellings(secret: str) -> list[str]:
     ]
 
 
-def leaking_steps(url: str, secret: str) -> dict[str, list[Any]]:
-    """Steps that fail over a secret, by flow."""
+def leaking_connections(url: str, secret: str) -> dict[str, Any]:
+    """Connections that hold a secret, of an API that says what it was sent."""
     value = f"${{secrets.{secret}}}"
+    oauth2 = {"tokenUrl": f"{url}/{value}", "clientId": value, "clientSecret": value, "scope": value}
+    auths = {
+        "basic": {"basic": {"user": value, "password": value}},
+        "bearer": {"bearer": value},
+        "key": {"apiKey": {"in": "query", "name": value, "value": value}},
+        "key-in": {"apiKey": {"in": value, "name": "key", "value": value}},
+        "oauth2": {"oauth2": oauth2},
+        "oauth2-in": {"oauth2": oauth2 | {"in": value}},
+    }
+    found: dict[str, Any] = {name: {"url": url, "auth": auth} for name, auth in auths.items()}
+    return found | {"headers": {"url": f"{url}/{value}", "headers": {"X-A": f"${{urlencode(secrets.{secret})}}"}}}
+
+
+def leaking_steps(url: str, secret: str) -> dict[str, list[Any]]:
+    """Steps that fail over a secret, or are followed by one that does, by flow."""
+    value, number = f"${{secrets.{secret}}}", f"${{int(secrets.{secret})}}"
+    json_, object_ = f"${{parse_json(secrets.{secret})}}", f"${{{{'p': secrets.{secret}}}}}"
     text = f"login with {value} refused"
+    asked = {"url": url, "expect": "4xx"}
+    items = {"items": "${[1]}", "maxPages": 3}
+    query = {"query": "SELECT json_extract('{}', :p)"}
+    inner = [{"name": "b", "set": 1}]
     steps: dict[str, Any] = {
-        "set": {"set": f"${{int(secrets.{secret})}}"},
+        "set": {"set": number},
         "key": {"set": f"${{{{'a': 1}}[secrets.{secret}]}}"},
         "long": {"set": f"${{parse_json('{'x' * 40}' + secrets.{secret})}}"},
+        "output": {"set": {"a": value, "b": [text], "c": f"${{[secrets.{secret}]}}"}},
+        "when": {"when": number, "set": 1},
         "fail": {"fail": {"status": 401, "message": text}},
+        "fail-status": {"fail": {"status": value, "message": text}},
+        "fail-header": {"fail": {"message": text, "headers": {"X-A": f"{value}\n"}}},
         "host": {"http": f"http://{value}.invalid/"},
         "path": {"http": f"{url}/{value}?q={value}"},
         "query": {"http": {"url": url, "query": {"q": value}, "headers": {"X-A": f"${{urlencode(secrets.{secret})}}"}}},
-        "body": {"http": {"url": url, "method": "POST", "json": {"a": value}}, "retry": {"attempts": 2, "delay": "1ms", "on": ["4xx"]}},  # noqa: E501
+        "json": {"http": {"url": url, "method": "POST", "json": {"a": value}}, "retry": RETRY},
         "form": {"http": {"url": url, "method": "POST", "form": {"a": value}}, "onError": {"was": text}},
+        "body": {"http": {"url": url, "method": "POST", "body": value}},
         "header": {"http": {"url": url, "headers": {"X-A": f"{value}\n"}}},
-        "auth": {"http": {"connection": "basic", "path": "/echo"}},
-        "key-auth": {"http": {"connection": "key", "path": "/echo"}},
+        "until": {"http": asked | {"until": number}},
+        "page-items": {"http": asked | {"pages": {"cursor": "${null}", "parameter": "p", "items": json_}}},
+        "page-cursor": {"http": asked | {"pages": items | {"cursor": json_, "parameter": "p"}}},
+        "page-next": {"http": asked | {"pages": items | {"next": f"{url}/{value}"}}},
+        "page-total": {"http": asked | {"pages": items | {"offset": "o", "size": 1, "total": value}}},
+        **{f"auth-{name}": {"http": {"connection": name, "path": f"/{value}"}} for name in leaking_connections("", "")},
         "python": {"python": {"call": "leaks:raising", "args": {"text": text}}},
         "isolated": {"python": {"call": "leaks:raising", "args": {"text": text}, "isolate": True}},
         "argument": {"python": {"call": "leaks:giving", "args": {"text": value, "${'a'}": value}}},
         "database": {"sql": {"database": value, "query": "SELECT 1"}},
-        "sql": {"sql": {"database": "a.db", "query": "SELECT json_extract('{}', :p)", "params": {"p": value}}},
+        "sql": {"sql": {"database": "a.db", **query, "params": {"p": value}}},
+        "sql-object": {"sql": {"database": "a.db", **query, "params": object_}},
+        "sql-list": {"sql": {"database": "a.db", "statements": [query | {"params": {"p": value}}]}},
+        "sql-list-object": {"sql": {"database": "a.db", "statements": [query | {"params": object_}]}},
         "run": {"run": {"command": ["sh", "-c", "echo \"$0\" >&2; cat >&2; exit 3", text], "input": value}},
         "stdout": {"run": {"command": ["cat"], "input": f"no JSON {value}", "output": "json"}},
-        "each": {"each": {"of": text, "steps": [{"name": "b", "set": 1}]}},
+        "timeout": {"timeout": "50ms", "run": ["sh", "-c", "sleep 5", text]},
+        "each": {"each": {"of": text, "steps": inner}},
+        "each-result": {"each": {"of": [1], "steps": inner, "result": number}},
         "inside": {"each": {"of": [value], "steps": [{"name": "b", "fail": {"message": "${item}"}}]}},
-        "choose": {"choose": [{"when": f"${{int(secrets.{secret})}}", "steps": [{"name": "b", "set": 1}]}]},
+        "choose": {"choose": [{"when": number, "steps": inner}]},
+        "choose-result": {"choose": [{"steps": inner, "result": number}]},
         "call": {"call": "fail"},
-        "input": {"call": {"flow": "takes", "params": {"n": value, "m": value}}},
+        "call-params": {"call": {"flow": "takes", "params": {"n": value, "m": value}}},
+        "call-body": {"call": {"flow": "takes-body", "body": value}},
         "wait": {"wait": {"until": text}},
         "pause": {"wait": f"{value}x"},
-        "respond": {"respond": {"status": value}},
-        "when": {"when": f"${{int(secrets.{secret})}}", "set": 1},
-        "output": {"set": {"a": value, "b": [text], "c": f"${{[secrets.{secret}]}}"}},
-        "timeout": {"timeout": "50ms", "run": ["sh", "-c", "sleep 5", text]},
+        "respond": {"respond": {"status": value, "headers": {"X-A": value}, "body": value}},
     }  # fmt: skip
     last = {"name": "z", "fail": {"message": "${a}"}}
     return {name: [{"name": "a", **step}, last] for name, step in steps.items()}
+
+
+def leaking_folder(folder: Path, url: str, secret: str) -> list[str]:
+    """Write flows that fail over a secret, and what they need; their names."""
+    flows = leaking_steps(url, secret)
+    for name, steps in flows.items():
+        flow_file(folder, name, *steps)
+    number = {"n": {"in": "query", "type": "integer"}, "m": {"in": "query", "enum": ["a"]}}
+    flow_file(folder, "takes", request={"parameters": number})
+    body = {"method": "POST", "body": {"type": "object", "properties": {}}}
+    flow_file(folder, "takes-body", request=body)
+    flow_file(folder, "bad", response={"status": f"${{secrets.{secret}}}"})
+    flow_file(folder, "own", response={"body": f"${{secrets.{secret}}}"})
+    (folder / "flows" / "connections.json").write_text(json.dumps(leaking_connections(url, secret)), "utf-8")
+    (folder / "flows" / "leaks.py").write_text(SECRET_MODULE, "utf-8")
+    (folder / "data").mkdir()
+    sqlite3.connect(folder / "data" / "a.db").close()
+    return [*flows, "bad"]
+
+
+def expression_places(member: astera_lite.Member, place: str) -> Iterator[str]:
+    """Patterns of the places at which a member takes expressions."""
+    if isinstance(member, astera_lite.Value | astera_lite._Url):
+        yield place
+    inner: dict[str, astera_lite.Member] = {}
+    if isinstance(member, astera_lite.Elsewhere):
+        inner = {"": astera_lite.wing(inspect.getclosurevars(member.read).nonlocals["name"])}
+    elif isinstance(member, astera_lite.Table):
+        inner = {f"/{name}": each for name, each in member.members.items()}
+    elif isinstance(member, astera_lite.ListOf):
+        inner = {"/[0-9]+": member.item}
+    elif isinstance(member, astera_lite.MapOf):
+        inner = {"/[^/]+": member.item}
+    elif isinstance(member, astera_lite.Either):
+        inner = {"": member.plain}
+        yield from expression_places(member.structured, place)
+    for part, each in inner.items():
+        yield from expression_places(each, place + part)
+
+
+def test_a_secret_stands_wherever_a_step_takes_an_expression(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the search for it below would show less than it seems to."""
+    leaking_folder(tmp_path, "http://127.0.0.1:1", "ODD")
+    compiled, compile_ = [], astera_lite.Build.template
+
+    def template(build: astera_lite.Build, value: Any, place: str) -> astera_lite.Template:
+        compiled.append(place if "secrets." in json.dumps(value) else "")
+        return compile_(build, value, place)
+
+    monkeypatch.setattr(astera_lite.Build, "template", template)
+    settings: dict[str, Any] = {"secrets": ",".join(SECRETS), "environ": SECRETS, "data": str(tmp_path / "data")}
+    with AsteraLite(database=str(tmp_path / "jobs.db"), flows=str(tmp_path / "flows"), **settings) as app:
+        assert app.deployments.faults == []
+    places = {f"/steps/[0-9]+/{kind}": row.members for kind, row in astera_lite.STEP_KINDS.items()}
+    places |= {f"/steps/[0-9]+/{name}": member for name, member in astera_lite._OPTIONS.items()}
+    wanted = {
+        pattern
+        for place, member in (places | {"": astera_lite.CONNECTIONS}).items()
+        for pattern in expression_places(member, place)
+    }
+    assert len(wanted) > 40
+    assert [each for each in sorted(wanted) if not any(re.fullmatch(each, place) for place in compiled)] == []
 
 
 @pytest.mark.parametrize("secret", SECRETS)
@@ -370,25 +468,9 @@ def test_no_secret_leaves_but_in_an_answer_that_the_author_made_of_it(
     tmp_path: Path, secret: str, sink: Sink, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with answering(422, None) as url:
-        flows = leaking_steps(url, secret)
-        for name, steps in flows.items():
-            flow_file(tmp_path, name, *steps)
-        number = {"n": {"in": "query", "type": "integer"}, "m": {"in": "query", "enum": ["a"]}}
-        flow_file(tmp_path, "takes", request={"parameters": number})
-        flow_file(tmp_path, "bad", response={"status": f"${{secrets.{secret}}}"})
-        flow_file(tmp_path, "own", response={"body": f"${{secrets.{secret}}}"})
-        auths = {
-            "basic": {"basic": {"user": "ada", "password": f"${{secrets.{secret}}}"}},
-            "key": {"apiKey": {"in": "query", "name": "key", "value": f"${{secrets.{secret}}}"}},
-        }
-        connections = {name: {"url": url, "auth": auth} for name, auth in auths.items()}
-        (tmp_path / "flows" / "connections.json").write_text(json.dumps(connections), "utf-8")
-        (tmp_path / "flows" / "leaks.py").write_text(SECRET_MODULE, "utf-8")
-        (tmp_path / "data").mkdir()
-        sqlite3.connect(tmp_path / "data" / "a.db").close()
+        names = leaking_folder(tmp_path, url, secret)
         options = ("--secrets", ",".join(SECRETS), "--data", str(tmp_path / "data"), "--callback-allow", "127.0.0.1")
         seen: dict[str, str] = {}
-        names = [*flows, "bad"]
         with process(tmp_path, *options, "--log", "json", "--log-level", "debug", env=SECRETS) as (server, base, lines):
             api = Api(base)
             for name in names:
@@ -415,7 +497,7 @@ def test_no_secret_leaves_but_in_an_answer_that_the_author_made_of_it(
         for name, value in SECRETS.items():
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(tmp_path)
-        for name in names:
+        for name in ("fail", "run", "isolated", "output") if secret == "ODD" else ():  # each reads all flows
             assert main(["try", name, *options]) == 1
             seen[f"try {name}"] = "".join(capsys.readouterr())
     forms = spellings(SECRETS[secret])
