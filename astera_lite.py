@@ -10043,7 +10043,7 @@ def sample_value(spec: Mapping[str, Any], name: str) -> Any:
 # ======================================================================================================================
 
 NO_STORE = ("Cache-Control", "no-store")
-_REVALIDATED = ("Cache-Control", "private, no-cache")
+REVALIDATED = ("Cache-Control", "private, no-cache")
 JSON_TYPE = ("Content-Type", "application/json")
 _PROBLEM = ("Content-Type", "application/problem+json")
 _VARY = (("Vary", "Prefer"),)
@@ -10351,7 +10351,7 @@ def _with_policy(headers: Pairs) -> Pairs:
     if len(names) < len(headers):
         headers = one_line_each(headers)
     if "cache-control" not in names:
-        usual = _REVALIDATED if "etag" in names else ("Cache-Control", "private, no-store")
+        usual = REVALIDATED if "etag" in names else ("Cache-Control", "private, no-store")
         headers += (NO_STORE if headers[:1] == (_PROBLEM,) else usual,)
     return headers + _FLOW_HEADERS
 
@@ -10560,7 +10560,7 @@ def _status_response(x: Exchange, seen: _Seen, code: int = 200, more: Iterable[t
     if job.status is not Status.RUNNING and code == 200:
         headers.append(("Location", f"{x.base}/api/jobs/{job.id}/result"))
         if x.head.method in _READING:
-            headers[2:3] = _REVALIDATED, ("ETag", entity_tag(body))
+            headers[2:3] = REVALIDATED, ("ETag", entity_tag(body))
     return Reply(code, headers, body)
 
 
@@ -10626,7 +10626,7 @@ def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> 
     own, tag = tuple(stored.headers), []
     if stored.code < 300:  # a result never changes, and no other has its id
         names = {name.lower() for name, _ in own}
-        own += () if "cache-control" in names else (_REVALIDATED,)
+        own += () if "cache-control" in names else (REVALIDATED,)
         tag = [] if "etag" in names else [("ETag", f'"{job.id}"')]
     response = _flow_response(Answer(stored.code, own, stored.body or b""), (("Job-Status", job.status.value),))
     headers = one_line_each([*response.headers, *more]) if more else response.headers
@@ -10814,7 +10814,7 @@ def deployment_one(x: Exchange) -> Reply:
         known = suggest(name, filter(x.caller.may_call, x.app.deployments.by_name))
         raise NotFound(f"There is no deployment {shown(name)}{known}.")
     _check_may_call(x, flow.name)
-    headers = [JSON_TYPE, _REVALIDATED, ("ETag", deployment_tag(flow))]
+    headers = [JSON_TYPE, REVALIDATED, ("ETag", deployment_tag(flow))]
     return Reply(200, headers, json_body(deployment_document(flow, x.base)))
 
 
@@ -10830,17 +10830,6 @@ def _check_may_measure(x: Exchange) -> None:
     if not x.caller.admin:
         detail = f"The token {x.caller.name} is of role user: the metrics count everybody's jobs."
         raise AccessError(403, detail, "insufficient_scope")
-
-
-def flow_document(make: Callable[..., Any], x: Exchange) -> Reply:
-    """GET /openapi.json, GET /postman.json; kept with the deployments, for a large set takes long to describe."""
-    kept, arguments = x.app.deployments.documents, (x.base, x.caller.name != "", x.caller.flows)
-    body = kept.get((make, *arguments))
-    if body is None:
-        if len(kept) >= 16:  # each client may spell the base anew
-            kept.clear()
-        body = kept[(make, *arguments)] = json_body(make(x.app.deployments, *arguments))
-    return Reply(200, [JSON_TYPE, _REVALIDATED, ("ETag", entity_tag(body))], body)
 
 
 @lru_cache(1)
@@ -10876,10 +10865,8 @@ def console(x: Exchange) -> Reply:
     try:
         return _console_page()
     except ConfigError:
-        raise NotFound(
-            "The console's page, console.html, is missing: it belongs beside astera_lite.py. All else works without it;"
-            " the endpoints are listed at /api/deployments."
-        ) from None
+        cure = "copy console.html beside astera_lite.py. The endpoints are listed at /api/deployments."
+        raise NotFound(f"The console's page is missing: {cure}") from None
 
 
 _MAY_DEPLOY = late("astera_lite_tools:check_may_deploy")
@@ -10897,8 +10884,8 @@ ROUTES = [
     Route("GET", "/api/deployments/{name}", deployment_one),
     Route("PUT", "/api/deployments/{name}", late("astera_lite_tools:deploy"), check=_MAY_DEPLOY, slow=True),
     Route("DELETE", "/api/deployments/{name}", late("astera_lite_tools:undeploy"), check=_MAY_DEPLOY, slow=True),
-    Route("GET", "/openapi.json", partial(flow_document, late("astera_lite_documents:openapi_document")), slow=True),
-    Route("GET", "/postman.json", partial(flow_document, late("astera_lite_documents:postman_document")), slow=True),
+    Route("GET", "/openapi.json", late("astera_lite_documents:openapi"), slow=True),
+    Route("GET", "/postman.json", late("astera_lite_documents:postman"), slow=True),
     Route("GET", "/health", health, is_open=True),
     Route("GET", "/metrics", late("astera_lite_documents:metrics"), check=_check_may_measure),
     Route("GET", "/", console, is_open=True),

@@ -23,10 +23,12 @@ from astera_lite import (
     FILTERING,
     FLOW,
     INT64,
+    JSON_TYPE,
     MODES,
     NO_SELECTION,
     NO_STORE,
     PREFIXES,
+    REVALIDATED,
     RUN_TIMES,
     SCHEMA_RULES,
     SELECTING,
@@ -45,7 +47,9 @@ from astera_lite import (
     __version__,
     as_text,
     as_texts,
+    entity_tag,
     is_json_type,
+    json_body,
     path_values,
     request_for,
     resource,
@@ -834,6 +838,27 @@ def postman_document(
         "event": [_script("test", _ALL_TESTS)],
         "variable": [{"key": name, "value": value, "type": "string"} for name, value in variables.items()],
     }
+
+
+def _flow_document(make: Callable[..., Any], x: Exchange) -> Reply:
+    """A document of the flows, kept with them: it takes long where there are many."""
+    kept, arguments = x.app.deployments.documents, (x.base, x.caller.name != "", x.caller.flows)
+    body = kept.get((make, *arguments))
+    if body is None:
+        if len(kept) >= 16:  # each client may spell the base anew
+            kept.clear()
+        body = kept[make, *arguments] = json_body(make(x.app.deployments, *arguments))
+    return Reply(200, [JSON_TYPE, REVALIDATED, ("ETag", entity_tag(body))], body)
+
+
+def openapi(x: Exchange) -> Reply:
+    """GET /openapi.json"""
+    return _flow_document(openapi_document, x)
+
+
+def postman(x: Exchange) -> Reply:
+    """GET /postman.json"""
+    return _flow_document(postman_document, x)
 
 
 def metrics(x: Exchange) -> Reply:

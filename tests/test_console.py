@@ -218,9 +218,9 @@ def test_the_page_needs_no_token_and_holds_no_data(tmp_path: Path) -> None:
 
 
 def test_line_ends_of_a_checkout_do_not_change_the_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    page, headers = astera_lite._console()
-    monkeypatch.setattr(astera_lite, "resource", lambda name: page.replace(b"\n", b"\r\n"))
-    assert astera_lite._console.__wrapped__() == (page, headers)
+    sent = astera_lite._console_page()
+    monkeypatch.setattr(astera_lite, "resource", lambda name: sent.body.replace(b"\n", b"\r\n"))
+    assert astera_lite._console_page.__wrapped__() == sent
 
 
 def test_without_its_file_the_server_runs_and_says_what_is_missing(tmp_path: Path) -> None:
