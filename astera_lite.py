@@ -2575,7 +2575,7 @@ def http_date(text: str | None) -> float:
 
 # ======================================================================================================================
 # 6 Flows
-# To add a step kind: a function that checks a spec and returns a runner, a row in STEP_KINDS, its schema in documents.
+# To add a step kind: a table of members, a function that makes the runner, and a row in STEP_KINDS.
 # To add a type of parameters and bodies: a row in VALUE_TYPES.
 # ======================================================================================================================
 
@@ -4252,7 +4252,8 @@ class ListOf(Member):
     lone = False
 
     def __init__(self, item: Member, **traits: Any) -> None:
-        super().__init__(**{"item": item, "word": f"a list, each {item.word}"} | traits)
+        word = f"{item.word}, or a list" if traits.get("lone") else f"a list, each {item.word}"
+        super().__init__(**{"item": item, "word": word} | traits)
 
     def schema(self) -> dict[str, Any]:
         listed = {"type": "array", "items": self.item.schema()} | ({"minItems": self.least} if self.least else {})
@@ -4309,10 +4310,12 @@ class Either(Member):
 class Elsewhere(Member):
     """A member that a wing has under a name such as `astera_lite_steps:PAGES`, loaded when somebody first uses it."""
 
+    name: str
+
     def __init__(self, name: str) -> None:
-        super().__init__(
-            schema=lambda: wing(name).schema(), read=lambda build, value, place: wing(name).read(build, value, place)
-        )
+        super().__init__(name=name)
+        self.schema = lambda: wing(name).schema()  # type: ignore[method-assign]
+        self.read = lambda build, value, place: wing(name).read(build, value, place)  # type: ignore[method-assign]
 
 
 #: Members that are often put into another object than their own.
@@ -4341,6 +4344,8 @@ class Table(Member):
 
     def __init__(self, members: Mapping[str, Member], make: Any = None, **traits: Any) -> None:
         super().__init__(members=members, make=make, **traits)
+        if self.short:
+            self.word = f"{members[self.short].word}, or an object"
 
     def schema(self) -> dict[str, Any]:
         schema: dict[str, Any] = {"type": "object", "additionalProperties": self.more is not None}

@@ -13,7 +13,20 @@ from typing import Any
 import pytest
 from support import ROOT, Client
 
-from astera_lite import STEP_KINDS, AsteraLite, Server
+from astera_lite import (
+    CONNECTIONS,
+    FLOW,
+    STEP_KINDS,
+    VALUE_SCHEMA,
+    AsteraLite,
+    Elsewhere,
+    Member,
+    Server,
+    Table,
+    step_table,
+    to_json,
+    wing,
+)
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -160,3 +173,45 @@ def test_every_example_of_the_page_stands_in_a_flow(block: str) -> None:
 def test_the_page_has_an_example_of_every_kind() -> None:
     shown = {kind for block in blocks() for kind in STEP_KINDS if f'"{kind}":' in block}
     assert shown == set(STEP_KINDS)
+
+
+# ---- the table of all members ----------------------------------------------------------------------------------------
+
+
+def tables(name: str, member: Member) -> Iterator[tuple[str, Table]]:
+    """Every object that may stand in a member, with the way to it."""
+    member = wing(member.name) if isinstance(member, Elsewhere) else member
+    if isinstance(member, Table):
+        yield name, member
+        for key, item in member.members.items():
+            yield from tables(f"{name}.{key}".lstrip("."), item)
+        return
+    for part in ("item", "plain", "structured"):
+        if part in vars(member):
+            yield from tables(name, vars(member)[part])
+    if "kind" in vars(member):
+        yield from tables(name, vars(member)["kind"].members)
+
+
+def table_of_members() -> str:
+    """The table at the end of the page, as the tables of members have it."""
+    lines = ["| object | member | is | if left out |", "|---|---|---|---|"]
+    objects = [("flow", FLOW), ("step", step_table(STEP_KINDS)), ("schema", VALUE_SCHEMA), ("connection", CONNECTIONS)]
+    for start, root in objects:
+        for name, table in tables("", root):
+            for key, member in table.members.items():
+                member = wing(member.name) if isinstance(member, Elsewhere) else member
+                default = (
+                    "needed" if member.required else "" if member.default is None else f"`{to_json(member.default)}`"
+                )
+                lines.append(f"| {name or start} | `{key}` | {member.word.replace('|', chr(92) + '|')} | {default} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_members_is_that_of_the_code() -> None:
+    assert table_of_members() in PAGE, "python tests/test_docs_flows.py writes it"
+
+
+if __name__ == "__main__":
+    head, heading, _ = PAGE.partition("## All members\n")
+    (ROOT / "docs" / "flows.md").write_text(f"{head}{heading}\n{table_of_members()}")
