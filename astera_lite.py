@@ -29,7 +29,7 @@ What a server does not need until somebody uses it is in wings, files beside thi
 only, `"astera_lite_tools:check"`, and loads one when it is first wanted; with `schema.sql` alone it is a whole server.
 
     astera_lite_steps      sql, run, python in a process of its own; pages, until and OAuth 2 of http; @app.flow
-    astera_lite_documents  OpenAPI, Postman collection, JSON Schema of flow files, text of the metrics
+    astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files, text of the metrics; advice on expressions
     astera_lite_tools      the commands check, try, test, new, jobs, job, token, backup, zipapp; deploying over HTTP
 """
 
@@ -1571,23 +1571,14 @@ def _check_length(length: int) -> None:
         raise ExpressionError("the text grows too long")
 
 
-def _padding(name: str) -> Callable[..., str]:
-    def pad(text: str, width: int, fill: str = " ") -> str:
-        _check_length(width)
-        return str(getattr(text, name)(width, fill))
-
-    return pad
-
-
 _TEXT_METHODS = (
     "upper lower title capitalize casefold strip lstrip rstrip split rsplit splitlines partition rpartition startswith "
-    "endswith find rfind index count removeprefix removesuffix isdigit isalpha isalnum isspace islower isupper"
+    "endswith find rfind index count removeprefix removesuffix isdigit isalpha isalnum isspace islower isupper "
+    "ljust rjust center"
 )
 #: Methods of the language by the type of the value that they are called on, then by name.
 METHODS: dict[type, dict[str, Callable[..., Any]]] = {
-    str: {name: getattr(str, name) for name in _TEXT_METHODS.split()}
-    | {name: _padding(name) for name in ("ljust", "rjust", "center")}
-    | {"join": _join, "replace": _replace},
+    str: {name: getattr(str, name) for name in _TEXT_METHODS.split()} | {"join": _join, "replace": _replace},
     list: {"index": list.index, "count": list.count},
     dict: {
         "get": dict.get,
@@ -1626,8 +1617,8 @@ def _paid_method(name: str) -> Callable[..., Any]:
             budget.deep(args[0] if args else None)
             return method(value, *args, **named)
         budget.flat(value, 8)
-        for part in args:
-            budget.flat(part)
+        for part in args:  # a number may be a width
+            budget.flat(part, max(part, 0) >> 2 if type(part) is int else 0)
         if args and name not in _LINEAR:
             budget.search(args[0], value)
         return budget.flat(method(value, *args, **named))
@@ -1640,91 +1631,27 @@ _GLOBALS |= {f"_f_{name}": _paid_function(function) for name, function in FUNCTI
 _GLOBALS |= {f"_m_{name}": _paid_method(name) for name in _METHOD_NAMES}
 
 
-def _by_word(rows: Mapping[str, str]) -> dict[str, str]:
-    return {word: text for words, text in rows.items() for word in words.split()}
-
-
-#: Functions and methods of other languages, and of Python, and what to write here.
-_FOREIGN_NAMES = _by_word(
-    {
-        "append extend insert push add unshift": "list + [x]: nothing changes a value in place",
-        "update setdefault": "merge(a, b): nothing changes a value in place",
-        "sort": "sorted(…) or sort_by(…)",
-        "reverse": "reversed(…)",
-        "includes contains has_key has hasOwnProperty": "x in y",
-        "substring substr slice charAt at": "text[from:to]",
-        "map filter forEach reduce flatMap remove pop popitem clear": "[… for x in … if …]",
-        "format concat sprintf": "${…} inside the text, or a + b",
-        "toString String stringify": "str(…) or json(…)",
-        "parseInt Number parseFloat": "int(…) or float(…)",
-        "toLowerCase to_lower lowercase": ".lower()",
-        "toUpperCase to_upper uppercase": ".upper()",
-        "length size": "len(…)",
-        "trim": ".strip()",
-        "indexOf": ".find(…)",
-        "startsWith": ".startswith(…)",
-        "endsWith": ".endswith(…)",
-        "replaceAll": ".replace(…)",
-        "padStart": ".rjust(…)",
-        "padEnd": ".ljust(…)",
-        "toFixed": "round(x, digits)",
-        "some": "any(…)",
-        "every": "all(…)",
-        "set": "unique(…)",
-        "tuple": "[…]",
-        "dict": "{name: … for … in …}",
-        "encode": "base64(…) or urlencode(…)",
-        "parse": "parse_json(…)",
-        "isinstance": "a comparison",
-    }
-)
-#: Syntax of other languages, and what to write here.
-_FOREIGN_SYNTAX = {
-    "&&": "there is no &&: write `and`",
-    r"\|\|": "there is no ||: write `or`",
-    "[=!]==": "there is no === or !==: write == or !=",
-    "!(?!=)": "there is no !: write `not`",
-    r"\?\?": "there is no ??: write `a if a is not None else b`",
-    r"\?[^:]*:": "there is no ? : here: write `a if condition else b`",
-    "=>": "there is no =>: write a comprehension, [… for x in …]",
-    "`": "there is no `…`: text stands in quotes",
-    "(?<![=!<>:])=(?!=)": "= does not compare: write ==",
-}
-#: Syntax of Python that is not in the language, by the names of its nodes.
-_FOREIGN_NODES = _by_word(
-    {
-        "Lambda": "there is no lambda: sort_by, group_by and index_by take the name of a field",
-        "JoinedStr": "there are no f-strings: write ${…} inside the text",
-        "NamedExpr": "nothing can be assigned: add a `set` step",
-        "Starred": "there is no `*`: join lists with +",
-        "Set SetComp": "there are no sets: use unique([…])",
-        "Await": "there is no await",
-        "Yield YieldFrom": "there is no yield",
-        "BitAnd BitOr BitXor LShift RShift MatMult": "the operators are + - * / // % ** and the comparisons",
-        "Invert": "there is no ~",
-    }
-)
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 _PAID_OPERATORS = {ast.Add: "add", ast.Mult: "multiply", ast.Mod: "modulo", ast.Pow: "power"}
 #: Nodes that need no rewriting, but for what is in them.
 _PLAIN_NODES = (ast.List, ast.Tuple, ast.IfExp, ast.BoolOp, ast.UnaryOp)
 _PLAIN_LEAVES = (ast.boolop, ast.Not, ast.UAdd, ast.USub, ast.Load)
-_QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
+QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
 _MARK = re.compile(r"\$\$\{|\$\{")
 _OTHER_MARK = re.compile(r"(?<!\$)(?:\{\{?|\$\(|#\{|<%=?)\s*+(([A-Za-z]\w*+)[.\[])")  # of other languages
-_BRACKET = re.compile(_QUOTED + r"|[\[({]|[\])}]")
+_BRACKET = re.compile(QUOTED + r"|[\[({]|[\])}]")
 
 
 class _Refused(Exception):
     """An expression is not in the language; the message says why."""
 
 
-def _syntax_fault(source: str) -> str:
-    """What is wrong with an expression that does not parse, as far as is known; else an empty string."""
-    if word := re.search(rf"\.({'|'.join(keyword.kwlist)})\b", source):
-        return f'{word[1]} is a word of the language: write ["{word[1]}"] for the field of that name'
-    bare = re.sub(_QUOTED, "''", source)
-    return next((cure for pattern, cure in _FOREIGN_SYNTAX.items() if re.search(pattern, bare)), "")
+def _advice(function: str, about: str) -> str:
+    """What to write instead of something that other languages have; "" if nothing is known of it."""
+    try:
+        return str(wing(function)(about))
+    except MissingFile:
+        return ""
 
 
 def split_template(text: str) -> list[tuple[bool, str]]:
@@ -1874,7 +1801,7 @@ class _Compiler(ast.NodeTransformer):
         except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
             message = str(error) or "it is nested too deeply"
             if isinstance(error, SyntaxError):
-                message = _syntax_fault(source) or error.msg
+                message = _advice("astera_lite_documents:advice_on_syntax", source) or error.msg
             self.fault(place, f"${{{source[:120]}}}: {message}")
             return ast.Constant(None)
         for part in ast.walk(checked):
@@ -1885,7 +1812,8 @@ class _Compiler(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> Any:
         name = type(node).__name__
         if not isinstance(node, (*_PLAIN_NODES, *_PLAIN_LEAVES)) and not hasattr(self, f"visit_{name}"):
-            raise _Refused(_FOREIGN_NODES.get(name, f"{name} is not part of the language"))
+            advice = _advice("astera_lite_documents:advice_on_word", name)
+            raise _Refused(advice or f"{name} is not part of the language")
         self.depth += 1
         if self.depth > MAX_NESTING:
             raise _Refused(f"it is nested deeper than {MAX_NESTING} levels: split it over several steps")
@@ -1971,8 +1899,8 @@ class _Compiler(ast.NodeTransformer):
         else:
             raise _Refused("only functions and methods can be called, by their names")
         if name not in table:
-            hint = f": write {_FOREIGN_NAMES[name]}" if name in _FOREIGN_NAMES else suggest(name, table)
-            raise _Refused(f"there is no {shape}{hint}")
+            advice = _advice("astera_lite_documents:advice_on_word", name)
+            raise _Refused(f"there is no {shape}" + (f": write {advice}" if advice else suggest(name, table)))
         if table is not _METHOD_NAMES:
             self.volatile = self.volatile or name in VOLATILE
             _check_arguments(FUNCTIONS[name].signature, len(args), [word.arg or "" for word in node.keywords])

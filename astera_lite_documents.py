@@ -1,7 +1,7 @@
 """The documents of Astera Lite: OpenAPI, Postman collection, JSON Schema of flow files, text of the metrics.
 
-A wing of astera_lite, which loads this file when one of its documents is first wanted. Pure functions of the
-deployments, but for the metrics, which only read.
+A wing of astera_lite, which loads this file when one of its documents is first wanted, or when an expression is not in
+the language: the tables of advice are here. Pure functions, but for the metrics, which only read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import json.encoder
+import keyword
 import os
 import re
 import sys
@@ -28,6 +29,7 @@ from astera_lite import (
     NO_SELECTION,
     NO_STORE,
     PREFIXES,
+    QUOTED,
     REVALIDATED,
     RUN_TIMES,
     SCHEMA_RULES,
@@ -864,3 +866,76 @@ def postman(x: Exchange) -> Reply:
 def metrics(x: Exchange) -> Reply:
     """GET /metrics"""
     return Reply(200, [("Content-Type", METRICS_TYPE), NO_STORE], metrics_text(x.app).encode())
+
+
+# --- advice on expressions: what other languages have, and what to write instead ---
+
+_WORDS = {
+    word: advice
+    for words, advice in {
+        "append extend insert push add unshift": "list + [x]: nothing changes a value in place",
+        "update setdefault": "merge(a, b): nothing changes a value in place",
+        "sort": "sorted(…) or sort_by(…)",
+        "reverse": "reversed(…)",
+        "includes contains has_key has hasOwnProperty": "x in y",
+        "substring substr slice charAt at": "text[from:to]",
+        "map filter forEach reduce flatMap remove pop popitem clear": "[… for x in … if …]",
+        "format concat sprintf": "${…} inside the text, or a + b",
+        "toString String stringify": "str(…) or json(…)",
+        "parseInt Number parseFloat": "int(…) or float(…)",
+        "toLowerCase to_lower lowercase": ".lower()",
+        "toUpperCase to_upper uppercase": ".upper()",
+        "length size": "len(…)",
+        "trim": ".strip()",
+        "indexOf": ".find(…)",
+        "startsWith": ".startswith(…)",
+        "endsWith": ".endswith(…)",
+        "replaceAll": ".replace(…)",
+        "padStart": ".rjust(…)",
+        "padEnd": ".ljust(…)",
+        "toFixed": "round(x, digits)",
+        "some": "any(…)",
+        "every": "all(…)",
+        "set": "unique(…)",
+        "tuple": "[…]",
+        "dict": "{name: … for … in …}",
+        "encode": "base64(…) or urlencode(…)",
+        "parse": "parse_json(…)",
+        "isinstance": "a comparison",
+        # nodes of Python's syntax
+        "Lambda": "there is no lambda: sort_by, group_by and index_by take the name of a field",
+        "JoinedStr": "there are no f-strings: write ${…} inside the text",
+        "NamedExpr": "nothing can be assigned: add a `set` step",
+        "Starred": "there is no `*`: join lists with +",
+        "Set SetComp": "there are no sets: use unique([…])",
+        "Await": "there is no await",
+        "Yield YieldFrom": "there is no yield",
+        "BitAnd BitOr BitXor LShift RShift MatMult": "the operators are + - * / // % ** and the comparisons",
+        "Invert": "there is no ~",
+    }.items()
+    for word in words.split()
+}
+_SYNTAX = {
+    "&&": "there is no &&: write `and`",
+    r"\|\|": "there is no ||: write `or`",
+    "[=!]==": "there is no === or !==: write == or !=",
+    "!(?!=)": "there is no !: write `not`",
+    r"\?\?": "there is no ??: write `a if a is not None else b`",
+    r"\?[^:]*:": "there is no ? : here: write `a if condition else b`",
+    "=>": "there is no =>: write a comprehension, [… for x in …]",
+    "`": "there is no `…`: text stands in quotes",
+    "(?<![=!<>:])=(?!=)": "= does not compare: write ==",
+}
+
+
+def advice_on_word(word: str) -> str:
+    """What to write instead of a function, a method, or a node of Python's syntax; "" if nothing is known of it."""
+    return _WORDS.get(word, "")
+
+
+def advice_on_syntax(source: str) -> str:
+    """What is wrong with an expression that Python's parser refuses; "" if nothing is known of it."""
+    if word := re.search(rf"\.({'|'.join(keyword.kwlist)})\b", source):
+        return f'{word[1]} is a word of the language: write ["{word[1]}"] for the field of that name'
+    bare = re.sub(QUOTED, "''", source)
+    return next((advice for pattern, advice in _SYNTAX.items() if re.search(pattern, bare)), "")
