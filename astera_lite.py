@@ -13,7 +13,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
      4 Expressions         `${...}` compiled to code objects that reach nothing of Python's own
      5 Outbound            the one HTTP client: resolve, judge, connect to the judged address, deadline
      6 Flows               validation with places, STEP_KINDS, run_flow
-     7 Store               the storage contract and SqliteStore: all SQL, commits in common
+     7 Store               SqliteStore, whose public methods are the contract: all SQL, commits in common
      8 Engine              the thread pool that runs jobs and synchronous flows
      9 Courier             one callback delivery: signature, outcome, next try
     10 Housekeeper         the background thread: purge, callbacks due, jobs due, changed flow files
@@ -111,7 +111,7 @@ from enum import IntEnum, StrEnum, auto
 from functools import cached_property, lru_cache, partial
 from http.server import ThreadingHTTPServer
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
     import argparse
@@ -6156,152 +6156,6 @@ class Finish(NamedTuple):
         )  # fmt: skip
 
 
-class Store(Protocol):
-    """The storage contract. Times are milliseconds since the epoch. Reads may be called from any thread.
-
-    A write returns at once. `done(result, error)` is called once the write is durable, or has failed with a StoreError:
-    on a thread of the store, or by `flush` on the calling one. The writes of one caller keep their order. The end of a
-    run and what led to it are not lost by a full disk or a lock: they are tried again.
-    """
-
-    shared: bool  # other servers take jobs from the same store
-
-    @property
-    def fault(self) -> str | None:
-        """Why the last write failed, or that the database was found damaged; None if all is well."""
-
-    def add(self, submission: Submission, done: Done) -> None:
-        """Queue a new job for `flush`; `done` gets Added, or Conflict if its key was used with another fingerprint."""
-
-    def flush(self) -> None:
-        """Store the jobs added so far: on the calling thread if that is quick. To be called after `add`."""
-
-    def claim(self, held: Container[int], limit: int) -> list[Claimed]:
-        """Take Running jobs that nobody holds; `held` are the `seq` of the caller's own.
-
-        Each call looks at the next `limit` jobs, oldest first, and begins again behind the last. A start calls it until
-        it brings nothing.
-        """
-
-    def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
-        """Those of some jobs that are not Running any more, or gone."""
-
-    def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
-        """Record that a run began; `done` gets whether the job is Running, at this attempt or the one before."""
-
-    def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = _ignore) -> None:
-        """Save the output (JSON) of a finished step; `done` gets whether the job is Running at this attempt."""
-
-    def suspend(self, suspension: Suspension, done: Done) -> None:
-        """Record that a job waits; `done` gets whether it is Running at this attempt."""
-
-    def requeue(self, key: JobKey, attempt: int) -> None:
-        """Record that an orderly stop broke a run off: unlike a crash it does not count as an attempt."""
-
-    def finish(self, finish: Finish, done: Done) -> None:
-        """End a Running job; `done` gets whether it was Running, at this attempt if it is fenced."""
-
-    def barrier(self, done: Done) -> None:
-        """Call `done` when everything written before is committed."""
-
-    def unfinished(self) -> Iterator[tuple[int, int | None, str]]:
-        """`seq`, `due` and flow of every Running job, oldest first."""
-
-    def due_deliveries(
-        self,
-        now: int,
-        limit: int,
-        busy: Collection[str],
-        under_way: Collection[JobKey],
-        only: Collection[str] | None = None,
-    ) -> list[tuple[Job, Delivery]]:
-        """Callbacks to send now, but for busy receivers and those under way; `only` names the receivers if not all."""
-
-    def delete(self, key: JobKey, done: Done) -> None:
-        """Forget a finished job; `done` gets deleted, running, owed or absent."""
-
-    def resend(self, key: JobKey, now: int, done: Done) -> None:
-        """Make the callback of a finished job due, with its whole schedule; `done` gets whether there is one."""
-
-    def claim_deliveries(
-        self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
-    ) -> list[tuple[Job, Delivery]]:
-        """Take callbacks that are due, except those in `held` and those for busy receivers.
-
-        Nobody else gets them for `lease_ms`. `fresh`: only those not tried since they were last asked for.
-        """
-
-    def next_delivery(self, now: int) -> int | None:
-        """When the next callback will be due that is not due yet."""
-
-    def record_delivery(
-        self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
-    ) -> None:
-        """Keep an attempt to deliver a callback, and the callback's new state.
-
-        The state stays if the callback was asked for anew meanwhile: if its `next` is not `seen` any more.
-        """
-
-    def purge(self, now: int, limit: int, done: Done) -> None:
-        """Forget at most `limit` expired jobs and give back their space; `done` gets how many they were."""
-
-    def forget_flows(self) -> None:
-        """Forget the texts of flows that no job refers to any more."""
-
-    def get(self, key: JobKey) -> Job | None:
-        """A job."""
-
-    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
-        """Find the job that a key belongs to, after all earlier writes; `done` gets job and fingerprint, or None."""
-
-    def load(self, seq: int) -> Loaded | None:
-        """A Running job with all that a run of it needs."""
-
-    def request(self, key: JobKey, length: int = 1 << 30) -> tuple[StoredRequest, int] | None:
-        """The request, with at most `length` bytes of its body, and the size of the whole body."""
-
-    def result(self, key: JobKey) -> StoredResult | None:
-        """The response of a finished job."""
-
-    def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
-        """The body of a large result, or a part of it. The purge spares it meanwhile; a deletion ends it early."""
-
-    def trace(self, key: JobKey) -> list[dict[str, Any]]:
-        """The steps of a job that is finished or waits."""
-
-    def attempts(self, key: JobKey) -> list[Attempt]:
-        """Every attempt to deliver a job's callback."""
-
-    def page(
-        self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
-    ) -> list[Job]:
-        """Unexpired jobs, newest first, of `seq` below `before`."""
-
-    def flow_text(self, version: int) -> tuple[str, str] | None:
-        """Name and text of a flow that stored jobs were accepted with."""
-
-    def tokens(self) -> list[Token]:
-        """Every token, by name."""
-
-    def last_seq(self) -> int:
-        """The greatest `seq` stored; 0 if there is none."""
-
-    def last_seen(self) -> int:
-        """The latest time on record; 0 if there is none."""
-
-    def clock_offset(self) -> int:
-        """By how many milliseconds the stored times are behind the system's clock, because that leapt."""
-
-    def keep_clock_offset(self, offset: int) -> None:
-        """Record the offset. When the store is opened again its times are moved by a positive one."""
-
-    def size(self) -> int:
-        """Bytes on disk."""
-
-    def close(self, timeout_s: float) -> None:
-        """Finish what is queued, and let go of the database."""
-
-
 _JOB_COLUMNS = (
     "seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, "
     "callback_url, c.state, iif(c.attempts IS NULL, 0, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = seq)), "
@@ -6318,6 +6172,15 @@ _INSERT_JOB = (
     " VALUES "
 )
 _INSERT_PIECE = "INSERT INTO pieces VALUES (?, ?, ?, ?, ?)"
+_PROBE = "INSERT OR REPLACE INTO pieces VALUES (0, 'result', 0, 0, zeroblob(?))"  # tells whether there is room again
+_MOVE_TIMES = [
+    "UPDATE jobs SET created = created + :by, due = due + :by, started = started + :by, finished = finished + :by,"
+    " expires = expires + :by",
+    "UPDATE steps SET until = until + :by WHERE until NOT NULL",
+    "UPDATE steps SET output = CAST(output + :by AS TEXT) WHERE path LIKE '%@'",  # until when a step may take
+    "UPDATE callbacks SET next = next + :by WHERE next NOT NULL",
+    "UPDATE attempts SET at = at + :by",
+]
 _BATCH = 512  # writes committed together at the most; more would make the first of them wait
 _RETRY_S = 0.5  # between attempts to write to a database that cannot be written
 _BUSY_MS = 1000  # that a write waits for another process's lock
@@ -6336,7 +6199,6 @@ _PASSING = {
     "SQLITE_IOERR_WRITE": "the disk is full, or a file may not grow: make room, or raise the limit",
     "SQLITE_IOERR": "the disk fails: look at the system's log",
     "SQLITE_BUSY": "the database is locked by another process: end that one",
-    "SQLITE_LOCKED": "the database is locked: try again",
     "SQLITE_READONLY": "the database is read-only: let this user write it and its folder",
     "SQLITE_CANTOPEN": "the database cannot be opened: let this user read and write it and its folder",
     "SQLITE_NOMEM": "there is not enough memory",
@@ -6357,11 +6219,6 @@ def _words(error: Exception, table: Mapping[str, str]) -> str | None:
     return next((words for code, words in table.items() if name.startswith(code)), None)
 
 
-def _passes(error: Exception) -> bool:
-    """Whether the fault lies with disk, lock or memory, and so with every write alike, not with one row."""
-    return isinstance(error, MemoryError | _Moved) or _words(error, _PASSING) is not None
-
-
 def _store_error(error: Exception) -> StoreError:
     """The error, and how to mend it, in words; the statement and the path stay inside."""
     if isinstance(error, StoreError):
@@ -6373,183 +6230,14 @@ def _store_error(error: Exception) -> StoreError:
     return StoreError(_words(error, _PASSING | _DAMAGE) or f"the database failed ({name})")
 
 
-def _marks(values: Collection[Any]) -> str:
-    return ",".join("?" * len(values))
-
-
-def _job(row: Sequence[Any]) -> Job:
-    """The one place where a row becomes a record."""
-    (seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, url) = (
-        row[:15]
-    )
-    callback = None
-    if url is not None:
-        state, attempts, last_status, next_at, body, tries = row[15:21]
-        callback = Delivery(url, state or "pending", attempts, last_status, next_at, body or "", tries or 0)
-    return Job(
-        JobKey(seq, salt), flow, version, Status(status), created, base, token, attempt, due, started, finished,
-        expires, error and json.loads(error), callback,
-    )  # fmt: skip
-
-
-def _request(sent: dict[str, Any], body: bytes) -> StoredRequest:
-    """The columns `request` and `request_body` as a record."""
-    trace = sent.get("trace")
-    return StoredRequest(sent["method"], sent["path"], sent["query"], sent["headers"], body, trace and Trace(*trace))
-
-
-_Cell = tuple[int, str, int, int, bytes]  # a row of the table `pieces`
-
-
-def _cells(key: JobKey, part: str, attempt: int, value: bytes) -> list[_Cell]:
-    """The pieces of a value that is too large for its own column."""
-    starts = range(0, len(value), PIECE) if len(value) > PIECE else ()
-    return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(starts)]
-
-
-def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
-    """status, attempt, started, finished, expires, code, size, headers, error, trace, result."""
-    if finish is None:
-        return ("Running", 0, *(None,) * 9)
-    answer, error = finish.outcome.answer, finish.outcome.error
-    return (
-        str(finish.outcome.status), finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
-        len(answer.body), to_json(answer.headers), error and to_json(error), finish.trace,
-        None if len(answer.body) > PIECE else answer.body,
-    )  # fmt: skip
-
-
-def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
-    """Insert rows, many by one statement: for each, a thread gives the interpreter away and waits to have it back."""
-    for at in range(0, len(rows), 32):  # SQLite may take no more than 999 parameters
-        some = rows[at : at + 32]
-        marks = ", ".join([f"({_marks(some[0])})"] * len(some))
-        db.execute(_INSERT_JOB + marks, list(itertools.chain.from_iterable(some)))
-
-
-def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
-    """Whether a statement changed anything."""
-    return db.execute(sql, values).rowcount > 0
-
-
-def _find_key(flow: str, token: str, key: str, now: int, db: sqlite3.Connection) -> tuple[Job, bytes] | None:
-    row = db.execute(
-        f"SELECT {_JOB_COLUMNS}, fingerprint{_FROM_JOBS}"
-        " WHERE flow = ? AND token = ? AND idempotency_key = ? AND (expires IS NULL OR expires > ?)",
-        (flow, token, key, now),
-    ).fetchone()
-    return row and (_job(row), row[-1])
-
-
-def _owe(db: sqlite3.Connection, finish: Finish) -> None:
-    """Store the callback of a finished job, if it has one."""
-    if finish.callback is not None:
-        values = (finish.job.key.seq, finish.callback[0], finish.finished, finish.callback[1])
-        db.execute("INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)", values)
-
-
-def _forget(db: sqlite3.Connection, seqs: Iterable[int]) -> None:
-    rows = [(seq,) for seq in seqs]
-    for table, column in (
-        ("pieces", "job"),
-        ("steps", "job"),
-        ("callbacks", "job"),
-        ("attempts", "job"),
-        ("jobs", "seq"),
-    ):
-        db.executemany(f"DELETE FROM {table} WHERE {column} = ?", rows)
-
-
-def _tokens(db: sqlite3.Connection) -> list[Token]:
-    rows = db.execute("SELECT name, hash, role, flows, created FROM tokens ORDER BY name")
-    return [
-        Token(name, digest, role, flows and frozenset(json.loads(flows)), at) for name, digest, role, flows, at in rows
-    ]
-
-
-def _own(path: str) -> sqlite3.Connection:
-    """Take the lock of a database, which stands beside it."""
-    owner = None
-    try:
-        owner = sqlite3.connect(f"{path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
-        owner.execute("PRAGMA locking_mode = EXCLUSIVE")
-        owner.execute("PRAGMA journal_mode = MEMORY")  # a lock needs no file beside it
-        owner.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:
-        if owner is not None:
-            owner.close()
-        if error.sqlite_errorname == "SQLITE_BUSY":
-            raise DatabaseInUse(f"another server uses {path}: stop it, or set `database` to another path") from None
-        raise StoreError(f"{path}.lock: {_store_error(error)}") from None
-    return owner
-
-
-def _upgrade(db: sqlite3.Connection, version: int) -> None:
-    """Make the tables, or bring them from an older version of the schema to this one."""
-    scripts = [(old + 1, UPGRADES[old]) for old in range(version, SCHEMA_VERSION)] if version else []
-    if not version:
-        made = resource("schema.sql").decode() + f"\nPRAGMA application_id = {APPLICATION_ID};"
-        scripts = [(SCHEMA_VERSION, made)]
-    for new, script in scripts:
-        db.executescript(f"BEGIN EXCLUSIVE;\n{script}\nPRAGMA user_version = {new};\nCOMMIT;")
-
-
-_MOVE_TIMES = [
-    "UPDATE jobs SET created = created + :by, due = due + :by, started = started + :by, finished = finished + :by,"
-    " expires = expires + :by",
-    "UPDATE steps SET until = until + :by WHERE until NOT NULL",
-    "UPDATE steps SET output = CAST(output + :by AS TEXT) WHERE path LIKE '%@'",  # until when a step may take
-    "UPDATE callbacks SET next = next + :by WHERE next NOT NULL",
-    "UPDATE attempts SET at = at + :by",
-]
-
-
-def _clock_offset(db: sqlite3.Connection) -> int:
-    return int((db.execute("SELECT offset FROM clock").fetchone() or [0])[0])
-
-
-def _set_clock(db: sqlite3.Connection) -> None:
-    """Bring the stored times in line with the system's clock, if that leapt while they were written."""
-    offset = _clock_offset(db)
-    if offset:
-        db.execute("BEGIN IMMEDIATE")
-        for statement in _MOVE_TIMES if offset > 0 else ():
-            db.execute(statement, {"by": offset})
-        db.execute("DELETE FROM clock")
-        db.execute("COMMIT")
-
-
-def _give_name(part: str, path: str) -> None:
-    """Give a file its name; FileExistsError if another has it."""
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        raise
-    except OSError:  # no links on that file system
-        if os.path.lexists(path):
-            raise FileExistsError("there is a file of that name") from None
-        os.rename(part, path)
-
-
-def whole_body(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
-    """The pieces of a body; StoreError if they end early, or the next answer would be taken for the rest."""
-    for piece in pieces:
-        length -= len(piece)
-        if length < 0:
-            break
-        yield piece
-    if length:
-        raise StoreError("a part of it is gone, or another's")
-
-
 class _File:
     """The file of a database: where it is, whether it is still that one, and what is wrong with it."""
 
     def __init__(self, path: str) -> None:
-        self.path = os.path.realpath(path)
+        self.path = path
         self.fault: str | None = None
         self.damaged = False  # which does not mend by itself
-        self._pinned: dict[str, tuple[int, int] | None] = {}
+        self._pinned = dict[str, Any]()
 
     @staticmethod
     def _identity(path: str) -> tuple[int, int] | None:
@@ -6564,9 +6252,8 @@ class _File:
 
     def check(self) -> None:
         """Raise _Moved if one of them did not stay."""
-        for path, identity in self._pinned.items():
-            if self._identity(path) != identity:
-                raise _Moved
+        if any(self._identity(path) != identity for path, identity in self._pinned.items()):
+            raise _Moved
 
     def failure(self, error: Exception) -> StoreError:
         """The error in words. Damage is remembered: no new job is put on a damaged database."""
@@ -6575,36 +6262,6 @@ class _File:
             self.damaged, self.fault = True, str(failure)
             log.error("%s; new jobs are refused until the server is started with a good one", failure)
         return failure
-
-    def check_format(self, db: sqlite3.Connection) -> int:
-        """The version of the schema, 0 for a new file; StoreError for a file that is not ours, or too new."""
-        try:
-            tables, ours, version = db.execute(
-                "SELECT (SELECT count(*) FROM sqlite_schema), application_id, user_version"
-                " FROM pragma_application_id, pragma_user_version"
-            ).fetchone()
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: {_store_error(error)}") from None
-        if tables and ours != APPLICATION_ID:
-            raise StoreError(f"{self.path} is a database of another program: set `database` to another path")
-        if version > SCHEMA_VERSION:
-            raise StoreError(f"{self.path} was made by a newer version ({version}): use that one; nothing was changed")
-        return int(version)
-
-    @staticmethod
-    def _size(path: str) -> int:
-        try:
-            return os.stat(path).st_size
-        except OSError:
-            return 0
-
-    def size(self) -> int:
-        """Bytes on disk, with the write-ahead log."""
-        return self._size(self.path) + self.log_size()
-
-    def log_size(self) -> int:
-        """Bytes of the write-ahead log."""
-        return self._size(f"{self.path}-wal")
 
 
 class _Write(NamedTuple):
@@ -6617,61 +6274,57 @@ class _Write(NamedTuple):
 class _Writer:
     """The connection that writes. Whatever waits is committed together, in one transaction.
 
-    A thread takes what is put into its queue. New jobs are left to `flush`, so that the thread that answers requests
-    commits those of a turn itself: handing them over would cost a quarter of them. It does so as long as the disk is
-    quick and nobody else is committing; otherwise the thread does, so that a slow disk never stops a poll.
+    A thread makes the writes that are put. Small new jobs wait in `new` for `flush`, so that the thread that answers
+    requests commits those of a turn itself: handing them over would cost a quarter of them. It does so as long as the
+    disk is quick and nobody else is committing; otherwise the thread does, so that a slow disk never stops a poll.
     """
 
     def __init__(self, db: sqlite3.Connection, file: _File, log_bytes: int) -> None:
         self.db, self._file, self._log_bytes = db, file, log_bytes
+        self.new: deque[_Write] = deque()
         self._lock = threading.Lock()  # guards the connection
-        self._new: deque[_Write] = deque()
-        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()  # None: look at the other fields
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()  # None: look at the rest
         self._kept: list[_Write] = []  # to be tried again
         self._unfolded = 0  # writes since the log was folded into the file
         self._slow_until = 0.0  # on the monotonic clock
-        self._give_up_at: float | None = None  # when a closing store stops trying, on the monotonic clock
-        self._closed = False
+        self._give_up_at = math.inf  # when a closing store stops trying, on the monotonic clock
+        self._stopping = self._closed = False
         self._thread = threading.Thread(target=self._serve, name="astera-store", daemon=True)
         self._thread.start()
 
-    def put(self, write: _Write) -> None:
-        """Have the thread make a write."""
+    def put(self, write: _Write | None) -> None:
+        """Have the thread make a write, and all others that wait."""
         self._queue.put(write)
         if self._closed:
             self._refuse()
 
-    def put_new(self, write: _Write) -> None:
-        """Leave a small write of a new job to `flush`."""
-        self._new.append(write)
-
     def flush(self) -> None:
-        """Commit new jobs here if the disk is quick and nobody else commits; else the thread does."""
-        if not self._new:
+        """Commit new jobs here if the disk is quick and nobody else commits; else have the thread do it."""
+        if not self.new:
             return
         if self._file.fault or time.monotonic() < self._slow_until or not self._lock.acquire(blocking=False):
-            self._call()
+            self.put(None)
             return
         batch = self._take_new()
         try:
             results = self._transact(batch, busy_ms=0)
         except BaseException as error:
-            self._new.extendleft(reversed(batch))
+            self.new.extendleft(reversed(batch))
             self._slow_until = time.monotonic() + _RETRY_S
-            self._call()  # it meets the fault, too, and can wait
+            self.put(None)  # the thread meets the fault, too, and can wait
             if not isinstance(error, Exception):
                 raise
             return
         finally:
             self._lock.release()
         if self._unfolded >= _FOLD_AFTER:
-            self._call()
+            self.put(None)
         self._tell(batch, results, None)
 
     def close(self, timeout_s: float) -> bool:
         """Commit what waits and end the thread; False if it did not end in time."""
-        self._give_up_at = time.monotonic() + timeout_s * 0.8
-        self._call()
+        self._give_up_at, self._stopping = time.monotonic() + timeout_s * 0.8, True
+        self.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             log.error("the database did not take the last writes within %s", show_duration(timeout_s))
@@ -6679,66 +6332,46 @@ class _Writer:
         self.db.close()
         return True
 
-    def shorten(self) -> None:
-        """Have a log that grew too long, because a reader held it up, folded soon."""
-        if self._file.log_size() > self._log_bytes * 5 // 4:
-            self._unfolded = _FOLD_AFTER
-            self._call()
-
-    def _call(self) -> None:
-        self._queue.put(None)
-        if self._closed:
-            self._refuse()
-
     def _take_new(self) -> list[_Write]:
-        return [self._new.popleft() for _ in range(len(self._new))]
+        return [self.new.popleft() for _ in range(len(self.new))]
+
+    def _take(self, timeout: float | None) -> list[_Write]:
+        """What waits in the queue, or the first that comes."""
+        taken = []
+        with contextlib.suppress(queue.Empty):
+            taken.append(self._queue.get(timeout=timeout))
+            while len(taken) < _BATCH:
+                taken.append(self._queue.get_nowait())
+        return [write for write in taken if write is not None]
 
     def _refuse(self) -> None:
         """Answer writes that came after the end, or their callers would wait for ever."""
-        late = self._take_new()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                late += filter(None, [self._queue.get_nowait()])
-        self._tell(late, None, StoreError("the database is closed"))
+        while late := self._take_new() + self._take(0):
+            self._tell(late, None, StoreError("the database is closed"))
 
     def _serve(self) -> None:
         """The thread."""
-        while True:
-            waiting = []
-            with contextlib.suppress(queue.Empty):
-                waiting.append(self._queue.get(timeout=_RETRY_S if self._kept or self._file.fault else None))
-                while len(waiting) < _BATCH:
-                    waiting.append(self._queue.get_nowait())
+        while not self._stopping or self._kept or self.new or not self._queue.empty():
+            waiting = self._take(_RETRY_S if self._kept or self._file.fault or self._stopping else None)
+            with self._lock:  # the new jobs first, for what waits may want to find them
+                batch, self._kept = [*self._kept, *self._take_new(), *waiting], []
+            if not batch and self._file.fault and not self._file.damaged:
+                batch = [_Write(partial(_execute, _PROBE, (PIECE,)), self._probed)]
             try:
-                with self._lock:  # the new ones first, for what waits may want to find them
-                    batch = [*self._kept, *self._take_new(), *filter(None, waiting)]
-                self._kept = []
-                if self._file.fault and not self._file.damaged and not batch:
-                    batch = [self._probe()]
                 self._commit(batch)
-                if self._unfolded >= _FOLD_AFTER:
-                    self._fold()
+                self._fold()
             except Exception:  # none is foreseen, but all writes depend on this thread
                 log.exception("the store")
-            if self._give_up_at is not None and len(waiting) < _BATCH:
-                if self._kept and time.monotonic() >= self._give_up_at:
-                    log.error("%d writes could not be made: %s", len(self._kept), self._file.fault)
-                    self._tell(self._kept, None, StoreError(self._file.fault or ""))
-                    self._kept = []
-                if not self._kept and self._queue.empty():
-                    break
+            if self._kept and time.monotonic() >= self._give_up_at:
+                log.error("%d writes could not be made: %s", len(self._kept), self._file.fault)
+                self._tell(self._kept, None, StoreError(self._file.fault or ""))
+                self._kept = []
         self._closed = True
         self._refuse()
 
-    def _probe(self) -> _Write:
-        """A write that tells whether a database that failed is well again: perhaps nobody brings another one."""
-
-        def remove(result: Any, error: AsteraError | None) -> None:
-            if error is None:
-                self.put(_Write(partial(_execute, "DELETE FROM pieces WHERE job = 0", ()), keep=True))
-
-        insert = "INSERT OR REPLACE INTO pieces VALUES (0, 'result', 0, 0, zeroblob(?))"
-        return _Write(partial(_execute, insert, (PIECE,)), remove)
+    def _probed(self, result: Any, error: AsteraError | None) -> None:
+        if error is None:
+            self.put(_Write(partial(_execute, "DELETE FROM pieces WHERE job = 0", ()), keep=True))
 
     def _commit(self, batch: list[_Write]) -> None:
         """On the thread: commit a batch, or do what can be done still if that fails."""
@@ -6746,21 +6379,32 @@ class _Writer:
             with self._lock:
                 results = self._transact(batch, _BUSY_MS)
         except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
-            if _passes(error):
-                self._put_off(batch, error)
+            failure = error if isinstance(error, AsteraError) else self._file.failure(error)
+            passing = isinstance(error, MemoryError | _Moved) or _words(error, _PASSING) is not None
+            if passing:
+                self._put_off(batch, str(failure))
             elif len(batch) > 1:  # one bad row must not fail the others
                 for write in batch:
                     self._commit([write])
+                return
             else:
-                failure = error if isinstance(error, AsteraError) else self._file.failure(error)
                 known = isinstance(error, AsteraError) or self._file.damaged
                 log.error("a write failed: %s", error, exc_info=None if known else error)
-                self._tell(batch, None, failure)
+            self._tell([write for write in batch if not (passing and write.keep)], None, failure)
         else:
             self._tell(batch, results, None)
 
+    def _put_off(self, batch: list[_Write], failure: str) -> None:
+        """Keep what is to be tried again, for the disk, a lock or the memory is at fault."""
+        if self._file.fault is None:
+            log.error("%s; new jobs are refused until that is mended", failure)
+        if not self._file.damaged:
+            self._file.fault = failure
+        self._kept += [write for write in batch if write.keep]
+        self._unfolded = _FOLD_AFTER  # on a full disk there is room in the log once it is folded
+
     def _transact(self, batch: list[_Write], busy_ms: int) -> list[Any]:
-        """Make all writes of a batch in one transaction: what each brought. The lock is held."""
+        """Make all writes of a batch in one transaction: the result of each. The lock is held."""
         db, before = self.db, self.db.total_changes
         if not batch:
             return []
@@ -6783,30 +6427,20 @@ class _Writer:
         if ended - began > _QUICK_S:
             self._slow_until = ended + 100 * (ended - began)
         self._unfolded += len(batch)
-        if (
-            self._file.fault and not self._file.damaged and db.total_changes > before
-        ):  # else it tells nothing of the disk
+        if self._file.fault and not self._file.damaged and db.total_changes > before:  # else nothing is known yet
             log.info("the database can be written again")
             self._file.fault = None
         return results
 
-    def _put_off(self, batch: list[_Write], error: Exception) -> None:
-        failure = self._file.failure(error)
-        if self._file.fault is None:
-            log.error("%s; new jobs are refused until that is mended", failure)
-        if not self._file.damaged:
-            self._file.fault = str(failure)
-        self._fold()  # on a full disk there is room in the log once it is folded
-        self._kept += [write for write in batch if write.keep]
-        self._tell([write for write in batch if not write.keep], None, failure)
-
     def _fold(self) -> None:
-        """Fold the log into the file, so that the log begins anew; cut one that a reader let grow too long."""
-        mode = "TRUNCATE" if self._file.log_size() > self._log_bytes * 5 // 4 else "PASSIVE"
-        with self._lock, contextlib.suppress(sqlite3.Error):  # it is tried again
-            self._unfolded = 0
-            self.db.execute("PRAGMA busy_timeout = 0")
-            self.db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+        """Fold the log into the file now and then, so that it begins anew; cut one that a reader let grow too long."""
+        with contextlib.suppress(OSError, sqlite3.Error):  # it is tried again
+            long = os.stat(f"{self._file.path}-wal").st_size > self._log_bytes * 5 // 4
+            if long or self._unfolded >= _FOLD_AFTER:
+                with self._lock:
+                    self._unfolded = 0
+                    self.db.execute("PRAGMA busy_timeout = 0")
+                    self.db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'PASSIVE'})").fetchone()
 
     def _tell(self, batch: list[_Write], results: list[Any] | None, error: AsteraError | None) -> None:
         for write, result in zip(batch, results or [None] * len(batch), strict=True):
@@ -6855,20 +6489,196 @@ class _Recent:
             self._held -= len(end.outcome.answer.body) + _ROW_BYTES
 
 
+def _job(row: Sequence[Any]) -> Job:
+    """The one place where a row becomes a record."""
+    (seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, url) = (
+        row[:15]
+    )
+    callback = None
+    if url is not None:
+        state, attempts, last_status, next_at, body, tries = row[15:21]
+        callback = Delivery(url, state or "pending", attempts, last_status, next_at, body or "", tries or 0)
+    return Job(
+        JobKey(seq, salt), flow, version, Status(status), created, base, token, attempt, due, started, finished,
+        expires, error and json.loads(error), callback,
+    )  # fmt: skip
+
+
+def _request(sent: dict[str, Any], body: bytes) -> StoredRequest:
+    """The columns `request` and `request_body` as a record."""
+    trace = sent.pop("trace", None)
+    return StoredRequest(**sent, body=body, trace=trace and Trace(*trace))
+
+
+def _cells(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple[Any, ...]]:
+    """Rows of the table `pieces` for a value that is too large for its own column."""
+    starts = range(0, len(value), PIECE) if len(value) > PIECE else ()
+    return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(starts)]
+
+
+def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
+    """status, attempt, started, finished, expires, code, size, headers, error, trace, result."""
+    if finish is None:
+        return ("Running", 0, *(None,) * 9)
+    answer, error = finish.outcome.answer, finish.outcome.error
+    return (
+        str(finish.outcome.status), finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
+        len(answer.body), to_json(answer.headers), error and to_json(error), finish.trace,
+        None if len(answer.body) > PIECE else answer.body,
+    )  # fmt: skip
+
+
+def _marks(values: Collection[Any]) -> str:
+    return ",".join("?" * len(values))
+
+
+def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
+    """Insert rows, many by one statement: for each, a thread gives the interpreter away and waits to have it back."""
+    for at in range(0, len(rows), 32):  # SQLite may take no more than 999 parameters
+        some = rows[at : at + 32]
+        marks = ", ".join([f"({_marks(some[0])})"] * len(some))
+        db.execute(_INSERT_JOB + marks, list(itertools.chain.from_iterable(some)))
+
+
+def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
+    """Whether a statement changed anything."""
+    return db.execute(sql, values).rowcount > 0
+
+
+def _find_key(flow: str, token: str, key: str, now: int, db: sqlite3.Connection) -> tuple[Job, bytes] | None:
+    row = db.execute(
+        f"SELECT {_JOB_COLUMNS}, fingerprint{_FROM_JOBS}"
+        " WHERE flow = ? AND token = ? AND idempotency_key = ? AND (expires IS NULL OR expires > ?)",
+        (flow, token, key, now),
+    ).fetchone()
+    return row and (_job(row), row[-1])
+
+
+def key_conflict() -> Conflict:
+    """The answer to an idempotency key that comes back with another request."""
+    return Conflict("This Idempotency-Key was used with another request: use a new key for a new request.", 422)
+
+
+def _owe(db: sqlite3.Connection, finish: Finish) -> None:
+    """Store the callback of a finished job, if it has one."""
+    if finish.callback is not None:
+        values = (finish.job.key.seq, finish.callback[0], finish.finished, finish.callback[1])
+        db.execute("INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)", values)
+
+
+def _forget(db: sqlite3.Connection, seqs: Sequence[int]) -> None:
+    for table in ("pieces", "steps", "callbacks", "attempts", "jobs"):
+        column = "seq" if table == "jobs" else "job"
+        db.executemany(f"DELETE FROM {table} WHERE {column} = ?", [(seq,) for seq in seqs])
+
+
+def _own(path: str) -> sqlite3.Connection:
+    """Take the lock of a database, which stands beside it."""
+    owner = None
+    try:
+        owner = sqlite3.connect(f"{path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
+        owner.execute("PRAGMA locking_mode = EXCLUSIVE")
+        owner.execute("PRAGMA journal_mode = MEMORY")  # a lock needs no file beside it
+        owner.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        if owner is not None:
+            owner.close()
+        if error.sqlite_errorname == "SQLITE_BUSY":
+            raise DatabaseInUse(f"another server uses {path}: stop it, or set `database` to another path") from None
+        raise StoreError(f"{path}.lock: {_store_error(error)}") from None
+    return owner
+
+
+def _format(db: sqlite3.Connection, path: str) -> int:
+    """The version of the schema, 0 for a new file; StoreError for a file that is not ours, or too new."""
+    try:
+        tables = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+        ours = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
+        version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: {_store_error(error)}") from None
+    if tables and not ours:
+        raise StoreError(f"{path} is a database of another program: set `database` to another path")
+    if version > SCHEMA_VERSION:
+        raise StoreError(f"{path} was made by a newer version ({version}): use that one; nothing was changed")
+    return version
+
+
+def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3.Connection:
+    """Open a database to write to it; it is made, or brought from an older version of the schema to this one."""
+    db = None
+    try:
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        db.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+        version = _format(db, path)
+        db.execute(f"PRAGMA page_size = {page_size}")  # heeded only before the first table
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # the same
+        mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if mode != "wal":
+            raise StoreError(f"{path}: write-ahead logging cannot be used here (journal mode {mode})")
+        pages = log_bytes // db.execute("PRAGMA page_size").fetchone()[0]
+        db.execute(f"PRAGMA wal_autocheckpoint = {max(pages, 16)}")
+        db.execute(f"PRAGMA journal_size_limit = {log_bytes}")
+        db.execute(f"PRAGMA synchronous = {'FULL' if durability == 'full' else 'NORMAL'}")
+        scripts = {old + 1: UPGRADES[old] for old in range(version, SCHEMA_VERSION) if version}
+        if not version:
+            made = resource("schema.sql").decode()
+            scripts = {SCHEMA_VERSION: f"{made}\nPRAGMA application_id = {APPLICATION_ID};"}
+        for new, script in scripts.items():
+            db.executescript(f"BEGIN EXCLUSIVE;\n{script}\nPRAGMA user_version = {new};\nCOMMIT;")
+        db.execute("BEGIN IMMEDIATE")  # a database that cannot be written is to be found now
+        for (offset,) in db.execute("SELECT offset FROM clock").fetchall():
+            for statement in _MOVE_TIMES if offset > 0 else ():  # the system's clock leapt while they were written
+                db.execute(statement, {"by": offset})
+        db.execute("DELETE FROM clock")
+        db.execute("DELETE FROM pieces WHERE job NOT IN (SELECT seq FROM jobs)")
+        db.execute("COMMIT")
+    except BaseException as error:
+        if db is not None:
+            db.close()  # or it keeps its locks as long as the exception lives
+        if isinstance(error, sqlite3.Error):
+            raise StoreError(f"{path}: {_store_error(error)}") from None
+        raise
+    return db
+
+
+def _give_name(part: str, path: str) -> None:
+    """Give a file its name; FileExistsError if another has it."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no links on that file system
+        with open(path, "xb"):
+            os.replace(part, path)
+
+
+def whole_body(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
+    """The pieces of a body; StoreError if they end early, or the next answer would be taken for the rest."""
+    for piece in pieces:
+        length -= len(piece)
+        if length < 0:
+            break
+        yield piece
+    if length:
+        raise StoreError("a part of it is gone, or another's")
+
+
 class SqliteReader:
-    """A database read, perhaps beside the server that writes to it. Raises StoreError."""
+    """A database that is read, perhaps beside the server that writes to it. Raises StoreError.
+
+    Times are milliseconds since the epoch. Reads may be called from any thread.
+    """
 
     def __init__(self, path: str) -> None:
-        self._file = _File(path)
+        self.path = os.path.realpath(path)
+        self._file = _File(self.path)
         self._idle: list[sqlite3.Connection] = []
         self._being_read: set[tuple[int, object]] = set()  # large results, which the purge spares until they are read
-        self.path = self._file.path
-        self._version = SCHEMA_VERSION
-        if type(self) is SqliteReader:
-            if not os.path.isfile(self.path):
-                raise StoreError(f"there is no database {self.path}: a server makes it when it starts")
-            with self._reading() as db:
-                self._version = self._file.check_format(db)
+        if not os.path.isfile(self.path):
+            raise StoreError(f"there is no database {self.path}: a server makes it when it starts")
+        with self._reading() as db:
+            self._version = _format(db, self.path)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -6906,25 +6716,26 @@ class SqliteReader:
             self._idle.pop().close()
 
     def get(self, key: JobKey) -> Job | None:
+        """A job."""
         row = self._first(_SELECT_JOB + _OF_KEY, key)
         return row and _job(row)
 
     def load(self, seq: int) -> Loaded | None:
+        """A Running job with all that a run of it needs."""
         row = self._first(f"SELECT {_JOB_COLUMNS}, trace{_FROM_JOBS} WHERE seq = ? AND status = 'Running'", (seq,))
-        if row is None:
+        found = row and self.request(JobKey(*row[:2]))
+        if not found:
             return None
-        job = _job(row)
         steps = self._all("SELECT path, until, output FROM steps WHERE job = ?", (seq,))
         saved = {path: output for path, until, output in steps if until is None}
         waits = {path: until for path, until, _ in steps if until is not None}
-        found = self.request(job.key)
-        return found and Loaded(job, found[0], saved, waits, json.loads(row[-1] or "[]"))
+        return Loaded(_job(row), found[0], saved, waits, json.loads(row[-1] or "[]"))
 
     def request(self, key: JobKey, length: int = 1 << 30) -> tuple[StoredRequest, int] | None:
+        """What was sent, with `length` bytes of the body at the most, and the size of the whole body."""
         row = self._first(
             "SELECT request, substr(request_body, 1, ?), ifnull(length(request_body),"
-            " (SELECT total(length(data)) FROM pieces WHERE job = seq AND part = 'request_body'))"
-            f" FROM jobs{_OF_KEY}",
+            f" (SELECT total(length(data)) FROM pieces WHERE job = seq AND part = 'request_body')) FROM jobs{_OF_KEY}",
             (length, *key),
         )
         if row is None:
@@ -6936,15 +6747,13 @@ class SqliteReader:
         return _request(json.loads(sent), body), int(size)
 
     def result(self, key: JobKey) -> StoredResult | None:
-        row = self._first(
-            f"SELECT code, headers, size, result, attempt FROM jobs{_OF_KEY} AND status <> 'Running'", key
-        )
-        if row is None:
-            return None
-        code, headers, size, body, attempt = row
-        return StoredResult(code, [(name, value) for name, value in json.loads(headers)], size, body, attempt)
+        """The response of a finished job."""
+        columns = "code, headers, size, result, attempt"
+        row = self._first(f"SELECT {columns} FROM jobs{_OF_KEY} AND status <> 'Running'", key)
+        return row and StoredResult(row[0], [(name, value) for name, value in json.loads(row[1])], *row[2:])
 
     def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
+        """The body of a large result, or a part of it. The purge spares it meanwhile; a deletion ends it early."""
         pieces = self._read_pieces(key, attempt, start, stop)
         next(pieces)  # from here on the purge spares what is read
         return pieces
@@ -6964,16 +6773,19 @@ class SqliteReader:
             self._being_read.discard(reading)
 
     def trace(self, key: JobKey) -> list[dict[str, Any]]:
+        """The steps of a job that is finished or waits."""
         row = self._first(f"SELECT trace FROM jobs{_OF_KEY}", key)
         return json.loads(row[0]) if row and row[0] else []
 
     def attempts(self, key: JobKey) -> list[Attempt]:
+        """Every attempt to deliver a job's callback."""
         rows = self._all("SELECT at, duration, status, error FROM attempts WHERE job = ? ORDER BY n", (key.seq,))
         return [Attempt(*row) for row in rows]
 
     def page(
         self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
     ) -> list[Job]:
+        """Unexpired jobs, newest first, of `seq` below `before`."""
         conditions: dict[str, Any] = {"(expires IS NULL OR expires > ?)": now}
         of_flow, of_token = "flow = ?", "token <> '' AND token = ?" if token else "token = ?"  # for the index of tokens
         if status in (Status.RUNNING, Status.ERROR):  # their own index has fewer rows than any other: + rules those out
@@ -6987,26 +6799,38 @@ class SqliteReader:
         return [_job(row) for row in self._all(sql, (*conditions.values(), limit))]
 
     def flow_text(self, version: int) -> tuple[str, str] | None:
+        """Name and text of a flow that stored jobs were accepted with."""
         found: tuple[str, str] | None = self._first("SELECT name, text FROM flows WHERE version = ?", (version,))
         return found
 
     def tokens(self) -> list[Token]:
-        with self._reading() as db:
-            return _tokens(db) if self._version > 1 else []  # a look at an older database does not upgrade it
+        """Every token, by name."""
+        sql = "SELECT name, hash, role, flows, created FROM tokens ORDER BY name"
+        rows = self._all(sql) if self._version > 1 else []  # a look at an older database does not upgrade it
+        return [
+            Token(name, digest, role, flows and frozenset(json.loads(flows)), at)
+            for name, digest, role, flows, at in rows
+        ]
 
     def clock_offset(self) -> int:
-        with self._reading() as db:
-            return _clock_offset(db) if self._version > 1 else 0
+        """By how many milliseconds the stored times are behind the system's clock, because that leapt."""
+        row = self._first("SELECT offset FROM clock") if self._version > 1 else None
+        return row[0] if row else 0
 
     def size(self) -> int:
-        return self._file.size()
+        """Bytes on disk, with the write-ahead log."""
+        total = 0
+        for path in (self.path, f"{self.path}-wal"):
+            with contextlib.suppress(OSError):
+                total += os.stat(path).st_size
+        return total
 
     def backup(self, path: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile.
 
         The file is there when it is whole, or not at all. `progress` is told how many pages are done of how many.
         """
-        part = f"{path}.part"
+        part, damaged = f"{path}.part", _DAMAGE["SQLITE_CORRUPT"]
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(part)  # of a backup that was killed
@@ -7018,43 +6842,47 @@ class SqliteReader:
                 finally:
                     db.execute("ROLLBACK")
                 if copied.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-                    raise StoreError(_DAMAGE["SQLITE_CORRUPT"])
+                    raise StoreError(damaged)
             _give_name(part, path)
         except (OSError, StoreError, sqlite3.Error) as error:
             words = reason_of(error) if isinstance(error, OSError) else str(_store_error(error))
-            raise StoreError(f"{self.path if _DAMAGE['SQLITE_CORRUPT'] in words else path}: {words}") from None
+            raise StoreError(f"{self.path if words == damaged else path}: {words}") from None
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(part)
 
 
 class SqliteStore(SqliteReader):
-    """The Store on SQLite. One connection writes (`_Writer`), a few read.
+    """The store of a server. Its public methods are the contract that a store on another database has to keep.
 
-    `durability` is full or normal, as the setting; `page_size` that of a database that is made. The write-ahead log
-    begins anew at `log_bytes`, or a quarter of the room on the disk.
+    A write returns at once. `done(result, error)` is called once the write is durable, or has failed with a StoreError:
+    on a thread of the store, or by `flush` on the calling one. The writes of one caller keep their order. The end of a
+    run and what led to it are not lost by a full disk or a lock: they are tried again.
 
     One owner for each database: a lock on a file beside it, which the system releases when the process dies, so every
-    Running row that is found at start belongs to a run that is dead.
+    Running row that is found at start belongs to a run that is dead. `durability` is full or normal, `page_size` that
+    of a database that is made. The write-ahead log begins anew at a quarter of `max_bytes`, or of the room on the disk.
     """
 
-    shared = False
+    shared = False  # other servers take jobs from the same store
 
     def __init__(
-        self, path: str, durability: str = "full", log_bytes: int = _LOG_BYTES, page_size: int = 4 << 10
+        self, path: str, durability: str = "full", max_bytes: int | None = None, page_size: int = 4 << 10
     ) -> None:
-        super().__init__(path)
+        path = os.path.realpath(path)
+        folder = os.path.dirname(path)
+        if not os.path.isdir(folder):
+            raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
         self._recent = _Recent()
         self._versions: set[int] = set()  # of flows whose text is stored
         self._claimed_to = 0  # `seq` up to which `claim` has looked
-        folder = os.path.dirname(self.path)
-        if not os.path.isdir(folder):
-            raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
         with contextlib.suppress(OSError):  # not every file system tells
-            log_bytes = min(log_bytes, max(shutil.disk_usage(folder).free // 4, 1 << 18))
-        self._owner = _own(self.path)
+            max_bytes = min(max_bytes or sys.maxsize, shutil.disk_usage(folder).free)
+        log_bytes = min(_LOG_BYTES, max((max_bytes or _LOG_BYTES) // 4, 1 << 18))
+        self._owner = _own(path)
         try:
-            db = self._open(durability, log_bytes, page_size)
+            db = _open(path, durability, log_bytes, page_size)
+            super().__init__(path)
         except BaseException:
             self._owner.close()
             raise
@@ -7063,57 +6891,37 @@ class SqliteStore(SqliteReader):
 
     @property
     def fault(self) -> str | None:
+        """Why the last write failed, or that the database was found damaged; None if all is well."""
         return self._file.fault
 
-    def _open(self, durability: str, log_bytes: int, page_size: int) -> sqlite3.Connection:
-        db = None
-        try:
-            db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-            db.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
-            version = self._file.check_format(db)
-            db.execute(f"PRAGMA page_size = {page_size}")  # heeded only before the first table
-            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # the same
-            mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-            if mode != "wal":
-                raise StoreError(f"{self.path}: write-ahead logging cannot be used here (journal mode {mode})")
-            page_size = db.execute("PRAGMA page_size").fetchone()[0]
-            db.execute(f"PRAGMA journal_size_limit = {log_bytes}")
-            db.execute(f"PRAGMA wal_autocheckpoint = {max(log_bytes // page_size, 16)}")
-            db.execute(f"PRAGMA synchronous = {'FULL' if durability == 'full' else 'NORMAL'}")
-            _upgrade(db, version)
-            _set_clock(db)
-            db.execute("BEGIN IMMEDIATE")  # a database that cannot be written is to be found now
-            db.execute("DELETE FROM pieces WHERE job NOT IN (SELECT seq FROM jobs)")
-            db.execute("COMMIT")
-        except BaseException as error:
-            if db is not None:
-                db.close()  # or it keeps its locks as long as the exception lives
-            if isinstance(error, sqlite3.Error):
-                raise StoreError(f"{self.path}: {_store_error(error)}") from None
-            raise
-        return db
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Finish what is queued, and let go of the database."""
+        super().close()
+        if self._writer.close(timeout_s):  # its connection is the last one: that folds the log into the file
+            self._owner.close()
 
     def _put(self, run: Callable[[sqlite3.Connection], Any], done: Done = _ignore, keep: bool = True) -> None:
         self._writer.put(_Write(run, done, keep))
 
     def _do(self, sql: str, values: Sequence[Any], done: Done = _ignore, keep: bool = True) -> None:
         """Make a write of one statement; `done` gets whether it changed anything."""
-        self._writer.put(_Write(partial(_execute, sql, values), done, keep))
+        self._put(partial(_execute, sql, values), done, keep)
+
+    # --- jobs ---
 
     def add(self, submission: Submission, done: Done) -> None:
+        """Queue a new job for `flush`; `done` gets Added, or Conflict if its key was used with another fingerprint."""
         if self._file.damaged:
             done(None, StoreError(self.fault or ""))
             return
         job, request, ended = submission.job, submission.request, submission.ended
         cells = _cells(job.key, "request_body", 0, request.body)
-        sent: dict[str, Any] = {"method": request.method, "path": request.path, "query": request.query}
-        sent["headers"] = request.headers
-        if request.trace is not None:
-            sent["trace"] = request.trace
+        sent = {"method": request.method, "path": request.path, "query": request.query, "headers": request.headers}
         row = (
             *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
-            submission.fingerprint, job.callback.url if job.callback else None, to_json(sent),
-            None if cells else request.body, *_end_columns(ended),
+            submission.fingerprint, job.callback.url if job.callback else None,
+            to_json(sent | {"trace": request.trace} if request.trace else sent), None if cells else request.body,
+            *_end_columns(ended),
         )  # fmt: skip
 
         def added(result: Any, error: AsteraError | None) -> None:
@@ -7123,107 +6931,120 @@ class SqliteStore(SqliteReader):
                     self._recent.put(ended)
             done(result, error)
 
-        size = len(request.body) + (0 if ended is None else len(ended.outcome.answer.body))
-        owes = ended is not None and ended.callback is not None
-        if submission.idempotency_key is None and not owes and size <= _SMALL:
-            self._writer.put_new(_Write(partial(self._keep_text, submission), added, row=row))
+        size = len(request.body) + (len(ended.outcome.answer.body) if ended else 0)
+        if submission.idempotency_key is None and size <= _SMALL and (ended is None or ended.callback is None):
+            self._writer.new.append(_Write(partial(self._insert, submission, None, ()), added, row=row))
         else:
             self._put(partial(self._insert, submission, row, cells), added, keep=False)
 
-    def flush(self) -> None:
-        self._writer.flush()
-
-    def _keep_text(self, submission: Submission, db: sqlite3.Connection) -> Added:
-        """Store the text of a new job's flow, once for all of them."""
-        job = submission.job
-        if job.version not in self._versions:
-            db.execute("INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text))
-        return Added(job, False)
-
     def _insert(
-        self, submission: Submission, row: Sequence[Any], cells: Sequence[_Cell], db: sqlite3.Connection
+        self,
+        submission: Submission,
+        row: Sequence[Any] | None,
+        cells: Sequence[tuple[Any, ...]],
+        db: sqlite3.Connection,
     ) -> Added | Conflict:
-        """Write a new job, unless its key is known, and all that belongs to it."""
+        """Store a new job, unless its key is known, and what belongs to it. Without `row`, its row is there already."""
         job = submission.job
         if submission.idempotency_key is not None:
             of_key = (job.flow, job.token, submission.idempotency_key)
             known = _find_key(*of_key, job.created, db)
             if known is not None:
                 return Added(known[0], True) if known[1] == submission.fingerprint else key_conflict()
-            forget = "UPDATE jobs SET idempotency_key = NULL WHERE flow = ? AND token = ? AND idempotency_key = ?"
-            db.execute(forget, of_key)  # of a job that is expired
-        _insert_jobs(db, [row])
-        db.executemany(_INSERT_PIECE, cells)
-        if submission.ended is not None:
-            _owe(db, submission.ended)
-        return self._keep_text(submission, db)
+            expired = "UPDATE jobs SET idempotency_key = NULL WHERE flow = ? AND token = ? AND idempotency_key = ?"
+            db.execute(expired, of_key)
+        if job.version not in self._versions:
+            db.execute("INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text))
+        if row is not None:
+            _insert_jobs(db, [row])
+            db.executemany(_INSERT_PIECE, cells)
+            if submission.ended is not None:
+                _owe(db, submission.ended)
+        return Added(job, False)
+
+    def flush(self) -> None:
+        """Store the jobs added so far: on the calling thread if that is quick. To be called after `add`."""
+        self._writer.flush()
+
+    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
+        """Find the job that a key belongs to, after all earlier writes; `done` gets job and fingerprint, or None."""
+        self._put(partial(_find_key, flow, token, idempotency_key, now), done, keep=False)
+
+    def get(self, key: JobKey) -> Job | None:
+        """A job."""
+        end = self._recent.get(key)
+        return end.after() if end else super().get(key)
+
+    def result(self, key: JobKey) -> StoredResult | None:
+        """The response of a finished job."""
+        end = self._recent.get(key)
+        if end is None:
+            return super().result(key)
+        code, headers, body = end.outcome.answer
+        return StoredResult(code, list(headers), len(body), body, end.attempt)
+
+    def delete(self, key: JobKey, done: Done) -> None:
+        """Forget a finished job; `done` gets deleted, running, owed or absent."""
+
+        def run(db: sqlite3.Connection) -> str:
+            row = db.execute(f"SELECT status, c.state{_FROM_JOBS}{_OF_KEY}", key).fetchone()
+            if row is None:
+                return "absent"
+            if row[0] == "Running":
+                return "running"
+            if row[1] == "pending":
+                return "owed"
+            _forget(db, [key.seq])
+            return "deleted"
+
+        def deleted(result: Any, error: AsteraError | None) -> None:
+            self._recent.forget([key.seq])
+            done(result, error)
+
+        self._put(run, deleted, keep=False)
+
+    # --- runs ---
 
     def claim(self, held: Container[int], limit: int) -> list[Claimed]:
+        """Take Running jobs that nobody holds; `held` are the `seq` of the caller's own.
+
+        Each call looks at the next `limit` jobs, oldest first, and begins again behind the last. A start calls it until
+        it brings nothing.
+        """
         sql = "SELECT seq, due, flow FROM jobs WHERE status = 'Running' AND seq > ? ORDER BY seq LIMIT ?"
         rows = self._all(sql, (self._claimed_to, limit))
         self._claimed_to = rows[-1][0] if len(rows) == limit else 0
         return [Claimed(*row) for row in rows if row[0] not in held]
 
     def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
+        """Those of some jobs that are not Running any more, or gone."""
         sql = f"SELECT 1 FROM jobs{_OF_KEY} AND status = 'Running'"
         with self._reading() as db:
             return [key for key in keys if db.execute(sql, key).fetchone() is None]
 
     def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
+        """Record that a run began; `done` gets whether the job is Running, at this attempt or the one before."""
         sql = f"UPDATE jobs SET attempt = ?, started = ?, due = NULL{_FENCE}"
         self._do(sql, (attempt, started, key.seq, attempt - 1, attempt), done)
 
     def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = _ignore) -> None:
+        """Save the output (JSON) of a finished step; `done` gets whether the job is Running at this attempt."""
         self._do(_SAVE_STEP, (key.seq, path, None, output, key.seq, attempt - 1, attempt), done)
 
     def suspend(self, suspension: Suspension, done: Done) -> None:
+        """Record that a job waits; `done` gets whether it is Running at this attempt."""
         key, attempt, started, due, path, until, trace = suspension
         fence = (key.seq, attempt - 1, attempt)
-
-        def run(db: sqlite3.Connection) -> bool:
-            db.execute(_SAVE_STEP, (key.seq, path, until, None, *fence))
-            sql = f"UPDATE jobs SET attempt = ?, started = ?, due = ?, trace = ?{_FENCE}"
-            return _execute(sql, (attempt, started, due, trace, *fence), db)
-
-        self._put(run, done)
+        self._do(_SAVE_STEP, (key.seq, path, until, None, *fence))
+        sql = f"UPDATE jobs SET attempt = ?, started = ?, due = ?, trace = ?{_FENCE}"
+        self._do(sql, (attempt, started, due, trace, *fence), done)
 
     def requeue(self, key: JobKey, attempt: int) -> None:
+        """Record that an orderly stop broke a run off: unlike a crash it does not count as an attempt."""
         self._do(f"UPDATE jobs SET attempt = ?{_FENCE}", (attempt - 1, key.seq, attempt, attempt))
 
-    def barrier(self, done: Done) -> None:
-        self._put(lambda db: None, done)
-
-    def unfinished(self) -> Iterator[tuple[int, int | None, str]]:
-        yield from self._all("SELECT seq, due, flow FROM jobs WHERE status = 'Running' ORDER BY seq")
-
-    def due_deliveries(
-        self,
-        now: int,
-        limit: int,
-        busy: Collection[str],
-        under_way: Collection[JobKey],
-        only: Collection[str] | None = None,
-    ) -> list[tuple[Job, Delivery]]:
-        sql = (
-            "SELECT job FROM callbacks JOIN jobs ON seq = job "
-            f"WHERE state = 'pending' AND next <= ? AND expires > ? AND receiver NOT IN ({_marks(busy)})"
-        )
-        if only is not None:
-            sql += f" AND receiver IN ({_marks(only)})"
-        skip = {key.seq for key in under_way}
-        with self._reading() as db:
-            found = db.execute(
-                f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, *(only or ()), limit + len(skip))
-            ).fetchall()
-            wanted = [seq for (seq,) in found if seq not in skip][:limit]
-            rows = [
-                db.execute(f"SELECT {_JOB_COLUMNS}, request{_FROM_JOBS} WHERE seq = ?", (seq,)).fetchone()
-                for seq in wanted
-            ]
-        jobs = [(_job(row), _request(json.loads(row[21]), b"").trace) for row in rows if row is not None]
-        return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
-
     def finish(self, finish: Finish, done: Done) -> None:
+        """End a Running job; `done` gets whether it was Running, at this attempt if it is fenced."""
         seq = finish.job.key.seq
         cells = _cells(finish.job.key, "result", finish.attempt, finish.outcome.answer.body)
         sql = (
@@ -7250,32 +7071,20 @@ class SqliteStore(SqliteReader):
 
         self._put(run, finished)
 
-    def delete(self, key: JobKey, done: Done) -> None:
-        def run(db: sqlite3.Connection) -> str:
-            row = db.execute(_SELECT_JOB + _OF_KEY, key).fetchone()
-            if row is None:
-                return "absent"
-            job = _job(row)
-            if job.status is Status.RUNNING:
-                return "running"
-            if job.callback is not None and job.callback.state == "pending":
-                return "owed"
-            _forget(db, [key.seq])
-            return "deleted"
-
-        def deleted(result: Any, error: AsteraError | None) -> None:
-            self._recent.forget([key.seq])
-            done(result, error)
-
-        self._put(run, deleted, keep=False)
+    # --- callbacks ---
 
     def resend(self, key: JobKey, now: int, done: Done) -> None:
+        """Make the callback of a finished job due, with its whole schedule; `done` gets whether there is one."""
         sql = "UPDATE callbacks SET state = 'pending', next = ?, attempts = 0 WHERE job = ?"
         self._do(sql, (now, key.seq), done, keep=False)
 
     def claim_deliveries(
         self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
     ) -> list[tuple[Job, Delivery]]:
+        """Take callbacks that are due, except those in `held` and those for busy receivers.
+
+        Nobody else gets them for `lease_ms`. `fresh`: only those not tried since they were last asked for.
+        """
         skip = {key.seq for key in held}
         rows = self._all(
             f"SELECT {_JOB_COLUMNS}, request FROM jobs JOIN callbacks c ON c.job = seq"
@@ -7287,6 +7096,7 @@ class SqliteStore(SqliteReader):
         return [(job, job.callback._replace(trace=trace)) for job, trace in jobs[:limit] if job.callback]
 
     def next_delivery(self, now: int) -> int | None:
+        """When the next callback will be due that is not due yet."""
         sql = "SELECT min(next) FROM callbacks WHERE state = 'pending' AND next > ?"
         found: int | None = self._first(sql, (now,))[0]
         return found
@@ -7294,22 +7104,27 @@ class SqliteStore(SqliteReader):
     def record_delivery(
         self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
     ) -> None:
-        def run(db: sqlite3.Connection) -> None:
-            db.execute(
-                "INSERT INTO attempts SELECT job, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = c.job) + 1,"
-                " ?, ?, ?, ? FROM callbacks c WHERE job = ?",
-                (*attempt, key.seq),
-            )
-            db.execute(
-                "UPDATE callbacks SET attempts = attempts + 1, last_status = ?,"
-                " state = iif(next IS ?, ?, state), next = iif(next IS ?, ?, next)"
-                " WHERE job = ? AND state = 'pending'",
-                (attempt.status, seen, state, seen, next_at, key.seq),
-            )
+        """Keep an attempt to deliver a callback, and the callback's new state.
 
-        self._put(run, done)
+        The state stays if the callback was asked for anew meanwhile: if its `next` is not `seen` any more.
+        """
+        self._do(
+            "INSERT INTO attempts SELECT job, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = c.job) + 1,"
+            " ?, ?, ?, ? FROM callbacks c WHERE job = ?",
+            (*attempt, key.seq),
+        )
+        self._do(
+            "UPDATE callbacks SET attempts = attempts + 1, last_status = ?,"
+            " state = iif(next IS ?, ?, state), next = iif(next IS ?, ?, next)"
+            " WHERE job = ? AND state = 'pending'",
+            (attempt.status, seen, state, seen, next_at, key.seq),
+            done,
+        )
+
+    # --- what is due for all ---
 
     def purge(self, now: int, limit: int, done: Done) -> None:
+        """Forget at most `limit` expired jobs and give back their space; `done` gets how many they were."""
         expired: list[int] = []
 
         def run(db: sqlite3.Connection) -> int:
@@ -7330,12 +7145,12 @@ class SqliteStore(SqliteReader):
 
         def purged(result: Any, error: AsteraError | None) -> None:
             self._recent.forget(expired)
-            self._writer.shorten()
             done(result, error)
 
         self._put(run, purged, keep=False)
 
     def forget_flows(self) -> None:
+        """Forget the texts of flows that no job refers to any more."""
         newest = "SELECT version FROM jobs WHERE flow = flows.name ORDER BY seq DESC LIMIT 1"  # as most texts are
         used = "SELECT 1 FROM jobs WHERE flow = flows.name AND version = flows.version"
         unused = self._all(f"SELECT version FROM flows WHERE version IS NOT ({newest}) AND NOT EXISTS ({used})")
@@ -7349,88 +7164,103 @@ class SqliteStore(SqliteReader):
 
         self._put(run, keep=False)
 
-    def get(self, key: JobKey) -> Job | None:
-        end = self._recent.get(key)
-        return end.after() if end else super().get(key)
-
-    def result(self, key: JobKey) -> StoredResult | None:
-        end = self._recent.get(key)
-        if end is None:
-            return super().result(key)
-        code, headers, body = end.outcome.answer
-        return StoredResult(code, list(headers), len(body), body, end.attempt)
-
-    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
-        self._put(partial(_find_key, flow, token, idempotency_key, now), done, keep=False)
-
     def last_seq(self) -> int:
+        """The greatest `seq` stored; 0 if there is none."""
         return self._first("SELECT max(seq) FROM jobs")[0] or 0
 
     def last_seen(self) -> int:
+        """The latest time on record; 0 if there is none."""
         created = "SELECT created FROM jobs ORDER BY seq DESC LIMIT 1"
         finished = "SELECT finished FROM jobs WHERE expires NOT NULL ORDER BY expires DESC LIMIT 1"
         return int(self._first(f"SELECT max(ifnull(({created}), 0), ifnull(({finished}), 0))")[0])
 
     def keep_clock_offset(self, offset: int) -> None:
+        """Record the clock's offset. When the store is opened again its times are moved by a positive one."""
         self._do("INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,))
 
-    def close(self, timeout_s: float = 10.0) -> None:
-        super().close()
-        if self._writer.close(timeout_s):  # its connection is the last one: that folds the log into the file
-            self._owner.close()
+    # --- until the engine claims ---
+
+    def barrier(self, done: Done) -> None:
+        """Call `done` when everything written before is committed."""
+        self._put(lambda db: None, done)
+
+    def unfinished(self) -> Iterator[tuple[int, int | None, str]]:
+        """`seq`, `due` and flow of every Running job, oldest first."""
+        yield from self._all("SELECT seq, due, flow FROM jobs WHERE status = 'Running' ORDER BY seq")
+
+    def due_deliveries(
+        self,
+        now: int,
+        limit: int,
+        busy: Collection[str],
+        under_way: Collection[JobKey],
+        only: Collection[str] | None = None,
+    ) -> list[tuple[Job, Delivery]]:
+        """Callbacks to send now, but for busy receivers and those under way; `only` names the receivers if not all."""
+        sql = (
+            "SELECT job FROM callbacks JOIN jobs ON seq = job "
+            f"WHERE state = 'pending' AND next <= ? AND expires > ? AND receiver NOT IN ({_marks(busy)})"
+        )
+        if only is not None:
+            sql += f" AND receiver IN ({_marks(only)})"
+        skip = {key.seq for key in under_way}
+        found = self._all(f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, *(only or ()), limit + len(skip)))
+        wanted = [seq for (seq,) in found if seq not in skip][:limit]
+        rows = [self._first(f"SELECT {_JOB_COLUMNS}, request{_FROM_JOBS} WHERE seq = ?", (seq,)) for seq in wanted]
+        jobs = [(_job(row), _request(json.loads(row[21]), b"").trace) for row in rows if row is not None]
+        return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
 
 
-def edit_tokens(path: str, add: Token | None = None, revoke: str | None = None) -> list[Token]:
+Store = SqliteStore  # what the other rooms know
+
+
+def edit_tokens(path: str, add: Token | None = None, revoke: str | None = None) -> None:
     """Add or revoke a token in a database, which is made if it is not there; a server may be running on it.
 
-    The tokens as they are then. Raises Conflict for a name that is taken, NotFound for one that is not there,
-    StoreError.
+    Raises Conflict for a name that is taken, NotFound for one that is not there, StoreError.
     """
     with contextlib.suppress(DatabaseInUse):
         SqliteStore(path).close()  # makes or upgrades it, unless a server has it
+    with contextlib.closing(SqliteReader(path)) as reader:
+        known = {token.name: token for token in reader.tokens()}
     try:
-        db = sqlite3.connect(path, timeout=10, isolation_level=None)
-        with contextlib.closing(db):
-            db.execute("BEGIN IMMEDIATE")
-            known = {token.name: token for token in _tokens(db)}
-            if revoke is not None:
-                if revoke not in known or not known[revoke].digest:
-                    words = "was revoked before" if revoke in known else f"is not there{suggest(revoke, known)}"
-                    raise NotFound(f"the token {revoke} {words}")
-                db.execute("UPDATE tokens SET hash = x'' WHERE name = ?", (revoke,))
-            if add is not None:
-                if add.name in known and known[add.name].digest:
-                    raise Conflict(f"there is a token {add.name} already: revoke it first, or choose another name")
-                if db.execute("SELECT 1 FROM jobs WHERE token = ? LIMIT 1", (add.name,)).fetchone():
-                    words = "are still kept, and would be the new one's: choose another name"
-                    raise Conflict(f"jobs of an earlier token {add.name} {words}")
-                flows = None if add.flows is None else to_json(sorted(add.flows))
-                values = (add.name, add.digest, add.role, flows, add.created)
-                db.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?, ?)", values)
-            db.execute("COMMIT")
-            return _tokens(db)
+        with contextlib.closing(sqlite3.connect(path, timeout=10, isolation_level=None)) as db:
+            if revoke is not None and not _execute(
+                "UPDATE tokens SET hash = x'' WHERE name = ? AND hash <> x''", (revoke,), db
+            ):
+                words = "was revoked before" if revoke in known else f"is not there{suggest(revoke, known)}"
+                raise NotFound(f"the token {revoke} {words}")
+            if add is None:
+                return
+            if db.execute("SELECT 1 FROM jobs WHERE token = ? LIMIT 1", (add.name,)).fetchone() and not (
+                add.name in known and known[add.name].digest
+            ):
+                words = "are still kept, and would be the new one's: choose another name"
+                raise Conflict(f"jobs of an earlier token {add.name} {words}")
+            flows = None if add.flows is None else to_json(sorted(add.flows))
+            if not _execute(
+                "INSERT INTO tokens VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET hash = excluded.hash,"
+                " role = excluded.role, flows = excluded.flows, created = excluded.created WHERE hash = x''",
+                (add.name, add.digest, add.role, flows, add.created),
+                db,
+            ):
+                raise Conflict(f"there is a token {add.name} already: revoke it first, or choose another name")
     except sqlite3.Error as error:
         raise StoreError(f"{path}: {_store_error(error)}") from None
 
 
-def key_conflict() -> Conflict:
-    """The answer to an idempotency key that comes back with another request."""
-    return Conflict("This Idempotency-Key was used with another request: use a new key for a new request.", 422)
-
-
 def to_saved(value: Any, secrets: Mapping[str, str] = types.MappingProxyType({})) -> str:
-    """A step's output as the journal keeps it: JSON in which bytes, which it lacks, and secrets are marked.
+    """A step's output as it is stored: JSON in which bytes and secrets are marked.
 
     A mark begins with NUL, and a NUL of the value itself is doubled.
     """
     check_written(value)
     text = _dump_saved(value)
-    spelled = [_dump_saved(secret)[1:-1] for secret in secrets.values() if secret]
-    if "\\u0000" in text or any(secret in text for secret in spelled):
-        names = {secret: name for name, secret in secrets.items() if secret}
-        longest_first = sorted(names, key=len, reverse=True)
-        found = re.compile("|".join(map(re.escape, ["\0", *longest_first])))
-        text = _dump_saved(_mapped(value, lambda text: found.sub(lambda match: _mark(match[0], names), text)))
+    marks = {secret: f"\0{urllib.parse.quote(name, safe='')};" for name, secret in secrets.items() if secret}
+    if "\\u0000" in text or any(_dump_saved(secret)[1:-1] in text for secret in marks):
+        marks["\0"] = "\0\0"
+        found = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
+        text = _dump_saved(_mapped(value, lambda text: found.sub(lambda match: marks[match[0]], text)))
     return text
 
 
@@ -7448,10 +7278,6 @@ def from_saved(text: str, secrets: Mapping[str, str] = types.MappingProxyType({}
 
 _SAVED_MARK = re.compile("\0\0|\0([^\0;]+);")
 _dump_saved = partial(json.dumps, ensure_ascii=True, separators=(",", ":"), default=lambda value: _save_bytes(value))
-
-
-def _mark(found: str, names: Mapping[str, str]) -> str:
-    return "\0\0" if found == "\0" else f"\0{urllib.parse.quote(names[found], safe='')};"
 
 
 def _save_bytes(value: Any) -> dict[str, str]:
@@ -9037,11 +8863,8 @@ class AsteraLite:
         """Open the database, load the flows, take up what was left, and start the threads."""
         settings = self.settings
         log.addFilter(self.outside.masked.log_record)
-        # The log counts too where the size is limited: it must not be what the room is taken by.
-        log_bytes = min(_LOG_BYTES, (settings.max_database or math.inf) // 4)
-        page_size = parse_size(settings.page_size)
         self.store: Store = SqliteStore(
-            settings.database, settings.durability, log_bytes=int(log_bytes), page_size=page_size
+            settings.database, settings.durability, settings.max_database, parse_size(settings.page_size)
         )
         try:
             self._start()
