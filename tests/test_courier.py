@@ -400,23 +400,23 @@ def test_a_useless_retry_after_is_none(tick: Ticking, text: str, status: int) ->
 
 
 def test_a_receiver_that_answers_and_drips_its_body_has_got_it_at_once(tick: Ticking) -> None:
-    hold = threading.Event()
+    hold, answered = threading.Event(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             self.wfile.write(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
             hold.wait(10)
+            answered.set()
 
         def log_message(self, *args: object) -> None: ...
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         job = tick.submit(f"http://127.0.0.1:{server.server_address[1]}/")
-        began = time.monotonic()
         tick.tick()
         assert tick.callback(job)["state"] == "delivered"
-        assert time.monotonic() - began < 3
+        assert not answered.is_set()
         hold.set()
         server.shutdown()
 
@@ -615,6 +615,11 @@ def hanging(count: int) -> Iterator[list[str]]:
         yield [f"http://127.0.0.1:{listener.getsockname()[1]}/" for listener in listeners]
 
 
+def attempts(client: Client, job: dict[str, Any]) -> int:
+    """The deliveries of a job's callback that have ended."""
+    return client.get(job["statusUrl"]).json()["callback"]["attempts"]  # type: ignore[no-any-return]
+
+
 def submitted(client: Client, url: str) -> dict[str, Any]:
     return client.get(f"/api/publishingAsync/hello?callbackUrl={quote(url, safe='')}").json()  # type: ignore[no-any-return]
 
@@ -622,14 +627,12 @@ def submitted(client: Client, url: str) -> dict[str, Any]:
 def test_forty_hanging_receivers_delay_nobody_else(tmp_path: Path, sink: Sink) -> None:
     with (
         hanging(40) as urls,
-        running(tmp_path, FLOWS, callback_timeout="1500ms", shutdown_timeout=0.1) as (_, _, client),
+        running(tmp_path, FLOWS, callback_timeout="30s", shutdown_timeout=0.1) as (_, _, client),
     ):
-        for url in urls:
-            submitted(client, url)
-        began = time.monotonic()
+        hung = [submitted(client, url) for url in urls]
         job = submitted(client, sink.url)
-        assert sink.next(timeout=5)[1]["id"] == job["id"]
-        assert time.monotonic() - began < 1.2
+        assert sink.next(timeout=20)[1]["id"] == job["id"]
+        assert not any(attempts(client, each) for each in hung), "none of them has timed out"
 
 
 def test_two_hundred_hanging_receivers_delay_nobody_else_nor_do_their_retries(tmp_path: Path, sink: Sink) -> None:
@@ -732,14 +735,12 @@ def test_failed_deliveries_leave_nothing_behind(tmp_path: Path) -> None:
 def test_a_hundred_callbacks_for_a_hanging_receiver_delay_nobody_else(tmp_path: Path, sink: Sink) -> None:
     with (
         hanging(1) as (url,),
-        running(tmp_path, FLOWS, callback_timeout="3s", shutdown_timeout=0.1) as (app, _, client),
+        running(tmp_path, FLOWS, callback_timeout="30s", shutdown_timeout=0.1) as (app, _, client),
     ):
-        for _ in range(100):
-            submitted(client, url)
-        began = time.monotonic()
+        hung = [submitted(client, url) for _ in range(100)]
         job = submitted(client, sink.url)
-        assert sink.next(timeout=5)[1]["id"] == job["id"]
-        assert time.monotonic() - began < 2
+        assert sink.next(timeout=20)[1]["id"] == job["id"]
+        assert not any(attempts(client, each) for each in hung), "none of them has timed out"
         assert len(app.courier.under_way()) <= 2  # a receiver not yet known to answer gets one at a time
 
 
@@ -766,15 +767,11 @@ def test_many_callbacks_for_one_receiver_all_arrive(tmp_path: Path, sink: Sink) 
 
 def test_a_delivery_under_way_does_not_hold_up_the_stop(tmp_path: Path) -> None:
     with hanging(1) as (url,):
-        with running(tmp_path, FLOWS, callback_timeout="1s") as (app, _, client):
+        with running(tmp_path, FLOWS, callback_timeout="60s", shutdown_timeout=0.1) as (app, _, client):
             submitted(client, url)
-            until = time.monotonic() + 5
-            while not app.courier.under_way():
-                assert time.monotonic() < until
-                time.sleep(0.005)
-            began = time.monotonic()
+            until(lambda: app.courier.under_way())
             app.stop()
-            assert time.monotonic() - began < 3
+            assert app.courier.under_way(), "it has not timed out"
         with running(tmp_path, FLOWS) as (_, _, client):  # the debt is still there
             (job,) = client.get("/api/jobs").json()["jobs"]
             assert job["callback"]["state"] == "pending"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import ipaddress
+import itertools
 import shutil
 import socket
 import ssl
@@ -252,6 +253,7 @@ class RawServer:
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/"
         self.heads: list[bytes] = []
+        self.served: list[socket.socket] = []  # connections whose client stayed until all was done
         self._serve, self._read_first = serve, read_first
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
@@ -278,6 +280,7 @@ class RawServer:
                     data += piece
                 self.heads.append(data)
             self._serve(connection)
+            self.served.append(connection)
 
     def close(self) -> None:
         # A blocked accept() is not woken by close() alone.
@@ -548,11 +551,9 @@ def test_a_hanging_lookup_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(astera_lite, "literal_addresses", lambda host: [])
-    began = time.monotonic()
-    error = failure("http://slow.example/", timeout=0.1)
+    assert failure("http://slow.example/", timeout=0.1).kind == "timeout"
+    assert not release.is_set()
     release.set()
-    assert error.kind == "timeout"
-    assert time.monotonic() - began < 3
 
 
 def test_a_closed_port_is_a_transport_error() -> None:
@@ -565,19 +566,22 @@ def test_a_closed_port_is_a_transport_error() -> None:
 
 
 def drip(data: bytes, every: float = 0.01) -> Callable[[socket.socket], None]:
+    """Send the data a byte at a time, again and again, for ten seconds."""
+
     def serve(connection: socket.socket) -> None:
-        while True:
-            for byte in data:
-                connection.sendall(bytes([byte]))
-                time.sleep(every)
+        for byte in itertools.islice(itertools.cycle(data), round(10 / every)):
+            connection.sendall(bytes([byte]))
+            time.sleep(every)
 
     return serve
 
 
 def endless(start: bytes, more: bytes, pause: float = 0.0) -> Callable[[socket.socket], None]:
+    """Send a start, and then more: for ten seconds, or 64 MiB without a pause."""
+
     def serve(connection: socket.socket) -> None:
         connection.sendall(start)
-        while True:
+        for _ in range(round(10 / pause) if pause else (64 << 20) // len(more)):
             connection.sendall(more)
             time.sleep(pause)
 
@@ -585,7 +589,8 @@ def endless(start: bytes, more: bytes, pause: float = 0.0) -> Callable[[socket.s
 
 
 def silent(connection: socket.socket) -> None:
-    connection.recv(1)  # ends when the client hangs up
+    while connection.recv(65536):  # until the client hangs up
+        continue
 
 
 @pytest.mark.parametrize("max_bytes", [0, 1 << 20])
@@ -604,11 +609,9 @@ def test_the_deadline_is_over_everything(
     serving: Serving, serve: Callable[[socket.socket], None], max_bytes: int
 ) -> None:
     server = serving(serve)
-    began = time.monotonic()
     error = failure(server.url, timeout=0.3, max_bytes=max_bytes)
     # A hundred headers are too many for http.client: then it is no HTTP, before the time is over.
-    assert error.kind in ("timeout", "transport")
-    assert time.monotonic() - began < 3
+    assert error.kind == "timeout" or "not HTTP" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -629,11 +632,9 @@ def test_the_deadline_is_over_a_dripping_body(serving: Serving, serve: Callable[
 def test_the_deadline_is_over_a_body_that_nobody_reads(serving: Serving) -> None:
     hold = threading.Event()
     server = serving(lambda connection: void(hold.wait(10)), read_first=False)
-    began = time.monotonic()
-    error = failure(server.url, method="POST", body=bytes(32 << 20), timeout=0.3)
+    assert failure(server.url, method="POST", body=bytes(32 << 20), timeout=0.3).kind == "timeout"
+    assert server.served == []
     hold.set()
-    assert error.kind == "timeout"
-    assert time.monotonic() - began < 3
 
 
 def void(_: object) -> None: ...
@@ -643,9 +644,8 @@ def test_a_tls_handshake_ends_at_the_deadline(serving: Serving) -> None:
     server = serving(silent, read_first=False)
     hello = serving(drip(b"\x16\x03\x03\x40\x00" + bytes(5000)), read_first=False)
     for url in (server.url, hello.url):
-        began = time.monotonic()
-        assert failure(url.replace("http:", "https:"), timeout=0.3).kind in ("timeout", "transport")
-        assert time.monotonic() - began < 3
+        assert failure(url.replace("http:", "https:"), timeout=0.3).kind == "timeout"
+    assert hello.served == []
 
 
 @pytest.mark.parametrize(
@@ -674,9 +674,8 @@ def test_the_byte_limit_is_exact(serving: Serving, frame: str, size: int, fits: 
 
 def test_headers_are_limited_too(serving: Serving) -> None:
     server = serving(endless(b"", b"HTTP/1.1 100 Continue\r\nX: " + b"y" * 60000 + b"\r\n\r\n"))
-    began = time.monotonic()
     assert failure(server.url, max_bytes=1000).kind in ("too_large", "transport")
-    assert time.monotonic() - began < 5
+    assert server.served == [], "it hung up before it had read 64 MiB"
 
 
 def test_no_body_is_read_when_none_is_wanted(serving: Serving) -> None:
@@ -827,16 +826,18 @@ def test_the_deadline_is_over_an_upload_that_is_read_slowly(
     context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
     gone = threading.Event()
 
+    taken = 0
+
     def serve(connection: socket.socket) -> None:
+        nonlocal taken
         with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as wrapped:
-            while wrapped.recv(65536) and not gone.wait(0.002):
-                pass
+            while size := len(wrapped.recv(65536)):
+                taken += size
+                gone.wait(0.002)
 
     server = serving(serve, read_first=False)
-    began = time.monotonic()
     url = server.url.replace("http:", "https:")
     error = failure(url, method="POST", body=bytes(64 << 20), timeout=1)
-    took = time.monotonic() - began
-    gone.set()
     assert error.kind == "timeout"
-    assert took < 3
+    assert 0 < taken < 64 << 20
+    gone.set()
