@@ -315,7 +315,7 @@ def reason_of(error: Exception) -> str:
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql")  # files that the module needs beside it
 #: The files of the module that a server loads when somebody first uses what is in them.
-WINGS = ("astera_lite_documents.py", "astera_lite_steps.py", "astera_lite_tools.py")
+WINGS = ("astera_lite_documents.py", "astera_lite_requests.py", "astera_lite_steps.py", "astera_lite_tools.py")
 #: The folders of this file: as it was named and as links lead. Taken now, for a program may change its own folder.
 _HOME = [os.path.dirname(path) for path in (os.path.abspath(__file__), os.path.realpath(__file__))]
 _loading = threading.RLock()  # held while a wing is loaded: another thread must not find it half made
@@ -2521,7 +2521,7 @@ def _read_integer(text: str) -> int | None:
     return int(text) if _INTEGER.fullmatch(text) else None
 
 
-def _read_number(text: str) -> int | float | None:
+def read_number(text: str) -> int | float | None:
     """The number that a text is, None if it is none; a whole number is an integer, because a float has 53 bits."""
     match = _NUMBER.fullmatch(text)
     return None if match is None else float(text) if match[1] or match[2] else int(text)
@@ -2564,7 +2564,7 @@ class ValueType(NamedTuple):
 VALUE_TYPES = {
     "string": ValueType("text", lambda value: type(value) is str, str),
     "integer": ValueType("an integer such as 3 or -12, within 64 bits", _is_integer, _read_integer),
-    "number": ValueType("a number such as 2.5 or -1e3, within 64 bits", _is_number, _read_number),
+    "number": ValueType("a number such as 2.5 or -1e3, within 64 bits", _is_number, read_number),
     "boolean": ValueType("true or false", lambda value: type(value) is bool, {"true": True, "false": False}.get),
     "date": ValueType("a date such as 2026-11-23", partial(_is_moment, form=_DATE), str),
     "date-time": ValueType(
@@ -2575,125 +2575,6 @@ VALUE_TYPES = {
     "null": ValueType("null", lambda value: value is None),
 }
 PARAMETER_TYPES = [name for name, kind in VALUE_TYPES.items() if kind.read]
-
-
-# Python's white space is not ECMA's, its `$` also holds before a last line feed, and its `.` takes more line ends.
-_SPACES = "\\t-\\r \\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000\\ufeff"
-_TRANSLATED = {".": r"[^\n\r\u2028\u2029]", r"\s": f"[{_SPACES}]", r"\S": f"[^{_SPACES}]"}
-_ATOM = r"\\[dDwWnrtfv]|\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\[!-/:-@\[-`{-~]"
-_PATTERN_TOKEN = re.compile(
-    rf"\[\^?+(?!\])(?:{_ATOM}|\\s|[^\\\[\]&~|-]|-(?!-)|&(?!&)|~(?!~)|\|(?!\|))++\]|{_ATOM}|\\[bBsS]"
-    r"|\((?:\?:)?(?!\?)|[)|^$.]|(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})\??(?![*+?{])|[^\\()\[\]{}|^$.*+?]"
-)
-#: Whether a position matches: by whether a character of a word is before it (None: nothing is), the character behind it
-#: (empty: nothing is), and whether that is one of a word.
-_POSITIONS: dict[str, Callable[[bool | None, str, bool], bool]] = {
-    "^": lambda before, after, word: before is None,
-    "$": lambda before, after, word: after == "",
-    r"\b": lambda before, after, word: bool(before) != word,
-    r"\B": lambda before, after, word: bool(before) == word,
-}
-_MAX_PROGRAM = 2800  # instructions: a character repeated as often as a text may be long fits in
-_MAX_MATCHED = 16 << 10  # characters
-_MAX_MATCHING = 4 << 20  # characters times instructions
-_MAX_REMEMBERED = 1 << 14  # places in a program, for each pattern
-
-
-class Pattern:
-    """A regular expression as JSON Schema has them (ECMA 262), less look-around and back references.
-
-    A search takes time by the length of the text, because it follows all ways through a program at once. An
-    instruction is the `match` of a regular expression, which takes one character; the name of a position; or a tuple
-    of jumps, each of which is a way to go on. Raises re.error or ValueError.
-    """
-
-    def __init__(self, text: str) -> None:
-        with warnings.catch_warnings():  # of what is refused below
-            warnings.simplefilter("ignore")
-            re.compile(text)  # finds most faults
-        tokens, at = [], 0
-        for match in _PATTERN_TOKEN.finditer(text):
-            if match.start() == at:
-                tokens.append(match[0])
-                at = match.end()
-        if at < len(text):
-            raise ValueError(
-                f"has {shown(text[at : at + 3])} at character {at + 1}, which patterns lack here: write it with "
-                "characters, [classes], (groups), | and repeats; what must not match is refused by a `fail` step"
-            )
-        self.text = text
-        self._program = self._compiled(tokens[::-1])
-        size = len(self._program) + 1
-        self.longest = min(_MAX_MATCHED, _MAX_MATCHING // size)
-        self._next = lru_cache(1 + _MAX_REMEMBERED // size)(self._step)
-
-    def __str__(self) -> str:
-        return self.text
-
-    def _compiled(self, tokens: list[str]) -> list[Any]:
-        """The program of what stands before the next `)`; its tokens are taken off the end of the list."""
-        program: list[Any] = []
-        while tokens and tokens[-1] != ")":
-            token = tokens.pop()
-            if token == "|":  # noqa: S105 (no password)
-                other = self._compiled(tokens)
-                return [(1, len(program) + 2), *program, (len(other) + 1,), *other]
-            if token[0] == "(":
-                part = self._compiled(tokens)
-                tokens.pop()  # the closing bracket
-            elif token in _POSITIONS:
-                part = [token]
-            else:
-                within = re.sub(r"\\.", lambda match: _SPACES if match[0] == r"\s" else match[0], token)
-                part = [re.compile(within if token[0] == "[" else _TRANSLATED.get(token, token), re.ASCII).match]
-            program += self._repeated(part, tokens.pop()) if tokens and tokens[-1][0] in "*+?{" else part
-            self._check_size(len(program))
-        return program
-
-    def _repeated(self, part: list[Any], mark: str) -> list[Any]:
-        counts = {"*": "0,", "+": "1,", "?": "0,1"}.get(mark[0], mark.rstrip("?")[1:-1])
-        least, comma, most = counts.partition(",")
-        required, optional, size = int(least), int(most or least) - int(least), len(part) + 1
-        self._check_size(size * max(required, optional))
-        if comma and not most:
-            return part * required + [(1, size + 1), *part, (-size,)]
-        return part * required + [step for left in range(optional, 0, -1) for step in ((1, left * size), *part)]
-
-    @staticmethod
-    def _check_size(instructions: int) -> None:
-        if instructions > _MAX_PROGRAM:
-            raise ValueError("is too long: write it shorter, and a large number of repeats as maxLength")
-
-    def _step(self, places: frozenset[int], before: bool | None, after: str) -> tuple[frozenset[int], bool]:
-        """Where in the program a search is behind the character `after`, and the next `before`; its end is a match."""
-        end, word = len(self._program), after.isascii() and (after.isalnum() or after == "_")
-        todo, found = [*places, 0], set()  # a match may begin anywhere
-        seen = set(todo)
-        for place in todo:
-            if place == end:
-                return frozenset((end,)), word
-            step = self._program[place]
-            if type(step) is tuple:
-                ways = {place + jump for jump in step} - seen
-            elif type(step) is str:
-                ways = {place + 1} - seen if _POSITIONS[step](before, after, word) else set()
-            else:
-                ways = set()
-                if after and step(after):
-                    found.add(place + 1)
-            todo += ways
-            seen |= ways
-        return frozenset(found), word
-
-    def search(self, text: str) -> bool:
-        """Whether it matches somewhere in the text, which may have `longest` characters."""
-        if len(text) > self.longest:
-            return False
-        places: frozenset[int] = frozenset()
-        before = None
-        for character in text:
-            places, before = self._next(places, before, character)
-        return len(self._program) in self._next(places, before, "")[0]
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -2873,67 +2754,9 @@ class Selection(NamedTuple):
         """The query parameters that say so."""
         return ["cursor"] * self.page + ["sort_by"] * bool(self.sort) + sorted(self.filters)
 
-    def read(self, path: str, query: Mapping[str, list[str]], errors: InputErrors) -> Selected:
-        """What a request asks for; faults are added to `errors`."""
-        for name in {"cursor", "sort_by"} & {*self.names}:
-            if len(query.get(name, ())) > 1:
-                errors.add("query", name, "must be given once")
-        sort = tuple(filter(None, query.get("sort_by", [""])[0].split(","))) if self.sort else ()
-        known = self.sort if isinstance(self.sort, frozenset) else {part.removeprefix("-") for part in sort} - {""}
-        for name in [part.removeprefix("-") for part in sort]:
-            if name not in known:
-                errors.add("query", "sort_by", f"knows no field {shown(name)}{suggest(name, known)}")
-        filters = {name: query[name] for name in self.filters if name in query}
-        if not self.page:
-            return Selected(0, sort, filters)
-        rest = sorted(item for item in query.items() if item[0] != "cursor")
-        stamp = sha256(to_json([path, rest]).encode()).hex()[:16]
-        cursor = query.get("cursor", [""])[0]
-        match = re.fullmatch(rf"([1-9][0-9]{{0,14}})\.{stamp}", cursor)
-        if cursor and not match:
-            errors.add("query", "cursor", "is none that this endpoint gave for this request: begin again without it")
-        return Selected(int(match[1]) if match else 0, sort, filters, stamp)
 
-
-class Selected(NamedTuple):
-    """What a request asks of the rows."""
-
-    offset: int = 0
-    sort: Sequence[str] = ()  # fields, a leading "-" for descending
-    filters: Mapping[str, Sequence[str]] = types.MappingProxyType({})  # the texts that each field may have
-    stamp: str = ""  # ties a cursor to the request
-
-    def cursor(self, offset: int) -> str:
-        """What asks for the rows from here on."""
-        return f"{offset}.{self.stamp}"
-
-    def rows(self, given: Any, place: str) -> list[Any]:
-        """The rows that were asked for, in the order that was asked for: rows without a value come last."""
-        if type(given) not in (list, tuple) or not all(type(row) is dict for row in given):
-            raise ExpressionError(f"{place}: filter and sort need a list of objects")
-        rows = list(given)
-        Budget(MAX_WORK).deep(field_values(rows, *self.filters, *self.sort))
-        for name, texts in self.filters.items():
-            numbers = {number for text in texts if (number := _read_number(text)) is not None}
-            rows = [row for row in rows if _is_selected(row.get(name), texts, numbers)]
-        for field in reversed(self.sort):
-            name, descending = field.removeprefix("-"), field.startswith("-")
-            if rows and not any(name in row for row in rows):
-                raise _Failed(400, f"sort_by knows no field {shown(name)}")
-            known = [row for row in rows if row.get(name) is not None]
-            try:
-                known.sort(key=operator.itemgetter(name), reverse=descending)
-            except TypeError:  # values of several kinds
-                known.sort(key=lambda row, name=name: as_text(row[name]), reverse=descending)  # type: ignore[misc]
-            rows = known + [row for row in rows if row.get(name) is None]
-        return rows
-
-
-def _is_selected(value: Any, texts: Sequence[str], numbers: Collection[float]) -> bool:
-    return value in numbers if type(value) in (int, float) else value is not None and as_text(value) in texts
-
-
-NO_SELECTION, _ALL_ROWS = Selection(), Selected()
+MAX_PAGE = 10_000  # rows
+NO_SELECTION = Selection()
 
 
 class Input(NamedTuple):
@@ -2941,7 +2764,7 @@ class Input(NamedTuple):
 
     params: dict[str, Any]
     request: dict[str, Any]
-    selected: Selected = _ALL_ROWS
+    selected: Any = None  # a Selected of astera_lite_requests, where the flow has a selection
     size: int = 0  # bytes of body and query as they came
     trace: Trace | None = None
 
@@ -3042,7 +2865,9 @@ class Flow(NamedTuple):
             for name in query:
                 if name not in known and not errors.full:
                     errors.add("query", name, "is not declared" + suggest(name, known))
-        selected = _ALL_ROWS if self.selection == NO_SELECTION else self.selection.read(request.path, query, errors)
+        selected = None
+        if self.selection != NO_SELECTION:
+            selected = wing("astera_lite_requests:read_selection")(self.selection, request.path, query, errors)
         seen = {
             "method": request.method,
             "path": request.path,
@@ -3276,7 +3101,7 @@ class _TimedOut(_Signal):
         super().__init__(message)
 
 
-class _Failed(_Signal):
+class FlowFailure(_Signal):
     """What a `fail` step says."""
 
     kind = "fail"
@@ -3313,7 +3138,7 @@ _KINDS_FOR_PEOPLE = {"too_large": "size"} | dict.fromkeys(("invalid", "next", "r
 
 def _kind_and_message(error: BaseException) -> tuple[str, str]:
     """What happened, in one word and in the words for the flow's author."""
-    if isinstance(error, StepError | _TimedOut | _Failed):
+    if isinstance(error, StepError | _TimedOut | FlowFailure):
         return error.kind, str(error)
     if isinstance(error, ExpressionError):
         return "expression", str(error)
@@ -3579,8 +3404,8 @@ def run_flow(run: Run) -> Outcome | Suspended:
 def _failed(run: Run, error: BaseException) -> Outcome:
     """How a run ended that failed; what the client may be told, and the reason for the log."""
     reason = failure_text(_known_failure(error) or blame(run, error))
-    if isinstance(error, StepError | _TimedOut | _Failed):
-        code = "timeout" if error.status == 504 and not isinstance(error, _Failed) else "failed"
+    if isinstance(error, StepError | _TimedOut | FlowFailure):
+        code = "timeout" if error.status == 504 and not isinstance(error, FlowFailure) else "failed"
         return Outcome.failed(code, error.status, run.outside.masked(error.detail), reason, error.headers)
     if not isinstance(error, AsteraError):
         log.debug("flow %s", run.flow.name, exc_info=error, extra=run.about)
@@ -3752,7 +3577,7 @@ def _failure(error: BaseException, step: Step, run: Run, path: str, attempt: int
             body = head.encode()[:_MAX_FAILURE_BODY].decode("utf-8", "ignore")
             more = {"status": error.answer.status, "body": body}
         more |= {"source": error.source} if error.source else {}
-    elif isinstance(error, _Failed):
+    elif isinstance(error, FlowFailure):
         more = {"status": error.status}
     elif kind == "expression" and message.startswith(place.rpartition("/")[0] + "/"):  # else of connections.json
         place, _, message = message.partition(": ")
@@ -3904,7 +3729,7 @@ def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
     selected, page = run.input.selected, None
     body: Any = None
     if response.items is not None:
-        body = page = _page(response, selected, scope)
+        body = page = selected.page(response.items(scope), response.page_size and response.page_size(scope))
         scope = {**scope, "page": page}
     status, headers = response.status(scope), evaluated(response.headers, scope)
     if response.body is not None:
@@ -3917,24 +3742,6 @@ def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
         body = {"cursor": page["cursor"], **body}
     empty = page is None and response.body is None
     return make_answer(status, headers, body, run.outside.max_result, empty=empty, method=run.flow.method)
-
-
-_MAX_PAGE = 10_000
-
-
-def _page(response: Response, selected: Selected, scope: Scope) -> dict[str, Any]:
-    """What expressions see as `page`: its items, the cursor of the next one, and the number of rows in all."""
-    assert response.items is not None and response.page_size is not None
-    rows, size = response.items(scope), response.page_size(scope)
-    if type(size) is not int or not 1 <= size <= _MAX_PAGE:
-        raise ExpressionError(f"/response/page/size: {shown(size)} is not a number from 1 to {_MAX_PAGE}")
-    if selected.filters or selected.sort:
-        rows = selected.rows(rows, "/response/page/items")
-    if type(rows) not in (list, tuple):
-        raise ExpressionError(f"/response/page/items: {kind_of(rows)} is not a list")
-    end = selected.offset + size
-    cursor = selected.cursor(end) if end < len(rows) else None
-    return {"items": rows[selected.offset : end], "cursor": cursor, "total": len(rows)}
 
 
 #: Headers that the server alone sets: framing (RFC 9112), hop-by-hop ones, and our own.
@@ -4426,7 +4233,7 @@ _ANSWER: dict[str, Member] = {
 _RESPONSE = Table(
     {
         "when": Condition(),
-        "page": _Page({"items": Value(required=True), "size": Computed(Number(1, _MAX_PAGE), default=100)}),
+        "page": _Page({"items": Value(required=True), "size": Computed(Number(1, MAX_PAGE), default=100)}),
         "filter": ListOf(_FIELD),
         "sort": Either(Flag(), ListOf(_FIELD)),
         **_ANSWER,
@@ -4466,7 +4273,7 @@ def _make_fail(build: Build, given: dict[str, Any], place: str) -> Runner:
             answer = make_answer(status, headers, None, 0, empty=True)
         except ValueError as error:
             raise ExpressionError(f"{place}/status: {error}") from None
-        raise _Failed(status, text, answer.headers)
+        raise FlowFailure(status, text, answer.headers)
 
     return fail
 
@@ -5220,7 +5027,7 @@ def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
         return _respond(flow, run, scope, run_steps(flow.steps, run, scope, prefix), prefix)
     except _Answered as answered:
         return answered.answer
-    except _Failed as failed:
+    except FlowFailure as failed:
         answer = Fetched(failed.status, list(failed.headers), b"")
         raise StepError(failed.status, failed.detail, failed.detail, {"fail"}, answer) from None
 
@@ -5393,7 +5200,7 @@ def _parse_rule(name: str, kind: str, value: Any) -> Any:
     if not VALUE_TYPES[kind].holds(value):
         raise ValueError(f"must be {VALUE_TYPES[kind].words}, not {shown(value)}")
     try:
-        return Pattern(value) if name == "pattern" else value
+        return wing("astera_lite_requests:Pattern")(value) if name == "pattern" else value
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"is not a regular expression: {error}") from None
 
@@ -5768,6 +5575,8 @@ def _all_selections(build: Build, responses: Sequence[Response], parameters: Seq
     for name in {item.name for item in parameters if item.where == "query"} & set(selection.names):
         place = f"/request/parameters/{pointer(name)}"
         build.fault(place, "selects rows of the response already: rename it, or leave it out of page, filter and sort")
+    if selection != NO_SELECTION:
+        wing("astera_lite_requests:read_selection")  # a missing file is a fault of the flow, not of its requests
     return selection
 
 

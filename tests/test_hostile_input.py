@@ -21,6 +21,7 @@ from support import EVERYTHING, Running, get_flow, process, running, talk
 
 import astera_lite
 from astera_lite import Flow, from_json, parse_prefer, unquote
+from astera_lite_requests import Pattern
 
 SYNC, ASYNC = "/api/publishing", "/api/publishingAsync"
 JSON = {"Content-Type": "application/json"}
@@ -506,7 +507,7 @@ def test_what_a_pattern_cannot_have_is_told_with_what_to_write(pattern: str, mes
 
 
 def test_what_a_pattern_keeps_in_memory_is_bounded() -> None:
-    pattern = astera_lite.Pattern("(.|a){0,30}b$")
+    pattern = Pattern("(.|a){0,30}b$")
     tracemalloc.start()
     try:
         for start in range(0x10000, 0x20000, 2000):
@@ -531,7 +532,7 @@ PATTERNS = st.recursive(
 @given(PATTERNS, st.text("ab1- _", max_size=9))
 def test_a_pattern_matches_what_python_matches(pattern: str, text: str) -> None:
     wanted = re.search(pattern.replace("$", r"\Z"), text, re.ASCII)
-    assert astera_lite.Pattern(pattern).search(text) == (wanted is not None)
+    assert Pattern(pattern).search(text) == (wanted is not None)
 
 
 @pytest.mark.parametrize("pattern", ENDING)

@@ -18,6 +18,7 @@ from support import EVERYTHING, NPM, ROOT, Client, Running, Sink, get_flow, proc
 import astera_lite
 from astera_lite import Deployments, build_flow
 from astera_lite_documents import openapi_document
+from astera_lite_requests import Pattern
 
 METHODS = {"get", "put", "post", "delete", "patch"}
 
@@ -219,17 +220,17 @@ def test_a_pattern_of_json_schema_is_told_as_it_was_written(text: str) -> None:
 )
 def test_a_pattern_of_python_alone_is_a_fault(text: str) -> None:
     with pytest.raises((ValueError, re.error)):
-        astera_lite.Pattern(text)
+        Pattern(text)
 
 
 def test_a_pattern_means_what_json_schema_says() -> None:
-    end = astera_lite.Pattern(r"^\d+$")
+    end = Pattern(r"^\d+$")
     assert end.search("12") and not end.search("12\n") and not end.search("١٢")
-    assert astera_lite.Pattern(r"^\s.\S$").search("\u00a0ab")
-    assert not astera_lite.Pattern("^.$").search("\u2028")
-    backslash = astera_lite.Pattern(r"^[\\s]$")
+    assert Pattern(r"^\s.\S$").search("\u00a0ab")
+    assert not Pattern("^.$").search("\u2028")
+    backslash = Pattern(r"^[\\s]$")
     assert backslash.search("s") and backslash.search("\\") and not backslash.search(" ")
-    edge = astera_lite.Pattern(r"\bab\B")
+    edge = Pattern(r"\bab\B")
     assert edge.search("x abc") and not edge.search("xabc") and not edge.search("ab c")
 
 

@@ -210,7 +210,13 @@ def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
     command = [sys.executable, "astera_lite.py", "zipapp"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
     left_out = re.findall(r"^(\S+) is missing, so it is left out$", done.stderr, re.MULTILINE)
-    assert left_out == ["astera_lite_documents.py", "astera_lite_steps.py", "console.html", "openapi.json"]
+    assert left_out == [
+        "astera_lite_documents.py",
+        "astera_lite_requests.py",
+        "astera_lite_steps.py",
+        "console.html",
+        "openapi.json",
+    ]
     with process(tmp_path, program=(sys.executable, "astera_lite.pyz")) as (_, url, _):
         assert Api(url).counts()["running"] == 0
     (tmp_path / "schema.sql").unlink()
