@@ -28,7 +28,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
 What a server does not need until somebody uses it is in wings, files beside this one. This file names them as text
 only, `"astera_lite_tools:check"`, and loads one when it is first wanted; with `schema.sql` alone it is a whole server.
 
-    astera_lite_steps      sql, run, python in a process of its own; pages, until and OAuth 2 of http; @app.flow
+    astera_lite_steps      sql, run, python; pages, until and OAuth 2 of http; @app.flow, @app.step
     astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files, text of the metrics; advice on expressions
     astera_lite_tools      the commands check, try, test, new, jobs, job, token, backup, zipapp; deploying over HTTP
 """
@@ -4322,116 +4322,11 @@ class Context:
 
 
 class Functions:
-    """Finds the functions of `python` steps: in the flows folder, or in an installed module."""
+    """Where the functions of `python` steps are found: the folder of the flows, and the modules loaded from it."""
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self._folder = folder
-        self._modules: dict[tuple[str, int], types.ModuleType] = {}
-
-    def load(self, name: str) -> Callable[..., Any]:
-        """The function `module:function`; ValueError says what is missing."""
-        module_name, _, function_name = name.partition(":")
-        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name, re.ASCII):
-            raise ValueError(f'{shown(name)} is not of the form "module:function"')
-        try:
-            module = self._module(module_name)
-        except ModuleNotFoundError as error:
-            cure = f"put {error.name}.py into the flows folder, or install it"
-            raise ValueError(f'there is no module "{error.name}": {cure}') from None
-        except (Exception, SystemExit) as error:
-            raise ValueError(f'the module "{module_name}" cannot be loaded: {type(error).__name__}: {error}') from error
-        function = getattr(module, function_name, None)
-        if not callable(function):
-            near = suggest(function_name, [n for n, v in vars(module).items() if callable(v)])
-            raise ValueError(f'the module "{module_name}" has no function "{function_name}"{near}')
-        return function  # type: ignore[no-any-return]
-
-    def _module(self, name: str) -> types.ModuleType:
-        import importlib.util  # noqa: PLC0415 (flows without Python do without it)
-
-        path = os.path.join(self._folder, f"{name}.py") if self._folder and "." not in name else ""
-        if not os.path.isfile(path):
-            return importlib.import_module(name)
-        key = (path, os.stat(path).st_mtime_ns)
-        if key not in self._modules:  # by its place, so that it can be loaded anew, and two servers do not mix theirs
-            spec = importlib.util.spec_from_file_location(f"astera_flow_{name}_{len(self._modules)}", path)
-            if spec is None or spec.loader is None:
-                raise ModuleNotFoundError(name=name)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            self._modules[key] = module
-        return self._modules[key]
-
-
-def as_json(value: Any, name: str) -> Any:
-    """What a function returned, as it will be when it is read back: tuples are lists, names of members are text."""
-    if isinstance(value, bytes):
-        return value
-    try:
-        return json.loads(to_json(value))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}() did not return JSON: {error}") from None
-
-
-class _FunctionName(Text):
-    """The function of a `python` step, by its name or, in an embedding program, itself: compiles to both."""
-
-    def read(self, build: Build, value: Any, place: str) -> tuple[str, Callable[..., Any] | None]:
-        function = value if callable(value) else None
-        try:
-            if function is None:
-                function = build.functions.load(value if isinstance(value, str) else shown(value))
-        except ValueError as error:
-            build.fault(place, str(error))
-        _refuse_async(build, function, place)
-        return value if isinstance(value, str) else "", function
-
-
-def _refuse_async(build: Build, function: Any, place: str) -> None:
-    import inspect  # noqa: PLC0415 (no flow file needs it, unless it runs Python)
-
-    if inspect.iscoroutinefunction(function):
-        build.fault(place, "is an async function, and steps run on threads: write def, and asyncio.run(…) inside it")
-
-
-def _calling(function: Callable[..., Any], args: Callable[[Scope], dict[str, Any]]) -> Runner:
-    """Runs a function with a context and arguments by name."""
-
-    def call(run: Run, scope: Scope, path: str) -> Any:
-        value = function(Context(run, scope, path), **args(scope))
-        run.check()
-        run.left()
-        return as_json(value, getattr(function, "__name__", "the function"))
-
-    return call
-
-
-def _make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
-    (name, function), args = given["call"], partial(evaluated, given["args"])
-    if not given["isolate"]:
-        return _calling(function, args)
-    isolated = wing("astera_lite_steps:isolated")  # what is missing is told before the flow is in service
-    if not name:
-        cure = 'needs the function by name, "module:function": a process of its own imports it'
-        build.fault(f"{place}/isolate", cure)
-    return lambda run, scope, path: isolated(run.outside).call(run, name, Context(run, scope, path), args(scope), path)
-
-
-def own_kind(function: Callable[..., Any]) -> StepKind:
-    """The kind of step that an embedding program adds by a function: its members are the function's arguments."""
-    import inspect  # noqa: PLC0415 (no flow file needs it, unless it runs Python)
-
-    arguments = list(inspect.signature(function).parameters.values())[1:]  # behind the context
-    named = {
-        item.name: Value(required=item.default is item.empty) for item in arguments if item.kind != item.VAR_KEYWORD
-    }
-    spec = Table(named, more=None if len(named) == len(arguments) else Value())
-
-    def make(build: Build, given: dict[str, Any], place: str) -> Runner:
-        _refuse_async(build, function, place)
-        return _calling(function, partial(evaluated, given))
-
-    return StepKind(spec, make, " ".join((function.__doc__ or "").split()), effect=True, code=True)
+        self.folder = folder
+        self.modules: dict[tuple[str, int], types.ModuleType] = {}  # by path and time of change
 
 
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -5032,11 +4927,6 @@ def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
         raise StepError(failed.status, failed.detail, failed.detail, {"fail"}, answer) from None
 
 
-_PYTHON = {
-    "call": _FunctionName('"module:function"', required=True),
-    "args": MapOf(Value(), default={}),
-    "isolate": Flag(default=False),
-}
 _WAIT = Either(Computed(Duration()), Table({"until": Computed(_TIME, required=True)}))
 _WAYS = ListOf(Table({"when": Condition(), **_BRANCH}), least=1)
 #: Every kind of step. To add one: its members, a function that makes the runner of what they compile to, and a row.
@@ -5050,8 +4940,8 @@ STEP_KINDS: dict[str, StepKind] = {
         failures=("transport", "timeout", "too_large", "body"),
     ),
     "python": StepKind(
-        Table(_PYTHON, short="call"),
-        _make_python,
+        Elsewhere("astera_lite_steps:PYTHON"),
+        late("astera_lite_steps:make_python"),
         "calls a Python function, module:function",
         effect=True,
         code=True,
@@ -8817,7 +8707,7 @@ class AsteraLite:
             raise ConfigError([Fault("step", name, "is no new word of letters, digits and _: choose another name")])
 
         def add(function: _Function) -> _Function:
-            self.deployer.kinds[name] = own_kind(function)
+            self.deployer.kinds[name] = wing("astera_lite_steps:own_kind")(function)
             if self._running:
                 self.deployer.reload()  # a file may have waited for it
             return function

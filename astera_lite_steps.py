@@ -1,7 +1,6 @@
-"""What many servers do without: sql, run, python in a process of its own; pages, until, OAuth 2 of http; @app.flow.
+"""What many servers do without: sql, run, python; pages, until, OAuth 2 of http; @app.flow and @app.step.
 
-A wing of astera_lite, which loads this file when a flow first wants one of them. A check function is as in the room
-Flows there: it notes faults with their places, and returns what runs the step.
+A wing of astera_lite, which loads this file when a flow first wants one of them.
 """
 
 from __future__ import annotations
@@ -9,7 +8,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import importlib.util
 import inspect
+import json
 import logging
 import os
 import queue
@@ -55,13 +56,13 @@ from astera_lite import (
     Scope,
     Size,
     StepError,
+    StepKind,
     Surroundings,
     Table,
     Template,
     Text,
     Value,
     as_bytes,
-    as_json,
     as_text,
     encode_query,
     evaluated,
@@ -76,6 +77,7 @@ from astera_lite import (
     show_size,
     shown,
     suggest,
+    to_json,
     to_saved,
     with_query,
 )
@@ -84,18 +86,32 @@ _MAX_PAGES = 10_000  # unless the flow's author wrote another limit: an API whos
 _STYLES = ("next", "link", "cursor", "offset", "page")
 
 
-class _Pages(NamedTuple):
+#: Members of `pages`, by the style that they belong to.
+_BELONGING = {"parameter": "cursor", "limit": "offset", "size": "offset", "start": "page", "total": "offset, page"}
+
+
+class _Pages:
     """A compiled `pages`."""
 
-    style: str
-    items: Template
-    next: Template | None  # of the styles next and cursor
-    parameter: str  # query parameter that asks for the next page
-    first: Mapping[str, Any]  # query of the first page
-    start: int
-    total: Template | None  # of the styles offset and page: how many items there are in all
-    max_pages: int | None
-    max_items: int
+    def __init__(self, build: Build, given: dict[str, Any], place: str) -> None:
+        [self.style] = [name for name in _STYLES if name in given]
+        for name, styles in _BELONGING.items():
+            if name in given and self.style not in styles.split(", "):
+                build.fault(f"{place}/{name}", f"belongs to {styles}, not to {self.style}")
+        if self.style == "cursor" and "parameter" not in given:
+            build.fault(place, 'needs "parameter": the query parameter that takes the cursor')
+        self.items, self.total = given["items"], given.get("total")  # total: how many items there are in all
+        self.next = given[self.style] if self.style in ("next", "cursor") else None
+        self.start: int = given.get("start", 1)
+        self.first: dict[str, Any] = {}  # query of the first page
+        if self.style == "offset":
+            self.first = {given["offset"]: 0, given.get("limit", "limit"): given.get("size", 100)}
+        elif self.style == "page":
+            self.first = {given["page"]: self.start}
+        #: The query parameter that asks for the next page.
+        self.parameter: str = next(iter(self.first), given.get("parameter", ""))
+        self.max_pages: int | None = given.get("maxPages")
+        self.max_items: int = given.get("maxItems", sys.maxsize)
 
     def following(self, output: dict[str, Any], scope: Scope, count: int, got: int, pages: int) -> Any:
         """What asks for the page behind this one: an address, or a value of the parameter; None at the end.
@@ -129,63 +145,31 @@ def _next_link(text: str) -> str | None:
     return None
 
 
-_PAGE = ("page",)  # what expressions call the answer that holds a page
 _PARAMETER = partial(Text, "the name of a query parameter", r"(?!.*\$\{)(?s:.+)")
-#: Members of `pages`, by the style that they belong to.
-_BELONGING = {"parameter": "cursor", "limit": "offset", "size": "offset", "start": "page", "total": "offset, page"}
-
-
-def _make_pages(build: Build, given: dict[str, Any], place: str) -> _Pages:
-    [style] = [name for name in _STYLES if name in given]
-    for name, styles in _BELONGING.items():
-        if name in given and style not in styles.split(", "):
-            build.fault(f"{place}/{name}", f"belongs to {styles}, not to {style}")
-    if style == "cursor" and "parameter" not in given:
-        build.fault(place, 'needs "parameter": the query parameter that takes the cursor')
-    if given.get("link") is False:
-        build.fault(f"{place}/link", "must be true")
-    start, first = given.get("start", 1), {}
-    if style == "offset":
-        first = {given["offset"]: 0, given.get("limit", "limit"): given.get("size", 100)}
-    elif style == "page":
-        first = {given["page"]: start}
-    return _Pages(
-        style,
-        given["items"],
-        given[style] if style in ("next", "cursor") else None,
-        given.get("parameter", "") if style == "cursor" else next(iter(first), ""),
-        first,
-        start,
-        given.get("total"),
-        given.get("maxPages"),
-        given.get("maxItems", sys.maxsize),
-    )
 
 
 PAGES = Table(
     {
-        "items": Value(default="${page.body}", names=_PAGE),
-        "next": Value(names=_PAGE),
-        "link": Flag(),
-        "cursor": Value(names=_PAGE),
+        "items": Value(default="${page.body}", names=("page",)),
+        "next": Value(names=("page",)),
+        "link": Member(holds=lambda value: value is True, word="true", json={"const": True}),
+        "cursor": Value(names=("page",)),
         "offset": _PARAMETER(),
         "page": _PARAMETER(),
         "parameter": _PARAMETER(),
         "limit": _PARAMETER(),
         "size": Number(1),
         "start": Number(0),
-        "total": Value(names=_PAGE),
+        "total": Value(names=("page",)),
         "maxPages": Number(1),
         "maxItems": Number(1),
     },
-    _make_pages,
+    _Pages,
     choice=_STYLES,
 )
 
 
-def all_pages(
-    call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: Scope, path: str
-) -> dict[str, Any]:
+def all_pages(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: Scope, path: str) -> Any:
     """Call until there is no further page, or a limit is reached; all items together.
 
     What is there is kept in `run.reached`, so that a further attempt goes on with the page that failed.
@@ -239,16 +223,6 @@ def poll(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: 
 
 
 _TOKEN_LIFE_S = 3600.0
-_TOKEN_BYTES = 64 << 10
-
-
-def _life_of(expires_in: Any) -> float:
-    """Seconds that a token lives, in whatever form that is told; an hour where it is not told, or makes no sense."""
-    try:
-        seconds = float(expires_in)
-    except (TypeError, ValueError, OverflowError):
-        return _TOKEN_LIFE_S
-    return seconds if 0 < seconds < 1e9 else _TOKEN_LIFE_S
 
 
 class _ClientCredentials(Auth):
@@ -294,14 +268,15 @@ class _ClientCredentials(Auth):
         url, body = as_text(values["tokenUrl"]), encode_query(form).encode()
         detail = "no token could be had for the API it calls"
         try:
-            answer = outside.outbound.fetch("POST", url, headers, body, timeout=run.left(), max_bytes=_TOKEN_BYTES)
+            answer = outside.outbound.fetch("POST", url, headers, body, timeout=run.left(), max_bytes=64 << 10)
             if not 200 <= answer.status < 300:
                 raise OutboundError("transport", f"the token's server answered {answer.status}")
             given = from_json(answer.body, LENIENT_DECODER)
             token = given["access_token"]
             if not isinstance(token, str) or not token:
                 raise ValueError
-            return token, _life_of(given.get("expires_in"))
+            told = str(given.get("expires_in"))  # in whatever form; what makes no sense stands for an hour
+            return token, float(told) if re.fullmatch(r"[1-9][0-9]{0,8}(\.[0-9]+)?", told) else _TOKEN_LIFE_S
         except OutboundError as error:
             run.check()
             status, kind = (504, "timeout") if error.kind == "timeout" else (502, "transport")
@@ -388,7 +363,11 @@ def make_sql(build: Build, given: dict[str, Any], place: str) -> Runner:
             with contextlib.closing(_sql_connect(run, name, write)) as db:
                 results = _transaction(run, db, statements, params, write, one)
         except sqlite3.Error as error:
-            raise _sql_failure(run, name, error) from None
+            run.check()
+            run.left()
+            locked = getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+            kinds = {"locked"} if locked else {"sql", "unsafe"}
+            raise StepError(500, "its database failed", f"{name}: {error}", kinds) from None
         return results if listed is not None else results[0]
 
     return sql
@@ -429,7 +408,7 @@ def _sql_connect(run: Run, name: str, write: bool) -> sqlite3.Connection:
     db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, outside.max_step_response)
     db.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
     db.set_authorizer(_sql_authorizer)
-    db.set_progress_handler(lambda: _over(run), 10_000)
+    db.set_progress_handler(lambda: run.cancel.is_set or outside.clock.monotonic() >= run.step_deadline, 10_000)
     return db
 
 
@@ -442,10 +421,6 @@ def _sql_authorizer(action: int, first: str | None, second: str | None, *more: s
     ):
         return sqlite3.SQLITE_DENY
     return sqlite3.SQLITE_OK
-
-
-def _over(run: Run) -> bool:
-    return run.cancel.is_set or run.outside.clock.monotonic() >= run.step_deadline
 
 
 def _transaction(
@@ -484,14 +459,6 @@ def _fetch(cursor: sqlite3.Cursor, statement: _Statement, left: int) -> tuple[li
     return rows, left
 
 
-def _sql_failure(run: Run, name: str, error: sqlite3.Error) -> StepError:
-    run.check()
-    run.left()
-    code = getattr(error, "sqlite_errorname", "")
-    kinds = {"locked"} if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) else {"sql", "unsafe"}
-    return StepError(500, "its database failed", f"{name}: {error}", kinds)
-
-
 _PIPE_BYTES = 1 << 16
 _LAST_WORDS_S = 0.5  # time for what an ended program has written to arrive
 _STDERR_BYTES = 64 << 10
@@ -508,12 +475,10 @@ class Child:
     ) -> None:
         import subprocess  # noqa: PLC0415 (flows without programs do without it)
 
-        group: dict[str, Any] = {"start_new_session": True}
-        if os.name == "nt":
-            group = {"creationflags": 0x200}  # CREATE_NEW_PROCESS_GROUP
-        pipe = subprocess.PIPE
+        pipe, group = subprocess.PIPE, 0x200 if os.name == "nt" else 0  # CREATE_NEW_PROCESS_GROUP
+        streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": pipe if own_stderr else None}
         self.process = subprocess.Popen(  # noqa: S603 (what runs is the flow author's choice)
-            command, stdin=pipe, stdout=pipe, stderr=pipe if own_stderr else None, env=env, cwd=cwd, **group
+            command, **streams, env=env, cwd=cwd, creationflags=group, start_new_session=os.name != "nt"
         )
         self.events: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -672,14 +637,120 @@ def _run_program(run: Run, arguments: list[str], given: bytes, limit: int | None
 
 def _read_output(data: bytes, output: str, place: str) -> Any:
     text = data.decode(errors="replace")
-    if output == "lines":
-        return text.splitlines()
-    if output == "text":
-        return text
+    if output != "json":
+        return text.splitlines() if output == "lines" else text
     try:
         return from_json(data, LENIENT_DECODER)
     except ValueError as error:
         raise StepError(500, "its program did not write JSON", f"{place}: {error}", {"body"}) from None
+
+
+def load_function(functions: Functions, name: str) -> Callable[..., Any]:
+    """The function `module:function`; ValueError says what is missing."""
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = _module(functions, module_name)
+    except ModuleNotFoundError as error:
+        cure = f"put {error.name}.py into the flows folder, or install it"
+        raise ValueError(f'there is no module "{error.name}": {cure}') from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(f'the module "{module_name}" cannot be loaded: {type(error).__name__}: {error}') from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        near = suggest(function_name, [n for n, v in vars(module).items() if callable(v)])
+        raise ValueError(f'the module "{module_name}" has no function "{function_name}"{near}')
+    return function  # type: ignore[no-any-return]
+
+
+def _module(functions: Functions, name: str) -> types.ModuleType:
+    path = os.path.join(functions.folder, f"{name}.py") if functions.folder and "." not in name else ""
+    if not os.path.isfile(path):
+        return importlib.import_module(name)
+    modules, key = functions.modules, (path, os.stat(path).st_mtime_ns)
+    if key not in modules:  # by its place, so that it can be loaded anew, and two servers do not mix theirs
+        spec = importlib.util.spec_from_file_location(f"astera_flow_{name}_{len(modules)}", path)
+        if spec is None or spec.loader is None:
+            raise ModuleNotFoundError(name=name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        modules[key] = module
+    return modules[key]
+
+
+def as_json(value: Any, name: str) -> Any:
+    """What a function returned, as it will be when it is read back: tuples are lists, names of members are text."""
+    if isinstance(value, bytes):
+        return value
+    try:
+        return json.loads(to_json(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}() did not return JSON: {error}") from None
+
+
+class _FunctionName(Text):
+    """The function of a `python` step, by its name or, in an embedding program, itself: compiles to both."""
+
+    def read(self, build: Build, value: Any, place: str) -> tuple[str, Callable[..., Any] | None]:
+        try:
+            name = "" if callable(value) else self.parse(value)
+            function = load_function(build.functions, name) if name else value
+        except ValueError as error:
+            build.fault(place, str(error))
+            return "", None
+        _refuse_async(build, function, place)
+        return name, function
+
+
+def _refuse_async(build: Build, function: Any, place: str) -> None:
+    if inspect.iscoroutinefunction(function):
+        build.fault(place, "is an async function, and steps run on threads: write def, and asyncio.run(…) inside it")
+
+
+PYTHON = Table(
+    {
+        "call": _FunctionName('of the form "module:function"', r"(?a:[A-Za-z_][\w.]*:[A-Za-z_]\w*)", required=True),
+        "args": MapOf(Value(), default={}),
+        "isolate": Flag(default=False),
+    },
+    short="call",
+)
+
+
+def make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
+    """What calls a function, in a process of its own if it is to be isolated."""
+    (name, function), args = given["call"], given["args"]
+    if not given["isolate"]:
+        return partial(_call, function, args)
+    if not name:
+        cure = 'needs the function by name, "module:function": a process of its own imports it'
+        build.fault(f"{place}/isolate", cure)
+    return partial(_call_isolated, name, args)
+
+
+def _call(function: Callable[..., Any], args: Mapping[str, Template], run: Run, scope: Scope, path: str) -> Any:
+    value = function(Context(run, scope, path), **evaluated(args, scope))
+    run.check()
+    run.left()
+    return as_json(value, getattr(function, "__name__", "the function"))
+
+
+def _call_isolated(name: str, args: Mapping[str, Template], run: Run, scope: Scope, path: str) -> Any:
+    kept, folder = run.outside.kept, run.outside.folder
+    processes = kept.get("isolated") or kept.setdefault("isolated", Isolated(folder))
+    return processes.call(run, name, Context(run, scope, path), evaluated(args, scope), path)
+
+
+def own_kind(function: Callable[..., Any]) -> StepKind:
+    """The kind of step that an embedding program adds by a function: its members are the function's arguments."""
+    arguments = list(inspect.signature(function).parameters.values())[1:]  # behind the context
+    named = {it.name: Value(required=it.default is it.empty) for it in arguments if it.kind != it.VAR_KEYWORD}
+    members = Table(named, more=None if len(named) == len(arguments) else Value())
+
+    def make(build: Build, given: dict[str, Any], place: str) -> Runner:
+        _refuse_async(build, function, place)
+        return partial(_call, function, given)
+
+    return StepKind(members, make, " ".join((function.__doc__ or "").split()), effect=True, code=True)
 
 
 class Isolated:
@@ -756,29 +827,19 @@ class Isolated:
                     code = process.wait()
                     raise StepError(500, "its process ended", f"its process ended with code {code}", {"error"})
                 message: dict[str, Any] = from_saved(line.decode())
-                if "value" in message or "error" in message:
+                if "progress" in message:
+                    run.progress = Progress(path, *message["progress"])
+                elif "log" in message:
+                    level, text = message["log"]
+                    log.log(level, "flow %s: step %s: %s", run.flow.name, path, text, extra=run.about | {"step": path})
+                else:
                     return message
-                self._heed(run, message, path)
-
-    def _heed(self, run: Run, message: Mapping[str, Any], path: str) -> None:
-        if "progress" in message:
-            run.progress = Progress(path, *message["progress"])
-        if "log" in message:
-            level, text = message["log"]
-            log.log(level, "flow %s: step %s: %s", run.flow.name, path, text, extra=run.about | {"step": path})
 
     def close(self) -> None:
         """End the processes that are idle; those at work end with their step."""
         self._closed = True
         while self._idle:
             self._idle.pop().close()
-
-
-def isolated(outside: Surroundings) -> Isolated:
-    """The child processes of an application."""
-    found = outside.kept.get("isolated") or outside.kept.setdefault("isolated", Isolated(outside.folder))
-    assert isinstance(found, Isolated)
-    return found
 
 
 class _IsolatedContext:
@@ -795,8 +856,7 @@ class _IsolatedContext:
     def progress(self, done: int, total: int) -> None:
         self._say({"progress": [done, total]})
 
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
+    sleep = staticmethod(time.sleep)
 
 
 def isolated_main() -> None:
@@ -822,8 +882,8 @@ def isolated_main() -> None:
         task = from_saved(line.decode())
         folder = task["folder"]
         try:
-            loader = functions.setdefault(folder, Functions(folder))
-            value = loader.load(task["function"])(_IsolatedContext(task, say), **task["args"])
+            function = load_function(functions.setdefault(folder, Functions(folder)), task["function"])
+            value = function(_IsolatedContext(task, say), **task["args"])
             say({"value": as_json(value, task["function"])})
         except (Exception, SystemExit) as error:
             say({"error": f"{type(error).__name__}: {error}", "source": exception_source(error)})

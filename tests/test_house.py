@@ -166,7 +166,7 @@ def test_a_wing_is_found_wherever_the_program_goes(tmp_path: Path) -> None:
 STEPS = {
     "sql": {"sql": {"database": "a.db", "query": "SELECT 1"}},
     "run": {"run": ["true"]},
-    "isolate": {"python": {"call": "json:dumps", "isolate": True}},
+    "python": {"python": "json:dumps"},
     "pages": {"http": {"url": "http://127.0.0.1/", "pages": {"link": True}}},
     "until": {"http": {"url": "http://127.0.0.1/", "until": "${answer.body}"}},
 }
