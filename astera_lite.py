@@ -1617,10 +1617,10 @@ def _paid_method(name: str) -> Callable[..., Any]:
             budget.deep(args[0] if args else None)
             return method(value, *args, **named)
         budget.flat(value, 8)
-        for part in args:  # a number may be a width
+        for part in (*args, *named.values()):  # a number may be a width
             budget.flat(part, max(part, 0) >> 2 if type(part) is int else 0)
-        if args and name not in _LINEAR:
-            budget.search(args[0], value)
+        for item in () if name in _LINEAR else (*args[:1], *named.values()):
+            budget.search(item, value)
         return budget.flat(method(value, *args, **named))
 
     return paid
@@ -1634,8 +1634,7 @@ _GLOBALS |= {f"_m_{name}": _paid_method(name) for name in _METHOD_NAMES}
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 _PAID_OPERATORS = {ast.Add: "add", ast.Mult: "multiply", ast.Mod: "modulo", ast.Pow: "power"}
 #: Nodes that need no rewriting, but for what is in them.
-_PLAIN_NODES = (ast.List, ast.Tuple, ast.IfExp, ast.BoolOp, ast.UnaryOp)
-_PLAIN_LEAVES = (ast.boolop, ast.Not, ast.UAdd, ast.USub, ast.Load)
+_PLAIN_NODES = frozenset("Load List Tuple IfExp BoolOp And Or UnaryOp Not UAdd USub".split())
 QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
 _MARK = re.compile(r"\$\$\{|\$\{")
 _OTHER_MARK = re.compile(r"(?<!\$)(?:\{\{?|\$\(|#\{|<%=?)\s*+(([A-Za-z]\w*+)[.\[])")  # of other languages
@@ -1699,9 +1698,7 @@ class Template:
         """The value; ExpressionError names the place and the part of the expression that failed."""
         try:
             return self._run(scope, scope.get(BUDGET) or Budget(MAX_WORK))
-        except (AsteraError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ExpressionError(self._explain(error)) from None
-        except (MemoryError, RecursionError) as error:
+        except Exception as error:
             raise ExpressionError(self._explain(error)) from None
 
     def _explain(self, error: Exception) -> str:
@@ -1811,7 +1808,7 @@ class _Compiler(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> Any:
         name = type(node).__name__
-        if not isinstance(node, (*_PLAIN_NODES, *_PLAIN_LEAVES)) and not hasattr(self, f"visit_{name}"):
+        if name not in _PLAIN_NODES and not hasattr(self, f"visit_{name}"):
             advice = _advice("astera_lite_documents:advice_on_word", name)
             raise _Refused(advice or f"{name} is not part of the language")
         self.depth += 1

@@ -533,6 +533,7 @@ except ExpressionError as error:
         "${max(dag, twin)}",
         "${big.rfind('y' + big[:500000])}",
         "${big.rsplit('y' + big[:500000])}",
+        "${big.rsplit(sep='y' + big[:500000])}",
         "${big.strip('y' * 500000 + 'x')}",
         "${[sha256({'k': padded}) for i in range(20000)]}",
     ],
