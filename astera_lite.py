@@ -7032,58 +7032,53 @@ _MOVES = {
     State.RUNNING: {State.HELD, State.WAITING, State.ENDING, State.GONE},
     State.WAITING: {State.READY, State.ENDING, State.GONE},
     State.ENDING: {State.WAITING, State.GONE},
-    State.GONE: set(),
+    State.GONE: set[State](),
 }
 
 
 class Entry:
     """What the engine knows of a job that has not ended, or of a synchronous call, which has a negative number."""
 
-    __slots__ = ("call", "cancel", "due", "job", "kept_bytes", "number", "prepared", "progress", "run", "state")
+    __slots__ = ("cancel", "done", "due", "flow", "job", "kept_bytes", "number", "prepared", "progress", "run", "state")
 
-    def __init__(self, number: int) -> None:
-        self.number = number  # a job's `seq`
-        self.state = State.NEW
-        self.job: Job | None = None  # as it is now; None: read it from the store
+    def __init__(self, number: int, flow: str) -> None:
+        self.number, self.flow, self.state = number, flow, State.NEW  # a job's number is its `seq`
+        self.job: Job | None = None  # as its run sees it
+        self.run: Run | None = None
+        self.cancel: Cancel | None = None  # of a job that has, or had, a thread
         self.prepared: Prepared | None = None
         self.kept_bytes = 0  # that `prepared` counts for while the job is queued
         self.due: int | None = None  # milliseconds since the epoch
-        self.run: Run | None = None
         self.progress: Progress | None = None  # of a job that waits
-        self.cancel: Cancel | None = None  # of a job that has had a thread
-        self.call: _SyncCall | None = None
-
-
-class _SyncCall(NamedTuple):
-    done: Callable[[Outcome], None]
-    turn: Callable[[], None] | None = None  # tells a caller who runs it on its own thread that there may be room
+        self.done: Callable[[Outcome], None] = lambda outcome: None  # of a call
 
 
 class JobJournal(Journal):
-    """The journal of an asynchronous job: outputs are saved, and a long wait gives its thread back."""
+    """The journal of an asynchronous job: outputs are saved, and a long wait gives its thread back.
+
+    `left` tells how many seconds the run has left.
+    """
 
     suspendable = True
 
     def __init__(
-        self,
-        store: Store,
-        secrets: Mapping[str, str],
-        prepared: Prepared,
-        job: Job,
-        left: Callable[[], float],
+        self, store: Store, secrets: Mapping[str, str], prepared: Prepared, job: Job, left: Callable[[], float]
     ) -> None:
         super().__init__()
         self._store, self._secrets, self._job, self._left = store, secrets, job, left
-        self._begun = self._dirty = False
-        self._lock = threading.Lock()  # the steps of a concurrent `each` share the journal
+        self._changed = threading.Condition()  # the steps of a concurrent `each` share the journal
+        self._unwritten, self._begun, self._superseded = 0, False, False
+        self._error: AsteraError | None = None
         self.saved, self.waits = prepared.saved, prepared.waits
         self.waiting: tuple[str, int] = ("", 0)
 
     def record(self, path: str, value: Any) -> int:
         """Save a step's output, without waiting for the disk; the bytes that were saved."""
         text = to_saved(value, self._secrets)
-        self._store.save_step(self._job.key, self._job.attempt, path, text)
-        self._dirty = True
+        with self._changed:
+            self._begin()
+            self._unwritten += 1
+        self._store.save_step(self._job.key, self._job.attempt, path, text, self._written)
         return len(text)
 
     def begin_wait(self, path: str, until: int) -> None:
@@ -7092,19 +7087,28 @@ class JobJournal(Journal):
 
     def barrier(self) -> None:
         """Wait until the beginning of this attempt, and all outputs so far, are on disk."""
-        with self._lock:
-            if self._begun and not self._dirty:
-                return
-            job = self._job
-            start = partial(self._store.start, job.key, job.attempt, job.started or 0)
-            self._dirty = False  # what is recorded from now on is behind this barrier
-            try:
-                runs = _await(self._store.barrier if self._begun else start, self._left())
-            except TimeoutError:
-                raise _TimedOut from None
-            if not self._begun and not runs:  # a cancel ended it before it began
+        with self._changed:
+            self._begin()
+            if not self._changed.wait_for(lambda: not self._unwritten, self._left()):
+                raise _TimedOut
+            if self._error is not None:
+                raise self._error
+            if self._superseded:  # the job has ended, by a cancel, or another run of it began
                 raise _Cancelled
+
+    def _begin(self) -> None:
+        """Put the attempt on record, before the first output: whoever finds it knows that this run began."""
+        if not self._begun:
             self._begun = True
+            self._unwritten += 1
+            self._store.start(self._job.key, self._job.attempt, self._job.started or 0, self._written)
+
+    def _written(self, current: Any, error: AsteraError | None) -> None:
+        with self._changed:
+            self._unwritten -= 1
+            self._error = self._error or error
+            self._superseded = self._superseded or not (current or error)
+            self._changed.notify_all()
 
 
 class MeasuringJournal(Journal):
@@ -7118,17 +7122,15 @@ class MeasuringJournal(Journal):
 _MEASURING = MeasuringJournal()
 _STOPPED = Outcome.failed("interrupted", 503, "The server is stopping.")
 _CANCELLED = Outcome.failed("cancelled", 409, "The job was cancelled.")
-_NEVER = Cancel()  # of what nobody cancels
+_NO_ROOM = Outcome.failed("timeout", 504, "The flow had no room for this call in time.", "no thread, or its limit")
+_NEVER = Cancel()  # of a run that nobody can cancel, because it holds the thread that would be told
 
 
-def _await(write: Callable[[Done], None], timeout_s: float) -> Any:
-    """Make a write and wait for its result; raises its error, or TimeoutError."""
+def _await(write: Callable[[Done], None]) -> Any:
+    """Make a write and wait for its result; raises its error."""
     answers: queue.SimpleQueue[tuple[Any, AsteraError | None]] = queue.SimpleQueue()
     write(lambda result, error: answers.put((result, error)))
-    try:
-        result, error = answers.get(timeout=min(timeout_s, threading.TIMEOUT_MAX))
-    except queue.Empty:
-        raise TimeoutError("the database did not take a write in time") from None
+    result, error = answers.get()
     if error is not None:
         raise error
     return result
@@ -7160,30 +7162,31 @@ class Engine:
         self._threads = workers + max(1, workers // 4)
         self._pool = ThreadPoolExecutor(self._threads, "astera-worker")
         self._lock = threading.Lock()  # guards what follows
-        self._idle = threading.Condition(self._lock)
+        self._changed = threading.Condition(self._lock)  # a thread has nothing more to do, or a run has ended
         self._entries: dict[int, Entry] = {}
         self._counts = Counter[State]()  # of jobs
+        self._unfinished = Counter[str]()  # entries by flow
         # Heaps of numbers. One that is in the wrong state when its turn comes is passed over.
         self._ready: list[int] = []  # calls, which come first, and jobs by age
-        self._due: list[tuple[int, int]] = []  # (due, number) of WAITING
+        self._due: list[tuple[int, int]] = []  # (due, number) of those that wait
         self._held: defaultdict[str, list[int]] = defaultdict(list)  # by flow
-        self._kept_bytes = self._unwritten = 0
-        self._limits: dict[str, int] = {}  # runs that a flow may have at one time
         self._running = Counter[str]()  # runs of the flows that have a limit
-        self._admitted: dict[str, set[int]] = {}  # by flow that refuses when full: unfinished jobs and calls
+        self._kept_bytes = self._unwritten = 0
         self._call_numbers = itertools.count(-(1 << 62))
         self._draining = self._busy = 0  # threads at work, and those of them that run a job
+        self._calling = False  # a thread was called, and is not at work yet
         self._stopping = False
         self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
         self._dear: set[int] = set()  # versions of light flows that once exceeded the budget
 
     # --- states ---
 
-    def _entry(self, number: int) -> Entry:
+    def _enter(self, number: int, flow: str) -> Entry:
         """With the lock held: the entry of a job or call; a new one if there is none."""
         entry = self._entries.get(number)
         if entry is None:
-            entry = self._entries[number] = Entry(number)
+            entry = self._entries[number] = Entry(number, flow)
+            self._unfinished[flow] += 1
             self._counts[State.NEW] += number >= 0
         return entry
 
@@ -7191,18 +7194,15 @@ class Engine:
         """With the lock held: give an entry another state; False if it may not have this one now."""
         if state not in _MOVES[entry.state]:
             return False
-        if entry.call is None:
+        if entry.number >= 0:
             self._counts[entry.state] -= 1
             self._counts[state] += 1
         entry.state = state
         if state is State.READY:
-            if entry.call is not None and entry.call.turn is not None:
-                entry.call.turn()
-            else:
-                heapq.heappush(self._ready, entry.number)
+            heapq.heappush(self._ready, entry.number)
         elif state is State.HELD:
-            heapq.heappush(self._held[_flow_of(entry).name], entry.number)
             self._keep(entry)
+            heapq.heappush(self._held[entry.flow], entry.number)
         else:
             self._kept_bytes -= entry.kept_bytes
             entry.kept_bytes = 0
@@ -7211,6 +7211,7 @@ class Engine:
                 heapq.heappush(self._due, (entry.due or 0, entry.number))
             elif state is State.GONE:
                 del self._entries[entry.number]
+                self._unfinished[entry.flow] -= 1
         return True
 
     def _keep(self, entry: Entry) -> None:
@@ -7224,6 +7225,11 @@ class Engine:
             self._kept_bytes += size
         else:
             entry.prepared = None
+
+    def __contains__(self, seq: object) -> bool:
+        """Whether the engine has a stored job in hand."""
+        entry = self._entries.get(cast(int, seq))
+        return entry is not None and entry.state is not State.NEW
 
     @property
     def queued(self) -> int:
@@ -7241,29 +7247,43 @@ class Engine:
     def at_work(self) -> tuple[list[str], list[str]]:
         """The flows of the jobs that run now, and of the synchronous calls."""
         running = self._with_thread()
-        flows = [(entry.run.flow.name, entry.call is None) for entry in running if entry.run is not None]
-        return [name for name, is_job in flows if is_job], [name for name, is_job in flows if not is_job]
+        return [e.flow for e in running if e.number >= 0], [e.flow for e in running if e.number < 0]
 
     def _with_thread(self) -> list[Entry]:
         return [entry for entry in list(self._entries.values()) if entry.state is State.RUNNING]
 
     # --- queue ---
 
-    def expect(self, seq: int) -> None:
-        """Count a job as queued that is on its way to the disk; `put` or `dismiss` follows."""
-        with self._lock:
-            self._entry(seq)
+    def admit(self, seq: int, flow: Flow) -> None:
+        """Count in a job that is on its way to the disk; `put` or `dismiss` follows.
 
-    def put(self, seq: int, prepared: Prepared | None = None, due: int | None = None) -> None:
-        """Queue a job that is on disk, to run when it is due; does nothing if the engine has it already."""
+        Raises Busy if the flow refuses what comes while it is full.
+        """
         with self._lock:
-            entry = self._entry(seq)
-            if entry.state is not State.NEW:
-                return
-            entry.prepared, entry.due = prepared, due
-            self._keep(entry)
-            self._move(entry, State.READY if due is None else State.WAITING)
-            self._call_thread()
+            self._check_room(flow)
+            self._enter(seq, flow.name)
+
+    def _check_room(self, flow: Flow) -> None:
+        if flow.limit is not None and flow.when_full == "refuse" and self._unfinished[flow.name] >= flow.limit:
+            message = f"The flow runs {flow.limit} times at one time, and no more."
+            raise Busy(message, self.retry_after(flow.name), 429)
+
+    def put(self, seq: int, flow: str, prepared: Prepared | None = None, due: int | None = None) -> None:
+        """Queue a job that is on disk, to run when it is due; does nothing if the engine has it in hand."""
+        with self._lock:
+            entry = self._enter(seq, flow)
+            if entry.state is State.NEW:
+                entry.prepared, entry.due = prepared, due
+                self._keep(entry)
+                self._move(entry, State.READY if due is None else State.WAITING)
+                self._call_thread()
+
+    def dismiss(self, seq: int) -> None:
+        """Forget a job that has ended, or was not stored."""
+        with self._lock:
+            entry = self._entries.get(seq)
+            if entry is not None:
+                self._move(entry, State.GONE)
 
     def release(self, now: int) -> int | None:
         """Make jobs ready that are due; when the next one will be."""
@@ -7276,38 +7296,40 @@ class Engine:
             self._call_thread()
             return self._due[0][0] if self._due else None
 
-    def admit(self, flow: Flow, ticket: int, although_full: bool = False) -> None:
-        """Count a job or call of a flow that refuses when it is full; raises Busy then."""
-        if flow.limit is None or flow.when_full != "refuse":
-            return
-        with self._lock:
-            admitted = self._admitted.setdefault(flow.name, set())
-            if len(admitted) >= flow.limit and not although_full:
-                message = f"The flow runs {flow.limit} times at one time, and no more."
-                raise Busy(message, self.retry_after(flow.name), 429)
-            admitted.add(ticket)
-
-    def dismiss(self, flow: str, ticket: int) -> None:
-        """Forget a job, or a call that was admitted, that has ended."""
-        with self._lock:
-            if flow in self._admitted:
-                self._admitted[flow].discard(ticket)
-            entry = self._entries.get(ticket)
-            if entry is not None:
-                self._move(entry, State.GONE)
-
     # --- threads ---
 
     def _call_thread(self) -> None:
-        """With the lock held: have another thread drain the queue, if there is work for it."""
-        if self._has_work() and self._draining < self._threads:
-            self._draining += 1
+        """With the lock held: have another thread drain the queue, if there is work for it.
+
+        One is called at a time, and calls the next: many that begin together would only contend for the interpreter.
+        """
+        if self._has_work() and not self._calling:
             with contextlib.suppress(RuntimeError):  # no thread can be had: the pool keeps the task for the next one
                 self._pool.submit(self._drain)
+                self._calling = True
 
     def _has_work(self) -> bool:
         """With the lock held: whether the first in the queue may run: a call, or a job if fewer than `workers` do."""
         return bool(self._ready) and not self._stopping and (self._ready[0] < 0 or self._busy < self._workers)
+
+    def _drain(self) -> None:
+        """A task of the pool: run one entry after the other. A task for each would cost a third of the throughput."""
+        with self._lock:
+            self._calling = False
+            self._draining += 1
+            while entry := self._next():
+                self._busy += entry.number >= 0
+                self._call_thread()
+                self._lock.release()
+                try:
+                    (self._run_job if entry.number >= 0 else self._answer_call)(entry)
+                except BaseException:  # the thread goes on
+                    log.exception("a task of the engine")
+                finally:
+                    self._lock.acquire()
+                    self._busy -= entry.number >= 0
+            self._draining -= 1
+            self._changed.notify_all()
 
     def _next(self) -> Entry | None:
         while self._has_work():
@@ -7317,60 +7339,39 @@ class Engine:
                 return entry
         return None
 
-    def _drain(self) -> None:
-        """A task of the pool: run one entry after the other. A task for each would cost a third of the throughput."""
-        while True:
-            with self._lock:
-                entry = self._next()
-                if entry is None:
-                    self._draining -= 1
-                    self._idle.notify_all()
-                    return
-                self._busy += entry.call is None
-                self._call_thread()
-            try:
-                if entry.call is None:
-                    self._run_job(entry)
-                elif self._begin(entry, _flow_of(entry)):
-                    entry.call.done(self._run_call(entry))
-            except BaseException:  # the thread goes on
-                log.exception("a task of the engine")
-            finally:
-                with self._lock:
-                    self._busy -= entry.call is None
-
-    def _begin(self, entry: Entry, flow: Flow) -> bool:
-        """Whether the flow's limit leaves room for a run, which then counts; else the entry is held."""
+    def _may_begin(self, flow: Flow) -> bool:
+        """With the lock held: whether the flow's limit leaves room for a run, which then counts until `_leave`."""
         if flow.limit is None:
             return True
+        if self._running[flow.name] >= flow.limit:
+            return False
+        self._running[flow.name] += 1
+        if self._running[flow.name] < flow.limit:
+            self._let_in(flow.name)
+        return True
+
+    def _begin(self, entry: Entry, flow: Flow) -> bool:
+        """Whether the flow's limit leaves room for a run; else the entry is held."""
         with self._lock:
-            self._limits[flow.name] = flow.limit
-            if self._running[flow.name] >= flow.limit:
-                self._move(entry, State.HELD)
-                return False
-            self._running[flow.name] += 1
-            return True
+            return self._may_begin(flow) or not self._move(entry, State.HELD)
 
     def _leave(self, flow: Flow) -> None:
         """A run of a flow has ended: one that was held may begin."""
-        if flow.limit is not None:
-            with self._lock:
+        with self._lock:
+            if flow.limit is not None:
                 self._running[flow.name] -= 1
                 self._let_in(flow.name)
+            self._changed.notify_all()
 
     def _let_in(self, flow: str) -> None:
-        """With the lock held: make as many held runs ready as the flow's limit leaves room for.
-
-        Each of them asks again when it begins, so one too many does no harm.
-        """
+        """With the lock held: make a held run ready; when it begins, it asks again whether there is room."""
         held = self._held[flow]
-        for _ in range(self._limits.get(flow, 1) - self._running[flow]):
-            while held:
-                entry = self._entries.get(heapq.heappop(held))
-                if entry is not None and entry.state is State.HELD:
-                    self._move(entry, State.READY)
-                    break
-        self._call_thread()
+        while held:
+            entry = self._entries.get(heapq.heappop(held))
+            if entry is not None and entry.state is State.HELD:
+                self._move(entry, State.READY)
+                self._call_thread()
+                return
 
     # --- synchronous calls ---
 
@@ -7394,44 +7395,45 @@ class Engine:
         return outcome
 
     def run_sync(self, run: Run, done: Callable[[Outcome], None]) -> None:
-        """Run a flow on a thread of the pool, which calls `done`; raises Busy when the server stops."""
+        """Run a flow on a thread of the pool, which calls `done`; raises Busy if there is no room for it."""
         with self._lock:
-            if self._stopping:
-                raise Busy("The server is stopping.", 5)
-            self._move(self._call(run, _SyncCall(done)), State.READY)
+            entry = self._enter_call(run)
+            entry.done = done
+            self._move(entry, State.READY)
             self._call_thread()
 
     def run_here(self, run: Run) -> Outcome:
-        """Run a flow on the calling thread, which waits anyway and may be one of the pool's own."""
-        answers: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        """Run a flow on the calling thread, which waits anyway and may be one of the pool's own; raises Busy."""
         with self._lock:
-            if self._stopping:
-                return _STOPPED
-            entry = self._call(run, _SyncCall(answers.put, partial(answers.put, None)))
-        while True:
-            with self._lock:
-                has_turn = self._move(entry, State.RUNNING)
-            if has_turn and self._begin(entry, run.flow):
-                return self._run_call(entry)
-            outcome = answers.get()
-            if outcome is not None:
-                return outcome
+            entry = self._enter_call(run)
+            while not self._may_begin(run.flow):
+                self._changed.wait(0.2)
+                if self._stopping or self._clock.monotonic() >= run.deadline:
+                    self._move(entry, State.GONE)
+                    return _STOPPED if self._stopping else _NO_ROOM
+            self._move(entry, State.RUNNING)
+        return self._run_call(entry, run)
 
-    def _call(self, run: Run, call: _SyncCall) -> Entry:
-        entry = self._entry(next(self._call_numbers))
-        entry.run, entry.call, entry.cancel = run, call, run.cancel
+    def _enter_call(self, run: Run) -> Entry:
+        if self._stopping:
+            raise Busy("The server is stopping.", 5)
+        self._check_room(run.flow)
+        entry = self._enter(next(self._call_numbers), run.flow.name)
+        entry.run, entry.cancel = run, run.cancel
         return entry
 
-    def _run_call(self, entry: Entry) -> Outcome:
-        run = entry.run
-        assert run is not None
+    def _answer_call(self, entry: Entry) -> None:
+        assert entry.run is not None
+        if self._begin(entry, entry.run.flow):
+            entry.done(self._run_call(entry, entry.run))
+
+    def _run_call(self, entry: Entry, run: Run) -> Outcome:
         began = self._clock.monotonic()
         try:
             outcome = run_flow(run)
         finally:
             with self._lock:
                 self._move(entry, State.GONE)
-                self._idle.notify_all()
             self._leave(run.flow)
         assert isinstance(outcome, Outcome)
         self._measure(run.flow, self._clock.monotonic() - began)
@@ -7444,15 +7446,13 @@ class Engine:
         this = JobKey(entry.number, 0)
         try:
             prepared = entry.prepared = entry.prepared or self._prepare(entry.number)
-            if prepared is None:
-                with self._lock:
-                    if entry.state is State.RUNNING:  # else its end is on its way to the disk
-                        self._move(entry, State.GONE)
-            elif self._begin(entry, prepared.flow):
+            if prepared is not None and self._begin(entry, prepared.flow):
                 try:
                     self._run(entry, prepared)
                 finally:
                     self._leave(prepared.flow)
+            elif prepared is None and entry.state is State.RUNNING:  # it has ended
+                self.dismiss(entry.number)
         except AsteraError as error:  # the database failed while the job was read
             log.error("job %s could not be begun: %s", this, error, extra={"job": str(this)})
             with self._lock:
@@ -7463,19 +7463,17 @@ class Engine:
             if entry.job is not None:
                 self.end(entry.job, Outcome.failed("failed", 500, "The server failed to run the job."))
             else:
-                with self._lock:
-                    self._move(entry, State.GONE)
+                self.dismiss(entry.number)
 
     def _run(self, entry: Entry, prepared: Prepared) -> None:
         job, flow, now = prepared.job, prepared.flow, self._clock.now()
-        resumed = job.due is not None  # its wait is over: the attempt goes on
-        attempt = job.attempt if resumed and job.attempt else job.attempt + 1
-        started = job.started if resumed and job.started else now
+        goes_on = job.due is not None and job.attempt > 0 and job.started is not None  # its wait is over
+        attempt, started = (job.attempt, job.started or now) if goes_on else (job.attempt + 1, now)
         entry.job = job._replace(attempt=attempt, started=started)
         if prepared.interrupted and (job.attempt >= MAX_ATTEMPTS or flow.restart == "fail"):
             times = f"{job.attempt} times" if job.attempt > 1 else "once"
             detail = f"The server stopped {times} while the job ran; it is not tried again."
-            self._record(entry, prepared, Outcome.failed("interrupted", 500, detail))
+            self._record(entry.job, prepared, Outcome.failed("interrupted", 500, detail))
             return
         if prepared.interrupted and flow.restart == "rerun":
             prepared = prepared._replace(saved={}, waits={}, trace=())
@@ -7483,71 +7481,60 @@ class Engine:
         deadline = began + (flow.timeout or self._job_timeout) - spent
         left = lambda: max(deadline - self._clock.monotonic(), 0.0)  # noqa: E731
         journal = JobJournal(self._store, self._outside.secrets, prepared, entry.job, left)
-        entry.run = run = Run(
-            flow, prepared.input, self._outside, deadline, journal, list(prepared.trace), entry.cancel
-        )
+        trace = list(prepared.trace)
+        entry.run = run = Run(flow, prepared.input, self._outside, deadline, journal, trace, entry.cancel)
         outcome = run_flow(run)
         with self._lock:
             if not self._move(entry, State.ENDING):
-                return  # it was ended by its deadline, or is left to the next start
+                return  # it was ended at its deadline, or is left to the next start
         if isinstance(outcome, Suspended):
-            self._suspend(entry, journal, outcome.until)
+            self._suspend(
+                entry,
+                entry.job,
+                run,
+                Suspension(job.key, attempt, started, outcome.until, *journal.waiting, to_json(trace)),
+            )
         else:
             self._measure(flow, self._clock.monotonic() - began, spent)
-            self._record(entry, run, outcome)
+            self._record(entry.job, run, outcome)
 
-    def _suspend(self, entry: Entry, journal: JobJournal, due: int) -> None:
-        job, run = entry.job, entry.run
-        assert job is not None and run is not None
-
+    def _suspend(self, entry: Entry, job: Job, run: Run, suspension: Suspension) -> None:
         def suspended(kept: Any, error: AsteraError | None) -> None:
             with self._lock:
-                waits = kept and not (entry.cancel and entry.cancel.is_set)
-                if waits:
-                    entry.due, entry.progress = due, run.progress
+                cancelled = run.cancel.is_set
+                if kept and not cancelled:
+                    entry.due, entry.progress = suspension.due, run.progress
                     self._move(entry, State.WAITING)
-                elif not kept and error is None:  # it has ended
-                    self._move(entry, State.GONE)
-            if waits:
-                self._tell(job.key, True)
-            elif kept:
-                self.end(job, _CANCELLED)
-            elif error is not None:
+            if error is not None:
                 self.end(job, Outcome.failed("failed", 500, "The job's wait could not be stored."))
+            elif not kept:  # it has ended
+                self.dismiss(entry.number)
+            elif cancelled:
+                self.end(job, _CANCELLED)
+            else:
+                self._tell(job.key, True)
 
-        trace = to_json(run.trace)
-        self._store.suspend(Suspension(job.key, job.attempt, job.started or 0, due, *journal.waiting, trace), suspended)
+        self._store.suspend(suspension, suspended)
 
-    def _record(self, entry: Entry, ran: Prepared | Run, outcome: Outcome) -> None:
-        """Record the end of a job that ran; waits for the disk where too many outcomes are on their way to it."""
-        assert entry.job is not None
+    def _record(self, job: Job, ran: Prepared | Run, outcome: Outcome) -> None:
+        """Record the end of a job that ran; waits for the disk if too many outcomes are on their way to it."""
         log_outcome("job", ran.flow, ran.input, outcome)
-        end = partial(self.end, entry.job, outcome, list(ran.trace or ()), fenced=True)
+        finish = self._finish(job, job.attempt, job.started, outcome, list(ran.trace or ()))
         if self._unwritten < _MAX_UNWRITTEN:
-            end()
+            self._hand_over(finish)
         else:
             with contextlib.suppress(AsteraError):  # it is logged
-                _await(lambda done: end(done=done), threading.TIMEOUT_MAX)
+                _await(partial(self._hand_over, finish))
 
-    def end(
-        self,
-        job: Job,
-        outcome: Outcome,
-        trace: Sequence[dict[str, Any]] = (),
-        done: Done = _ignore,
-        fenced: bool = False,
-    ) -> None:
-        """Record the end of a job; `fenced`: of its run, which may have been superseded by another."""
+    def end(self, job: Job, outcome: Outcome) -> None:
+        """End a job that no thread runs."""
         with self._lock:
-            entry = self._entries.get(job.key.seq)
-            if entry is not None:
-                self._move(entry, State.ENDING)
-        finish = self._finish(job, job.attempt, job.started, outcome, trace)
-        self._hand_over(job, finish if fenced else finish._replace(fenced=False), done)
+            self._move(self._enter(job.key.seq, job.flow), State.ENDING)
+        self._hand_over(self._finish(job, job.attempt, job.started, outcome, ())._replace(fenced=False))
 
-    def _hand_over(self, job: Job, finish: Finish, done: Done, substitute: bool = True) -> None:
+    def _hand_over(self, finish: Finish, done: Done = _ignore, is_substitute: bool = False) -> None:
         """Give a job's end to the store; one that cannot be stored is replaced by a small one, once."""
-        size = len(finish.outcome.answer.body) + _MIN_UNWRITTEN
+        job, size = finish.job, len(finish.outcome.answer.body) + _MIN_UNWRITTEN
 
         def written(moved: Any, error: AsteraError | None) -> None:
             with self._lock:
@@ -7555,12 +7542,12 @@ class Engine:
             if error is not None:
                 this = about("job", job.id, job.flow, None)
                 log.error("the end of job %s could not be recorded: %s", job.id, error, extra=this)
-                if substitute and not self._stopping:
+                if not is_substitute and not self._stopping:
                     instead = Outcome.failed("failed", 500, "The job's end could not be stored.")
                     end = self._finish(job, finish.attempt, finish.started, instead, ())
-                    self._hand_over(job, end, done, substitute=False)
+                    self._hand_over(end._replace(fenced=finish.fenced), done, is_substitute=True)
                     return
-            self.dismiss(job.flow, job.key.seq)  # first: a client that sees the end may call the flow at once
+            self.dismiss(job.key.seq)  # first: a client that sees the end may call the flow at once
             if moved:
                 self._metrics.ended[job.flow, finish.outcome.end] += 1
             self._tell(job.key, job.callback is not None)
@@ -7586,8 +7573,8 @@ class Engine:
     def _finish(
         self, job: Job, attempt: int, started: int | None, outcome: Outcome, trace: Sequence[dict[str, Any]]
     ) -> Finish:
-        now = self._clock.now()
-        expires, callback = now + self._retention_ms, None
+        now, offset, callback = self._clock.now(), self._clock.offset, None
+        expires = now + self._retention_ms
         if job.callback is not None:
             after = job._replace(
                 status=outcome.status,
@@ -7598,7 +7585,7 @@ class Engine:
                 due=None,
                 error=outcome.error,
             )
-            document = status_document(after, job.base, offset=self._clock.offset, with_callback=False)
+            document = status_document(after, job.base, offset=offset, with_callback=False)
             callback = (parse_target(job.callback.url).receiver, to_json(document))
         steps = to_json(trace) if trace else None
         return Finish(job, max(attempt, 1), outcome, started, now, expires, steps, callback)
@@ -7635,7 +7622,7 @@ class Engine:
     def cancel(self, job: Job) -> bool:
         """Cancel a Running job; True if it has no thread, and so is ended now, False if it stops at its next step."""
         with self._lock:
-            entry = self._entry(job.key.seq)
+            entry = self._enter(job.key.seq, job.flow)
             if entry.state is State.RUNNING or entry.run is not None:
                 assert entry.cancel is not None
                 entry.cancel.set()
@@ -7649,33 +7636,29 @@ class Engine:
         """End the runs that are over their time: calls without a thread, jobs whose thread does not come back."""
         now = self._clock.monotonic()
         for entry in list(self._entries.values()):
-            run = entry.run
-            if run is None or run.deadline > now:
-                continue
-            if entry.call is not None and entry.state in (State.READY, State.HELD):
-                words = "The flow had no room for this call in time."
-                self._refuse(entry, Outcome.failed("timeout", 504, words, "its limit, or that of the threads"))
-            elif entry.call is None and entry.state is State.RUNNING and run.deadline + 1 < now:
-                self._end_overdue(entry, run)
+            if entry.run is not None and entry.run.deadline <= now:
+                if entry.number < 0:
+                    self._refuse(entry, _NO_ROOM)
+                elif entry.run.deadline + 1 < now:
+                    self._end_overdue(entry, entry.run)
 
     def _refuse(self, entry: Entry, outcome: Outcome) -> None:
-        """Answer a call that has no thread yet."""
+        """Answer a call, unless it has a thread."""
         with self._lock:
-            waits = entry.state in (State.READY, State.HELD) and self._move(entry, State.GONE)
-        if waits and entry.call is not None:
-            entry.call.done(outcome)
+            if entry.state not in (State.READY, State.HELD) or not self._move(entry, State.GONE):
+                return
+        entry.done(outcome)
 
     def _end_overdue(self, entry: Entry, run: Run) -> None:
         with self._lock:
             if entry.state is not State.RUNNING or not self._move(entry, State.ENDING):
                 return
-        assert entry.job is not None
+        job = entry.job
+        assert job is not None
         run.cancel.set()
-        self._measure(run.flow, (self._clock.now() - (entry.job.started or 0)) / 1000)
-        failure = blame(run, _TimedOut("the flow took longer than it may, and its thread does not end"))
-        self._record(
-            entry, run, Outcome.failed("timeout", 504, "The flow took longer than it may.", failure_text(failure))
-        )
+        self._measure(run.flow, (self._clock.now() - (job.started or 0)) / 1000)
+        failure = failure_text(blame(run, _TimedOut("the flow took longer than it may, and its thread does not end")))
+        self._record(job, run, Outcome.failed("timeout", 504, "The flow took longer than it may.", failure))
 
     def stop(self, timeout_s: float) -> int:
         """Begin nothing more, give what runs so many seconds, leave the rest to the next start; how many those are."""
@@ -7683,32 +7666,24 @@ class Engine:
         with self._lock:
             self._stopping = True
         for entry in list(self._entries.values()):
-            if entry.call is not None:
+            if entry.number < 0:
                 self._refuse(entry, _STOPPED)
         with self._lock:
-            while (self._draining or self._with_thread()) and (left := deadline - time.monotonic()) > 0:
-                self._idle.wait(min(left, 0.2))  # a signal that comes just before a wait is seen only behind it
-            left_over = self._with_thread()
-            for entry in left_over:
-                if entry.call is None:
+            while (self._draining or self._with_thread()) and (seconds := deadline - time.monotonic()) > 0:
+                self._changed.wait(min(seconds, 0.2))  # a signal that comes just before a wait is seen only behind it
+            left = self._with_thread()
+            for entry in left:
+                if entry.number >= 0:
                     self._move(entry, State.ENDING)
-        for entry in left_over:
-            cancel = entry.cancel
-            assert cancel is not None
-            if entry.job is not None and cancel.is_set:
-                self.end(entry.job, _CANCELLED)  # it is not to begin again
+        for entry in left:
+            assert entry.cancel is not None
+            if entry.job is not None and entry.cancel.is_set:  # it is not to begin again
+                self.end(entry.job, _CANCELLED)
             elif entry.job is not None:
                 self._store.requeue(entry.job.key, entry.job.attempt)
-            cancel.set()
+            entry.cancel.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        return max(len(left_over), self._draining)
-
-
-def _flow_of(entry: Entry) -> Flow:
-    """The flow of an entry that has, or had, a thread."""
-    ran = entry.run or entry.prepared
-    assert ran is not None
-    return ran.flow
+        return max(len(left), self._draining)
 
 
 def log_outcome(what: str, flow: Flow, given: Input, outcome: Outcome) -> None:
@@ -7728,12 +7703,11 @@ def log_outcome(what: str, flow: Flow, given: Input, outcome: Outcome) -> None:
 # ======================================================================================================================
 
 _MAX_DELIVERIES = 256  # at one time; each has a thread, which it holds for long only if its receiver is slow
-_MAX_NOT_QUICK = 224  # of them, to receivers that are not known to be quick
-_MAX_SLOW = 64  # of them, to receivers that were slow the last time
-_MAX_WINDOW = 8  # deliveries at one time to a receiver that is quick
-_ON_RECORD_S = 2.0  # that the outcome of a delivery may take to be written down, when the server stops
-_SLOW_MS = 2000  # an attempt that took longer, however it ended, was slow
-_MAX_KNOWN = 4096  # receivers that are remembered; the database has no more than 32766 parameters for one statement
+_MAX_PER_RECEIVER = 4  # of them, to one receiver; 1 if its last attempt failed
+_MAX_DOUBTFUL = 64  # of them, to receivers whose last attempt failed
+_SLOW_MS = 2000  # an attempt that took longer has failed in this respect, however it ended
+_MAX_KNOWN = 4096  # receivers remembered as doubtful; SQLite allows 32766 parameters
+_LEASE_S = 10.0  # that a delivery may need beyond its timeout, until its outcome is on record
 
 
 def signing_key(secret: str | None) -> bytes | None:
@@ -7782,15 +7756,15 @@ class Wanted(NamedTuple):
     """Which deliveries can begin now."""
 
     room: int
-    busy: list[str]  # receivers that get none
-    only: list[str] | None  # receivers that get one; None: all others
+    busy: set[str]  # receivers that get none
+    fresh: bool  # only those that have not been tried
 
 
 class Courier:
-    """Delivers callbacks, each on a thread of its own; one slow or dead receiver delays nobody else.
+    """Delivers callbacks, each on a thread of its own, so that a slow or dead receiver delays nobody else.
 
-    A receiver that is not known yet gets one delivery at a time, and more as it answers quickly. Those that were slow
-    or silent the last time share 64 threads, and 32 of the 256 are kept for those that were quick.
+    A receiver gets few deliveries at one time. One that did not answer the last time, or took long, gets a single one,
+    and all such receivers together a quarter of the threads. Durations are seconds.
     """
 
     def __init__(
@@ -7805,60 +7779,49 @@ class Courier:
     ) -> None:
         self._outbound, self._policy, self._clock = outbound, policy, clock
         self._key, self._timeout, self._retries = key, timeout, retries
-        self._lock = threading.Lock()
-        self._settled = threading.Condition(self._lock)
-        self._under_way: dict[JobKey, str] = {}
-        self._windows: dict[str, int] = {}  # by receiver: deliveries at one time; 0 is one at a time, and slow
+        self.lease_s = timeout + _LEASE_S  # that a claim of a delivery holds
+        self._changed = threading.Condition()  # guards what follows
+        self._leases: dict[JobKey, tuple[str, float]] = {}  # receiver, and when the lease ends (monotonic)
+        self._doubtful: dict[str, None] = {}  # receivers whose last attempt failed, the latest last
         self._stopped = False
 
     def under_way(self) -> list[JobKey]:
-        """Deliveries that have not ended."""
-        with self._lock:
-            return list(self._under_way)
+        """Deliveries whose outcome is not on record."""
+        with self._changed:
+            return list(self._leases)
 
     def wanted(self) -> Wanted:
         """Which deliveries can begin now."""
-        with self._lock:
-            counts = Counter(self._under_way.values())
-            slow, not_quick = self._loads()
-            busy = [receiver for receiver, count in counts.items() if count >= (self._windows.get(receiver) or 1)]
-            if slow >= _MAX_SLOW:
-                busy += [receiver for receiver, window in self._windows.items() if not window]
-            full = not_quick >= _MAX_NOT_QUICK
-            only = [receiver for receiver, window in self._windows.items() if window] if full else None
-            return Wanted(_MAX_DELIVERIES - len(self._under_way), busy, only)
+        with self._changed:
+            return self._wanted()
 
-    def _loads(self) -> tuple[int, int]:
-        """With the lock held: how many deliveries are under way to slow receivers, and to those not known as quick."""
-        windows = [self._windows.get(receiver) for receiver in self._under_way.values()]
-        slow = windows.count(0)
-        return slow, slow + windows.count(None)
-
-    def _may_begin(self, receiver: str) -> bool:
-        """With the lock held: whether a delivery to this receiver can begin."""
-        window = self._windows.get(receiver)
-        slow, not_quick = self._loads()
-        return (
-            not self._stopped
-            and list(self._under_way.values()).count(receiver) < (window or 1)
-            and len(self._under_way) < _MAX_DELIVERIES
-            and (bool(window) or not_quick < _MAX_NOT_QUICK)
-            and (window != 0 or slow < _MAX_SLOW)
-        )
+    def _wanted(self) -> Wanted:
+        now = self._clock.monotonic()
+        for key in [key for key, (_, end) in self._leases.items() if end <= now]:
+            del self._leases[key]  # its outcome could not be recorded, or the notice was lost
+        counts = Counter(receiver for receiver, _ in self._leases.values())
+        full = sum(count for receiver, count in counts.items() if receiver in self._doubtful) >= _MAX_DOUBTFUL
+        most = {receiver: 1 if receiver in self._doubtful else _MAX_PER_RECEIVER for receiver in counts}
+        busy = {receiver for receiver, count in counts.items() if count >= most[receiver]}
+        room = 0 if self._stopped else _MAX_DELIVERIES - len(self._leases)
+        return Wanted(room, busy | self._doubtful.keys() if full else busy, full)
 
     def send(self, job: Job, delivery: Delivery, done: Callable[[Attempt, str, int | None], None]) -> bool:
         """Begin a delivery unless its receiver is busy; the courier's thread calls `done(attempt, state, next_at)`.
 
-        The delivery counts as under way until `settled`.
+        The delivery counts as under way until `settled`, or until its lease ends.
         """
         try:
             receiver = parse_target(delivery.url).receiver
         except ValueError:  # taken by an older version: the attempt says what is wrong, and holds up nobody else
             receiver = delivery.url
-        with self._lock:
-            if not self._may_begin(receiver):
+        with self._changed:
+            if delivery.tries and delivery.last_status is None:  # known from before a restart
+                self._doubtful.setdefault(receiver)
+            room, busy, _ = self._wanted()
+            if room <= 0 or receiver in busy:
                 return False
-            self._under_way[job.key] = receiver
+            self._leases[job.key] = receiver, self._clock.monotonic() + self.lease_s
         # A daemon, and none of a pool: a receiver that hangs must not hold up the end of the process.
         thread = threading.Thread(
             target=self._send, args=(job, delivery, receiver, done), name="astera-courier", daemon=True
@@ -7872,19 +7835,19 @@ class Courier:
 
     def settled(self, key: JobKey) -> None:
         """A delivery's outcome is on record."""
-        with self._lock:
-            self._under_way.pop(key, None)
-            self._settled.notify_all()
+        with self._changed:
+            self._leases.pop(key, None)
+            self._changed.notify_all()
 
     def _send(self, job: Job, delivery: Delivery, receiver: str, done: Callable[..., None]) -> None:
         attempt, retry_after_s = self.deliver(job, delivery)
         answered = attempt.status is not None
-        with self._lock:
-            window = self._windows.pop(receiver, None) or 1
-            quick = min(window + 1, _MAX_WINDOW) if answered else 1
-            self._windows[receiver] = 0 if attempt.duration_ms > _SLOW_MS else quick
-            if len(self._windows) > _MAX_KNOWN:
-                del self._windows[next(iter(self._windows))]  # the one not heard of for longest
+        with self._changed:
+            self._doubtful.pop(receiver, None)
+            if not answered or attempt.duration_ms > _SLOW_MS:
+                self._doubtful[receiver] = None
+                if len(self._doubtful) > _MAX_KNOWN:
+                    del self._doubtful[next(iter(self._doubtful))]
         now = self._clock.now()
         number, expires = delivery.tries + 1, job.expires or now
         state, next_at = next_try(attempt, number, retry_after_s, self._retries, now, expires)
@@ -7931,14 +7894,12 @@ class Courier:
     def stop(self, timeout_s: float) -> int:
         """Begin no more deliveries, and give those under way so many seconds to get on record; how many did not.
 
-        What is not on record is made again after the next start, and so comes twice.
+        Those are made again after the next start, so that their receivers get them twice.
         """
-        deadline = time.monotonic() + min(timeout_s, self._timeout + _ON_RECORD_S)
-        with self._lock:
+        with self._changed:
             self._stopped = True
-            while self._under_way and (left := deadline - time.monotonic()) > 0:
-                self._settled.wait(min(left, 0.2))  # as in Engine.stop
-            return len(self._under_way)
+            self._changed.wait_for(lambda: not self._leases, max(min(timeout_s, self.lease_s), 0.0))
+            return len(self._leases)
 
 
 # ======================================================================================================================
@@ -7961,11 +7922,10 @@ class Housekeeper:
         courier: Courier,
         clock: Clock,
         metrics: Metrics,
-        look_around: Callable[[], None] = lambda: None,
+        chores: Sequence[Callable[[], None]] = (),
     ) -> None:
         self._store, self._engine, self._courier, self._clock = store, engine, courier, clock
-        self._metrics, self._look_around = metrics, look_around
-        self._unsettled: deque[JobKey] = deque()  # deliveries whose outcome could not be stored
+        self._metrics, self._chores = metrics, (engine.overdue, *chores)  # each once a second
         self._wake = threading.Event()
         self._stopping = False
         self._purging = False
@@ -8005,12 +7965,6 @@ class Housekeeper:
     def tick(self, now: int) -> int:
         """Do what is due at `now` (milliseconds since the epoch); when to come again at the latest."""
         self.look_at_clock()
-        self._engine.overdue()
-        if now >= self._chores_at:
-            self._chores_at = now + _CHORES_EVERY_MS
-            self._look_around()
-            while self._unsettled:
-                self._courier.settled(self._unsettled.popleft())
         if now >= self._forget_at:
             self._store.forget_flows()
             self._forget_at = now + _FORGET_EVERY_MS
@@ -8021,6 +7975,10 @@ class Housekeeper:
             self._purge(now),
             self._deliver(now),
         ]
+        if now >= self._chores_at:
+            self._chores_at = now + _CHORES_EVERY_MS
+            for chore in self._chores:
+                chore()
         return min(moment for moment in wanted if moment is not None)
 
     def look_at_clock(self) -> None:
@@ -8051,11 +8009,13 @@ class Housekeeper:
         return None
 
     def _deliver(self, now: int) -> int | None:
+        lease_ms = round(self._courier.lease_s * 1000)
         while True:
-            room, busy, only = self._courier.wanted()
+            room, busy, fresh = self._courier.wanted()
             if room <= 0:
                 return None  # the next that is settled wakes
-            due = self._store.due_deliveries(now, room, busy, self._courier.under_way(), only)
+            held = self._courier.under_way()
+            due = self._store.claim_deliveries(now, room, lease_ms, held=held, busy=busy, fresh=fresh)
             sent = [self._courier.send(job, d, partial(self._delivered, job, d.next_at)) for job, d in due]
             if all(sent) or not any(sent):
                 break  # else the rest was for busy receivers: others may be behind them
@@ -8063,12 +8023,10 @@ class Housekeeper:
 
     def _delivered(self, job: Job, seen: int | None, attempt: Attempt, state: str, next_at: int | None) -> None:
         def recorded(result: Any, error: AsteraError | None) -> None:
-            if error is not None:  # not at once again, or a lasting fault would be a storm of deliveries
-                self._unsettled.append(job.key)
-                return
-            self._metrics.callbacks[state] += 1
-            self._courier.settled(job.key)
-            self.wake()
+            if error is None:  # else it stays leased for a while: a lasting fault must not be a storm of deliveries
+                self._metrics.callbacks[state] += 1
+                self._courier.settled(job.key)
+                self.wake()
 
         self._store.record_delivery(job.key, attempt, seen, state, next_at, recorded)
 
@@ -8280,7 +8238,7 @@ class Watchers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards `by_job`
-        self.by_job: dict[int, list[Callable[[], None]]] = {}  # by seq
+        self.by_job: dict[JobKey, list[Callable[[], None]]] = {}
 
     def add(self, key: JobKey, watcher: Callable[[], None]) -> None:
         """Call `watcher` once, on a thread of the store's choice: when the job changes, or the application stops.
@@ -8288,28 +8246,32 @@ class Watchers:
         Add the watcher first, then look at the job.
         """
         with self._lock:
-            self.by_job.setdefault(key.seq, []).append(watcher)
+            self.by_job.setdefault(key, []).append(watcher)
 
     def remove(self, key: JobKey, watcher: Callable[[], None]) -> None:
         """Forget a watcher."""
         with self._lock:
-            watchers = self.by_job.get(key.seq, [])
+            watchers = self.by_job.get(key, [])
             if watcher in watchers:
                 watchers.remove(watcher)
                 if not watchers:
-                    del self.by_job[key.seq]
+                    del self.by_job[key]
+
+    def waited_for(self) -> list[JobKey]:
+        """The jobs that somebody waits for."""
+        return list(self.by_job)
 
     def tell(self, key: JobKey) -> None:
         """Call those who wait for this job."""
         with self._lock:
-            watchers = self.by_job.pop(key.seq, [])
+            watchers = self.by_job.pop(key, [])
         for watcher in watchers:
             watcher()
 
     def close(self) -> None:
         """Call them all."""
-        for seq in list(self.by_job):
-            self.tell(JobKey(seq, 0))
+        for key in self.waited_for():
+            self.tell(key)
 
 
 def check_callback(url: str, policy: AddressPolicy) -> None:
@@ -8385,8 +8347,6 @@ class Jobs:
             return
         # A flow that only computes is run before its job is stored, so that both need one commit.
         ended = self._engine.ended_at_once(job, flow, ready.input)
-        if ended is None:
-            self._engine.expect(job.key.seq)
         submission = Submission(job, request, flow.text, idempotency_key, fingerprint, ended)
         self._store.add(submission, partial(self._accepted, ready, ended, done))
 
@@ -8400,7 +8360,7 @@ class Jobs:
                 self._size_at, self._size = now, self._store.size()
             if self._size >= self._max_database:
                 raise Busy("The database has reached its greatest size: there is room when results expire.", 60)
-        self._engine.admit(ready.flow, ready.job.key.seq)
+        self._engine.admit(ready.job.key.seq, ready.flow)
         self._size += 2 * (size + _ROW_BYTES)  # in the log and in the file, until it is measured
 
     def _accepted(
@@ -8412,9 +8372,9 @@ class Jobs:
         if added:
             self._metrics.accepted[job.flow] += 1
         if added and ended is None:
-            self._engine.put(job.key.seq, ready)
+            self._engine.put(job.key.seq, job.flow, ready)
         else:
-            self._engine.dismiss(job.flow, job.key.seq)
+            self._engine.dismiss(job.key.seq)
         if added and ended is not None:
             self._metrics.ended[job.flow, ended.outcome.end] += 1
             log_outcome("job", ready.flow, ready.input, ended.outcome)
@@ -8473,6 +8433,7 @@ class Jobs:
 
 
 _CALLBACKS = 16  # of futures, called at one time
+_MAX_CLAIMED = 2000  # jobs looked at in a second, whether anybody has them in hand: some milliseconds
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -8592,9 +8553,8 @@ class AsteraLite:
             timeout=settings.callback_timeout,
             retries=settings.callback_retries,
         )
-        self.housekeeper = Housekeeper(
-            self.store, self.engine, self.courier, self.clock, self.metrics, self.look_around
-        )
+        chores = (self.look_around, self._take_up, self._tell_watchers)
+        self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, self.metrics, chores)
         self.clock.begin(self.store.last_seen())
         if self.clock.offset:
             log.warning(
@@ -8605,12 +8565,10 @@ class AsteraLite:
         self.jobs = Jobs(
             settings, self.clock, self.store, self.engine, self.deployer, self.metrics, self.housekeeper.wake
         )
-        left = list(self.store.unfinished())  # whole before the first one runs: the database may be damaged
-        for seq, due, name in left:
-            flow = self.deployments.by_name.get(name)
-            if flow is not None:
-                self.engine.admit(flow, seq, although_full=True)
-            self.engine.put(seq, due=due)
+        left: dict[int, Claimed] = {}  # whole before the first one runs: the database may be damaged
+        while found := self.store.claim(left, _MAX_CLAIMED):
+            left.update((job.seq, job) for job in found)
+        self._queue(left.values())
         if left:
             log.info("took up %d jobs that were not finished when the server stopped", len(left))
         self._callbacks = ThreadPoolExecutor(_CALLBACKS, "astera-callback")
@@ -8644,6 +8602,19 @@ class AsteraLite:
         if not left:
             log.removeFilter(self.outside.masked.log_record)
         return left
+
+    def _queue(self, jobs: Iterable[Claimed]) -> None:
+        for seq, due, flow in jobs:
+            self.engine.put(seq, flow, due=due)
+
+    def _take_up(self) -> None:
+        """Queue the jobs that nobody has in hand: a wake-up was lost, or an end could not be stored."""
+        self._queue(self.store.claim(self.engine, _MAX_CLAIMED))
+
+    def _tell_watchers(self) -> None:
+        """Call those who wait for jobs whose end nobody told them."""
+        for key in self.store.ended([key for key in self.watchers.waited_for() if key.seq not in self.engine]):
+            self.watchers.tell(key)
 
     # --- flows ---
 
@@ -8722,18 +8693,7 @@ class AsteraLite:
 
     def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:
         """Run a flow for a caller who waits; `done` gets the outcome on the thread that ran it."""
-        ticket = self.jobs.new_key().seq
-        self.engine.admit(flow, ticket)
-
-        def ended(outcome: Outcome) -> None:
-            self.engine.dismiss(flow.name, ticket)
-            done(outcome)
-
-        try:
-            self.engine.run_sync(self._call(flow, given), ended)
-        except Busy:
-            self.engine.dismiss(flow.name, ticket)
-            raise
+        self.engine.run_sync(self._call(flow, given), done)
 
     def _call(self, flow: Flow, given: Input) -> Run:
         """A synchronous run, not begun."""
@@ -8814,7 +8774,7 @@ class AsteraLite:
             self.jobs.accept(ready, request, idempotency_key, done)
             self.store.flush()
 
-        result = _await(write, threading.TIMEOUT_MAX)
+        result = _await(write)
         if isinstance(result, Conflict):
             raise result
         return result.job  # type: ignore[no-any-return]
@@ -8827,11 +8787,7 @@ class AsteraLite:
         target, request, values = self._request(flow, params, body)
         key = self.jobs.new_key()
         given = target.bind(request, values, str(key))
-        self.engine.admit(target, key.seq)
-        try:
-            return Result(self.engine.run_here(self._call(target, given)).answer)
-        finally:
-            self.engine.dismiss(target.name, key.seq)
+        return Result(self.engine.run_here(self._call(target, given)).answer)
 
     def status(self, job_id: str | Job) -> Job | None:
         """A job by its id, or as it was once known; None if it is unknown or expired."""

@@ -468,7 +468,7 @@ def test_a_call_for_which_there_is_no_room_in_time_is_a_timeout(tmp_path: Path) 
         answers: list[int] = []
         caller = threading.Thread(target=lambda: answers.append(app.run("f").status_code))
         caller.start()
-        until(lambda: app.engine._held["f"])
+        until(lambda: len(app.engine._entries) == 2)
         clock.tick(app.settings.sync_timeout)
         app.housekeeper.tick(clock.now())
         caller.join(10)
@@ -514,7 +514,7 @@ def test_one_key_twice_at_one_instant_is_one_job_also_where_there_is_room_for_on
             gate.open.set()
             assert len(ids) == 2 and len(set(ids)) == 1
             assert app.wait(ids[0], 10).status is Status.COMPLETED
-            until(lambda: not app.engine._admitted["f"])
+            until(lambda: not app.engine._unfinished["f"])
             ids.clear()
 
 

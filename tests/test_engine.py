@@ -259,7 +259,7 @@ def test_no_call_begins_after_the_stop(tmp_path: Path, gate: Gate, limit: dict[s
         if not limit:
             gate.entered()  # who calls brings the thread
         else:
-            until(lambda: held(app) == 5)
+            until(lambda: (held(app), len(app.engine._entries)) == (4, 6))
         app.stop()
         assert [ended.get(timeout=10).answer.code for _ in range(5 - first)] == [503] * (5 - first)
         began = gate.runs
@@ -460,9 +460,9 @@ def test_a_cancel_in_the_instant_before_a_job_is_queued_ends_it(tmp_path: Path) 
     with serving(tmp_path, {"f": get_flow("/f", steps=[python(lambda context: ran.append(1))])}) as app:
         put, asked = app.engine.put, []
 
-        def put_late(seq: int, prepared: Any = None) -> None:  # on disk, and so in the list of jobs, but not queued
+        def put_late(seq: int, flow: str, prepared: Any = None) -> None:  # on disk, but not queued
             asked.append(app.engine.cancel(prepared.job))
-            put(seq, prepared)
+            put(seq, flow, prepared)
 
         app.engine.put = put_late  # type: ignore[method-assign]
         job = app.submit("f")

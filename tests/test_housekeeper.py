@@ -127,11 +127,11 @@ def test_a_purge_that_fails_is_tried_again(tmp_path: Path) -> None:
 def test_texts_of_flows_are_looked_at_every_hour(tmp_path: Path) -> None:
     clock, looked = FakeClock(), []
     with serving(tmp_path, clock) as app:
-        app.store.forget_flows = lambda: looked.append(clock.now()) or len(looked) < 3  # type: ignore[method-assign]
+        app.store.forget_flows = lambda: looked.append(clock.now())  # type: ignore[method-assign]
         began = clock.now()
         for seconds in (0, 0, 0, 1800, 1800, 1):
             tick(app, clock.tick(seconds))
-    assert looked == [began] * 3 + [began + 3_600_000]  # a piece at a time
+    assert looked == [began, began + 3_600_000]
 
 
 def test_due_waits_are_released_and_the_next_one_is_announced(tmp_path: Path) -> None:
@@ -174,13 +174,13 @@ def test_a_callback_is_delivered_and_retried_when_due(tmp_path: Path, sink: Sink
         assert app.status(job.id).callback.state == "delivered"  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("failing", ["due_deliveries", "next_delivery"])
+@pytest.mark.parametrize("failing", ["claim_deliveries", "next_delivery"])
 def test_the_thread_survives_a_database_that_cannot_be_read(tmp_path: Path, failing: str, sink: Sink) -> None:
     with running(tmp_path, FLOWS) as (app, _, client):
         method = getattr(app.store, failing)
         failed: list[int] = []
 
-        def fail(*arguments: Any) -> Any:
+        def fail(*arguments: Any, **more: Any) -> Any:
             failed.append(1)
             raise StoreError("damaged")
 
