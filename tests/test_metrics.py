@@ -153,7 +153,7 @@ def test_a_thread_that_does_not_end_is_counted_once(tmp_path: Path) -> None:
         return 1
 
     with running(tmp_path, FLOWS) as run:
-        run.app.flow("GET /hold", name="hold", timeout="20ms")(hold)
+        run.app.flow("GET /hold", name="hold", timeout="500ms")(hold)  # long enough to begin
         document = run.client.finished(run.client.get("/api/publishingAsync/hold"))
         assert document["error"]["code"] == "timeout"
         go.set()
