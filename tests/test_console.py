@@ -439,7 +439,7 @@ def test_bodies_are_shown_as_they_were_sent(console: Seen) -> None:
     page.goto(f"{console.url}/#/flows/away")
     page.get_by_role("heading", level=1, name="/away").wait_for()
     page.get_by_role("button", name="Send", exact=True).click()
-    page.get_by_text("A redirect, which browsers do not show to a page").wait_for()
+    page.get_by_text("A redirect, which browsers do not show to pages").wait_for()
     page.goto(f"{console.url}/#/flows/bytes")
     page.get_by_role("heading", level=1, name="/bytes").wait_for()
     page.get_by_role("button", name="Send", exact=True).click()
@@ -457,7 +457,7 @@ def test_a_body_has_an_example_its_rules_and_its_content_type(console: Seen) -> 
     body = page.get_by_label("Body")
     example = {"customer": "Ada", "items": [{"sku": "apple", "quantity": 1}]}
     assert json.loads(body.input_value()) == example
-    page.get_by_text("What the body may have").click()
+    page.get_by_text("Members of the body").click()
     assert "items[].quantity * integer · at least 1" in page.locator("#try details").inner_text()
     body.fill('{"customer": ')
     assert "application/json · " in page.locator("#body-hint").inner_text()
@@ -507,7 +507,7 @@ def test_one_answer_of_a_server_that_is_not_well_is_not_the_end(console: Seen) -
     assert raw(page, "Result: response").startswith("HTTP/1.1 200 OK")
     page.route("**/result", lambda route: route.fulfill(**ill), times=1)
     page.get_by_role("link", name="Open the job").click()
-    page.get_by_text("The server answers 503 Service Unavailable: it is asked again.").wait_for()
+    page.get_by_text("The server answers 503 Service Unavailable; trying again.").wait_for()
     passing(page, page.get_by_label("Raw response").is_visible)
     assert raw(page, "Raw response").startswith("HTTP/1.1 200 OK")
 
@@ -536,7 +536,7 @@ def test_one_flow_that_cannot_be_drawn_leaves_the_others_alone(console: Seen) ->
 
 def test_examples_keep_to_the_bounds_and_what_is_required_is_asked_for(console: Seen) -> None:
     page = console.open("#/flows/bounds")
-    assert json.loads(page.get_by_label("Body").input_value()) == {"few": -2, "word": "texttex", "list": [True] * 3}
+    assert json.loads(page.get_by_label("Body").input_value()) == {"few": -2, "word": "wordxxx", "list": [True] * 3}
     refused = requests.post(f"{console.url}/api/publishing/bounds", json=1, timeout=10).json()
     assert refused["detail"] == "body: must be an object"
     page.goto(f"{console.url}/#/flows/every")
@@ -636,12 +636,12 @@ def test_the_polls_of_a_job_have_pauses_and_rest_while_nobody_looks(tmp_path: Pa
         page.evaluate(LOOK % "visible")
         passing(page, lambda: bool(polls))
         page.route("**/status", lambda route: route.fulfill(status=401, json={"status": 401}))
-        passing(page, page.get_by_text("The job goes on, but its status is not told: 401").is_visible)
+        passing(page, page.get_by_text("The job goes on, but its status cannot be read: 401").is_visible)
         page.unroute("**/status")
         page.get_by_role("button", name="Send", exact=True).click()
         page.get_by_text("asked 1×").wait_for()
         started.kill()
-        passing(page, page.get_by_text("The server does not answer any more. It has taken the job").is_visible)
+        passing(page, page.get_by_text("The server has stopped answering. It has accepted the job").is_visible)
         assert "#/jobs/" in str(page.get_by_role("link", name="Open the job").get_attribute("href"))
 
 
@@ -696,13 +696,13 @@ def test_a_job_is_cancelled_run_again_and_deleted(console: Seen) -> None:
     page.get_by_text("step pause, 1 of 2 done").wait_for()
     assert page.get_by_role("listitem").all_inner_texts()[0].startswith("Accepted")
     page.get_by_role("button", name="Delete").click(force=True)
-    said(page, "Not now: it still runs.")
+    said(page, "Not now: the job is still running.")
     page.get_by_role("button", name="Cancel").click()
     page.locator(".head .state", has_text="Cancelled").wait_for()
     page.get_by_text("The job was cancelled.", exact=True).wait_for()
     assert page.locator("main .fault").count() == 0  # which is red: nothing failed
     page.get_by_role("button", name="Cancel").click(force=True)
-    said(page, "Not now: it is finished.")
+    said(page, "Not now: the job is finished.")
     page.get_by_role("button", name="Run again").click()
     page.wait_for_url(lambda url: "#/jobs/" in url and job not in url)
     page.locator(".head .state", has_text="Running").wait_for()
@@ -719,7 +719,7 @@ def test_a_job_is_cancelled_run_again_and_deleted(console: Seen) -> None:
     assert console.api.job(again)["status"] == "Error"
     page.get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
-    said(page, "The job is forgotten")
+    said(page, "The job was deleted")
     page.get_by_role("heading", level=1, name="Jobs").wait_for()
     assert console.api.job(again)["status"] == "Unknown"
     page.go_back()
@@ -743,7 +743,7 @@ def test_callbacks_are_shown_with_their_attempts_and_sent_again(console: Seen, s
     page.goto(f"{console.url}/#/jobs/{owed}")
     page.get_by_text(re.compile(r"1 attempt, next in \d")).wait_for()
     page.get_by_role("button", name="Delete").click(force=True)
-    said(page, "Not now: its callback is still owed.")
+    said(page, "Not now: its callback is still pending.")
 
 
 def test_steps_are_shown_with_their_output(console: Seen) -> None:
@@ -778,7 +778,7 @@ def test_the_reason_of_a_failure_is_shown(console: Seen) -> None:
     failed = rows.filter(has=page.locator("code", has_text="each_one/0/register"))
     assert failed.locator("p").all_inner_texts()[:2] == ["the API it calls answered 422", place]
     assert failed.get_by_label("Answer 422").first.is_visible()
-    failed.get_by_text("Attempts that failed before: 1").click()
+    failed.get_by_text("Earlier failed attempts: 1").click()
     assert "attempt 1 of 2" in failed.locator("details").inner_text()
 
 
@@ -825,7 +825,7 @@ def test_health_is_seen_at_a_glance(console: Seen) -> None:
     page = console.open("#/jobs")
     health = page.get_by_role("region", name="Health")
     before = health.inner_text()
-    assert "well" in before and "of 32" in before and "iB" in before
+    assert "OK" in before and "of 32" in before and "iB" in before
     for number in range(20):
         console.api.submit("/hello", name=str(number))
     rate = health.locator("dd", has_text="/ s")
@@ -839,7 +839,7 @@ def test_a_server_that_is_not_well_says_why(console: Seen) -> None:
     ill = console.api.session.get(f"{console.url}/health", timeout=10).json()
     ill |= {"status": "unavailable", "reason": "the disk is full"}
     page.route("**/health", lambda route: route.fulfill(status=503, json=ill))
-    alert = page.get_by_role("alert").filter(has_text="The server takes no jobs: the disk is full")
+    alert = page.get_by_role("alert").filter(has_text="The server accepts no jobs: the disk is full")
     passing(page, alert.is_visible)
     assert "unavailable" in page.get_by_role("region", name="Health").inner_text()
     page.unroute("**/health")
@@ -867,12 +867,12 @@ def test_tokens_are_asked_for_and_kept_in_memory_only(tmp_path: Path, pages: Cal
     token = "schlüssel-☃-of-some-length"
     with process(tmp_path, env={"ASTERA_LITE_TOKEN": token}) as (_, url, _):
         page = pages(url, "#/jobs")
-        page.get_by_text("The server wants a token").wait_for()
+        page.get_by_text("A token is required").wait_for()
         assert "with a token" in page.locator("#health").inner_text()
         page.get_by_role("button", name="Enter token").click()
         page.locator("#token-text").fill("wrong")
         page.get_by_role("button", name="Use it").click()
-        page.get_by_text("it may be mistyped, or revoked").wait_for()
+        page.get_by_text("it may be mistyped or revoked").wait_for()
         assert page.get_by_role("button", name="Token ✓").count() == 0  # which would say that the server takes it
         page.get_by_role("button", name="Token", exact=True).click()
         page.locator("#token-text").fill(token)
@@ -888,7 +888,7 @@ def test_tokens_are_asked_for_and_kept_in_memory_only(tmp_path: Path, pages: Cal
         assert "schl" not in kept and "schl" not in page.content()
         page.get_by_role("button", name="Token ✓").click()
         page.get_by_role("button", name="Forget it").click()
-        page.get_by_text("The server wants a token").wait_for()
+        page.get_by_text("A token is required").wait_for()
         page.get_by_role("button", name="Enter token").click()
         page.get_by_role("button", name="Cancel").click()
         assert page.get_by_role("dialog").count() == 0
@@ -901,9 +901,7 @@ def test_a_server_that_is_gone_is_told_and_looked_for(tmp_path: Path, pages: Cal
         page.get_by_text("python astera_lite.py new NAME").wait_for()
         other = pages(url, "#/jobs", clock=True)
         other.get_by_text("newest first, live").wait_for()
-    passing(
-        other, other.get_by_text(re.compile("The server does not answer: this is how it was at [0-9:]+")).is_visible
-    )
+    passing(other, other.get_by_text(re.compile("The server does not answer; last seen at [0-9:]+")).is_visible)
     assert other.get_by_text("newest first").is_visible() and other.get_by_text("live").is_hidden()
     alert = page.get_by_role("alert").filter(has_text="The server does not answer")
     passing(page, alert.is_visible)
