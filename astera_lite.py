@@ -9004,7 +9004,7 @@ class Access:
         """
         headers = head.headers
         host = headers.get("host", "").lower()
-        if self._hosts is not None and host:
+        if self._hosts is not None and host and host not in self._hosts:
             match = _HOST.fullmatch(host)
             if match is None or match[1] not in self._hosts:
                 cure = "call it as localhost or 127.0.0.1, or let the setting public_url name it"
@@ -9082,8 +9082,8 @@ _METHODS = frozenset(  # those that IANA knows are 405 where a path does not ser
     ).split()
 )
 _NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # possessive, like most here: a hostile line costs no backtracking
-_REQUEST_LINE = re.compile(rf"({_NAME}) ([\x21-\x7e]++) HTTP/([0-9])\.([0-9])".encode())
-_TARGET = re.compile(r"(?:https?://([^/?#@]++))?(/[^?#]*+)?(?:\?([^#]*+))?", re.IGNORECASE)
+_TARGET = r'(?:(?i:https?)://([!-"$-.0->A-~]++))?+(/[!-"$->@-~]*+)?+(?:\?([!-"$-~]*+))?+(?= )|[!-~]++'
+_REQUEST_LINE = re.compile(rf"({_NAME}) ({_TARGET}) HTTP/([0-9])\.([0-9])")
 _FIELDS = re.compile(rf"(?:{_NAME}:[\t\x20-\x7e\x80-\xff]*+\r\n)*+".encode("latin-1"))
 _STRAY = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 _ORIGIN_LINE = re.compile(rb"(?i)\r\norigin:[ \t]*([!-~]+)[ \t]*\r\n")
@@ -9147,12 +9147,13 @@ def parse_head(block: bytes, max_url: int) -> Head:
     What is malformed is 400 before anything else is wrong with it, so that the answer does not depend on packets.
     """
     line, _, rest = block.partition(b"\r\n")
-    match = _REQUEST_LINE.fullmatch(line)
+    match = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if match is None:
         raise WireError(400, "The request line is malformed.")
-    method, target, version = match[1].decode(), match[2].decode(), 10 if match[4] == b"0" else 11
+    method, target, host, path, query, major, minor = match.groups()
+    version = 10 if minor == "0" else 11
     fields = (_parse_short_fields if len(rest) <= 1024 else _parse_fields)(rest, version)
-    if match[3] != b"1":
+    if major != "1":
         raise WireError(505, "The protocol is HTTP/1.1.")
     if len(target) > max_url:
         raise WireError(414, f"The URL is longer than {show_size(max_url)}.")
@@ -9160,8 +9161,6 @@ def parse_head(block: bytes, max_url: int) -> Head:
         raise WireError(501, "The method is not known.")
     if method == "CONNECT":  # what follows it is not a request
         raise WireError(405, "This server is not a proxy.")
-    form = _TARGET.fullmatch(target)
-    host, path, query = form.groups() if form is not None else (None, None, None)
     if host is not None and _is_host(host):  # it replaces the header (RFC 9112, section 3.2.2)
         path, fields = path or "/", ({**fields[0], "host": host}, *fields[1:])
     elif target == "*" and method == "OPTIONS":
@@ -9218,7 +9217,9 @@ class RequestParser:
             line = buffer.find(b"\r\n", 0, stop)
             if _STRAY.search(buffer, max(self._seen - 1, 0), stop):
                 raise WireError(400, "Lines end with CR LF.")
-            if line >= 0 and not _REQUEST_LINE.fullmatch(buffer, 0, line):  # such as TLS: nothing more may come
+            if line >= 0 and not _REQUEST_LINE.fullmatch(
+                buffer[:line].decode("latin-1")
+            ):  # such as TLS: nothing more may come
                 raise WireError(400, "The request line is malformed.")
             if len(buffer) >= stop:
                 self._refuse_long(line)
