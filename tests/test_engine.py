@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import queue
 import sqlite3
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Api, FakeClock, get_flow, process, until
+from support import Api, FakeClock, Sink, get_flow, process, until
 
 from astera_lite import (
     MAX_ATTEMPTS,
@@ -25,6 +26,8 @@ from astera_lite import (
     Clock,
     Conflict,
     Context,
+    Engine,
+    Housekeeper,
     Job,
     NotFound,
     Outcome,
@@ -33,6 +36,7 @@ from astera_lite import (
     State,
     Status,
     StoredRequest,
+    Watchers,
 )
 
 
@@ -315,6 +319,40 @@ def test_a_synchronous_caller_gets_an_answer_whatever_the_step_does(tmp_path: Pa
         caller.start()
         caller.join(1)
         assert [answer.status_code for answer in answers] == [500]
+
+
+# ---- Lost wake-ups ---------------------------------------------------------------------------------------------------
+
+
+def losing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, of which every second call does nothing."""
+    calls = itertools.count()
+
+    def call(*arguments: Any, **more: Any) -> Any:
+        return method(*arguments, **more) if next(calls) % 2 else None
+
+    return call
+
+
+def test_whatever_wake_up_is_lost_all_jobs_end_and_all_callbacks_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sink: Sink
+) -> None:
+    for owner, name in ((Engine, "put"), (Housekeeper, "wake"), (Watchers, "tell")):
+        monkeypatch.setattr(owner, name, losing(getattr(owner, name)))
+    steps = [python(lambda context: 1), {"name": "w", "wait": "300ms"}, python(lambda context: 2, "q")]
+    flows = {
+        "plain": get_flow("/plain", steps=steps[:1], concurrency=2),
+        "light": get_flow("/light"),
+        "waits": get_flow("/waits", steps=steps),
+    }
+    with serving(tmp_path, flows, workers=3) as app:
+        jobs = [app.submit(name, callback_url=sink.url) for name in [*flows] * 5]
+        futures = [app.future(job.id) for job in jobs]
+        assert {future.result(20).status for future in futures} == {Status.COMPLETED}
+        assert {sink.next()[1]["id"] for _ in jobs} == {job.id for job in jobs}
+        assert app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0}
+        until(lambda: not app.courier.under_way())
+    assert sink.got.empty()
 
 
 # ---- Cancel ----------------------------------------------------------------------------------------------------------
