@@ -1588,7 +1588,6 @@ METHODS: dict[type, dict[str, Callable[..., Any]]] = {
     },
 }
 _METHOD_NAMES = frozenset(name for methods in METHODS.values() for name in methods)
-_LINEAR = frozenset("join startswith endswith removeprefix removesuffix".split())
 
 
 def _paid_function(function: Function) -> Callable[..., Any]:
@@ -1608,6 +1607,7 @@ def _paid_function(function: Function) -> Callable[..., Any]:
 
 def _paid_method(name: str) -> Callable[..., Any]:
     by_type = {kind: methods[name] for kind, methods in METHODS.items() if name in methods}
+    linear = name in ("join", "startswith", "endswith", "removeprefix", "removesuffix")
 
     def paid(budget: Budget, value: Any, *args: Any, **named: Any) -> Any:
         method = by_type.get(type(value))
@@ -1617,10 +1617,11 @@ def _paid_method(name: str) -> Callable[..., Any]:
             budget.deep(args[0] if args else None)
             return method(value, *args, **named)
         budget.flat(value, 8)
-        for part in (*args, *named.values()):  # a number may be a width
-            budget.flat(part, max(part, 0) >> 2 if type(part) is int else 0)
-        for item in () if name in _LINEAR else (*args[:1], *named.values()):
-            budget.search(item, value)
+        if args or named:
+            for part in (*args, *named.values()):  # a number may be a width
+                budget.flat(part, max(part, 0) >> 2 if type(part) is int else 0)
+            for item in () if linear else (*args[:1], *named.values()):
+                budget.search(item, value)
         return budget.flat(method(value, *args, **named))
 
     return paid
