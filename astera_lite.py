@@ -1552,6 +1552,11 @@ FUNCTIONS = {
 VOLATILE = frozenset({"now", "today", "uuid"})
 
 
+def _check_length(length: int) -> None:
+    if length > MAX_WORK:
+        raise ExpressionError("the text grows too long")
+
+
 def _replace(text: str, old: str, new: str, count: int = -1) -> str:
     times = text.count(old) if count < 0 else min(count, text.count(old))
     _check_length(times * len(new))
@@ -1564,11 +1569,6 @@ def _join(text: str, values: Any) -> str:
             raise ExpressionError(f"item {at} is {kind_of(value)}, not text: join([str(x) for x in …])")
     _check_length(sum(map(len, values)) + len(text) * len(values))
     return text.join(values)
-
-
-def _check_length(length: int) -> None:
-    if length > MAX_WORK:
-        raise ExpressionError("the text grows too long")
 
 
 _TEXT_METHODS = (
@@ -1654,6 +1654,17 @@ def _advice(function: str, about: str) -> str:
         return ""
 
 
+def _closing_brace(text: str, at: int) -> int:
+    depth = 0
+    for token in _BRACKET.finditer(text, at):
+        if token[0] == "}" and depth == 0:
+            return token.start()
+        depth += (token[0] in "[({") - (token[0] in "])}")
+        if depth < 0:
+            break
+    raise ValueError("the ${ is never closed by a } (a literal ${ is written $${)")
+
+
 def split_template(text: str) -> list[tuple[bool, str]]:
     """Parts of a text: (False, literal) and (True, source of an expression). ValueError if a `${` is never closed."""
     parts: list[tuple[bool, str]] = []
@@ -1670,72 +1681,12 @@ def split_template(text: str) -> list[tuple[bool, str]]:
     return [part for part in parts if part[1] or part[0]]
 
 
-def _closing_brace(text: str, at: int) -> int:
-    depth = 0
-    for token in _BRACKET.finditer(text, at):
-        if token[0] == "}" and depth == 0:
-            return token.start()
-        depth += (token[0] in "[({") - (token[0] in "])}")
-        if depth < 0:
-            break
-    raise ValueError("the ${ is never closed by a } (a literal ${ is written $${)")
-
-
-class Template:
-    """A JSON tree with `${…}` in its strings, compiled. Call it with a scope to get the value.
-
-    `constant`: it holds no expression. `volatile`: its value may differ each time. `names`: what it reads of the scope.
-    `schema`: that of the value where the flow declares it, else None.
-    """
-
-    __slots__ = ("_run", "_sources", "constant", "names", "schema", "volatile")
-
-    def __init__(self, run: Callable[..., Any], compiler: _Compiler) -> None:
-        self._run, self._sources = run, compiler.sources
-        self.names, self.volatile, self.schema = frozenset(compiler.used), compiler.volatile, compiler.schema
-        self.constant = not compiler.sources
-
-    def __call__(self, scope: Mapping[str, Any]) -> Any:
-        """The value; ExpressionError names the place and the part of the expression that failed."""
-        try:
-            return self._run(scope, scope.get(BUDGET) or Budget(MAX_WORK))
-        except Exception as error:
-            raise ExpressionError(self._explain(error)) from None
-
-    def _explain(self, error: Exception) -> str:
-        place = part = ""
-        trace = error.__traceback__
-        while trace is not None:
-            code = trace.tb_frame.f_code
-            if code.co_filename == _SOURCE:
-                line, _, start, end = next(itertools.islice(code.co_positions(), trace.tb_lasti // 2, None))
-                if line and line <= len(self._sources) and start is not None and end is not None:
-                    place, source = self._sources[line - 1]
-                    part = f"({source})".encode()[start:end].decode(errors="replace") or source
-            trace = trace.tb_next
-        message = _message_of(error, part)
-        return f"{place}: {part}: {message}" if place else message
-
-
-def _message_of(error: Exception, part: str) -> str:
-    """The message of an error that a part of an expression caused, in words of the language."""
-    message = str(error)
-    if isinstance(error, KeyError):
-        key = error.args[0]
-        return f'there is no "{key}"' + (f': .get("{key}") gives null instead' if isinstance(key, str) else "")
-    if isinstance(error, MemoryError | RecursionError):
-        return "it is too large or nested too deeply"
-    if isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:
-        return "what stands before it is null"
-    if not isinstance(error, TypeError) or "indices must be integers" not in message:
-        return message
-    before, _, field = part.rstrip().rpartition(".")
-    cure = ""
-    if field == "length":
-        cure = ": len(…) is the length"
-    elif before and "list" not in message:  # what an API answers as text or bytes
-        cure = f": parse_json({before.lstrip('(')}) reads it if it is JSON"
-    return f"what stands before it is a list or text, which has no fields{cure}"
+def _check_arguments(signature: str, count: int, words: list[str]) -> None:
+    name, _, parameters = signature.partition("(")
+    try:  # Python itself binds the arguments, to a function that does nothing
+        eval(f"lambda {parameters[:-1]}: None", dict(_JSON_NAMES))(*[None] * count, **dict.fromkeys(words))  # noqa: S307
+    except TypeError:
+        raise _Refused(f"{name}() is called as {signature.replace('/, ', '').replace(', /', '')}") from None
 
 
 class _Compiler(ast.NodeTransformer):
@@ -1964,12 +1915,61 @@ class _Compiler(ast.NodeTransformer):
         loop.ifs = [self.visit(condition) for condition in loop.ifs]
 
 
-def _check_arguments(signature: str, count: int, words: list[str]) -> None:
-    name, _, parameters = signature.partition("(")
-    try:  # Python itself binds the arguments, to a function that does nothing
-        eval(f"lambda {parameters[:-1]}: None", dict(_JSON_NAMES))(*[None] * count, **dict.fromkeys(words))  # noqa: S307
-    except TypeError:
-        raise _Refused(f"{name}() is called as {signature.replace('/, ', '').replace(', /', '')}") from None
+def _message_of(error: Exception, part: str) -> str:
+    """The message of an error that a part of an expression caused, in words of the language."""
+    message = str(error)
+    if isinstance(error, KeyError):
+        key = error.args[0]
+        return f'there is no "{key}"' + (f': .get("{key}") gives null instead' if isinstance(key, str) else "")
+    if isinstance(error, MemoryError | RecursionError):
+        return "it is too large or nested too deeply"
+    if isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:
+        return "what stands before it is null"
+    if not isinstance(error, TypeError) or "indices must be integers" not in message:
+        return message
+    before, _, field = part.rstrip().rpartition(".")
+    cure = ""
+    if field == "length":
+        cure = ": len(…) is the length"
+    elif before and "list" not in message:  # what an API answers as text or bytes
+        cure = f": parse_json({before.lstrip('(')}) reads it if it is JSON"
+    return f"what stands before it is a list or text, which has no fields{cure}"
+
+
+class Template:
+    """A JSON tree with `${…}` in its strings, compiled. Call it with a scope to get the value.
+
+    `constant`: it holds no expression. `volatile`: its value may differ each time. `names`: what it reads of the scope.
+    `schema`: that of the value where the flow declares it, else None.
+    """
+
+    __slots__ = ("_run", "_sources", "constant", "names", "schema", "volatile")
+
+    def __init__(self, run: Callable[..., Any], compiler: _Compiler) -> None:
+        self._run, self._sources = run, compiler.sources
+        self.names, self.volatile, self.schema = frozenset(compiler.used), compiler.volatile, compiler.schema
+        self.constant = not compiler.sources
+
+    def __call__(self, scope: Mapping[str, Any]) -> Any:
+        """The value; ExpressionError names the place and the part of the expression that failed."""
+        try:
+            return self._run(scope, scope.get(BUDGET) or Budget(MAX_WORK))
+        except Exception as error:
+            raise ExpressionError(self._explain(error)) from None
+
+    def _explain(self, error: Exception) -> str:
+        place = part = ""
+        trace = error.__traceback__
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            if code.co_filename == _SOURCE:
+                line, _, start, end = next(itertools.islice(code.co_positions(), trace.tb_lasti // 2, None))
+                if line and line <= len(self._sources) and start is not None and end is not None:
+                    place, source = self._sources[line - 1]
+                    part = f"({source})".encode()[start:end].decode(errors="replace") or source
+            trace = trace.tb_next
+        message = _message_of(error, part)
+        return f"{place}: {part}: {message}" if place else message
 
 
 def compile_template(
@@ -2053,6 +2053,17 @@ class OutboundError(AsteraError):
         self.kind = kind
 
 
+_TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_NUMBERED = re.compile(r"(?:.*\.)?[0-9]+\.?")  # 10.0.0.256: no name ends in a number, so an address was meant
+_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.[A-Za-z0-9_-]{1,63})*\.?")
+_URL = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?"
+    r"(?P<path>/[^#?\s]*)?(?P<query>\?[^#\s]*)?",
+    re.ASCII | re.IGNORECASE,
+)
+
+
 def _carried_addresses(address: IPAddress) -> list[IPAddress]:
     """The IPv4 addresses that an IPv6 address carries, by every convention that fits."""
     number = int(address)
@@ -2123,17 +2134,6 @@ class Target(NamedTuple):
         return f"{self.host}:{self.port}"
 
 
-_TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_NUMBERED = re.compile(r"(?:.*\.)?[0-9]+\.?")  # 10.0.0.256: no name ends in a number, so an address was meant
-_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.[A-Za-z0-9_-]{1,63})*\.?")
-_URL = re.compile(
-    r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?"
-    r"(?P<path>/[^#?\s]*)?(?P<query>\?[^#\s]*)?",
-    re.ASCII | re.IGNORECASE,
-)
-
-
 def parse_target(url: str) -> Target:
     """Split an absolute http or https URL; ValueError says what is wrong with it.
 
@@ -2167,6 +2167,10 @@ def parse_target(url: str) -> Target:
     return Target(scheme, host, port, (match["path"] or "/") + (match["query"] or ""))
 
 
+def _addresses(answer: Iterable[Any]) -> list[IPAddress]:
+    return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in answer))
+
+
 def literal_addresses(host: str) -> list[IPAddress]:
     """The addresses of a host that needs no look-up: localhost, and numbers in every form that the system accepts."""
     if host.rstrip(".") == "localhost" or host.rstrip(".").endswith(".localhost"):
@@ -2176,10 +2180,6 @@ def literal_addresses(host: str) -> list[IPAddress]:
         return _addresses(socket.getaddrinfo(numeric, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST))
     except (OSError, UnicodeError):
         return []
-
-
-def _addresses(answer: Iterable[Any]) -> list[IPAddress]:
-    return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in answer))
 
 
 def _seconds_left(deadline: float) -> float:
@@ -2193,6 +2193,15 @@ _MAX_LOOKUPS = 512  # threads that resolve names, those whose request has timed 
 _MAX_TRIED = 16  # addresses of one name that a request tries
 _lookups: dict[str, Future[Any]] = {}  # under way, by host
 _lookups_lock = threading.Lock()
+
+
+def _look_up(host: str, lookup: Future[Any]) -> None:
+    try:
+        lookup.set_result(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM))
+    except (OSError, UnicodeError) as error:
+        lookup.set_exception(error)
+    with _lookups_lock:
+        del _lookups[host]
 
 
 def resolve(host: str, deadline: float) -> list[IPAddress]:
@@ -2223,15 +2232,6 @@ def resolve(host: str, deadline: float) -> list[IPAddress]:
         raise OutboundError("transport", "the host name cannot be resolved") from None
 
 
-def _look_up(host: str, lookup: Future[Any]) -> None:
-    try:
-        lookup.set_result(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM))
-    except (OSError, UnicodeError) as error:
-        lookup.set_exception(error)
-    with _lookups_lock:
-        del _lookups[host]
-
-
 def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> socket.socket:
     """A connection to an address that the policy allows. The name is resolved once, so it cannot change in between."""
     addresses = resolve(target.host, deadline)
@@ -2250,6 +2250,10 @@ def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> s
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
     raise failure
+
+
+def _too_large(max_bytes: int) -> OutboundError:
+    return OutboundError("too_large", f"the answer is larger than {show_size(max_bytes)}")
 
 
 class _BoundedStream(io.RawIOBase):
@@ -2334,10 +2338,6 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _too_large(max_bytes: int) -> OutboundError:
-    return OutboundError("too_large", f"the answer is larger than {show_size(max_bytes)}")
-
-
 KNOWN_CODINGS = ("gzip", "deflate")
 
 
@@ -2382,6 +2382,29 @@ class Fetched(NamedTuple):
     status: int
     headers: list[tuple[str, str]]
     body: bytes
+
+
+def _read_answer_whole(response: http.client.HTTPResponse, stream: _BoundedStream, max_bytes: int) -> Fetched:
+    cut_short = stream.ended  # inside the head: http.client takes the end of input for the end of the headers
+    data = response.read(max_bytes + 1) if max_bytes and not cut_short else b""
+    if len(data) > max_bytes:
+        raise _too_large(max_bytes)
+    if cut_short or (max_bytes and response.length):
+        raise OutboundError("transport", "the answer was cut short")
+    headers = response.getheaders()
+    return Fetched(response.status, headers, _decoded(data, content_codings(headers), max_bytes))
+
+
+def _outbound_error(error: Exception, timeout: float) -> OutboundError:
+    cause = getattr(error, "reason", None)  # of urllib's URLError
+    cause = cause if isinstance(cause, Exception) else error
+    if isinstance(cause, TimeoutError):
+        return OutboundError("timeout", f"no answer within {show_duration(round(timeout, 3))}")
+    if isinstance(cause, http.client.IncompleteRead):
+        return OutboundError("transport", "the answer was cut short")
+    if isinstance(cause, OSError):  # RemoteDisconnected and SSLCertVerificationError are of both kinds
+        return OutboundError("transport", f"the connection failed: {reason_of(cause)}")
+    return OutboundError("transport", f"the answer is not HTTP ({type(cause).__name__})")
 
 
 class Outbound:
@@ -2433,29 +2456,6 @@ class Outbound:
         return self._tls.wrap_socket(sock, server_hostname=target.host.rstrip("."))
 
 
-def _read_answer_whole(response: http.client.HTTPResponse, stream: _BoundedStream, max_bytes: int) -> Fetched:
-    cut_short = stream.ended  # inside the head: http.client takes the end of input for the end of the headers
-    data = response.read(max_bytes + 1) if max_bytes and not cut_short else b""
-    if len(data) > max_bytes:
-        raise _too_large(max_bytes)
-    if cut_short or (max_bytes and response.length):
-        raise OutboundError("transport", "the answer was cut short")
-    headers = response.getheaders()
-    return Fetched(response.status, headers, _decoded(data, content_codings(headers), max_bytes))
-
-
-def _outbound_error(error: Exception, timeout: float) -> OutboundError:
-    cause = getattr(error, "reason", None)  # of urllib's URLError
-    cause = cause if isinstance(cause, Exception) else error
-    if isinstance(cause, TimeoutError):
-        return OutboundError("timeout", f"no answer within {show_duration(round(timeout, 3))}")
-    if isinstance(cause, http.client.IncompleteRead):
-        return OutboundError("transport", "the answer was cut short")
-    if isinstance(cause, OSError):  # RemoteDisconnected and SSLCertVerificationError are of both kinds
-        return OutboundError("transport", f"the connection failed: {reason_of(cause)}")
-    return OutboundError("transport", f"the answer is not HTTP ({type(cause).__name__})")
-
-
 def header_value(headers: Iterable[tuple[str, str]], name: str) -> str | None:
     """The first value of a header; `name` is in lower case."""
     return next((value for key, value in headers if key.lower() == name), None)
@@ -2476,16 +2476,6 @@ def joined_headers(headers: Iterable[tuple[str, str]]) -> dict[str, Any]:
     return result
 
 
-def parse_retry_after(value: str | None, now: int) -> float:
-    """Seconds from a Retry-After header, a number or a date (RFC 9110, section 10.2.3); 0 without one.
-
-    `now` is in milliseconds since the epoch.
-    """
-    if re.fullmatch("[0-9]{1,9}", (value or "0").strip()):
-        return float(value or 0)
-    return max(0.0, http_date(value) - now / 1000)  # in this order NaN gives 0
-
-
 def http_date(text: str | None) -> float:
     """Seconds since the epoch from a date in a header (RFC 9110, section 5.6.7); NaN, which compares false, if none."""
     from email.utils import parsedate_to_datetime  # noqa: PLC0415 (few clients send a date)
@@ -2497,6 +2487,16 @@ def http_date(text: str | None) -> float:
         return date.timestamp()
     except (ValueError, OverflowError):
         return math.nan
+
+
+def parse_retry_after(value: str | None, now: int) -> float:
+    """Seconds from a Retry-After header, a number or a date (RFC 9110, section 10.2.3); 0 without one.
+
+    `now` is in milliseconds since the epoch.
+    """
+    if re.fullmatch("[0-9]{1,9}", (value or "0").strip()):
+        return float(value or 0)
+    return max(0.0, http_date(value) - now / 1000)  # in this order NaN gives 0
 
 
 # ======================================================================================================================
