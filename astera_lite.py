@@ -28,7 +28,8 @@ The rooms of the module, bottom up; each uses only what stands above it:
 What a server does not need until somebody uses it is in wings, files beside this one. This file names them as text
 only, `"astera_lite_tools:check"`, and loads one when it is first wanted; with `schema.sql` alone it is a whole server.
 
-    astera_lite_steps      sql, run, python; pages, until and OAuth 2 of http; @app.flow, @app.step
+    astera_lite_steps      the steps each, call, sql, run, python; @app.flow, @app.step
+    astera_lite_requests   patterns; pages, filters and sort of responses; connections, pages and until of http
     astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files, text of the metrics; advice on expressions
     astera_lite_tools      the commands check, try, test, new, jobs, job, token, backup, zipapp; deploying over HTTP
 """
@@ -3155,7 +3156,7 @@ def _error_value(error: Exception, masked: Mask) -> dict[str, Any]:
     if answer is not None:
         status, headers = answer.status, joined_headers(answer.headers)
         try:
-            body = _read_answer(answer)
+            body = read_answer(answer)
         except ValueError:
             body = answer.body.decode("utf-8", "replace")
     return dict(zip(_ERROR_MEMBERS, (status, headers, body, masked(message), kind), strict=True))
@@ -3248,7 +3249,7 @@ class Surroundings(NamedTuple):
     secrets: dict[str, str]
     max_result: int  # bytes
     max_step_response: int  # bytes
-    connections: dict[str, Connection]  # as they are now: a reload replaces them
+    connections: dict[str, Any]  # as they are now: a reload replaces them
     masked: Mask  # of the secrets, and of credentials
     helpers: threading.Semaphore  # a thread that helps with the items of an `each` holds one of them
     kept: dict[str, Any]  # what kinds of steps keep between runs, by their names; each has a method `close`
@@ -4041,7 +4042,7 @@ class Either(Member):
 
 
 class Elsewhere(Member):
-    """A member that a wing has under a name such as `astera_lite_steps:PAGES`, loaded when somebody first uses it."""
+    """A member that a wing has under a name such as `astera_lite_steps:SQL`, loaded when somebody first uses it."""
 
     name: str
 
@@ -4355,7 +4356,7 @@ class Address(NamedTuple):
         return url, fixed
 
 
-class _Url(Text):
+class Url(Text):
     """A URL, or with `behind` a path behind the URL of a connection.
 
     An expression behind the host is percent-encoded, so that its value cannot leave its place.
@@ -4397,9 +4398,9 @@ def _framing_header(build: Build, name: str, names: Collection[str]) -> str:
 
 _HTTP = {
     "method": OneOf(*HTTP_METHODS),
-    "url": _Url("an http or https URL"),
+    "url": Url("an http or https URL"),
     "connection": Text("the name of a connection"),
-    "path": _Url("a path such as /v1/cities", behind=True),
+    "path": Url("a path such as /v1/cities", behind=True),
     "query": MapOf(Value(), default={}),
     "headers": MapOf(Value(), default={}, check=_framing_header),
     "json": Value(),
@@ -4409,7 +4410,7 @@ _HTTP = {
     "expect": ListOf(_STATUS_WORD, default=["2xx"], least=1, lone=True),
     "follow": Flag(),
     "maxResponse": Size(),
-    "pages": Elsewhere("astera_lite_steps:PAGES"),
+    "pages": Elsewhere("astera_lite_requests:PAGES"),
     "until": Condition(names=("answer",)),
     "every": Duration(),
 }
@@ -4435,7 +4436,7 @@ def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
     if given.get("every", 1) < 0.01:
         build.fault(f"{place}/every", "must be at least 10ms")
     call = HttpCall(given, place)
-    for name, runner in (("pages", "astera_lite_steps:all_pages"), ("until", "astera_lite_steps:poll")):
+    for name, runner in (("pages", "astera_lite_requests:all_pages"), ("until", "astera_lite_requests:poll")):
         if name in given:  # a missing wing is told before the flow is in service
             return partial(wing(runner), call, given, place)
 
@@ -4503,7 +4504,7 @@ class HttpCall:
             if answer.body and unknown:
                 known = " and ".join(KNOWN_CODINGS)
                 raise ValueError(f"in the Content-Encoding {shown(unknown[0])}: {known} are known here")
-            body = _read_answer(answer)
+            body = read_answer(answer)
         except ValueError as error:
             raise _http_failure(self.method, 502, f"the API it calls answered {error}", "body", answer=answer) from None
         return {"status": answer.status, "headers": joined_headers(answer.headers), "body": body}, len(answer.body)
@@ -4582,7 +4583,7 @@ class OutgoingRequest:
         self.method, self.url, self.fixed = method, url, fixed
         self.headers: dict[str, str] = {}
         self.body: bytes | None = None
-        self.connection: Connection | None = None
+        self.connection: Any = None  # a Connection of astera_lite_requests
 
     def add_headers(self, values: Mapping[str, Any]) -> None:
         """Set headers, instead of those of the same names in whatever case; a value that is null sets none."""
@@ -4652,7 +4653,7 @@ def _encoded_address(text: str) -> str:
 _NO_CHARSETS = frozenset({"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"})
 
 
-def _read_answer(answer: Fetched) -> Any:
+def read_answer(answer: Fetched) -> Any:
     """A body as its content type says it is; ValueError for JSON that is none."""
     if not answer.body:
         return None
@@ -4681,73 +4682,6 @@ def _read_answer(answer: Fetched) -> Any:
         raise ValueError(f"with invalid JSON: {error}") from None
 
 
-class Connection(NamedTuple):
-    """A row of connections.json: what all calls to one API share. `timeout` is in seconds."""
-
-    url: Address
-    headers: Mapping[str, Template]
-    timeout: float | None
-    auth: Auth | None
-
-
-class Auth:
-    """How a connection proves who calls; a wing has one that gets tokens by OAuth 2."""
-
-    def __init__(self, kind: str, values: Mapping[str, Template]) -> None:
-        self.kind, self.values = kind, values
-
-    def apply(self, run: Run, request: OutgoingRequest) -> None:
-        """Put the credentials into a request."""
-        outside = run.outside
-        scope = {"env": outside.env, "secrets": outside.secrets}
-        values = {name: as_text(value(scope)) for name, value in self.values.items()}
-        outside.masked.hide(values[name] for name in ("token", "password", "value") if name in values)
-        if self.kind == "basic":
-            proof = base64.b64encode(f"{values['user']}:{values['password']}".encode()).decode()
-            outside.masked.hide([proof])
-            request.headers["Authorization"] = f"Basic {proof}"
-        elif self.kind == "bearer":
-            request.headers["Authorization"] = f"Bearer {values['token']}"
-        elif values["in"] == "query":
-            request.url = with_query(request.url, {values["name"]: values["value"]})
-        else:
-            request.headers[values["name"]] = values["value"]
-
-    def forget(self) -> bool:
-        """Drop what was refused; whether another credential can be had."""
-        return False
-
-
-def _make_auth(build: Build, given: dict[str, Any], place: str) -> Auth:
-    [(kind, values)] = given.items()
-    if isinstance(values, Auth):
-        return values
-    return Auth(kind, {"token": values} if kind == "bearer" else values)
-
-
-_WHERE = Computed(OneOf("header", "query"), required=True)
-_AUTH: dict[str, Member] = {
-    "bearer": Value(),
-    "basic": Table({"user": Value(required=True), "password": Value(required=True)}),
-    "apiKey": Table({"in": _WHERE, "name": Value(required=True), "value": Value(required=True)}),
-    "oauth2": Elsewhere("astera_lite_steps:OAUTH2"),
-}
-_CONNECTION = {
-    "url": _Url("an http or https URL", required=True),
-    "headers": MapOf(Value(), default={}),
-    "timeout": Duration(),
-    "auth": Table(_AUTH, _make_auth, choice=_AUTH),
-    "description": Text(),
-}
-
-
-def _make_connection(build: Build, given: dict[str, Any], place: str) -> Connection:
-    return Connection(given["url"], given["headers"], given.get("timeout"), given.get("auth"))
-
-
-CONNECTIONS = MapOf(Table(_CONNECTION, _make_connection))
-
-
 #: Processes that steps have started and that may run still; each has a method `kill`.
 CHILDREN: set[Any] = set()
 
@@ -4758,10 +4692,10 @@ def kill_children() -> None:
         child.kill()
 
 
-_BRANCH = {"steps": Steps(required=True), "result": Value()}
+BRANCH = {"steps": Steps(required=True), "result": Value()}
 
 
-def _inside(given: Mapping[str, Any]) -> Callable[[Run, Scope, str], Any]:
+def steps_runner(given: Mapping[str, Any]) -> Callable[[Run, Scope, str], Any]:
     """What runs the `steps` of a step, and computes their `result`; it takes the prefix of their paths."""
     steps, result = given["steps"], given.get("result")
 
@@ -4772,7 +4706,7 @@ def _inside(given: Mapping[str, Any]) -> Callable[[Run, Scope, str], Any]:
     return inside
 
 
-class _StepName(Text):
+class StepName(Text):
     """A name that later expressions use."""
 
     def read(self, build: Build, value: Any, place: str) -> str:
@@ -4788,90 +4722,10 @@ class _StepName(Text):
         return str(value)
 
 
-class _ItemName(_StepName):
-    """The name of the items of `each`; those of a part of the body are known by their schema."""
-
-    def read(self, build: Build, value: Any, place: str) -> str:
-        name, of = super().read(build, value, place), build.given.get("of")
-        build.names[name] = None
-        build.schemas[name] = of and of.schema and of.schema.items
-        return name
-
-
-MAX_CONCURRENCY = 64
-_EACH = {
-    "of": Value(required=True),
-    "as": _ItemName("a name that expressions can use", default="item"),
-    "concurrency": Number(1, MAX_CONCURRENCY, default=1),
-    **_BRANCH,
-}
-
-
-def _make_each(build: Build, given: dict[str, Any], place: str) -> Runner:
-    of, name, width, inside = given["of"], given["as"], given["concurrency"], _inside(given)
-
-    def each(run: Run, scope: Scope, path: str) -> list[Any]:
-        items = run.settled(of, scope, journal_key(path, "items"))
-        if type(items) not in (list, tuple):
-            raise ExpressionError(f"{place}/of: {kind_of(items)} is not a list")
-        done = itertools.count(1)
-
-        def one(part: Run, at: int) -> Any:
-            part.left()
-            value = inside(part, {**scope, name: items[at]}, f"{path}/{at}/")
-            if "/" not in path:
-                run.progress = Progress(path, next(done), len(items))
-            return value
-
-        if width == 1 or len(items) < 2:
-            return [one(run, at) for at in range(len(items))]
-        return _concurrently(run, one, len(items), width)
-
-    return each
-
-
-def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: int) -> list[Any]:
-    """The values of `one` for 0, 1, 2 …, in this order; the first error stops the rest.
-
-    The caller's thread does its share, and helpers do as far as there are any: nobody waits for a thread.
-    """
-    results: list[Any] = [None] * count
-    errors: list[BaseException] = []
-    turns, stop = itertools.count(), Cancel()
-
-    def work() -> None:
-        part = run.branch(cancel=stop, held=True)
-        while not stop.is_set and (at := next(turns)) < count:
-            try:
-                results[at] = one(part, at)
-            except BaseException as error:  # it is raised by the thread that runs the flow
-                errors.append(error)
-                stop.set()
-
-    def help_out() -> None:
-        try:
-            work()
-        finally:
-            run.outside.helpers.release()
-
-    helpers: list[threading.Thread] = []
-    with run.cancel.calling(stop.set):
-        while len(helpers) < min(width, count) - 1 and run.outside.helpers.acquire(blocking=False):
-            helpers.append(threading.Thread(target=help_out, name="astera-helper", daemon=True))
-            helpers[-1].start()
-        work()
-        for helper in helpers:
-            helper.join()
-    if errors:
-        raise errors[0]
-    run.check()
-    return results
-
-
 def _make_choose(build: Build, branches: list[dict[str, Any]], place: str) -> Runner:
     whens = [branch.get("when") for branch in branches]
     _is_last(build, whens, place)
-    ways = list(zip(whens, map(_inside, branches), strict=True))
+    ways = list(zip(whens, map(steps_runner, branches), strict=True))
 
     def choose(run: Run, scope: Scope, path: str) -> Any:
         for position, (when, inside) in enumerate(ways):
@@ -4882,38 +4736,7 @@ def _make_choose(build: Build, branches: list[dict[str, Any]], place: str) -> Ru
     return choose
 
 
-_CALL = {
-    "flow": Text("the name of a flow", FLOW_NAME.pattern, required=True),
-    "params": MapOf(Value(), default={}),
-    "body": Value(),
-}
-
-
-def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
-    name, params, body = given["flow"], given["params"], given.get("body")
-    build.calls.append((name, f"{place}/flow"))
-
-    def call(run: Run, scope: Scope, path: str) -> dict[str, Any]:
-        flow = run.outside.flow_named(name)
-        if flow is None:
-            raise StepError(500, "the flow that it calls is not deployed", f'"{name}" is not deployed', {"missing"})
-        values = {key: value for key, value in evaluated(params, scope).items() if value is not None}
-        try:
-            request = request_for(flow, values, body(scope) if body else None)
-            bound = flow.bind(request, path_values(flow, request.path), str(run.input.request["id"]))
-        except InputError as error:
-            raise StepError(500, "the flow that it calls refused its input", f'"{name}": {error}', {"input"}) from None
-        part = run.branch(flow=flow, input=bound)
-        with part.within(flow.timeout, journal_key(path, "flow deadline")):
-            answer = _answer_of(flow, part, f"{path}/")
-        run.progress = part.progress
-        fetched = Fetched(answer.code, list(answer.headers), answer.body)
-        return {"status": answer.code, "headers": joined_headers(answer.headers), "body": _read_answer(fetched)}
-
-    return call
-
-
-def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
+def answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
     """What a called flow answers; its `fail` is a failure of the step that calls it."""
     scope = run.scope()
     try:
@@ -4926,7 +4749,7 @@ def _answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
 
 
 _WAIT = Either(Computed(Duration()), Table({"until": Computed(_TIME, required=True)}))
-_WAYS = ListOf(Table({"when": Condition(), **_BRANCH}), least=1)
+_WAYS = ListOf(Table({"when": Condition(), **BRANCH}), least=1)
 #: Every kind of step. To add one: its members, a function that makes the runner of what they compile to, and a row.
 STEP_KINDS: dict[str, StepKind] = {
     "http": StepKind(
@@ -4960,11 +4783,22 @@ STEP_KINDS: dict[str, StepKind] = {
         failures=("exit",),
     ),
     "set": StepKind(Value(), _make_set, "computes a value", light=True),
-    "each": StepKind(Table(_EACH), _make_each, "runs steps for every item of a list", holds=True),
+    "each": StepKind(
+        Elsewhere("astera_lite_steps:EACH"),
+        late("astera_lite_steps:make_each"),
+        "runs steps for every item of a list",
+        holds=True,
+    ),
     "choose": StepKind(
         _WAYS, _make_choose, "runs the steps of the first branch whose `when` holds", light=True, holds=True
     ),
-    "call": StepKind(Table(_CALL, short="flow"), _make_call, "runs another flow", answers=True, holds=True),
+    "call": StepKind(
+        Elsewhere("astera_lite_steps:CALL"),
+        late("astera_lite_steps:make_call"),
+        "runs another flow",
+        answers=True,
+        holds=True,
+    ),
     "wait": StepKind(_WAIT, _make_wait, "waits for a time"),
     "respond": StepKind(
         Table(_ANSWER, _make_response), _make_respond, "answers at once; the steps after it do not run", light=True
@@ -5285,7 +5119,7 @@ class _OnError(Value):
 
 
 _OPTIONS: dict[str, Member] = {
-    "name": _StepName("a name that expressions can use", required=True),
+    "name": StepName("a name that expressions can use", required=True),
     "when": Condition(),
     "timeout": Duration(),
     "retry": Table(_RETRY, _make_retry, short="attempts"),
@@ -5529,9 +5363,7 @@ def _differences(outcome: Outcome, expected: Mapping[str, Any]) -> list[str]:
         if headers.get(name.lower()) != as_text(value):
             lines.append(f"header {name}: expected {shown(value)}, got {shown(headers.get(name.lower()))}")
     if "body" in expected:
-        lines += _unlike(
-            expected["body"], _read_answer(Fetched(answer.code, list(answer.headers), answer.body)), "body"
-        )
+        lines += _unlike(expected["body"], read_answer(Fetched(answer.code, list(answer.headers), answer.body)), "body")
     return lines
 
 
@@ -5686,15 +5518,15 @@ def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
     raise FlowError([Fault(name, "", message)])
 
 
-def load_connections(
-    folder: str | os.PathLike[str], previous: dict[str, Connection]
-) -> tuple[dict[str, Connection], list[Fault]]:
+def load_connections(folder: str | os.PathLike[str], previous: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     """The connections of a folder's connections.json; where it is faulty, those before stay in service."""
     build = Build(CONNECTIONS_FILE, {}, Functions())
     build.names = dict.fromkeys(("env", "secrets"))
     try:
         with _faults_of(CONNECTIONS_FILE):
-            connections = CONNECTIONS.read(build, _read_flow_file(folder, CONNECTIONS_FILE), "")
+            connections = wing("astera_lite_requests:CONNECTIONS").read(
+                build, _read_flow_file(folder, CONNECTIONS_FILE), ""
+            )
             return (previous, build.faults) if build.faults else (connections, [])
     except FileNotFoundError:
         return {}, []
@@ -8152,7 +7984,7 @@ class Deployer:
     `deployments` is the set in service. A change replaces the set as a whole, so a reader needs no lock.
     """
 
-    def __init__(self, folder: str | None, connections: dict[str, Connection]) -> None:
+    def __init__(self, folder: str | None, connections: dict[str, Any]) -> None:
         """`connections` is filled from the folder's connections.json, and emptied with it."""
         self.deployments = Deployments()
         self.kinds = dict(STEP_KINDS)

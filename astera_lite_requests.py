@@ -1,34 +1,68 @@
-"""What few flows ask of requests: patterns of texts; pages, filters and an order of a response's rows.
+"""What few flows want of requests.
+
+Of those that come in: patterns; pages, filters and an order of a response's rows. Of those that go out: connections
+with their credentials; pages, until.
 
 A wing of astera_lite, which loads this file when a flow is deployed that has one of them.
 """
 
 from __future__ import annotations
 
+import base64
+import copy
 import operator
 import re
+import sys
+import threading
 import types
+import urllib.parse
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from astera_lite import (
+    CONTENT_TYPES,
+    LENIENT_DECODER,
     MAX_PAGE,
     MAX_WORK,
+    Address,
     Budget,
+    Build,
+    Computed,
+    Duration,
     ExpressionError,
     FlowFailure,
+    HttpCall,
     InputErrors,
+    MapOf,
+    Member,
+    Number,
+    OneOf,
+    OutboundError,
+    OutgoingRequest,
+    Run,
+    Scope,
     Selection,
+    StepError,
+    Table,
+    Template,
+    Text,
+    Url,
+    Value,
     as_text,
+    encode_query,
+    evaluated,
     field_values,
+    from_json,
     kind_of,
+    parse_retry_after,
     read_number,
     sha256,
     shown,
     suggest,
     to_json,
+    with_query,
 )
 
 # Python's white space is not ECMA's, its `$` also holds before a last line feed, and its `.` takes more line ends.
@@ -222,3 +256,285 @@ def read_selection(selection: Selection, path: str, query: Mapping[str, list[str
     if cursor and not match:
         errors.add("query", "cursor", "is none that this endpoint gave for this request: begin again without it")
     return Selected(int(match[1]) if match else 0, sort, filters, stamp)
+
+
+_MAX_PAGES = 10_000  # unless the flow's author wrote another limit: an API whose pages have no end fails the step
+_STYLES = ("next", "link", "cursor", "offset", "page")
+
+
+#: Members of `pages`, by the style that they belong to.
+_BELONGING = {"parameter": "cursor", "limit": "offset", "size": "offset", "start": "page", "total": "offset, page"}
+
+
+class _Pages:
+    """A compiled `pages`."""
+
+    def __init__(self, build: Build, given: dict[str, Any], place: str) -> None:
+        [self.style] = [name for name in _STYLES if name in given]
+        for name, styles in _BELONGING.items():
+            if name in given and self.style not in styles.split(", "):
+                build.fault(f"{place}/{name}", f"belongs to {styles}, not to {self.style}")
+        if self.style == "cursor" and "parameter" not in given:
+            build.fault(place, 'needs "parameter": the query parameter that takes the cursor')
+        self.items, self.total = given["items"], given.get("total")  # total: how many items there are in all
+        self.next = given[self.style] if self.style in ("next", "cursor") else None
+        self.start: int = given.get("start", 1)
+        self.first: dict[str, Any] = {}  # query of the first page
+        if self.style == "offset":
+            self.first = {given["offset"]: 0, given.get("limit", "limit"): given.get("size", 100)}
+        elif self.style == "page":
+            self.first = {given["page"]: self.start}
+        #: The query parameter that asks for the next page.
+        self.parameter: str = next(iter(self.first), given.get("parameter", ""))
+        self.max_pages: int | None = given.get("maxPages")
+        self.max_items: int = given.get("maxItems", sys.maxsize)
+
+    def following(self, output: dict[str, Any], scope: Scope, count: int, got: int, pages: int) -> Any:
+        """What asks for the page behind this one: an address, or a value of the parameter; None at the end.
+
+        A page that is shorter than asked for is not the last one: servers have limits of their own.
+        """
+        if self.style == "link":
+            return _next_link(output["headers"].get("link", ""))
+        if self.next is not None:
+            following = self.next(scope) or None
+            return following if following is None or self.parameter else as_text(following)
+        total = self.total(scope) if self.total is not None else None
+        if total is None:
+            ended = not got
+        elif type(total) is not int:
+            raise ExpressionError(f"pages/total: {shown(total)} is not a number of items")
+        elif got == 0 and count < total:
+            detail = f"the API it calls has {total} items, as it says, and gave {count}"
+            raise StepError(502, detail, detail, {"pages", "unsafe"})
+        else:
+            ended = count >= total
+        return None if ended else count if self.style == "offset" else self.start + pages
+
+
+def _next_link(text: str) -> str | None:
+    """The target of rel=next in a Link header (RFC 8288)."""
+    for match in re.finditer(r"<([^<>]*)>((?:\s*;\s*[\w!#$&+.^`|~*-]+\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]+))*)", text):
+        relation = re.search(r';\s*rel\s*=\s*(?:"([^"]*)"|([^\s;,"]+))', match[2], re.IGNORECASE)
+        if relation and "next" in (relation[1] or relation[2]).lower().split():
+            return match[1]
+    return None
+
+
+_PARAMETER = partial(Text, "the name of a query parameter", r"(?!.*\$\{)(?s:.+)")
+
+
+PAGES = Table(
+    {
+        "items": Value(default="${page.body}", names=("page",)),
+        "next": Value(names=("page",)),
+        "link": Member(holds=lambda value: value is True, word="true", json={"const": True}),
+        "cursor": Value(names=("page",)),
+        "offset": _PARAMETER(),
+        "page": _PARAMETER(),
+        "parameter": _PARAMETER(),
+        "limit": _PARAMETER(),
+        "size": Number(1),
+        "start": Number(0),
+        "total": Value(names=("page",)),
+        "maxPages": Number(1),
+        "maxItems": Number(1),
+    },
+    _Pages,
+    choice=_STYLES,
+)
+
+
+def all_pages(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: Scope, path: str) -> Any:
+    """Call until there is no further page, or a limit is reached; all items together.
+
+    What is there is kept in `run.reached`, so that a further attempt goes on with the page that failed.
+    """
+    pages: _Pages = given["pages"]
+    if path not in run.reached:
+        request = call.request(run, scope)
+        first = copy.copy(request)
+        request.url = with_query(request.url, pages.first)
+        run.reached[path] = (1, request, first, [], call.limit(run), None)
+    while True:
+        count, request, first, items, left, seen = run.reached[path]
+        output, size = call.send(run, copy.copy(request), max(left, 1))
+        page_scope = {**scope, "page": output}
+        found = pages.items(page_scope)
+        if type(found) is not list:
+            raise ExpressionError(f"{place}/pages/items: {kind_of(found)} is not a list")
+        got = len(items) + len(found)
+        following = pages.following(output, page_scope, got, len(found), count)
+        if following is None or count == pages.max_pages or got >= pages.max_items:
+            more = following is not None or got > pages.max_items
+            del run.reached[path]
+            return {"items": [*items, *found][: pages.max_items], "pages": count, "more": more, **output}
+        if following == seen or (pages.max_pages is None and count >= _MAX_PAGES):
+            detail = "the API it calls names the same page without end"
+            if following != seen:
+                detail = f"the API it calls has more than {_MAX_PAGES:,} pages: say with maxPages how many you want"
+            raise StepError(502, detail, f"{detail} (page {count})", {"pages", "unsafe"})
+        if pages.parameter:
+            request = copy.copy(first)
+            request.url = with_query(first.url, {**pages.first, pages.parameter: following})
+        else:
+            call.go_to_next(request, following)
+        items += found
+        run.reached[path] = (count + 1, request, first, items, left - size, following)
+
+
+_LONGEST_PAUSE_S = 3600.0
+
+
+def poll(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: Scope, path: str) -> dict[str, Any]:
+    """Repeat a call until its answer is as wanted."""
+    run.wait_until(run.journal.waits.get(path, 0), path)
+    while True:
+        output, _ = call.send(run, call.request(run, scope), call.limit(run))
+        if given["until"]({**scope, "answer": output}):
+            return output
+        asked = parse_retry_after(output["headers"].get("retry-after"), run.outside.clock.wall())
+        pause_ms = round(max(given.get("every", 2.0), min(asked, _LONGEST_PAUSE_S)) * 1000)
+        run.wait_until(run.outside.clock.now() + pause_ms, path)
+
+
+class Connection(NamedTuple):
+    """A row of connections.json: what all calls to one API share. `timeout` is in seconds."""
+
+    url: Address
+    headers: Mapping[str, Template]
+    timeout: float | None
+    auth: Auth | None
+
+
+class Auth:
+    """How a connection proves who calls."""
+
+    def __init__(self, kind: str, values: Mapping[str, Template]) -> None:
+        self.kind, self.values = kind, values
+
+    def apply(self, run: Run, request: OutgoingRequest) -> None:
+        """Put the credentials into a request."""
+        outside = run.outside
+        scope = {"env": outside.env, "secrets": outside.secrets}
+        values = {name: as_text(value(scope)) for name, value in self.values.items()}
+        outside.masked.hide(values[name] for name in ("token", "password", "value") if name in values)
+        if self.kind == "basic":
+            proof = base64.b64encode(f"{values['user']}:{values['password']}".encode()).decode()
+            outside.masked.hide([proof])
+            request.headers["Authorization"] = f"Basic {proof}"
+        elif self.kind == "bearer":
+            request.headers["Authorization"] = f"Bearer {values['token']}"
+        elif values["in"] == "query":
+            request.url = with_query(request.url, {values["name"]: values["value"]})
+        else:
+            request.headers[values["name"]] = values["value"]
+
+    def forget(self) -> bool:
+        """Drop what was refused; whether another credential can be had."""
+        return False
+
+
+_TOKEN_LIFE_S = 3600.0
+
+
+class _ClientCredentials(Auth):
+    """Tokens of the client credentials grant (RFC 6749, section 4.4), each kept until shortly before its end."""
+
+    def __init__(self, build: Build, values: Mapping[str, Template], place: str) -> None:
+        super().__init__("oauth2", values)
+        self._lock = threading.Lock()
+        self._token, self._until = "", 0.0
+
+    def apply(self, run: Run, request: OutgoingRequest) -> None:
+        """Put the token into a request."""
+        clock = run.outside.clock
+        while not self._lock.acquire(timeout=min(run.left(), 1.0)):
+            run.check()
+        try:
+            if clock.monotonic() >= self._until:
+                self._token, life = self._fetch(run)
+                self._until = clock.monotonic() + life - min(30.0, life / 10)
+                run.outside.masked.hide([self._token])
+            request.headers["Authorization"] = f"Bearer {self._token}"
+        finally:
+            self._lock.release()
+
+    def forget(self) -> bool:
+        """Drop the token that was refused, for another one can be had."""
+        self._until = 0.0
+        return True
+
+    def _fetch(self, run: Run) -> tuple[str, float]:
+        """A token, and its life in seconds."""
+        outside = run.outside
+        values = evaluated(self.values, {"env": outside.env, "secrets": outside.secrets})
+        client, secret = as_text(values["clientId"]), as_text(values["clientSecret"])
+        outside.masked.hide([secret])
+        form = {"grant_type": "client_credentials", "scope": values.get("scope")}
+        headers = {"Accept": "application/json", "Content-Type": CONTENT_TYPES["form"]}
+        if values["in"] == "body":
+            form |= {"client_id": client, "client_secret": secret}
+        else:  # section 2.3.1
+            pair = f"{urllib.parse.quote_plus(client)}:{urllib.parse.quote_plus(secret)}".encode()
+            headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
+        url, body = as_text(values["tokenUrl"]), encode_query(form).encode()
+        detail = "no token could be had for the API it calls"
+        try:
+            answer = outside.outbound.fetch("POST", url, headers, body, timeout=run.left(), max_bytes=64 << 10)
+            if not 200 <= answer.status < 300:
+                raise OutboundError("transport", f"the token's server answered {answer.status}")
+            given = from_json(answer.body, LENIENT_DECODER)
+            token = given["access_token"]
+            if not isinstance(token, str) or not token:
+                raise ValueError
+            told = str(given.get("expires_in"))  # in whatever form; what makes no sense stands for an hour
+            return token, float(told) if re.fullmatch(r"[1-9][0-9]{0,8}(\.[0-9]+)?", told) else _TOKEN_LIFE_S
+        except OutboundError as error:
+            run.check()
+            status, kind = (504, "timeout") if error.kind == "timeout" else (502, "transport")
+            raise StepError(status, detail, str(error), {kind}) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise StepError(502, detail, "the token's server did not give one", {"transport"}) from None
+
+
+OAUTH2 = Table(
+    {
+        "tokenUrl": Value(required=True),
+        "clientId": Value(required=True),
+        "clientSecret": Value(required=True),
+        "scope": Value(),
+        "in": Computed(OneOf("header", "body"), default="header"),
+    },
+    _ClientCredentials,
+)
+
+
+def _make_auth(build: Build, given: dict[str, Any], place: str) -> Auth:
+    [(kind, values)] = given.items()
+    if isinstance(values, Auth):
+        return values
+    return Auth(kind, {"token": values} if kind == "bearer" else values)
+
+
+_WHERE = Computed(OneOf("header", "query"), required=True)
+_AUTH: dict[str, Member] = {
+    "bearer": Value(),
+    "basic": Table({"user": Value(required=True), "password": Value(required=True)}),
+    "apiKey": Table({"in": _WHERE, "name": Value(required=True), "value": Value(required=True)}),
+    "oauth2": OAUTH2,
+}
+_CONNECTION = {
+    "url": Url("an http or https URL", required=True),
+    "headers": MapOf(Value(), default={}),
+    "timeout": Duration(),
+    "auth": Table(_AUTH, _make_auth, choice=_AUTH),
+    "description": Text(),
+}
+
+
+def _make_connection(build: Build, given: dict[str, Any], place: str) -> Connection:
+    return Connection(given["url"], given["headers"], given.get("timeout"), given.get("auth"))
+
+
+CONNECTIONS = MapOf(Table(_CONNECTION, _make_connection))

@@ -1,15 +1,14 @@
-"""What many servers do without: sql, run, python; pages, until, OAuth 2 of http; @app.flow and @app.step.
+"""What many servers do without: the steps each, call, sql, run and python; @app.flow and @app.step.
 
 A wing of astera_lite, which loads this file when a flow first wants one of them.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import copy
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -22,34 +21,32 @@ import threading
 import time
 import types
 import typing
-import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from astera_lite import (
+    BRANCH,
     CHILDREN,
-    CONTENT_TYPES,
+    FLOW_NAME,
     INT64,
     LENIENT_DECODER,
-    Auth,
     Build,
-    Computed,
+    Cancel,
     Context,
     Either,
     ExpressionError,
     Fault,
+    Fetched,
     Flag,
     FlowError,
     Functions,
-    HttpCall,
+    InputError,
     ListOf,
     MapOf,
     Member,
     Number,
     OneOf,
-    OutboundError,
-    OutgoingRequest,
     Progress,
     Run,
     Runner,
@@ -57,244 +54,150 @@ from astera_lite import (
     Size,
     StepError,
     StepKind,
+    StepName,
     Surroundings,
     Table,
     Template,
     Text,
     Value,
+    answer_of,
     as_bytes,
     as_text,
-    encode_query,
     evaluated,
     exception_source,
     from_json,
     from_saved,
+    joined_headers,
+    journal_key,
     kind_of,
     log,
     log_message,
-    parse_retry_after,
+    path_values,
     pointer,
+    read_answer,
+    request_for,
     show_size,
     shown,
+    steps_runner,
     suggest,
     to_json,
     to_saved,
-    with_query,
 )
 
-_MAX_PAGES = 10_000  # unless the flow's author wrote another limit: an API whose pages have no end fails the step
-_STYLES = ("next", "link", "cursor", "offset", "page")
+
+class _ItemName(StepName):
+    """The name of the items of `each`; those of a part of the body are known by their schema."""
+
+    def read(self, build: Build, value: Any, place: str) -> str:
+        name, of = super().read(build, value, place), build.given.get("of")
+        build.names[name] = None
+        build.schemas[name] = of and of.schema and of.schema.items
+        return name
 
 
-#: Members of `pages`, by the style that they belong to.
-_BELONGING = {"parameter": "cursor", "limit": "offset", "size": "offset", "start": "page", "total": "offset, page"}
-
-
-class _Pages:
-    """A compiled `pages`."""
-
-    def __init__(self, build: Build, given: dict[str, Any], place: str) -> None:
-        [self.style] = [name for name in _STYLES if name in given]
-        for name, styles in _BELONGING.items():
-            if name in given and self.style not in styles.split(", "):
-                build.fault(f"{place}/{name}", f"belongs to {styles}, not to {self.style}")
-        if self.style == "cursor" and "parameter" not in given:
-            build.fault(place, 'needs "parameter": the query parameter that takes the cursor')
-        self.items, self.total = given["items"], given.get("total")  # total: how many items there are in all
-        self.next = given[self.style] if self.style in ("next", "cursor") else None
-        self.start: int = given.get("start", 1)
-        self.first: dict[str, Any] = {}  # query of the first page
-        if self.style == "offset":
-            self.first = {given["offset"]: 0, given.get("limit", "limit"): given.get("size", 100)}
-        elif self.style == "page":
-            self.first = {given["page"]: self.start}
-        #: The query parameter that asks for the next page.
-        self.parameter: str = next(iter(self.first), given.get("parameter", ""))
-        self.max_pages: int | None = given.get("maxPages")
-        self.max_items: int = given.get("maxItems", sys.maxsize)
-
-    def following(self, output: dict[str, Any], scope: Scope, count: int, got: int, pages: int) -> Any:
-        """What asks for the page behind this one: an address, or a value of the parameter; None at the end.
-
-        A page that is shorter than asked for is not the last one: servers have limits of their own.
-        """
-        if self.style == "link":
-            return _next_link(output["headers"].get("link", ""))
-        if self.next is not None:
-            following = self.next(scope) or None
-            return following if following is None or self.parameter else as_text(following)
-        total = self.total(scope) if self.total is not None else None
-        if total is None:
-            ended = not got
-        elif type(total) is not int:
-            raise ExpressionError(f"pages/total: {shown(total)} is not a number of items")
-        elif got == 0 and count < total:
-            detail = f"the API it calls has {total} items, as it says, and gave {count}"
-            raise StepError(502, detail, detail, {"pages", "unsafe"})
-        else:
-            ended = count >= total
-        return None if ended else count if self.style == "offset" else self.start + pages
-
-
-def _next_link(text: str) -> str | None:
-    """The target of rel=next in a Link header (RFC 8288)."""
-    for match in re.finditer(r"<([^<>]*)>((?:\s*;\s*[\w!#$&+.^`|~*-]+\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]+))*)", text):
-        relation = re.search(r';\s*rel\s*=\s*(?:"([^"]*)"|([^\s;,"]+))', match[2], re.IGNORECASE)
-        if relation and "next" in (relation[1] or relation[2]).lower().split():
-            return match[1]
-    return None
-
-
-_PARAMETER = partial(Text, "the name of a query parameter", r"(?!.*\$\{)(?s:.+)")
-
-
-PAGES = Table(
+EACH = Table(
     {
-        "items": Value(default="${page.body}", names=("page",)),
-        "next": Value(names=("page",)),
-        "link": Member(holds=lambda value: value is True, word="true", json={"const": True}),
-        "cursor": Value(names=("page",)),
-        "offset": _PARAMETER(),
-        "page": _PARAMETER(),
-        "parameter": _PARAMETER(),
-        "limit": _PARAMETER(),
-        "size": Number(1),
-        "start": Number(0),
-        "total": Value(names=("page",)),
-        "maxPages": Number(1),
-        "maxItems": Number(1),
-    },
-    _Pages,
-    choice=_STYLES,
+        "of": Value(required=True),
+        "as": _ItemName("a name that expressions can use", default="item"),
+        "concurrency": Number(1, 64, default=1),
+        **BRANCH,
+    }
 )
 
 
-def all_pages(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: Scope, path: str) -> Any:
-    """Call until there is no further page, or a limit is reached; all items together.
+def make_each(build: Build, given: dict[str, Any], place: str) -> Runner:
+    of, name, width, inside = given["of"], given["as"], given["concurrency"], steps_runner(given)
 
-    What is there is kept in `run.reached`, so that a further attempt goes on with the page that failed.
+    def each(run: Run, scope: Scope, path: str) -> list[Any]:
+        items = run.settled(of, scope, journal_key(path, "items"))
+        if type(items) not in (list, tuple):
+            raise ExpressionError(f"{place}/of: {kind_of(items)} is not a list")
+        done = itertools.count(1)
+
+        def one(part: Run, at: int) -> Any:
+            part.left()
+            value = inside(part, {**scope, name: items[at]}, f"{path}/{at}/")
+            if "/" not in path:
+                run.progress = Progress(path, next(done), len(items))
+            return value
+
+        if width == 1 or len(items) < 2:
+            return [one(run, at) for at in range(len(items))]
+        return _concurrently(run, one, len(items), width)
+
+    return each
+
+
+def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: int) -> list[Any]:
+    """The values of `one` for 0, 1, 2 …, in this order; the first error stops the rest.
+
+    The caller's thread does its share, and helpers do as far as there are any: nobody waits for a thread.
     """
-    pages: _Pages = given["pages"]
-    if path not in run.reached:
-        request = call.request(run, scope)
-        first = copy.copy(request)
-        request.url = with_query(request.url, pages.first)
-        run.reached[path] = (1, request, first, [], call.limit(run), None)
-    while True:
-        count, request, first, items, left, seen = run.reached[path]
-        output, size = call.send(run, copy.copy(request), max(left, 1))
-        page_scope = {**scope, "page": output}
-        found = pages.items(page_scope)
-        if type(found) is not list:
-            raise ExpressionError(f"{place}/pages/items: {kind_of(found)} is not a list")
-        got = len(items) + len(found)
-        following = pages.following(output, page_scope, got, len(found), count)
-        if following is None or count == pages.max_pages or got >= pages.max_items:
-            more = following is not None or got > pages.max_items
-            del run.reached[path]
-            return {"items": [*items, *found][: pages.max_items], "pages": count, "more": more, **output}
-        if following == seen or (pages.max_pages is None and count >= _MAX_PAGES):
-            detail = "the API it calls names the same page without end"
-            if following != seen:
-                detail = f"the API it calls has more than {_MAX_PAGES:,} pages: say with maxPages how many you want"
-            raise StepError(502, detail, f"{detail} (page {count})", {"pages", "unsafe"})
-        if pages.parameter:
-            request = copy.copy(first)
-            request.url = with_query(first.url, {**pages.first, pages.parameter: following})
-        else:
-            call.go_to_next(request, following)
-        items += found
-        run.reached[path] = (count + 1, request, first, items, left - size, following)
+    results: list[Any] = [None] * count
+    errors: list[BaseException] = []
+    turns, stop = itertools.count(), Cancel()
 
+    def work() -> None:
+        part = run.branch(cancel=stop, held=True)
+        while not stop.is_set and (at := next(turns)) < count:
+            try:
+                results[at] = one(part, at)
+            except BaseException as error:  # it is raised by the thread that runs the flow
+                errors.append(error)
+                stop.set()
 
-_LONGEST_PAUSE_S = 3600.0
-
-
-def poll(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: Scope, path: str) -> dict[str, Any]:
-    """Repeat a call until its answer is as wanted."""
-    run.wait_until(run.journal.waits.get(path, 0), path)
-    while True:
-        output, _ = call.send(run, call.request(run, scope), call.limit(run))
-        if given["until"]({**scope, "answer": output}):
-            return output
-        asked = parse_retry_after(output["headers"].get("retry-after"), run.outside.clock.wall())
-        pause_ms = round(max(given.get("every", 2.0), min(asked, _LONGEST_PAUSE_S)) * 1000)
-        run.wait_until(run.outside.clock.now() + pause_ms, path)
-
-
-_TOKEN_LIFE_S = 3600.0
-
-
-class _ClientCredentials(Auth):
-    """Tokens of the client credentials grant (RFC 6749, section 4.4), each kept until shortly before its end."""
-
-    def __init__(self, build: Build, values: Mapping[str, Template], place: str) -> None:
-        super().__init__("oauth2", values)
-        self._lock = threading.Lock()
-        self._token, self._until = "", 0.0
-
-    def apply(self, run: Run, request: OutgoingRequest) -> None:
-        """Put the token into a request."""
-        clock = run.outside.clock
-        while not self._lock.acquire(timeout=min(run.left(), 1.0)):
-            run.check()
+    def help_out() -> None:
         try:
-            if clock.monotonic() >= self._until:
-                self._token, life = self._fetch(run)
-                self._until = clock.monotonic() + life - min(30.0, life / 10)
-                run.outside.masked.hide([self._token])
-            request.headers["Authorization"] = f"Bearer {self._token}"
+            work()
         finally:
-            self._lock.release()
+            run.outside.helpers.release()
 
-    def forget(self) -> bool:
-        """Drop the token that was refused, for another one can be had."""
-        self._until = 0.0
-        return True
-
-    def _fetch(self, run: Run) -> tuple[str, float]:
-        """A token, and its life in seconds."""
-        outside = run.outside
-        values = evaluated(self.values, {"env": outside.env, "secrets": outside.secrets})
-        client, secret = as_text(values["clientId"]), as_text(values["clientSecret"])
-        outside.masked.hide([secret])
-        form = {"grant_type": "client_credentials", "scope": values.get("scope")}
-        headers = {"Accept": "application/json", "Content-Type": CONTENT_TYPES["form"]}
-        if values["in"] == "body":
-            form |= {"client_id": client, "client_secret": secret}
-        else:  # section 2.3.1
-            pair = f"{urllib.parse.quote_plus(client)}:{urllib.parse.quote_plus(secret)}".encode()
-            headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
-        url, body = as_text(values["tokenUrl"]), encode_query(form).encode()
-        detail = "no token could be had for the API it calls"
-        try:
-            answer = outside.outbound.fetch("POST", url, headers, body, timeout=run.left(), max_bytes=64 << 10)
-            if not 200 <= answer.status < 300:
-                raise OutboundError("transport", f"the token's server answered {answer.status}")
-            given = from_json(answer.body, LENIENT_DECODER)
-            token = given["access_token"]
-            if not isinstance(token, str) or not token:
-                raise ValueError
-            told = str(given.get("expires_in"))  # in whatever form; what makes no sense stands for an hour
-            return token, float(told) if re.fullmatch(r"[1-9][0-9]{0,8}(\.[0-9]+)?", told) else _TOKEN_LIFE_S
-        except OutboundError as error:
-            run.check()
-            status, kind = (504, "timeout") if error.kind == "timeout" else (502, "transport")
-            raise StepError(status, detail, str(error), {kind}) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise StepError(502, detail, "the token's server did not give one", {"transport"}) from None
+    helpers: list[threading.Thread] = []
+    with run.cancel.calling(stop.set):
+        while len(helpers) < min(width, count) - 1 and run.outside.helpers.acquire(blocking=False):
+            helpers.append(threading.Thread(target=help_out, name="astera-helper", daemon=True))
+            helpers[-1].start()
+        work()
+        for helper in helpers:
+            helper.join()
+    if errors:
+        raise errors[0]
+    run.check()
+    return results
 
 
-OAUTH2 = Table(
+CALL = Table(
     {
-        "tokenUrl": Value(required=True),
-        "clientId": Value(required=True),
-        "clientSecret": Value(required=True),
-        "scope": Value(),
-        "in": Computed(OneOf("header", "body"), default="header"),
+        "flow": Text("the name of a flow", FLOW_NAME.pattern, required=True),
+        "params": MapOf(Value(), default={}),
+        "body": Value(),
     },
-    _ClientCredentials,
+    short="flow",
 )
+
+
+def make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
+    name, params, body = given["flow"], given["params"], given.get("body")
+    build.calls.append((name, f"{place}/flow"))
+
+    def call(run: Run, scope: Scope, path: str) -> dict[str, Any]:
+        flow = run.outside.flow_named(name)
+        if flow is None:
+            raise StepError(500, "the flow that it calls is not deployed", f'"{name}" is not deployed', {"missing"})
+        values = {key: value for key, value in evaluated(params, scope).items() if value is not None}
+        try:
+            request = request_for(flow, values, body(scope) if body else None)
+            bound = flow.bind(request, path_values(flow, request.path), str(run.input.request["id"]))
+        except InputError as error:
+            raise StepError(500, "the flow that it calls refused its input", f'"{name}": {error}', {"input"}) from None
+        part = run.branch(flow=flow, input=bound)
+        with part.within(flow.timeout, journal_key(path, "flow deadline")):
+            answer = answer_of(flow, part, f"{path}/")
+        run.progress = part.progress
+        fetched = Fetched(answer.code, list(answer.headers), answer.body)
+        return {"status": answer.code, "headers": joined_headers(answer.headers), "body": read_answer(fetched)}
+
+    return call
 
 
 # A statement's parts in which a mark is no parameter, and the marks of parameters (SQLite, "lang_expr").

@@ -14,7 +14,6 @@ import pytest
 from support import ROOT, Client
 
 from astera_lite import (
-    CONNECTIONS,
     FLOW,
     STEP_KINDS,
     VALUE_SCHEMA,
@@ -27,6 +26,7 @@ from astera_lite import (
     to_json,
     wing,
 )
+from astera_lite_requests import CONNECTIONS
 
 sys.path.insert(0, str(ROOT / "examples"))
 

@@ -28,7 +28,7 @@ TREES = {name: ast.parse((ROOT / name).read_text("utf-8")) for name in FILES}
 LINES = {
     "astera_lite.py": 13_500,
     "astera_lite_documents.py": 1_000,
-    "astera_lite_requests.py": 250,
+    "astera_lite_requests.py": 600,
     "astera_lite_steps.py": 1_000,
     "astera_lite_tools.py": 800,
 }
@@ -167,6 +167,8 @@ STEPS = {
     "sql": {"sql": {"database": "a.db", "query": "SELECT 1"}},
     "run": {"run": ["true"]},
     "python": {"python": "json:dumps"},
+    "each": {"each": {"of": [], "steps": [{"name": "t", "set": 1}]}},
+    "call": {"call": "hello"},
     "pages": {"http": {"url": "http://127.0.0.1/", "pages": {"link": True}}},
     "until": {"http": {"url": "http://127.0.0.1/", "until": "${answer.body}"}},
 }
@@ -176,11 +178,16 @@ def test_a_flow_without_its_wing_is_a_fault_and_the_others_are_served(alone: Pat
     for name, step in STEPS.items():
         flow = get_flow(f"/{name}", steps=[{"name": "s", **step}])
         (alone / "flows" / f"{name}.json").write_text(astera_lite.to_json(flow))
+    (alone / "flows" / "connections.json").write_text("{}")
     with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, _):
         found = Api(url).session.get(f"{url}/api/deployments", timeout=10).json()
-        missing = "astera_lite_steps.py is missing: copy it beside astera_lite.py"
-        told = {(fault["file"], fault["message"]) for fault in found["faults"]}
-        assert told == {(f"{name}.json", f"cannot be deployed: {missing}") for name in STEPS}
+        told = {fault["file"]: fault["message"] for fault in found["faults"]}
+        of_requests = ("pages", "until", "connections")
+        assert told == {
+            f"{name}.json": f"cannot be deployed: {wing} is missing: copy it beside astera_lite.py"
+            for name in (*STEPS, "connections")
+            for wing in ["astera_lite_requests.py" if name in of_requests else "astera_lite_steps.py"]
+        }
         assert {each["name"] for each in found["deployments"]} == {"hello", "order", "slow", "weather"}
 
 

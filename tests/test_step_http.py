@@ -506,7 +506,7 @@ def test_pages_are_followed_to_the_end_or_fail(tmp_path: Path, monkeypatch: pyte
         app.deploy("f", get_flow("/f", steps=[step(pages={**spec["http"]["pages"], "total": "${500}"})]))
         result = app.run("f")
         assert (result.status_code, "has 500 items, as it says, and gave 120" in result.text) == (502, True)
-        monkeypatch.setattr("astera_lite_steps._MAX_PAGES", 100)
+        monkeypatch.setattr("astera_lite_requests._MAX_PAGES", 100)
         app.deploy("f", get_flow("/f", steps=[spec]))
         result = app.run("f")
         assert (result.status_code, "more than 100 pages" in result.text) == (502, True)
