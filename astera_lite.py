@@ -6825,8 +6825,8 @@ def _bytes_from_mark(value: dict[str, Any]) -> Any:
 # ======================================================================================================================
 
 MAX_ATTEMPTS = 3  # a job interrupted this often is given up: it may be what crashes the server
-_KEEP_BYTES = 1 << 20  # of queued jobs' requests kept in memory; parsed, they take up to thirty times as much
-_MIN_KEPT = 1 << 10  # bytes that a kept request counts for at least
+_KEEP_BYTES = 256 << 10  # that a job's request may have to stay in memory, divided by the jobs queued: parsed, it takes
+_MIN_KEPT = 1 << 10  # thirty times as much; and what it counts for at least
 _MAX_UNWRITTEN = 32 << 20  # bytes of outcomes on their way to the disk, above which a worker waits for its own
 _MIN_UNWRITTEN = 16 << 10  # bytes that an outcome counts for at least
 _LIGHT_BUDGET = 10_000  # units that a run on the calling thread may spend: a few milliseconds
@@ -6872,18 +6872,134 @@ _MOVES = {
 class Entry:
     """What the engine knows of a job that has not ended, or of a synchronous call, which has a negative number."""
 
-    __slots__ = ("cancel", "done", "due", "flow", "job", "kept_bytes", "number", "prepared", "progress", "run", "state")
+    __slots__ = ("cancel", "done", "due", "flow", "job", "number", "prepared", "progress", "run", "state")
 
     def __init__(self, number: int, flow: str) -> None:
         self.number, self.flow, self.state = number, flow, State.NEW  # a job's number is its `seq`
         self.job: Job | None = None  # as its run sees it
         self.run: Run | None = None
         self.cancel: Cancel | None = None  # of a job that has, or had, a thread
-        self.prepared: Prepared | None = None
-        self.kept_bytes = 0  # that `prepared` counts for while the job is queued
+        self.prepared: Prepared | None = None  # None: read it from the store
         self.due: int | None = None  # milliseconds since the epoch
         self.progress: Progress | None = None  # of a job that waits
         self.done: Callable[[Outcome], None] = lambda outcome: None  # of a call
+
+
+class Queue:
+    """The jobs and calls in hand, and which of them may run. All methods want `changed` to be held, but for counts.
+
+    Heaps hold numbers: one whose entry is in another state when its turn comes is passed over.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.changed = threading.Condition(threading.Lock())  # a run has ended, or a thread has nothing more to do
+        self.entries: dict[int, Entry] = {}
+        self.workers, self.busy = workers, 0  # threads that may run jobs, and that do
+        self.stopping = False
+        self._counts = Counter[State]()  # of jobs
+        self._unfinished = Counter[str]()  # entries by flow
+        self._ready: list[int] = []  # calls, which come first, and jobs by age
+        self._due: list[tuple[int, int]] = []  # (due, number) of those that wait
+        self._held: defaultdict[str, list[int]] = defaultdict(list)  # by flow
+        self._running = Counter[str]()  # runs of the flows that have a limit
+
+    @property
+    def queued(self) -> int:
+        """Jobs that were accepted and do not run yet."""
+        return self._counts[State.NEW] + self._counts[State.READY] + self._counts[State.HELD]
+
+    def counts(self) -> dict[str, int]:
+        """Jobs that are queued, that have a thread, and that wait for a time."""
+        return {"queued": self.queued, "running": self.busy, "waiting": self._counts[State.WAITING]}
+
+    def in_state(self, *states: State) -> list[Entry]:
+        """The entries in these states."""
+        return [entry for entry in list(self.entries.values()) if entry.state in states]
+
+    def is_full(self, flow: Flow) -> bool:
+        """Whether a flow refuses what comes now."""
+        return flow.limit is not None and flow.when_full == "refuse" and self._unfinished[flow.name] >= flow.limit
+
+    def enter(self, number: int, flow: str) -> Entry:
+        """The entry of a job or call; a new one if there is none."""
+        entry = self.entries.get(number)
+        if entry is None:
+            entry = self.entries[number] = Entry(number, flow)
+            self._unfinished[flow] += 1
+            self._counts[State.NEW] += number >= 0
+        return entry
+
+    def move(self, entry: Entry, state: State) -> bool:
+        """Give an entry another state; False if it may not have this one now."""
+        if state not in _MOVES[entry.state]:
+            return False
+        if entry.number >= 0:
+            self._counts[entry.state] -= 1
+            self._counts[state] += 1
+        entry.state = state
+        if state is State.READY:
+            heapq.heappush(self._ready, entry.number)
+        elif state is State.HELD:
+            heapq.heappush(self._held[entry.flow], entry.number)
+        elif state is State.WAITING:
+            entry.job = entry.prepared = entry.run = None
+            heapq.heappush(self._due, (entry.due or 0, entry.number))
+        elif state is State.GONE:
+            del self.entries[entry.number]
+            self._unfinished[entry.flow] -= 1
+        if entry.prepared is not None and state in (State.READY, State.HELD):
+            size = max(entry.prepared.input.size, _MIN_KEPT)
+            if size * self.queued > _KEEP_BYTES or entry.prepared.saved:
+                entry.prepared = None
+        return True
+
+    def release(self, now: int) -> int | None:
+        """Make jobs ready that are due; when the next one will be."""
+        while self._due and self._due[0][0] <= now:
+            due, seq = heapq.heappop(self._due)
+            entry = self.entries.get(seq)
+            if entry is not None and entry.state is State.WAITING and entry.due == due:
+                self.move(entry, State.READY)
+        return self._due[0][0] if self._due else None
+
+    def has_work(self) -> bool:
+        """Whether the first in the queue may run: a call, or a job if fewer than `workers` do."""
+        return bool(self._ready) and not self.stopping and (self._ready[0] < 0 or self.busy < self.workers)
+
+    def next(self) -> Entry | None:
+        """What is to run now; it gets a thread."""
+        while self.has_work():
+            entry = self.entries.get(heapq.heappop(self._ready))
+            if entry is not None and self.move(entry, State.RUNNING):
+                entry.cancel = entry.cancel or Cancel()
+                return entry
+        return None
+
+    def begin(self, flow: Flow) -> bool:
+        """Whether the flow's limit leaves room for a run, which then counts until `leave`."""
+        if flow.limit is not None:
+            if self._running[flow.name] >= flow.limit:
+                return False
+            self._running[flow.name] += 1
+            if self._running[flow.name] < flow.limit:
+                self.let_in(flow.name)
+        return True
+
+    def leave(self, flow: Flow) -> None:
+        """A run of a flow has ended: one that was held may begin."""
+        if flow.limit is not None:
+            self._running[flow.name] -= 1
+            self.let_in(flow.name)
+        self.changed.notify_all()
+
+    def let_in(self, flow: str) -> None:
+        """Make a held run ready; when it begins, it asks again whether there is room."""
+        held = self._held[flow]
+        while held:
+            entry = self.entries.get(heapq.heappop(held))
+            if entry is not None and entry.state is State.HELD:
+                self.move(entry, State.READY)
+                return
 
 
 class JobJournal(Journal):
@@ -6991,87 +7107,22 @@ class Engine:
     ) -> None:
         self._store, self._outside, self._clock, self._metrics = store, outside, outside.clock, metrics
         self._prepare, self._tell = prepare, finished
-        self._workers, self._retention_ms, self._job_timeout = workers, round(retention * 1000), job_timeout
+        self._retention_ms, self._job_timeout = round(retention * 1000), job_timeout
         self._threads = workers + max(1, workers // 4)
         self._pool = ThreadPoolExecutor(self._threads, "astera-worker")
-        self._lock = threading.Lock()  # guards what follows
-        self._changed = threading.Condition(self._lock)  # a thread has nothing more to do, or a run has ended
-        self._entries: dict[int, Entry] = {}
-        self._counts = Counter[State]()  # of jobs
-        self._unfinished = Counter[str]()  # entries by flow
-        # Heaps of numbers. One that is in the wrong state when its turn comes is passed over.
-        self._ready: list[int] = []  # calls, which come first, and jobs by age
-        self._due: list[tuple[int, int]] = []  # (due, number) of those that wait
-        self._held: defaultdict[str, list[int]] = defaultdict(list)  # by flow
-        self._running = Counter[str]()  # runs of the flows that have a limit
-        self._kept_bytes = self._unwritten = 0
+        self.queue = Queue(workers)
+        self._changed = self.queue.changed  # guards what follows
+        self._unwritten = 0  # bytes of outcomes on their way to the disk
         self._call_numbers = itertools.count(-(1 << 62))
-        self._draining = self._busy = 0  # threads at work, and those of them that run a job
+        self._draining = 0  # threads at work
         self._calling = False  # a thread was called, and is not at work yet
-        self._stopping = False
         self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
         self._dear: set[int] = set()  # versions of light flows that once exceeded the budget
 
-    # --- states ---
-
-    def _enter(self, number: int, flow: str) -> Entry:
-        """With the lock held: the entry of a job or call; a new one if there is none."""
-        entry = self._entries.get(number)
-        if entry is None:
-            entry = self._entries[number] = Entry(number, flow)
-            self._unfinished[flow] += 1
-            self._counts[State.NEW] += number >= 0
-        return entry
-
-    def _move(self, entry: Entry, state: State) -> bool:
-        """With the lock held: give an entry another state; False if it may not have this one now."""
-        if state not in _MOVES[entry.state]:
-            return False
-        if entry.number >= 0:
-            self._counts[entry.state] -= 1
-            self._counts[state] += 1
-        entry.state = state
-        if state is State.READY:
-            heapq.heappush(self._ready, entry.number)
-        elif state is State.HELD:
-            self._keep(entry)
-            heapq.heappush(self._held[entry.flow], entry.number)
-        else:
-            self._kept_bytes -= entry.kept_bytes
-            entry.kept_bytes = 0
-            if state is State.WAITING:
-                entry.job = entry.prepared = entry.run = None
-                heapq.heappush(self._due, (entry.due or 0, entry.number))
-            elif state is State.GONE:
-                del self._entries[entry.number]
-                self._unfinished[entry.flow] -= 1
-        return True
-
-    def _keep(self, entry: Entry) -> None:
-        """With the lock held: keep a queued job's request if there is room; else it is read again at its turn."""
-        prepared = entry.prepared
-        if prepared is None or entry.kept_bytes:
-            return
-        size = max(prepared.input.size, _MIN_KEPT)
-        if self._kept_bytes + size <= _KEEP_BYTES and not prepared.saved:
-            entry.kept_bytes = size
-            self._kept_bytes += size
-        else:
-            entry.prepared = None
-
     def __contains__(self, seq: object) -> bool:
         """Whether the engine has a stored job in hand."""
-        entry = self._entries.get(cast(int, seq))
+        entry = self.queue.entries.get(cast(int, seq))
         return entry is not None and entry.state is not State.NEW
-
-    @property
-    def queued(self) -> int:
-        """Jobs that were accepted and do not run yet."""
-        return self._counts[State.NEW] + self._counts[State.READY] + self._counts[State.HELD]
-
-    def counts(self) -> dict[str, int]:
-        """Jobs that are queued, that have a thread, and that wait for a time."""
-        return {"queued": self.queued, "running": self._busy, "waiting": self._counts[State.WAITING]}
 
     def threads(self) -> tuple[int, int]:
         """The size of the thread pool, and how many of its threads are busy."""
@@ -7079,55 +7130,44 @@ class Engine:
 
     def at_work(self) -> tuple[list[str], list[str]]:
         """The flows of the jobs that run now, and of the synchronous calls."""
-        running = self._with_thread()
+        running = self.queue.in_state(State.RUNNING)
         return [e.flow for e in running if e.number >= 0], [e.flow for e in running if e.number < 0]
-
-    def _with_thread(self) -> list[Entry]:
-        return [entry for entry in list(self._entries.values()) if entry.state is State.RUNNING]
 
     # --- queue ---
 
     def admit(self, seq: int, flow: Flow) -> None:
-        """Count in a job that is on its way to the disk; `put` or `dismiss` follows.
+        """Count in a job that is on its way to the disk; `put` or `dismiss` follows. Busy if the flow is full."""
+        with self._changed:
+            self._enter(seq, flow)
 
-        Raises Busy if the flow refuses what comes while it is full.
-        """
-        with self._lock:
-            self._check_room(flow)
-            self._enter(seq, flow.name)
-
-    def _check_room(self, flow: Flow) -> None:
-        if flow.limit is not None and flow.when_full == "refuse" and self._unfinished[flow.name] >= flow.limit:
+    def _enter(self, number: int, flow: Flow) -> Entry:
+        if self.queue.is_full(flow):
             message = f"The flow runs {flow.limit} times at one time, and no more."
             raise Busy(message, self.retry_after(flow.name), 429)
+        return self.queue.enter(number, flow.name)
 
     def put(self, seq: int, flow: str, prepared: Prepared | None = None, due: int | None = None) -> None:
         """Queue a job that is on disk, to run when it is due; does nothing if the engine has it in hand."""
-        with self._lock:
-            entry = self._enter(seq, flow)
+        with self._changed:
+            entry = self.queue.enter(seq, flow)
             if entry.state is State.NEW:
                 entry.prepared, entry.due = prepared, due
-                self._keep(entry)
-                self._move(entry, State.READY if due is None else State.WAITING)
+                self.queue.move(entry, State.READY if due is None else State.WAITING)
                 self._call_thread()
 
     def dismiss(self, seq: int) -> None:
         """Forget a job that has ended, or was not stored."""
-        with self._lock:
-            entry = self._entries.get(seq)
+        with self._changed:
+            entry = self.queue.entries.get(seq)
             if entry is not None:
-                self._move(entry, State.GONE)
+                self.queue.move(entry, State.GONE)
 
     def release(self, now: int) -> int | None:
-        """Make jobs ready that are due; when the next one will be."""
-        with self._lock:
-            while self._due and self._due[0][0] <= now:
-                due, seq = heapq.heappop(self._due)
-                entry = self._entries.get(seq)
-                if entry is not None and entry.state is State.WAITING and entry.due == due:
-                    self._move(entry, State.READY)
+        """Run the jobs that are due; when the next one will be."""
+        with self._changed:
+            next_at = self.queue.release(now)
             self._call_thread()
-            return self._due[0][0] if self._due else None
+            return next_at
 
     # --- threads ---
 
@@ -7136,75 +7176,39 @@ class Engine:
 
         One is called at a time, and calls the next: many that begin together would only contend for the interpreter.
         """
-        if self._has_work() and not self._calling:
+        if self.queue.has_work() and not self._calling:
             with contextlib.suppress(RuntimeError):  # no thread can be had: the pool keeps the task for the next one
                 self._pool.submit(self._drain)
                 self._calling = True
 
-    def _has_work(self) -> bool:
-        """With the lock held: whether the first in the queue may run: a call, or a job if fewer than `workers` do."""
-        return bool(self._ready) and not self._stopping and (self._ready[0] < 0 or self._busy < self._workers)
-
     def _drain(self) -> None:
         """A task of the pool: run one entry after the other. A task for each would cost a third of the throughput."""
-        with self._lock:
+        with self._changed:
             self._calling = False
             self._draining += 1
-            while entry := self._next():
-                self._busy += entry.number >= 0
+            while entry := self.queue.next():
+                self.queue.busy += entry.number >= 0
                 self._call_thread()
-                self._lock.release()
+                self._changed.release()
                 try:
                     (self._run_job if entry.number >= 0 else self._answer_call)(entry)
                 except BaseException:  # the thread goes on
                     log.exception("a task of the engine")
                 finally:
-                    self._lock.acquire()
-                    self._busy -= entry.number >= 0
+                    self._changed.acquire()
+                    self.queue.busy -= entry.number >= 0
             self._draining -= 1
             self._changed.notify_all()
 
-    def _next(self) -> Entry | None:
-        while self._has_work():
-            entry = self._entries.get(heapq.heappop(self._ready))
-            if entry is not None and self._move(entry, State.RUNNING):
-                entry.cancel = entry.cancel or Cancel()
-                return entry
-        return None
-
-    def _may_begin(self, flow: Flow) -> bool:
-        """With the lock held: whether the flow's limit leaves room for a run, which then counts until `_leave`."""
-        if flow.limit is None:
-            return True
-        if self._running[flow.name] >= flow.limit:
-            return False
-        self._running[flow.name] += 1
-        if self._running[flow.name] < flow.limit:
-            self._let_in(flow.name)
-        return True
-
     def _begin(self, entry: Entry, flow: Flow) -> bool:
         """Whether the flow's limit leaves room for a run; else the entry is held."""
-        with self._lock:
-            return self._may_begin(flow) or not self._move(entry, State.HELD)
+        with self._changed:
+            return self.queue.begin(flow) or not self.queue.move(entry, State.HELD)
 
     def _leave(self, flow: Flow) -> None:
-        """A run of a flow has ended: one that was held may begin."""
-        with self._lock:
-            if flow.limit is not None:
-                self._running[flow.name] -= 1
-                self._let_in(flow.name)
-            self._changed.notify_all()
-
-    def _let_in(self, flow: str) -> None:
-        """With the lock held: make a held run ready; when it begins, it asks again whether there is room."""
-        held = self._held[flow]
-        while held:
-            entry = self._entries.get(heapq.heappop(held))
-            if entry is not None and entry.state is State.HELD:
-                self._move(entry, State.READY)
-                self._call_thread()
-                return
+        with self._changed:
+            self.queue.leave(flow)
+            self._call_thread()
 
     # --- synchronous calls ---
 
@@ -7229,29 +7233,28 @@ class Engine:
 
     def run_sync(self, run: Run, done: Callable[[Outcome], None]) -> None:
         """Run a flow on a thread of the pool, which calls `done`; raises Busy if there is no room for it."""
-        with self._lock:
+        with self._changed:
             entry = self._enter_call(run)
             entry.done = done
-            self._move(entry, State.READY)
+            self.queue.move(entry, State.READY)
             self._call_thread()
 
     def run_here(self, run: Run) -> Outcome:
         """Run a flow on the calling thread, which waits anyway and may be one of the pool's own; raises Busy."""
-        with self._lock:
+        with self._changed:
             entry = self._enter_call(run)
-            while not self._may_begin(run.flow):
+            while not self.queue.begin(run.flow):
                 self._changed.wait(0.2)
-                if self._stopping or self._clock.monotonic() >= run.deadline:
-                    self._move(entry, State.GONE)
-                    return _STOPPED if self._stopping else _NO_ROOM
-            self._move(entry, State.RUNNING)
+                if self.queue.stopping or self._clock.monotonic() >= run.deadline:
+                    self.queue.move(entry, State.GONE)
+                    return _STOPPED if self.queue.stopping else _NO_ROOM
+            self.queue.move(entry, State.RUNNING)
         return self._run_call(entry, run)
 
     def _enter_call(self, run: Run) -> Entry:
-        if self._stopping:
+        if self.queue.stopping:
             raise Busy("The server is stopping.", 5)
-        self._check_room(run.flow)
-        entry = self._enter(next(self._call_numbers), run.flow.name)
+        entry = self._enter(next(self._call_numbers), run.flow)
         entry.run, entry.cancel = run, run.cancel
         return entry
 
@@ -7265,8 +7268,8 @@ class Engine:
         try:
             outcome = run_flow(run)
         finally:
-            with self._lock:
-                self._move(entry, State.GONE)
+            with self._changed:
+                self.queue.move(entry, State.GONE)
             self._leave(run.flow)
         assert isinstance(outcome, Outcome)
         self._measure(run.flow, self._clock.monotonic() - began)
@@ -7288,9 +7291,9 @@ class Engine:
                 self.dismiss(entry.number)
         except AsteraError as error:  # the database failed while the job was read
             log.error("job %s could not be begun: %s", this, error, extra={"job": str(this)})
-            with self._lock:
+            with self._changed:
                 entry.due = self._clock.now() + 1000
-                self._move(entry, State.WAITING)
+                self.queue.move(entry, State.WAITING)
         except Exception:  # the door of a job's run: a fault of ours must not cost the thread
             log.exception("job %s", this, extra=entry.run.about if entry.run else {"job": str(this)})
             if entry.job is not None:
@@ -7317,8 +7320,8 @@ class Engine:
         trace = list(prepared.trace)
         entry.run = run = Run(flow, prepared.input, self._outside, deadline, journal, trace, entry.cancel)
         outcome = run_flow(run)
-        with self._lock:
-            if not self._move(entry, State.ENDING):
+        with self._changed:
+            if not self.queue.move(entry, State.ENDING):
                 return  # it was ended at its deadline, or is left to the next start
         if isinstance(outcome, Suspended):
             self._suspend(
@@ -7333,11 +7336,11 @@ class Engine:
 
     def _suspend(self, entry: Entry, job: Job, run: Run, suspension: Suspension) -> None:
         def suspended(kept: Any, error: AsteraError | None) -> None:
-            with self._lock:
+            with self._changed:
                 cancelled = run.cancel.is_set
                 if kept and not cancelled:
                     entry.due, entry.progress = suspension.due, run.progress
-                    self._move(entry, State.WAITING)
+                    self.queue.move(entry, State.WAITING)
             if error is not None:
                 self.end(job, Outcome.failed("failed", 500, "The job's wait could not be stored."))
             elif not kept:  # it has ended
@@ -7361,8 +7364,8 @@ class Engine:
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """End a job that no thread runs."""
-        with self._lock:
-            self._move(self._enter(job.key.seq, job.flow), State.ENDING)
+        with self._changed:
+            self.queue.move(self.queue.enter(job.key.seq, job.flow), State.ENDING)
         self._hand_over(self._finish(job, job.attempt, job.started, outcome, ())._replace(fenced=False))
 
     def _hand_over(self, finish: Finish, done: Done = _ignore, is_substitute: bool = False) -> None:
@@ -7370,12 +7373,12 @@ class Engine:
         job, size = finish.job, len(finish.outcome.answer.body) + _MIN_UNWRITTEN
 
         def written(moved: Any, error: AsteraError | None) -> None:
-            with self._lock:
+            with self._changed:
                 self._unwritten -= size
             if error is not None:
                 this = about("job", job.id, job.flow, None)
                 log.error("the end of job %s could not be recorded: %s", job.id, error, extra=this)
-                if not is_substitute and not self._stopping:
+                if not is_substitute and not self.queue.stopping:
                     instead = Outcome.failed("failed", 500, "The job's end could not be stored.")
                     end = self._finish(job, finish.attempt, finish.started, instead, ())
                     self._hand_over(end._replace(fenced=finish.fenced), done, is_substitute=True)
@@ -7386,14 +7389,9 @@ class Engine:
             self._tell(job.key, job.callback is not None)
             done(moved, error)
 
-        with self._lock:
+        self._store.finish(finish, written)
+        with self._changed:
             self._unwritten += size
-        try:
-            self._store.finish(finish, written)
-        except BaseException:  # out of memory: it is not on its way
-            with self._lock:
-                self._unwritten -= size
-            raise
 
     def ended_at_once(self, job: Job, flow: Flow, given: Input) -> Finish | None:
         """Run a job that is not stored yet, if its flow is light; how it ended, None if it is to be queued."""
@@ -7431,44 +7429,42 @@ class Engine:
 
     # --- what others ask ---
 
-    def peek(self, key: JobKey) -> tuple[Job, Progress | None] | None:
-        """A job in memory, with its progress; None says nothing about the store."""
-        entry = self._entries.get(key.seq)
-        job = entry and (entry.job or (entry.prepared.job if entry.prepared else None))
-        return (job, entry.run.progress if entry.run else None) if entry and job and job.key == key else None
-
-    def progress(self, key: JobKey) -> Progress | None:
-        """The progress of a job that waits for a time."""
-        entry = self._entries.get(key.seq)
-        return entry.progress if entry else None
+    def peek(self, key: JobKey) -> tuple[Job | None, Progress | None]:
+        """A job that is in memory, and how far it is; None says nothing about the store."""
+        entry = self.queue.entries.get(key.seq)
+        if entry is None:
+            return None, None
+        job = entry.job or (entry.prepared.job if entry.prepared else None)
+        return job if job and job.key == key else None, entry.run.progress if entry.run else entry.progress
 
     def trace(self, key: JobKey) -> list[dict[str, Any]] | None:
         """The steps so far of a job that runs."""
-        entry = self._entries.get(key.seq)
+        entry = self.queue.entries.get(key.seq)
         return list(entry.run.trace) if entry and entry.run and entry.run.trace else None
 
     def retry_after(self, flow: str) -> int:
         """Whole seconds, at least 1, after which a new job of this flow is likely to be finished."""
-        seconds = self._mean_s.get(flow, 0.5) * (1 + len(self._ready) / self._workers)
+        seconds = self._mean_s.get(flow, 0.5) * (1 + self.queue.queued / self.queue.workers)
         return 1 if seconds <= 1 else min(math.ceil(seconds), 3600)
 
     def cancel(self, job: Job) -> bool:
         """Cancel a Running job; True if it has no thread, and so is ended now, False if it stops at its next step."""
-        with self._lock:
-            entry = self._enter(job.key.seq, job.flow)
+        with self._changed:
+            entry = self.queue.enter(job.key.seq, job.flow)
             if entry.state is State.RUNNING or entry.run is not None:
                 assert entry.cancel is not None
                 entry.cancel.set()
                 return False
-            self._move(entry, State.ENDING)
-            self._let_in(job.flow)  # it may have been the one that was let in
+            self.queue.move(entry, State.ENDING)
+            self.queue.let_in(job.flow)  # it may have been the one that was let in
+            self._call_thread()
         self.end(job, _CANCELLED)
         return True
 
     def overdue(self) -> None:
         """End the runs that are over their time: calls without a thread, jobs whose thread does not come back."""
         now = self._clock.monotonic()
-        for entry in list(self._entries.values()):
+        for entry in list(self.queue.entries.values()):
             if entry.run is not None and entry.run.deadline <= now:
                 if entry.number < 0:
                     self._refuse(entry, _NO_ROOM)
@@ -7477,14 +7473,14 @@ class Engine:
 
     def _refuse(self, entry: Entry, outcome: Outcome) -> None:
         """Answer a call, unless it has a thread."""
-        with self._lock:
-            if entry.state not in (State.READY, State.HELD) or not self._move(entry, State.GONE):
+        with self._changed:
+            if entry.state not in (State.READY, State.HELD) or not self.queue.move(entry, State.GONE):
                 return
         entry.done(outcome)
 
     def _end_overdue(self, entry: Entry, run: Run) -> None:
-        with self._lock:
-            if entry.state is not State.RUNNING or not self._move(entry, State.ENDING):
+        with self._changed:
+            if entry.state is not State.RUNNING or not self.queue.move(entry, State.ENDING):
                 return
         job = entry.job
         assert job is not None
@@ -7496,18 +7492,20 @@ class Engine:
     def stop(self, timeout_s: float) -> int:
         """Begin nothing more, give what runs so many seconds, leave the rest to the next start; how many those are."""
         deadline = time.monotonic() + timeout_s
-        with self._lock:
-            self._stopping = True
-        for entry in list(self._entries.values()):
-            if entry.number < 0:
-                self._refuse(entry, _STOPPED)
-        with self._lock:
-            while (self._draining or self._with_thread()) and (seconds := deadline - time.monotonic()) > 0:
-                self._changed.wait(min(seconds, 0.2))  # a signal that comes just before a wait is seen only behind it
-            left = self._with_thread()
+        with self._changed:
+            self.queue.stopping = True
+        for call in [entry for entry in list(self.queue.entries.values()) if entry.number < 0]:
+            self._refuse(call, _STOPPED)
+        with self._changed:
+            while self._draining or self.queue.in_state(State.RUNNING):
+                seconds = min(deadline - time.monotonic(), 0.2)  # a signal just before a wait is seen only behind it
+                if seconds <= 0:
+                    break
+                self._changed.wait(seconds)
+            left = self.queue.in_state(State.RUNNING)
             for entry in left:
                 if entry.number >= 0:
-                    self._move(entry, State.ENDING)
+                    self.queue.move(entry, State.ENDING)
         for entry in left:
             assert entry.cancel is not None
             if entry.job is not None and entry.cancel.is_set:  # it is not to begin again
@@ -8185,7 +8183,7 @@ class Jobs:
 
     def _admit(self, ready: Prepared, size: int) -> None:
         """Raise Busy unless there is room for a job with a body of this size."""
-        if self._engine.queued >= self._max_queue:
+        if self._engine.queue.queued >= self._max_queue:
             raise Busy("The queue of jobs is full.", self._engine.retry_after(ready.job.flow))
         if self._max_database is not None:
             now = self._clock.monotonic()
@@ -8243,11 +8241,11 @@ class Jobs:
 
     def look(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
         """A job, and how far it is; None if it is unknown, expired, or another token's."""
-        found = self._engine.peek(key) or ((job, self._engine.progress(key)) if (job := self._store.get(key)) else None)
-        if found is None or not (caller.admin or found[0].token == caller.name):
+        job, progress = self._engine.peek(key)
+        job = job or self._store.get(key)
+        if job is None or not (caller.admin or job.token == caller.name):
             return None
-        expires = found[0].expires
-        return found if expires is None or expires > self._clock.now() else None
+        return (job, progress) if job.expires is None or job.expires > self._clock.now() else None
 
     def expired(self, key: JobKey | None) -> bool:
         """Whether an unknown job's id is older than results are kept."""
@@ -8259,7 +8257,7 @@ class Jobs:
         """Jobs that the caller may see, newest first, and the `before` of the next page."""
         token = None if caller.admin else caller.name
         jobs = self._store.page(self._clock.now(), limit + 1, before, flow, status, token)
-        live = [(found[0] if (found := self._engine.peek(job.key)) else job) for job in jobs[:limit]]
+        live = [self._engine.peek(job.key)[0] or job for job in jobs[:limit]]
         if status is not None:  # one that ended in this instant is Running for all until that was told
             live = [job for job in live if job.status is status]
         return live, jobs[limit - 1].key.seq if len(jobs) > limit else None
@@ -8565,7 +8563,7 @@ class AsteraLite:
             "status": "ok" if fault is None and self._running else "unavailable",
             "reason": fault or (None if self._running else "the server is stopping"),
             "version": __version__,
-            "jobs": self.engine.counts(),
+            "jobs": self.engine.queue.counts(),
             "database": {"bytes": self.store.size()},
             "deployments": {"published": len(self.deployments.by_name), "faults": len(self.deployments.faults)},
         }

@@ -542,11 +542,11 @@ _METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
         "astera_run_duration_seconds", "histogram",
         "Times of runs, synchronous ones and those of jobs, from begin to end.", _run_times,
     ),
-    ("astera_jobs_queued", "gauge", "Jobs that wait for a thread.", lambda app: app.engine.counts()["queued"]),
-    ("astera_jobs_running", "gauge", "Jobs that have a thread.", lambda app: app.engine.counts()["running"]),
+    ("astera_jobs_queued", "gauge", "Jobs that wait for a thread.", lambda app: app.engine.queue.counts()["queued"]),
+    ("astera_jobs_running", "gauge", "Jobs that have a thread.", lambda app: app.engine.queue.counts()["running"]),
     (
         "astera_jobs_waiting", "gauge", "Jobs that wait for a time without a thread.",
-        lambda app: app.engine.counts()["waiting"],
+        lambda app: app.engine.queue.counts()["waiting"],
     ),
     (
         "astera_workers", "gauge", "Threads for jobs and synchronous flows.",

@@ -443,7 +443,7 @@ def test_a_limit_queues_jobs_and_calls_alike(tmp_path: Path) -> None:
             caller.join(10)
         assert answers == [200] * 3
         assert [app.wait(job.id, 10).status for job in jobs] == [Status.COMPLETED] * 5 + [Status.ERROR]
-        assert app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0}
+        assert app.engine.queue.counts() == {"queued": 0, "running": 0, "waiting": 0}
     assert gate.most == 2
 
 
@@ -452,9 +452,9 @@ def test_a_job_that_is_cancelled_when_its_turn_comes_keeps_nobody_out(tmp_path: 
     with serving(tmp_path, {"f": steps(python(gate), concurrency=1)}) as app:
         first, second, third = [app.submit("f") for _ in range(3)]
         assert gate.begun.acquire(timeout=10)
-        until(lambda: len(app.engine._held["f"]) == 2)
-        with app.engine._lock:  # the second is let in, and cancelled before a thread takes it
-            app.engine._move(app.engine._entries[app.engine._held["f"].pop(0)], State.READY)
+        until(lambda: len(app.engine.queue._held["f"]) == 2)
+        with app.engine.queue.changed:  # the second is let in, and cancelled before a thread takes it
+            app.engine.queue.move(app.engine.queue.entries[app.engine.queue._held["f"].pop(0)], State.READY)
         app.cancel(second.id)
         gate.open.set()
         assert [app.wait(job.id, 10).status for job in (first, second, third)] == ["Completed", "Error", "Completed"]
@@ -468,7 +468,7 @@ def test_a_call_for_which_there_is_no_room_in_time_is_a_timeout(tmp_path: Path) 
         answers: list[int] = []
         caller = threading.Thread(target=lambda: answers.append(app.run("f").status_code))
         caller.start()
-        until(lambda: len(app.engine._entries) == 2)
+        until(lambda: len(app.engine.queue.entries) == 2)
         clock.tick(app.settings.sync_timeout)
         app.housekeeper.tick(clock.now())
         caller.join(10)
@@ -514,7 +514,7 @@ def test_one_key_twice_at_one_instant_is_one_job_also_where_there_is_room_for_on
             gate.open.set()
             assert len(ids) == 2 and len(set(ids)) == 1
             assert app.wait(ids[0], 10).status is Status.COMPLETED
-            until(lambda: not app.engine._unfinished["f"])
+            until(lambda: not app.engine.queue._unfinished["f"])
             ids.clear()
 
 
@@ -582,14 +582,14 @@ def test_a_wait_inside_each_holds_no_thread_and_resumes(tmp_path: Path) -> None:
     with serving(tmp_path, {"f": steps(each(inner, result="${item}"))}, clock, workers=1) as app:
         job = app.submit("f")
         for turn in (1, 2, 3):
-            until(lambda: app.engine.counts() == {"queued": 0, "running": 0, "waiting": 1})
+            until(lambda: app.engine.queue.counts() == {"queued": 0, "running": 0, "waiting": 1})
             assert ran == list(range(1, turn + 1))
             found = app.jobs.look(job.key, Principal())
             assert found is not None and found[1] is not None
             assert (found[1].step, found[1].done, found[1].total) == ("every", turn - 1, 3) or turn == 1
             clock.tick(60)
             app.housekeeper.wake()
-            until(lambda: not app.engine._due or app.engine._due[0][0] > clock.now())
+            until(lambda: not app.engine.queue._due or app.engine.queue._due[0][0] > clock.now())
         assert app.wait(job.id, 10).status is Status.COMPLETED
         assert app.result(job.id).json() == [1, 2, 3]
 
@@ -601,7 +601,7 @@ def test_a_timeout_holds_across_a_suspension(tmp_path: Path) -> None:
     with serving(tmp_path, {"f": tree}, clock) as app:
         job = app.submit("f")
         for _ in range(2):
-            until(lambda: app.engine.counts()["waiting"] == 1)
+            until(lambda: app.engine.queue.counts()["waiting"] == 1)
             clock.tick(40)
             app.housekeeper.tick(clock.now())
         found: Job = app.wait(job.id, 10)
@@ -647,7 +647,7 @@ def test_a_step_output_with_a_secret_is_marked_on_disk_and_whole_in_a_resumed_ru
     )
     with serving(tmp_path, {"f": tree}, clock, secrets="TEST_KEY") as app:
         job = app.submit("f")
-        until(lambda: app.engine.counts()["waiting"] == 1)
+        until(lambda: app.engine.queue.counts()["waiting"] == 1)
         with closing(sqlite3.connect(crash(app, tmp_path, "copy.db"))) as copy:
             dump = "\n".join(copy.iterdump())
         assert "verysecretvalue" not in dump and "Bearer" in dump

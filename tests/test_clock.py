@@ -41,7 +41,7 @@ def tick(app: AsteraLite, clock: FakeClock, seconds: float = 0) -> None:
     """Let time pass, do what is due, and wait until it is on record."""
     app.housekeeper.tick(clock.tick(seconds))
     until(lambda: not app.courier.under_way())
-    until(lambda: app.engine.counts()["running"] == 0 == app.engine.counts()["queued"])
+    until(lambda: app.engine.queue.counts()["running"] == 0 == app.engine.queue.counts()["queued"])
     written = threading.Event()
     app.store.barrier(lambda result, error: written.set())
     assert written.wait(10)
@@ -121,14 +121,14 @@ def test_a_job_waits_as_long_as_it_was_told_to(tmp_path: Path, leap_s: int) -> N
     clock = FakeClock()
     with serving(tmp_path, clock) as run:
         nap, bounded = run.app.submit("nap"), run.app.submit("bounded")
-        until(lambda: run.app.engine.counts()["waiting"] == 2)
+        until(lambda: run.app.engine.queue.counts()["waiting"] == 2)
         clock.leapt += leap_s * 1000
         tick(run.app, clock, 30)
-        until(lambda: run.app.engine.counts()["waiting"] == 2)
+        until(lambda: run.app.engine.queue.counts()["waiting"] == 2)
         assert run.app.wait(nap.id, 0).status is Status.RUNNING
         tick(run.app, clock, 30)
         assert run.app.wait(nap.id, 10).status is Status.COMPLETED
-        until(lambda: run.app.engine.counts()["waiting"] == 1)
+        until(lambda: run.app.engine.queue.counts()["waiting"] == 1)
         tick(run.app, clock, 3541)
         found = run.app.wait(bounded.id, 10)
         assert (found.status, found.attempt) == (Status.COMPLETED, 1)
@@ -138,10 +138,10 @@ def test_a_job_that_waits_for_a_date_goes_by_the_calendar(tmp_path: Path) -> Non
     clock = FakeClock()
     with serving(tmp_path, clock) as run:
         job = run.app.submit("alarm")
-        until(lambda: run.app.engine.counts()["waiting"] == 1)
+        until(lambda: run.app.engine.queue.counts()["waiting"] == 1)
         clock.leapt += 2 * YEAR_S * 1000
         tick(run.app, clock, 1)
-        until(lambda: run.app.engine.counts()["waiting"] == 1)
+        until(lambda: run.app.engine.queue.counts()["waiting"] == 1)
         assert run.app.wait(job.id, 0).status is Status.RUNNING
         clock.leapt += 4 * YEAR_S * 1000
         tick(run.app, clock, 1)
@@ -215,7 +215,7 @@ def test_after_a_restart_what_is_stored_has_moved_with_the_clock(tmp_path: Path,
     with Sink() as sink, serving(tmp_path, clock, retention="1h") as run:
         sink.answers = [500, 500]
         job, nap = done(run.app, callback_url=sink.url), run.app.submit("nap")
-        until(lambda: run.app.engine.counts()["waiting"] == 1)
+        until(lambda: run.app.engine.queue.counts()["waiting"] == 1)
         tick(run.app, clock)
         sink.next()
         clock.leapt += leap_s * 1000
@@ -254,7 +254,7 @@ def test_a_machine_that_boots_in_the_past_forgets_nothing_and_goes_on(
         with serving(tmp_path, clock, retention="1h") as run:
             sink.answers = [500]
             job, nap = done(run.app, callback_url=sink.url), run.app.submit("nap")
-            until(lambda: run.app.engine.counts()["waiting"] == 1)
+            until(lambda: run.app.engine.queue.counts()["waiting"] == 1)
             tick(run.app, clock)
             sink.next()
 

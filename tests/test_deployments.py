@@ -188,12 +188,12 @@ def test_a_job_keeps_the_flow_it_began_with_across_edit_and_restart(tmp_path: Pa
     new = get_flow("/f", steps=[{"name": "s", "set": "new"}, steps[1]], response={"body": "${s}"})
     with serving(tmp_path, clock, f=old) as app:
         first = app.submit("f")
-        while app.engine.counts()["waiting"] != 1:
+        while app.engine.queue.counts()["waiting"] != 1:
             pass
         write(tmp_path, "f.json", new)
         look(app, clock)
         second = app.submit("f")
-        while app.engine.counts()["waiting"] != 2:
+        while app.engine.queue.counts()["waiting"] != 2:
             pass
     with serving(tmp_path, clock) as app:
         clock.tick(61)

@@ -54,7 +54,7 @@ def python(function: Callable[..., Any], name: str = "p", **more: Any) -> dict[s
 
 
 def suspended(app: AsteraLite, count: int = 1) -> None:
-    until(lambda: app.engine.counts() == {"queued": 0, "running": 0, "waiting": count})
+    until(lambda: app.engine.queue.counts() == {"queued": 0, "running": 0, "waiting": count})
 
 
 def finished(app: AsteraLite, job: Job) -> Job:
@@ -70,7 +70,7 @@ def code_of(app: AsteraLite, job: Job) -> str | None:
 
 def held(app: AsteraLite) -> int:
     """The jobs and calls that wait because their flow is at its limit."""
-    return [entry.state for entry in list(app.engine._entries.values())].count(State.HELD)
+    return [entry.state for entry in list(app.engine.queue.entries.values())].count(State.HELD)
 
 
 class Gate:
@@ -111,7 +111,7 @@ def test_no_step_takes_a_thread_with_it(tmp_path: Path, error: type[BaseExceptio
         with ThreadPoolExecutor(1) as pool:  # on the main thread a KeyboardInterrupt is the person's
             assert pool.submit(app.run, "f").result(10).status_code == 500
         assert app.run("ok").status_code == 200
-        assert app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0}
+        assert app.engine.queue.counts() == {"queued": 0, "running": 0, "waiting": 0}
 
 
 def test_every_job_runs_once(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_jobs_begin_in_the_order_in_which_they_came(tmp_path: Path, gate: Gate) 
         app.submit("gate")
         gate.entered()
         jobs = [app.submit("f") for _ in range(50)]
-        assert app.engine.queued == 50
+        assert app.engine.queue.queued == 50
         gate.open.set()
         finished(app, jobs[-1])
     assert ran == [job.id for job in jobs]
@@ -195,7 +195,7 @@ def test_whatever_a_step_does_its_job_ends(tmp_path: Path, case: str) -> None:
     with serving(tmp_path, {"odd": get_flow("/odd", steps=ODD[case])}, shutdown_timeout=0.1) as app:
         job = app.wait(app.submit("odd").id, 1)
         assert job.error is not None and job.error["code"] == "failed"
-        until(lambda: app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0})
+        until(lambda: app.engine.queue.counts() == {"queued": 0, "running": 0, "waiting": 0})
 
 
 @pytest.mark.parametrize("until_s", ["${10**17}", "${1e300}"])
@@ -204,7 +204,7 @@ def test_a_wait_beyond_all_times_ends_no_later_than_the_flow(tmp_path: Path, unt
     flow = get_flow("/w", steps=[{"name": "w", "wait": {"until": until_s}}], timeout=60)
     with serving(tmp_path, {"w": flow}, clock) as app:
         job = app.submit("w")
-        until(lambda: app.engine.counts()["running"] == 0)
+        until(lambda: app.engine.queue.counts()["running"] == 0)
         end = time.monotonic() + 1
         while app.wait(job.id, 0.02).status is Status.RUNNING and time.monotonic() < end:
             app.housekeeper.tick(clock.tick(70))
@@ -263,7 +263,7 @@ def test_no_call_begins_after_the_stop(tmp_path: Path, gate: Gate, limit: dict[s
         if not limit:
             gate.entered()  # who calls brings the thread
         else:
-            until(lambda: (held(app), len(app.engine._entries)) == (4, 6))
+            until(lambda: (held(app), len(app.engine.queue.entries)) == (4, 6))
         app.stop()
         assert [ended.get(timeout=10).answer.code for _ in range(5 - first)] == [503] * (5 - first)
         began = gate.runs
@@ -350,7 +350,7 @@ def test_whatever_wake_up_is_lost_all_jobs_end_and_all_callbacks_arrive(
         futures = [app.future(job.id) for job in jobs]
         assert {future.result(20).status for future in futures} == {Status.COMPLETED}
         assert {sink.next()[1]["id"] for _ in jobs} == {job.id for job in jobs}
-        assert app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0}
+        assert app.engine.queue.counts() == {"queued": 0, "running": 0, "waiting": 0}
         until(lambda: not app.courier.under_way())
     assert sink.got.empty()
 
@@ -411,9 +411,9 @@ def test_a_waiting_job_is_cancelled_at_once(tmp_path: Path) -> None:
         suspended(app)
         assert app.cancel(job.id) is True
         assert code_of(app, job) == "cancelled"
-        assert app.engine.counts()["waiting"] == 0
+        assert app.engine.queue.counts()["waiting"] == 0
         app.housekeeper.tick(clock.tick(100))  # its time comes: nothing happens
-        until(lambda: app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0})
+        until(lambda: app.engine.queue.counts() == {"queued": 0, "running": 0, "waiting": 0})
         assert code_of(app, job) == "cancelled"
 
 
@@ -466,7 +466,7 @@ def test_a_cancel_that_meets_the_suspension_ends_the_job(tmp_path: Path) -> None
         job = app.submit("w")
         assert code_of(app, job) == "cancelled"
         assert asked == [False]
-        assert app.engine.counts()["waiting"] <= 1
+        assert app.engine.queue.counts()["waiting"] <= 1
 
 
 def test_cancel_at_any_moment_ends_every_job(tmp_path: Path) -> None:
@@ -505,7 +505,7 @@ def test_a_cancel_in_the_instant_before_a_job_is_queued_ends_it(tmp_path: Path) 
         app.engine.put = put_late  # type: ignore[method-assign]
         job = app.submit("f")
         assert code_of(app, job) == "cancelled"
-        until(lambda: app.engine.counts() == {"queued": 0, "running": 0, "waiting": 0})
+        until(lambda: app.engine.queue.counts() == {"queued": 0, "running": 0, "waiting": 0})
     assert (asked, ran) == ([True], [])
 
 
@@ -542,8 +542,7 @@ def test_a_job_whose_end_takes_more_memory_than_there_is_ends_as_failed(tmp_path
 
         app.store.finish = no_memory  # type: ignore[method-assign]
         assert [code_of(app, app.submit("f")) for _ in range(3)] == ["failed"] * 3
-        until(lambda: app.engine.counts()["running"] == 0)
-        assert app.engine._unwritten == 0
+        until(lambda: app.engine.queue.counts()["running"] == 0)
         app.store.finish = finish  # type: ignore[method-assign]
         assert finished(app, app.submit("f")).status is Status.COMPLETED
 
@@ -602,7 +601,7 @@ def test_a_step_that_does_not_end_is_ended_for_it_and_its_late_result_changes_no
         before, document = app.status(job.id), app.result(job.id).json()
         assert (document["status"], document["code"]) == (504, "timeout")
         gate.open.set()
-        until(lambda: app.engine.counts()["running"] == 0)
+        until(lambda: app.engine.queue.counts()["running"] == 0)
         done = threading.Event()
         app.store.barrier(lambda result, error: done.set())
         assert done.wait(10)
@@ -617,7 +616,7 @@ def test_a_wait_counts_as_time_of_the_run(tmp_path: Path) -> None:
         job = app.submit("w")
         suspended(app)
         app.housekeeper.tick(clock.tick(9.9))
-        assert app.engine.counts()["waiting"] == 1
+        assert app.engine.queue.counts()["waiting"] == 1
         app.housekeeper.tick(clock.tick(0.2))
         assert code_of(app, job) == "timeout"
 
@@ -637,7 +636,7 @@ def test_waiting_jobs_hold_no_thread(tmp_path: Path) -> None:
         suspended(app, 30)
         assert {app.status(job.id).status for job in waiting} == {Status.RUNNING}  # type: ignore[union-attr]
         app.housekeeper.tick(clock.tick(59))
-        assert app.engine.counts()["waiting"] == 30
+        assert app.engine.queue.counts()["waiting"] == 30
         app.housekeeper.tick(clock.tick(1))
         assert {finished(app, job).status for job in waiting} == {Status.COMPLETED}
         assert {finished(app, job).attempt for job in waiting} == {1}
@@ -698,7 +697,7 @@ def test_a_waiting_job_resumes_after_a_restart(tmp_path: Path) -> None:
         suspended(app)
     clock.tick(30)
     with serving(tmp_path, flows, clock) as app:
-        assert app.engine.counts()["waiting"] == 1
+        assert app.engine.queue.counts()["waiting"] == 1
         app.housekeeper.tick(clock.tick(30))
         done = finished(app, job)
         assert (done.status, done.attempt) == (Status.COMPLETED, 1)

@@ -55,7 +55,7 @@ def test_only_what_has_expired_is_purged(tmp_path: Path) -> None:
     with serving(tmp_path, clock, retention="1h") as app:
         old = done(app)
         waiting = app.submit("w")
-        until(lambda: app.engine.counts()["waiting"] == 1)
+        until(lambda: app.engine.queue.counts()["waiting"] == 1)
         clock.tick(1800)
         young = done(app)
         tick(app, clock.tick(1799.999))
@@ -71,7 +71,7 @@ def test_a_running_job_is_never_purged_and_expires_counts_from_its_end(tmp_path:
     clock = FakeClock()
     with serving(tmp_path, clock, retention="1s") as app:
         job = app.submit("w")
-        until(lambda: app.engine.counts()["waiting"] == 1)
+        until(lambda: app.engine.queue.counts()["waiting"] == 1)
         for _ in range(5):
             tick(app, clock.tick(10))
         assert app.status(job.id) is not None
@@ -140,7 +140,7 @@ def test_due_waits_are_released_and_the_next_one_is_announced(tmp_path: Path) ->
         jobs = []
         for n in range(20):
             jobs.append(app.submit("w"))
-            until(lambda n=n: app.engine.counts()["waiting"] == n + 1)  # type: ignore[misc]
+            until(lambda n=n: app.engine.queue.counts()["waiting"] == n + 1)  # type: ignore[misc]
             clock.tick(0.1)
         first = jobs[0].created + 60_000
         assert tick(app, first - 300) == first

@@ -96,7 +96,7 @@ def test_jobs_and_runs_are_counted(tmp_path: Path) -> None:
             for _ in range(times):
                 run.client.finished(run.client.get(f"/api/publishingAsync/{path}"))
         accepted = run.client.get("/api/publishingAsync/long").json()
-        until(lambda: run.app.engine.counts()["waiting"])
+        until(lambda: run.app.engine.queue.counts()["waiting"])
         values = scrape(run.client)
         assert at(values, "astera_jobs_waiting") == 1
         assert run.client.post(f"/api/jobs/{accepted['id']}/cancel").status_code == 200
@@ -130,7 +130,7 @@ def test_what_runs_is_told(tmp_path: Path) -> None:
         accepted = [run.client.get("/api/publishingAsync/hold") for _ in range(3)]
         for _ in range(2):
             assert begun.acquire(timeout=10)
-        until(lambda: run.app.engine.counts()["running"] == 2)
+        until(lambda: run.app.engine.queue.counts()["running"] == 2)
         values = scrape(run.client)
         assert at(values, "astera_jobs_running") == 2 and at(values, "astera_jobs_queued") == 1
         assert at(values, "astera_workers") == 3 and at(values, "astera_workers_busy") >= 2
@@ -158,7 +158,7 @@ def test_a_thread_that_does_not_end_is_counted_once(tmp_path: Path) -> None:
         assert document["error"]["code"] == "timeout"
         go.set()
         assert ended.wait(10)
-        until(lambda: run.app.engine.counts()["running"] == 0)
+        until(lambda: run.app.engine.queue.counts()["running"] == 0)
         # what it brought in the end was written before this
         run.client.finished(run.client.get("/api/publishingAsync/light"))
         values = scrape(run.client)

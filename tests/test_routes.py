@@ -1220,7 +1220,7 @@ def test_cancel_of_a_queued_a_running_and_a_finished_job(tmp_path: Path, gate: G
 
 def test_cancel_in_the_instant_of_the_end_is_409(run: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     accepted = run.client.get("/api/publishingAsync/forever").json()
-    until(lambda: run.app.engine.counts()["waiting"])
+    until(lambda: run.app.engine.queue.counts()["waiting"])
     cancel = run.app.engine.cancel
 
     def too_late(job: Job) -> bool:  # it ends between the look and the cancel
@@ -1235,7 +1235,7 @@ def test_cancel_in_the_instant_of_the_end_is_409(run: Running, monkeypatch: pyte
 def test_cancel_of_a_waiting_job_ends_it_now(run: Running) -> None:
     accepted = run.client.get("/api/publishingAsync/forever")
     job = accepted.json()["id"]
-    until(lambda: run.app.engine.counts()["waiting"])
+    until(lambda: run.app.engine.queue.counts()["waiting"])
     answer = run.client.post(f"/api/jobs/{job}/cancel")
     assert (answer.status_code, answer.json()["error"]["code"]) == (200, "cancelled")
     assert run.client.get(f"/api/jobs/{job}/result").status_code == 409

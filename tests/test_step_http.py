@@ -605,10 +605,10 @@ def test_faults_of_pages(pages: Any, message: str) -> None:
 
 def polls(app: AsteraLite, count: int) -> None:
     for _ in range(10_000):
-        if app.engine.counts() == {"queued": 0, "running": 0, "waiting": count}:
+        if app.engine.queue.counts() == {"queued": 0, "running": 0, "waiting": count}:
             return
         threading.Event().wait(0.002)
-    raise AssertionError(app.engine.counts())
+    raise AssertionError(app.engine.queue.counts())
 
 
 def test_until_polls_without_a_thread_and_survives_a_restart(tmp_path: Path) -> None:
