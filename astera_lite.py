@@ -23,15 +23,17 @@ The rooms of the module, bottom up; each uses only what stands above it:
     14 Documents           a deployment as people see it: the list at /api/deployments, what a start prints
     15 Routes              the ROUTES table and its functions
     16 Loop                Handler and Server: every socket, every deadline of a connection
-    17 Command line        serve, signals, logging, main()
+    17 Command line        serve, signals, logging, main(); a plain serve is read here, all else by astera_lite_tools
 
 What a server does not need until somebody uses it is in wings, files beside this one. This file names them as text
-only, `"astera_lite_tools:check"`, and loads one when it is first wanted; with `schema.sql` alone it is a whole server.
+only (`"astera_lite_tools:run_command"`) and loads one when it is first wanted. With `schema.sql` alone it is a whole
+server.
 
     astera_lite_steps      the steps each, call, sql, run, python; @app.flow, @app.step
     astera_lite_requests   patterns; pages, filters and sort of responses; connections, pages and until of http
     astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files, text of the metrics; advice on expressions
-    astera_lite_tools      the commands check, try, test, new, jobs, job, token, backup, zipapp; deploying over HTTP
+    astera_lite_deploy     PUT and DELETE of a deployment
+    astera_lite_tools      the commands: check, try, test, new, jobs, job, token, backup, zipapp and more; --help
 """
 
 from __future__ import annotations
@@ -115,7 +117,6 @@ from socketserver import BaseRequestHandler, TCPServer
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
-    import argparse
     import ssl
     import urllib.request
 
@@ -316,7 +317,7 @@ def reason_of(error: Exception) -> str:
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql")  # files that the module needs beside it
 #: The files of the module that a server loads when somebody first uses what is in them.
-WINGS = ("astera_lite_documents.py", "astera_lite_requests.py", "astera_lite_steps.py", "astera_lite_tools.py")
+WINGS = tuple(f"astera_lite_{name}.py" for name in ("deploy", "documents", "requests", "steps", "tools"))
 #: The folders of this file: as it was named and as links lead. Taken now, for a program may change its own folder.
 _HOME = [os.path.dirname(path) for path in (os.path.abspath(__file__), os.path.realpath(__file__))]
 _loading = threading.RLock()  # held while a wing is loaded: another thread must not find it half made
@@ -10109,7 +10110,7 @@ def console(x: Exchange) -> Reply:
         raise NotFound(f"The console's page is missing: {cure}") from None
 
 
-_MAY_DEPLOY = late("astera_lite_tools:check_may_deploy")
+_MAY_DEPLOY = late("astera_lite_deploy:check_may_deploy")
 ROUTES = [
     *(Route("*", f"{PREFIXES[mode]}/*", partial(publish, mode), check=partial(find_flow, mode)) for mode in MODES),
     Route("GET", "/api/jobs/{id}/status", job_status),
@@ -10122,8 +10123,8 @@ ROUTES = [
     Route("GET", "/api/jobs", job_list, slow=True),
     Route("GET", "/api/deployments", deployment_list, slow=True),
     Route("GET", "/api/deployments/{name}", deployment_one),
-    Route("PUT", "/api/deployments/{name}", late("astera_lite_tools:deploy"), check=_MAY_DEPLOY, slow=True),
-    Route("DELETE", "/api/deployments/{name}", late("astera_lite_tools:undeploy"), check=_MAY_DEPLOY, slow=True),
+    Route("PUT", "/api/deployments/{name}", late("astera_lite_deploy:deploy"), check=_MAY_DEPLOY, slow=True),
+    Route("DELETE", "/api/deployments/{name}", late("astera_lite_deploy:undeploy"), check=_MAY_DEPLOY, slow=True),
     Route("GET", "/openapi.json", late("astera_lite_documents:openapi"), slow=True),
     Route("GET", "/postman.json", late("astera_lite_documents:postman"), slow=True),
     Route("GET", "/health", health, is_open=True),
@@ -10999,160 +11000,20 @@ def check_exposure(settings: Settings, host: str, has_tokens: bool) -> None:
 
 # ======================================================================================================================
 # 17 Command line
-# To add a command: a function of the parsed arguments and the settings in astera_lite_tools, and a row in COMMANDS.
+# `serve` and its settings are read here. All other command lines, and --help, are for astera_lite_tools: a command is
+# a function and a row of COMMANDS there.
 # ======================================================================================================================
 
-_EPILOG = """\
-Every setting has one name in four spellings, the later wins: a key of the TOML file given by --config (astera_lite.toml
-if there is one), the environment variable ASTERA_LITE_<NAME>, the flag, the keyword of the embedding constructor.
-TIME is 250ms, 30s, 5m, 24h; SIZE is 64KiB, 10MiB.
-
-examples:
-  python astera_lite.py                             serve ./flows on http://127.0.0.1:9261
-  python astera_lite.py --port 8080 --retention 1h  the same, otherwise
-  python astera_lite.py new lookup                  write flows/lookup.json, to begin with
-  python astera_lite.py check                       say what is wrong with the flows
-  python astera_lite.py try lookup id=7             run a flow here and show its steps
-
-exit codes: 0 stopped; 1 a fault in settings or in what was checked; 2 usage; 3 cannot listen; 4 database unusable;
-            5 a fault of the server's own
-"""
+#: What makes the documents that commands print: functions of the wing of documents.
+DOCUMENTS = {
+    "openapi": late("astera_lite_documents:openapi_document"),
+    "postman": late("astera_lite_documents:postman_document"),
+    "schema": late("astera_lite_documents:flow_schema"),
+}
 
 
-_SCRIPT = "python astera_lite.py"
-
-
-def command_name() -> str:
-    """What a user types to start us: the command of an installation, a zipapp, a module, or the script."""
-    name = os.path.basename(sys.argv[0])
-    if name == "astera-lite":
-        return name
-    if name.endswith(".pyz"):
-        return f"python {name}"
-    return "python -m astera_lite" if "-m" in sys.orig_argv[: -len(sys.argv)] else _SCRIPT
-
-
-def _parser() -> argparse.ArgumentParser:
-    import argparse  # noqa: PLC0415 (an embedding program has no command line of ours)
-
-    started_as = command_name()
-    parser = argparse.ArgumentParser(
-        prog="astera_lite",
-        usage=f"{started_as} [COMMAND] [settings]",
-        description="Publish API flows over HTTP: call them synchronously, or as jobs to poll or be called back for.",
-        epilog=_EPILOG.replace(_SCRIPT, started_as),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"Astera Lite {__version__}")
-    commands = parser.add_subparsers(title="commands (`COMMAND --help` says more)", metavar="COMMAND", dest="command")
-    _add_settings(parser, SETTING_FIELDS)
-    for name, (_, text, arguments, shown_settings) in COMMANDS.items():
-        words = [argument if argument.startswith("--") else o.get("metavar", argument) for argument, o in arguments]
-        command = commands.add_parser(
-            name,
-            prog=f"{started_as} {name}",
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            usage=" ".join([started_as, name, *(f"[{w}]" if w[0] == "-" else w for w in words), "[settings]"]),
-            allow_abbrev=False,
-        )
-        for argument, options_ in arguments:
-            command.add_argument(argument, **options_)
-        _add_settings(command, shown_settings, [argument for argument, _ in arguments])
-    return parser
-
-
-def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str], taken: Collection[str] = ()) -> None:
-    """Every setting as a flag, unless the command has another use for its name; the help shows those that matter."""
-    import argparse  # noqa: PLC0415
-
-    group = parser.add_argument_group("settings")
-    group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="TOML file of settings")
-    for name, default, text in settings_table():
-        item, flag = SETTING_FIELDS[name], "--" + name.replace("_", "-")
-        if item.secret or flag in taken:
-            continue
-        options_: dict[str, Any] = {
-            "dest": f"set_{name}",
-            "default": argparse.SUPPRESS,
-            "metavar": "|".join(item.choices) or SETTING_KINDS[item.kind].metavar,
-            "help": f"{text.replace('%', '%%')} (default: {default})" if name in to_show else argparse.SUPPRESS,
-        }
-        if item.kind == "bool":
-            options_ |= {"nargs": "?", "const": "true"}
-        group.add_argument(flag, **options_)
-    if "token" in to_show:
-        names = [f"ASTERA_LITE_{name.upper()}" for name, item in SETTING_FIELDS.items() if item.secret]
-        group.description = f"Not as flags, which would show in `ps`: {', '.join(names)}."
-
-
-def _check_flags(parser: argparse.ArgumentParser, given: Sequence[str]) -> None:
-    """Refuse a flag that no command has: the parser would take its value for the command."""
-    secret = {"--" + name.replace("_", "-"): name.upper() for name, item in SETTING_FIELDS.items() if item.secret}
-    settings = {"--" + name.replace("_", "-") for name in SETTING_FIELDS} - secret.keys()
-    settings |= {"-h", "--help", "--version", "--config"}
-    own = {argument for _, _, arguments, _ in COMMANDS.values() for argument, _ in arguments if argument[:2] == "--"}
-    begun = False
-    for word in itertools.takewhile(lambda word: word != "--", given):
-        begun = begun or word in COMMANDS
-        flag = word.partition("=")[0]
-        if not re.match("-[^0-9]", flag) or flag in settings or (begun and flag in own):
-            continue
-        if flag in secret:
-            parser.error(
-                f"{flag} would show in `ps`: set ASTERA_LITE_{secret[flag]}, or write it into the --config file"
-            )
-        parser.error(
-            f"{flag} stands behind its command" if flag in own else f"there is no {flag}{suggest(flag, settings | own)}"
-        )
-
-
-def _plain_arguments(given: list[str]) -> Any:
-    """What the parser would make of a server's settings; None for all else. The parser takes 0.5 MB and 6 ms."""
-    flags = {f"--{name.replace('_', '-')}": f"set_{name}" for name, item in SETTING_FIELDS.items() if not item.secret}
-    flags["--config"] = "config"
-    words: list[str] = []
-    for word in given[1:] if given[:1] == ["serve"] else given:
-        words += word.split("=", 1) if word.startswith("--") else [word]
-    values = words[1::2]
-    if len(words) % 2 or not flags.keys() >= {*words[::2]} or any(value.startswith("-") for value in values):
-        return None
-    return types.SimpleNamespace(command="serve", **{flags[f]: v for f, v in zip(words[::2], values, strict=True)})
-
-
-def _load_settings(args: argparse.Namespace) -> Settings:
-    given = vars(args)
-    config = given.get("config")
-    if config is None and os.path.exists("astera_lite.toml"):
-        config = "astera_lite.toml"
-    flags = {name.removeprefix("set_"): value for name, value in given.items() if name.startswith("set_")}
-    early = _Early()
-    log.addHandler(early)
-    settings = Settings()
-    try:
-        settings = Settings.load(config, os.environ, flags)
-    finally:
-        log.removeHandler(early)
-        if (handler := _log_handler(settings)) is not None:
-            for record in early.records:
-                handler.handle(record)
-    return settings
-
-
-class _Early(logging.Handler):
-    """Keeps what is logged before it is known in which form it is wanted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
-class _Stderr:
-    """stderr for whoever writes there: it raises nothing, and once it is `apart` it keeps nobody waiting."""
+class Stderr:
+    """stderr for all that write there. It raises nothing, and once it is detached it keeps nobody waiting."""
 
     _MOST = 5000  # texts that wait; further ones are lost
 
@@ -11165,6 +11026,7 @@ class _Stderr:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Write a text, now or on the thread of `detach`."""
         if self._texts is None:
             self._write(text)
         elif self._texts.qsize() < self._MOST:
@@ -11174,15 +11036,15 @@ class _Stderr:
         return len(text)
 
     def flush(self) -> None:
-        pass  # each text is
+        """Do nothing: each text is flushed."""
 
     def _write(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # it is full, closed, or its reader has gone
             self._stream.write(text)
             self._stream.flush()
 
-    def apart(self) -> None:
-        """From here on a thread writes: a reader that does not read, or a slow disk, holds up that thread only."""
+    def detach(self) -> None:
+        """From here on a thread writes: a slow disk, or a reader that does not read, holds up that thread only."""
         self._texts = queue.SimpleQueue()
         threading.Thread(target=self._write_all, args=[self._texts], name="astera-stderr", daemon=True).start()
 
@@ -11198,7 +11060,7 @@ class _Stderr:
                 log.warning("%d lines of the log are lost: what reads stderr was too slow", lost)
 
     def written(self) -> bool:
-        """Whether all is written, which is waited for for a second."""
+        """Whether everything is written; waits up to a second for that."""
         if self._texts is None:
             return True
         done = threading.Event()
@@ -11206,57 +11068,9 @@ class _Stderr:
         return done.wait(1)
 
 
-def _set_up_streams() -> _Stderr:
-    """Have standard streams that can be written to, whatever the program was started with."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed; or the database would get its number, and what is written there
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # it may be for ASCII only
-    stderr = sys.stderr if isinstance(sys.stderr, _Stderr) else _Stderr(sys.stderr)
-    sys.stderr = cast(TextIO, stderr)
-    return stderr
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit code."""
-    stderr = _set_up_streams()
-    code = _main(argv)
-    if not stderr.written():  # its thread would hold up the interpreter's end
-        os._exit(code)
-    return code
-
-
-def _main(argv: Sequence[str] | None) -> int:
-    given = [*(sys.argv[1:] if argv is None else argv)]
-    args: Any = _plain_arguments(given)
-    if args is None:
-        parser = _parser()
-        _check_flags(parser, given)
-        args = parser.parse_args(given)
-    command = COMMANDS[args.command or "serve"][0]
-    code = 0
-    try:
-        code = command(args, _load_settings(args))
-        sys.stdout.flush()  # here, where its failure can be caught
-    except (ConfigError, FlowError) as error:
-        for fault in error.faults:
-            print(f"{fault}", file=sys.stderr)
-        return 1
-    except StoreError as error:
-        print(error, file=sys.stderr)
-        return 4
-    except (Conflict, NotFound) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130  # 128 + SIGINT, as shells have it
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # else the reader of our output has gone, as `head` does
-            print(f"the output cannot be written: {reason_of(error)}", file=sys.stderr)
-            code = 1
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the interpreter's last flush)
-    return code
+def one_line(text: str) -> str:
+    """The text with what is not printable escaped, so that it can begin no line and command no terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 class _JsonLines(logging.Formatter):
@@ -11285,14 +11099,9 @@ class _TextLines(logging.Formatter):
         return text
 
 
-def one_line(text: str) -> str:
-    """The text with what is not printable escaped, so that it can begin no line and command no terminal."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
-def _log_handler(settings: Settings) -> logging.Handler | None:
+def _log_handler(settings: Settings) -> logging.Handler:
     if settings.log == "off":
-        return None
+        return logging.NullHandler()
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines() if settings.log == "json" else _TextLines())
     return handler
@@ -11300,82 +11109,44 @@ def _log_handler(settings: Settings) -> logging.Handler | None:
 
 def set_up_logging(settings: Settings) -> None:
     """Send the log of the module to stderr, in the form and from the level that the settings name."""
-    log.addHandler(_log_handler(settings) or logging.NullHandler())
+    log.addHandler(_log_handler(settings))
     log.setLevel(settings.log_level.upper())
     log.propagate = False
 
 
-def serve(args: argparse.Namespace, settings: Settings) -> int:
-    """serve: until SIGTERM or SIGINT."""
-    stderr = cast(_Stderr, sys.stderr)
-    stderr.apart()
-    set_up_logging(settings)
-    logging.captureWarnings(True)
-    logging.getLogger("py.warnings").addHandler(log.handlers[-1])
-    sys.setswitchinterval(0.00005)  # or each thread that computes would hold up the loop for 5 ms, many times a request
-    _raise_descriptor_limit(settings.max_connections)
-    app = _Supervised(settings)
-    app.start()
+def load_settings(flags: Mapping[str, str]) -> Settings:
+    """The settings of flags (texts by name), the environment, and the TOML file named by the flag `config`.
+
+    What is logged meanwhile is written in the form that they name. Raises ConfigError.
+    """
+    default = "astera_lite.toml" if os.path.exists("astera_lite.toml") else None
+    flags = dict(flags)
+    early: list[logging.LogRecord] = []
+    keep = cast(Callable[[logging.LogRecord], bool], early.append)  # a filter whose answer, None, lets nothing pass
+    log.addFilter(keep)
+    settings = Settings()
     try:
-        server = Server(app)
-    except OSError as error:
-        print(
-            f"cannot listen on {settings.host}:{settings.port}: {reason_of(error)}; choose another --port",
-            file=sys.stderr,
-        )
-        app.stop()
-        return 3
-    except ConfigError:
-        app.stop()
-        raise
-    overdue = _install_signals(app, server)
-    base = server.base or server.url
-    lines, console_line = endpoint_lines(app.deployments, base), [f"console: {base}/"]
-    try:
-        resource("console.html")
-    except ConfigError:  # a copy of the module without the page
-        console_line = []
-    if settings.log == "json":
-        for line in [*(f"published: {' '.join(line.split())}" for line in lines), *console_line]:
-            log.info("%s", line)
-    else:
-        head = "published:" if lines else "published: no flow; `new NAME` writes a first one"
-        stderr.write("\n".join([head, *lines, *console_line, ""]))
-    _settle()
-    stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
-    notify(f"READY=1\nSTATUS=listening on {server.url}")
-    if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-        app.beat = partial(server.post, partial(notify, "WATCHDOG=1"))
-    server.start()  # on a thread of its own: this one is free for signals, whatever holds that one up
-    while not server.ended(1.0) and not overdue():
-        pass
-    stuck = not server.ended(0)
-    if not stuck:
-        server.server_close()
-    # The interpreter's own 1 says that settings are faulty, where to start again is of no use.
-    code = 5 if server.fault is not None else 0
-    left = app.stop()
-    if not code:
-        log.info("stopped: what ran has ended" if app.busy_at_stop and not left else "stopped")
-    logging.shutdown()
-    if left or stuck or server.apart:  # threads that do not end would hold the interpreter for ever
-        stderr.written()
-        kill_children()
-        os._exit(code)
-    return code
+        settings = Settings.load(flags.pop("config", default), os.environ, flags)
+    finally:
+        log.removeFilter(keep)
+        handler = _log_handler(settings)
+        for record in early:
+            handler.handle(record)
+    return settings
 
 
-class _Supervised(AsteraLite):
-    """A server that tells the service manager's watchdog, through its housekeeper and its loop, that both are alive."""
+# --- serve ---
 
-    beat: Callable[[], None] | None = None
-    busy_at_stop = False  # whether something ran when it was told to stop
+
+class _WatchedApp(AsteraLite):
+    """Tells the service manager's watchdog, through the housekeeper and the loop, that both are alive."""
+
+    beat: Callable[[], None] = staticmethod(lambda: None)
 
     def look_around(self) -> None:
         """Once a second, on the housekeeper's thread."""
         super().look_around()
-        if self.beat is not None:
-            self.beat()
+        self.beat()
 
 
 def notify(state: str) -> None:
@@ -11388,24 +11159,65 @@ def notify(state: str) -> None:
         sock.sendto(state.encode(), name if name[0] == "/" else "\0" + name[1:])
 
 
-def _tell_stopping(app: _Supervised, again: str) -> None:
-    jobs, requests = app.engine.at_work()
-    app.busy_at_stop = bool(jobs or requests)
-    if not app.busy_at_stop:
-        log.info("stopping")
+def _set_up_process(settings: Settings) -> None:
+    """Set what belongs to the whole process: log, thread switches, descriptors."""
+    set_up_logging(settings)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").addHandler(log.handlers[-1])
+    sys.setswitchinterval(0.00005)  # or each thread that computes would hold up the loop for 5 ms, many times a request
+    try:
+        import resource as rlimits  # noqa: PLC0415 (not on Windows)
+    except ImportError:
         return
+    soft, hard = rlimits.getrlimit(rlimits.RLIMIT_NOFILE)
+    wanted = settings.max_connections + 256
+    if soft < wanted:
+        allowed = wanted if hard == rlimits.RLIM_INFINITY else min(wanted, hard)
+        rlimits.setrlimit(rlimits.RLIMIT_NOFILE, (allowed, hard))
+
+
+def _announce(server: Server, stderr: Stderr) -> None:
+    """Print the endpoints, the console and the address."""
+    base = server.base or server.url
+    published = endpoint_lines(server.app.deployments, base)
+    console_line = [f"console: {base}/"]
+    try:
+        resource("console.html")
+    except ConfigError:  # a copy of the module without the page
+        console_line = []
+    if server.settings.log == "json":
+        for line in [*(f"published: {' '.join(line.split())}" for line in published), *console_line]:
+            log.info("%s", line)
+    else:
+        head = "published:" if published else "published: no flow; `new NAME` writes a first one"
+        stderr.write("\n".join([head, *published, *console_line, ""]))
+    stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
+    notify(f"READY=1\nSTATUS=listening on {server.url}")
+
+
+def _log_stopping(app: AsteraLite, again: str) -> None:
+    jobs, requests = app.engine.at_work()
     counts = [(len(jobs), "job"), (len(requests), "request")]
-    what = " and ".join(f"{count} {word}{'s' if count > 1 else ''}" for count, word in counts if count)
-    one = len(jobs) + len(requests) == 1
-    flows = ", ".join(sorted({*jobs, *requests}))
-    wait, else_ = app.settings.shutdown_timeout, f"leaves {'it' if len(jobs) == 1 else 'them'} to the next start"
-    log.info(
-        "stopping: %s %s running (%s), waiting up to %g s; %s %s",
-        *(what, "is" if one else "are", shown(flows, 200)[1:-1], wait, again, else_ if jobs else "ends at once"),
-    )
+    what = " and ".join(f"{count} {noun}{'s' * (count > 1)}" for count, noun in counts if count)
+    if what:
+        flows = shown(", ".join(sorted({*jobs, *requests})), 200)[1:-1]
+        wait = app.settings.shutdown_timeout
+        what = f": waiting up to {wait:g} s for {what} ({flows}); {again} stops at once"
+        what += "; unfinished jobs run again at the next start" if jobs else ""
+    log.info("stopping%s", what)
 
 
-def _install_signals(app: _Supervised, server: Server) -> Callable[[], bool]:
+def _reload(app: AsteraLite) -> None:
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        app.read_tokens()
+        faults = app.deployer.reload()
+        log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
+    finally:
+        notify("READY=1")
+
+
+def _install_signals(app: AsteraLite, server: Server) -> Callable[[], bool]:
     """Have signals stop the server, or read flows and tokens again; returns what says that a stop is overdue."""
     stop_by = math.inf
 
@@ -11415,7 +11227,7 @@ def _install_signals(app: _Supervised, server: Server) -> Callable[[], bool]:
             kill_children()
             os._exit(0)  # what is on disk is safe
         stop_by = time.monotonic() + app.settings.shutdown_timeout + 5
-        server.post(lambda: _tell_stopping(app, "Ctrl-C again" if number == signal.SIGINT else "a second signal"))
+        server.post(lambda: _log_stopping(app, "Ctrl-C again" if number == signal.SIGINT else "a second signal"))
         server.request_stop()
         notify("STOPPING=1")
 
@@ -11429,18 +11241,8 @@ def _install_signals(app: _Supervised, server: Server) -> Callable[[], bool]:
     return lambda: time.monotonic() > stop_by
 
 
-def _reload(app: AsteraLite) -> None:
-    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    try:
-        app.read_tokens()
-        faults = app.deployer.reload()
-        log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
-    finally:
-        notify("READY=1")
-
-
 def _settle() -> None:
-    """What is loaded stays: the garbage collector need not look at it again."""
+    """Tell the garbage collector that what is loaded stays."""
     import gc  # noqa: PLC0415 (an embedding program's own affair)
 
     gc.collect()
@@ -11448,135 +11250,103 @@ def _settle() -> None:
     gc.set_threshold(10_000, 20, 50)  # requests leave no cycles, but many objects: a look for each 700 held them up
 
 
-def _raise_descriptor_limit(connections: int) -> None:
-    """Let the process have as many descriptors as it may need, where the system allows it."""
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code."""
+    stderr = cast(Stderr, sys.stderr)
+    stderr.detach()
+    _set_up_process(settings)
+    app = _WatchedApp(settings)
+    app.start()
     try:
-        import resource as limits  # noqa: PLC0415 (not on Windows)
-    except ImportError:
-        return
-    soft, hard = limits.getrlimit(limits.RLIMIT_NOFILE)
-    wanted = connections + 256
-    if soft < wanted:
-        limits.setrlimit(limits.RLIMIT_NOFILE, (wanted if hard == limits.RLIM_INFINITY else min(wanted, hard), hard))
+        server = Server(app)
+    except (ConfigError, OSError) as error:
+        app.stop()
+        if isinstance(error, ConfigError):
+            raise
+        address = f"{settings.host}:{settings.port}"
+        print(f"cannot listen on {address}: {reason_of(error)}; choose another --port", file=sys.stderr)
+        return 3
+    overdue = _install_signals(app, server)
+    _settle()
+    _announce(server, stderr)
+    if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+        app.beat = partial(server.post, partial(notify, "WATCHDOG=1"))
+    server.start()  # on a thread of its own: this one is free for signals, whatever holds that one up
+    while not server.ended(1.0) and not overdue():
+        pass
+    stuck = not server.ended(0)
+    if not stuck:
+        server.server_close()
+    # The interpreter's own 1 says that settings are faulty, where to start again is of no use.
+    code = 5 if server.fault is not None else 0
+    left = app.stop()
+    if not code:
+        log.info("stopped")
+    logging.shutdown()
+    if left or stuck or server.apart:  # threads that do not end would hold the interpreter for ever
+        stderr.written()
+        kill_children()
+        os._exit(code)
+    return code
 
 
-_Command = Callable[["argparse.Namespace", Settings], int]
-_RUNNING = ("flows", "data", "env_allow", "secrets", "callback_allow", "max_step_response", "max_result", "job_timeout")
-_DOCUMENTED = ("flows", "host", "port", "public_url", "env_allow", "secrets")
+# --- the program ---
 
 
-def _positive(text: str) -> int:
-    import argparse  # noqa: PLC0415 (whose parser calls this)
+def serve_flags(words: Sequence[str]) -> dict[str, str] | None:
+    """The settings on a command line that serves and names each setting with its value; None for any other.
 
-    if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from 1 on")
-    return int(text)
+    It spares most starts the parser of astera_lite_tools, which reads these lines, too: 6 ms and 0.5 MB.
+    """
+    names = {f"--{name.replace('_', '-')}": name for name, item in SETTING_FIELDS.items() if not item.secret}
+    names["--config"] = "config"
+    parts: list[str] = []
+    for word in words[1:] if words[:1] == ["serve"] else words:
+        parts += word.split("=", 1) if word.startswith("--") else [word]
+    flags, values = parts[::2], parts[1::2]
+    if len(parts) % 2 or not names.keys() >= {*flags} or any(value.startswith("-") for value in values):
+        return None
+    return {names[flag]: value for flag, value in zip(flags, values, strict=True)}
 
 
-_JSON_FLAG: tuple[str, dict[str, Any]] = ("--json", {"action": "store_true", "help": "print JSON, for programs"})
+def _set_up_streams() -> Stderr:
+    """Have standard streams that can be written to, whatever the program was started with."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed; or the database would get its number, and what is written there
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # it may be for ASCII only
+    stderr = sys.stderr if isinstance(sys.stderr, Stderr) else Stderr(sys.stderr)
+    sys.stderr = cast(TextIO, stderr)
+    return stderr
 
 
-#: The commands: function, help, arguments, and the settings that its help shows.
-COMMANDS: dict[str, tuple[_Command, str, list[tuple[str, dict[str, Any]]], Collection[str]]] = {
-    "serve": (serve, "serve the flows (the default)", [], SETTING_FIELDS),
-    "check": (
-        late("astera_lite_tools:check"),
-        "validate flows and settings",
-        [("file", {"nargs": "*", "metavar": "[FILE …]", "help": "flow files; all if none is named"})],
-        SETTING_FIELDS,
-    ),
-    "try": (
-        late("astera_lite_tools:try_flow"),
-        "run one flow here, with a trace of its steps",
-        [
-            ("name", {"metavar": "NAME", "help": "name of the flow"}),
-            ("values", {"nargs": "*", "metavar": "[key=value …]", "help": "parameters; body=TEXT or body=@FILE"}),
-        ],
-        _RUNNING,
-    ),
-    "test": (
-        late("astera_lite_tools:test"),
-        "run the tests that flow files carry",
-        [("names", {"nargs": "*", "metavar": "[NAME …]", "help": "names of flows; all if none is named"})],
-        ("flows", "env_allow", "secrets", "max_result"),
-    ),
-    "schema": (
-        partial(late("astera_lite_tools:schema"), late("astera_lite_documents:flow_schema")),
-        "print a JSON Schema of the flow file, for editors",
-        [],
-        (),
-    ),
-    "openapi": (
-        partial(late("astera_lite_tools:print_document"), late("astera_lite_documents:openapi_document")),
-        "print the OpenAPI document of the flows",
-        [],
-        _DOCUMENTED,
-    ),
-    "postman": (
-        partial(late("astera_lite_tools:print_document"), late("astera_lite_documents:postman_document")),
-        "print a Postman collection of the flows, to import or to run with newman",
-        [],
-        _DOCUMENTED,
-    ),
-    "new": (
-        late("astera_lite_tools:new"),
-        "write a starter flow",
-        [("name", {"metavar": "NAME", "help": "name of the flow"})],
-        ("flows",),
-    ),
-    "jobs": (
-        late("astera_lite_tools:jobs"),
-        "list the jobs in the database",
-        [
-            ("--flow", {"metavar": "NAME", "help": "of this flow only"}),
-            ("--status", {"choices": ["Running", "Completed", "Error"], "help": "of this status only"}),
-            (
-                "--limit",
-                {"type": _positive, "metavar": "N", "default": 50, "help": "so many at the most (default: 50)"},
-            ),
-            _JSON_FLAG,
-        ],
-        ("database",),
-    ),
-    "token": (
-        late("astera_lite_tools:token"),
-        "make a token that may call, list them, or revoke one",
-        [
-            ("name", {"nargs": "?", "metavar": "[NAME]", "help": "whose it is; without a name, all are listed"}),
-            ("--flows", {"metavar": "a,b", "help": "it may call these flows only"}),
-            ("--role", {"choices": ["user", "admin"], "help": "admin: sees and deploys everything (default: user)"}),
-            ("--revoke", {"action": "store_true", "help": "let it in no more"}),
-        ],
-        ("database",),
-    ),
-    "backup": (
-        late("astera_lite_tools:backup"),
-        "copy the database, also while the server runs",
-        [("copy", {"metavar": "FILE", "help": "where the copy goes; must not be there yet"})],
-        ("database",),
-    ),
-    "zipapp": (
-        late("astera_lite_tools:pack"),
-        "write the server as one file, which `python FILE` runs",
-        [
-            (
-                "file",
-                {"nargs": "?", "metavar": "[FILE]", "default": "astera_lite.pyz", "help": "(default: astera_lite.pyz)"},
-            )
-        ],
-        (),
-    ),
-    "job": (
-        late("astera_lite_tools:show_job"),
-        "show one job, its steps and its callback attempts",
-        [
-            ("id", {"metavar": "ID", "help": "id of the job"}),
-            ("--result", {"action": "store_true", "help": "print its result to stdout, the rest to stderr"}),
-            _JSON_FLAG,
-        ],
-        ("database",),
-    ),
-}
+def _run(words: Sequence[str]) -> int:
+    code = 0
+    try:
+        flags = serve_flags(words)
+        code = serve(load_settings(flags)) if flags is not None else wing("astera_lite_tools:run_command")(words)
+        sys.stdout.flush()  # here, where its failure can be caught
+    except AsteraError as error:
+        print(error, file=sys.stderr)
+        return 4 if isinstance(error, StoreError) else 1
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT, as shells have it
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # else the reader of our output has gone, as `head` does
+            print(f"the output cannot be written: {reason_of(error)}", file=sys.stderr)
+            code = 1
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the interpreter's last flush)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (of this process unless given), and return the exit code."""
+    stderr = _set_up_streams()
+    code = _run([*(sys.argv[1:] if argv is None else argv)])
+    if not stderr.written():  # its thread would hold up the interpreter's end
+        os._exit(code)
+    return code
 
 
 if sys.modules["__main__"] is sys.modules.get(__name__):

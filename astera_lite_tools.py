@@ -1,75 +1,71 @@
-"""The commands of Astera Lite for authors and operators: check, try, test, new, jobs, job, token, backup, zipapp.
+"""The command line of Astera Lite, but for a plain `serve`: all commands, their arguments, --help.
 
-A wing of astera_lite, which loads this file when one of these commands is given, or a flow is deployed over HTTP. A
-command is a function of the parsed arguments and the settings that returns the exit code; its row stands in COMMANDS.
+A wing of astera_lite, which loads this file when it cannot read a command line by itself. To add a command: a function
+of the parsed arguments and the settings that returns the exit code, and a row in COMMANDS. Errors that a function
+raises (AsteraError) are printed, and the exit code is 1.
 """
 
 from __future__ import annotations
 
+import argparse
 import codecs
+import compileall
 import contextlib
 import datetime
+import itertools
 import json
-import json.encoder
 import math
 import os
+import py_compile
 import re
-import shutil
+import secrets
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
 
 from astera_lite import (
     ADMIN_TOKEN,
     CONNECTIONS_FILE,
+    DOCUMENTS,
     FLOW_NAME,
-    JSON_TYPE,
-    NO_STORE,
     PHRASES,
+    SETTING_FIELDS,
+    SETTING_KINDS,
     SHIPPED,
     STEP_KINDS,
     WINGS,
-    AccessError,
     AsteraLite,
     Attempt,
     Clock,
     ConfigError,
     Conflict,
-    Deployer,
-    Exchange,
     Fault,
-    FlowError,
-    InputError,
     Job,
     JobKey,
     MeasuringJournal,
     NotFound,
     Outcome,
-    Reply,
     Run,
     Settings,
     SqliteReader,
     Status,
     StoredResult,
     Token,
+    __version__,
     attempt_documents,
-    check_coding,
-    check_conditions,
     check_exposure,
-    command_name,
-    deployment_document,
     edit_tokens,
     failure_of,
     failure_text,
     from_json,
     is_flow_file,
-    is_json_type,
-    json_body,
+    load_settings,
     log,
     nearest_line,
     one_line,
-    parse_flow_text,
     path_values,
     pointer_lines,
     read_bytes,
@@ -79,7 +75,9 @@ from astera_lite import (
     resource,
     run_flow,
     run_test,
+    serve,
     set_up_logging,
+    settings_table,
     shown,
     status_document,
     suggest,
@@ -88,35 +86,122 @@ from astera_lite import (
     whole_body,
 )
 
-if TYPE_CHECKING:
-    import argparse
-
-_STARTER = """\
-{
-  "description": "What NAME is for, in a sentence",
-  "request": {
-    "method": "GET",
-    "resource": "/NAME/{id}",
-    "processing": ["synchronous", "asynchronous"],
-    "parameters": {
-      "id": {"in": "path", "type": "integer", "example": 7},
-      "note": {"in": "query", "type": "string", "maxLength": 100}
-    }
-  },
-  "steps": [
-    {"name": "double", "set": "${params.id * 2}"}
-  ],
-  "response": [
-    {"when": "${params.id < 0}", "status": 404, "body": {"error": "there is no ${params.id}"}},
-    {"status": 200, "body": {"id": "${params.id}", "double": "${double}", "note": "${params.note}"}}
-  ]
-}
-"""
+_SCRIPT = "python astera_lite.py"
 
 
-def starter_flow(name: str) -> str:
-    """The text of a first flow."""
-    return _STARTER.replace("NAME", name)
+def command_name() -> str:
+    """What a user types to start us: the command of an installation, a zipapp, a module, or the script."""
+    name = os.path.basename(sys.argv[0])
+    if name == "astera-lite":
+        return name
+    if name.endswith(".pyz"):
+        return f"python {name}"
+    return "python -m astera_lite" if "-m" in sys.orig_argv[: -len(sys.argv)] else _SCRIPT
+
+
+def _printable(text: str) -> str:
+    """A text of several lines, or JSON, in which what commands a terminal is escaped as JSON has it."""
+    return re.sub(r"[^\t\n -~]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1], text)
+
+
+def _print_json(document: Any, stream: TextIO | None = None) -> None:
+    stream = stream or sys.stdout
+    escaped = not stream.encoding.lower().startswith("utf")
+    print(_printable(json.dumps(document, indent=2, ensure_ascii=escaped)), file=stream)
+
+
+def _write_body(pieces: Iterable[bytes]) -> None:
+    """Write a response's body to stdout: as it is, or what a terminal may be given of it."""
+    if sys.stdout.isatty():
+        decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+        for piece in (*pieces, b""):
+            sys.stdout.write(_printable(decoder.decode(piece, final=not piece)))
+    else:
+        sys.stdout.buffer.writelines(pieces)
+    sys.stdout.flush()
+
+
+_COLOURS = {"Completed": 32, "delivered": 32, "Running": 33, "pending": 33, "Error": 31, "failed": 31, "gone": 31}
+_DIM = 2
+
+
+def _span(ms: int) -> str:
+    """A length of time, for people."""
+    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000)):
+        if ms >= 2 * size:
+            return f"{ms // size} {unit}"
+    return f"{ms / 1000:.1f} s" if ms >= 1000 else f"{ms} ms"
+
+
+class _Sheet:
+    """What people read: on a terminal with a little colour and times as they are from now, elsewhere plain, in UTC."""
+
+    def __init__(self, stream: TextIO, offset: int = 0) -> None:
+        self.stream, self._terminal, self._offset = stream, stream.isatty(), offset
+        self._now = Clock().now() - offset
+        self._colour = self._terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+    def _painted(self, text: str, colour: int | None) -> str:
+        return f"\x1b[{colour}m{text}\x1b[0m" if colour is not None and self._colour else text
+
+    def table(self, head: str, rows: Sequence[Sequence[str]]) -> None:
+        """Print rows under a head, which has a word for each column."""
+        lines = [[one_line(text) for text in row] for row in (head.split(), *rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for n, line in enumerate(lines):
+            colours = [_COLOURS.get(text.partition(" ")[0]) if n else _DIM for text in line]
+            padded = [text.ljust(width) for text, width in zip(line, [*widths[:-1], 0], strict=True)]
+            print("  ".join(map(self._painted, padded, colours)).rstrip(), file=self.stream)
+
+    def fields(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Print a line for each name that has a value."""
+        width = max(len(name) for name, _ in pairs)
+        for name, text in pairs:
+            if text:
+                value = self._painted(one_line(text), _COLOURS.get(text.partition(" ")[0]))
+                print(f"{self._painted(name.ljust(width), _DIM)}  {value}", file=self.stream)
+
+    def steps(self, trace: Iterable[Mapping[str, Any]]) -> None:
+        """Print the steps of a run; attempts that a step made before its last one have rows of their own."""
+        rows = []
+        for step in trace:
+            retries = step.get("retries", ())
+            rows += [(step["path"], step["kind"], "retried", "", "", failure_text(each)) for each in retries]
+            began, ended = (datetime.datetime.fromisoformat(step[name]) for name in ("startedAt", "finishedAt"))
+            state = f"{step['state']} ({step['status']})" if "status" in step else step["state"]
+            size = "" if step["size"] is None else f"{step['size']:,}"
+            output = failure_text(step["error"]) if "error" in step else step["preview"] or ""
+            took = _span(round((ended - began).total_seconds() * 1000))
+            rows.append((step["path"], step["kind"], state, took, size, output))
+        self.table("step kind state took bytes output", rows)
+
+    def moment(self, ms: int | None, with_date: bool = False) -> str:
+        """A time; empty for None."""
+        if ms is None or not self._terminal:
+            return timestamp(ms, self._offset) or ""
+        relative = f"in {_span(ms - self._now)}" if ms > self._now else f"{_span(self._now - ms)} ago"
+        local = datetime.datetime.fromtimestamp((ms + self._offset) / 1000)
+        return f"{local:%Y-%m-%d %H:%M:%S} ({relative})" if with_date else relative
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """A function that shows on stderr, if that is a terminal, how much is done of how much."""
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+    shown_at = -math.inf
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown_at
+        if done < total and time.monotonic() - shown_at < 0.1:
+            return
+        shown_at = time.monotonic()
+        line = f"{what} {100 * done // total} %" if done < total else ""
+        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+# --- for authors ---
 
 
 def check(args: argparse.Namespace, settings: Settings) -> int:
@@ -125,7 +210,7 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
     check_exposure(settings, settings.host, any(token.digest for token in _tokens_of(settings.database)))
     wanted = {os.path.realpath(name): name for name in args.file}
     folders = sorted({os.path.dirname(path) for path in wanted}) or [settings.flows]
-    faults, well = [], 0
+    faults, good = [], 0
     for name in args.file:
         if not os.path.lexists(name):
             faults.append(Fault(name, "", "there is no such file"))
@@ -141,10 +226,10 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
             if not wanted or (path in wanted and wanted[path] not in named):
                 faults.append(_openable(fault, folder, wanted.get(path)))
         sources = [os.path.realpath(os.path.join(folder, flow.source)) for flow in found.by_name.values()]
-        well += sum(1 for source in sources if not wanted or source in wanted)
+        good += sum(1 for source in sources if not wanted or source in wanted)
     for fault in faults:
         print(fault)
-    flows, errors = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((well, "flow"), (len(faults), "error")))
+    flows, errors = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((good, "flow"), (len(faults), "error")))
     print(f"{flows} OK, {errors}", file=sys.stderr)
     return 1 if faults else 0
 
@@ -185,40 +270,28 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     app.deployer.reload()
     flow = app.deployments.by_name.get(args.name)
     if flow is None and args.name in {os.path.splitext(fault.where)[0] for fault in app.deployments.faults}:
-        print(f'the flow "{args.name}" has faults, which stand above', file=sys.stderr)
-        return 1
+        raise NotFound(f'the flow "{args.name}" has the faults listed above')
     if flow is None:
-        print(f'there is no flow "{args.name}"{suggest(args.name, app.deployments.by_name)}', file=sys.stderr)
-        return 1
+        raise NotFound(f'there is no flow "{args.name}"{suggest(args.name, app.deployments.by_name)}')
     repeated: dict[str, list[str]] = {}
     body: Any = None
-    for pair in args.values:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            print(f"{shown(pair)} is not of the form name=value", file=sys.stderr)
-            return 2
-        if name == "body":
-            try:
-                body = read_bytes(value[1:]) if value.startswith("@") else value.encode()
-            except OSError as error:
-                print(f"{value[1:]}: cannot be read: {reason_of(error)}", file=sys.stderr)
-                return 1
-        else:
+    for name, value in args.values:
+        if name != "body":
             repeated.setdefault(name, []).append(value)
+            continue
+        try:
+            body = read_bytes(value[1:]) if value.startswith("@") else value.encode()
+        except OSError as error:
+            raise NotFound(f"{value[1:]}: cannot be read: {reason_of(error)}") from None
     params = {name: values if len(values) > 1 else values[0] for name, values in repeated.items()}
-    try:
-        request = request_for(flow, params, body)
-        given = flow.bind(request, path_values(flow, request.path), "try")
-    except InputError as error:
-        for item in error.errors:
-            print(f"{item['in']} {item['name']}: {item['message']}", file=sys.stderr)
-        return 1
+    request = request_for(flow, params, body)
+    given = flow.bind(request, path_values(flow, request.path), "try")
     trace: list[dict[str, Any]] = []
     limit = flow.timeout or settings.job_timeout
     outcome = run_flow(Run(flow, given, app.outside, app.clock.monotonic() + limit, MeasuringJournal(), trace))
     assert isinstance(outcome, Outcome)
     app.outside.close()
-    _print_trace(trace)
+    _Sheet(sys.stderr).steps(trace)
     if outcome.reason:
         print(f"reason: {one_line(outcome.reason)}", file=sys.stderr)
     answer = outcome.answer
@@ -228,18 +301,6 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     sys.stderr.flush()
     _write_body([answer.body])
     return 0 if outcome.error is None else 1
-
-
-def _print_trace(trace: list[dict[str, Any]]) -> None:
-    for step in trace:
-        for path, kind, state, *_, told in _retry_rows(step):
-            print(f"{path:<20} {kind:<8} {state:<9} {'':>8}  {one_line(told)}", file=sys.stderr)
-        began, ended = (datetime.datetime.fromisoformat(step[name]) for name in ("startedAt", "finishedAt"))
-        took = f"{(ended - began).total_seconds() * 1000:.0f} ms"
-        about = [str(step["status"])] if "status" in step else []
-        about += [f"{step['size']} bytes"] if step["size"] is not None else []
-        line = f"{step['path']:<20} {step['kind']:<8} {step['state']:<9} {took:>8}  {one_line(_told_of(step))}"
-        print(f"{line}  ({', '.join(about)})" if about else line, file=sys.stderr)
 
 
 def test(args: argparse.Namespace, settings: Settings) -> int:
@@ -255,12 +316,12 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
         print(f'there is no flow "{name}"{suggest(name, flows)}')
     chosen = [flow for flow in flows.values() if not args.names or flow.name in args.names]
     passed = failed = 0
-    total, tell = sum(len(flow.tests) for flow in chosen), _progress("testing")
+    total, show = sum(len(flow.tests) for flow in chosen), _progress("testing")
     for flow in sorted(chosen, key=lambda flow: flow.name):
         for each in flow.tests:
-            tell(passed + failed, total)
+            show(passed + failed, total)
             differences, canned = run_test(flow, each, app.outside)
-            tell(total, total)  # the line is free for what follows
+            show(total, total)  # the line is free for what follows
             passed, failed = passed + (not differences), failed + bool(differences)
             print(f"{'FAILED' if differences else 'ok':<6} {flow.name}: {each.name} ({canned} canned)")
             for line in differences:
@@ -271,146 +332,71 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
     return 1 if failed or faults or unknown else 0
 
 
-def schema(make: Callable[..., Any], args: argparse.Namespace, settings: Settings) -> int:
-    """schema: print a JSON Schema of the flow file."""
-    _print_json(make(STEP_KINDS))
-    return 0
-
-
-def print_document(make: Callable[..., Any], args: argparse.Namespace, settings: Settings) -> int:
-    """openapi, postman: print a document of the flows; exit 1 if some are faulty and so not in it."""
+def print_document(args: argparse.Namespace, settings: Settings) -> int:
+    """schema, openapi, postman: print a document; exit code 1 if some flows are faulty and so not in it."""
+    if args.command == "schema":
+        _print_json(DOCUMENTS["schema"](STEP_KINDS))
+        return 0
     app = AsteraLite(settings)
     found = app.deployer.read()
     for fault in found.faults:
         print(_openable(fault, settings.flows), file=sys.stderr)
     secured = settings.token is not None or bool(_tokens_of(settings.database))
-    _print_json(make(found, app.base, secured))
+    _print_json(DOCUMENTS[args.command](found, app.base, secured))
     return 1 if found.faults else 0
+
+
+_STARTER = """\
+{
+  "description": "What NAME is for, in a sentence",
+  "request": {
+    "method": "GET",
+    "resource": "/NAME/{id}",
+    "processing": ["synchronous", "asynchronous"],
+    "parameters": {
+      "id": {"in": "path", "type": "integer", "example": 7},
+      "note": {"in": "query", "type": "string", "maxLength": 100}
+    }
+  },
+  "steps": [
+    {"name": "double", "set": "${params.id * 2}"}
+  ],
+  "response": [
+    {"when": "${params.id < 0}", "status": 404, "body": {"error": "there is no ${params.id}"}},
+    {"status": 200, "body": {"id": "${params.id}", "double": "${double}", "note": "${params.note}"}}
+  ]
+}
+"""
+
+
+def starter_flow(name: str) -> str:
+    """The text of a first flow."""
+    return _STARTER.replace("NAME", name)
 
 
 def new(args: argparse.Namespace, settings: Settings) -> int:
     """new: write a starter flow."""
     if not FLOW_NAME.fullmatch(args.name):
-        print(f"{shown(args.name)} must consist of letters, digits, - and _", file=sys.stderr)
-        return 1
+        raise Conflict(f"{shown(args.name)} must consist of letters, digits, - and _")
     if args.name + ".json" == CONNECTIONS_FILE:
-        print(f"{CONNECTIONS_FILE} keeps the connections: choose another name", file=sys.stderr)
-        return 1
+        raise Conflict(f"{CONNECTIONS_FILE} holds the connections: choose another name")
     path = os.path.join(settings.flows, f"{args.name}.json")
     try:
         os.makedirs(settings.flows or ".", exist_ok=True)
         with open(path, "x", encoding="utf-8") as file:
             file.write(starter_flow(args.name))
     except FileExistsError:
-        print(f"{path} is there already: choose another name", file=sys.stderr)
-        return 1
+        raise Conflict(f"{path} is there already: choose another name") from None
     except OSError as error:
-        print(f"{path}: {reason_of(error)}", file=sys.stderr)
-        return 1
+        raise Conflict(f"{path}: {reason_of(error)}") from None
     print(f"wrote {path}; run it with: {command_name()} try {args.name} id=7", file=sys.stderr)
     return 0
 
 
-def _printable(text: str) -> str:
-    """A text of several lines, or JSON, in which what commands a terminal is escaped as JSON has it."""
-    return re.sub(r"[^\t\n -~]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1], text)
+# --- for operators ---
 
 
-def _print_json(document: Any, stream: TextIO | None = None) -> None:
-    stream = stream or sys.stdout
-    escaped = not stream.encoding.lower().startswith("utf")
-    print(_printable(json.dumps(document, indent=2, ensure_ascii=escaped)), file=stream)
-
-
-def _write_body(pieces: Iterable[bytes]) -> None:
-    """Write a response's body to stdout: as it is, or what a terminal may be given of it."""
-    if sys.stdout.isatty():
-        decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-        for piece in (*pieces, b""):
-            sys.stdout.write(_printable(decoder.decode(piece, final=not piece)))
-    else:
-        sys.stdout.buffer.writelines(pieces)
-    sys.stdout.flush()
-
-
-def _columns(text: str) -> int:
-    """Columns of a terminal that a text takes."""
-    import unicodedata  # noqa: PLC0415 (a server has no use for it)
-
-    narrow = (0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
-    return len(text) if text.isascii() else sum(narrow)
-
-
-def _cut(text: str, room: int) -> str:
-    """The text, or as much of it as there is room for."""
-    if _columns(text) <= room:
-        return text
-    while text and _columns(text) >= room:
-        text = text[:-1]
-    return text + "…" * (room > 0)
-
-
-_COLOURS = {"Completed": 32, "delivered": 32, "Running": 33, "pending": 33, "Error": 31, "failed": 31, "gone": 31}
-_LEAST_CELLS = 8  # of the column that gives way
-
-
-class _Sheet:
-    """What people read: on a terminal in its width and with a little colour, elsewhere plain and complete."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.terminal = stream, stream.isatty()
-        self._width = shutil.get_terminal_size().columns if self.terminal else sys.maxsize
-        self._colour = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-    def _painted(self, text: str, colour: int | None) -> str:
-        return f"\x1b[{colour}m{text}\x1b[0m" if colour is not None and self._colour else text
-
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], *give_way: int) -> None:
-        """Rows under a head. What is too wide shortens the columns `give_way`, then the last ones are left out."""
-        lines = [[one_line(text) for text in row] for row in (head, *rows)]
-        widths = [max(map(_columns, column)) for column in zip(*lines, strict=True)]
-        for at in give_way:
-            excess = sum(widths) + 2 * (len(widths) - 1) - self._width
-            widths[at] = max(widths[at] - max(excess, 0), min(widths[at], _LEAST_CELLS))
-        while len(widths) > 1 and sum(widths) + 2 * (len(widths) - 1) > self._width:
-            widths.pop()
-        for n, line in enumerate(lines):
-            cells = [_cut(text, width) for text, width in zip(line, widths, strict=False)]
-            padded = [text + " " * (width - _columns(text)) for text, width in zip(cells, widths, strict=True)]
-            padded[-1] = cells[-1]
-            colours = [_COLOURS.get(text.partition(" ")[0]) if n else 2 for text in cells]
-            print("  ".join(map(self._painted, padded, colours)).rstrip(), file=self.stream)
-
-    def fields(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Names and values; those without a value are left out."""
-        width = max(len(name) for name, _ in pairs)
-        for name, text in pairs:
-            if text:
-                shown_text = self._painted(one_line(text), _COLOURS.get(text.partition(" ")[0]))
-                print(f"{self._painted(name.ljust(width), 2)}  {shown_text}", file=self.stream)
-
-    def moment(self, ms: int | None, now: int, offset: int, with_date: bool = False) -> str:
-        """A time: on a terminal as far as it is from now, and by the clock on the wall; elsewhere in UTC."""
-        if ms is None or not self.terminal:
-            return timestamp(ms, offset) or ""
-        words = f"in {_span(ms - now)}" if ms > now else f"{_span(now - ms)} ago"
-        local = datetime.datetime.fromtimestamp((ms + offset) / 1000)
-        return f"{local:%Y-%m-%d %H:%M:%S} ({words})" if with_date else words
-
-
-def _span(ms: int) -> str:
-    """A time that passed, for people."""
-    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("min", 60_000)):
-        if ms >= 2 * size:
-            return f"{ms // size} {unit}"
-    return f"{ms / 1000:.1f} s" if ms >= 1000 else f"{ms} ms"
-
-
-def _took(job: Job) -> str:
-    return _span(job.finished - job.started) if job.finished is not None and job.started is not None else ""
-
-
-def _status_words(job: Job) -> str:
+def _status_text(job: Job) -> str:
     detail = job.error["code"] if job.error else "waiting" if job.due else ""
     return f"{job.status.value} ({detail})" if detail else job.status.value
 
@@ -420,8 +406,7 @@ def jobs(args: argparse.Namespace, settings: Settings) -> int:
     with contextlib.closing(SqliteReader(settings.database)) as store:
         status = Status(args.status) if args.status else None
         offset = store.clock_offset()
-        now = Clock().now() - offset
-        found = store.page(now, args.limit, None, args.flow, status, None)
+        found = store.page(Clock().now() - offset, args.limit, None, args.flow, status, None)
         failures = {job.key: failure_of(job, store.trace(job.key)) for job in found if job.error}
     if args.json:
         documents = [
@@ -429,20 +414,15 @@ def jobs(args: argparse.Namespace, settings: Settings) -> int:
         ]
         _print_json({"jobs": documents})
         return 0
-    sheet = _Sheet(sys.stdout)
+    sheet = _Sheet(sys.stdout, offset)
     rows = []
     for job in found:
         failure = failures.get(job.key)
         reason = failure_text(failure) if failure else (job.error or {}).get("detail", "")
         callback = f"{job.callback.state} ({job.callback.attempts})" if job.callback else ""
-        created = sheet.moment(job.created, now, offset)
-        if sheet.terminal:  # what matters most comes first: the last columns may find no room
-            rows.append((job.id, _status_words(job), job.flow, created, _took(job), callback, reason))
-        else:
-            finished = timestamp(job.finished, offset) or ("waiting" if job.due else "")
-            rows.append((job.id, job.flow, job.status.value, created, finished, callback, reason))
-    first = "status flow created took" if sheet.terminal else "flow status created finished"
-    sheet.table(f"id {first} callback reason".split(), rows, 6, 2)
+        times = (sheet.moment(job.created), sheet.moment(job.finished))
+        rows.append((job.id, job.flow, _status_text(job), *times, callback, reason))
+    sheet.table("id flow status created finished callback reason", rows)
     if not found:
         print("none", file=sys.stderr)
     return 0
@@ -454,8 +434,7 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
         key = JobKey.parse(args.id)
         job = store.get(key) if key else None
         if job is None:
-            print(f"there is no job {shown(args.id)}", file=sys.stderr)
-            return 1
+            raise NotFound(f"there is no job {shown(args.id)}")
         steps, attempts, stored = store.trace(job.key), store.attempts(job.key), store.result(job.key)
         offset = store.clock_offset()
         stream = sys.stderr if args.result else sys.stdout
@@ -466,7 +445,7 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
                 document["callback"]["history"] = attempt_documents(attempts, offset)
             _print_json(document, stream)
         else:
-            _print_job(_Sheet(stream), job, stored, steps, attempts, offset)
+            _print_job(_Sheet(stream, offset), job, stored, steps, attempts)
         if args.result and stored is not None:
             pieces: Iterable[bytes] = [stored.body or b""]
             if stored.body is None:
@@ -481,130 +460,83 @@ def _print_job(
     stored: StoredResult | None,
     steps: Sequence[Mapping[str, Any]],
     attempts: Sequence[Attempt],
-    offset: int,
 ) -> None:
-    now = Clock().now() - offset
-    moments = [(name, getattr(job, name)) for name in ("created", "started", "finished", "expires")]
-    callback = job.callback
-    again = callback and sheet.moment(callback.next_at, now, offset, True)
-    failure = failure_of(job, steps)
-    sheet.fields(
-        [
-            ("id", job.id),
-            ("flow", job.flow),
-            ("status", _status_words(job)),
-            ("error", job.error["detail"] if job.error else ""),
-            ("reason", failure_text(failure) if failure else ""),
-            *((name, sheet.moment(ms, now, offset, True)) for name, ms in moments),
-            ("took", _took(job)),
-            ("attempt", str(job.attempt) if job.attempt > 1 else ""),
-            ("result", f"{stored.code}, {stored.size:,} bytes" if stored else ""),
-            ("callback", f"{callback.state} ({callback.attempts}) {callback.url}" if callback else ""),
-            ("next try", again or ""),
-        ]
-    )
+    times = [(name, sheet.moment(getattr(job, name), True)) for name in ("created", "started", "finished", "expires")]
+    callback, failure = job.callback, failure_of(job, steps)
+    pairs = [
+        ("id", job.id),
+        ("flow", job.flow),
+        ("status", _status_text(job)),
+        ("error", job.error["detail"] if job.error else ""),
+        ("reason", failure_text(failure) if failure else ""),
+        *times,
+        ("took", _span(job.finished - job.started) if job.finished is not None and job.started is not None else ""),
+        ("attempt", str(job.attempt) if job.attempt > 1 else ""),
+        ("result", f"{stored.code}, {stored.size:,} bytes" if stored else ""),
+    ]
+    if callback:
+        pairs.append(("callback", f"{callback.state} ({callback.attempts}) {callback.url}"))
+        pairs.append(("next try", sheet.moment(callback.next_at, True)))
+    sheet.fields(pairs)
     if steps:
         print(file=sheet.stream)
-        rows = [row for step in steps for row in (*_retry_rows(step), _step_row(step))]
-        sheet.table(("step", "kind", "state", "took", "bytes", "output"), rows, 5)
+        sheet.steps(steps)
     if attempts:
-        rows = [
-            (sheet.moment(one.at, now, offset), str(one.status or ""), _span(one.duration_ms), one.error or "")
-            for one in attempts
-        ]
         print(file=sheet.stream)
-        sheet.table(("callback", "status", "took", "error"), rows, 3)
-
-
-def _step_row(step: Mapping[str, Any]) -> tuple[str, ...]:
-    began, ended = (datetime.datetime.fromisoformat(step[name]) for name in ("startedAt", "finishedAt"))
-    took = _span(round((ended - began).total_seconds() * 1000))
-    size = "" if step["size"] is None else f"{step['size']:,}"
-    state = f"{step['state']} ({step['status']})" if "status" in step else step["state"]
-    return step["path"], step["kind"], state, took, size, _told_of(step)
-
-
-def _retry_rows(step: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The attempts of a step that came before its last one."""
-    return [(step["path"], step["kind"], "retried", "", "", failure_text(each)) for each in step.get("retries", ())]
-
-
-def _told_of(step: Mapping[str, Any]) -> str:
-    """What a step gave, or why it failed."""
-    return failure_text(step["error"]) if "error" in step else step["preview"] or ""
-
-
-def _progress(words: str) -> Callable[[int, int], None]:
-    """What says on stderr, where that is a terminal, how much is done of how much."""
-    if not sys.stderr.isatty():
-        return lambda done, total: None
-    told = -math.inf
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        if done < total and time.monotonic() - told < 0.1:
-            return
-        told = time.monotonic()
-        line = f"{words} {100 * done // total} %" if done < total else ""
-        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
-
-    return tell
+        rows = [(sheet.moment(a.at), str(a.status or ""), _span(a.duration_ms), a.error or "") for a in attempts]
+        sheet.table("callback status took error", rows)
 
 
 def token(args: argparse.Namespace, settings: Settings) -> int:
     """token: make a token, list them, or revoke one."""
-    import secrets  # noqa: PLC0415 (no other command needs it)
-
     path, name = settings.database, args.name
-    unused = [word for word, given in (("--flows", args.flows), ("--role", args.role)) if given is not None]
+    role, flows = args.role or "user", None
+    unused = [flag for flag, given in (("--flows", args.flows), ("--role", args.role)) if given is not None]
     if unused and (name is None or args.revoke):
         print(f"{unused[0]} goes with a new NAME", file=sys.stderr)
         return 2
     if args.revoke and name is None:
         print("--revoke needs the NAME of a token: without one, `token` lists them", file=sys.stderr)
         return 2
-    role = args.role or "user"
     if name is None:
-        _print_tokens(_tokens_of(path))
+        rows = []
+        for one in _tokens_of(path):
+            may_call = "all" if one.flows is None else ",".join(sorted(one.flows))
+            rows.append((one.name, one.role if one.digest else "revoked", timestamp(one.created) or "", may_call))
+        _Sheet(sys.stdout).table("name role created flows", rows)
         return 0
     if args.revoke:
         edit_tokens(path, revoke=name)
-        print(f"revoked {name}; a running server lets it in no more after a second", file=sys.stderr)
-        if not any(each.digest for each in _tokens_of(path)):
-            print("that was the last one: nobody is let in any more but by the token of the settings", file=sys.stderr)
+        print(f"revoked {name}; a running server refuses it within a second", file=sys.stderr)
+        if not any(one.digest for one in _tokens_of(path)):
+            print("that was the last one: only the token of the settings is accepted from now on", file=sys.stderr)
         return 0
-    flows = None if args.flows is None else frozenset(word.strip() for word in args.flows.split(",") if word.strip())
-    faults = [
-        f"{shown(word)} must consist of letters, digits, - and _"
-        for word in [name, *sorted(flows or ())]
-        if not FLOW_NAME.fullmatch(word)
-    ]
-    if name == ADMIN_TOKEN:
-        faults.append(f"{name} is the name of the token in the settings: choose another one")
-    if flows is not None and (role == "admin" or not flows):
-        faults.append("--flows names flows, and not for --role admin, which may call and deploy all of them")
-    if not faults and flows and os.path.isdir(settings.flows):  # elsewhere a program publishes them
-        known = {os.path.splitext(file)[0] for file in os.listdir(settings.flows) if is_flow_file(file)}
-        unknown = sorted(flows - known)
-        faults += [f'there is no flow "{word}" in {settings.flows}{suggest(word, known)}' for word in unknown]
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    if faults:
+    if args.flows is not None:
+        flows = frozenset(word.strip() for word in args.flows.split(",") if word.strip())
+    if faults := list(_token_faults(name, role, flows, settings.flows)):
+        print(*faults, sep="\n", file=sys.stderr)
         return 2
     text = "astera_" + secrets.token_urlsafe(32)
     if settings.token is None and not _tokens_of(path):
-        print("it is the first token: from now on the server lets nobody in without one", file=sys.stderr)
+        print("it is the first token: from now on the server refuses requests without one", file=sys.stderr)
     edit_tokens(path, add=Token(name, token_digest(text), role, flows, Clock().wall()))
     print("send it as `Authorization: Bearer TOKEN`; it is not shown again:", file=sys.stderr)
     print(text)
     return 0
 
 
-def _print_tokens(tokens: Sequence[Token]) -> None:
-    print(f"{'name':<24}  {'role':<7}  {'created':<24}  flows")
-    for each in tokens:
-        flows = "all" if each.flows is None else ",".join(sorted(each.flows))
-        print(f"{each.name:<24}  {each.role if each.digest else 'revoked':<7}  {timestamp(each.created)}  {flows}")
+def _token_faults(name: str, role: str, flows: frozenset[str] | None, folder: str) -> Iterator[str]:
+    for word in [name, *sorted(flows or ())]:
+        if not FLOW_NAME.fullmatch(word):
+            yield f"{shown(word)} must consist of letters, digits, - and _"
+    if name == ADMIN_TOKEN:
+        yield f"{name} is the name of the token in the settings: choose another one"
+    if flows is not None and (role == "admin" or not flows):
+        yield "--flows names flows, and not for --role admin, which may call and deploy all of them"
+    if flows and os.path.isdir(folder):  # elsewhere a program publishes them
+        known = {os.path.splitext(file)[0] for file in os.listdir(folder) if is_flow_file(file)}
+        for word in sorted(flows - known):
+            yield f'there is no flow "{word}" in {folder}{suggest(word, known)}'
 
 
 _ZIPPED_MAIN = b"""\
@@ -621,41 +553,33 @@ sys.exit(astera_lite.main())
 
 
 def pack(args: argparse.Namespace, settings: Settings) -> int:
-    """zipapp: the server as one file."""
-    import py_compile  # noqa: PLC0415 (as below: for this command only)
-    import tempfile  # noqa: PLC0415
-    import zipfile  # noqa: PLC0415
-
-    modules, files = ("astera_lite.py", *WINGS), {"__main__.py": _ZIPPED_MAIN}
-    for name in (*modules, *SHIPPED):
-        try:
-            files[name] = resource(name)
-        except ConfigError:
-            if name in ("astera_lite.py", "schema.sql"):
-                raise
-            print(f"{name} is missing, so it is left out", file=sys.stderr)
+    """zipapp: the server as one file, with bytecode for this version of Python; others take the source."""
     with tempfile.TemporaryDirectory() as folder:
-        # Another version of Python passes over bytecode that is not its own, and takes the source.
+        for name in ("astera_lite.py", "schema.sql", *sorted({*WINGS, *SHIPPED} - {"schema.sql"})):
+            try:
+                data = resource(name)
+            except ConfigError:
+                if name in ("astera_lite.py", "schema.sql"):
+                    raise
+                print(f"{name} is missing, so it is left out", file=sys.stderr)
+                continue
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(data)
         unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH  # times in a zip depend on the time zone
-        for name in [name for name in modules if name in files]:
-            source = os.path.join(folder, name)
-            with open(source, "wb") as file:
-                file.write(files[name])
-            compiled = py_compile.compile(
-                source, f"{source}c", name, doraise=True, optimize=0, invalidation_mode=unchecked
-            )
-            files[f"{name}c"] = read_bytes(str(compiled))
-    try:
-        with open(args.file, "wb") as file:
-            file.write(b"#!/usr/bin/env python3\n")
-            with zipfile.ZipFile(file, "w") as archive:
-                for name, data in files.items():
-                    archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_DEFLATED)  # all of 1980: ever the same
-            mode = os.fstat(file.fileno()).st_mode
-        os.chmod(args.file, mode | (mode & 0o444) >> 2)  # who may read it may run it
-    except OSError as error:
-        print(f"{args.file}: {reason_of(error)}", file=sys.stderr)
-        return 1
+        compileall.compile_dir(folder, stripdir=folder, quiet=1, legacy=True, invalidation_mode=unchecked)
+        with open(os.path.join(folder, "__main__.py"), "wb") as file:
+            file.write(_ZIPPED_MAIN)
+        try:
+            with open(args.file, "wb") as file:
+                file.write(b"#!/usr/bin/env python3\n")
+                with zipfile.ZipFile(file, "w") as archive:
+                    for name in sorted(os.listdir(folder)):
+                        whole = zipfile.ZipInfo(name)  # of 1980: the same file each time
+                        archive.writestr(whole, read_bytes(os.path.join(folder, name)), zipfile.ZIP_DEFLATED)
+            mode = os.stat(args.file).st_mode
+            os.chmod(args.file, mode | (mode & 0o444) >> 2)  # who may read it may run it
+        except OSError as error:
+            raise Conflict(f"{args.file}: {reason_of(error)}") from None
     version = ".".join(map(str, sys.version_info[:2]))
     print(f"wrote {args.file}: for Python 3.11 or later, {version} starts it quickest", file=sys.stderr)
     return 0
@@ -664,98 +588,210 @@ def pack(args: argparse.Namespace, settings: Settings) -> int:
 def backup(args: argparse.Namespace, settings: Settings) -> int:
     """backup: a consistent copy of the database, also while the server runs."""
     if os.path.exists(args.copy):
-        print(f"{args.copy} is there already: name another file", file=sys.stderr)
-        return 1
-    store = SqliteReader(settings.database)
-    try:
+        raise Conflict(f"{args.copy} is there already: name another file")
+    with contextlib.closing(SqliteReader(settings.database)) as store:
         store.backup(args.copy, _progress("copying"))
-    finally:
-        store.close()
     print(f"wrote {args.copy}, {os.path.getsize(args.copy):,} bytes", file=sys.stderr)
     return 0
 
 
-# --- deploying over HTTP ---
+# --- the command line ---
 
 
-def check_may_deploy(x: Exchange) -> None:
-    """Raise AccessError for all but a token of role admin: a flow can run programs."""
-    if x.caller.admin and x.caller.name:
-        return
-    if x.caller.name:
-        raise AccessError(403, "Deploying needs a token of role admin.", "insufficient_scope")
-    detail = "Deploying needs a token of role admin, and this server has no tokens: set `token`, and send it."
-    raise AccessError(403, detail)
+class Command(NamedTuple):
+    """A command. `run` takes the parsed arguments and the settings, and returns the exit code."""
+
+    run: Callable[[Any, Settings], int]
+    help: str
+    arguments: Sequence[tuple[str, dict[str, Any]]] = ()  # of argparse
+    settings: Collection[str] = ()  # those that its help shows; it takes all
 
 
-def _file_of(deployer: Deployer, name: str) -> str:
-    """The path of a deployment's file; raises NotFound, Conflict."""
-    if not FLOW_NAME.fullmatch(name):
-        raise NotFound(f"{shown(name)} is no name of a deployment: letters, digits, - and _.")
-    if name + ".json" == CONNECTIONS_FILE:
-        raise Conflict(f"{CONNECTIONS_FILE} holds the connections: choose another name.")
-    if deployer.folder is None or name in deployer.own:
-        raise Conflict("It is published by the program that embeds this server, not by a file.")
-    if os.path.exists(os.path.join(deployer.folder, f"{name}.toml")):
-        raise Conflict(f"It is kept in {name}.toml: change that file.")
-    return os.path.join(deployer.folder, f"{name}.json")
+def _positive(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from 1 on")
+    return int(text)
 
 
-def _write_atomically(path: str, text: str) -> None:
-    """Write a file so that a reader, and a start after a crash, find the old text or the new one, whole."""
-    folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{name}.part")
-    os.makedirs(folder, exist_ok=True)
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not of the form name=value")
+    return name, value
 
 
-def deploy(x: Exchange) -> Reply:
-    """PUT /api/deployments/{name}: check the flow in the body, write its file, publish it."""
-    check_coding(x)
-    name, media = x.values["name"], x.head.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not is_json_type(media):
-        message = "must be application/json: a flow"
-        raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
-    deployer = x.app.deployer
-    with deployer.changing:
-        path = _file_of(deployer, name)
-        file, known = os.path.basename(path), deployer.deployments.by_name.get(name)
-        check_conditions(x, known is not None or os.path.exists(path), known)
-        try:
-            tree = parse_flow_text(x.body.decode(), file)
-            flow = deployer.build(tree, name, file)
-            deployments = deployer.replaced(name, flow)
-        except UnicodeDecodeError as error:
-            message = f"byte {error.start} is not valid UTF-8"
-            raise InputError([{"in": "body", "name": "", "message": message}], "The flow has faults.") from None
-        except FlowError as error:
-            faults = [{"in": "body", "name": fault.place, "message": fault.message} for fault in error.faults]
-            raise InputError(faults, "The flow has faults.") from None
-        _write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-        deployer.deployments = deployments
-    log.info("deployed %s", name)
-    headers = [JSON_TYPE, NO_STORE] + [("Location", f"{x.base}/api/deployments/{name}")] * (known is None)
-    return Reply(201 if known is None else 200, headers, json_body(deployment_document(flow, x.base)))
+def _word(name: str, placeholder: str, text: str, **more: Any) -> tuple[str, dict[str, Any]]:
+    return name, {"metavar": placeholder, "help": text, **more}
 
 
-def undeploy(x: Exchange) -> Reply:
-    """DELETE /api/deployments/{name}: take a flow out of service, and delete its file."""
-    name, deployer = x.values["name"], x.app.deployer
-    with deployer.changing:
-        path = _file_of(deployer, name)
-        flows = deployer.deployments.by_name
-        if name not in flows and not os.path.exists(path):
-            raise NotFound(f"There is no deployment {shown(name)}.")
-        check_conditions(x, True, flows.get(name))
-        callers = [flow.name for flow in flows.values() if name in [called for called, _ in flow.calls]]
-        if callers:
-            raise Conflict(f"It is called by {', '.join(callers)}.")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        deployer.deployments = deployer.replaced(name)
-    log.info("deleted the deployment %s", name)
-    return Reply(204, [NO_STORE])
+def _switch(name: str, text: str) -> tuple[str, dict[str, Any]]:
+    return name, {"action": "store_true", "help": text}
+
+
+_FOR_RUNS = ("flows", "data", "env_allow", "secrets", "callback_allow", "max_step_response", "max_result")
+_FOR_DOCUMENTS = ("flows", "host", "port", "public_url", "env_allow", "secrets")
+_JSON = _switch("--json", "print JSON, for programs")
+COMMANDS = {
+    "serve": Command(lambda args, settings: serve(settings), "serve the flows (the default)", (), SETTING_FIELDS),
+    "check": Command(
+        check,
+        "validate flows and settings",
+        [_word("file", "[FILE …]", "flow files; all if none is named", nargs="*")],
+        SETTING_FIELDS,
+    ),
+    "try": Command(
+        try_flow,
+        "run one flow here, with a trace of its steps",
+        [
+            _word("name", "NAME", "name of the flow"),
+            _word("values", "[key=value …]", "parameters; body=TEXT or body=@FILE", nargs="*", type=_pair),
+        ],
+        (*_FOR_RUNS, "job_timeout"),
+    ),
+    "test": Command(
+        test,
+        "run the tests that flow files carry",
+        [_word("names", "[NAME …]", "names of flows; all if none is named", nargs="*")],
+        ("flows", "env_allow", "secrets", "max_result"),
+    ),
+    "schema": Command(print_document, "print a JSON Schema of the flow file, for editors"),
+    "openapi": Command(print_document, "print the OpenAPI document of the flows", (), _FOR_DOCUMENTS),
+    "postman": Command(
+        print_document, "print a Postman collection of the flows, to import or to run with newman", (), _FOR_DOCUMENTS
+    ),
+    "new": Command(new, "write a starter flow", [_word("name", "NAME", "name of the flow")], ("flows",)),
+    "jobs": Command(
+        jobs,
+        "list the jobs in the database",
+        [
+            _word("--flow", "NAME", "only jobs of this flow"),
+            ("--status", {"choices": ["Running", "Completed", "Error"], "help": "only jobs of this status"}),
+            _word("--limit", "N", "the latest N jobs (default: 50)", type=_positive, default=50),
+            _JSON,
+        ],
+        ("database",),
+    ),
+    "job": Command(
+        show_job,
+        "show one job, its steps and its callback attempts",
+        [
+            _word("id", "ID", "id of the job"),
+            _switch("--result", "print its result to stdout, the rest to stderr"),
+            _JSON,
+        ],
+        ("database",),
+    ),
+    "token": Command(
+        token,
+        "make a token that may call, list them, or revoke one",
+        [
+            _word("name", "[NAME]", "name of its owner; without a name, all tokens are listed", nargs="?"),
+            _word("--flows", "a,b", "the flows that it may call; without this, all"),
+            ("--role", {"choices": ["user", "admin"], "help": "admin: sees and deploys everything (default: user)"}),
+            _switch("--revoke", "make the token invalid"),
+        ],
+        ("database",),
+    ),
+    "backup": Command(
+        backup,
+        "copy the database, also while the server runs",
+        [_word("copy", "FILE", "path of the copy, where no file may be yet")],
+        ("database",),
+    ),
+    "zipapp": Command(
+        pack,
+        "write the server as one file, which `python FILE` runs",
+        [_word("file", "[FILE]", "(default: astera_lite.pyz)", nargs="?", default="astera_lite.pyz")],
+    ),
+}
+
+_EPILOG = """\
+Every setting has one name in four spellings, the later wins: a key of the TOML file given by --config (astera_lite.toml
+if there is one), the environment variable ASTERA_LITE_<NAME>, the flag, the keyword of the embedding constructor.
+TIME is 250ms, 30s, 5m, 24h; SIZE is 64KiB, 10MiB.
+
+examples:
+  python astera_lite.py                             serve ./flows on http://127.0.0.1:9261
+  python astera_lite.py --port 8080 --retention 1h  serve on another port, keep results for an hour
+  python astera_lite.py new lookup                  write flows/lookup.json, to begin with
+  python astera_lite.py check                       list the faults of the flows
+  python astera_lite.py try lookup id=7             run a flow here and show its steps
+
+exit codes: 0 stopped; 1 a fault in settings or in what was checked; 2 usage; 3 cannot listen; 4 database unusable;
+            5 a fault of the server's own
+"""
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; settings are in its result as `set_NAME`."""
+    started_as = command_name()
+    parser = argparse.ArgumentParser(
+        prog="astera_lite",
+        usage=f"{started_as} [COMMAND] [settings]",
+        description="Publish API flows over HTTP: call them synchronously, or as jobs to poll or be called back for.",
+        epilog=_EPILOG.replace(_SCRIPT, started_as),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"Astera Lite {__version__}")
+    commands = parser.add_subparsers(title="commands (`COMMAND --help` says more)", metavar="COMMAND", dest="command")
+    _add_settings(parser, SETTING_FIELDS)
+    for name, row in COMMANDS.items():
+        words = [key if key[0] == "-" else options["metavar"] for key, options in row.arguments]
+        command = commands.add_parser(
+            name,
+            prog=f"{started_as} {name}",
+            help=row.help,
+            description=f"{row.help[0].upper()}{row.help[1:]}.",
+            usage=" ".join([started_as, name, *(f"[{w}]" if w[0] == "-" else w for w in words), "[settings]"]),
+            allow_abbrev=False,
+        )
+        for key, options in row.arguments:
+            command.add_argument(key, **options)
+        _add_settings(command, row.settings, [key for key, _ in row.arguments])
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str], taken: Collection[str] = ()) -> None:
+    """Every setting as a flag, unless the command has another use for its name; the help shows those that matter."""
+    group = parser.add_argument_group("settings")
+    more: dict[str, Any] = {"metavar": "FILE", "dest": "set_config", "default": argparse.SUPPRESS}
+    group.add_argument("--config", help="TOML file of settings", **more)
+    for name, default, text in settings_table():
+        item, flag = SETTING_FIELDS[name], "--" + name.replace("_", "-")
+        if item.secret or flag in taken:
+            continue
+        more = {"metavar": "|".join(item.choices) or SETTING_KINDS[item.kind].metavar, "dest": f"set_{name}"}
+        more["help"] = f"{text.replace('%', '%%')} (default: {default})" if name in to_show else argparse.SUPPRESS
+        more |= {"nargs": "?", "const": "true"} if item.kind == "bool" else {}
+        group.add_argument(flag, default=argparse.SUPPRESS, **more)
+    if "token" in to_show:
+        names = ", ".join(f"ASTERA_LITE_{name.upper()}" for name, item in SETTING_FIELDS.items() if item.secret)
+        group.description = f"Not as flags, which would show in `ps`: {names}."
+
+
+def _check_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Refuse a flag that no command has: the parser would take its value for the command."""
+    flags = {"--" + name.replace("_", "-"): name for name in SETTING_FIELDS}
+    secret = {flag: f"ASTERA_LITE_{name.upper()}" for flag, name in flags.items() if SETTING_FIELDS[name].secret}
+    known = {*flags, "-h", "--help", "--version", "--config"} - secret.keys()
+    own = {key for row in COMMANDS.values() for key, _ in row.arguments if key[0] == "-"}
+    for at, word in enumerate(itertools.takewhile(lambda word: word != "--", words)):
+        flag = word.partition("=")[0]
+        has_command = not COMMANDS.keys().isdisjoint(words[:at])
+        if not re.match("-[^0-9]", word) or flag in known or (has_command and flag in own):
+            continue
+        if flag in secret:
+            parser.error(f"{flag} would show in `ps`: set {secret[flag]}, or write it into the --config file")
+        parser.error(
+            f"{flag} belongs behind its command" if flag in own else f"there is no {flag}{suggest(flag, known | own)}"
+        )
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Run a command line; the exit code. Raises SystemExit for wrong usage, --help and --version."""
+    parser = command_parser()
+    _check_flags(parser, words)
+    args = parser.parse_args(words)
+    flags = {name.removeprefix("set_"): value for name, value in vars(args).items() if name.startswith("set_")}
+    return COMMANDS[args.command or "serve"].run(args, load_settings(flags))

@@ -26,8 +26,8 @@ import requests
 from support import ROOT, Sink, get_flow, process
 
 import astera_lite
-from astera_lite import ADMIN_TOKEN, COMMANDS, SETTING_FIELDS, AsteraLite, __version__, log, main
-from astera_lite_tools import starter_flow
+from astera_lite import ADMIN_TOKEN, SETTING_FIELDS, AsteraLite, __version__, log, main
+from astera_lite_tools import COMMANDS, command_parser, starter_flow
 
 PROGRAM = str(ROOT / "astera_lite.py")
 HELLO = get_flow("/hello", response={"body": {"hello": "world"}})
@@ -148,11 +148,12 @@ _PLAIN = [
 @hypothesis.example([])
 @hypothesis.example(["serve", "--port", "1", "--config=c", "--port=2", "--access-log", "true"])
 def test_settings_alone_are_read_as_the_whole_parser_reads_them(given: list[str]) -> None:
-    plain = astera_lite._plain_arguments(given)
-    if plain is None:
+    flags = astera_lite.serve_flags(given)
+    if flags is None:
         return
-    parsed = vars(astera_lite._parser().parse_args(given))
-    assert {**parsed, "command": parsed["command"] or "serve"} == vars(plain)
+    parsed = vars(command_parser().parse_args(given))
+    assert parsed.pop("command") in (None, "serve")
+    assert parsed == {f"set_{name}": value for name, value in flags.items()}
 
 
 def test_a_server_loads_no_module_that_it_has_no_use_for(tmp_path: Path) -> None:
@@ -189,8 +190,8 @@ def test_the_list_of_processes_shows_what_was_typed(tmp_path: Path) -> None:
 
 
 def test_help_names_every_command_and_exit_code(help_text: str) -> None:
-    for name, (_, text, _, _) in COMMANDS.items():
-        assert re.search(rf"^ +{name} +{re.escape(text)}", help_text, re.MULTILINE)
+    for name, row in COMMANDS.items():
+        assert re.search(rf"^ +{name} +{re.escape(row.help)}", help_text, re.MULTILINE)
     assert re.search("0 .*1 .*2 .*3 .*4 ", help_text[help_text.index("exit codes") :], re.DOTALL)
 
 
@@ -232,7 +233,7 @@ def test_wrong_usage_is_2(here: Here, tmp_path: Path, arguments: list[str]) -> N
         (["-p", "9270"], "there is no -p"),
         (["check", "--prot=1"], 'there is no --prot; did you mean "--port"?'),
         (["jobs", "--limt", "3"], 'there is no --limt; did you mean "--limit"?'),
-        (["--limit", "5", "jobs"], "--limit stands behind its command"),
+        (["--limit", "5", "jobs"], "--limit belongs behind its command"),
         (["jobs", "--limit", "0"], 'argument --limit: "0" is not a whole number from 1 on'),
         (["--token", "t"], "--token would show in `ps`: set ASTERA_LITE_TOKEN, or write it into the --config file"),
     ],
@@ -285,7 +286,7 @@ def test_what_cannot_be_tried_or_made_is_told(here: Here, tmp_path: Path) -> Non
     write(tmp_path, bad={"request": {}})
     tried, made = here("try", "bad"), here("new", "bad")
     assert (tried.returncode, made.returncode) == (1, 1)
-    assert tried.stderr.endswith('the flow "bad" has faults, which stand above\n')
+    assert tried.stderr.endswith('the flow "bad" has the faults listed above\n')
     assert made.stderr == f"{Path('flows') / 'bad.json'} is there already: choose another name\n"
 
 
@@ -546,12 +547,12 @@ def test_a_stop_says_what_it_waits_for_and_what_came_of_it(tmp_path: Path, numbe
     code = "import os, time\n\ndef hold(context):\n    while not os.path.exists('go'):\n        time.sleep(0.01)\n"
     (tmp_path / "flows" / "hold.py").write_text(code)
     again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+    more = f"{again} stops at once; unfinished jobs run again at the next start"
     for jobs, said in (
         ([], "stopping"),
-        (["hold"], f"stopping: 1 job is running (hold), waiting up to 30 s; {again} leaves it to the next start"),
-        (["hold", "also", "hold"],
-         f"stopping: 3 jobs are running (also, hold), waiting up to 30 s; {again} leaves them to the next start"),
-    ):  # fmt: skip
+        (["hold"], f"stopping: waiting up to 30 s for 1 job (hold); {more}"),
+        (["hold", "also", "hold"], f"stopping: waiting up to 30 s for 3 jobs (also, hold); {more}"),
+    ):
         (tmp_path / "go").unlink(missing_ok=True)
         with process(tmp_path) as (started, url, lines):
             for name in jobs:
@@ -561,7 +562,7 @@ def test_a_stop_says_what_it_waits_for_and_what_came_of_it(tmp_path: Path, numbe
             until(lambda: any(line.rstrip().endswith(" " + said) for line in lines), said)  # noqa: B023
             (tmp_path / "go").touch()
             assert started.wait(10) == 0
-        assert lines[-1].rstrip().endswith("stopped: what ran has ended" if jobs else "stopped")
+        assert lines[-1].rstrip().endswith("info    stopped")
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
@@ -853,7 +854,7 @@ def test_the_flows_of_the_checkout_are_well() -> None:
 
 def test_new_leaves_the_connections_alone(here: Here, tmp_path: Path) -> None:
     done = here("new", "connections")
-    assert (done.returncode, done.stderr) == (1, "connections.json keeps the connections: choose another name\n")
+    assert (done.returncode, done.stderr) == (1, "connections.json holds the connections: choose another name\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -34,7 +34,8 @@ from typing import NamedTuple
 import pytest
 from support import ROOT
 
-from astera_lite import COMMANDS, SETTING_FIELDS
+from astera_lite import SETTING_FIELDS
+from astera_lite_tools import COMMANDS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 #: Whose other blocks are tested by themselves.
