@@ -5677,14 +5677,6 @@ class Finish(NamedTuple):
     callback: tuple[str, str] | None = None
     fenced: bool = True
 
-    def after(self) -> Job:
-        """The job as it is then."""
-        job, outcome = self.job, self.outcome
-        return Job(
-            job.key, job.flow, job.version, outcome.status, job.created, job.base, job.token, self.attempt, None,
-            self.started, self.finished, self.expires, outcome.error, job.callback,
-        )  # fmt: skip
-
 
 _JOB_COLUMNS = (
     "seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, "
@@ -5716,8 +5708,8 @@ _RETRY_S = 0.5  # between attempts to write to a database that cannot be written
 _BUSY_MS = 1000  # that a write waits for another process's lock
 _SMALL = 16 << 10  # bytes of request and result of a job that the thread that answers requests may write
 _QUICK_S = 0.003  # that a commit may take; for a hundred times as long as a longer one took the thread commits
-_FOLD_AFTER = 2000  # writes after which the log is folded into the file, on the thread
-_LOG_BYTES = 64 << 20  # of the log, at which a commit folds it
+_FOLD_AFTER = 8000  # writes after which the log is folded into the file, on the thread
+_LOG_BYTES = 128 << 20  # of the log, at which a commit folds it, for the thread did not come to it
 _ROW_BYTES = 2048  # that a job takes beside its bodies, about
 _RECENT_BYTES = 16 << 20  # of jobs that ended lately, which are held in memory
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
@@ -5967,8 +5959,8 @@ class _Writer:
         with contextlib.suppress(OSError, sqlite3.Error):  # it is tried again
             long = os.stat(f"{self._file.path}-wal").st_size > self._log_bytes * 5 // 4
             if long or self._unfolded >= _FOLD_AFTER:
+                self._unfolded = 0
                 with self._lock:
-                    self._unfolded = 0
                     self.db.execute("PRAGMA busy_timeout = 0")
                     self.db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'PASSIVE'})").fetchone()
 
@@ -5984,28 +5976,33 @@ class _Recent:
     """Jobs that ended lately, in memory: polls for them and fetches of their results need not read the database.
 
     At most `limit` bytes or so; the first to come is the first to go. Jobs with a callback are left out, for that still
-    changes, as are results in pieces.
+    changes, as are results in pieces. A job is kept as plain columns, which the garbage collector need not look at.
     """
 
     def __init__(self, limit: int = _RECENT_BYTES) -> None:
         self._limit, self._held = limit, 0
-        self._ends: dict[int, Finish] = {}  # by seq
+        self._rows: dict[int, tuple[Any, ...]] = {}  # by seq: what _job() and _result() take, one behind the other
         self._lock = threading.Lock()  # guards the sum, and the order
 
-    def put(self, end: Finish) -> None:
-        """Keep the end of a job."""
-        if end.job.callback is not None or len(end.outcome.answer.body) > PIECE:
+    def put(self, job: Job, end: Sequence[Any]) -> None:
+        """Keep a job; `end` are the columns of its end."""
+        status, attempt, started, finished, expires, code, size, headers, error, _, body = end
+        if job.callback is not None or body is None:
             return
+        row = (
+            *job.key, job.flow, job.version, status, job.created, job.base, job.token, attempt, None, started, finished,
+            expires, error, None, code, headers, size, body, attempt,
+        )  # fmt: skip
         with self._lock:
-            self._ends[end.job.key.seq] = end
-            self._held += len(end.outcome.answer.body) + _ROW_BYTES
+            self._rows[job.key.seq] = row
+            self._held += size + _ROW_BYTES
             while self._held > self._limit:
-                self._drop(next(iter(self._ends)))
+                self._drop(next(iter(self._rows)))
 
-    def get(self, key: JobKey) -> Finish | None:
-        """The end of a job, if it is held."""
-        end = self._ends.get(key.seq)
-        return end if end is not None and end.job.key == key else None
+    def get(self, key: JobKey) -> tuple[Any, ...] | None:
+        """The columns of a job that is held."""
+        row = self._rows.get(key.seq)
+        return row if row is not None and row[1] == key.salt else None
 
     def forget(self, seqs: Iterable[int]) -> None:
         """Drop what is deleted."""
@@ -6014,9 +6011,9 @@ class _Recent:
                 self._drop(seq)
 
     def _drop(self, seq: int) -> None:
-        end = self._ends.pop(seq, None)
-        if end is not None:
-            self._held -= len(end.outcome.answer.body) + _ROW_BYTES
+        row = self._rows.pop(seq, None)
+        if row is not None:
+            self._held -= row[17] + _ROW_BYTES
 
 
 def _job(row: Sequence[Any]) -> Job:
@@ -6032,6 +6029,11 @@ def _job(row: Sequence[Any]) -> Job:
         JobKey(seq, salt), flow, version, Status(status), created, base, token, attempt, due, started, finished,
         expires, error and json.loads(error), callback,
     )  # fmt: skip
+
+
+def _result(row: Sequence[Any]) -> StoredResult:
+    """The columns code, headers, size, result, attempt as a record."""
+    return StoredResult(row[0], [(name, value) for name, value in json.loads(row[1])], *row[2:])
 
 
 def _request(sent: dict[str, Any], body: bytes) -> StoredRequest:
@@ -6280,7 +6282,7 @@ class SqliteReader:
         """The response of a finished job."""
         columns = "code, headers, size, result, attempt"
         row = self._first(f"SELECT {columns} FROM jobs{_OF_KEY} AND status <> 'Running'", key)
-        return row and StoredResult(row[0], [(name, value) for name, value in json.loads(row[1])], *row[2:])
+        return row and _result(row)
 
     def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
         """The body of a large result, or a part of it. The purge spares it meanwhile; a deletion ends it early."""
@@ -6458,7 +6460,7 @@ class SqliteStore(SqliteReader):
             if isinstance(result, Added) and not result.replayed:
                 self._versions.add(job.version)
                 if ended is not None:
-                    self._recent.put(ended)
+                    self._recent.put(job, row[12:])
             done(result, error)
 
         size = len(request.body) + (len(ended.outcome.answer.body) if ended else 0)
@@ -6502,16 +6504,13 @@ class SqliteStore(SqliteReader):
 
     def get(self, key: JobKey) -> Job | None:
         """A job."""
-        end = self._recent.get(key)
-        return end.after() if end else super().get(key)
+        row = self._recent.get(key)
+        return _job(row) if row else super().get(key)
 
     def result(self, key: JobKey) -> StoredResult | None:
         """The response of a finished job."""
-        end = self._recent.get(key)
-        if end is None:
-            return super().result(key)
-        code, headers, body = end.outcome.answer
-        return StoredResult(code, list(headers), len(body), body, end.attempt)
+        row = self._recent.get(key)
+        return _result(row[15:]) if row else super().result(key)
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Forget a finished job; `done` gets deleted, running, owed or absent."""
@@ -6559,7 +6558,7 @@ class SqliteStore(SqliteReader):
 
     def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = _ignore) -> None:
         """Save the output (JSON) of a finished step; `done` gets whether the job is Running at this attempt."""
-        self._do(_SAVE_STEP, (key.seq, path, None, output, key.seq, attempt - 1, attempt), done)
+        self._do(_SAVE_STEP, (key.seq, path, None, output, key.seq, attempt, attempt), done)
 
     def suspend(self, suspension: Suspension, done: Done) -> None:
         """Record that a job waits; `done` gets whether it is Running at this attempt."""
@@ -6582,7 +6581,8 @@ class SqliteStore(SqliteReader):
             " size = ?, headers = ?, error = ?, trace = ?, result = ?"
             " WHERE seq = ? AND status = 'Running' AND (? OR attempt IN (?, ?))"
         )
-        values = (*_end_columns(finish), seq, not finish.fenced, finish.attempt - 1, finish.attempt)
+        end = _end_columns(finish)
+        values = (*end, seq, not finish.fenced, finish.attempt - 1, finish.attempt)
 
         def run(db: sqlite3.Connection) -> bool:
             moved = _execute(sql, values, db)
@@ -6596,7 +6596,7 @@ class SqliteStore(SqliteReader):
 
         def finished(moved: Any, error: AsteraError | None) -> None:
             if moved:
-                self._recent.put(finish)
+                self._recent.put(finish.job, end)
             done(moved, error)
 
         self._put(run, finished)
@@ -6707,38 +6707,6 @@ class SqliteStore(SqliteReader):
     def keep_clock_offset(self, offset: int) -> None:
         """Record the clock's offset. When the store is opened again its times are moved by a positive one."""
         self._do("INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,))
-
-    # --- until the engine claims ---
-
-    def barrier(self, done: Done) -> None:
-        """Call `done` when everything written before is committed."""
-        self._put(lambda db: None, done)
-
-    def unfinished(self) -> Iterator[tuple[int, int | None, str]]:
-        """`seq`, `due` and flow of every Running job, oldest first."""
-        yield from self._all("SELECT seq, due, flow FROM jobs WHERE status = 'Running' ORDER BY seq")
-
-    def due_deliveries(
-        self,
-        now: int,
-        limit: int,
-        busy: Collection[str],
-        under_way: Collection[JobKey],
-        only: Collection[str] | None = None,
-    ) -> list[tuple[Job, Delivery]]:
-        """Callbacks to send now, but for busy receivers and those under way; `only` names the receivers if not all."""
-        sql = (
-            "SELECT job FROM callbacks JOIN jobs ON seq = job "
-            f"WHERE state = 'pending' AND next <= ? AND expires > ? AND receiver NOT IN ({_marks(busy)})"
-        )
-        if only is not None:
-            sql += f" AND receiver IN ({_marks(only)})"
-        skip = {key.seq for key in under_way}
-        found = self._all(f"{sql} ORDER BY next LIMIT ?", (now, now, *busy, *(only or ()), limit + len(skip)))
-        wanted = [seq for (seq,) in found if seq not in skip][:limit]
-        rows = [self._first(f"SELECT {_JOB_COLUMNS}, request{_FROM_JOBS} WHERE seq = ?", (seq,)) for seq in wanted]
-        jobs = [(_job(row), _request(json.loads(row[21]), b"").trace) for row in rows if row is not None]
-        return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
 
 
 Store = SqliteStore  # what the other rooms know
@@ -10797,7 +10765,6 @@ class Server(ThreadingHTTPServer):
             except Exception:  # the door of the loop: a fault must end no more than its own connection
                 self._failed(key.data)
             if not at % _EVENTS_AT_ONCE:  # who was first is not to wait for all who came after
-                flush()
                 self._run_posted()
                 self._run_ready()
         flush()

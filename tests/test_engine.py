@@ -456,7 +456,7 @@ def test_a_cancel_that_meets_the_suspension_ends_the_job(tmp_path: Path) -> None
         suspend = app.store.suspend
 
         def hooked(suspension: Any, done: Any) -> None:  # the thread has let go, its wait is not on record yet
-            app.store.barrier(hold)
+            app.store.find_key("", "", "", 0, hold)
             assert begun.wait(10)
             suspend(suspension, done)
             asked.append(app.cancel(str(suspension.key)))
@@ -603,7 +603,7 @@ def test_a_step_that_does_not_end_is_ended_for_it_and_its_late_result_changes_no
         gate.open.set()
         until(lambda: app.engine.queue.counts()["running"] == 0)
         done = threading.Event()
-        app.store.barrier(lambda result, error: done.set())
+        app.store.find_key("", "", "", 0, lambda result, error: done.set())
         assert done.wait(10)
         assert (app.status(job.id), app.result(job.id).json()) == (before, document)
     assert after == []
