@@ -1648,7 +1648,7 @@ class _Refused(Exception):
     """An expression is not in the language; the message says why."""
 
 
-def _advice(function: str, about: str) -> str:
+def _advice(function: str, about: Any) -> str:
     """What to write instead of something that other languages have; "" if nothing is known of it."""
     try:
         return str(wing(function)(about))
@@ -2835,7 +2835,7 @@ class Flow(NamedTuple):
     limit: int | None  # runs at one time
     when_full: str  # queue or refuse
     calls: tuple[tuple[str, str], ...]  # flows that it calls, and the place where it does
-    tests: tuple[FlowTest, ...]
+    tests: Sequence[dict[str, Any]]  # as the table _TEST has them
     tree: dict[str, Any]
     text: str
     version: int
@@ -4067,7 +4067,8 @@ class Table(Member):
 
     It compiles to a dict of the members that are given or have a default, or to what `make(build, values, place)` makes
     of this dict if there are no faults. What is no object is the value of the member `short`. `choice` are members of
-    which exactly one must be there. `more` stands for members of other names; without it these are faults.
+    which exactly one must be there. `more` stands for members of other names; without it these are faults. `name` is
+    that of its definition in the JSON Schema.
     """
 
     members: Mapping[str, Member]
@@ -4075,6 +4076,7 @@ class Table(Member):
     short = ""
     choice: Collection[str] = ()
     more: Member | None = None
+    name = ""
     word = "an object"
 
     def __init__(self, members: Mapping[str, Member], make: Any = None, **traits: Any) -> None:
@@ -4083,6 +4085,10 @@ class Table(Member):
             self.word = f"{members[self.short].word}, or an object"
 
     def schema(self) -> dict[str, Any]:
+        return {"$ref": f"#/$defs/{self.name}"} if self.name else self.definition()
+
+    def definition(self) -> dict[str, Any]:
+        """Its JSON Schema, to which `schema` only refers if the table has a name."""
         schema: dict[str, Any] = {"type": "object", "additionalProperties": self.more is not None}
         schema["properties"] = {
             name: member.schema() | ({} if member.default is None else {"default": member.default})
@@ -4212,17 +4218,6 @@ def _make_response(build: Build, given: dict[str, Any], place: str) -> Response:
     return Response(given.get("when"), status, given["headers"], body, selection, items, size)
 
 
-class _Page(Table):
-    """The `page` of a response, which expressions of the response see under this name."""
-
-    def read(self, build: Build, value: Any, place: str) -> Any:
-        if "page" in build.names:
-            build.fault(place, 'is called `page` in expressions here: rename the step "page"')
-        page = super().read(build, value, place)
-        build.names["page"] = None
-        return page
-
-
 _STATUS = partial(Number, 200, 599, "a status")
 _FIELD = Text("the name of a field")
 _ANSWER: dict[str, Member] = {
@@ -4233,7 +4228,7 @@ _ANSWER: dict[str, Member] = {
 _RESPONSE = Table(
     {
         "when": Condition(),
-        "page": _Page({"items": Value(required=True), "size": Computed(Number(1, MAX_PAGE), default=100)}),
+        "page": Elsewhere("astera_lite_requests:PAGE"),
         "filter": ListOf(_FIELD),
         "sort": Either(Flag(), ListOf(_FIELD)),
         **_ANSWER,
@@ -4820,7 +4815,8 @@ def parse_flow_text(text: str, file_name: str) -> Any:
 
         return _as_json_has_it(tomllib.loads(text), "")
     except json.JSONDecodeError as error:
-        place, message = f"line {error.lineno}, column {error.colno}", f"is not JSON: {error.msg}{_json_cure(error)}"
+        place, message = f"line {error.lineno}, column {error.colno}", f"is not JSON: {error.msg}"
+        message += _advice("astera_lite_documents:advice_on_json", error)
     except RecursionError:
         place, message = "", f"it is nested deeper than {MAX_JSON_DEPTH} levels"
     except ValueError as error:  # TOMLDecodeError is one; it names line and column itself
@@ -4857,23 +4853,6 @@ def _faults_of(where: str) -> Iterator[None]:
         log.debug("%s", where, exc_info=True)
         reason = str(error) if isinstance(error, MissingFile) else f"{type(error).__name__}: {error}"
         raise FlowError([Fault(where, "", f"cannot be deployed: {reason}")]) from error
-
-
-def _json_cure(error: json.JSONDecodeError) -> str:
-    before, at = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
-    if not error.doc.strip():
-        return ": the file is empty; `new NAME` writes a first flow"
-    if not at:
-        return ": the file ends too early, a } or ] or a quote is missing"
-    if "delimiter" in error.msg:
-        return ": a comma or a closing bracket is missing before this place"
-    if before.endswith(",") or "trailing comma" in error.msg:
-        return ": there is a comma after the last item"
-    if at == "'":
-        return ': JSON has "double" quotes'
-    if error.doc[error.pos : error.pos + 2] in ("//", "/*") or at == "#":
-        return ": JSON has no comments; use a description, or write the flow as TOML"
-    return ""
 
 
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{},:]|\n')
@@ -4935,16 +4914,6 @@ _RULES: dict[str, Member] = {
 _NOTES: dict[str, Member] = {"description": Text(), "example": Member()}
 
 
-class _Schema(Member):
-    """A schema of a value inside the body."""
-
-    word = "a schema"
-    json: Mapping[str, Any] = {"$ref": "#/$defs/value"}
-
-    def read(self, build: Build, value: Any, place: str) -> Schema:
-        return VALUE_SCHEMA.read(build, value, place) or Schema()
-
-
 def _make_schema(build: Build, given: dict[str, Any], place: str) -> Schema:
     schema = Schema()
     schema.types, schema.items = tuple(given.get("type", ())), given.get("items")
@@ -4964,17 +4933,18 @@ def _make_schema(build: Build, given: dict[str, Any], place: str) -> Schema:
     return schema
 
 
+VALUE_SCHEMA = Table({}, _make_schema, word="a schema", name="value")
 _SCHEMA: dict[str, Member] = {
     "type": ListOf(OneOf(*VALUE_TYPES), lone=True),
-    "items": _Schema(),
-    "properties": MapOf(_Schema()),
+    "items": VALUE_SCHEMA,
+    "properties": MapOf(VALUE_SCHEMA),
     "required": ListOf(Text("the name of a member")),
-    "additionalProperties": Either(Flag(), _Schema()),
+    "additionalProperties": Either(Flag(), VALUE_SCHEMA),
     "default": Member(),
     **_RULES,
     **_NOTES,
 }
-VALUE_SCHEMA = Table(_SCHEMA, _make_schema)
+VALUE_SCHEMA.members = _SCHEMA  # it has values inside
 
 
 def _make_body(build: Build, given: dict[str, Any], place: str) -> tuple[Schema, bool]:
@@ -4989,7 +4959,7 @@ _PARAMETER: dict[str, Member] = {
     "in": OneOf("path", "query", "header", required=True),
     "required": Flag(),
     "type": OneOf(*PARAMETER_TYPES, "array", default="string"),
-    "items": _Schema(),
+    "items": VALUE_SCHEMA,
     "default": Member(),
     **_RULES,
     **_NOTES,
@@ -5077,9 +5047,18 @@ def _make_request(build: Build, given: dict[str, Any], place: str) -> dict[str, 
         build.fault(f"{place}/body", "a GET request has no body: use parameters, or another method")
     build.method = given["method"]
     build.names["params"], build.schemas["request.body"] = list(items), body and body[0]
-    parameters = tuple(item._replace(name=name) for name, item in items.items())
-    content_types = given.get("contentTypes", [CONTENT_TYPES["json"]] if body else [])
-    return given | {"parameters": parameters, "contentTypes": tuple(content_types), "body": body or (None, False)}
+    headers = [name.lower() for name, item in items.items() if item.where == "header"]
+    return {  # members of Flow
+        "method": given["method"],
+        "resource": resource,
+        "modes": frozenset(given["processing"]),
+        "strict": given["strict"],
+        "parameters": tuple(item._replace(name=name) for name, item in items.items()),
+        "content_types": tuple(given.get("contentTypes", [CONTENT_TYPES["json"]] if body else [])),
+        "body": body and body[0],
+        "body_required": bool(body and body[1]),
+        "header_names": (*headers, "content-type"),
+    }
 
 
 class _RetryOn(Member):
@@ -5171,24 +5150,7 @@ def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
 
 def step_table(kinds: Mapping[str, StepKind]) -> Table:
     """The members of a step, where these kinds of steps are known."""
-    return Table(_OPTIONS | {name: _Kind(kind) for name, kind in kinds.items()}, _make_step, choice=kinds)
-
-
-class FlowTest(NamedTuple):
-    """A test that a flow's file carries: a request, outputs of steps that do not run, and the response expected."""
-
-    name: str
-    params: Mapping[str, Any]
-    body: Any
-    steps: Mapping[str, Any]  # outputs by step name, or by path
-    fails: Mapping[str, Any]  # steps that fail: the caller's status, or what the API answers
-    response: Mapping[str, Any]
-
-
-def _make_test(build: Build, given: dict[str, Any], place: str) -> FlowTest:
-    request = given["request"]
-    params, body = request["params"], request.get("body")
-    return FlowTest(given["name"], params, body, given["steps"], given["fails"], given["response"])
+    return Table(_OPTIONS | {name: _Kind(kind) for name, kind in kinds.items()}, _make_step, choice=kinds, name="step")
 
 
 def _step_of_flow(build: Build, name: str, names: Collection[str]) -> str:
@@ -5219,7 +5181,7 @@ FLOW = Table(
         "timeout": Duration(),
         "restart": OneOf("resume", "rerun", "fail", default="resume"),
         "concurrency": Table(_CONCURRENCY, short="limit"),
-        "tests": ListOf(Table(_TEST, _make_test), default=[]),
+        "tests": ListOf(Table(_TEST), default=[]),
     }
 )
 _LIGHT_TEXT = 16 << 10  # characters of a light flow at the most, with all the constants that it answers with
@@ -5247,9 +5209,10 @@ def build_flow(
     if build.faults:
         raise FlowError(build.faults)
     request, responses = given["request"], given["response"]
-    parameters, (body, body_required) = request["parameters"], request["body"]
     _is_last(build, [response.when for response in responses], "/response")
-    selection = _all_selections(build, responses, parameters)
+    selection, each = NO_SELECTION, [one.selection for one in responses if one.selection != NO_SELECTION]
+    if each:  # a missing file is a fault of the flow, not of its requests
+        selection = wing("astera_lite_requests:join_selections")(build, each, request["parameters"])
     try:
         text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_function_name)
         if _SURROGATE.search(text):
@@ -5258,49 +5221,27 @@ def build_flow(
         build.fault("", f"is not JSON: {error}")
     if build.faults:
         raise FlowError(build.faults)
-    concurrency = given.get("concurrency", {"limit": None, "whenFull": "queue"})
-    light = build.light and len(build.step_names) <= _LIGHT_STEPS and len(text) <= _LIGHT_TEXT
+    limit = given.get("concurrency", {"limit": None, "whenFull": "queue"})
+    few = len(build.step_names) <= _LIGHT_STEPS and len(text) <= _LIGHT_TEXT
     return Flow(
         name=name,
         description=given["description"],
-        method=request["method"],
-        resource=request["resource"],
-        modes=frozenset(request["processing"]),
-        strict=request["strict"],
-        parameters=parameters,
-        body=body,
-        content_types=request["contentTypes"],
-        body_required=body_required,
+        **request,
         steps=tuple(given["steps"]),
         responses=tuple(responses),
         selection=selection,
         timeout=given.get("timeout"),
         restart=given["restart"],
-        limit=concurrency["limit"],
-        when_full=concurrency["whenFull"],
+        limit=limit["limit"],
+        when_full=limit["whenFull"],
         calls=tuple(build.calls),
-        tests=tuple(given["tests"]),
+        tests=given["tests"],
         tree=tree,
         text=text,
         version=int.from_bytes(sha256(f"{name}\n{text}".encode())[:8]) >> 1,
         source=where,
-        header_names=(*(item.name.lower() for item in parameters if item.where == "header"), "content-type"),
-        light=light and concurrency["limit"] is None,
+        light=build.light and few and limit["limit"] is None,
     )
-
-
-def _all_selections(build: Build, responses: Sequence[Response], parameters: Sequence[Parameter]) -> Selection:
-    """What callers may ask of any response; a parameter of that name would not reach the flow."""
-    each = [response.selection for response in responses]
-    sorts = [one.sort for one in each if one.sort]
-    sort = True if True in sorts else frozenset().union(*(one for one in sorts if isinstance(one, frozenset))) or False
-    selection = Selection(any(one.page for one in each), frozenset().union(*(one.filters for one in each)), sort)
-    for name in {item.name for item in parameters if item.where == "query"} & set(selection.names):
-        place = f"/request/parameters/{pointer(name)}"
-        build.fault(place, "selects rows of the response already: rename it, or leave it out of page, filter and sort")
-    if selection != NO_SELECTION:
-        wing("astera_lite_requests:read_selection")  # a missing file is a fault of the flow, not of its requests
-    return selection
 
 
 def _function_name(value: Any) -> str:
@@ -5315,13 +5256,13 @@ _TEST_S = 30.0
 class Canned:
     """Stands in for the steps of a flow under test; counts the outputs that were `used`."""
 
-    def __init__(self, test: FlowTest) -> None:
+    def __init__(self, test: Mapping[str, Any]) -> None:
         self._test = test
         self.used, self.missing = 0, ""  # path of a step that would act on the world
 
     def output(self, step: Step, path: str) -> tuple[bool, Any]:
         """Whether a step does not run, and what it then gives."""
-        steps, fails = self._test.steps, self._test.fails
+        steps, fails = self._test["steps"], self._test["fails"]
         name = path if path in steps or path in fails else step.name
         if isinstance(failure := fails.get(name), dict):
             body = json_body(failure["body"]) if "body" in failure else b""
@@ -5337,11 +5278,11 @@ class Canned:
         return step.kind == "wait", None
 
 
-def run_test(flow: Flow, test: FlowTest, outside: Surroundings) -> tuple[list[str], int]:
+def run_test(flow: Flow, test: Mapping[str, Any], outside: Surroundings) -> tuple[list[str], int]:
     """Run one test of a flow; what is not as expected, a line each, and how many outputs were canned."""
     canned = Canned(test)
     try:
-        request = request_for(flow, test.params, test.body)
+        request = request_for(flow, test["request"]["params"], test["request"].get("body"))
         given = flow.bind(request, path_values(flow, request.path), "test")
         run = Run(flow, given, outside, outside.clock.monotonic() + _TEST_S)
         run.canned = canned
@@ -5351,7 +5292,7 @@ def run_test(flow: Flow, test: FlowTest, outside: Surroundings) -> tuple[list[st
         outcome = Outcome.failed("failed", error.status, str(error))
     if name := canned.missing:
         return [f'the step "{name}" would act on the world: add its output, "steps": {{"{name}": …}}'], canned.used
-    return _differences(outcome, test.response), canned.used
+    return _differences(outcome, test["response"]), canned.used
 
 
 def _differences(outcome: Outcome, expected: Mapping[str, Any]) -> list[str]:

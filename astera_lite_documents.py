@@ -67,7 +67,9 @@ _TEXT: dict[str, Any] = {"type": "string"}
 def flow_schema(kinds: Mapping[str, StepKind]) -> dict[str, Any]:
     """A JSON Schema (2020-12) of the flow file, for editors; `check` knows more."""
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A flow of Astera Lite"}
-    return about | FLOW.schema() | {"$defs": {"step": step_table(kinds).schema(), "value": VALUE_SCHEMA.schema()}}
+    return (
+        about | FLOW.schema() | {"$defs": {"step": step_table(kinds).definition(), "value": VALUE_SCHEMA.definition()}}
+    )
 
 
 def _ref(kind: str, name: str) -> dict[str, str]:
@@ -939,3 +941,21 @@ def advice_on_syntax(source: str) -> str:
         return f'{word[1]} is a word of the language: write ["{word[1]}"] for the field of that name'
     bare = re.sub(QUOTED, "''", source)
     return next((advice for pattern, advice in _SYNTAX.items() if re.search(pattern, bare)), "")
+
+
+def advice_on_json(error: json.JSONDecodeError) -> str:
+    """What is wrong with a file that Python's parser of JSON refuses; "" if nothing is known of it."""
+    before, at = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
+    if not error.doc.strip():
+        return ": the file is empty; `new NAME` writes a first flow"
+    if not at:
+        return ": the file ends too early, a } or ] or a quote is missing"
+    if "delimiter" in error.msg:
+        return ": a comma or a closing bracket is missing before this place"
+    if before.endswith(",") or "trailing comma" in error.msg:
+        return ": there is a comma after the last item"
+    if at == "'":
+        return ': JSON has "double" quotes'
+    if error.doc[error.pos : error.pos + 2] in ("//", "/*") or at == "#":
+        return ": JSON has no comments; use a description, or write the flow as TOML"
+    return ""

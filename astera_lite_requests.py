@@ -41,6 +41,7 @@ from astera_lite import (
     OneOf,
     OutboundError,
     OutgoingRequest,
+    Parameter,
     Run,
     Scope,
     Selection,
@@ -57,6 +58,7 @@ from astera_lite import (
     from_json,
     kind_of,
     parse_retry_after,
+    pointer,
     read_number,
     sha256,
     shown,
@@ -538,3 +540,28 @@ def _make_connection(build: Build, given: dict[str, Any], place: str) -> Connect
 
 
 CONNECTIONS = MapOf(Table(_CONNECTION, _make_connection))
+
+
+class _Page(Table):
+    """The `page` of a response, which expressions of the response see under this name."""
+
+    def read(self, build: Build, value: Any, place: str) -> Any:
+        if "page" in build.names:
+            build.fault(place, 'is called `page` in expressions here: rename the step "page"')
+        page = super().read(build, value, place)
+        build.names["page"] = None
+        return page
+
+
+PAGE = _Page({"items": Value(required=True), "size": Computed(Number(1, MAX_PAGE), default=100)})
+
+
+def join_selections(build: Build, each: Sequence[Selection], parameters: Sequence[Parameter]) -> Selection:
+    """What callers may ask of any response; a parameter of that name would not reach the flow."""
+    sorts = [one.sort for one in each if one.sort]
+    sort = True if True in sorts else frozenset().union(*(one for one in sorts if isinstance(one, frozenset))) or False
+    selection = Selection(any(one.page for one in each), frozenset().union(*(one.filters for one in each)), sort)
+    for name in {item.name for item in parameters if item.where == "query"} & set(selection.names):
+        place = f"/request/parameters/{pointer(name)}"
+        build.fault(place, "selects rows of the response already: rename it, or leave it out of page, filter and sort")
+    return selection

@@ -323,7 +323,7 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
             differences, canned = run_test(flow, each, app.outside)
             show(total, total)  # the line is free for what follows
             passed, failed = passed + (not differences), failed + bool(differences)
-            print(f"{'FAILED' if differences else 'ok':<6} {flow.name}: {each.name} ({canned} canned)")
+            print(f"{'FAILED' if differences else 'ok':<6} {flow.name}: {each['name']} ({canned} canned)")
             for line in differences:
                 print(f"         {app.outside.masked(line)}")
     app.outside.close()

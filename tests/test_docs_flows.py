@@ -182,6 +182,8 @@ def tables(name: str, member: Member) -> Iterator[tuple[str, Table]]:
     """Every object that may stand in a member, with the way to it."""
     member = wing(member.name) if isinstance(member, Elsewhere) else member
     if isinstance(member, Table):
+        if member.name and name:  # it has rows of its own
+            return
         yield name, member
         for key, item in member.members.items():
             yield from tables(f"{name}.{key}".lstrip("."), item)
