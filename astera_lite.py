@@ -6913,18 +6913,14 @@ class Queue:
 
 
 class JobJournal(Journal):
-    """The journal of an asynchronous job: outputs are saved, and a long wait gives its thread back.
-
-    `left` tells how many seconds the run has left.
-    """
+    """The journal of a run of `job`: outputs are saved, and a long wait gives its thread back."""
 
     suspendable = True
 
-    def __init__(
-        self, store: Store, secrets: Mapping[str, str], prepared: Prepared, job: Job, left: Callable[[], float]
-    ) -> None:
+    def __init__(self, store: Store, outside: Surroundings, prepared: Prepared, job: Job, deadline: float) -> None:
         super().__init__()
-        self._store, self._secrets, self._job, self._left = store, secrets, job, left
+        self._store, self._secrets, self._clock = store, outside.secrets, outside.clock
+        self._job, self._deadline = job, deadline
         self._changed = threading.Condition()  # the steps of a concurrent `each` share the journal
         self._unwritten, self._begun, self._superseded = 0, False, False
         self._error: AsteraError | None = None
@@ -6948,7 +6944,7 @@ class JobJournal(Journal):
         """Wait until the beginning of this attempt, and all outputs so far, are on disk."""
         with self._changed:
             self._begin()
-            if not self._changed.wait_for(lambda: not self._unwritten, self._left()):
+            if not self._changed.wait_for(lambda: not self._unwritten, self._deadline - self._clock.monotonic()):
                 raise _TimedOut
             if self._error is not None:
                 raise self._error
@@ -7225,8 +7221,7 @@ class Engine:
             prepared = prepared._replace(saved={}, waits={}, trace=())
         began, spent = self._clock.monotonic(), (now - started) / 1000
         deadline = began + (flow.timeout or self._job_timeout) - spent
-        left = lambda: max(deadline - self._clock.monotonic(), 0.0)  # noqa: E731
-        journal = JobJournal(self._store, self._outside.secrets, prepared, entry.job, left)
+        journal = JobJournal(self._store, self._outside, prepared, entry.job, deadline)
         trace = list(prepared.trace)
         entry.run = run = Run(flow, prepared.input, self._outside, deadline, journal, trace, entry.cancel)
         outcome = run_flow(run)
@@ -7234,12 +7229,9 @@ class Engine:
             if not self.queue.move(entry, State.ENDING):
                 return  # it was ended at its deadline, or is left to the next start
         if isinstance(outcome, Suspended):
-            self._suspend(
-                entry,
-                entry.job,
-                run,
-                Suspension(job.key, attempt, started, outcome.until, *journal.waiting, to_json(trace)),
-            )
+            until = outcome.until
+            suspension = Suspension(job.key, attempt, started, until, *journal.waiting, to_json(trace))
+            self._suspend(entry, entry.job, run, suspension)
         else:
             self._measure(flow, self._clock.monotonic() - began, spent)
             self._record(entry.job, run, outcome)
@@ -7493,14 +7485,6 @@ def next_try(
     return ("pending", next_at) if next_at < expires else ("failed", None)
 
 
-class Wanted(NamedTuple):
-    """Which deliveries can begin now."""
-
-    room: int
-    busy: set[str]  # receivers that get none
-    fresh: bool  # only those that have not been tried
-
-
 class Courier:
     """Delivers callbacks, each on a thread of its own, so that a slow or dead receiver delays nobody else.
 
@@ -7510,17 +7494,19 @@ class Courier:
 
     def __init__(
         self,
+        store: Store,
         outbound: Outbound,
         policy: AddressPolicy,
         clock: Clock,
+        metrics: Metrics,
         *,
         key: bytes | None = None,
         timeout: float = 15.0,
         retries: Sequence[float] = (),
     ) -> None:
-        self._outbound, self._policy, self._clock = outbound, policy, clock
-        self._key, self._timeout, self._retries = key, timeout, retries
-        self.lease_s = timeout + _LEASE_S  # that a claim of a delivery holds
+        self._store, self._outbound, self._policy, self._clock = store, outbound, policy, clock
+        self._metrics, self._key, self._timeout, self._retries = metrics, key, timeout, retries
+        self._lease_s = timeout + _LEASE_S
         self._changed = threading.Condition()  # guards what follows
         self._leases: dict[JobKey, tuple[str, float]] = {}  # receiver, and when the lease ends (monotonic)
         self._doubtful: dict[str, None] = {}  # receivers whose last attempt failed, the latest last
@@ -7531,27 +7517,33 @@ class Courier:
         with self._changed:
             return list(self._leases)
 
-    def wanted(self) -> Wanted:
-        """Which deliveries can begin now."""
+    def send_due(self, now: int, wake: Callable[[], None]) -> int | None:
+        """Begin the deliveries that are due; when the next one will be. `wake` is called when one is on record."""
+        while True:
+            room, busy, full = self._room()
+            if room <= 0:
+                return None  # until one of those under way is on record
+            lease_ms = round(self._lease_s * 1000)
+            due = self._store.claim_deliveries(now, room, lease_ms, held=self.under_way(), busy=busy, fresh=full)
+            begun = [self._begin(job, delivery, wake) for job, delivery in due]
+            if all(begun) or not any(begun):
+                return self._store.next_delivery(now)  # else the rest was for busy receivers: others may be behind
+
+    def _room(self) -> tuple[int, set[str], bool]:
+        """How many deliveries can begin, which receivers get none, and whether only new callbacks are sent."""
         with self._changed:
-            return self._wanted()
+            now = self._clock.monotonic()
+            for key in [key for key, (_, end) in self._leases.items() if end <= now]:
+                del self._leases[key]  # its outcome could not be recorded
+            counts = Counter(receiver for receiver, _ in self._leases.values())
+            full = sum(count for receiver, count in counts.items() if receiver in self._doubtful) >= _MAX_DOUBTFUL
+            most = {receiver: 1 if receiver in self._doubtful else _MAX_PER_RECEIVER for receiver in counts}
+            busy = {receiver for receiver, count in counts.items() if count >= most[receiver]}
+            room = 0 if self._stopped else _MAX_DELIVERIES - len(self._leases)
+            return room, busy | self._doubtful.keys() if full else busy, full
 
-    def _wanted(self) -> Wanted:
-        now = self._clock.monotonic()
-        for key in [key for key, (_, end) in self._leases.items() if end <= now]:
-            del self._leases[key]  # its outcome could not be recorded, or the notice was lost
-        counts = Counter(receiver for receiver, _ in self._leases.values())
-        full = sum(count for receiver, count in counts.items() if receiver in self._doubtful) >= _MAX_DOUBTFUL
-        most = {receiver: 1 if receiver in self._doubtful else _MAX_PER_RECEIVER for receiver in counts}
-        busy = {receiver for receiver, count in counts.items() if count >= most[receiver]}
-        room = 0 if self._stopped else _MAX_DELIVERIES - len(self._leases)
-        return Wanted(room, busy | self._doubtful.keys() if full else busy, full)
-
-    def send(self, job: Job, delivery: Delivery, done: Callable[[Attempt, str, int | None], None]) -> bool:
-        """Begin a delivery unless its receiver is busy; the courier's thread calls `done(attempt, state, next_at)`.
-
-        The delivery counts as under way until `settled`, or until its lease ends.
-        """
+    def _begin(self, job: Job, delivery: Delivery, wake: Callable[[], None]) -> bool:
+        """Begin a delivery unless its receiver is busy."""
         try:
             receiver = parse_target(delivery.url).receiver
         except ValueError:  # taken by an older version: the attempt says what is wrong, and holds up nobody else
@@ -7559,28 +7551,27 @@ class Courier:
         with self._changed:
             if delivery.tries and delivery.last_status is None:  # known from before a restart
                 self._doubtful.setdefault(receiver)
-            room, busy, _ = self._wanted()
+            room, busy, _ = self._room()
             if room <= 0 or receiver in busy:
                 return False
-            self._leases[job.key] = receiver, self._clock.monotonic() + self.lease_s
+            self._leases[job.key] = receiver, self._clock.monotonic() + self._lease_s
         # A daemon, and none of a pool: a receiver that hangs must not hold up the end of the process.
         thread = threading.Thread(
-            target=self._send, args=(job, delivery, receiver, done), name="astera-courier", daemon=True
+            target=self._send, args=(job, delivery, receiver, wake), name="astera-courier", daemon=True
         )
         try:
             thread.start()
         except RuntimeError:  # no thread can be had
-            self.settled(job.key)
+            self._settle(job.key)
             return False
         return True
 
-    def settled(self, key: JobKey) -> None:
-        """A delivery's outcome is on record."""
+    def _settle(self, key: JobKey) -> None:
         with self._changed:
             self._leases.pop(key, None)
             self._changed.notify_all()
 
-    def _send(self, job: Job, delivery: Delivery, receiver: str, done: Callable[..., None]) -> None:
+    def _send(self, job: Job, delivery: Delivery, receiver: str, wake: Callable[[], None]) -> None:
         attempt, retry_after_s = self.deliver(job, delivery)
         answered = attempt.status is not None
         with self._changed:
@@ -7596,7 +7587,14 @@ class Courier:
         level = logging.DEBUG if state == "delivered" else logging.WARNING
         this = about("job", job.id, job.flow, delivery.trace)
         log.log(level, "callback of job %s: %s %s; it is %s", job.id, receiver, words, state, extra=this)
-        done(attempt, state, next_at)
+
+        def recorded(result: Any, error: AsteraError | None) -> None:
+            if error is None:  # else its lease runs on: a lasting fault must not be a storm of deliveries
+                self._metrics.callbacks[state] += 1
+                self._settle(job.key)
+                wake()
+
+        self._store.record_delivery(job.key, attempt, delivery.next_at, state, next_at, recorded)
 
     def deliver(self, job: Job, delivery: Delivery) -> tuple[Attempt, float]:
         """One attempt, now; with it the seconds that the receiver asked to be left alone."""
@@ -7639,7 +7637,7 @@ class Courier:
         """
         with self._changed:
             self._stopped = True
-            self._changed.wait_for(lambda: not self._leases, max(min(timeout_s, self.lease_s), 0.0))
+            self._changed.wait_for(lambda: not self._leases, min(timeout_s, self._lease_s))
             return len(self._leases)
 
 
@@ -7657,19 +7655,12 @@ class Housekeeper:
     """The background thread. `tick(now)` does what is due; `run` is only the loop around it."""
 
     def __init__(
-        self,
-        store: Store,
-        engine: Engine,
-        courier: Courier,
-        clock: Clock,
-        metrics: Metrics,
-        chores: Sequence[Callable[[], None]] = (),
+        self, store: Store, engine: Engine, courier: Courier, clock: Clock, chores: Sequence[Callable[[], None]] = ()
     ) -> None:
         self._store, self._engine, self._courier, self._clock = store, engine, courier, clock
-        self._metrics, self._chores = metrics, (engine.overdue, *chores)  # each once a second
+        self._chores = (engine.overdue, *chores)  # each once a second
         self._wake = threading.Event()
         self._stopping = False
-        self._purging = False
         self._purge_at = self._chores_at = self._forget_at = 0
         self._thread = threading.Thread(target=self.run, name="astera-housekeeper", daemon=True)
 
@@ -7693,14 +7684,13 @@ class Housekeeper:
         while not self._stopping:
             self._wake.clear()
             now = self._clock.now()
+            next_at = now + _CHORES_EVERY_MS
             try:
                 next_at = self.tick(now)
             except StoreError as error:
                 log.error("housekeeping: %s", error)
-                next_at = now + _CHORES_EVERY_MS
             except Exception:  # the door of a chore: a fault of ours must not end the thread
                 log.exception("housekeeping")
-                next_at = now + _CHORES_EVERY_MS
             self._wake.wait(max(next_at - now, 0) / 1000)
 
     def tick(self, now: int) -> int:
@@ -7709,18 +7699,13 @@ class Housekeeper:
         if now >= self._forget_at:
             self._store.forget_flows()
             self._forget_at = now + _FORGET_EVERY_MS
-        wanted = [
-            now + _CHORES_EVERY_MS,
-            self._forget_at,
-            self._engine.release(now),
-            self._purge(now),
-            self._deliver(now),
-        ]
+        self._purge(now)
+        moments = (self._forget_at, self._engine.release(now), self._courier.send_due(now, self.wake))
         if now >= self._chores_at:
             self._chores_at = now + _CHORES_EVERY_MS
             for chore in self._chores:
                 chore()
-        return min(moment for moment in wanted if moment is not None)
+        return min(now + _CHORES_EVERY_MS, *(moment for moment in moments if moment is not None))
 
     def look_at_clock(self) -> None:
         """See whether the system's clock leapt."""
@@ -7732,44 +7717,18 @@ class Housekeeper:
             self._store.keep_clock_offset(self._clock.offset)
             self._engine.release(sys.maxsize)  # some wait for a moment of the calendar; the others go on waiting
 
-    def _purge(self, now: int) -> int | None:
-        if self._purging or now < self._purge_at:
-            return None
-        self._purging = True
+    def _purge(self, now: int) -> None:
+        if now < self._purge_at:
+            return
         self._purge_at = now + _CHORES_EVERY_MS
 
         def purged(count: Any, error: AsteraError | None) -> None:
-            self._purging = False
-            if count:
-                log.debug("purged %d jobs", count)
             if count:  # there may be more: the writes that came meanwhile go first
+                log.debug("purged %d jobs", count)
                 self._purge_at = 0
                 self.wake()
 
         self._store.purge(now, _PURGE_BATCH, purged)
-        return None
-
-    def _deliver(self, now: int) -> int | None:
-        lease_ms = round(self._courier.lease_s * 1000)
-        while True:
-            room, busy, fresh = self._courier.wanted()
-            if room <= 0:
-                return None  # the next that is settled wakes
-            held = self._courier.under_way()
-            due = self._store.claim_deliveries(now, room, lease_ms, held=held, busy=busy, fresh=fresh)
-            sent = [self._courier.send(job, d, partial(self._delivered, job, d.next_at)) for job, d in due]
-            if all(sent) or not any(sent):
-                break  # else the rest was for busy receivers: others may be behind them
-        return self._store.next_delivery(now)
-
-    def _delivered(self, job: Job, seen: int | None, attempt: Attempt, state: str, next_at: int | None) -> None:
-        def recorded(result: Any, error: AsteraError | None) -> None:
-            if error is None:  # else it stays leased for a while: a lasting fault must not be a storm of deliveries
-                self._metrics.callbacks[state] += 1
-                self._courier.settled(job.key)
-                self.wake()
-
-        self._store.record_delivery(job.key, attempt, seen, state, next_at, recorded)
 
 
 # ======================================================================================================================
@@ -8287,15 +8246,17 @@ class AsteraLite:
             metrics=self.metrics,
         )
         self.courier = Courier(
+            self.store,
             self.outside.outbound,
             self.policy,
             self.clock,
+            self.metrics,
             key=self._signing_key,
             timeout=settings.callback_timeout,
             retries=settings.callback_retries,
         )
         chores = (self.look_around, self._take_up, self._tell_watchers)
-        self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, self.metrics, chores)
+        self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, chores)
         self.clock.begin(self.store.last_seen())
         if self.clock.offset:
             log.warning(

@@ -644,32 +644,53 @@ def test_two_hundred_hanging_receivers_delay_nobody_else_nor_do_their_retries(tm
         job = submitted(client, sink.url)
         assert sink.next()[1]["id"] == job["id"]
         assert len(app.courier.under_way()) >= 200  # none of them has ended
-        until(lambda: app.courier.wanted().busy and len(app.courier.under_way()) == 64)  # each failed: they share
+        until(lambda: len(app.courier.under_way()) == 64)  # each failed: they share
         job = submitted(client, later.url)
         assert later.next()[1]["id"] == job["id"]
+
+
+class Outcomes:
+    """A store that is told how deliveries ended."""
+
+    def __init__(self) -> None:
+        self.got: queue.Queue[str] = queue.Queue()
+
+    def record_delivery(self, key: Any, attempt: Attempt, seen: Any, state: str, next_at: Any, done: Any) -> None:
+        done(None, None)
+        self.got.put(state)
+
+
+def a_courier(store: Any, timeout: float = 1.0) -> astera_lite.Courier:
+    policy = astera_lite.AddressPolicy("auto", loopback=True)
+    return astera_lite.Courier(store, astera_lite.Outbound(), policy, Clock(), astera_lite.Metrics(), timeout=timeout)
 
 
 def test_a_receiver_that_answers_late_gets_one_at_a_time_until_it_is_quick_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(astera_lite, "_SLOW_MS", 20)
-    courier = astera_lite.Courier(astera_lite.Outbound(), astera_lite.AddressPolicy("auto", loopback=True), Clock())
+    store = Outcomes()
+    courier = a_courier(store)
     with AsteraLite(database=str(tmp_path / "jobs.db")) as app:
         app.deploy("hello", HELLO)
         job = app.wait(app.submit("hello", callback_url="http://127.0.0.1:9/").id, 10)
     assert job.callback is not None
-    outcome: queue.Queue[str] = queue.Queue()
+    go_on = threading.Semaphore(0)
     for took, most in ((50, 1), (10, 4)):
-        attempt = (Attempt(0, took, 200), 0.0)
-        monkeypatch.setattr(courier, "deliver", lambda *_, attempt=attempt: attempt)
-        assert courier.send(job, job.callback, lambda attempt, state, at: outcome.put(state))
-        assert outcome.get(timeout=5) == "delivered"
-        courier.settled(job.key)
+
+        def deliver(*_: Any, took: int = took) -> tuple[Attempt, float]:
+            go_on.acquire()
+            return Attempt(0, took, 200), 0.0
+
+        monkeypatch.setattr(courier, "deliver", deliver)
+        go_on.release()
+        assert courier._begin(job, job.callback, lambda: None)
+        assert store.got.get(timeout=5) == "delivered"
         others = [job._replace(key=job.key._replace(seq=n)) for n in range(6)]
-        sent = [courier.send(other, job.callback, lambda attempt, state, at: outcome.put(state)) for other in others]
-        assert sent == [n < most for n in range(6)]
-        for other in others:
-            courier.settled(other.key)
+        assert [courier._begin(other, job.callback, lambda: None) for other in others] == [n < most for n in range(6)]
+        for _ in range(most):
+            go_on.release()
+            assert store.got.get(timeout=5) == "delivered"
 
 
 def test_a_delivery_whose_outcome_cannot_be_recorded_is_made_again_when_its_lease_has_ended(
@@ -709,8 +730,7 @@ def test_a_url_that_is_none_any_more_holds_up_nobody(
 def test_failed_deliveries_leave_nothing_behind(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         url = f"http://127.0.0.1:{gone.getsockname()[1]}/"
-    policy = astera_lite.AddressPolicy("auto", loopback=True)
-    courier = astera_lite.Courier(astera_lite.Outbound(), policy, Clock(), timeout=0.05)
+    courier = a_courier(Outcomes(), timeout=0.05)
     with AsteraLite(database=str(tmp_path / "jobs.db")) as app, hanging(1) as (silent,):
         app.deploy("hello", HELLO)
         job = app.wait(app.submit("hello", callback_url=url).id, 10)
@@ -725,7 +745,7 @@ def test_failed_deliveries_leave_nothing_behind(tmp_path: Path) -> None:
             assert attempt.error
         for number in range(1000):
             target = job.callback._replace(url=url.replace("127.0.0.1", f"127.0.{number // 250}.{number % 250}"))
-            until(lambda target=target: courier.send(job, target, lambda *_: courier.settled(job.key)))  # type: ignore[misc]
+            until(lambda target=target: courier._begin(job, target, lambda: None))  # type: ignore[misc]
         until(lambda: not courier.under_way())
         until(lambda: threading.active_count() <= before[0])
         assert len(os.listdir("/proc/self/fd")) <= before[1] + 10  # the store may have opened a few more connections

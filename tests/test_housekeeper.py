@@ -27,7 +27,7 @@ def serving(folder: Path, clock: FakeClock, **settings: Any) -> Iterator[AsteraL
         app.deploy(name, tree)
     with app:
         app.housekeeper.stop(5)
-        app.housekeeper = Housekeeper(app.store, app.engine, app.courier, clock, app.metrics)
+        app.housekeeper = Housekeeper(app.store, app.engine, app.courier, clock)
         yield app
 
 
