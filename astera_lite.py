@@ -2254,7 +2254,8 @@ def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> s
     raise failure
 
 
-def _too_large(max_bytes: int) -> OutboundError:
+def answer_too_large(max_bytes: int) -> OutboundError:
+    """The error of an answer that exceeds its limit."""
     return OutboundError("too_large", f"the answer is larger than {show_size(max_bytes)}")
 
 
@@ -2282,7 +2283,7 @@ class _BoundedStream(io.RawIOBase):
         self.ended = count == 0
         self._left -= count
         if self._left < 0:
-            raise _too_large(self._max_bytes)
+            raise answer_too_large(self._max_bytes)
         return count
 
     def sendall(self, data: Any) -> None:
@@ -2350,34 +2351,6 @@ def content_codings(headers: Iterable[tuple[str, str]]) -> list[str]:
     return [word.removeprefix("x-") for word in words if word not in ("", "identity")]
 
 
-def _decoded(data: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
-    """A body without gzip and deflate, which some servers send unasked; an unknown coding stays."""
-    if not data or not codings:
-        return data
-    import gzip  # noqa: PLC0415 (few APIs compress unasked)
-    import zlib  # noqa: PLC0415
-
-    for coding in reversed(codings):
-        if coding not in KNOWN_CODINGS:
-            break
-        try:
-            if coding == "gzip":
-                data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(max_bytes + 1)
-            else:
-                wrapped = data[0] & 15 == 8 and int.from_bytes(data[:2]) % 31 == 0  # RFC 1950; some servers do without
-                inflating = zlib.decompressobj(15 if wrapped else -15)
-                data = inflating.decompress(data, max_bytes + 1)
-                if not inflating.eof and len(data) <= max_bytes:
-                    raise EOFError
-        except EOFError:
-            raise OutboundError("transport", "the answer was cut short") from None
-        except (OSError, zlib.error):
-            raise OutboundError("transport", f"the answer is not the {coding} that its headers promise") from None
-        if len(data) > max_bytes:
-            raise _too_large(max_bytes)
-    return data
-
-
 class Fetched(NamedTuple):
     """An answer to an outgoing request: status code, pairs of headers in the order received, body."""
 
@@ -2390,11 +2363,14 @@ def _read_answer_whole(response: http.client.HTTPResponse, stream: _BoundedStrea
     cut_short = stream.ended  # inside the head: http.client takes the end of input for the end of the headers
     data = response.read(max_bytes + 1) if max_bytes and not cut_short else b""
     if len(data) > max_bytes:
-        raise _too_large(max_bytes)
+        raise answer_too_large(max_bytes)
     if cut_short or (max_bytes and response.length):
         raise OutboundError("transport", "the answer was cut short")
     headers = response.getheaders()
-    return Fetched(response.status, headers, _decoded(data, content_codings(headers), max_bytes))
+    codings = content_codings(headers)
+    if data and codings:  # few servers encode an answer unasked
+        data = wing("astera_lite_requests:decoded")(data, codings, max_bytes)
+    return Fetched(response.status, headers, data)
 
 
 def _outbound_error(error: Exception, timeout: float) -> OutboundError:
@@ -2448,6 +2424,8 @@ class Outbound:
                 request.stream = _BoundedStream(sock, deadline, max_bytes)
                 with opener.open(request) as response:
                     return _read_answer_whole(response, request.stream, max_bytes)
+        except MissingFile as error:
+            raise OutboundError("transport", str(error)) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _outbound_error(error, timeout) from None
 

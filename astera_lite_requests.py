@@ -1,15 +1,18 @@
 """What few flows want of requests.
 
 Of those that come in: patterns; pages, filters and an order of a response's rows. Of those that go out: connections
-with their credentials; pages, until.
+with their credentials; pages, until; answers in gzip or deflate.
 
-A wing of astera_lite, which loads this file when a flow is deployed that has one of them.
+A wing of astera_lite, which loads this file for the first flow or answer that needs it.
 """
 
 from __future__ import annotations
 
 import base64
 import copy
+import gzip
+import io
+import itertools
 import operator
 import re
 import sys
@@ -17,12 +20,14 @@ import threading
 import types
 import urllib.parse
 import warnings
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from astera_lite import (
     CONTENT_TYPES,
+    KNOWN_CODINGS,
     LENIENT_DECODER,
     MAX_PAGE,
     MAX_WORK,
@@ -51,6 +56,7 @@ from astera_lite import (
     Text,
     Url,
     Value,
+    answer_too_large,
     as_text,
     encode_query,
     evaluated,
@@ -565,3 +571,22 @@ def join_selections(build: Build, each: Sequence[Selection], parameters: Sequenc
         place = f"/request/parameters/{pointer(name)}"
         build.fault(place, "selects rows of the response already: rename it, or leave it out of page, filter and sort")
     return selection
+
+
+def decoded(data: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
+    """A body without gzip and deflate, down to the first coding that is unknown; raises OutboundError."""
+    for coding in itertools.takewhile(KNOWN_CODINGS.__contains__, reversed(codings)):
+        try:
+            if coding == "gzip":
+                data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(max_bytes + 1)
+            else:
+                wrapped = data[0] & 15 == 8 and int.from_bytes(data[:2]) % 31 == 0  # RFC 1950; some servers do without
+                inflating = zlib.decompressobj(15 if wrapped else -15)
+                data = inflating.decompress(data, max_bytes + 1)
+                if not inflating.eof and len(data) <= max_bytes:
+                    raise EOFError
+        except (EOFError, OSError, zlib.error):
+            raise OutboundError("transport", f"the answer is not whole {coding}, as its headers promise") from None
+        if len(data) > max_bytes:
+            raise answer_too_large(max_bytes)
+    return data
