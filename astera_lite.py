@@ -9658,7 +9658,7 @@ def _unknown(x: Exchange) -> UnknownJob:
     return UnknownJob(text, x.app.jobs.expired(JobKey.parse(text)))
 
 
-def _find(x: Exchange) -> _Seen:
+def find_job(x: Exchange) -> _Seen:
     """The job that the path names; raises UnknownJob, and Conflict by a precondition."""
     key = JobKey.parse(x.values["id"])
     seen = x.app.jobs.look(key, x.caller) if key is not None else None
@@ -9669,7 +9669,7 @@ def _find(x: Exchange) -> _Seen:
 
 
 def _find_finished(x: Exchange) -> Job:
-    job = _find(x)[0]
+    job = find_job(x)[0]
     if job.status is Status.RUNNING:
         raise Conflict("The job is still running.", job=job.status)
     return job
@@ -9677,7 +9677,7 @@ def _find_finished(x: Exchange) -> Job:
 
 def _answer_when_asked(x: Exchange, respond: Callable[[_Seen, list[tuple[str, str]]], Reply]) -> Reply | None:
     """Answer at once, or with `Prefer: wait=N` when the job is finished."""
-    seen = _find(x)
+    seen = find_job(x)
     wait_s = _wait_of(x, parse_prefer(x.head.headers["prefer"])) if "prefer" in x.head.headers else None
     applied = _applied([f"wait={wait_s}"] if wait_s is not None else [])
 
@@ -9753,43 +9753,6 @@ def _in_part(x: Exchange, whole: Reply, pieces: Callable[[int, int], Iterator[by
     return Reply(206, headers, stream=pieces(first, last + 1), length=last + 1 - first)
 
 
-def job_details(x: Exchange) -> Reply:
-    """GET /api/jobs/{id}"""
-    job, progress = _find(x)
-    app = x.app
-    offset = app.clock.offset
-    document = status_document(job, x.base, progress, offset=offset)
-    document["request"] = _request_document(app, job)
-    steps = app.engine.trace(job.key) or app.store.trace(job.key)
-    local = is_loopback(app.settings.host) and app.settings.public_url is None
-    if x.caller.admin and (x.caller is not ANYBODY or local):
-        document["failure"] = failure_of(job, steps)
-    else:
-        steps = [{name: step[name] for name in step if name not in ("error", "retries")} for step in steps]
-    document["steps"] = steps
-    if document["callback"] is not None:
-        document["callback"]["history"] = attempt_documents(app.store.attempts(job.key), offset)
-    return Reply(200, [JSON_TYPE, ("Job-Status", job.status), NO_STORE], json_body(document))
-
-
-def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
-    """What was sent, secrets masked; a long body only by its beginning."""
-    masked = app.outside.masked
-    found = app.store.request(job.key, 4096 + masked.longest)
-    if found is None:
-        return None
-    request, size = found
-    text = masked(request.body.decode(errors="replace"))[:4096]  # masked before it is cut
-    return {
-        "method": request.method,
-        "path": masked(request.path),
-        "query": masked(request.query),
-        "headers": {name: masked(value) for name, value in request.headers.items()},
-        "body": text if request.body else None,
-        "bodySize": size,
-    }
-
-
 def job_list(x: Exchange) -> Reply:
     """GET /api/jobs"""
     query = {name: values[-1] for name, values in parse_query(x.head.query).items()}
@@ -9823,7 +9786,7 @@ def job_list(x: Exchange) -> Reply:
 
 def job_cancel(x: Exchange) -> Reply | None:
     """POST /api/jobs/{id}/cancel"""
-    seen = _find(x)
+    seen = find_job(x)
     job = seen[0]
     if job.status is not Status.RUNNING:
         raise already_finished(job)
@@ -9851,7 +9814,7 @@ def job_rerun(x: Exchange) -> None:
 
 def job_callback(x: Exchange) -> None:
     """POST /api/jobs/{id}/callback"""
-    job = _find(x)[0]
+    job = find_job(x)[0]
     if job.callback is None:
         raise Conflict("The job was submitted without a callbackUrl.", job=job.status)
     _find_finished(x)
@@ -9868,7 +9831,7 @@ def job_callback(x: Exchange) -> None:
 
 def job_delete(x: Exchange) -> None:
     """DELETE /api/jobs/{id}"""
-    job = _find(x)[0]
+    job = find_job(x)[0]
 
     def answer(result: Any, error: AsteraError | None) -> None:
         if error is not None or result == "absent":
@@ -9963,7 +9926,7 @@ ROUTES = [
     *(Route("*", f"{PREFIXES[mode]}/*", partial(publish, mode), check=partial(find_flow, mode)) for mode in MODES),
     Route("GET", "/api/jobs/{id}/status", job_status),
     Route("GET", "/api/jobs/{id}/result", job_result),
-    Route("GET", "/api/jobs/{id}", job_details, slow=True),
+    Route("GET", "/api/jobs/{id}", late("astera_lite_documents:job_details"), slow=True),
     Route("DELETE", "/api/jobs/{id}", job_delete),
     Route("POST", "/api/jobs/{id}/cancel", job_cancel),
     Route("POST", "/api/jobs/{id}/rerun", job_rerun, slow=True),

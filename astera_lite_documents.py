@@ -20,6 +20,7 @@ from functools import cache, partial
 from typing import Any
 
 from astera_lite import (
+    ANYBODY,
     CONTENT_TYPES,
     FILTERING,
     FLOW,
@@ -42,6 +43,7 @@ from astera_lite import (
     Exchange,
     Flow,
     InputError,
+    Job,
     MissingFile,
     Reply,
     Selection,
@@ -49,14 +51,19 @@ from astera_lite import (
     __version__,
     as_text,
     as_texts,
+    attempt_documents,
     entity_tag,
+    failure_of,
+    find_job,
     is_json_type,
+    is_loopback,
     json_body,
     path_values,
     request_for,
     resource,
     sample_value,
     split_template,
+    status_document,
     step_table,
     to_json,
 )
@@ -863,6 +870,37 @@ def openapi(x: Exchange) -> Reply:
 def postman(x: Exchange) -> Reply:
     """GET /postman.json"""
     return _flow_document(postman_document, x)
+
+
+def job_details(x: Exchange) -> Reply:
+    """GET /api/jobs/{id}: the status document, the request, the steps and the attempts of the callback."""
+    job, progress = find_job(x)
+    app, offset = x.app, x.app.clock.offset
+    document = status_document(job, x.base, progress, offset=offset) | {"request": _request_document(app, job)}
+    steps = app.engine.trace(job.key) or app.store.trace(job.key)
+    is_local = is_loopback(app.settings.host) and app.settings.public_url is None
+    if x.caller.admin and (x.caller is not ANYBODY or is_local):
+        document["failure"] = failure_of(job, steps)
+    else:
+        steps = [{name: step[name] for name in step if name not in ("error", "retries")} for step in steps]
+    document["steps"] = steps
+    if document["callback"] is not None:
+        document["callback"]["history"] = attempt_documents(app.store.attempts(job.key), offset)
+    return Reply(200, [JSON_TYPE, ("Job-Status", job.status), NO_STORE], json_body(document))
+
+
+def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
+    """What was sent, secrets masked; a long body only by its beginning."""
+    masked = app.outside.masked
+    request, size = app.store.request(job.key, 4096 + masked.longest) or (None, 0)
+    if request is None:
+        return None
+    return {
+        **{name: masked(getattr(request, name)) for name in ("method", "path", "query")},
+        "headers": {name: masked(value) for name, value in request.headers.items()},
+        "body": masked(request.body.decode(errors="replace"))[:4096] or None,  # masked before it is cut
+        "bodySize": size,
+    }
 
 
 def metrics(x: Exchange) -> Reply:
