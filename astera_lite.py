@@ -31,7 +31,7 @@ server.
 
     astera_lite_steps      the steps each, call, sql, run, python; @app.flow, @app.step
     astera_lite_requests   patterns; pages, filters and sort of responses; connections, pages and until of http
-    astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files, text of the metrics; advice on expressions
+    astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files, metrics, details of a job; advice on expressions
     astera_lite_deploy     PUT and DELETE of a deployment
     astera_lite_tools      the commands: check, try, test, new, jobs, job, token, backup, zipapp and more; --help
 """
