@@ -3066,8 +3066,8 @@ class _Suspend(_Signal):
         self.until = until  # milliseconds since the epoch
 
 
-class _Cancelled(_Signal):
-    pass
+class Cancelled(_Signal):
+    """The run is to stop: its job was cancelled."""
 
 
 class _TimedOut(_Signal):
@@ -3266,7 +3266,7 @@ class Run:
         self.trace = trace
         self.cancel = cancel or Cancel()
         self.progress = Progress(None, 0, len(flow.steps))
-        self.canned: Canned | None = None  # of a test
+        self.canned: Any = None  # of a test: stands in for steps by its method `output(step, path)`
         self.held = False  # waits with its thread, for it shares its run with others
         self.budget: Budget | None = None  # of all evaluations together
         self.reached: dict[str, Any] = {}  # how far a step came, for its next attempt, by path
@@ -3302,7 +3302,7 @@ class Run:
     def check(self) -> None:
         """Raise if the run was cancelled or is over its time."""
         if self.cancel.is_set:
-            raise _Cancelled
+            raise Cancelled
         if self.outside.clock.monotonic() >= self.deadline:
             raise _TimedOut
 
@@ -3318,7 +3318,7 @@ class Run:
         """Hold the thread for so long; ends early, with an error, at the deadline or on cancel."""
         left = self.left()
         if self.cancel.wait(min(seconds, left)):
-            raise _Cancelled
+            raise Cancelled
         if seconds > left:
             self.left()
 
@@ -3369,7 +3369,7 @@ def run_flow(run: Run) -> Outcome | Suspended:
         return Outcome(answered.answer)
     except _Suspend as suspend:
         return Suspended(suspend.until)
-    except _Cancelled:
+    except Cancelled:
         return Outcome.failed("cancelled", 409, "The job was cancelled.")
     except BudgetExceeded:
         raise
@@ -3437,7 +3437,7 @@ def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
         if began_key not in run.journal.saved and run.trace is not None:
             run.journal.record(began_key, began)
         raise
-    except (_Answered, _Cancelled) as signal:
+    except (_Answered, Cancelled) as signal:
         _note(run, step, path, "answered" if isinstance(signal, _Answered) else "cancelled", began, failures=failures)
         raise
     except Exception as error:
@@ -4472,7 +4472,7 @@ class HttpCall:
         finally:
             run.step_deadline = outer
         if not {str(answer.status), f"{answer.status // 100}xx"} & set(map(str, self._given["expect"])):
-            raise _unexpected(self.method, answer)
+            raise unexpected_answer(self.method, answer)
         unknown = [word for word in content_codings(answer.headers) if word not in KNOWN_CODINGS]
         try:
             if answer.body and unknown:
@@ -4545,7 +4545,7 @@ def _http_failure(
     return StepError(status, detail, detail + more, found, answer)
 
 
-def _unexpected(method: str, answer: Fetched) -> StepError:
+def unexpected_answer(method: str, answer: Fetched) -> StepError:
     """The failure of an `http` step whose API answers with a status that is not expected."""
     return _http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
 
@@ -5224,85 +5224,6 @@ def build_flow(
 
 def _function_name(value: Any) -> str:
     return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', repr(type(value)))}"
-
-
-# --- tests of flows -------------------------------------------------------------------------------------------------
-
-_TEST_S = 30.0
-
-
-class Canned:
-    """Stands in for the steps of a flow under test; counts the outputs that were `used`."""
-
-    def __init__(self, test: Mapping[str, Any]) -> None:
-        self._test = test
-        self.used, self.missing = 0, ""  # path of a step that would act on the world
-
-    def output(self, step: Step, path: str) -> tuple[bool, Any]:
-        """Whether a step does not run, and what it then gives."""
-        steps, fails = self._test["steps"], self._test["fails"]
-        name = path if path in steps or path in fails else step.name
-        if isinstance(failure := fails.get(name), dict):
-            body = json_body(failure["body"]) if "body" in failure else b""
-            raise _unexpected("GET", Fetched(failure["status"], [("Content-Type", "application/json")], body))
-        if failure is not None:
-            raise StepError(failure, "it fails in this test", "fails", {"timeout" if failure == 504 else "transport"})
-        if name in steps:
-            self.used += 1
-            return True, copy.deepcopy(steps[name])
-        if step.effect:
-            self.missing = path
-            raise _Cancelled
-        return step.kind == "wait", None
-
-
-def run_test(flow: Flow, test: Mapping[str, Any], outside: Surroundings) -> tuple[list[str], int]:
-    """Run one test of a flow; what is not as expected, a line each, and how many outputs were canned."""
-    canned = Canned(test)
-    try:
-        request = request_for(flow, test["request"]["params"], test["request"].get("body"))
-        given = flow.bind(request, path_values(flow, request.path), "test")
-        run = Run(flow, given, outside, outside.clock.monotonic() + _TEST_S)
-        run.canned = canned
-        outcome = run_flow(run)
-        assert isinstance(outcome, Outcome)
-    except InputError as error:
-        outcome = Outcome.failed("failed", error.status, str(error))
-    if name := canned.missing:
-        return [f'the step "{name}" would act on the world: add its output, "steps": {{"{name}": …}}'], canned.used
-    return _differences(outcome, test["response"]), canned.used
-
-
-def _differences(outcome: Outcome, expected: Mapping[str, Any]) -> list[str]:
-    answer, lines = outcome.answer, []
-    if answer.code != expected["status"]:
-        reason = outcome.reason or (outcome.error or {}).get("detail", "")
-        lines.append(f"status: expected {expected['status']}, got {answer.code} {reason}".rstrip())
-    headers = {name.lower(): value for name, value in answer.headers}
-    for name, value in expected["headers"].items():
-        if headers.get(name.lower()) != as_text(value):
-            lines.append(f"header {name}: expected {shown(value)}, got {shown(headers.get(name.lower()))}")
-    if "body" in expected:
-        lines += _unlike(expected["body"], read_answer(Fetched(answer.code, list(answer.headers), answer.body)), "body")
-    return lines
-
-
-_NOTHING = object()
-
-
-def _unlike(expected: Any, found: Any, place: str) -> list[str]:
-    """A line for each place where two values differ."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        names: Iterable[Any] = dict.fromkeys([*expected, *found])
-        pairs = [(name, expected.get(name, _NOTHING), found.get(name, _NOTHING)) for name in names]
-    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
-        pairs = list(zip(itertools.count(), expected, found))
-    elif expected == found and (type(expected) is bool) == (type(found) is bool):
-        return []
-    else:
-        want, got = ("nothing" if side is _NOTHING else shown(side, 200) for side in (expected, found))
-        return [f"{place}: expected {want}, got {got}"]
-    return [line for name, want, got in pairs for line in _unlike(want, got, f"{place}/{pointer(str(name))}")]
 
 
 # --- deployments ----------------------------------------------------------------------------------------------------
@@ -6927,7 +6848,7 @@ class JobJournal(Journal):
             if self._error is not None:
                 raise self._error
             if self._superseded:  # the job has ended, by a cancel, or another run of it began
-                raise _Cancelled
+                raise Cancelled
 
     def _begin(self) -> None:
         """Put the attempt on record, before the first output: whoever finds it knows that this run began."""

@@ -1,11 +1,12 @@
-"""What many servers do without: the steps each, call, sql, run and python; @app.flow and @app.step.
+"""What many servers do without: the steps each, call, sql, run and python; @app.flow, @app.step; tests of flows.
 
-A wing of astera_lite, which loads this file when a flow first wants one of them.
+A wing of astera_lite, which loads this file when one of them is first wanted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import inspect
 import itertools
@@ -33,12 +34,14 @@ from astera_lite import (
     LENIENT_DECODER,
     Build,
     Cancel,
+    Cancelled,
     Context,
     Either,
     ExpressionError,
     Fault,
     Fetched,
     Flag,
+    Flow,
     FlowError,
     Functions,
     InputError,
@@ -47,11 +50,13 @@ from astera_lite import (
     Member,
     Number,
     OneOf,
+    Outcome,
     Progress,
     Run,
     Runner,
     Scope,
     Size,
+    Step,
     StepError,
     StepKind,
     StepName,
@@ -69,6 +74,7 @@ from astera_lite import (
     from_saved,
     joined_headers,
     journal_key,
+    json_body,
     kind_of,
     log,
     log_message,
@@ -76,12 +82,14 @@ from astera_lite import (
     pointer,
     read_answer,
     request_for,
+    run_flow,
     show_size,
     shown,
     steps_runner,
     suggest,
     to_json,
     to_saved,
+    unexpected_answer,
 )
 
 
@@ -899,3 +907,80 @@ def function_flow(
     description = " ".join((function.__doc__ or "").split())
     step = {"name": "result", "python": {"call": function, "args": args}}
     return {"description": description, **others, "request": request, "steps": [step]}
+
+
+_TEST_S = 30.0
+
+
+class _Canned:
+    """Stands in for the steps of a flow under test; counts the outputs that were `used`."""
+
+    def __init__(self, test: Mapping[str, Any]) -> None:
+        self._test = test
+        self.used, self.missing = 0, ""  # path of a step that would act on the world
+
+    def output(self, step: Step, path: str) -> tuple[bool, Any]:
+        """Whether a step does not run, and what it then gives."""
+        steps, fails = self._test["steps"], self._test["fails"]
+        name = path if path in steps or path in fails else step.name
+        if isinstance(failure := fails.get(name), dict):
+            body = json_body(failure["body"]) if "body" in failure else b""
+            raise unexpected_answer("GET", Fetched(failure["status"], [("Content-Type", "application/json")], body))
+        if failure is not None:
+            raise StepError(failure, "it fails in this test", "fails", {"timeout" if failure == 504 else "transport"})
+        if name in steps:
+            self.used += 1
+            return True, copy.deepcopy(steps[name])
+        if step.effect:
+            self.missing = path
+            raise Cancelled
+        return step.kind == "wait", None
+
+
+def run_test(flow: Flow, test: Mapping[str, Any], outside: Surroundings) -> tuple[list[str], int]:
+    """Run one test of a flow; what is not as expected, a line each, and how many outputs were canned."""
+    canned = _Canned(test)
+    try:
+        request = request_for(flow, test["request"]["params"], test["request"].get("body"))
+        given = flow.bind(request, path_values(flow, request.path), "test")
+        run = Run(flow, given, outside, outside.clock.monotonic() + _TEST_S)
+        run.canned = canned
+        outcome = run_flow(run)
+        assert isinstance(outcome, Outcome)
+    except InputError as error:
+        outcome = Outcome.failed("failed", error.status, str(error))
+    if name := canned.missing:
+        return [f'the step "{name}" would act on the world: add its output, "steps": {{"{name}": …}}'], canned.used
+    return _differences(outcome, test["response"]), canned.used
+
+
+def _differences(outcome: Outcome, expected: Mapping[str, Any]) -> list[str]:
+    answer, lines = outcome.answer, []
+    if answer.code != expected["status"]:
+        reason = outcome.reason or (outcome.error or {}).get("detail", "")
+        lines.append(f"status: expected {expected['status']}, got {answer.code} {reason}".rstrip())
+    headers = {name.lower(): value for name, value in answer.headers}
+    for name, value in expected["headers"].items():
+        if headers.get(name.lower()) != as_text(value):
+            lines.append(f"header {name}: expected {shown(value)}, got {shown(headers.get(name.lower()))}")
+    if "body" in expected:
+        lines += _unlike(expected["body"], read_answer(Fetched(answer.code, list(answer.headers), answer.body)), "body")
+    return lines
+
+
+_NOTHING = object()
+
+
+def _unlike(expected: Any, found: Any, place: str) -> list[str]:
+    """A line for each place where two values differ."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        names = dict.fromkeys([*expected, *found])
+        pairs: list[Any] = [(name, expected.get(name, _NOTHING), found.get(name, _NOTHING)) for name in names]
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        pairs = list(zip(itertools.count(), expected, found))
+    elif expected == found and (type(expected) is bool) == (type(found) is bool):
+        return []
+    else:
+        want, got = ("nothing" if side is _NOTHING else shown(side, 200) for side in (expected, found))
+        return [f"{place}: expected {want}, got {got}"]
+    return [line for name, want, got in pairs for line in _unlike(want, got, f"{place}/{pointer(str(name))}")]

@@ -74,7 +74,6 @@ from astera_lite import (
     request_for,
     resource,
     run_flow,
-    run_test,
     serve,
     set_up_logging,
     settings_table,
@@ -84,6 +83,7 @@ from astera_lite import (
     timestamp,
     token_digest,
     whole_body,
+    wing,
 )
 
 _SCRIPT = "python astera_lite.py"
@@ -320,7 +320,7 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
     for flow in sorted(chosen, key=lambda flow: flow.name):
         for each in flow.tests:
             show(passed + failed, total)
-            differences, canned = run_test(flow, each, app.outside)
+            differences, canned = wing("astera_lite_steps:run_test")(flow, each, app.outside)
             show(total, total)  # the line is free for what follows
             passed, failed = passed + (not differences), failed + bool(differences)
             print(f"{'FAILED' if differences else 'ok':<6} {flow.name}: {each['name']} ({canned} canned)")

@@ -23,10 +23,10 @@ from astera_lite import (
     compile_template,
     load_connections,
     parse_flow_text,
-    run_test,
     to_json,
 )
 from astera_lite_documents import openapi_document, postman_document
+from astera_lite_steps import run_test
 
 KINDS = "http, python, sql, run, set, each, choose, call, wait, respond, fail"
 OPTIONS = "name, when, timeout, retry, onError, description"

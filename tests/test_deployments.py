@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from support import ROOT, Client, FakeClock, get_flow
 
-from astera_lite import STEP_KINDS, AsteraLite, ConfigError, FlowError, Server, Status, build_flow, run_test
+from astera_lite import STEP_KINDS, AsteraLite, ConfigError, FlowError, Server, Status, build_flow
 from astera_lite_documents import flow_schema
+from astera_lite_steps import run_test
 
 HELLO = get_flow("/hello", response={"body": "one"})
 TOKEN = "t0ken-of-the-admin"
