@@ -9956,6 +9956,14 @@ class ConnectionState(StrEnum):
 _HANDSHAKE, _RECEIVING, _QUEUED, _HANDLING, _SENDING, _LINGERING, _CLOSED = ConnectionState
 
 
+def _with_cors(x: Exchange, reply: Reply) -> Reply:
+    """The answer with its headers of CORS. It varies by origin also where the request named none."""
+    cors = [("Vary", "Origin")]
+    if x.cors_origin is not None:
+        cors += [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
+    return reply._replace(headers=one_line_each([*reply.headers, *cors]))
+
+
 class Handler(BaseRequestHandler):
     """One connection: its bytes in and out, and the one request that is being answered. Lives on the loop's thread.
 
@@ -9984,7 +9992,7 @@ class Handler(BaseRequestHandler):
         self.since = time.monotonic()  # when the client connected, or had its last answer
         self.deadline = self.since + (settings.idle_timeout if server.tls is None else settings.request_timeout)
         self.at_deadline: tuple[Callable[[], None], bool] | None = None  # of the request being handled; may it be early
-        server.handlers.add(self)
+        server.handlers[self] = None
         server.selector.register(request, self.events, self)
 
     def on_events(self, mask: int) -> None:
@@ -10198,6 +10206,8 @@ class Handler(BaseRequestHandler):
             self.linger()
             return
         settings, begun = self.server.settings, self.parser.begun
+        del self.server.handlers[self]
+        self.server.handlers[self] = None
         self.since = time.monotonic()
         self.deadline = self.since + (settings.request_timeout if begun else settings.idle_timeout)
         self.state = _RECEIVING
@@ -10259,7 +10269,7 @@ class Handler(BaseRequestHandler):
 
     def leave(self) -> None:
         """Make room for another connection: this one ends soon."""
-        self.server.handlers.discard(self)
+        self.server.handlers.pop(self, None)
         self.server.leaving.add(self)
         self.deadline = time.monotonic() + _LINGER_S
 
@@ -10289,35 +10299,15 @@ class Handler(BaseRequestHandler):
             x.on_close()
         self.out.clear()
         self.server.buffered -= self.counted
-        self.server.handlers.discard(self)
+        self.server.handlers.pop(self, None)
         self.server.leaving.discard(self)
         if self.events:
             self.server.selector.unregister(self.request)
         self.server.shutdown_request(self.request)
 
 
-def _with_cors(x: Exchange, reply: Reply) -> Reply:
-    """The answer with its headers of CORS. It varies by origin also where the request named none."""
-    cors = [("Vary", "Origin")]
-    if x.cors_origin is not None:
-        cors += [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
-    return reply._replace(headers=one_line_each([*reply.headers, *cors]))
-
-
-class _Listener(NamedTuple):
-    """A socket that is no connection."""
-
-    function: Callable[[], None]
-    deadline: float = math.inf  # it comes last: what a client has sent is read before it gives way to a newcomer
-
-    def on_events(self, mask: int) -> None:
-        """Go on after the selector has reported the socket."""
-        self.function()
-
-
-def _deadline(event: tuple[selectors.SelectorKey, int]) -> float:
-    deadline: float = event[0].data.deadline
-    return deadline
+def _deadline(event: tuple[Handler, int]) -> float:
+    return event[0].deadline
 
 
 class Server(ThreadingHTTPServer):
@@ -10342,20 +10332,18 @@ class Server(ThreadingHTTPServer):
         self.tls = self._tls_context() if self.settings.tls_cert or self.settings.tls_key else None
         app.check_open()
         # connections
-        self.handlers: set[Handler] = set()
+        self.handlers: dict[Handler, None] = {}  # who came or was answered longest ago first
         self.leaving: set[Handler] = set()  # they have their last answer, or only that there is no room
         self.ready: dict[Handler, None] = {}  # they have something to do, in this order
         self.buffered = 0
-        self._next_to_go: list[tuple[float, int, Handler]] = []  # who waits for its client longest, the last first
-        self._fresh_from = 0.0  # who came or was answered later does not go
         # requests
         self.requests = app.metrics.requests
         app.metrics.connections.append(self.handlers)
         self.access_level = logging.INFO if self.settings.access_log else logging.DEBUG
         self._request_count = itertools.count(1)
         self._request_prefix = os.urandom(5).hex()
-        self.pool = ThreadPoolExecutor(2, "astera-apart")  # for what takes longer than a look-up
-        self.apart: set[Exchange] = set()  # requests that its threads are working on
+        self.pool = ThreadPoolExecutor(2, "astera-slow")  # for what takes longer than a look-up
+        self.at_work: set[Exchange] = set()  # requests whose route is being called
         # the loop
         self.ident = 0  # of the thread that serves
         self.fault: Exception | None = None  # that ended the loop
@@ -10470,7 +10458,7 @@ class Server(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Close the listener and what the loop waits on; http.server's hook, called too where it cannot listen."""
         super().server_close()
-        self.pool.shutdown(wait=not self.apart, cancel_futures=True)  # a disk that hangs must not hold up the stop
+        self.pool.shutdown(wait=not self.at_work, cancel_futures=True)  # a disk that hangs must not hold up the stop
         connections = self.app.metrics.connections
         connections[:] = [those for those in connections if those is not self.handlers]
         if self._ended.is_set():  # else the loop hangs, and still uses them
@@ -10504,9 +10492,9 @@ class Server(ThreadingHTTPServer):
         self._ended.clear()
         self._stop_at = math.inf
         self._listen()
-        self.selector.register(self._wake_in, selectors.EVENT_READ, _Listener(self._woken))
+        self.selector.register(self._wake_in, selectors.EVENT_READ)
         try:
-            while not (self.stopping and not self.handlers | self.leaving) and time.monotonic() < self._stop_at:
+            while not (self.stopping and not (self.handlers or self.leaving)) and time.monotonic() < self._stop_at:
                 self._turn(poll_interval)
         finally:
             self._stop_accepting()
@@ -10521,16 +10509,19 @@ class Server(ThreadingHTTPServer):
         flush = self.app.store.flush
         busy = self._inbox or self.ready
         events = self.selector.select(0 if busy else max(min(self._sweep_at - time.monotonic(), longest), 0))
-        events.sort(key=_deadline)  # who was answered longest ago first: epoll has an order of its own
         self._awake = True  # what is posted from here on is seen below
-        for at, (key, mask) in enumerate(events, 1):
-            try:
-                key.data.on_events(mask)
-            except Exception:  # the door of the loop: a fault must end no more than its own connection
-                self._failed(key.data)
+        connections = [(key.data, mask) for key, mask in events if key.data is not None]
+        connections.sort(key=_deadline)  # who was answered longest ago first: epoll has an order of its own
+        for at, (handler, mask) in enumerate(connections, 1):
+            self._guarded(handler, handler.on_events, mask)
             if not at % _EVENTS_AT_ONCE:  # who was first is not to wait for all who came after
                 self._run_posted()
                 self._run_ready()
+        for key, _ in events:  # newcomers come last: what a client has sent is read before it gives way to one
+            if key.fileobj is self.socket:
+                self._accept()
+            elif key.fileobj is self._wake_in:
+                self._woken()
         flush()
         self._awake = False
         self._run_posted()
@@ -10556,17 +10547,15 @@ class Server(ThreadingHTTPServer):
         ready, self.ready = self.ready, {}
         for handler in ready:
             if handler.state is _SENDING or handler.state is _QUEUED:  # else it had its turn
-                try:
-                    handler.proceed()
-                except Exception:
-                    self._failed(handler)
+                self._guarded(handler, handler.proceed)
 
-    def _failed(self, handler: Any) -> None:
-        if isinstance(handler, Handler):
+    def _guarded(self, handler: Handler, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function of a connection: what fails in it ends that connection only."""
+        try:
+            function(*arguments)
+        except Exception:
             self.handle_error(handler.request, handler.client_address)
             handler.close()
-        else:
-            log.exception("the loop")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log the exception that has ended a connection; http.server's hook."""
@@ -10581,10 +10570,7 @@ class Server(ThreadingHTTPServer):
         """See to connections whose deadline has passed: once a second, or when one waits for less."""
         now = time.monotonic()
         for handler in [handler for handler in (*self.handlers, *self.leaving) if handler.deadline <= now]:
-            try:
-                handler.overdue()
-            except Exception:
-                self._failed(handler)
+            self._guarded(handler, handler.overdue)
         waiting = [handler.deadline for handler in self.handlers if handler.at_deadline is not None]
         self._sweep_at = max(min([now + 1, *waiting]), now + _SWEEP_S)
         self._listen()
@@ -10597,7 +10583,7 @@ class Server(ThreadingHTTPServer):
 
     def _listen(self) -> None:
         if not self.stopping and self.socket.fileno() not in self.selector.get_map():
-            self.selector.register(self.socket, selectors.EVENT_READ, _Listener(self._accept))
+            self.selector.register(self.socket, selectors.EVENT_READ)
 
     def _stop_accepting(self) -> None:
         if self.stopping:
@@ -10616,7 +10602,6 @@ class Server(ThreadingHTTPServer):
     def _accept(self) -> None:
         if self.stopping:  # since the selector said so
             return
-        self._fresh_from = time.monotonic() - _GRACE_S
         for _ in range(_ACCEPTS_A_TURN):
             try:
                 request, client_address = self.get_request()
@@ -10656,17 +10641,12 @@ class Server(ThreadingHTTPServer):
 
     def _make_room(self) -> bool:
         """Close the connection whose client has kept it waiting longest; False where all are at work, or fresh."""
-        while True:
-            while self._next_to_go:
-                since, _, handler = self._next_to_go.pop()
-                if handler.since == since and handler.gives_way():
-                    handler.close()
-                    return True
-            waiting = ((h.since, id(h), h) for h in self.handlers if h.since < self._fresh_from and h.gives_way())
-            # many at once, or each newcomer would cost a look at all
-            self._next_to_go = heapq.nsmallest(_ACCEPTS_A_TURN, waiting)[::-1]
-            if not self._next_to_go:
-                return False
+        fresh_from = time.monotonic() - _GRACE_S
+        oldest = next((each for each in self.handlers if each.gives_way() or each.since >= fresh_from), None)
+        if oldest is None or oldest.since >= fresh_from:
+            return False
+        oldest.close()
+        return True
 
     def _too_many(self) -> bytes:
         self.requests["", "", 503] += 1
@@ -10688,27 +10668,21 @@ class Server(ThreadingHTTPServer):
         """Have a request handled: by the loop itself, or on another thread if that may take long."""
         assert x.route is not None
         if x.route.slow or (len(x.body) > _LARGE_BODY and x.flow is not None):
-            self.pool.submit(self._handle_apart, x)
+            self.pool.submit(self._handle, x, x.route)
         else:
-            self._handle(x)
+            self._handle(x, x.route)
 
-    def _handle_apart(self, x: Exchange) -> None:
-        self.apart.add(x)
-        try:
-            self._handle(x)
-        finally:
-            self.apart.discard(x)
-
-    def _handle(self, x: Exchange) -> None:
+    def _handle(self, x: Exchange, route: Route) -> None:
         """Call the route; its errors become problem documents here."""
-        assert x.route is not None
+        self.at_work.add(x)
         try:
-            reply = x.route.handle(x)
+            reply = route.handle(x)
+            if reply is not None:
+                x.post(x.answer, reply)
         except Exception as error:  # the door of a request
             x.post(x.fail, error)
-            return
-        if reply is not None:
-            x.post(x.answer, reply)
+        finally:
+            self.at_work.discard(x)
 
 
 def _may_be_open(settings: Settings, loopback: bool) -> bool:
@@ -10719,14 +10693,12 @@ def _may_be_open(settings: Settings, loopback: bool) -> bool:
 def check_exposure(settings: Settings, host: str, has_tokens: bool) -> None:
     """Raise ConfigError for a server that anybody could reach and nobody needs a token for."""
     loopback = is_loopback(host)
-    if settings.token is not None or has_tokens or _may_be_open(settings, loopback):
-        return
-    cure = "set ASTERA_LITE_TOKEN or make one with the command `token`, or set insecure_open to let everybody in"
-    if not loopback:
-        raise ConfigError(
-            [Fault("host", "", f"{host} can be reached from other machines, and there is no token: {cure}")]
-        )
-    raise ConfigError([Fault("public_url", "", f"makes the server public, and there is no token: {cure}")])
+    if settings.token is None and not has_tokens and not _may_be_open(settings, loopback):
+        cure = "set ASTERA_LITE_TOKEN or make one with the command `token`, or set insecure_open to let everybody in"
+        name, what = "host", f"{host} can be reached from other machines"
+        if loopback:
+            name, what = "public_url", "makes the server public"
+        raise ConfigError([Fault(name, "", f"{what}, and there is no token: {cure}")])
 
 
 # ======================================================================================================================
@@ -11014,7 +10986,7 @@ def serve(settings: Settings) -> int:
     if not code:
         log.info("stopped")
     logging.shutdown()
-    if left or stuck or server.apart:  # threads that do not end would hold the interpreter for ever
+    if left or stuck or server.at_work:  # threads that do not end would hold the interpreter for ever
         stderr.written()
         kill_children()
         os._exit(code)
