@@ -5520,8 +5520,8 @@ class Finish(NamedTuple):
 
 _JOB_COLUMNS = (
     "seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, "
-    "callback_url, c.state, iif(c.attempts IS NULL, 0, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = seq)), "
-    "c.last_status, c.next, c.body, c.attempts"
+    "callback_url, ifnull(c.state, 'pending'), (SELECT ifnull(max(n), 0) FROM attempts WHERE job = c.job), "
+    "c.last_status, c.next, ifnull(c.body, ''), ifnull(c.attempts, 0)"
 )
 _FROM_JOBS = " FROM jobs LEFT JOIN callbacks c ON c.job = seq"
 _SELECT_JOB = f"SELECT {_JOB_COLUMNS}{_FROM_JOBS}"
@@ -5563,7 +5563,6 @@ _PASSING = {
     "SQLITE_BUSY": "the database is locked by another process: end that one",
     "SQLITE_READONLY": "the database is read-only: let this user write it and its folder",
     "SQLITE_CANTOPEN": "the database cannot be opened: let this user read and write it and its folder",
-    "SQLITE_NOMEM": "there is not enough memory",
 }
 _DAMAGE = {
     "SQLITE_CORRUPT": "the database is damaged: restore a backup",
@@ -5670,12 +5669,9 @@ class _Writer:
         batch = self._take_new()
         try:
             results = self._transact(batch, busy_ms=0)
-        except BaseException as error:
-            self.new.extendleft(reversed(batch))
-            self._slow_until = time.monotonic() + _RETRY_S
-            self.put(None)  # the thread meets the fault, too, and can wait
-            if not isinstance(error, Exception):
-                raise
+        except Exception:  # the thread meets the fault, too, and can wait
+            for write in batch:
+                self.put(write)
             return
         finally:
             self._lock.release()
@@ -5695,7 +5691,11 @@ class _Writer:
         return True
 
     def _take_new(self) -> list[_Write]:
-        return [self.new.popleft() for _ in range(len(self.new))]
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self.new.popleft())
+        return taken
 
     def _take(self, timeout: float | None) -> list[_Write]:
         """What waits in the queue, or the first that comes."""
@@ -5858,17 +5858,8 @@ class _Recent:
 
 def _job(row: Sequence[Any]) -> Job:
     """The one place where a row becomes a record."""
-    (seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, url) = (
-        row[:15]
-    )
-    callback = None
-    if url is not None:
-        state, attempts, last_status, next_at, body, tries = row[15:21]
-        callback = Delivery(url, state or "pending", attempts, last_status, next_at, body or "", tries or 0)
-    return Job(
-        JobKey(seq, salt), flow, version, Status(status), created, base, token, attempt, due, started, finished,
-        expires, error and json.loads(error), callback,
-    )  # fmt: skip
+    error, callback = row[13] and json.loads(row[13]), None if row[14] is None else Delivery(*row[14:21])
+    return Job._make((JobKey(*row[:2]), *row[2:4], Status(row[4]), *row[5:13], error, callback))
 
 
 def _result(row: Sequence[Any]) -> StoredResult:
@@ -6354,6 +6345,7 @@ class SqliteStore(SqliteReader):
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Forget a finished job; `done` gets deleted, running, owed or absent."""
+        self._recent.forget([key.seq])
 
         def run(db: sqlite3.Connection) -> str:
             row = db.execute(f"SELECT status, c.state{_FROM_JOBS}{_OF_KEY}", key).fetchone()
@@ -6366,11 +6358,7 @@ class SqliteStore(SqliteReader):
             _forget(db, [key.seq])
             return "deleted"
 
-        def deleted(result: Any, error: AsteraError | None) -> None:
-            self._recent.forget([key.seq])
-            done(result, error)
-
-        self._put(run, deleted, keep=False)
+        self._put(run, done, keep=False)
 
     # --- runs ---
 
@@ -6495,29 +6483,24 @@ class SqliteStore(SqliteReader):
 
     def purge(self, now: int, limit: int, done: Done) -> None:
         """Forget at most `limit` expired jobs and give back their space; `done` gets how many they were."""
-        expired: list[int] = []
 
         def run(db: sqlite3.Connection) -> int:
-            expired.clear()  # a transaction that failed is made again
             kept = ",".join(str(seq) for seq, _ in tuple(self._being_read))
             sql = f"SELECT seq, size FROM jobs WHERE expires <= ? AND seq NOT IN ({kept}) ORDER BY expires LIMIT ?"
-            total = 0
+            expired, total = [], 0
             for seq, size in db.execute(sql, (now, limit)):
                 expired.append(seq)
                 total += size or 0
                 if total > _PURGE_BYTES:
                     break
+            self._recent.forget(expired)
             _forget(db, expired)
             free = db.execute("PRAGMA freelist_count").fetchone()[0]
             for _ in range(min(free, _GIVE_BACK)):  # one by one: before CPython 3.13 only the first step is made
                 db.execute("PRAGMA incremental_vacuum(1)")
             return len(expired)
 
-        def purged(result: Any, error: AsteraError | None) -> None:
-            self._recent.forget(expired)
-            done(result, error)
-
-        self._put(run, purged, keep=False)
+        self._put(run, done, keep=False)
 
     def forget_flows(self) -> None:
         """Forget the texts of flows that no job refers to any more."""
