@@ -2597,7 +2597,7 @@ def pointer(name: str) -> str:
 
 
 _MAX_ERRORS = 100  # that one answer lists
-_MAX_NAME = 300  # characters of a name in it
+MAX_NAME = 300  # characters of a name in it
 
 
 class InputErrors(list[dict[str, str]]):
@@ -2608,7 +2608,7 @@ class InputErrors(list[dict[str, str]]):
         if len(self) == _MAX_ERRORS:
             message = "has more faults than are listed"
         if not self.full:
-            name = name if len(name) <= _MAX_NAME else name[:_MAX_NAME] + "…"
+            name = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "…"
             self.append({"in": where, "name": name, "message": message})
 
     @property
@@ -2913,12 +2913,13 @@ def _refuse_large(value: Any, place: str, errors: InputErrors) -> None:
     """Note a fault for every integer beyond 64 bits: other programs, SQLite too, cannot hold it."""
     if type(value) is int and value not in INT64:
         errors.add("body", place, "must be within 64 bits: send a larger number as text")
-    for key, item in _members_of(value):
+    for key, item in members_of(value):
         if not errors.full:
             _refuse_large(item, f"{place}/{pointer(str(key))}", errors)
 
 
-def _members_of(value: Any) -> Iterable[tuple[Any, Any]]:
+def members_of(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Names and members of an object, positions and items of a list; nothing of any other value."""
     return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
 
 
@@ -2963,54 +2964,8 @@ def _plain(query: Mapping[str, list[str]]) -> dict[str, str | list[str]]:
 
 def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
     """The request that a client would send to call a flow with these parameters; InputError if none can say them."""
-    known = {item.name: item for item in flow.parameters}
-    errors = InputErrors()
-    path, query, headers = flow.resource, [], {}
-    for name, value in params.items():
-        if name not in known and name not in flow.selection.names:
-            errors.add("query", str(name), "is no parameter" + suggest(str(name), known))
-            continue
-        where, array = (known[name].where, known[name].array) if name in known else ("query", False)
-        many = isinstance(value, list | tuple)
-        texts = [_sent(item, where, name, as_text) for item in (value if many else [value])]
-        if many and array and "" in texts:
-            errors.add(where, name, "has an empty item")
-        elif many and array and where != "query" and "," in "".join(texts):
-            errors.add(where, name, "has an item with a comma, which divides items there")
-        elif many and not array and where != "query":
-            errors.add(where, name, "must be given once")
-        elif where == "query":
-            query += [(name, text) for text in texts]
-            if many and array and (not texts or (len(texts) == 1 and "," in texts[0])):
-                query.append((name, ""))  # see Parameter
-        elif where == "path":
-            path = path.replace(f"{{{name}}}", urllib.parse.quote(",".join(texts), safe=""))
-        else:
-            headers[name.lower()] = ",".join(texts)
-    for name in [item.name for item in flow.parameters if item.where == "path" and item.name not in params]:
-        errors.add("path", name, "is missing")
-    if errors:
-        raise InputError(errors)
-    data = b""
-    if body is not None:
-        data = body if isinstance(body, bytes) else _sent(body, "body", "", to_json).encode()
-        accepts, binary = flow.content_types, CONTENT_TYPES["binary"]
-        as_it_is = isinstance(body, bytes) and binary in accepts
-        headers["content-type"] = binary if as_it_is else accepts[0] if accepts else CONTENT_TYPES["json"]
-    return StoredRequest(flow.method, path, urllib.parse.urlencode(query), headers, data)
-
-
-def _sent(value: Any, where: str, name: str, write: Callable[[Any], str]) -> str:
-    """A value as a request has it; raises InputError with the member that JSON or UTF-8 cannot say."""
-    try:
-        text = write(value)
-        text.encode()
-        return text
-    except (TypeError, ValueError) as error:
-        if len(name) < _MAX_NAME:
-            for key, member in _members_of(value):
-                _sent(member, where, f"{name}/{pointer(str(key))}", to_json)
-        raise InputError([{"in": where, "name": name, "message": str(error)}]) from None
+    request: StoredRequest = wing("astera_lite_requests:request_for")(flow, params, body)
+    return request
 
 
 _PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
@@ -3044,7 +2999,7 @@ def parse_query(query: str) -> dict[str, list[str]]:
                 try:
                     name, value = unquote(name, plus=True), unquote(value, plus=True)
                 except ValueError as error:
-                    raise InputError([{"in": "query", "name": name[:_MAX_NAME], "message": str(error)}]) from None
+                    raise InputError([{"in": "query", "name": name[:MAX_NAME], "message": str(error)}]) from None
             result.setdefault(name, []).append(value)
     return result
 
@@ -3517,21 +3472,13 @@ def _asked_pause(run: Run, error: Exception) -> float:
     return parse_retry_after(header_value(answer.headers, "retry-after"), run.outside.clock.wall())
 
 
-@lru_cache(maxsize=64)
-def _lines_of_file(path: str, changed: int, text: str) -> Mapping[str, int]:
-    """The lines of a flow file by JSON Pointer; none where it is not the text of this flow any more."""
-    written = read_text(path)
-    return pointer_lines(written) if parse_flow_text(written, path) == json.loads(text) else {}
-
-
-def _line_in_file(flow: Flow, folder: str | None, place: str) -> int | None:
-    if folder is None or not flow.source.endswith(".json"):
-        return None
-    path = os.path.join(folder, flow.source)
+def line_in_file(path: str, place: str, text: str | None = None) -> int | None:
+    """The line of a JSON file to which a JSON Pointer leads; None if the file does not say `text` (JSON) any more."""
     try:
-        return nearest_line(_lines_of_file(path, os.stat(path).st_mtime_ns, flow.text), place)
-    except (OSError, ValueError, FlowError):
-        return None
+        line: int | None = wing("astera_lite_requests:line_in_file")(path, place, text)
+    except MissingFile:
+        return None  # the place is told all the same
+    return line
 
 
 _MAX_FAILURE_BODY = 500  # bytes of what an API answered
@@ -3548,6 +3495,7 @@ def _failure(error: BaseException, step: Step, run: Run, path: str, attempt: int
         return known
     masked, place = run.outside.masked, step.place
     kind, message = _kind_and_message(error)
+    folder, source = run.outside.folder, run.flow.source
     more: dict[str, Any] = {}
     if isinstance(error, StepError):
         if error.answer is not None:
@@ -3565,9 +3513,9 @@ def _failure(error: BaseException, step: Step, run: Run, path: str, attempt: int
         "message": masked(message)[:_MAX_FAILURE_MESSAGE],
         "kind": kind,
         "step": path,
-        "file": run.flow.source,
+        "file": source,
         "pointer": place,
-        "line": _line_in_file(run.flow, run.outside.folder, place),
+        "line": line_in_file(os.path.join(folder, source), place, run.flow.text) if folder else None,
         "attempt": attempt,
         "attempts": step.retry.attempts,
         **more,
@@ -4831,43 +4779,6 @@ def _faults_of(where: str) -> Iterator[None]:
         log.debug("%s", where, exc_info=True)
         reason = str(error) if isinstance(error, MissingFile) else f"{type(error).__name__}: {error}"
         raise FlowError([Fault(where, "", f"cannot be deployed: {reason}")]) from error
-
-
-_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{},:]|\n')
-
-
-def pointer_lines(text: str) -> dict[str, int]:
-    """The line on which each value of a well-formed JSON text begins, by its JSON Pointer without the first slash."""
-    lines: dict[str, int] = {}
-    line = 1
-    names: list[str | int] = []  # the way to the value that comes next
-    expects_name = False
-    for match in _JSON_TOKEN.finditer(text):
-        mark = match[0]
-        if mark == "\n":
-            line += 1
-        elif mark in "{[":
-            names.append(0 if mark == "[" else "")
-            expects_name = mark == "{"
-        elif mark in "]}":
-            names.pop()
-        elif mark == ",":
-            last = names[-1]
-            names[-1] = last + 1 if isinstance(last, int) else last
-            expects_name = not isinstance(last, int)
-        elif mark != ":" and expects_name:
-            names[-1], expects_name = pointer(json.loads(mark)), False
-        if names and not expects_name:
-            lines.setdefault("/".join(map(str, names)), line)
-    return lines
-
-
-def nearest_line(lines: Mapping[str, int], place: str) -> int | None:
-    """The line of a JSON Pointer; what is missing has none, but what lacks it has."""
-    names = place.split("/")[1:]
-    while names and "/".join(names) not in lines:
-        names.pop()
-    return lines["/".join(names)] if names else None
 
 
 # --- flows ----------------------------------------------------------------------------------------------------------

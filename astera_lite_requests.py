@@ -1,7 +1,8 @@
 """What few flows want of requests.
 
 Of those that come in: patterns; pages, filters and an order of a response's rows. Of those that go out: connections
-with their credentials; pages, until; answers in gzip or deflate.
+with their credentials; pages, until; answers in gzip or deflate. Also the request that calls a flow with given
+parameters, and the line of a place in a JSON file.
 
 A wing of astera_lite, which loads this file for the first flow or answer that needs it.
 """
@@ -13,7 +14,9 @@ import copy
 import gzip
 import io
 import itertools
+import json
 import operator
+import os
 import re
 import sys
 import threading
@@ -29,6 +32,7 @@ from astera_lite import (
     CONTENT_TYPES,
     KNOWN_CODINGS,
     LENIENT_DECODER,
+    MAX_NAME,
     MAX_PAGE,
     MAX_WORK,
     Address,
@@ -37,8 +41,10 @@ from astera_lite import (
     Computed,
     Duration,
     ExpressionError,
+    Flow,
     FlowFailure,
     HttpCall,
+    InputError,
     InputErrors,
     MapOf,
     Member,
@@ -51,6 +57,7 @@ from astera_lite import (
     Scope,
     Selection,
     StepError,
+    StoredRequest,
     Table,
     Template,
     Text,
@@ -63,9 +70,11 @@ from astera_lite import (
     field_values,
     from_json,
     kind_of,
+    members_of,
     parse_retry_after,
     pointer,
     read_number,
+    read_text,
     sha256,
     shown,
     suggest,
@@ -590,3 +599,106 @@ def decoded(data: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
         if len(data) > max_bytes:
             raise answer_too_large(max_bytes)
     return data
+
+
+def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
+    """The request that a client would send to call a flow with these parameters; InputError if none can say them."""
+    known = {item.name: item for item in flow.parameters}
+    errors = InputErrors()
+    path, query, headers = flow.resource, [], {}
+    for name, value in params.items():
+        if name not in known and name not in flow.selection.names:
+            errors.add("query", str(name), "is no parameter" + suggest(str(name), known))
+            continue
+        where, array = (known[name].where, known[name].array) if name in known else ("query", False)
+        many = isinstance(value, list | tuple)
+        texts = [_sent(item, where, name, as_text) for item in (value if many else [value])]
+        if many and array and "" in texts:
+            errors.add(where, name, "has an empty item")
+        elif many and array and where != "query" and "," in "".join(texts):
+            errors.add(where, name, "has an item with a comma, which divides items there")
+        elif many and not array and where != "query":
+            errors.add(where, name, "must be given once")
+        elif where == "query":
+            query += [(name, text) for text in texts]
+            if many and array and (not texts or (len(texts) == 1 and "," in texts[0])):
+                query.append((name, ""))  # see Parameter
+        elif where == "path":
+            path = path.replace(f"{{{name}}}", urllib.parse.quote(",".join(texts), safe=""))
+        else:
+            headers[name.lower()] = ",".join(texts)
+    for name in [item.name for item in flow.parameters if item.where == "path" and item.name not in params]:
+        errors.add("path", name, "is missing")
+    if errors:
+        raise InputError(errors)
+    data = b""
+    if body is not None:
+        data = body if isinstance(body, bytes) else _sent(body, "body", "", to_json).encode()
+        accepts, binary = flow.content_types, CONTENT_TYPES["binary"]
+        as_it_is = isinstance(body, bytes) and binary in accepts
+        headers["content-type"] = binary if as_it_is else accepts[0] if accepts else CONTENT_TYPES["json"]
+    return StoredRequest(flow.method, path, urllib.parse.urlencode(query), headers, data)
+
+
+def _sent(value: Any, where: str, name: str, write: Callable[[Any], str]) -> str:
+    """A value as a request has it; raises InputError with the member that JSON or UTF-8 cannot say."""
+    try:
+        text = write(value)
+        text.encode()
+        return text
+    except (TypeError, ValueError) as error:
+        if len(name) < MAX_NAME:
+            for key, member in members_of(value):
+                _sent(member, where, f"{name}/{pointer(str(key))}", to_json)
+        raise InputError([{"in": where, "name": name, "message": str(error)}]) from None
+
+
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{},:]|\n')
+
+
+def pointer_lines(text: str) -> dict[str, int]:
+    """The line on which each value of a well-formed JSON text begins, by its JSON Pointer without the first slash."""
+    lines: dict[str, int] = {}
+    line = 1
+    names: list[str | int] = []  # the way to the value that comes next
+    expects_name = False
+    for match in _JSON_TOKEN.finditer(text):
+        mark = match[0]
+        if mark == "\n":
+            line += 1
+        elif mark in "{[":
+            names.append(0 if mark == "[" else "")
+            expects_name = mark == "{"
+        elif mark in "]}":
+            names.pop()
+        elif mark == ",":
+            last = names[-1]
+            names[-1] = last + 1 if isinstance(last, int) else last
+            expects_name = not isinstance(last, int)
+        elif mark != ":" and expects_name:
+            names[-1], expects_name = pointer(json.loads(mark)), False
+        if names and not expects_name:
+            lines.setdefault("/".join(map(str, names)), line)
+    return lines
+
+
+@lru_cache(maxsize=64)
+def _lines_of_file(path: str, changed: int, text: str | None) -> Mapping[str, int]:
+    written = read_text(path)
+    tree = from_json(written)
+    return pointer_lines(written) if text is None or tree == json.loads(text) else {}
+
+
+def line_in_file(path: str, place: str, text: str | None = None) -> int | None:
+    """The line of a JSON file to which a JSON Pointer leads, or the nearest place around it that is there.
+
+    None where the file has no such place, is no JSON, or does not say `text` (JSON) any more.
+    """
+    try:
+        lines = _lines_of_file(path, os.stat(path).st_mtime_ns, text)
+    except (OSError, ValueError):
+        return None
+    names = place.split("/")[1:]
+    while names and "/".join(names) not in lines:
+        names.pop()
+    return lines["/".join(names)] if names else None

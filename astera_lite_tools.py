@@ -60,16 +60,13 @@ from astera_lite import (
     edit_tokens,
     failure_of,
     failure_text,
-    from_json,
     is_flow_file,
+    line_in_file,
     load_settings,
     log,
-    nearest_line,
     one_line,
     path_values,
-    pointer_lines,
     read_bytes,
-    read_text,
     reason_of,
     request_for,
     resource,
@@ -240,7 +237,8 @@ def _openable(fault: Fault, folder: str, path: str | None = None) -> Fault:
     grammar = re.fullmatch(r"line ([0-9]+), column ([0-9]+)", fault.place)
     if grammar:
         return Fault(f"{path}:{grammar[1]}:{grammar[2]}", "", fault.message)
-    return fault._replace(where=path + line_of(path, fault.place))
+    line = line_in_file(path, fault.place)
+    return fault._replace(where=f"{path}:{line}" if line else path)
 
 
 def _tokens_of(path: str) -> list[Token]:
@@ -249,17 +247,6 @@ def _tokens_of(path: str) -> list[Token]:
         return []
     with contextlib.closing(SqliteReader(path)) as store:
         return store.tokens()
-
-
-def line_of(path: str, place: str) -> str:
-    """`:12` if a JSON Pointer leads to line 12 of a JSON file, else an empty string."""
-    try:
-        text = read_text(path) if path.endswith(".json") and place.startswith("/") else ""
-        from_json(text)
-    except (OSError, ValueError):
-        return ""
-    line = nearest_line(pointer_lines(text), place)
-    return f":{line}" if line else ""
 
 
 def try_flow(args: argparse.Namespace, settings: Settings) -> int:
