@@ -456,7 +456,7 @@ def test_a_secret_stands_wherever_a_step_takes_an_expression(tmp_path: Path, mon
     places |= {f"/steps/[0-9]+/{name}": member for name, member in astera_lite._OPTIONS.items()}
     wanted = {
         pattern
-        for place, member in (places | {"": astera_lite.CONNECTIONS}).items()
+        for place, member in (places | {"": astera_lite.wing("astera_lite_requests:CONNECTIONS")}).items()
         for pattern in expression_places(member, place)
     }
     assert len(wanted) > 40
