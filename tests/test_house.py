@@ -29,7 +29,7 @@ LINES = {
     "astera_lite.py": 13_500,
     "astera_lite_deploy.py": 120,
     "astera_lite_documents.py": 1_000,
-    "astera_lite_requests.py": 700,
+    "astera_lite_requests.py": 800,
     "astera_lite_steps.py": 1_000,
     "astera_lite_tools.py": 800,
 }
