@@ -1404,12 +1404,8 @@ def _sum(values: Any, start: int | float = 0) -> Any:
     return math.fsum(values) + start if any(type(v) is float for v in values) else sum(values, start + 0)
 
 
-def _min(*values: Any, default: Any = None) -> Any:
-    return min(values[0] if len(values) == 1 else values, default=default)
-
-
-def _max(*values: Any, default: Any = None) -> Any:
-    return max(values[0] if len(values) == 1 else values, default=default)
+def _extreme(choose: Callable[..., Any], *values: Any, default: Any = None) -> Any:
+    return choose(values[0] if len(values) == 1 else values, default=default)
 
 
 def _range(start: int, stop: int | None = None, step: int = 1) -> list[int]:
@@ -1490,11 +1486,7 @@ def _now() -> str:
 
 
 def _whole(*args: Any, **named: Any) -> Iterable[Any]:
-    return [*args, *named.values()]
-
-
-def _names(*objects: Any) -> Iterable[Any]:
-    return [name for each in objects if type(each) is dict for name in each]
+    return (*args, *named.values())
 
 
 def field_values(rows: Any, *names: Any, **named: Any) -> list[Any]:
@@ -1526,8 +1518,8 @@ FUNCTIONS = {
         Function("uuid()", lambda: str(JobKeys().new(time.time_ns() // 1_000_000)), _FREE),
         Function("int(value)", _int),
         Function("float(value)", _float),
-        Function("min(*values, default=null)", _min, _whole),
-        Function("max(*values, default=null)", _max, _whole),
+        Function("min(*values, default=null)", partial(_extreme, min), _whole),
+        Function("max(*values, default=null)", partial(_extreme, max), _whole),
         Function("sum(values, start=0)", _sum),
         Function("sorted(values, /, *, reverse=false)", sorted, _whole),
         Function("reversed(values)", lambda values: list(values)[::-1]),
@@ -1547,7 +1539,7 @@ FUNCTIONS = {
         Function("group_by(rows, name)", group_by, field_values),
         Function("index_by(rows, name)", index_by, field_values),
         Function("unique(values)", _unique, _whole),
-        Function("merge(*objects)", _merge, _names),
+        Function("merge(*objects)", _merge, lambda *objects: map(list, objects)),
     )
 }
 #: Functions whose result differs each time: it is saved with the job, so that a resumed run sees the same.
@@ -1601,7 +1593,7 @@ def _paid_function(function: Function) -> Callable[..., Any]:
         budget.spend(8)
         for value in (*args, *named.values()):
             budget.flat(value)
-        budget.deep(reads(*args, **named))
+        budget.deep([*reads(*args, **named)])
         return budget.flat(call(*args, **named))
 
     return paid
@@ -2313,13 +2305,6 @@ class _FinalAnswer(http.client.HTTPResponse):
             super().begin()
 
 
-def _connection_over(stream: Any, host: str, **_: Any) -> http.client.HTTPConnection:
-    connection = http.client.HTTPConnection(host)
-    connection.response_class = _FinalAnswer
-    connection.sock = stream
-    return connection
-
-
 @lru_cache(maxsize=1)
 def _opener() -> urllib.request.OpenerDirector:
     """The opener of all requests, with one handler: no proxies, redirects, cookies or other schemes.
@@ -2330,7 +2315,9 @@ def _opener() -> urllib.request.OpenerDirector:
 
     class Handler(urllib.request.AbstractHTTPHandler):
         def http_open(self, request: Any) -> http.client.HTTPResponse:
-            return self.do_open(partial(_connection_over, request.stream), request)
+            connection = http.client.HTTPConnection(request.host)
+            connection.response_class, connection.sock = _FinalAnswer, request.stream
+            return self.do_open(lambda *_, **__: connection, request)
 
         https_open = http_open
         http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
