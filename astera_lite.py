@@ -1247,7 +1247,8 @@ def as_text(value: Any) -> str:
     """A value inside a text: text as it is, everything else as JSON."""
     if type(value) is str:
         return value
-    check_written(value)
+    if type(value) in (list, tuple, dict):
+        check_written(value)
     return to_json(value)
 
 
