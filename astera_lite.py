@@ -379,8 +379,7 @@ def sha256(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-_SALT_BITS = 62
-_ID = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-7([0-9a-f]{3})-([89ab][0-9a-f]{3})-([0-9a-f]{12})")
+_ID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 
 class JobKey(NamedTuple):
@@ -404,11 +403,10 @@ class JobKey(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> JobKey | None:
         """The key of a well-formed UUIDv7 in either case, else None."""
-        match = _ID.fullmatch(text.lower()) if len(text) == 36 and text.isascii() else None
-        if match is None:
+        if not _ID.fullmatch(text.lower()):
             return None
-        high, middle, counter, variant, tail = match.groups()
-        return cls(int(high + middle + counter, 16), int(variant + tail, 16) & (1 << _SALT_BITS) - 1)
+        digits = text.replace("-", "")
+        return cls(int(digits[:12] + digits[13:16], 16), int(digits[16:], 16) & (1 << 62) - 1)
 
 
 class JobKeys:
@@ -471,49 +469,42 @@ def shown(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
+_SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, None: 1.0}
+_BYTES = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "B": 1, None: 1}
 _DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)?")
-_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
 _SIZE = re.compile(r"([0-9]{1,15})(B|KiB|MiB|GiB)?")
-_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, None: 1}
 
 
 def parse_duration(value: Any) -> float:
     """Seconds from `250ms`, `30s`, `5m`, `24h`, `7d` or a number of seconds; ValueError says what is right."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e10:
-        return float(value)
-    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError(f"{shown(value)} is not a duration: write 250ms, 30s, 5m, 24h or a number of seconds")
-    seconds = float(match[1]) * _SECONDS[match[2]]
-    if seconds >= 1e10:
-        raise ValueError(f"{shown(value)} is too long: at most 300 years")
+    seconds = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
+    if isinstance(value, str) and (match := _DURATION.fullmatch(value)):
+        seconds = float(match[1]) * _SECONDS[match[2]]
+    if not 0 <= seconds < 1e10:
+        cure = "write 250ms, 30s, 5m, 24h or a number of seconds, at most 300 years"
+        raise ValueError(f"{shown(value)} is not a duration: {cure}")
     return seconds
 
 
 def parse_size(value: Any) -> int:
     """Bytes from `64KiB`, `10MiB`, `1GiB` or a number of bytes; ValueError says what is right."""
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        return int(match[1]) * _BYTES[match[2]]
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError(f"{shown(value)} is not a size: write 64KiB, 10MiB, 1GiB or a number of bytes")
-    return int(match[1]) * _BYTES[match[2]]
+    raise ValueError(f"{shown(value)} is not a size: write 64KiB, 10MiB, 1GiB or a number of bytes")
 
 
 def show_duration(seconds: float) -> str:
-    """The shortest spelling that `parse_duration` reads back."""
-    for unit in ("h", "m", "s"):
-        if seconds >= _SECONDS[unit] and seconds % _SECONDS[unit] == 0:
-            return f"{seconds / _SECONDS[unit]:.0f}{unit}"
-    return f"{seconds * 1000:.6f}".rstrip("0").rstrip(".") + "ms" if seconds else "0s"
+    """A short spelling that `parse_duration` reads back."""
+    unit = next((unit for unit in "hms" if seconds and seconds % _SECONDS[unit] == 0), "ms")
+    return f"{seconds / _SECONDS[unit]:.10g}{unit}"
 
 
 def show_size(size: int) -> str:
-    """The shortest spelling that `parse_size` reads back."""
-    for unit in ("GiB", "MiB", "KiB"):
-        if size and size % _BYTES[unit] == 0:
-            return f"{size // _BYTES[unit]}{unit}"
-    return str(size)
+    """A short spelling that `parse_size` reads back."""
+    unit = next((unit for unit in ("GiB", "MiB", "KiB") if size and size % _BYTES[unit] == 0), "")
+    return f"{size // _BYTES[unit or None]}{unit}"
 
 
 def log_message(record: logging.LogRecord) -> str:
@@ -565,11 +556,9 @@ class Mask:
     def _without_beginning(self, text: str) -> str:
         """The text, without the first four or more characters of a secret at its end."""
         for form in self._forms:
-            end = len(form) - 1
-            while (at := form.rfind(text[-4:], 0, end)) >= 0:
-                end = at + 3
-                if text.endswith(form[: at + 4]):
-                    return text[: -at - 4] + "***"
+            for size in range(len(form) - 1, 3, -1):
+                if text.endswith(form[:size]):
+                    return text[:-size] + "***"
         return text
 
     def log_record(self, record: logging.LogRecord) -> bool:

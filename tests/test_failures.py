@@ -421,7 +421,7 @@ def leaking_folder(folder: Path, url: str, secret: str) -> list[str]:
 
 def expression_places(member: astera_lite.Member, place: str) -> Iterator[str]:
     """Patterns of the places at which a member takes expressions."""
-    if isinstance(member, astera_lite.Value | astera_lite._Url):
+    if isinstance(member, astera_lite.Value | astera_lite.Url):
         yield place
     inner: dict[str, astera_lite.Member] = {}
     if isinstance(member, astera_lite.Elsewhere):
