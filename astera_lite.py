@@ -3795,7 +3795,7 @@ class Text(Member):
     def __init__(self, word: str = "text", pattern: str = "(?s:.*)", **traits: Any) -> None:
         super().__init__(**{"word": word, "json": {"type": "string"}} | traits)
         self.holds = lambda value: isinstance(value, str) and re.fullmatch(pattern, value)
-        self.cure = lambda value: ": nothing is computed here" if "${" in str(value) else ""
+        self.cure = lambda value: ": expressions are not evaluated here" if "${" in str(value) else ""
 
 
 class Number(Member):
@@ -3850,6 +3850,8 @@ class Value(Member):
     names: Sequence[str] = ()
 
     def read(self, build: Build, value: Any, place: str) -> Template:
+        if not self.names:
+            return build.template(value, place)
         with build.block(*self.names):
             return build.template(value, place)
 
@@ -3914,7 +3916,7 @@ class MapOf(Member):
     check: Callable[[Build, str, Collection[str]], str] = staticmethod(lambda build, name, names: "")
 
     def __init__(self, item: Member, **traits: Any) -> None:
-        super().__init__(item=item, word=f"an object; by name, {item.word}", **traits)
+        super().__init__(item=item, word=f"an object, each value {item.word}", **traits)
 
     def schema(self) -> dict[str, Any]:
         return {"type": "object", "additionalProperties": self.item.schema()}
@@ -4079,7 +4081,7 @@ def _is_last(build: Build, whens: Sequence[Template | None], place: str) -> None
     """Only the last of several ways may lack a condition."""
     for position, when in enumerate(whens[:-1]):
         if when is None:
-            build.fault(f"{place}/{position}", "has no `when`, so nothing behind it is ever reached: put it last")
+            build.fault(f"{place}/{position}", "has no `when`, so nothing after it is ever reached: put it last")
 
 
 def _header_of_answer(build: Build, name: str, names: Collection[str]) -> str:
@@ -4322,16 +4324,16 @@ def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
             build.fault(place, f"has {' and '.join(both)}: a step has one of {', '.join(names)}")
     if connection is None:
         if "path" in given:
-            build.fault(f"{place}/path", "belongs to a connection: name it, or give the whole url")
+            build.fault(f"{place}/path", "needs a connection: name one, or write the whole address as url")
         elif "url" not in given:
             build.fault(place, 'needs a member "url", or "connection" and "path"')
     elif "url" in given:
-        build.fault(f"{place}/url", "stands in the connection already: give a path")
+        build.fault(f"{place}/url", "is set by the connection: give a path instead")
     elif connection not in build.connections:
         known = suggest(connection, build.connections)
         build.fault(f"{place}/connection", f"there is no {shown(connection)} in connections.json{known}")
     if "every" in given and "until" not in given:
-        build.fault(f"{place}/every", "says how often until is looked at, which is missing")
+        build.fault(f"{place}/every", "sets how often `until` is checked, but there is no `until`")
     if given.get("every", 1) < 0.01:
         build.fault(f"{place}/every", "must be at least 10ms")
     call = HttpCall(given, place)
@@ -4476,7 +4478,7 @@ def unexpected_answer(method: str, answer: Fetched) -> StepError:
 
 
 class OutgoingRequest:
-    """A request of an `http` step that is being made; `fixed` says that its address is the flow author's choice."""
+    """A request that an `http` step makes; `fixed`: its address is the flow author's choice, and is not judged."""
 
     def __init__(self, method: str, url: str, fixed: bool) -> None:
         self.method, self.url, self.fixed = method, url, fixed
@@ -4491,9 +4493,9 @@ class OutgoingRequest:
         self.headers = {name: text for name, text in self.headers.items() if name.lower() not in names} | headers
 
     def go_to(self, url: str) -> None:
-        """Ask another address, relative to this one, next; credentials do not go along to another origin.
+        """Turn to another address, which may be relative to this one. Credentials do not go to another origin.
 
-        A body, which may hold some, goes to another origin only from http to https. ValueError for what is no address.
+        A body, which may hold some, goes to another origin only from http to https. Raises ValueError.
         """
         url = urllib.parse.urldefrag(urllib.parse.urljoin(self.url, url)).url
         here, there = urllib.parse.urlsplit(self.url), urllib.parse.urlsplit(url)
@@ -4519,7 +4521,7 @@ class OutgoingRequest:
 
 
 def encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plus) -> str:
-    """An object as a query or a form: lists repeat their name, null is left out. Else ExpressionError."""
+    """An object as a query or a form: lists repeat their name, null is left out. Raises ExpressionError."""
     if type(values) is not dict:
         raise ExpressionError("query and form are objects")
     pairs = []
@@ -4553,7 +4555,7 @@ _NO_CHARSETS = frozenset({"punycode", "idna", "unicode-escape", "raw-unicode-esc
 
 
 def read_answer(answer: Fetched) -> Any:
-    """A body as its content type says it is; ValueError for JSON that is none."""
+    """The body as its content type says: JSON, text or bytes; None if it is empty. Raises ValueError."""
     if not answer.body:
         return None
     content_type = (header_value(answer.headers, "content-type") or "").lower()
@@ -4586,7 +4588,7 @@ CHILDREN: set[Any] = set()
 
 
 def kill_children() -> None:
-    """End every program: this process leaves without waiting for the threads that would."""
+    """Kill every child process: this process exits without waiting for the threads that would do so."""
     for child in list(CHILDREN):
         child.kill()
 
@@ -4716,7 +4718,7 @@ def parse_flow_text(text: str, file_name: str) -> Any:
             return from_json(text)
         import tomllib  # noqa: PLC0415 (most flows are JSON)
 
-        return _as_json_has_it(tomllib.loads(text), "")
+        return _toml_as_json(tomllib.loads(text), "")
     except json.JSONDecodeError as error:
         place, message = f"line {error.lineno}, column {error.colno}", f"is not JSON: {error.msg}"
         message += _advice("astera_lite_documents:advice_on_json", error)
@@ -4730,24 +4732,24 @@ def parse_flow_text(text: str, file_name: str) -> Any:
     raise FlowError([Fault(file_name, place, message)])
 
 
-def _as_json_has_it(value: Any, place: str) -> Any:
-    """A value of TOML as JSON would have it: its dates are texts; ValueError for numbers that JSON has not."""
+def _toml_as_json(value: Any, place: str) -> Any:
+    """A TOML value as JSON: dates become text. Raises ValueError for numbers that JSON lacks."""
     if place.count("/") > MAX_JSON_DEPTH:
         raise RecursionError
     if isinstance(value, dict):
-        return {name: _as_json_has_it(item, f"{place}/{pointer(name)}") for name, item in value.items()}
+        return {name: _toml_as_json(item, f"{place}/{pointer(name)}") for name, item in value.items()}
     if isinstance(value, list):
-        return [_as_json_has_it(item, f"{place}/{at}") for at, item in enumerate(value)]
+        return [_toml_as_json(item, f"{place}/{at}") for at, item in enumerate(value)]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{place}: {value} is no number that JSON has")
+        raise ValueError(f"{place}: {value} is not a JSON number")
     return value
 
 
 @contextlib.contextmanager
 def _faults_of(where: str) -> Iterator[None]:
-    """A door: whatever else goes wrong with one file is a fault of that file, for the others must be read too."""
+    """Turn whatever goes wrong with one file into a fault of that file: the other files are still read."""
     try:
         yield
     except (FlowError, FileNotFoundError):
@@ -4897,8 +4899,8 @@ def _make_request(build: Build, given: dict[str, Any], place: str) -> dict[str, 
     in_path = [match[1] for segment in resource.split("/") if (match := _PARAMETER_SEGMENT.fullmatch(segment))]
     for name in {name for name in in_path if in_path.count(name) > 1}:
         build.fault(f"{place}/resource", f"has {{{name}}} twice")
-    undescribed = _PARAMETER_TABLE.read(build, {"in": "path"}, place)
-    items = {name: undescribed for name in in_path if name not in given["parameters"]} | given["parameters"]
+    undescribed = [name for name in in_path if name not in given["parameters"]]
+    items = {name: _PARAMETER_TABLE.read(build, {"in": "path"}, place) for name in undescribed} | given["parameters"]
     for name, item in items.items():
         at = f"{place}/parameters/{pointer(name)}"
         if item.where == "path" and name not in in_path:
@@ -5215,12 +5217,12 @@ _STRAY_SUFFIX = re.compile(r"\.(ya?ml|json[c5]|(json|toml)(\.txt)?)$", re.IGNORE
 
 
 def is_flow_file(name: str) -> bool:
-    """Whether a file of this name is read as a flow; what begins with a dot is an editor's or the system's."""
+    """Whether a file of this name is read as a flow; names with a leading dot belong to editors and the system."""
     return name.endswith((".json", ".toml")) and name[0] != "." and name != CONNECTIONS_FILE
 
 
 def _stray(folder: str | os.PathLike[str], name: str) -> str:
-    """Why something in a folder of flows is read by nobody, though somebody may think so; else an empty text."""
+    """Why an entry of the flows folder that looks like a flow is not read; "" for any other entry."""
     if name[0] == "." or name == CONNECTIONS_FILE:
         return ""
     with contextlib.suppress(OSError):  # no folder

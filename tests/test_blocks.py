@@ -377,11 +377,11 @@ OTHER = {"name": "b", "set": 1}
         ({"choose": {}}, "/choose: must be a list with at least one item, not an object"),
         (
             {"choose": [{"steps": [SET]}, {"steps": [OTHER]}]},
-            "/choose/0: has no `when`, so nothing behind it is ever reached: put it last",
+            "/choose/0: has no `when`, so nothing after it is ever reached: put it last",
         ),
         (
             {"call": {"flow": "${params.x}"}},
-            '/call/flow: "${params.x}" is not the name of a flow: nothing is computed here',
+            '/call/flow: "${params.x}" is not the name of a flow: expressions are not evaluated here',
         ),
         ({"call": {}}, '/call: needs a member "flow": the name of a flow'),
     ],

@@ -91,7 +91,7 @@ BROKEN: list[tuple[str, str, list[str]]] = [
     ('json', '{"request": {"method": "GET", "resource": "/x"}, "respose": {}}', ['/respose: is not known here (known: description, request, steps, response, timeout, restart, concurrency, tests); did you mean "response"?']),
     ('json', '{"request": {"method": "GET", "resource": "/x"}, "response": {"status": "200"}}', ['/response/status: "200" is not a status from 200 to 599: write it without quotes']),
     ('json', '{"request": {"method": "GET", "resource": "/x"}, "response": {"headers": {"Content-Length": "5"}}}', ['/response/headers/Content-Length: is set by the server: leave it out']),
-    ('json', '{"request": {"method": "GET", "resource": "/x"}, "response": [{"body": 1}, {"body": 2}]}', ['/response/0: has no `when`, so nothing behind it is ever reached: put it last']),
+    ('json', '{"request": {"method": "GET", "resource": "/x"}, "response": [{"body": 1}, {"body": 2}]}', ['/response/0: has no `when`, so nothing after it is ever reached: put it last']),
     ('json', '{"steps": []}', ['needs a member "request": an object']),
     ('json', '{"request": {"method": "get", "resource": "/x"}}', ['/request/method: "get" is not one of GET, POST, PUT, PATCH, DELETE; did you mean "GET"?']),
     ('json', '{"request": {"method": "GET", "resource": "/x"}, "response": "${x}"}', ['/response: must be an object with when, page, filter, sort, status, headers, body, not text']),

@@ -204,7 +204,7 @@ def table_of_members() -> str:
             for key, member in table.members.items():
                 member = wing(member.name) if isinstance(member, Elsewhere) else member
                 default = (
-                    "needed" if member.required else "" if member.default is None else f"`{to_json(member.default)}`"
+                    "required" if member.required else "" if member.default is None else f"`{to_json(member.default)}`"
                 )
                 lines.append(f"| {name or start} | `{key}` | {member.word.replace('|', chr(92) + '|')} | {default} |")
     return "\n".join(lines) + "\n"

@@ -686,12 +686,12 @@ def test_a_step_may_lower_the_limit_of_its_response(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"url": "http://x/", "path": "/y"}, "/path: belongs to a connection: name it, or give the whole url"),
-        ({"path": "/y"}, "/path: belongs to a connection"),
+        ({"url": "http://x/", "path": "/y"}, "/path: needs a connection: name one, or write the whole address as url"),
+        ({"path": "/y"}, "/path: needs a connection"),
         ({}, 'needs a member "url", or "connection" and "path"'),
-        ({"url": "http://x/", "every": 5}, "/every: says how often until is looked at, which is missing"),
+        ({"url": "http://x/", "every": 5}, "/every: sets how often `until` is checked, but there is no `until`"),
         ({"url": "http://x/", "until": "${answer}", "pages": {"link": True}}, "has pages and until: a step has one of"),
-        ({"connection": "a", "url": "http://x/"}, "/url: stands in the connection already: give a path"),
+        ({"connection": "a", "url": "http://x/"}, "/url: is set by the connection: give a path instead"),
     ],
 )  # fmt: skip
 def test_faults_of_http(spec: Any, message: str) -> None:
