@@ -1665,10 +1665,11 @@ def split_template(text: str) -> list[tuple[bool, str]]:
     return [part for part in parts if part[1] or part[0]]
 
 
-def _check_arguments(signature: str, count: int, words: list[str]) -> None:
-    name, _, parameters = signature.partition("(")
+def _check_arguments(name: str, count: int, words: list[str]) -> None:
+    signature = FUNCTIONS[name].signature
     try:  # Python itself binds the arguments, to a function that does nothing
-        eval(f"lambda {parameters[:-1]}: None", dict(_JSON_NAMES))(*[None] * count, **dict.fromkeys(words))  # noqa: S307
+        nothing = eval(f"lambda {signature[len(name) + 1 : -1]}: None", dict(_JSON_NAMES))  # noqa: S307
+        nothing(*[None] * count, **dict.fromkeys(words))
     except TypeError:
         raise _Refused(f"{name}() is called as {signature.replace('/, ', '').replace(', /', '')}") from None
 
@@ -1836,7 +1837,7 @@ class _Compiler(ast.NodeTransformer):
             raise _Refused(f"there is no {shape}" + (f": write {advice}" if advice else suggest(name, table)))
         if table is not _METHOD_NAMES:
             self.volatile = self.volatile or name in VOLATILE
-            _check_arguments(FUNCTIONS[name].signature, len(args), [word.arg or "" for word in node.keywords])
+            _check_arguments(name, len(args), [word.arg or "" for word in node.keywords])
         return ast.Call(ast.Name(target, ast.Load()), [ast.Name("_b", ast.Load()), *args], node.keywords)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:

@@ -15,6 +15,8 @@ from support import ROOT, Client
 
 from astera_lite import (
     FLOW,
+    FUNCTIONS,
+    METHODS,
     STEP_KINDS,
     VALUE_SCHEMA,
     AsteraLite,
@@ -22,6 +24,7 @@ from astera_lite import (
     Member,
     Server,
     Table,
+    compile_template,
     step_table,
     to_json,
     wing,
@@ -212,6 +215,27 @@ def table_of_members() -> str:
 
 def test_the_table_of_members_is_that_of_the_code() -> None:
     assert table_of_members() in PAGE, "python tests/test_docs_flows.py writes it"
+
+
+ROWS_OF_FUNCTIONS = re.findall(r"^\| `(\w+)(\(.*?\))` \| .* \| `(.*)` is `(.*)` \|$", PAGE, re.MULTILINE)
+
+
+def test_the_table_of_functions_has_the_functions_of_the_language() -> None:
+    shown = {f"{name}{parameters}" for name, parameters, _, _ in ROWS_OF_FUNCTIONS}
+    assert shown == {re.sub("/, |, /", "", function.signature) for function in FUNCTIONS.values()}
+
+
+@pytest.mark.parametrize(("name", "source", "value"), [(row[0], *row[2:]) for row in ROWS_OF_FUNCTIONS])
+def test_the_example_of_a_function_is_true(name: str, source: str, value: str) -> None:
+    assert name in source
+    found, expected = compile_template(f"${{[{source}, {value}]}}", [])({})
+    assert (found, type(found)) == (expected, type(expected))
+
+
+def test_the_page_lists_the_methods_of_the_language() -> None:
+    text = PAGE[PAGE.index("The methods of text are") : PAGE.index("**Limits.**")]
+    listed = [re.findall(r"[a-z]+", part) for part in re.findall("`([^`]+)`", text)]
+    assert listed == [sorted(METHODS[kind]) for kind in (str, list, dict)]
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ def test_the_arguments_that_a_signature_allows_fit_the_function(name: str) -> No
     for count in range(6):
         for words in ([], ["start"], ["default"], ["reverse"], ["digits", "value"], ["name"], ["nope"]):
             with suppress(_Refused):
-                _check_arguments(FUNCTIONS[name].signature, count, words)
+                _check_arguments(name, count, words)
                 allowed += 1
                 with suppress(ValueError):  # a builtin without a signature
                     inspect.signature(FUNCTIONS[name].call).bind(*[None] * count, **dict.fromkeys(words))
