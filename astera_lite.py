@@ -7868,16 +7868,14 @@ class Jobs:
         flow = deployments.by_name.get(job.flow)
         if found is None or flow is None:
             raise Conflict(f'The flow "{job.flow}" is not deployed any more.', job=job.status)
-        request = found[0]
+        request = found[0]._replace(trace=trace)
         if flow not in [match.get(request.method) for match in deployments.match(request.path)]:
             raise Conflict(f'The flow "{job.flow}" has another method or resource now.', job=job.status)
         if "asynchronous" not in flow.modes:
             raise Conflict(f'The flow "{job.flow}" is published synchronously only now.', job=job.status)
         new = self.new(flow, base, caller.name, job.callback.url if job.callback else None)
-        request = request._replace(trace=trace)
-        self.accept(
-            Prepared(new, flow, flow.bind(request, path_values(flow, request.path), new.id)), request, None, done
-        )
+        given = flow.bind(request, path_values(flow, request.path), new.id)
+        self.accept(Prepared(new, flow, given), request, None, done)
 
     # --- finding ---
 
@@ -8943,25 +8941,21 @@ class Exchange:
     threads hand their calls over by `post`.
     """
 
-    __slots__ = (
-        "_handler", "answered", "app", "base", "began", "body", "caller", "cors_origin", "flow", "head", "on_close",
-        "origin", "path", "request_id", "route", "values",
-    )  # fmt: skip
+    body = b""
+    caller = ANYBODY
+    cors_origin: str | None = None
+    route: Route | None = None
+    flow: Flow | None = None
+    path = ""  # raw, behind the prefix of a publishing route
+    answered = False
+    on_close: Callable[[], None] | None = None  # called if the client goes before it is answered
 
     def __init__(self, app: AsteraLite, head: Head, request_id: str, base: str, origin: str, handler: Handler) -> None:
-        self.app, self.head, self.request_id, self.base = app, head, request_id, base
-        self.origin = origin  # as the request names the server, whatever public_url says
-        self._handler = handler
-        self.began = time.monotonic()
-        self.body = b""
-        self.caller = ANYBODY
-        self.cors_origin: str | None = None
-        self.route: Route | None = None
+        """`origin` is how the request names the server, `base` how URLs in answers begin."""
+        self.app, self.head, self.request_id, self.base, self.origin = app, head, request_id, base, origin
         self.values: dict[str, str] = {}  # of the path's placeholders
-        self.flow: Flow | None = None
-        self.path = ""  # raw, behind the prefix of a publishing route
-        self.answered = False
-        self.on_close: Callable[[], None] | None = None  # called if the client goes before it is answered
+        self.began = time.monotonic()
+        self._handler = handler
 
     # Methods, and no callables of its own: an exchange that refers to itself would be left to the garbage collector.
 
@@ -9135,6 +9129,7 @@ def entity_tag(body: bytes) -> str:
 
 # --- publishing ---
 
+_PREFERENCES = {"wait": '[0-9]+|"[0-9]+"', "respond-async": '(?:"")?'}  # with the values they may have
 _LIST_ITEM = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*+"?)++')  # a comma in quotes separates nothing
 
 
@@ -9143,11 +9138,7 @@ def parse_prefer(value: str | None) -> dict[str, str]:
     found: dict[str, str] = {}
     for item in _LIST_ITEM.findall(value or ""):
         name, _, given = (part.strip(" \t") for part in item.partition(";")[0].lower().partition("="))
-        if (
-            re.fullmatch('[0-9]+|"[0-9]+"', given)
-            if name == "wait"
-            else name == "respond-async" and given in ("", '""')
-        ):
+        if name in _PREFERENCES and re.fullmatch(_PREFERENCES[name], given):
             found.setdefault(name, given.strip('"'))
     return found
 
@@ -9156,11 +9147,6 @@ def _wait_of(x: Exchange, preferences: Mapping[str, str]) -> int | None:
     """The seconds that a client wants to wait, and may."""
     text = preferences.get("wait")
     return None if text is None else int(min(float(text), x.app.settings.max_wait))
-
-
-def _applied(names: Iterable[str]) -> list[tuple[str, str]]:
-    text = ", ".join(names)
-    return [("Preference-Applied", text)] if text else []
 
 
 def find_flow(mode: str, x: Exchange) -> None:
@@ -9372,7 +9358,7 @@ def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: li
     wait_s = _wait_of(x, preferences)
     if wait_s is not None:
         applied = [*applied, f"wait={wait_s}"]
-    headers = [*_VARY, *_applied(applied)] if applied else _VARY
+    headers = (*_VARY, ("Preference-Applied", ", ".join(applied))) if applied else _VARY
     done = partial(x.post, _answer_submitted, x, wait_s, headers)
     x.app.jobs.accept(Prepared(job, flow, given), request, idempotency_key, done)
 
@@ -9395,33 +9381,32 @@ def _answer_submitted(
         return _status_response(x, seen, 202, headers)
 
     if wait_s:
-        _when_finished(x, job.key, wait_s, lambda seen: answer(seen or (job, None)))
+        _when_finished(x, job, wait_s, answer)
     else:
         x.answer(answer((replayed and x.app.jobs.look(job.key, x.caller)) or (job, None)))
 
 
-def _when_finished(x: Exchange, key: JobKey, seconds: float, answer: Callable[[_Seen | None], Reply]) -> None:
-    """Answer when the job is finished, or after so many seconds with its state by then."""
+def _when_finished(x: Exchange, job: Job, seconds: float, answer: Callable[[_Seen], Reply]) -> None:
+    """Answer when a job is finished, or after so many seconds with its state by then."""
+    has_gone = False
 
     def changed() -> None:
         x.post(look)
-
-    has_gone = False
 
     def look(final: bool = False) -> None:
         if x.answered or has_gone:
             return
         if not final:
-            x.app.watchers.add(key, changed)  # first watch, then look: nothing can happen unseen in between
-        seen = x.app.jobs.look(key, x.caller)
+            x.app.watchers.add(job.key, changed)  # first watch, then look: nothing can happen unseen in between
+        seen = x.app.jobs.look(job.key, x.caller)
         if final or seen is None or seen[0].status is not Status.RUNNING:
-            x.app.watchers.remove(key, changed)
-            x.answer(answer(seen))
+            x.app.watchers.remove(job.key, changed)
+            x.answer(answer(seen or _look(x, job.id)))
 
     def gone() -> None:
         nonlocal has_gone
         has_gone = True  # a look may be on its way to the loop
-        x.app.watchers.remove(key, changed)
+        x.app.watchers.remove(job.key, changed)
 
     x.on_close = gone
     x.later(seconds, lambda: look(final=True), True)
@@ -9448,17 +9433,18 @@ def _status_response(x: Exchange, seen: _Seen, code: int = 200, more: Iterable[t
     return Reply(code, headers, body)
 
 
-def _unknown(x: Exchange) -> UnknownJob:
-    text = x.values["id"]
-    return UnknownJob(text, x.app.jobs.expired(JobKey.parse(text)))
+def _look(x: Exchange, job_id: str) -> _Seen:
+    """A job that the caller may see, by its id; raises UnknownJob."""
+    key = JobKey.parse(job_id)
+    seen = x.app.jobs.look(key, x.caller) if key is not None else None
+    if seen is None:
+        raise UnknownJob(job_id, x.app.jobs.expired(key))
+    return seen
 
 
 def find_job(x: Exchange) -> _Seen:
     """The job that the path names; raises UnknownJob, and Conflict by a precondition."""
-    key = JobKey.parse(x.values["id"])
-    seen = x.app.jobs.look(key, x.caller) if key is not None else None
-    if seen is None:
-        raise _unknown(x)
+    seen = _look(x, x.values["id"])
     check_conditions(x)
     return seen
 
@@ -9470,37 +9456,31 @@ def _find_finished(x: Exchange) -> Job:
     return job
 
 
-def _answer_when_asked(x: Exchange, respond: Callable[[_Seen, list[tuple[str, str]]], Reply]) -> Reply | None:
+def _answer_when_asked(x: Exchange, answer: Callable[[_Seen, Pairs], Reply]) -> Reply | None:
     """Answer at once, or with `Prefer: wait=N` when the job is finished."""
     seen = find_job(x)
     wait_s = _wait_of(x, parse_prefer(x.head.headers["prefer"])) if "prefer" in x.head.headers else None
-    applied = _applied([f"wait={wait_s}"] if wait_s is not None else [])
-
-    def answer(seen: _Seen | None) -> Reply:
-        if seen is None:
-            raise _unknown(x)
-        return respond(seen, applied)
-
+    applied = () if wait_s is None else (("Preference-Applied", f"wait={wait_s}"),)
     if not wait_s or seen[0].status is not Status.RUNNING:
-        return answer(seen)
-    _when_finished(x, seen[0].key, wait_s, answer)
+        return answer(seen, applied)
+    _when_finished(x, seen[0], wait_s, lambda seen: answer(seen, applied))
     return None
 
 
 def job_status(x: Exchange) -> Reply | None:
     """GET /api/jobs/{id}/status"""
-    return _answer_when_asked(x, lambda seen, more: _status_response(x, seen, 200, more))
+    return _answer_when_asked(x, lambda seen, applied: _status_response(x, seen, 200, applied))
 
 
 def job_result(x: Exchange) -> Reply | None:
     """GET /api/jobs/{id}/result"""
 
-    def respond(seen: _Seen, more: list[tuple[str, str]]) -> Reply:
+    def answer(seen: _Seen, applied: Pairs) -> Reply:
         if seen[0].status is Status.RUNNING:
-            return _status_response(x, seen, 202, more)
-        return _result_response(x, seen[0], more)
+            return _status_response(x, seen, 202, applied)
+        return _result_response(x, seen[0], applied)
 
-    return _answer_when_asked(x, respond)
+    return _answer_when_asked(x, answer)
 
 
 def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> Reply:
@@ -9553,17 +9533,14 @@ def job_list(x: Exchange) -> Reply:
     query = {name: values[-1] for name, values in parse_query(x.head.query).items()}
     limit, cursor = query.get("limit", str(DEFAULT_LIST)), query.get("cursor")
     words = [status.value for status in Status if status is not Status.UNKNOWN]
+    is_number = limit.isascii() and limit.isdecimal()
     rules = [
-        (
-            "limit",
-            limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= MAX_LIST,
-            f"must be an integer from 1 to {MAX_LIST}",
-        ),
+        ("limit", is_number and 1 <= int(limit[:9]) <= MAX_LIST, f"must be an integer from 1 to {MAX_LIST}"),
         ("status", query.get("status", "Running") in words, "must be one of " + ", ".join(words)),
         (
             "cursor",
             cursor is None or re.fullmatch("[0-9a-f]{15}", cursor),
-            "is not one that this server gave: begin without a cursor",
+            "was not given by this server: leave it out",
         ),
     ]
     errors = [{"in": "query", "name": name, "message": message} for name, holds, message in rules if not holds]
@@ -9588,14 +9565,13 @@ def job_cancel(x: Exchange) -> Reply | None:
     if not x.app.engine.cancel(job):
         return _status_response(x, seen, 202)
 
-    def answer(seen: _Seen | None) -> Reply:
-        if seen is None:
-            raise _unknown(x)
-        if seen[0].status is not Status.RUNNING:
-            check_cancelled(seen[0])
-        return _status_response(x, seen, 202 if seen[0].status is Status.RUNNING else 200)
+    def answer(seen: _Seen) -> Reply:
+        if seen[0].status is Status.RUNNING:
+            return _status_response(x, seen, 202)
+        check_cancelled(seen[0])
+        return _status_response(x, seen)
 
-    _when_finished(x, job.key, 30, answer)
+    _when_finished(x, job, 30, answer)
     return None
 
 
@@ -9615,11 +9591,10 @@ def job_callback(x: Exchange) -> None:
     _find_finished(x)
 
     def answer(result: Any, error: AsteraError | None) -> None:
+        if error is not None:
+            raise error
         x.app.housekeeper.wake()
-        seen = x.app.jobs.look(job.key, x.caller)
-        if error is not None or seen is None:
-            raise error or _unknown(x)
-        x.answer(_status_response(x, seen, 202))
+        x.answer(_status_response(x, _look(x, job.id), 202))
 
     x.app.store.resend(job.key, x.app.clock.now(), partial(x.post, answer))
 
@@ -9630,7 +9605,7 @@ def job_delete(x: Exchange) -> None:
 
     def answer(result: Any, error: AsteraError | None) -> None:
         if error is not None or result == "absent":
-            raise error or _unknown(x)
+            raise error or UnknownJob(job.id, False)
         if result != "deleted":
             owed = "Its callback is still owed." if result == "owed" else "The job is still running: cancel it first."
             raise Conflict(owed, job=job.status)
