@@ -8514,7 +8514,7 @@ class Access:
 
 
 class WireError(AsteraError):
-    """A request that is refused as it stands, after which its connection is closed; `status` is the code to answer."""
+    """A request that is refused as it stands, after which its connection is closed."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
@@ -8538,7 +8538,7 @@ class Head(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A response to write. `stream` gives the body in pieces where it is too large for one."""
+    """A response to write. `stream` yields the pieces of a body that is too large for `body`."""
 
     status: int
     headers: Sequence[tuple[str, str]] = ()
@@ -8547,7 +8547,7 @@ class Reply(NamedTuple):
     length: int = 0  # of the stream
 
 
-_METHODS = frozenset(  # those that IANA knows are 405 where a path does not serve them, others 501
+_METHODS = frozenset(  # of IANA's registry: 405 if a path does not serve them; others are 501
     (
         "ACL BASELINE-CONTROL BIND CHECKIN CHECKOUT CONNECT COPY DELETE GET HEAD LABEL LINK LOCK MERGE MKACTIVITY"
         " MKCALENDAR MKCOL MKREDIRECTREF MKWORKSPACE MOVE OPTIONS ORDERPATCH PATCH POST PROPFIND PROPPATCH PUT QUERY"
@@ -8614,16 +8614,21 @@ def _parse_fields(block: bytes, version: int) -> tuple[dict[str, str], int, bool
 _parse_short_fields = lru_cache(maxsize=512)(_parse_fields)  # a client's headers hardly change between its requests
 
 
-def parse_head(block: bytes, max_url: int) -> Head:
-    """The head of a request, without the empty line that ends it; raises WireError.
-
-    What is malformed is 400 before anything else is wrong with it, so that the answer does not depend on packets.
-    """
-    line, _, rest = block.partition(b"\r\n")
+def _request_line(line: bytes) -> Sequence[Any]:
+    """Method, target, its host, path and query, and the two digits of the version."""
     match = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if match is None:
         raise WireError(400, "The request line is malformed.")
-    method, target, host, path, query, major, minor = match.groups()
+    return match.groups()
+
+
+def parse_head(block: bytes, max_url: int) -> Head:
+    """The head of a request, without the empty line that ends it; raises WireError.
+
+    A malformed head is 400 whatever else is wrong with it, so that the answer does not depend on how it was cut.
+    """
+    line, _, rest = block.partition(b"\r\n")
+    method, target, host, path, query, major, minor = _request_line(line)
     version = 10 if minor == "0" else 11
     fields = (_parse_short_fields if len(rest) <= 1024 else _parse_fields)(rest, version)
     if major != "1":
@@ -8690,10 +8695,8 @@ class RequestParser:
             line = buffer.find(b"\r\n", 0, stop)
             if _STRAY.search(buffer, max(self._seen - 1, 0), stop):
                 raise WireError(400, "Lines end with CR LF.")
-            if line >= 0 and not _REQUEST_LINE.fullmatch(
-                buffer[:line].decode("latin-1")
-            ):  # such as TLS: nothing more may come
-                raise WireError(400, "The request line is malformed.")
+            if line >= max(self._seen - 1, 0):  # complete since the last look; TLS, for instance, may send no more
+                _request_line(bytes(buffer[:line]))
             if len(buffer) >= stop:
                 self._refuse_long(line)
             self._seen = len(buffer)
