@@ -3328,7 +3328,7 @@ def blame(run: Run, error: BaseException) -> dict[str, Any]:
     """Put a failure into the trace that came between steps, as that of the step which was about to begin."""
     name = (run.progress.step or "").partition("/")[0]
     step = next((step for step in run.flow.steps if step.name == name), _RESPONDING)
-    return _note_failure(run, step, step.name, error)
+    return _StepRun(run, step, step.name).fail(error)
 
 
 def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any:
@@ -3338,116 +3338,24 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
         path = prefix + step.name
         if not prefix:
             run.progress = Progress(step.name, position, len(steps))
+        this = _StepRun(run, step, path)
         if path in saved:
             value = scope[step.name] = saved[path]
             scope["error"] = saved.get(journal_key(path, "error"), scope["error"])
-            _note(run, step, path, "resumed", run.outside.clock.wall(), value=value)
+            this.note("resumed", value=value)
             continue
         run.check()
         try:
             skipped = step.when is not None and not run.settled(step.when, scope, journal_key(path, "when"))
         except ExpressionError as error:
-            _note_failure(run, step, path, error)
+            this.fail(error)
             raise
         if skipped:
             scope[step.name] = None
-            _note(run, step, path, "skipped", run.outside.clock.wall())
+            this.note("skipped")
         else:
-            value = scope[step.name] = _run_step(step, run, scope, path)
+            value = scope[step.name] = this.value(scope)
     return value
-
-
-def _run_step(step: Step, run: Run, scope: Scope, path: str) -> Any:
-    """The step's value; the trace says how it ended."""
-    began_key = journal_key(path, "began")
-    began = run.journal.saved.get(began_key) or run.outside.clock.wall()
-    failures: list[dict[str, Any]] = []  # of each attempt
-    try:
-        canned, value = run.canned.output(step, path) if run.canned is not None else (False, None)
-        if not canned:
-            value = _attempts(step, run, scope, path, failures)
-    except _Suspend:
-        if began_key not in run.journal.saved and run.trace is not None:
-            run.journal.record(began_key, began)
-        raise
-    except (_Answered, Cancelled) as signal:
-        _note(run, step, path, "answered" if isinstance(signal, _Answered) else "cancelled", began, failures=failures)
-        raise
-    except Exception as error:
-        if not failures or isinstance(error, _Signal):
-            failures.append(_failure(error, step, run, path, len(failures) + 1))
-        try:
-            if step.on_error is None or isinstance(error, _Signal):
-                if isinstance(error, StepError):
-                    error.detail, error.args = f'step "{step.name}": {error.detail}', (f"step {path}: {error}",)
-                raise
-            return _go_on(step.on_error, step, run, scope, path, error, failures)
-        finally:
-            _note(run, step, path, "failed", began, failures=failures)
-    size = run.journal.record(path, value) if step.save else None
-    _note(run, step, path, "finished", began, size, value, failures)
-    return value
-
-
-def _go_on(
-    on_error: Template,
-    step: Step,
-    run: Run,
-    scope: Scope,
-    path: str,
-    error: Exception,
-    failures: list[dict[str, Any]],
-) -> Any:
-    """What stands for the value of a step that failed. It is saved, or a resumed run would fail, and act, once more."""
-    words = "flow %s: going on, although it failed: %s"
-    log.info(words, run.flow.name, failure_text(failures[-1]), extra=run.about)
-    scope["error"] = _error_value(error, run.outside.masked)
-    try:
-        value = on_error(scope)
-    except ExpressionError as second:
-        failures.append(_failure(second, step, run, path, len(failures)))
-        raise
-    run.journal.record(journal_key(path, "error"), scope["error"])
-    run.journal.record(path, value)
-    return value
-
-
-def _attempts(step: Step, run: Run, scope: Scope, path: str, failures: list[dict[str, Any]]) -> Any:
-    """The step's value, perhaps at a further attempt; attempts count anew where the step came further meanwhile."""
-    retry, attempt, resumed = step.retry, 0, True
-    run.reached.pop(path, None)  # from an earlier attempt of a step around this one
-    before = None
-    while True:
-        attempt += 1
-        try:
-            with run.within(step.timeout, journal_key(path, "deadline"), resumed):
-                if step.effect:
-                    run.journal.barrier()
-                return step.run(run, scope, path)
-        except _Signal:
-            raise
-        except Exception as error:
-            if run.reached.get(path) is not before:
-                attempt, before = 1, run.reached[path]
-            failures.append(_failure(error, step, run, path, attempt))
-            kinds = error.kinds if isinstance(error, StepError) else {"error"}
-            wanted = "unsafe" not in kinds if retry.on is None else retry.on & set(kinds)
-            pause = max(retry.pause(attempt), _asked_pause(run, error))
-            if attempt >= retry.attempts or not wanted:
-                raise
-            run.check()
-            if pause > run.left():
-                raise  # better this failure now than a timeout later
-        resumed = False
-        run.sleep(pause)
-
-
-def _asked_pause(run: Run, error: Exception) -> float:
-    """Seconds for which the API asked to wait (RFC 9110, section 10.2.3)."""
-    answer = error.answer if isinstance(error, StepError) else None
-    if answer is None:
-        return 0.0
-    return parse_retry_after(header_value(answer.headers, "retry-after"), run.outside.clock.wall())
 
 
 def line_in_file(path: str, place: str, text: str | None = None) -> int | None:
@@ -3457,49 +3365,6 @@ def line_in_file(path: str, place: str, text: str | None = None) -> int | None:
     except MissingFile:
         return None  # the place is told all the same
     return line
-
-
-_MAX_FAILURE_BODY = 500  # bytes of what an API answered
-_MAX_FAILURE_MESSAGE = 2000  # characters
-
-
-def _failure(error: BaseException, step: Step, run: Run, path: str, attempt: int) -> dict[str, Any]:
-    """Why a step failed, for its author: what, in which attempt, and where in the flow file.
-
-    That of a step inside it stands for the step around it.
-    """
-    known = _known_failure(error) if step.holds else None
-    if known is not None:
-        return known
-    masked, place = run.outside.masked, step.place
-    kind, message = _kind_and_message(error)
-    folder, source = run.outside.folder, run.flow.source
-    more: dict[str, Any] = {}
-    if isinstance(error, StepError):
-        if error.answer is not None:
-            head = masked(error.answer.body[: _MAX_FAILURE_BODY + masked.longest].decode("utf-8", "replace"))
-            body = head.encode()[:_MAX_FAILURE_BODY].decode("utf-8", "ignore")
-            more = {"status": error.answer.status, "body": body}
-        more |= {"source": error.source} if error.source else {}
-    elif isinstance(error, FlowFailure):
-        more = {"status": error.status}
-    elif kind == "expression" and message.startswith(place.rpartition("/")[0] + "/"):  # else of connections.json
-        place, _, message = message.partition(": ")
-    elif kind == "error" and step.code:
-        more = {"source": exception_source(error)}
-    failure: dict[str, Any] = {
-        "message": masked(message)[:_MAX_FAILURE_MESSAGE],
-        "kind": kind,
-        "step": path,
-        "file": source,
-        "pointer": place,
-        "line": line_in_file(os.path.join(folder, source), place, run.flow.text) if folder else None,
-        "attempt": attempt,
-        "attempts": step.retry.attempts,
-        **more,
-    }
-    error.failure = failure  # type: ignore[attr-defined]
-    return failure
 
 
 def _known_failure(error: BaseException | None) -> dict[str, Any] | None:
@@ -3535,61 +3400,6 @@ def exception_source(error: BaseException) -> dict[str, Any] | None:
     return {"file": os.path.basename(beside[-1][0]), "line": beside[-1][1]} if beside else None
 
 
-_MAX_TRACE = 500  # lines, above which steps inside steps are left out
-_MAX_DETAILED_TRACE = 100  # lines, above which failures of steps inside steps are cut short
-_MAX_RETRIES_NOTED = 10  # failed attempts of a step, besides the last one
-
-
-def _note(
-    run: Run,
-    step: Step,
-    path: str,
-    state: str,
-    began: int,
-    size: int | None = None,
-    value: Any = None,
-    failures: Sequence[dict[str, Any]] = (),
-) -> None:
-    """Put a line into the trace, which is what people see of the steps; `failures` are those of its attempts."""
-    inside = "/" in path
-    if run.trace is None or (inside and len(run.trace) >= _MAX_TRACE):
-        return
-    if (run.journal.saved or run.journal.waits) and any(entry["path"] == path for entry in run.trace):
-        return  # from before the run was suspended
-    masked = run.outside.masked
-    # Its headers would fill the preview. What `onError` gave may be anything, also when it is read back.
-    answers = step.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
-    preview = value.get("items", value["body"]) if answers else value
-    line: dict[str, Any] = {
-        "path": path,
-        "name": step.name,
-        "kind": step.kind,
-        "state": state,
-        "startedAt": timestamp(began),
-        "finishedAt": timestamp(run.outside.clock.wall()),
-        "size": size,
-        "preview": None if preview is None else masked(shown(_outline(preview, masked), 200)),
-    }
-    if answers:
-        line["status"] = value["status"]
-    *retries, last = failures if state == "failed" and failures else (*failures, None)
-    if inside and len(run.trace) >= _MAX_DETAILED_TRACE:
-        retries = []
-        last = last and {name: last[name] for name in last if name != "body"} | {"message": last["message"][:200]}
-    if last:
-        line["error"] = last
-    if retries:
-        line["retries"] = retries[-_MAX_RETRIES_NOTED:]
-    run.trace.append(line)
-
-
-def _note_failure(run: Run, step: Step, path: str, error: BaseException) -> dict[str, Any]:
-    """Put the failure of what is no attempt of a step into the trace."""
-    failure = _failure(error, step, run, path, 1)
-    _note(run, step, path, "failed", run.outside.clock.wall(), failures=[failure])
-    return failure
-
-
 def _outline(value: Any, masked: Callable[[str], str], depth: int = 3) -> Any:
     """The beginning of a value, so that a preview costs the same for a large one; secrets go before the cut."""
     if isinstance(value, str):
@@ -3602,6 +3412,176 @@ def _outline(value: Any, masked: Callable[[str], str], depth: int = 3) -> Any:
     if isinstance(value, list | tuple):
         return [_outline(item, masked, depth - 1) if depth else "…" for item in value[:5]]
     return value
+
+
+_MAX_FAILURE_BODY = 500  # bytes of what an API answered
+_MAX_FAILURE_MESSAGE = 2000  # characters
+_MAX_TRACE = 500  # lines, above which steps inside steps are left out
+_MAX_DETAILED_TRACE = 100  # lines, above which failures of steps inside steps are cut short
+_MAX_RETRIES_NOTED = 10  # failed attempts of a step, besides the last one
+
+
+class _StepRun:
+    """One step of a run: its attempts, their failures, and its line in the trace."""
+
+    def __init__(self, run: Run, step: Step, path: str) -> None:
+        self.run, self.step, self.path = run, step, path
+        self.began = run.outside.clock.wall()  # milliseconds since the epoch
+        self.failures: list[dict[str, Any]] = []  # of each attempt
+
+    def value(self, scope: Scope) -> Any:
+        """The step's value; the trace says how it ended."""
+        run, step = self.run, self.step
+        began_key = journal_key(self.path, "began")
+        self.began = run.journal.saved.get(began_key, self.began)
+        try:
+            canned, value = run.canned.output(step, self.path) if run.canned is not None else (False, None)
+            if not canned:
+                value = self._attempts(scope)
+        except _Suspend:
+            if began_key not in run.journal.saved and run.trace is not None:
+                run.journal.record(began_key, self.began)
+            raise
+        except (_Answered, Cancelled) as signal:
+            self.note("answered" if isinstance(signal, _Answered) else "cancelled")
+            raise
+        except Exception as error:
+            if not self.failures or isinstance(error, _Signal):
+                self._add_failure(error, len(self.failures) + 1)
+            try:
+                if step.on_error is not None and not isinstance(error, _Signal):
+                    return self._go_on(step.on_error, error, scope)
+                if isinstance(error, StepError):
+                    error.detail, error.args = f'step "{step.name}": {error.detail}', (f"step {self.path}: {error}",)
+                raise
+            finally:
+                self.note("failed")
+        self.note("finished", run.journal.record(self.path, value) if step.save else None, value)
+        return value
+
+    def _attempts(self, scope: Scope) -> Any:
+        """The step's value, perhaps at a further attempt; attempts count anew where the step came further meanwhile."""
+        run, step, path, retry = self.run, self.step, self.path, self.step.retry
+        run.reached.pop(path, None)  # from an earlier attempt of a step around this one
+        attempt, resumed, before = 0, True, None
+        while True:
+            attempt += 1
+            try:
+                with run.within(step.timeout, journal_key(path, "deadline"), resumed):
+                    if step.effect:
+                        run.journal.barrier()
+                    return step.run(run, scope, path)
+            except _Signal:
+                raise
+            except Exception as error:
+                if run.reached.get(path) is not before:
+                    attempt, before = 1, run.reached[path]
+                self._add_failure(error, attempt)
+                kinds = error.kinds if isinstance(error, StepError) else {"error"}
+                wanted = "unsafe" not in kinds if retry.on is None else retry.on & set(kinds)
+                if attempt >= retry.attempts or not wanted:
+                    raise
+                run.check()
+                answer = error.answer if isinstance(error, StepError) else None
+                asked = header_value(answer.headers, "retry-after") if answer else None  # RFC 9110, section 10.2.3
+                pause = max(retry.pause(attempt), parse_retry_after(asked, run.outside.clock.wall()))
+                if pause > run.left():
+                    raise  # better this failure now than a timeout later
+            resumed = False
+            run.sleep(pause)
+
+    def _go_on(self, on_error: Template, error: Exception, scope: Scope) -> Any:
+        """What stands for the value of a step that failed; it is saved, or a resumed run would fail, and act, again."""
+        run = self.run
+        words = "flow %s: going on, although it failed: %s"
+        log.info(words, run.flow.name, failure_text(self.failures[-1]), extra=run.about)
+        scope["error"] = _error_value(error, run.outside.masked)
+        try:
+            value = on_error(scope)
+        except ExpressionError as second:
+            self._add_failure(second, len(self.failures))
+            raise
+        run.journal.record(journal_key(self.path, "error"), scope["error"])
+        run.journal.record(self.path, value)
+        return value
+
+    def fail(self, error: BaseException) -> dict[str, Any]:
+        """Put a failure into the trace that was none of an attempt."""
+        failure = self._add_failure(error, 1)
+        self.note("failed")
+        return failure
+
+    def _add_failure(self, error: BaseException, attempt: int) -> dict[str, Any]:
+        """Why the step failed, for its author: what, in which attempt, and where in the flow file.
+
+        The failure of a step inside it stands for the step around it.
+        """
+        run, place = self.run, self.step.place
+        failure = _known_failure(error) if self.step.holds else None
+        if failure is None:
+            masked, folder, source = run.outside.masked, run.outside.folder, run.flow.source
+            kind, message = _kind_and_message(error)
+            more: dict[str, Any] = {}
+            if isinstance(error, StepError):
+                if error.answer is not None:
+                    head = masked(error.answer.body[: _MAX_FAILURE_BODY + masked.longest].decode("utf-8", "replace"))
+                    body = head.encode()[:_MAX_FAILURE_BODY].decode("utf-8", "ignore")
+                    more = {"status": error.answer.status, "body": body}
+                more |= {"source": error.source} if error.source else {}
+            elif isinstance(error, FlowFailure):
+                more = {"status": error.status}
+            elif kind == "expression" and message.startswith(
+                place.rpartition("/")[0] + "/"
+            ):  # else of connections.json
+                place, _, message = message.partition(": ")
+            elif kind == "error" and self.step.code:
+                more = {"source": exception_source(error)}
+            failure = {
+                "message": masked(message)[:_MAX_FAILURE_MESSAGE],
+                "kind": kind,
+                "step": self.path,
+                "file": source,
+                "pointer": place,
+                "line": line_in_file(os.path.join(folder, source), place, run.flow.text) if folder else None,
+                "attempt": attempt,
+                "attempts": self.step.retry.attempts,
+                **more,
+            }
+            error.failure = failure  # type: ignore[attr-defined]
+        self.failures.append(failure)
+        return failure
+
+    def note(self, state: str, size: int | None = None, value: Any = None) -> None:
+        """Put a line into the trace, which is what people see of the steps."""
+        run, step, trace, inside = self.run, self.step, self.run.trace, "/" in self.path
+        if trace is None or (inside and len(trace) >= _MAX_TRACE):
+            return
+        if (run.journal.saved or run.journal.waits) and any(line["path"] == self.path for line in trace):
+            return  # from before the run was suspended
+        masked = run.outside.masked
+        # Its headers would fill the preview. What `onError` gave may be anything, also when it is read back.
+        answers = step.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
+        preview = value.get("items", value["body"]) if answers else value
+        line: dict[str, Any] = {
+            "path": self.path,
+            "name": step.name,
+            "kind": step.kind,
+            "state": state,
+            "startedAt": timestamp(self.began),
+            "finishedAt": timestamp(run.outside.clock.wall()),
+            "size": size,
+            "preview": None if preview is None else masked(shown(_outline(preview, masked), 200)),
+        }
+        if answers:
+            line["status"] = value["status"]
+        brief, retries = inside and len(trace) >= _MAX_DETAILED_TRACE, self.failures
+        if state == "failed":
+            *retries, last = self.failures
+            short = {name: last[name] for name in last if name != "body"} | {"message": last["message"][:200]}
+            line["error"] = short if brief else last
+        if retries and not brief:
+            line["retries"] = retries[-_MAX_RETRIES_NOTED:]
+        trace.append(line)
 
 
 # --- responses ------------------------------------------------------------------------------------------------------
@@ -3619,7 +3599,7 @@ def _respond(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> Ans
                 return evaluate_response(response, run, scope)
         raise ExpressionError("/response: no response's `when` held: add a last one without `when`")
     except Exception as error:
-        _note_failure(run, _RESPONDING, f"{prefix}response", error)
+        _StepRun(run, _RESPONDING, f"{prefix}response").fail(error)
         raise
 
 
