@@ -6558,7 +6558,7 @@ class Queue:
         self.changed = threading.Condition(threading.Lock())  # a run has ended, or a thread has nothing more to do
         self.entries: dict[int, Entry] = {}
         self.workers, self.busy = workers, 0  # threads that may run jobs, and that do
-        self.stopping = False
+        self.stopping = True  # begins nothing: not started, or being stopped
         self._counts = Counter[State]()  # of jobs
         self._unfinished = Counter[str]()  # entries by flow
         self._ready: list[int] = []  # calls, which come first, and jobs by age
@@ -6587,7 +6587,7 @@ class Queue:
         """The entry of a job or call; a new one if there is none."""
         entry = self.entries.get(number)
         if entry is None:
-            entry = self.entries[number] = Entry(number, flow)
+            entry = self.entries[number] = Entry(number, sys.intern(flow))
             self._unfinished[flow] += 1
             self._counts[State.NEW] += number >= 0
         return entry
@@ -6793,6 +6793,12 @@ class Engine:
         return [e.flow for e in running if e.number >= 0], [e.flow for e in running if e.number < 0]
 
     # --- queue ---
+
+    def start(self) -> None:
+        """Begin to run what is queued."""
+        with self._changed:
+            self.queue.stopping = False
+            self._call_thread()
 
     def admit(self, seq: int, flow: Flow) -> None:
         """Count in a job that is on its way to the disk; `put` or `dismiss` follows. Busy if the flow is full."""
@@ -7189,11 +7195,11 @@ def log_outcome(what: str, flow: Flow, given: Input, outcome: Outcome) -> None:
 # ======================================================================================================================
 
 _MAX_DELIVERIES = 256  # at one time; each has a thread, which it holds for long only if its receiver is slow
-_MAX_PER_RECEIVER = 4  # of them, to one receiver; 1 if its last attempt failed
-_MAX_DOUBTFUL = 64  # of them, to receivers whose last attempt failed
-_SLOW_MS = 2000  # an attempt that took longer has failed in this respect, however it ended
-_MAX_KNOWN = 4096  # receivers remembered as doubtful; SQLite allows 32766 parameters
-_LEASE_S = 10.0  # that a delivery may need beyond its timeout, until its outcome is on record
+_MAX_PER_RECEIVER = 4  # of them, to one receiver; 1 to a doubtful one, whose last attempt got no answer or a late one
+_MAX_DOUBTFUL = 64  # of them, to doubtful receivers
+_MAX_DOUBTFUL_KNOWN = 4096  # receivers: SQLite allows 32766 parameters
+_LATE_MS = 2000
+_LEASE_S = 10.0  # beyond its timeout, in which the outcome of a delivery is to be on record
 
 
 def signing_key(secret: str | None) -> bytes | None:
@@ -7262,7 +7268,7 @@ class Courier:
         self._lease_s = timeout + _LEASE_S
         self._changed = threading.Condition()  # guards what follows
         self._leases: dict[JobKey, tuple[str, float]] = {}  # receiver, and when the lease ends (monotonic)
-        self._doubtful: dict[str, None] = {}  # receivers whose last attempt failed, the latest last
+        self._doubtful: set[str] = set()  # receivers whose last attempt got no answer, or a late one
         self._stopped = False
 
     def under_way(self) -> list[JobKey]:
@@ -7293,7 +7299,7 @@ class Courier:
             most = {receiver: 1 if receiver in self._doubtful else _MAX_PER_RECEIVER for receiver in counts}
             busy = {receiver for receiver, count in counts.items() if count >= most[receiver]}
             room = 0 if self._stopped else _MAX_DELIVERIES - len(self._leases)
-            return room, busy | self._doubtful.keys() if full else busy, full
+            return room, busy | self._doubtful if full else busy, full
 
     def _begin(self, job: Job, delivery: Delivery, wake: Callable[[], None]) -> bool:
         """Begin a delivery unless its receiver is busy."""
@@ -7303,7 +7309,7 @@ class Courier:
             receiver = delivery.url
         with self._changed:
             if delivery.tries and delivery.last_status is None:  # known from before a restart
-                self._doubtful.setdefault(receiver)
+                self._doubtful.add(receiver)
             room, busy, _ = self._room()
             if room <= 0 or receiver in busy:
                 return False
@@ -7328,11 +7334,10 @@ class Courier:
         attempt, retry_after_s = self.deliver(job, delivery)
         answered = attempt.status is not None
         with self._changed:
-            self._doubtful.pop(receiver, None)
-            if not answered or attempt.duration_ms > _SLOW_MS:
-                self._doubtful[receiver] = None
-                if len(self._doubtful) > _MAX_KNOWN:
-                    del self._doubtful[next(iter(self._doubtful))]
+            if answered and attempt.duration_ms <= _LATE_MS:
+                self._doubtful.discard(receiver)
+            elif len(self._doubtful) < _MAX_DOUBTFUL_KNOWN:
+                self._doubtful.add(receiver)
         now = self._clock.now()
         number, expires = delivery.tries + 1, job.expires or now
         state, next_at = next_try(attempt, number, retry_after_s, self._retries, now, expires)
@@ -7388,9 +7393,11 @@ class Courier:
 
         Those are made again after the next start, so that their receivers get them twice.
         """
+        deadline = time.monotonic() + min(timeout_s, self._lease_s)
         with self._changed:
             self._stopped = True
-            self._changed.wait_for(lambda: not self._leases, min(timeout_s, self._lease_s))
+            while self._leases and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(min(left, 0.2))  # as in Engine.stop
             return len(self._leases)
 
 
@@ -7408,7 +7415,7 @@ class Housekeeper:
     """The background thread. `tick(now)` does what is due; `run` is only the loop around it."""
 
     def __init__(
-        self, store: Store, engine: Engine, courier: Courier, clock: Clock, chores: Sequence[Callable[[], None]] = ()
+        self, store: Store, engine: Engine, courier: Courier, clock: Clock, chores: Sequence[Callable[[], object]] = ()
     ) -> None:
         self._store, self._engine, self._courier, self._clock = store, engine, courier, clock
         self._chores = (engine.overdue, *chores)  # each once a second
@@ -8018,12 +8025,10 @@ class AsteraLite:
         self.jobs = Jobs(
             settings, self.clock, self.store, self.engine, self.deployer, self.metrics, self.housekeeper.wake
         )
-        left: dict[int, Claimed] = {}  # whole before the first one runs: the database may be damaged
-        while found := self.store.claim(left, _MAX_CLAIMED):
-            left.update((job.seq, job) for job in found)
-        self._queue(left.values())
+        left = sum(iter(self._take_up, 0))  # whole before the first one runs: the database may be damaged
         if left:
-            log.info("took up %d jobs that were not finished when the server stopped", len(left))
+            log.info("took up %d jobs that were not finished when the server stopped", left)
+        self.engine.start()
         self._callbacks = ThreadPoolExecutor(_CALLBACKS, "astera-callback")
         self.housekeeper.start()
         self.started_at = self.clock.wall()
@@ -8056,13 +8061,12 @@ class AsteraLite:
             log.removeFilter(self.outside.masked.log_record)
         return left
 
-    def _queue(self, jobs: Iterable[Claimed]) -> None:
-        for seq, due, flow in jobs:
+    def _take_up(self) -> int:
+        """Queue the jobs that nobody has in hand: a wake-up was lost, or an end could not be stored; how many."""
+        found = self.store.claim(self.engine, _MAX_CLAIMED)
+        for seq, due, flow in found:
             self.engine.put(seq, flow, due=due)
-
-    def _take_up(self) -> None:
-        """Queue the jobs that nobody has in hand: a wake-up was lost, or an end could not be stored."""
-        self._queue(self.store.claim(self.engine, _MAX_CLAIMED))
+        return len(found)
 
     def _tell_watchers(self) -> None:
         """Call those who wait for jobs whose end nobody told them."""

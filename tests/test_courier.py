@@ -668,7 +668,7 @@ def a_courier(store: Any, timeout: float = 1.0) -> astera_lite.Courier:
 def test_a_receiver_that_answers_late_gets_one_at_a_time_until_it_is_quick_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(astera_lite, "_SLOW_MS", 20)
+    monkeypatch.setattr(astera_lite, "_LATE_MS", 20)
     store = Outcomes()
     courier = a_courier(store)
     with AsteraLite(database=str(tmp_path / "jobs.db")) as app:
