@@ -328,7 +328,7 @@ def test_no_program_outlives_the_server(tmp_path: Path, how: str) -> None:
         both = pids(note)
         server.send_signal(signal.SIGINT)
         if how == "twice":
-            until(lambda: any("stopping: 1 job" in line for line in lines))
+            until(lambda: any("for 1 job" in line for line in lines))
             server.send_signal(signal.SIGINT)
         assert server.wait(20) == 0
     until(lambda: not any(alive(pid) for pid in both))
@@ -408,6 +408,8 @@ def test_an_endless_loop_is_really_killed(flows: Path, how: str) -> None:
     note = flows / "pids"
     step = isolated("spin", {"note": str(note)}, **({"timeout": "1s"} if how == "timeout" else {}))
     with serving(flows, step, flows=str(flows / "flows")) as app:
+        app.deploy("warm", get_flow("/warm", steps=[isolated("who")]))
+        assert app.run("warm").status_code == 200  # the start of the process is not what the timeout bounds here
         job = app.submit("f")
         [pid, _] = pids(note)
         if how == "cancel":
