@@ -2672,7 +2672,7 @@ class Parameter(NamedTuple):
             return copy.deepcopy(self.schema.default)
         before = len(errors)
         try:
-            value = self._parsed(given)
+            value = self._parsed(given) if self.array or len(given) > 1 else self.parse(given[0])
             if self.array or self.schema.rules:  # else it was looked at when it was parsed
                 value = self.schema.check(value, "", errors, self.where)
         except ValueError as error:
@@ -2687,9 +2687,7 @@ class Parameter(NamedTuple):
 
     def _parsed(self, given: Sequence[str]) -> Any:
         if not self.array:
-            if len(given) > 1:
-                raise ValueError("must be given once")
-            return self.parse(given[0])
+            raise ValueError("must be given once")
         # One text is a list; of several each is an item, and an empty one is none.
         texts = given[0].split(",") if len(given) == 1 and given[0] else [text for text in given if text]
         texts = [text.strip(" \t") for text in texts] if self.where == "header" else texts
@@ -3177,6 +3175,7 @@ class Surroundings(NamedTuple):
 
 
 _EACH_HELPERS = 64  # threads in all that help with the items of `each`
+_UNBOUND = contextlib.nullcontext()
 _WORTH_SUSPENDING_MS = 250  # a shorter wait costs less than two commits
 
 
@@ -3268,11 +3267,8 @@ class Run:
         raise _Suspend(min(until, clock.now() + math.ceil(self.left() * 1000)))
 
     @contextlib.contextmanager
-    def within(self, timeout: float | None, key: str, resumed: bool = True) -> Iterator[None]:
+    def within(self, timeout: float, key: str, resumed: bool = True) -> Iterator[None]:
         """Bound what is done inside to so many seconds; the bound outlives a suspension, saved under `key`."""
-        if timeout is None:
-            yield
-            return
         clock, outer = self.outside.clock, self.step_deadline
         until = self.journal.saved.get(key) if resumed else None
         seconds = timeout if until is None else (until - clock.now()) / 1000
@@ -3467,7 +3463,7 @@ class _StepRun:
         while True:
             attempt += 1
             try:
-                with run.within(step.timeout, journal_key(path, "deadline"), resumed):
+                with run.within(step.timeout, journal_key(path, "deadline"), resumed) if step.timeout else _UNBOUND:
                     if step.effect:
                         run.journal.barrier()
                     return step.run(run, scope, path)
@@ -3657,14 +3653,18 @@ def make_answer(
     """A flow's values as a response to a method; ExpressionError or ValueError if they are none."""
     if type(status) is not int or not 200 <= status <= 599:
         raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
-    pairs = tuple((name, _field_value(name, as_text(value))) for name, value in headers.items() if value is not None)
+    pairs: Pairs = ()
+    if headers:
+        pairs = tuple(
+            (name, _field_value(name, as_text(value))) for name, value in headers.items() if value is not None
+        )
     try:
         pairs = with_owed(status, pairs, method)
     except ValueError as error:
         raise ExpressionError(f"/response/status: {error}") from None
     if empty or status in _WITHOUT_BODY:
         return Answer(status, pairs)
-    content_type = header_value(pairs, "content-type") or ""
+    content_type = (header_value(pairs, "content-type") or "") if pairs else ""
     media = content_type.partition(";")[0].strip().lower()
     if type(body) is bytes:
         data, default = body, CONTENT_TYPES["binary"]
@@ -3677,7 +3677,7 @@ def make_answer(
         data, default = json_body(body), CONTENT_TYPES["json"]
     if len(data) > max_bytes:
         raise ExpressionError(f"/response/body: it is larger than max_result ({show_size(max_bytes)})")
-    others = tuple(pair for pair in pairs if pair[0].lower() != "content-type")
+    others = [pair for pair in pairs if pair[0].lower() != "content-type"] if pairs else []
     return Answer(status, (*others, ("Content-Type", content_type if media else default)), data)
 
 

@@ -199,7 +199,9 @@ def make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
         except InputError as error:
             raise StepError(500, "the flow that it calls refused its input", f'"{name}": {error}', {"input"}) from None
         part = run.branch(flow=flow, input=bound)
-        with part.within(flow.timeout, journal_key(path, "flow deadline")):
+        with (
+            part.within(flow.timeout, journal_key(path, "flow deadline")) if flow.timeout else contextlib.nullcontext()
+        ):
             answer = answer_of(flow, part, f"{path}/")
         run.progress = part.progress
         fetched = Fetched(answer.code, list(answer.headers), answer.body)
