@@ -459,13 +459,17 @@ def timestamp(ms: int | None, offset: int = 0) -> str | None:
     return time.strftime(f"%Y-%m-%dT%H:%M:%S.{rest:03d}Z", time.gmtime(seconds))
 
 
+_SHOWN = json.JSONEncoder(ensure_ascii=False, default=lambda odd: f"<{type(odd).__name__}>")
+
+
 def shown(value: Any, limit: int = 60) -> str:
     """A value as one short line of JSON for a message; control characters are escaped."""
     try:
-        text = json.dumps(value, ensure_ascii=False, default=lambda odd: f"<{type(odd).__name__}>")
+        text = _SHOWN.encode(value)[: limit + 1]
     except (TypeError, ValueError, RecursionError):
         text = f"<{type(value).__name__}>"
-    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text[: limit + 1])
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
     return text if len(text) <= limit else text[:limit] + "…"
 
 
