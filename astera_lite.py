@@ -6238,7 +6238,6 @@ class SqliteStore(SqliteReader):
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Forget a finished job; `done` gets deleted, running, owed or absent."""
-        self._recent.forget([key.seq])
 
         def run(db: sqlite3.Connection) -> str:
             row = db.execute(f"SELECT status, c.state{_FROM_JOBS}{_OF_KEY}", key).fetchone()
@@ -6248,6 +6247,7 @@ class SqliteStore(SqliteReader):
                 return "running"
             if row[1] == "pending":
                 return "owed"
+            self._recent.forget([key.seq])
             _forget(db, [key.seq])
             return "deleted"
 
@@ -6428,37 +6428,33 @@ class SqliteStore(SqliteReader):
 Store = SqliteStore  # what the other rooms know
 
 
-def edit_tokens(path: str, add: Token | None = None, revoke: str | None = None) -> None:
-    """Add or revoke a token in a database, which is made if it is not there; a server may be running on it.
+def edit_tokens(path: str, name: str, add: Token | None = None) -> None:
+    """Add a token of this name to a database, or revoke the one that is there; a server may be running on it.
 
-    Raises Conflict for a name that is taken, NotFound for one that is not there, StoreError.
+    The database is made if it is not there. Raises Conflict for a name that is taken, NotFound for one that is not
+    there, StoreError.
     """
     with contextlib.suppress(DatabaseInUse):
         SqliteStore(path).close()  # makes or upgrades it, unless a server has it
-    with contextlib.closing(SqliteReader(path)) as reader:
-        known = {token.name: token for token in reader.tokens()}
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=10, isolation_level=None)) as db:
-            if revoke is not None and not _execute(
-                "UPDATE tokens SET hash = x'' WHERE name = ? AND hash <> x''", (revoke,), db
-            ):
-                words = "was revoked before" if revoke in known else f"is not there{suggest(revoke, known)}"
-                raise NotFound(f"the token {revoke} {words}")
+            db.execute("BEGIN IMMEDIATE")
+            names = dict(db.execute("SELECT name, hash FROM tokens"))
             if add is None:
-                return
-            if db.execute("SELECT 1 FROM jobs WHERE token = ? LIMIT 1", (add.name,)).fetchone() and not (
-                add.name in known and known[add.name].digest
-            ):
-                words = "are still kept, and would be the new one's: choose another name"
-                raise Conflict(f"jobs of an earlier token {add.name} {words}")
-            flows = None if add.flows is None else to_json(sorted(add.flows))
-            if not _execute(
-                "INSERT INTO tokens VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET hash = excluded.hash,"
-                " role = excluded.role, flows = excluded.flows, created = excluded.created WHERE hash = x''",
-                (add.name, add.digest, add.role, flows, add.created),
-                db,
-            ):
-                raise Conflict(f"there is a token {add.name} already: revoke it first, or choose another name")
+                if not names.get(name):
+                    words = "was revoked before" if name in names else f"is not there{suggest(name, names)}"
+                    raise NotFound(f"the token {name} {words}")
+                db.execute("UPDATE tokens SET hash = x'' WHERE name = ?", (name,))
+            else:
+                if names.get(name):
+                    raise Conflict(f"there is a token {name} already: revoke it first, or choose another name")
+                if db.execute("SELECT 1 FROM jobs WHERE token = ? LIMIT 1", (name,)).fetchone():
+                    words = "are still kept, and would be the new one's: choose another name"
+                    raise Conflict(f"jobs of an earlier token {name} {words}")
+                flows = None if add.flows is None else to_json(sorted(add.flows))
+                values = (name, add.digest, add.role, flows, add.created)
+                db.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?, ?)", values)
+            db.execute("COMMIT")
     except sqlite3.Error as error:
         raise StoreError(f"{path}: {_store_error(error)}") from None
 

@@ -493,7 +493,7 @@ def token(args: argparse.Namespace, settings: Settings) -> int:
         _Sheet(sys.stdout).table("name role created flows", rows)
         return 0
     if args.revoke:
-        edit_tokens(path, revoke=name)
+        edit_tokens(path, name)
         print(f"revoked {name}; a running server refuses it within a second", file=sys.stderr)
         if not any(one.digest for one in _tokens_of(path)):
             print("that was the last one: only the token of the settings is accepted from now on", file=sys.stderr)
@@ -506,7 +506,7 @@ def token(args: argparse.Namespace, settings: Settings) -> int:
     text = "astera_" + secrets.token_urlsafe(32)
     if settings.token is None and not _tokens_of(path):
         print("it is the first token: from now on the server refuses requests without one", file=sys.stderr)
-    edit_tokens(path, add=Token(name, token_digest(text), role, flows, Clock().wall()))
+    edit_tokens(path, name, Token(name, token_digest(text), role, flows, Clock().wall()))
     print("send it as `Authorization: Bearer TOKEN`; it is not shown again:", file=sys.stderr)
     print(text)
     return 0
