@@ -3226,7 +3226,7 @@ class Run:
         vars(part).update(changes)
         return part
 
-    def settled(self, template: Template, scope: Scope, key: str) -> Any:
+    def evaluated_once(self, template: Template, scope: Scope, key: str) -> Any:
         """The template's value; one that may turn out otherwise the next time is saved, for a resumed run."""
         if template.volatile and key in self.journal.saved:
             return self.journal.saved[key]
@@ -3346,7 +3346,7 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
             continue
         run.check()
         try:
-            skipped = step.when is not None and not run.settled(step.when, scope, journal_key(path, "when"))
+            skipped = step.when is not None and not run.evaluated_once(step.when, scope, journal_key(path, "when"))
         except ExpressionError as error:
             this.fail(error)
             raise
@@ -4170,7 +4170,7 @@ def _make_wait(build: Build, given: Any, place: str) -> Runner:
         clock, end = run.outside.clock, run.journal.waits.get(path)
         try:
             if until is not None:  # read anew each time, for the system's clock may have leapt meanwhile
-                end = _parse_time(run.settled(until, scope, journal_key(path, "time"))) - clock.offset
+                end = _parse_time(run.evaluated_once(until, scope, journal_key(path, "time"))) - clock.offset
             elif end is None:
                 end = clock.now() + round(parse_duration(given(scope)) * 1000)
         except ValueError as error:
@@ -4615,7 +4615,7 @@ def _make_choose(build: Build, branches: list[dict[str, Any]], place: str) -> Ru
 
     def choose(run: Run, scope: Scope, path: str) -> Any:
         for position, (when, inside) in enumerate(ways):
-            if when is None or run.settled(when, scope, journal_key(f"{path}/{position}", "when")):
+            if when is None or run.evaluated_once(when, scope, journal_key(f"{path}/{position}", "when")):
                 return inside(run, dict(scope), f"{path}/{position}/")
         return None
 

@@ -117,7 +117,7 @@ def make_each(build: Build, given: dict[str, Any], place: str) -> Runner:
     of, name, width, inside = given["of"], given["as"], given["concurrency"], steps_runner(given)
 
     def each(run: Run, scope: Scope, path: str) -> list[Any]:
-        items = run.settled(of, scope, journal_key(path, "items"))
+        items = run.evaluated_once(of, scope, journal_key(path, "items"))
         if type(items) not in (list, tuple):
             raise ExpressionError(f"{place}/of: {kind_of(items)} is not a list")
         done = itertools.count(1)
