@@ -4045,11 +4045,11 @@ class Steps(ListOf):
 class StepKind(NamedTuple):
     """A kind of step: what may stand behind its name in a flow file, and what makes its runner.
 
-    `make(build, values, place)` gets what `members` compile to, unless there are faults.
+    `make(build, values, place)` gets what `members` compile to, unless there are faults; None: that is the runner.
     """
 
     members: Member
-    make: Callable[[Build, Any, str], Runner]
+    make: Callable[[Build, Any, str], Runner] | None
     help: str
     effect: bool = False  # it may act on the world outside
     light: bool = False  # it only computes, and no longer than its expressions do
@@ -4310,10 +4310,6 @@ def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
     if connection is None:
         if "path" in given:
             build.fault(f"{place}/path", "needs a connection: name one, or write the whole address as url")
-        elif "url" not in given:
-            build.fault(place, 'needs a member "url", or "connection" and "path"')
-    elif "url" in given:
-        build.fault(f"{place}/url", "is set by the connection: give a path instead")
     elif connection not in build.connections:
         known = suggest(connection, build.connections)
         build.fault(f"{place}/connection", f"there is no {shown(connection)} in connections.json{known}")
@@ -4639,7 +4635,7 @@ _WAYS = ListOf(Table({"when": Condition(), **BRANCH}), least=1)
 #: Every kind of step. To add one: its members, a function that makes the runner of what they compile to, and a row.
 STEP_KINDS: dict[str, StepKind] = {
     "http": StepKind(
-        Table(_HTTP, short="url"),
+        Table(_HTTP, short="url", choice=("url", "connection")),
         _make_http,
         "calls an API",
         effect=True,
@@ -4648,43 +4644,26 @@ STEP_KINDS: dict[str, StepKind] = {
     ),
     "python": StepKind(
         Elsewhere("astera_lite_steps:PYTHON"),
-        late("astera_lite_steps:make_python"),
-        "calls a Python function, module:function",
+        None,
+        "calls a Python function",
         effect=True,
         code=True,
         failures=("error",),
     ),
     "sql": StepKind(
         Elsewhere("astera_lite_steps:SQL"),
-        late("astera_lite_steps:make_sql"),
+        None,
         "asks a SQLite database in the data folder, or writes to it",
         effect=True,
         failures=("locked", "sql"),
     ),
-    "run": StepKind(
-        Elsewhere("astera_lite_steps:PROGRAM"),
-        late("astera_lite_steps:make_run"),
-        "runs a program",
-        effect=True,
-        failures=("exit",),
-    ),
+    "run": StepKind(Elsewhere("astera_lite_steps:PROGRAM"), None, "runs a program", effect=True, failures=("exit",)),
     "set": StepKind(Value(), _make_set, "computes a value", light=True),
-    "each": StepKind(
-        Elsewhere("astera_lite_steps:EACH"),
-        late("astera_lite_steps:make_each"),
-        "runs steps for every item of a list",
-        holds=True,
-    ),
+    "each": StepKind(Elsewhere("astera_lite_steps:EACH"), None, "runs steps for every item of a list", holds=True),
     "choose": StepKind(
         _WAYS, _make_choose, "runs the steps of the first branch whose `when` holds", light=True, holds=True
     ),
-    "call": StepKind(
-        Elsewhere("astera_lite_steps:CALL"),
-        late("astera_lite_steps:make_call"),
-        "runs another flow",
-        answers=True,
-        holds=True,
-    ),
+    "call": StepKind(Elsewhere("astera_lite_steps:CALL"), None, "runs another flow", answers=True, holds=True),
     "wait": StepKind(_WAIT, _make_wait, "waits for a time"),
     "respond": StepKind(
         Table(_ANSWER, _make_response), _make_respond, "answers at once; the steps after it do not run", light=True
@@ -4972,12 +4951,13 @@ class _Kind(Member):
     def schema(self) -> dict[str, Any]:
         return self.kind.members.schema() | {"description": self.kind.help}
 
-    def read(self, build: Build, value: Any, place: str) -> tuple[Runner, bool] | None:
+    def read(self, build: Build, value: Any, place: str) -> tuple[Any, bool]:
         before, volatile, build.volatile = len(build.faults), build.volatile, False
-        compiled = self.kind.members.read(build, value, place)
-        run = self.kind.make(build, compiled, place) if len(build.faults) == before else None
+        run = self.kind.members.read(build, value, place)
+        if self.kind.make is not None and len(build.faults) == before:
+            run = self.kind.make(build, run, place)
         save, build.volatile = self.kind.effect or build.volatile, volatile
-        return (run, save) if run else None
+        return run, save
 
 
 def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:

@@ -103,17 +103,7 @@ class _ItemName(StepName):
         return name
 
 
-EACH = Table(
-    {
-        "of": Value(required=True),
-        "as": _ItemName("a name that expressions can use", default="item"),
-        "concurrency": Number(1, 64, default=1),
-        **BRANCH,
-    }
-)
-
-
-def make_each(build: Build, given: dict[str, Any], place: str) -> Runner:
+def _make_each(build: Build, given: dict[str, Any], place: str) -> Runner:
     of, name, width, inside = given["of"], given["as"], given["concurrency"], steps_runner(given)
 
     def each(run: Run, scope: Scope, path: str) -> list[Any]:
@@ -134,6 +124,17 @@ def make_each(build: Build, given: dict[str, Any], place: str) -> Runner:
         return _concurrently(run, one, len(items), width)
 
     return each
+
+
+EACH = Table(
+    {
+        "of": Value(required=True),
+        "as": _ItemName("a name that expressions can use", default="item"),
+        "concurrency": Number(1, 64, default=1),
+        **BRANCH,
+    },
+    _make_each,
+)
 
 
 def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: int) -> list[Any]:
@@ -174,17 +175,7 @@ def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: i
     return results
 
 
-CALL = Table(
-    {
-        "flow": Text("the name of a flow", FLOW_NAME.pattern, required=True),
-        "params": MapOf(Value(), default={}),
-        "body": Value(),
-    },
-    short="flow",
-)
-
-
-def make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
+def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
     name, params, body = given["flow"], given["params"], given.get("body")
     build.calls.append((name, f"{place}/flow"))
 
@@ -208,6 +199,17 @@ def make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
         return {"status": answer.code, "headers": joined_headers(answer.headers), "body": read_answer(fetched)}
 
     return call
+
+
+CALL = Table(
+    {
+        "flow": Text("the name of a flow", FLOW_NAME.pattern, required=True),
+        "params": MapOf(Value(), default={}),
+        "body": Value(),
+    },
+    _make_call,
+    short="flow",
+)
 
 
 # A statement's parts in which a mark is no parameter, and the marks of parameters (SQLite, "lang_expr").
@@ -250,20 +252,9 @@ _STATEMENT: dict[str, Member] = {
     "query": _QUERY(required=True),
     "params": Either(Value(), MapOf(Value()), default={}),
 }
-SQL = Table(
-    {
-        "database": Value(required=True),
-        "query": _QUERY(),
-        "params": _STATEMENT["params"],
-        "statements": ListOf(Table(_STATEMENT, _make_statement), least=1),
-        "one": Flag(default=False),
-        "write": Flag(default=False),
-    },
-    choice=("query", "statements"),
-)
 
 
-def make_sql(build: Build, given: dict[str, Any], place: str) -> Runner:
+def _make_sql(build: Build, given: dict[str, Any], place: str) -> Runner:
     listed, database, write, one = given.get("statements"), given["database"], given["write"], given["one"]
     if listed is not None and given["params"]:
         build.fault(f"{place}/params", "belongs to each of the statements")
@@ -284,6 +275,20 @@ def make_sql(build: Build, given: dict[str, Any], place: str) -> Runner:
         return results if listed is not None else results[0]
 
     return sql
+
+
+SQL = Table(
+    {
+        "database": Value(required=True),
+        "query": _QUERY(),
+        "params": _STATEMENT["params"],
+        "statements": ListOf(Table(_STATEMENT, _make_statement), least=1),
+        "one": Flag(default=False),
+        "write": Flag(default=False),
+    },
+    _make_sql,
+    choice=("query", "statements"),
+)
 
 
 def _sql_params(statement: _Statement, scope: Scope) -> dict[str, Any]:
@@ -470,19 +475,7 @@ def child_environment(outside: Surroundings) -> dict[str, str]:
     }
 
 
-PROGRAM = Table(
-    {
-        "command": ListOf(Value(), required=True, least=1),
-        "input": Value(),
-        "output": OneOf("text", "json", "lines", default="text"),
-        "maxOutput": Size(),
-        "expect": ListOf(Number(-255, 255, "an exit code"), default=[0], least=1, lone=True),
-    },
-    short="command",
-)
-
-
-def make_run(build: Build, given: dict[str, Any], place: str) -> Runner:
+def _make_run(build: Build, given: dict[str, Any], place: str) -> Runner:
     words, stdin, output, limit = given["command"], given.get("input"), given["output"], given.get("maxOutput")
     if not words[0].constant:
         build.fault(f"{place}/command/0", "must be plain text: which program runs is not computed")
@@ -498,6 +491,19 @@ def make_run(build: Build, given: dict[str, Any], place: str) -> Runner:
         return {"code": code, "stdout": _read_output(out, output, place), "stderr": err.decode(errors="replace")}
 
     return program
+
+
+PROGRAM = Table(
+    {
+        "command": ListOf(Value(), required=True, least=1),
+        "input": Value(),
+        "output": OneOf("text", "json", "lines", default="text"),
+        "maxOutput": Size(),
+        "expect": ListOf(Number(-255, 255, "an exit code"), default=[0], least=1, lone=True),
+    },
+    _make_run,
+    short="command",
+)
 
 
 def _argument(value: Any, place: str) -> str:
@@ -619,17 +625,7 @@ def _refuse_async(build: Build, function: Any, place: str) -> None:
         build.fault(place, "is an async function, and steps run on threads: write def, and asyncio.run(…) inside it")
 
 
-PYTHON = Table(
-    {
-        "call": _FunctionName('of the form "module:function"', r"(?a:[A-Za-z_][\w.]*:[A-Za-z_]\w*)", required=True),
-        "args": MapOf(Value(), default={}),
-        "isolate": Flag(default=False),
-    },
-    short="call",
-)
-
-
-def make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
+def _make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
     """What calls a function, in a process of its own if it is to be isolated."""
     (name, function), args = given["call"], given["args"]
     if not given["isolate"]:
@@ -638,6 +634,17 @@ def make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
         cure = 'needs the function by name, "module:function": a process of its own imports it'
         build.fault(f"{place}/isolate", cure)
     return partial(_call_isolated, name, args)
+
+
+PYTHON = Table(
+    {
+        "call": _FunctionName('of the form "module:function"', r"(?a:[A-Za-z_][\w.]*:[A-Za-z_]\w*)", required=True),
+        "args": MapOf(Value(), default={}),
+        "isolate": Flag(default=False),
+    },
+    _make_python,
+    short="call",
+)
 
 
 def _call(function: Callable[..., Any], args: Mapping[str, Template], run: Run, scope: Scope, path: str) -> Any:

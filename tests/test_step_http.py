@@ -687,11 +687,11 @@ def test_a_step_may_lower_the_limit_of_its_response(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ({"url": "http://x/", "path": "/y"}, "/path: needs a connection: name one, or write the whole address as url"),
-        ({"path": "/y"}, "/path: needs a connection"),
-        ({}, 'needs a member "url", or "connection" and "path"'),
+        ({"path": "/y"}, "/steps/0/http: needs exactly one of url, connection"),
+        ({}, "/steps/0/http: needs exactly one of url, connection"),
         ({"url": "http://x/", "every": 5}, "/every: sets how often `until` is checked, but there is no `until`"),
         ({"url": "http://x/", "until": "${answer}", "pages": {"link": True}}, "has pages and until: a step has one of"),
-        ({"connection": "a", "url": "http://x/"}, "/url: is set by the connection: give a path instead"),
+        ({"connection": "a", "url": "http://x/"}, "needs exactly one of url, connection, not url and connection"),
     ],
 )  # fmt: skip
 def test_faults_of_http(spec: Any, message: str) -> None:
