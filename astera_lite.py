@@ -5767,10 +5767,12 @@ def _marks(values: Collection[Any]) -> str:
 
 def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
     """Insert rows, many by one statement: for each, a thread gives the interpreter away and waits to have it back."""
-    for at in range(0, len(rows), 32):  # SQLite may take no more than 999 parameters
-        some = rows[at : at + 32]
+    at = 0
+    while at < len(rows):  # in powers of 2, which are few statements to keep; SQLite may take no more than 999 values
+        some = rows[at : at + min(32, 1 << (len(rows) - at).bit_length() - 1)]
         marks = ", ".join([f"({_marks(some[0])})"] * len(some))
         db.execute(_INSERT_JOB + marks, list(itertools.chain.from_iterable(some)))
+        at += len(some)
 
 
 def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
