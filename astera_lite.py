@@ -6545,7 +6545,7 @@ class Entry:
         self.prepared: Prepared | None = None  # None: read it from the store
         self.due: int | None = None  # milliseconds since the epoch
         self.progress: Progress | None = None  # of a job that waits
-        self.done: Callable[[Outcome], None] = lambda outcome: None  # of a call
+        self.done: Callable[[Outcome], None] | None = None  # of a call that a thread of the pool runs
 
 
 class Queue:
@@ -6926,7 +6926,9 @@ class Engine:
     def _answer_call(self, entry: Entry) -> None:
         assert entry.run is not None
         if self._begin(entry, entry.run.flow):
-            entry.done(self._run_call(entry, entry.run))
+            outcome = self._run_call(entry, entry.run)
+            assert entry.done is not None
+            entry.done(outcome)
 
     def _run_call(self, entry: Entry, run: Run) -> Outcome:
         began = self._clock.monotonic()
@@ -7137,7 +7139,8 @@ class Engine:
         with self._changed:
             if entry.state not in (State.READY, State.HELD) or not self.queue.move(entry, State.GONE):
                 return
-        entry.done(outcome)
+        if entry.done is not None:
+            entry.done(outcome)
 
     def _end_overdue(self, entry: Entry, run: Run) -> None:
         with self._changed:
