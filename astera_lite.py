@@ -9718,9 +9718,10 @@ _PATTERNS = [
 def find_routes(path: str) -> tuple[dict[str, Route], dict[str, str]]:
     """The routes of a raw path by method, and what its placeholders match; both are empty if there are none."""
     for before, name, after, methods in _PATTERNS:
-        value = path[len(before) : len(path) - len(after)]
-        if path.startswith(before) and path.endswith(after) and (name == "*" or (value and "/" not in value)):
-            return methods, {name: value}
+        if path.startswith(before) and path.endswith(after):
+            value = path[len(before) : len(path) - len(after)]
+            if name == "*" or (value and "/" not in value):
+                return methods, {name: value}
     return _BY_PATH.get(path, {}), {}
 
 
