@@ -1394,6 +1394,10 @@ def _round(value: Any, digits: int = 0) -> Any:
     return round(value, digits) if digits else round(value)
 
 
+def _sorted(values: Any, reverse: bool = False) -> list[Any]:
+    return sorted(values, reverse=reverse)
+
+
 def _sum(values: Any, start: int | float = 0) -> Any:
     return math.fsum(values) + start if any(type(v) is float for v in values) else sum(values, start + 0)
 
@@ -1506,7 +1510,7 @@ FUNCTIONS = {
         Function("len(value, /)", len, _FREE),
         Function("abs(value, /)", abs, _FREE),
         Function("round(value, digits=0)", _round, _FREE),
-        Function("bool(value, /)", bool, _FREE),
+        Function("bool(value=null, /)", bool, _FREE),
         Function("now()", _now, _FREE),
         Function("today()", lambda: _now()[:10], _FREE),
         Function("uuid()", lambda: str(JobKeys().new(time.time_ns() // 1_000_000)), _FREE),
@@ -1515,7 +1519,7 @@ FUNCTIONS = {
         Function("min(*values, default=null)", partial(_extreme, min), _whole),
         Function("max(*values, default=null)", partial(_extreme, max), _whole),
         Function("sum(values, start=0)", _sum),
-        Function("sorted(values, /, *, reverse=false)", sorted, _whole),
+        Function("sorted(values, reverse=false)", _sorted, _whole),
         Function("reversed(values)", lambda values: list(values)[::-1]),
         Function("any(values, /)", any),
         Function("all(values, /)", all),
@@ -1675,7 +1679,7 @@ def _check_arguments(name: str, count: int, words: list[str]) -> None:
         nothing = eval(f"lambda {signature[len(name) + 1 : -1]}: None", dict(_JSON_NAMES))  # noqa: S307
         nothing(*[None] * count, **dict.fromkeys(words))
     except TypeError:
-        raise _Refused(f"{name}() is called as {signature.replace('/, ', '').replace(', /', '')}") from None
+        raise _Refused(f"{name}() is called as {signature.replace(', /', '')}") from None
 
 
 class _Compiler(ast.NodeTransformer):
