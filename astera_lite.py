@@ -4225,7 +4225,7 @@ _TRUSTED = frozenset({"env", "secrets"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _AUTHORITY = re.compile(r"https?://[^/?#]+[/?#]", re.IGNORECASE)
 #: What ends behind the host, in the text of a URL in which NUL stands for each expression; the first may be a scheme.
-_BEHIND_HOST = re.compile(r"(?:https?://|\0++(?:://)?+)[^/?#]*[/?#]", re.IGNORECASE)
+_BEHIND_HOST = re.compile(r"(?:https?://|\0://)[^/?#]+[/?#]|\0(?!://)[^/?#]*[/?#]", re.IGNORECASE)
 
 
 class Address(NamedTuple):
