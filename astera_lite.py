@@ -8602,7 +8602,7 @@ def _parse_fields(block: bytes, version: int) -> tuple[dict[str, str], int, bool
     return headers, size, coding is not None, expect is not None and version == 11, keep_alive
 
 
-_parse_short_fields = lru_cache(maxsize=512)(_parse_fields)  # a client's headers hardly change between its requests
+_known_fields = lru_cache(maxsize=512)(_parse_fields)  # a client's headers hardly change between its requests
 
 
 def _request_line(line: bytes) -> Sequence[Any]:
@@ -8621,7 +8621,7 @@ def parse_head(block: bytes, max_url: int) -> Head:
     line, _, rest = block.partition(b"\r\n")
     method, target, host, path, query, major, minor = _request_line(line)
     version = 10 if minor == "0" else 11
-    fields = (_parse_short_fields if len(rest) <= 1024 else _parse_fields)(rest, version)
+    fields = (_known_fields if len(rest) <= 1024 else _parse_fields)(rest, version)
     if major != "1":
         raise WireError(505, "The protocol is HTTP/1.1.")
     if len(target) > max_url:
@@ -8637,6 +8637,9 @@ def parse_head(block: bytes, max_url: int) -> Head:
     elif host is not None or path is None:
         raise WireError(400, "The request target is malformed.")
     return Head(method, path, query or "", version, *fields)
+
+
+_known_head = lru_cache(maxsize=512)(parse_head)  # who repeats a call saves a tenth of a synchronous one
 
 
 class RequestParser:
@@ -8692,7 +8695,7 @@ class RequestParser:
                 self._refuse_long(line)
             self._seen = len(buffer)
             return None
-        head = parse_head(bytes(buffer[: end + 2]), self._max_url)
+        head = (_known_head if end <= 1024 else parse_head)(bytes(buffer[: end + 2]), self._max_url)
         if end > self._max_header and end + 2 - (line := buffer.find(b"\r\n")) > self._max_header:
             self._refuse_long(line)
         self._head = head
@@ -9209,6 +9212,7 @@ def one_line_each(headers: Iterable[tuple[str, str]]) -> Pairs:
     return tuple(lines.values())
 
 
+@lru_cache(maxsize=64)  # a flow's headers are mostly the same
 def _with_policy(headers: Pairs) -> Pairs:
     """The headers of a flow's response, and those that keep browsers and caches safe from it."""
     names = {name.lower() for name, _ in headers}
