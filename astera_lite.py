@@ -6492,8 +6492,8 @@ def _bytes_from_mark(value: dict[str, Any]) -> Any:
 # ======================================================================================================================
 
 MAX_ATTEMPTS = 3  # a job interrupted this often is given up: it may be what crashes the server
-_KEEP_BYTES = 256 << 10  # that a job's request may have to stay in memory, divided by the jobs queued: parsed, it takes
-_MIN_KEPT = 1 << 10  # thirty times as much; and what it counts for at least
+_KEEP_BYTES = 256 << 10  # a queued job's request stays in memory while its size times the jobs queued is below this
+_MIN_KEPT = 1 << 10  # bytes that any request counts for
 _MAX_UNWRITTEN = 32 << 20  # bytes of outcomes on their way to the disk, above which a worker waits for its own
 _MIN_UNWRITTEN = 16 << 10  # bytes that an outcome counts for at least
 _LIGHT_BUDGET = 10_000  # units that a run on the calling thread may spend: a few milliseconds
@@ -6553,9 +6553,9 @@ class Entry:
 
 
 class Queue:
-    """The jobs and calls in hand, and which of them may run. All methods want `changed` to be held, but for counts.
+    """The jobs and calls in hand, and which of them may run next. The caller holds `changed`, except to count or list.
 
-    Heaps hold numbers: one whose entry is in another state when its turn comes is passed over.
+    The heaps hold numbers. A number whose entry is in another state when its turn comes is skipped.
     """
 
     def __init__(self, workers: int) -> None:
@@ -6579,9 +6579,9 @@ class Queue:
         """Jobs that are queued, that have a thread, and that wait for a time."""
         return {"queued": self.queued, "running": self.busy, "waiting": self._counts[State.WAITING]}
 
-    def in_state(self, *states: State) -> list[Entry]:
-        """The entries in these states."""
-        return [entry for entry in list(self.entries.values()) if entry.state in states]
+    def running(self) -> list[Entry]:
+        """The jobs and calls that have a thread."""
+        return [entry for entry in list(self.entries.values()) if entry.state is State.RUNNING]
 
     def is_full(self, flow: Flow) -> bool:
         """Whether a flow refuses what comes now."""
@@ -6793,7 +6793,7 @@ class Engine:
 
     def at_work(self) -> tuple[list[str], list[str]]:
         """The flows of the jobs that run now, and of the synchronous calls."""
-        running = self.queue.in_state(State.RUNNING)
+        running = self.queue.running()
         return [e.flow for e in running if e.number >= 0], [e.flow for e in running if e.number < 0]
 
     # --- queue ---
@@ -6870,9 +6870,12 @@ class Engine:
             self._changed.notify_all()
 
     def _begin(self, entry: Entry, flow: Flow) -> bool:
-        """Whether the flow's limit leaves room for a run; else the entry is held."""
+        """Whether a run may begin; the entry is held if its flow's limit leaves no room."""
         with self._changed:
-            return self.queue.begin(flow) or not self.queue.move(entry, State.HELD)
+            begins = entry.state is State.RUNNING and self.queue.begin(flow)
+            if not begins:
+                self.queue.move(entry, State.HELD)
+            return begins
 
     def _leave(self, flow: Flow) -> None:
         with self._changed:
@@ -7165,12 +7168,12 @@ class Engine:
         for call in [entry for entry in list(self.queue.entries.values()) if entry.number < 0]:
             self._refuse(call, _STOPPED)
         with self._changed:
-            while self._draining or self.queue.in_state(State.RUNNING):
+            while self._draining or self.queue.running():
                 seconds = min(deadline - time.monotonic(), 0.2)  # a signal just before a wait is seen only behind it
                 if seconds <= 0:
                     break
                 self._changed.wait(seconds)
-            left = self.queue.in_state(State.RUNNING)
+            left = self.queue.running()
             for entry in left:
                 if entry.number >= 0:
                     self.queue.move(entry, State.ENDING)
