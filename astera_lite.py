@@ -4720,7 +4720,7 @@ def _faults_of(where: str) -> Iterator[None]:
     """Turn whatever goes wrong with one file into a fault of that file: the other files are still read."""
     try:
         yield
-    except (FlowError, FileNotFoundError):
+    except FlowError:
         raise
     except Exception as error:
         log.debug("%s", where, exc_info=True)
@@ -5223,10 +5223,9 @@ def load_connections(folder: str | os.PathLike[str], previous: dict[str, Any]) -
     build = Build(CONNECTIONS_FILE, {}, Functions())
     build.names = dict.fromkeys(("env", "secrets"))
     try:
+        tree = _read_flow_file(folder, CONNECTIONS_FILE)
         with _faults_of(CONNECTIONS_FILE):
-            connections = wing("astera_lite_requests:CONNECTIONS").read(
-                build, _read_flow_file(folder, CONNECTIONS_FILE), ""
-            )
+            connections = wing("astera_lite_requests:CONNECTIONS").read(build, tree, "")
             return (previous, build.faults) if build.faults else (connections, [])
     except FileNotFoundError:
         return {}, []
