@@ -63,15 +63,16 @@ if __name__ == "__main__":
     ):
         # Python has compiled this file, and keeps the syntax tree (30 MB) until the script ends. So a server goes on
         # in a new interpreter, which is the same process and takes the compiled code along in a file in memory.
-        import contextlib
         import importlib.util
         import marshal
 
-        with contextlib.suppress(OSError):  # where that is not possible, the tree stays
+        try:
             path = f"/proc/self/fd/{os.memfd_create('astera_lite', 0)}"
             with open(path, "wb") as file:
                 file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
             os.execv(sys.executable, [sys.executable, *flags, path, *sys.argv])  # noqa: S606 (as we were started)
+        except OSError:
+            pass  # where that is not possible, the tree stays
 
 import ast
 import base64
@@ -9781,7 +9782,6 @@ _SLOWEST_READER = 32 << 10
 _MAX_BUFFERED = 256 << 20  # bytes of requests and answers in all connections together
 _LARGE_BODY = 64 << 10  # a larger one is parsed and checked on another thread
 _ACCEPTS_A_TURN = 64
-_EVENTS_AT_ONCE = 32  # after which new jobs are committed and answers that are ready are sent
 _GRACE_S = 0.01  # a client that connected or was answered more recently is about to ask, and does not give way
 _SWEEP_S = 0.02  # least seconds between two looks at the deadlines
 _EXPOSED = (
@@ -9968,6 +9968,7 @@ class Handler(BaseRequestHandler):
             return
         x.answered = True
         server, head = self.server, x.head
+        server.at_work.discard(x)
         if len(reply.body) > _AHEAD and server.buffered + len(reply.body) > _MAX_BUFFERED and head.method != "HEAD":
             reply = error_response(x, Busy("The server holds as many bytes of answers as it can.", 5))
         if server.access.origins:
@@ -10193,7 +10194,7 @@ class Server(ThreadingHTTPServer):
         self._request_count = itertools.count(1)
         self._request_prefix = os.urandom(5).hex()
         self.pool = ThreadPoolExecutor(2, "astera-slow")  # for what takes longer than a look-up
-        self.at_work: set[Exchange] = set()  # requests whose route is being called
+        self.at_work: set[Exchange] = set()  # requests that its threads have, until they are answered
         # the loop
         self.ident = 0  # of the thread that serves
         self.fault: Exception | None = None  # that ended the loop
@@ -10362,11 +10363,8 @@ class Server(ThreadingHTTPServer):
         self._awake = True  # what is posted from here on is seen below
         connections = [(key.data, mask) for key, mask in events if key.data is not None]
         connections.sort(key=_deadline)  # who was answered longest ago first: epoll has an order of its own
-        for at, (handler, mask) in enumerate(connections, 1):
+        for handler, mask in connections:
             self._guarded(handler, handler.on_events, mask)
-            if not at % _EVENTS_AT_ONCE:  # who was first is not to wait for all who came after
-                self._run_posted()
-                self._run_ready()
         for key, _ in events:  # newcomers come last: what a client has sent is read before it gives way to one
             if key.fileobj is self.socket:
                 self._accept()
@@ -10518,21 +10516,22 @@ class Server(ThreadingHTTPServer):
         """Have a request handled: by the loop itself, or on another thread if that may take long."""
         assert x.route is not None
         if x.route.slow or (len(x.body) > _LARGE_BODY and x.flow is not None):
+            self.at_work.add(x)
             self.pool.submit(self._handle, x, x.route)
         else:
             self._handle(x, x.route)
 
     def _handle(self, x: Exchange, route: Route) -> None:
         """Call the route; its errors become problem documents here."""
-        self.at_work.add(x)
         try:
             reply = route.handle(x)
-            if reply is not None:
-                x.post(x.answer, reply)
         except Exception as error:  # the door of a request
             x.post(x.fail, error)
-        finally:
-            self.at_work.discard(x)
+            return
+        if reply is not None and threading.get_ident() == self.ident:
+            x.answer(reply)
+        elif reply is not None:
+            x.post(x.answer, reply)
 
 
 def _may_be_open(settings: Settings, loopback: bool) -> bool:
