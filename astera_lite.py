@@ -5498,6 +5498,25 @@ class _Write(NamedTuple):
     row: Sequence[Any] | None = None  # of a new job: rows are inserted together, before anything is run
 
 
+def _marks(values: Collection[Any]) -> str:
+    return ",".join("?" * len(values))
+
+
+def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
+    """Insert rows, many by one statement: for each, a thread gives the interpreter away and waits to have it back."""
+    at = 0
+    while at < len(rows):  # in powers of 2, which are few statements to keep; SQLite may take no more than 999 values
+        some = rows[at : at + min(32, 1 << (len(rows) - at).bit_length() - 1)]
+        marks = ", ".join([f"({_marks(some[0])})"] * len(some))
+        db.execute(_INSERT_JOB + marks, list(itertools.chain.from_iterable(some)))
+        at += len(some)
+
+
+def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
+    """Whether a statement changed anything."""
+    return db.execute(sql, values).rowcount > 0
+
+
 class _Writer:
     """The connection that writes. Whatever waits is committed together, in one transaction.
 
@@ -5763,25 +5782,6 @@ def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
         len(answer.body), to_json(answer.headers), error and to_json(error), finish.trace,
         None if len(answer.body) > PIECE else answer.body,
     )  # fmt: skip
-
-
-def _marks(values: Collection[Any]) -> str:
-    return ",".join("?" * len(values))
-
-
-def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
-    """Insert rows, many by one statement: for each, a thread gives the interpreter away and waits to have it back."""
-    at = 0
-    while at < len(rows):  # in powers of 2, which are few statements to keep; SQLite may take no more than 999 values
-        some = rows[at : at + min(32, 1 << (len(rows) - at).bit_length() - 1)]
-        marks = ", ".join([f"({_marks(some[0])})"] * len(some))
-        db.execute(_INSERT_JOB + marks, list(itertools.chain.from_iterable(some)))
-        at += len(some)
-
-
-def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
-    """Whether a statement changed anything."""
-    return db.execute(sql, values).rowcount > 0
 
 
 def _find_key(flow: str, token: str, key: str, now: int, db: sqlite3.Connection) -> tuple[Job, bytes] | None:
@@ -6445,6 +6445,15 @@ def edit_tokens(path: str, name: str, add: Token | None = None) -> None:
         raise StoreError(f"{path}: {_store_error(error)}") from None
 
 
+def _save_bytes(value: Any) -> dict[str, str]:
+    if not isinstance(value, bytes):
+        _not_json(value)
+    return {"\0bytes": base64.b64encode(value).decode()}
+
+
+_dump_saved = partial(json.dumps, ensure_ascii=True, separators=(",", ":"), default=lambda value: _save_bytes(value))
+
+
 def to_saved(value: Any, secrets: Mapping[str, str] = types.MappingProxyType({})) -> str:
     """A step's output as it is stored: JSON in which bytes and secrets are marked.
 
@@ -6460,6 +6469,13 @@ def to_saved(value: Any, secrets: Mapping[str, str] = types.MappingProxyType({})
     return text
 
 
+_SAVED_MARK = re.compile("\0\0|\0([^\0;]+);")
+
+
+def _bytes_from_mark(value: dict[str, Any]) -> Any:
+    return base64.b64decode(value["\0bytes"]) if value.keys() == {"\0bytes"} else value
+
+
 def from_saved(text: str, secrets: Mapping[str, str] = types.MappingProxyType({})) -> Any:
     """What `to_saved` wrote; a secret that is not there any more reads as ***."""
     value = json.loads(text, object_hook=_bytes_from_mark)
@@ -6470,20 +6486,6 @@ def from_saved(text: str, secrets: Mapping[str, str] = types.MappingProxyType({}
         return "\0" if match[1] is None else secrets.get(urllib.parse.unquote(match[1]), "***")
 
     return _mapped(value, lambda text: _SAVED_MARK.sub(unmarked, text))
-
-
-_SAVED_MARK = re.compile("\0\0|\0([^\0;]+);")
-_dump_saved = partial(json.dumps, ensure_ascii=True, separators=(",", ":"), default=lambda value: _save_bytes(value))
-
-
-def _save_bytes(value: Any) -> dict[str, str]:
-    if not isinstance(value, bytes):
-        _not_json(value)
-    return {"\0bytes": base64.b64encode(value).decode()}
-
-
-def _bytes_from_mark(value: dict[str, Any]) -> Any:
-    return base64.b64decode(value["\0bytes"]) if value.keys() == {"\0bytes"} else value
 
 
 # ======================================================================================================================
@@ -6746,6 +6748,18 @@ def _await(write: Callable[[Done], None]) -> Any:
     if error is not None:
         raise error
     return result
+
+
+def log_outcome(what: str, flow: Flow, given: Input, outcome: Outcome) -> None:
+    """Log how a job, or a synchronous request, ended."""
+    level = logging.DEBUG if outcome.error is None else logging.WARNING
+    if log.isEnabledFor(level):
+        its_id = str(given.request["id"])
+        words = f"answered {outcome.answer.code}"
+        if outcome.error is not None:
+            words = f"ended as {outcome.end}: {shown(outcome.reason or outcome.error['detail'], 1000)}"
+        this = about(what, its_id, flow.name, given.trace)
+        log.log(level, "%s %s: flow %s %s", what, its_id, flow.name, words, extra=this)
 
 
 class Engine:
@@ -7186,18 +7200,6 @@ class Engine:
             entry.cancel.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         return max(len(left), self._draining)
-
-
-def log_outcome(what: str, flow: Flow, given: Input, outcome: Outcome) -> None:
-    """Log how a job, or a synchronous request, ended."""
-    level = logging.DEBUG if outcome.error is None else logging.WARNING
-    if log.isEnabledFor(level):
-        its_id = str(given.request["id"])
-        words = f"answered {outcome.answer.code}"
-        if outcome.error is not None:
-            words = f"ended as {outcome.end}: {shown(outcome.reason or outcome.error['detail'], 1000)}"
-        this = about(what, its_id, flow.name, given.trace)
-        log.log(level, "%s %s: flow %s %s", what, its_id, flow.name, words, extra=this)
 
 
 # ======================================================================================================================
@@ -7905,6 +7907,60 @@ _MAX_CLAIMED = 2000  # jobs looked at in a second, whether anybody has them in h
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+class _JobFuture(Future[Job]):
+    """Its callbacks are handed over: the thread that completes it is the one that they wait for when they submit."""
+
+    def __init__(self, hand_over: Callable[[Callable[[], None]], None]) -> None:
+        super().__init__()
+        self._hand_over = hand_over
+
+    def add_done_callback(self, function: Callable[[Future[Job]], Any]) -> None:
+        """Have `function(future)` called when the job is finished."""
+        call = partial(super().add_done_callback, function)  # which is at once by then, and logs what is raised
+        super().add_done_callback(lambda _: self._hand_over(call))
+
+
+def _key_of(job: str | Job) -> JobKey | None:
+    return job.key if isinstance(job, Job) else JobKey.parse(str(job))
+
+
+def _no_job(job: str | Job) -> NotFound:
+    return NotFound(f"there is no job {shown(job.id if isinstance(job, Job) else job)}")
+
+
+def already_finished(job: Job) -> Conflict:
+    """The answer to a cancel that comes too late."""
+    return Conflict(f"The job is finished: {job.status.value}.", job=job.status)
+
+
+def check_cancelled(job: Job) -> None:
+    """Raise Conflict if a finished job was not ended by a cancel: it ended by itself in that instant."""
+    if job.error is None or job.error["code"] != "cancelled":
+        raise already_finished(job)
+
+
+class Result:
+    """A flow's response, for an embedding program."""
+
+    status_code: int  #: 200 to 599
+    headers: dict[str, str]  #: those that the flow gives, and Content-Type
+    content: bytes  #: the body
+
+    def __init__(self, answer: Answer) -> None:
+        self.status_code = answer.code
+        self.headers = dict(answer.headers)
+        self.content = answer.body
+
+    @property
+    def text(self) -> str:
+        """The body as text."""
+        return self.content.decode(errors="replace")
+
+    def json(self) -> Any:
+        """The body as a JSON value. Raises ValueError if it is none."""
+        return json.loads(self.content)
+
+
 class AsteraLite:
     """The application without HTTP: flows, jobs, results, callbacks. `Server(app)` puts it on a socket.
 
@@ -8349,60 +8405,6 @@ class AsteraLite:
         return flow, request, path_values(flow, request.path)
 
 
-class _JobFuture(Future[Job]):
-    """Its callbacks are handed over: the thread that completes it is the one that they wait for when they submit."""
-
-    def __init__(self, hand_over: Callable[[Callable[[], None]], None]) -> None:
-        super().__init__()
-        self._hand_over = hand_over
-
-    def add_done_callback(self, function: Callable[[Future[Job]], Any]) -> None:
-        """Have `function(future)` called when the job is finished."""
-        call = partial(super().add_done_callback, function)  # which is at once by then, and logs what is raised
-        super().add_done_callback(lambda _: self._hand_over(call))
-
-
-def _key_of(job: str | Job) -> JobKey | None:
-    return job.key if isinstance(job, Job) else JobKey.parse(str(job))
-
-
-def _no_job(job: str | Job) -> NotFound:
-    return NotFound(f"there is no job {shown(job.id if isinstance(job, Job) else job)}")
-
-
-def already_finished(job: Job) -> Conflict:
-    """The answer to a cancel that comes too late."""
-    return Conflict(f"The job is finished: {job.status.value}.", job=job.status)
-
-
-def check_cancelled(job: Job) -> None:
-    """Raise Conflict if a finished job was not ended by a cancel: it ended by itself in that instant."""
-    if job.error is None or job.error["code"] != "cancelled":
-        raise already_finished(job)
-
-
-class Result:
-    """A flow's response, for an embedding program."""
-
-    status_code: int  #: 200 to 599
-    headers: dict[str, str]  #: those that the flow gives, and Content-Type
-    content: bytes  #: the body
-
-    def __init__(self, answer: Answer) -> None:
-        self.status_code = answer.code
-        self.headers = dict(answer.headers)
-        self.content = answer.body
-
-    @property
-    def text(self) -> str:
-        """The body as text."""
-        return self.content.decode(errors="replace")
-
-    def json(self) -> Any:
-        """The body as a JSON value. Raises ValueError if it is none."""
-        return json.loads(self.content)
-
-
 # ======================================================================================================================
 # 12 Access
 # ======================================================================================================================
@@ -8821,73 +8823,6 @@ DEFAULT_LIST, MAX_LIST = 50, 1000  # jobs on a page
 PREFIXES = {"synchronous": "/api/publishing", "asynchronous": "/api/publishingAsync"}
 
 
-def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
-    """A published flow, as /api/deployments shows it."""
-    urls = {mode: f"{base}{PREFIXES[mode]}{flow.resource}" for mode in MODES if mode in flow.modes}
-    request = flow.tree["request"]
-    specs = request.get("parameters", {})
-    parameters = {item.name: specs.get(item.name) or {"in": item.where} for item in flow.parameters}
-    selecting = {name: {"in": "query", "description": SELECTING.get(name, FILTERING)} for name in flow.selection.names}
-    return {
-        "name": flow.name,
-        "description": flow.description,
-        "method": flow.method,
-        "resource": flow.resource,
-        "processing": list(urls),
-        "urls": urls,
-        "parameters": parameters | selecting,
-        "body": request.get("body"),
-        "contentTypes": list(flow.content_types),
-        "example": example_request(flow),
-        "source": flow.source,
-    }
-
-
-def example_request(flow: Flow) -> dict[str, Any]:
-    """A request to start from: the path with its query, the headers that are needed, the body as a JSON value."""
-    request = flow.tree["request"]
-    texts: dict[str, dict[str, list[str]]] = {"path": {}, "query": {}, "header": {}}
-    for item in flow.parameters:
-        if item.required or item.where == "path":
-            value = sample_value(request.get("parameters", {}).get(item.name, {}), item.name)
-            texts[item.where][item.name] = as_texts(value)
-
-    def quoted(words: Iterable[str]) -> str:
-        return ",".join(urllib.parse.quote(word, safe="") for word in words)
-
-    parts = [quoted(texts["path"][part[1:-1]]) if part[0] == "{" else part for part in flow.segments]
-    query = "&".join(f"{quoted([name])}={quoted(words)}" for name, words in texts["query"].items())
-    return {
-        "path": "/" + "/".join(parts) + ("?" + query if query else ""),
-        "headers": {name: ",".join(words) for name, words in texts["header"].items()},
-        "body": sample_value(request.get("body") or {}, "text") if flow.content_types else None,
-    }
-
-
-def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
-    """Every published endpoint with its mode, ready to paste behind curl."""
-
-    def word(text: str) -> str:  # of a shell
-        return "'" + text.replace("'", r"'\''") + "'"
-
-    rows = []
-    for flow in sorted(deployments.by_name.values(), key=lambda flow: flow.name):
-        example = example_request(flow)
-        more = [f" -H {word(f'{name}: {value}')}" for name, value in example["headers"].items()]
-        if flow.body_required:
-            media, body = flow.content_types[0], example["body"]
-            if media == CONTENT_TYPES["form"] and isinstance(body, dict):
-                text = urllib.parse.urlencode([(name, text) for name, item in body.items() for text in as_texts(item)])
-            else:
-                text = json.dumps(body, ensure_ascii=False) if is_json_type(media) else as_text(body)
-            more.append(f" -H {word(f'Content-Type: {media}')} --data-raw {word(text)}")
-        method = "" if flow.method == "GET" else f"-X {flow.method} "
-        for mode in (mode for mode in MODES if mode in flow.modes):
-            rows.append((flow.name, mode, method + word(base + PREFIXES[mode] + example["path"]) + "".join(more)))
-    width = max((len(name) for name, _, _ in rows), default=0)
-    return [f"  {name:<{width}}  {mode:<12}  {line}" for name, mode, line in rows]
-
-
 def as_texts(value: Any) -> list[str]:
     """The texts of a parameter: those of each item of a list, or its own."""
     return [as_text(item) for item in value] if isinstance(value, list) else [as_text(value)]
@@ -8917,6 +8852,73 @@ def sample_value(spec: Mapping[str, Any], name: str) -> Any:
         members = dict.fromkeys([*needed, *(member for member, item in known.items() if "example" in item)]) or known
         return {member: sample_value(known.get(member, {}), member) for member in members}
     return name.ljust(least, "x")[: spec.get("maxLength", len(name) + least)] if kind == "string" else _SAMPLES[kind]
+
+
+def example_request(flow: Flow) -> dict[str, Any]:
+    """A request to start from: the path with its query, the headers that are needed, the body as a JSON value."""
+    request = flow.tree["request"]
+    texts: dict[str, dict[str, list[str]]] = {"path": {}, "query": {}, "header": {}}
+    for item in flow.parameters:
+        if item.required or item.where == "path":
+            value = sample_value(request.get("parameters", {}).get(item.name, {}), item.name)
+            texts[item.where][item.name] = as_texts(value)
+
+    def quoted(words: Iterable[str]) -> str:
+        return ",".join(urllib.parse.quote(word, safe="") for word in words)
+
+    parts = [quoted(texts["path"][part[1:-1]]) if part[0] == "{" else part for part in flow.segments]
+    query = "&".join(f"{quoted([name])}={quoted(words)}" for name, words in texts["query"].items())
+    return {
+        "path": "/" + "/".join(parts) + ("?" + query if query else ""),
+        "headers": {name: ",".join(words) for name, words in texts["header"].items()},
+        "body": sample_value(request.get("body") or {}, "text") if flow.content_types else None,
+    }
+
+
+def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
+    """A published flow, as /api/deployments shows it."""
+    urls = {mode: f"{base}{PREFIXES[mode]}{flow.resource}" for mode in MODES if mode in flow.modes}
+    request = flow.tree["request"]
+    specs = request.get("parameters", {})
+    parameters = {item.name: specs.get(item.name) or {"in": item.where} for item in flow.parameters}
+    selecting = {name: {"in": "query", "description": SELECTING.get(name, FILTERING)} for name in flow.selection.names}
+    return {
+        "name": flow.name,
+        "description": flow.description,
+        "method": flow.method,
+        "resource": flow.resource,
+        "processing": list(urls),
+        "urls": urls,
+        "parameters": parameters | selecting,
+        "body": request.get("body"),
+        "contentTypes": list(flow.content_types),
+        "example": example_request(flow),
+        "source": flow.source,
+    }
+
+
+def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
+    """Every published endpoint with its mode, ready to paste behind curl."""
+
+    def word(text: str) -> str:  # of a shell
+        return "'" + text.replace("'", r"'\''") + "'"
+
+    rows = []
+    for flow in sorted(deployments.by_name.values(), key=lambda flow: flow.name):
+        example = example_request(flow)
+        more = [f" -H {word(f'{name}: {value}')}" for name, value in example["headers"].items()]
+        if flow.body_required:
+            media, body = flow.content_types[0], example["body"]
+            if media == CONTENT_TYPES["form"] and isinstance(body, dict):
+                text = urllib.parse.urlencode([(name, text) for name, item in body.items() for text in as_texts(item)])
+            else:
+                text = json.dumps(body, ensure_ascii=False) if is_json_type(media) else as_text(body)
+            more.append(f" -H {word(f'Content-Type: {media}')} --data-raw {word(text)}")
+        method = "" if flow.method == "GET" else f"-X {flow.method} "
+        for mode in (mode for mode in MODES if mode in flow.modes):
+            rows.append((flow.name, mode, method + word(base + PREFIXES[mode] + example["path"]) + "".join(more)))
+    width = max((len(name) for name, _, _ in rows), default=0)
+    return [f"  {name:<{width}}  {mode:<12}  {line}" for name, mode, line in rows]
 
 
 # ======================================================================================================================
@@ -10161,6 +10163,22 @@ def _deadline(event: tuple[Handler, int]) -> float:
     return event[0].deadline
 
 
+def _may_be_open(settings: Settings, loopback: bool) -> bool:
+    """Whether nobody needs a token as long as there is none."""
+    return settings.insecure_open or (loopback and settings.public_url is None)
+
+
+def check_exposure(settings: Settings, host: str, has_tokens: bool) -> None:
+    """Raise ConfigError for a server that anybody could reach and nobody needs a token for."""
+    loopback = is_loopback(host)
+    if settings.token is None and not has_tokens and not _may_be_open(settings, loopback):
+        cure = "set ASTERA_LITE_TOKEN or make one with the command `token`, or set insecure_open to let everybody in"
+        name, what = "host", f"{host} can be reached from other machines"
+        if loopback:
+            name, what = "public_url", "makes the server public"
+        raise ConfigError([Fault(name, "", f"{what}, and there is no token: {cure}")])
+
+
 class Server(ThreadingHTTPServer):
     """Puts an AsteraLite on a socket: http.server's class and hooks, served by one selector loop.
 
@@ -10532,22 +10550,6 @@ class Server(ThreadingHTTPServer):
             x.answer(reply)
         elif reply is not None:
             x.post(x.answer, reply)
-
-
-def _may_be_open(settings: Settings, loopback: bool) -> bool:
-    """Whether nobody needs a token as long as there is none."""
-    return settings.insecure_open or (loopback and settings.public_url is None)
-
-
-def check_exposure(settings: Settings, host: str, has_tokens: bool) -> None:
-    """Raise ConfigError for a server that anybody could reach and nobody needs a token for."""
-    loopback = is_loopback(host)
-    if settings.token is None and not has_tokens and not _may_be_open(settings, loopback):
-        cure = "set ASTERA_LITE_TOKEN or make one with the command `token`, or set insecure_open to let everybody in"
-        name, what = "host", f"{host} can be reached from other machines"
-        if loopback:
-            name, what = "public_url", "makes the server public"
-        raise ConfigError([Fault(name, "", f"{what}, and there is no token: {cure}")])
 
 
 # ======================================================================================================================
