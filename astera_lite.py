@@ -104,7 +104,6 @@ import socket
 import sqlite3
 import threading
 import time
-import traceback
 import types
 import urllib.parse
 import warnings
@@ -357,6 +356,14 @@ def wing(name: str) -> Any:
                 raise MissingFile(f"{module}.py", "is of another version than what runs: restart it") from error
             sys.modules[module] = made
         return getattr(sys.modules[module], attribute)
+
+
+def advice(name: str, *arguments: Any) -> Any:
+    """What a function of a wing makes of the arguments; "" where its file is missing: a message does without."""
+    try:
+        return wing(name)(*arguments)
+    except MissingFile:
+        return ""
 
 
 def late(name: str) -> Callable[..., Any]:
@@ -1639,14 +1646,6 @@ class _Refused(Exception):
     """An expression is not in the language; the message says why."""
 
 
-def _advice(function: str, about: Any) -> str:
-    """What to write instead of something that other languages have; "" if nothing is known of it."""
-    try:
-        return str(wing(function)(about))
-    except MissingFile:
-        return ""
-
-
 def _closing_brace(text: str, at: int) -> int:
     depth = 0
     for token in _BRACKET.finditer(text, at):
@@ -1744,7 +1743,7 @@ class _Compiler(ast.NodeTransformer):
         except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
             message = str(error) or "it is nested too deeply"
             if isinstance(error, SyntaxError):
-                message = _advice("astera_lite_documents:advice_on_syntax", source) or error.msg
+                message = advice("astera_lite_documents:advice_on_syntax", source) or error.msg
             self.fault(place, f"${{{source[:120]}}}: {message}")
             return ast.Constant(None)
         for part in ast.walk(checked):
@@ -1755,8 +1754,8 @@ class _Compiler(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> Any:
         name = type(node).__name__
         if name not in _PLAIN_NODES and not hasattr(self, f"visit_{name}"):
-            advice = _advice("astera_lite_documents:advice_on_word", name)
-            raise _Refused(advice or f"{name} is not part of the language")
+            words = advice("astera_lite_documents:advice_on_word", name)
+            raise _Refused(words or f"{name} is not part of the language")
         self.depth += 1
         if self.depth > MAX_NESTING:
             raise _Refused(f"it is nested deeper than {MAX_NESTING} levels: split it over several steps")
@@ -1842,8 +1841,8 @@ class _Compiler(ast.NodeTransformer):
         else:
             raise _Refused("only functions and methods can be called, by their names")
         if name not in table:
-            advice = _advice("astera_lite_documents:advice_on_word", name)
-            raise _Refused(f"there is no {shape}" + (f": write {advice}" if advice else suggest(name, table)))
+            words = advice("astera_lite_documents:advice_on_word", name)
+            raise _Refused(f"there is no {shape}" + (f": write {words}" if words else suggest(name, table)))
         if table is not _METHOD_NAMES:
             self.volatile = self.volatile or name in VOLATILE
             _check_arguments(name, len(args), [word.arg or "" for word in node.keywords])
@@ -2884,7 +2883,7 @@ def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
     try:
         value = _read_body(request.body, media)
     except ValueError as error:
-        cure = _quoting_cure(request.body) if is_json else ""
+        cure = advice("astera_lite_requests:quoting_cure", request.body) if is_json else ""
         errors.add("body", "", f"is not valid {media or 'JSON'}: {error}{cure}")
         return None
     before = len(errors)
@@ -2906,15 +2905,6 @@ def _refuse_large(value: Any, place: str, errors: InputErrors) -> None:
 def members_of(value: Any) -> Iterable[tuple[Any, Any]]:
     """Names and members of an object, positions and items of a list; nothing of any other value."""
     return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-
-
-def _quoting_cure(body: bytes) -> str:
-    """What a shell may have done to JSON on a command line."""
-    if body[:1] == b"'":
-        return '; it begins with \', which shells of Windows leave where it is: write "{\\"name\\": \\"Ada\\"}"'
-    if re.match(rb"[ \t\r\n]*\{[ \t\r\n]*[A-Za-z_]", body):
-        return '; a shell may have taken its double quotes: write \\" for each, or send a file with -d @body.json'
-    return ""
 
 
 def _read_body(body: bytes, media: str) -> Any:
@@ -3363,15 +3353,6 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
     return value
 
 
-def line_in_file(path: str, place: str, text: str | None = None) -> int | None:
-    """The line of a JSON file to which a JSON Pointer leads; None if the file does not say `text` (JSON) any more."""
-    try:
-        line: int | None = wing("astera_lite_requests:line_in_file")(path, place, text)
-    except MissingFile:
-        return None  # the place is told all the same
-    return line
-
-
 def _known_failure(error: BaseException | None) -> dict[str, Any] | None:
     """What `_failure` said of an error, or of the one that it came of."""
     while error is not None and not hasattr(error, "failure"):
@@ -3395,14 +3376,6 @@ def failure_text(failure: Mapping[str, Any]) -> str:
     text += f" ({source['file']}:{source['line']})" if source else ""
     text += f": {body.strip()}" if body else ""
     return text + (f" (attempt {failure['attempt']} of {failure['attempts']})" if failure["attempts"] > 1 else "")
-
-
-def exception_source(error: BaseException) -> dict[str, Any] | None:
-    """File and line of an exception in the step's own code: the innermost frame in the folder of its function."""
-    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    theirs = [frame for frame in frames if os.path.basename(frame[0]) not in ("astera_lite.py", *WINGS)]
-    beside = [frame for frame in theirs if os.path.dirname(frame[0]) == os.path.dirname(theirs[0][0])]
-    return {"file": os.path.basename(beside[-1][0]), "line": beside[-1][1]} if beside else None
 
 
 def _outline(value: Any, masked: Callable[[str], str], depth: int = 3) -> Any:
@@ -3526,6 +3499,7 @@ class _StepRun:
         if failure is None:
             masked, folder, source = run.outside.masked, run.outside.folder, run.flow.source
             kind, message = _kind_and_message(error)
+            path = os.path.join(folder, source) if folder else ""
             more: dict[str, Any] = {}
             if isinstance(error, StepError):
                 if error.answer is not None:
@@ -3540,14 +3514,15 @@ class _StepRun:
             ):  # else of connections.json
                 place, _, message = message.partition(": ")
             elif kind == "error" and self.step.code:
-                more = {"source": exception_source(error)}
+                more = {"source": advice("astera_lite_requests:exception_source", error) or None}
+            line = advice("astera_lite_requests:line_in_file", path, place, run.flow.text)
             failure = {
                 "message": masked(message)[:_MAX_FAILURE_MESSAGE],
                 "kind": kind,
                 "step": self.path,
                 "file": source,
                 "pointer": place,
-                "line": line_in_file(os.path.join(folder, source), place, run.flow.text) if folder else None,
+                "line": line or None,
                 "attempt": attempt,
                 "attempts": self.step.retry.attempts,
                 **more,
@@ -4690,7 +4665,7 @@ def parse_flow_text(text: str, file_name: str) -> Any:
         return _toml_as_json(tomllib.loads(text), "")
     except json.JSONDecodeError as error:
         place, message = f"line {error.lineno}, column {error.colno}", f"is not JSON: {error.msg}"
-        message += _advice("astera_lite_documents:advice_on_json", error)
+        message += advice("astera_lite_documents:advice_on_json", error)
     except RecursionError:
         place, message = "", f"it is nested deeper than {MAX_JSON_DEPTH} levels"
     except ValueError as error:  # TOMLDecodeError is one; it names line and column itself

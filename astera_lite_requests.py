@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import threading
+import traceback
 import types
 import urllib.parse
 import warnings
@@ -35,6 +36,7 @@ from astera_lite import (
     MAX_NAME,
     MAX_PAGE,
     MAX_WORK,
+    WINGS,
     Address,
     Budget,
     Build,
@@ -651,6 +653,23 @@ def _sent(value: Any, where: str, name: str, write: Callable[[Any], str]) -> str
             for key, member in members_of(value):
                 _sent(member, where, f"{name}/{pointer(str(key))}", to_json)
         raise InputError([{"in": where, "name": name, "message": str(error)}]) from None
+
+
+def quoting_cure(body: bytes) -> str:
+    """What a shell may have done to JSON on a command line."""
+    if body[:1] == b"'":
+        return '; it begins with \', which shells of Windows leave where it is: write "{\\"name\\": \\"Ada\\"}"'
+    if re.match(rb"[ \t\r\n]*\{[ \t\r\n]*[A-Za-z_]", body):
+        return '; a shell may have taken its double quotes: write \\" for each, or send a file with -d @body.json'
+    return ""
+
+
+def exception_source(error: BaseException) -> dict[str, Any] | None:
+    """File and line of an exception in the step's own code: the innermost frame in the folder of its function."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    theirs = [frame for frame in frames if os.path.basename(frame[0]) not in ("astera_lite.py", *WINGS)]
+    beside = [frame for frame in theirs if os.path.dirname(frame[0]) == os.path.dirname(theirs[0][0])]
+    return {"file": os.path.basename(beside[-1][0]), "line": beside[-1][1]} if beside else None
 
 
 _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{},:]|\n')

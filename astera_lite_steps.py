@@ -65,11 +65,11 @@ from astera_lite import (
     Template,
     Text,
     Value,
+    advice,
     answer_of,
     as_bytes,
     as_text,
     evaluated,
-    exception_source,
     from_json,
     from_saved,
     joined_headers,
@@ -806,7 +806,8 @@ def isolated_main() -> None:
             value = function(_IsolatedContext(task, say), **task["args"])
             say({"value": as_json(value, task["function"])})
         except (Exception, SystemExit) as error:
-            say({"error": f"{type(error).__name__}: {error}", "source": exception_source(error)})
+            source = advice("astera_lite_requests:exception_source", error)
+            say({"error": f"{type(error).__name__}: {error}", "source": source})
 
 
 _ARGUMENT_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}

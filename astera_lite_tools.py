@@ -55,13 +55,13 @@ from astera_lite import (
     StoredResult,
     Token,
     __version__,
+    advice,
     attempt_documents,
     check_exposure,
     edit_tokens,
     failure_of,
     failure_text,
     is_flow_file,
-    line_in_file,
     load_settings,
     log,
     one_line,
@@ -237,7 +237,7 @@ def _openable(fault: Fault, folder: str, path: str | None = None) -> Fault:
     grammar = re.fullmatch(r"line ([0-9]+), column ([0-9]+)", fault.place)
     if grammar:
         return Fault(f"{path}:{grammar[1]}:{grammar[2]}", "", fault.message)
-    line = line_in_file(path, fault.place)
+    line = advice("astera_lite_requests:line_in_file", path, fault.place)
     return fault._replace(where=f"{path}:{line}" if line else path)
 
 
