@@ -5330,18 +5330,6 @@ class Submission(NamedTuple):
     claimed: bool = True  # stored as this server's own, else left to `claim`; of no account for a store with one owner
 
 
-class Suspension(NamedTuple):
-    """A run that waits: when the job is due, in which step, until when that step waits; the steps so far as JSON."""
-
-    key: JobKey
-    attempt: int
-    started: int
-    due: int
-    path: str
-    until: int
-    trace: str
-
-
 class Finish(NamedTuple):
     """The end of a run. `job` is as it was before; `callback` is the receiver and the body to post, if one is owed.
 
@@ -6242,13 +6230,15 @@ class SqliteStore(SqliteReader):
         """Save the output (JSON) of a finished step; `done` gets whether the job is Running at this attempt."""
         self._do(_SAVE_STEP, (key.seq, path, None, output, key.seq, attempt, attempt), done)
 
-    def suspend(self, suspension: Suspension, done: Done) -> None:
-        """Record that a job waits; `done` gets whether it is Running at this attempt."""
-        key, attempt, started, due, path, until, trace = suspension
-        fence = (key.seq, attempt - 1, attempt)
-        self._do(_SAVE_STEP, (key.seq, path, until, None, *fence))
+    def suspend(self, job: Job, path: str, until: int, trace: str, done: Done) -> None:
+        """Record that a job waits until it is `due`, for a step that waits `until` then; `trace`: its steps as JSON.
+
+        `done` gets whether it is Running at this attempt.
+        """
+        fence = (job.key.seq, job.attempt - 1, job.attempt)
+        self._do(_SAVE_STEP, (job.key.seq, path, until, None, *fence))
         sql = f"UPDATE jobs SET attempt = ?, started = ?, due = ?, trace = ?{_FENCE}"
-        self._do(sql, (attempt, started, due, trace, *fence), done)
+        self._do(sql, (job.attempt, job.started, job.due, trace, *fence), done)
 
     def requeue(self, key: JobKey, attempt: int) -> None:
         """Record that an orderly stop broke a run off: unlike a crash it does not count as an attempt."""
@@ -6986,19 +6976,17 @@ class Engine:
             if not self.queue.move(entry, State.ENDING):
                 return  # it was ended at its deadline, or is left to the next start
         if isinstance(outcome, Suspended):
-            until = outcome.until
-            suspension = Suspension(job.key, attempt, started, until, *journal.waiting, to_json(trace))
-            self._suspend(entry, entry.job, run, suspension)
+            self._suspend(entry, entry.job._replace(due=outcome.until), run, *journal.waiting)
         else:
             self._measure(flow, self._clock.monotonic() - began, spent)
             self._record(entry.job, run, outcome)
 
-    def _suspend(self, entry: Entry, job: Job, run: Run, suspension: Suspension) -> None:
+    def _suspend(self, entry: Entry, job: Job, run: Run, path: str, until: int) -> None:
         def suspended(kept: Any, error: AsteraError | None) -> None:
             with self._changed:
                 cancelled = run.cancel.is_set
                 if kept and not cancelled:
-                    entry.due, entry.progress = suspension.due, run.progress
+                    entry.due, entry.progress = job.due, run.progress
                     self.queue.move(entry, State.WAITING)
             if error is not None:
                 self.end(job, Outcome.failed("failed", 500, "The job's wait could not be stored."))
@@ -7009,7 +6997,7 @@ class Engine:
             else:
                 self._tell(job.key, True)
 
-        self._store.suspend(suspension, suspended)
+        self._store.suspend(job, path, until, to_json(run.trace or []), suspended)
 
     def _record(self, job: Job, ran: Prepared | Run, outcome: Outcome) -> None:
         """Record the end of a job that ran; waits for the disk if too many outcomes are on their way to it."""

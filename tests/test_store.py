@@ -43,7 +43,6 @@ from astera_lite import (
     StoredRequest,
     StoreError,
     Submission,
-    Suspension,
 )
 
 T = 1_790_000_000_000
@@ -349,7 +348,7 @@ def test_nothing_is_recorded_of_a_job_that_is_finished(store: SqliteStore, path:
     before = store.get(new.key)
     assert done(store.start, new.key, 2, T) is False
     assert done(store.save_step, new.key, 2, "a", "1") is False
-    assert done(store.suspend, Suspension(new.key, 2, T, T, "w", T, "[]")) is False
+    assert done(store.suspend, new._replace(attempt=2, started=T, due=T), "w", T, "[]") is False
     store.requeue(new.key, 1)
     done(store.find_key, "", "", "", 0)
     assert store.get(new.key) == before
@@ -370,7 +369,8 @@ def test_a_run_is_loaded_with_its_outputs_waits_and_trace(store: SqliteStore) ->
     }
     for place, value in outputs.items():
         assert done(store.save_step, new.key, 1, place, astera_lite.to_saved(value)) is True
-    assert done(store.suspend, Suspension(new.key, 1, T + 1, T + 500, "w", T + 900, '[{"path": "a"}]')) is True
+    waiting = new._replace(attempt=1, started=T + 1, due=T + 500)
+    assert done(store.suspend, waiting, "w", T + 900, '[{"path": "a"}]') is True
     loaded = store.load(new.key.seq)
     assert loaded is not None
     assert {place: astera_lite.from_saved(text) for place, text in loaded.saved.items()} == outputs
