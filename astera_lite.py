@@ -1340,7 +1340,7 @@ class Budget:
         if type(values) is dict:
             return self.deep(item) in values
         if type(values) not in (list, tuple, str):
-            raise ExpressionError(f"{kind_of(values)} has nothing in it")
+            raise ExpressionError(f"{kind_of(values)} has no items")
         self.spend(len(values))
         self.search(item, values)
         return item in values
@@ -1917,16 +1917,17 @@ def _message_of(error: Exception, part: str) -> str:
     if isinstance(error, MemoryError | RecursionError):
         return "it is too large or nested too deeply"
     if isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:
-        return "what stands before it is null"
+        return "null has no members"
     if not isinstance(error, TypeError) or "indices must be integers" not in message:
         return message
-    before, _, field = part.rstrip().rpartition(".")
+    before, _, name = part.rstrip().rpartition(".")
     cure = ""
-    if field == "length":
+    if name == "length":
         cure = ": len(…) is the length"
     elif before and "list" not in message:  # what an API answers as text or bytes
         cure = f": parse_json({before.lstrip('(')}) reads it if it is JSON"
-    return f"what stands before it is a list or text, which has no fields{cure}"
+    kind = {"list": "a list", "tuple": "a list", "byte": "binary data"}.get(message.partition(" ")[0], "text")
+    return f"{kind} has no members{cure}"
 
 
 class Template:

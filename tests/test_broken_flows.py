@@ -147,7 +147,7 @@ def test_a_field_of_text_is_explained_when_it_is_read() -> None:
         "f", {"request": {"method": "GET", "resource": "/f"}, "steps": [{"name": "a", "set": "${'abc'.length}"}]}
     )
     flow = app.deployments.by_name["f"]
-    with pytest.raises(Exception, match=r"a list or text, which has no fields: len\(…\) is the length"):
+    with pytest.raises(Exception, match=r"has no members: len\(…\) is the length"):
         flow.steps[0].run(None, {}, "")  # type: ignore[arg-type]
 
 
