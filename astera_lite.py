@@ -976,14 +976,6 @@ SETTING_FIELDS: dict[str, _Setting] = Settings._field_defaults
 Settings.__new__.__defaults__ = tuple(item.default for item in SETTING_FIELDS.values())
 
 
-def settings_table() -> list[tuple[str, str, str]]:
-    """Rows of name, default and explanation, for --help and docs/settings.md."""
-    return [
-        (name, "none" if item.default is None else item.show(item.default), item.help)
-        for name, item in SETTING_FIELDS.items()
-    ]
-
-
 # ======================================================================================================================
 # 3 Records
 # To add something a job remembers: a field here, a column in schema.sql, a row in the store's column table (room 7).

@@ -73,7 +73,6 @@ from astera_lite import (
     run_flow,
     serve,
     set_up_logging,
-    settings_table,
     shown,
     status_document,
     suggest,
@@ -737,6 +736,14 @@ def command_parser() -> argparse.ArgumentParser:
             command.add_argument(key, **options)
         _add_settings(command, row.settings, [key for key, _ in row.arguments])
     return parser
+
+
+def settings_table() -> list[tuple[str, str, str]]:
+    """Rows of name, default and explanation, for --help and docs/settings.md."""
+    return [
+        (name, "none" if item.default is None else item.show(item.default), item.help)
+        for name, item in SETTING_FIELDS.items()
+    ]
 
 
 def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str], taken: Collection[str] = ()) -> None:

@@ -15,7 +15,8 @@ import pytest
 import requests
 from support import ROOT, Api, Sink, get_flow, running, until
 
-from astera_lite import SETTING_FIELDS, SHIPPED, Settings, parse_duration, settings_table
+from astera_lite import SETTING_FIELDS, SHIPPED, Settings, parse_duration
+from astera_lite_tools import settings_table
 
 DEPLOY = ROOT / "examples" / "deploy"
 SETTINGS = (ROOT / "examples" / "settings.toml").read_text("utf-8")

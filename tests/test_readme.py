@@ -8,6 +8,7 @@ import sys
 from support import ROOT
 
 import astera_lite
+import astera_lite_tools
 
 README, SETTINGS, HTTP = (
     (ROOT / page).read_text("utf-8") for page in ("README.md", "docs/settings.md", "docs/http-api.md")
@@ -15,7 +16,7 @@ README, SETTINGS, HTTP = (
 
 
 def test_the_settings_table_is_that_of_the_program() -> None:
-    rows = [f"| `{name}` | {default} | {text} |" for name, default, text in astera_lite.settings_table()]
+    rows = [f"| `{name}` | {default} | {text} |" for name, default, text in astera_lite_tools.settings_table()]
     assert "\n".join(rows) in SETTINGS
 
 

@@ -17,10 +17,10 @@ from astera_lite import (
     Settings,
     parse_duration,
     parse_size,
-    settings_table,
     show_duration,
     show_size,
 )
+from astera_lite_tools import settings_table
 
 
 def faults(**sources: Any) -> list[str]:
