@@ -528,7 +528,7 @@ def test_unfinished_jobs_count_after_a_restart(tmp_path: Path) -> None:
     with serving(tmp_path, {"f": tree}, clock) as app:
         with pytest.raises(Busy):
             app.submit("f")
-        until(lambda: app.engine.counts()["waiting"] == 1)
+        until(lambda: app.engine.queue.counts()["waiting"] == 1)
         clock.tick(61)
         app.housekeeper.wake()
         assert app.wait(job.id, 10).status is Status.COMPLETED
