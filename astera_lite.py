@@ -31,8 +31,8 @@ server.
 
     astera_lite_steps      the steps each, call, sql, run, python; @app.flow, @app.step
     astera_lite_requests   patterns; pages, filters and sort of responses; connections, pages and until of http
-    astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files, metrics, details of a job; advice on expressions
-    astera_lite_deploy     PUT and DELETE of a deployment
+    astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files
+    astera_lite_admin      metrics, details of a job, deploying over HTTP, advice on faulty flows
     astera_lite_tools      the commands: check, try, test, new, jobs, job, token, backup, zipapp and more; --help
 """
 
@@ -317,7 +317,7 @@ def reason_of(error: Exception) -> str:
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql")  # files that the module needs beside it
 #: The files of the module that a server loads when somebody first uses what is in them.
-WINGS = tuple(f"astera_lite_{name}.py" for name in ("deploy", "documents", "requests", "steps", "tools"))
+WINGS = tuple(f"astera_lite_{name}.py" for name in ("admin", "documents", "requests", "steps", "tools"))
 #: The folders of this file: as it was named and as links lead. Taken now, for a program may change its own folder.
 _HOME = [os.path.dirname(path) for path in (os.path.abspath(__file__), os.path.realpath(__file__))]
 _loading = threading.RLock()  # held while a wing is loaded: another thread must not find it half made
@@ -1735,7 +1735,7 @@ class _Compiler(ast.NodeTransformer):
         except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
             message = str(error) or "it is nested too deeply"
             if isinstance(error, SyntaxError):
-                message = advice("astera_lite_documents:advice_on_syntax", source) or error.msg
+                message = advice("astera_lite_admin:advice_on_syntax", source) or error.msg
             self.fault(place, f"${{{source[:120]}}}: {message}")
             return ast.Constant(None)
         for part in ast.walk(checked):
@@ -1746,7 +1746,7 @@ class _Compiler(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> Any:
         name = type(node).__name__
         if name not in _PLAIN_NODES and not hasattr(self, f"visit_{name}"):
-            words = advice("astera_lite_documents:advice_on_word", name)
+            words = advice("astera_lite_admin:advice_on_word", name)
             raise _Refused(words or f"{name} is not part of the language")
         self.depth += 1
         if self.depth > MAX_NESTING:
@@ -1833,7 +1833,7 @@ class _Compiler(ast.NodeTransformer):
         else:
             raise _Refused("only functions and methods can be called, by their names")
         if name not in table:
-            words = advice("astera_lite_documents:advice_on_word", name)
+            words = advice("astera_lite_admin:advice_on_word", name)
             raise _Refused(f"there is no {shape}" + (f": write {words}" if words else suggest(name, table)))
         if table is not _METHOD_NAMES:
             self.volatile = self.volatile or name in VOLATILE
@@ -4658,7 +4658,7 @@ def parse_flow_text(text: str, file_name: str) -> Any:
         return _toml_as_json(tomllib.loads(text), "")
     except json.JSONDecodeError as error:
         place, message = f"line {error.lineno}, column {error.colno}", f"is not JSON: {error.msg}"
-        message += advice("astera_lite_documents:advice_on_json", error)
+        message += advice("astera_lite_admin:advice_on_json", error)
     except RecursionError:
         place, message = "", f"it is nested deeper than {MAX_JSON_DEPTH} levels"
     except ValueError as error:  # TOMLDecodeError is one; it names line and column itself
@@ -9650,12 +9650,12 @@ def console(x: Exchange) -> Reply:
         raise NotFound(f"The console's page is missing: {cure}") from None
 
 
-_MAY_DEPLOY = late("astera_lite_deploy:check_may_deploy")
+_MAY_DEPLOY = late("astera_lite_admin:check_may_deploy")
 ROUTES = [
     *(Route("*", f"{PREFIXES[mode]}/*", partial(publish, mode), check=partial(find_flow, mode)) for mode in MODES),
     Route("GET", "/api/jobs/{id}/status", job_status),
     Route("GET", "/api/jobs/{id}/result", job_result),
-    Route("GET", "/api/jobs/{id}", late("astera_lite_documents:job_details"), slow=True),
+    Route("GET", "/api/jobs/{id}", late("astera_lite_admin:job_details"), slow=True),
     Route("DELETE", "/api/jobs/{id}", job_delete),
     Route("POST", "/api/jobs/{id}/cancel", job_cancel),
     Route("POST", "/api/jobs/{id}/rerun", job_rerun, slow=True),
@@ -9663,12 +9663,12 @@ ROUTES = [
     Route("GET", "/api/jobs", job_list, slow=True),
     Route("GET", "/api/deployments", deployment_list, slow=True),
     Route("GET", "/api/deployments/{name}", deployment_one),
-    Route("PUT", "/api/deployments/{name}", late("astera_lite_deploy:deploy"), check=_MAY_DEPLOY, slow=True),
-    Route("DELETE", "/api/deployments/{name}", late("astera_lite_deploy:undeploy"), check=_MAY_DEPLOY, slow=True),
+    Route("PUT", "/api/deployments/{name}", late("astera_lite_admin:deploy"), check=_MAY_DEPLOY, slow=True),
+    Route("DELETE", "/api/deployments/{name}", late("astera_lite_admin:undeploy"), check=_MAY_DEPLOY, slow=True),
     Route("GET", "/openapi.json", late("astera_lite_documents:openapi"), slow=True),
     Route("GET", "/postman.json", late("astera_lite_documents:postman"), slow=True),
     Route("GET", "/health", health, is_open=True),
-    Route("GET", "/metrics", late("astera_lite_documents:metrics"), check=_check_may_measure),
+    Route("GET", "/metrics", late("astera_lite_admin:metrics"), check=_check_may_measure),
     Route("GET", "/", console, is_open=True),
 ]
 

@@ -27,8 +27,8 @@ TREES = {name: ast.parse((ROOT / name).read_text("utf-8")) for name in FILES}
 #: Lines that a file may have (wc -l). They are to fall: the plan allows the core 7,500.
 LINES = {
     "astera_lite.py": 13_500,
-    "astera_lite_deploy.py": 120,
-    "astera_lite_documents.py": 1_000,
+    "astera_lite_admin.py": 400,
+    "astera_lite_documents.py": 800,
     "astera_lite_requests.py": 800,
     "astera_lite_steps.py": 1_000,
     "astera_lite_tools.py": 800,

@@ -15,9 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from support import ROOT, Api, Client, Sink, get_flow, process, running, until
 
 import astera_lite
-import astera_lite_documents
+import astera_lite_admin
 from astera_lite import AsteraLite, Context
-from astera_lite_documents import metrics_text
+from astera_lite_admin import metrics_text
 
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -261,7 +261,7 @@ def test_who_may_read_them(tmp_path: Path) -> None:
 
 def test_labels_are_escaped() -> None:
     value = 'a"b\\c\nd\\n'
-    text = f"# HELP x X.\n# TYPE x gauge\nx{astera_lite_documents._labels(name=value)} 1\n"
+    text = f"# HELP x X.\n# TYPE x gauge\nx{astera_lite_admin._labels(name=value)} 1\n"
     (family,) = text_string_to_metric_families(text)
     assert family.samples[0].labels == {"name": value}
 

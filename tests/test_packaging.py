@@ -211,7 +211,7 @@ def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
     left_out = re.findall(r"^(\S+) is missing, so it is left out$", done.stderr, re.MULTILINE)
     assert left_out == [
-        "astera_lite_deploy.py",
+        "astera_lite_admin.py",
         "astera_lite_documents.py",
         "astera_lite_requests.py",
         "astera_lite_steps.py",

@@ -1,0 +1,377 @@
+"""What operators and authors ask of a server: metrics, details of a job, deploying over HTTP, advice on faulty flows.
+
+A wing of astera_lite, which loads this file when one of them is first wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import keyword
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from astera_lite import (
+    ANYBODY,
+    CONNECTIONS_FILE,
+    FLOW_NAME,
+    JSON_TYPE,
+    NO_STORE,
+    QUOTED,
+    RUN_TIMES,
+    AccessError,
+    AsteraLite,
+    Conflict,
+    Deployer,
+    Exchange,
+    FlowError,
+    InputError,
+    Job,
+    NotFound,
+    Reply,
+    __version__,
+    attempt_documents,
+    check_coding,
+    check_conditions,
+    deployment_document,
+    failure_of,
+    find_job,
+    is_json_type,
+    is_loopback,
+    json_body,
+    log,
+    parse_flow_text,
+    shown,
+    status_document,
+)
+
+
+def check_may_deploy(x: Exchange) -> None:
+    """Raise AccessError for all but a token of role admin: a flow can run programs."""
+    if x.caller.admin and x.caller.name:
+        return
+    if x.caller.name:
+        raise AccessError(403, "Deploying needs a token of role admin.", "insufficient_scope")
+    detail = "Deploying needs a token of role admin, and this server has no tokens: set `token`, and send it."
+    raise AccessError(403, detail)
+
+
+def _file_of(deployer: Deployer, name: str) -> str:
+    """The path of a deployment's file; raises NotFound, Conflict."""
+    if not FLOW_NAME.fullmatch(name):
+        raise NotFound(f"{shown(name)} is no name of a deployment: letters, digits, - and _.")
+    if name + ".json" == CONNECTIONS_FILE:
+        raise Conflict(f"{CONNECTIONS_FILE} holds the connections: choose another name.")
+    if deployer.folder is None or name in deployer.own:
+        raise Conflict("It is published by the program that embeds this server, not by a file.")
+    if os.path.exists(os.path.join(deployer.folder, f"{name}.toml")):
+        raise Conflict(f"It is kept in {name}.toml: change that file.")
+    return os.path.join(deployer.folder, f"{name}.json")
+
+
+def _write_atomically(path: str, text: str) -> None:
+    """Write a file so that a reader, and a start after a crash, find the old text or the new one, whole."""
+    folder, name = os.path.split(path)
+    part = os.path.join(folder, f".{name}.part")
+    os.makedirs(folder, exist_ok=True)
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def deploy(x: Exchange) -> Reply:
+    """PUT /api/deployments/{name}: check the flow in the body, write its file, publish it."""
+    check_coding(x)
+    name, media = x.values["name"], x.head.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not is_json_type(media):
+        message = "must be application/json: a flow"
+        raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
+    deployer = x.app.deployer
+    with deployer.changing:
+        path = _file_of(deployer, name)
+        file, known = os.path.basename(path), deployer.deployments.by_name.get(name)
+        check_conditions(x, known is not None or os.path.exists(path), known)
+        try:
+            tree = parse_flow_text(x.body.decode(), file)
+            flow = deployer.build(tree, name, file)
+            deployments = deployer.replaced(name, flow)
+        except UnicodeDecodeError as error:
+            message = f"byte {error.start} is not valid UTF-8"
+            raise InputError([{"in": "body", "name": "", "message": message}], "The flow has faults.") from None
+        except FlowError as error:
+            faults = [{"in": "body", "name": fault.place, "message": fault.message} for fault in error.faults]
+            raise InputError(faults, "The flow has faults.") from None
+        _write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+        deployer.deployments = deployments
+    log.info("deployed %s", name)
+    headers = [JSON_TYPE, NO_STORE] + [("Location", f"{x.base}/api/deployments/{name}")] * (known is None)
+    return Reply(201 if known is None else 200, headers, json_body(deployment_document(flow, x.base)))
+
+
+def undeploy(x: Exchange) -> Reply:
+    """DELETE /api/deployments/{name}: take a flow out of service, and delete its file."""
+    name, deployer = x.values["name"], x.app.deployer
+    with deployer.changing:
+        path = _file_of(deployer, name)
+        flows = deployer.deployments.by_name
+        if name not in flows and not os.path.exists(path):
+            raise NotFound(f"There is no deployment {shown(name)}.")
+        check_conditions(x, True, flows.get(name))
+        callers = [flow.name for flow in flows.values() if name in [called for called, _ in flow.calls]]
+        if callers:
+            raise Conflict(f"It is called by {', '.join(callers)}.")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        deployer.deployments = deployer.replaced(name)
+    log.info("deleted the deployment %s", name)
+    return Reply(204, [NO_STORE])
+
+
+# --- details of a job ---
+
+
+def job_details(x: Exchange) -> Reply:
+    """GET /api/jobs/{id}: the status document, the request, the steps and the attempts of the callback."""
+    job, progress = find_job(x)
+    app, offset = x.app, x.app.clock.offset
+    document = status_document(job, x.base, progress, offset=offset) | {"request": _request_document(app, job)}
+    steps = app.engine.trace(job.key) or app.store.trace(job.key)
+    is_local = is_loopback(app.settings.host) and app.settings.public_url is None
+    if x.caller.admin and (x.caller is not ANYBODY or is_local):
+        document["failure"] = failure_of(job, steps)
+    else:
+        steps = [{name: step[name] for name in step if name not in ("error", "retries")} for step in steps]
+    document["steps"] = steps
+    if document["callback"] is not None:
+        document["callback"]["history"] = attempt_documents(app.store.attempts(job.key), offset)
+    return Reply(200, [JSON_TYPE, ("Job-Status", job.status), NO_STORE], json_body(document))
+
+
+def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
+    """What was sent, secrets masked; a long body only by its beginning."""
+    masked = app.outside.masked
+    request, size = app.store.request(job.key, 4096 + masked.longest) or (None, 0)
+    if request is None:
+        return None
+    return {
+        **{name: masked(getattr(request, name)) for name in ("method", "path", "query")},
+        "headers": {name: masked(value) for name, value in request.headers.items()},
+        "body": masked(request.body.decode(errors="replace"))[:4096] or None,  # masked before it is cut
+        "bodySize": size,
+    }
+
+
+# --- metrics ---
+
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+#: What is said of a callback's state after an attempt.
+_FOLLOWS = {"delivered": "delivered", "pending": "retried", "failed": "failed", "gone": "gone"}
+_IN_LABEL = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+#: The value; or several, each with its labels as they are written.
+_Samples = float | Iterable[tuple[str, float]]
+
+
+def _labels(**labels: Any) -> str:
+    """Labels as they are written: {flow="weather"}."""
+    return "{" + ",".join(f'{name}="{str(value).translate(_IN_LABEL)}"' for name, value in labels.items()) + "}"
+
+
+def _run_times(app: AsteraLite) -> Iterator[tuple[str, float]]:
+    for flow in sorted(app.deployments.by_name):
+        counts = list(app.metrics.runs.get(flow, [0] * (len(RUN_TIMES) + 1)))
+        for bound, count in zip([*RUN_TIMES, "+Inf"], itertools.accumulate(counts), strict=True):
+            yield "_bucket" + _labels(flow=flow, le=bound), count
+        yield "_sum" + _labels(flow=flow), app.metrics.run_seconds.get(flow, 0.0)
+        yield "_count" + _labels(flow=flow), sum(counts)
+
+
+def _resident_bytes(app: AsteraLite) -> _Samples:
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError):  # not on Linux
+        return []
+
+
+_ENDS = ("completed", "failed", "timeout", "cancelled", "interrupted")  # Outcome.end
+
+
+#: The metrics: name, type, help, and what gives the samples. Flows that are deployed now are told of, and no others.
+_METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
+    (
+        "astera_jobs_accepted_total", "counter", "Jobs that were accepted.",
+        lambda app: [(_labels(flow=f), app.metrics.accepted.get(f, 0)) for f in sorted(app.deployments.by_name)],
+    ),
+    (
+        "astera_jobs_finished_total", "counter", "Jobs that ended, by how they did.",
+        lambda app: [
+            (_labels(flow=f, outcome=end), app.metrics.ended.get((f, end), 0))
+            for f in sorted(app.deployments.by_name) for end in _ENDS
+        ],
+    ),
+    (
+        "astera_run_duration_seconds", "histogram",
+        "Times of runs, synchronous ones and those of jobs, from begin to end.", _run_times,
+    ),
+    ("astera_jobs_queued", "gauge", "Jobs that wait for a thread.", lambda app: app.engine.queue.counts()["queued"]),
+    ("astera_jobs_running", "gauge", "Jobs that have a thread.", lambda app: app.engine.queue.counts()["running"]),
+    (
+        "astera_jobs_waiting", "gauge", "Jobs that wait for a time without a thread.",
+        lambda app: app.engine.queue.counts()["waiting"],
+    ),
+    (
+        "astera_workers", "gauge", "Threads for jobs and synchronous flows.",
+        lambda app: app.engine.threads()[0],
+    ),
+    ("astera_workers_busy", "gauge", "Those of them that run something.", lambda app: app.engine.threads()[1]),
+    (
+        "astera_callback_attempts_total", "counter", "Attempts to deliver a callback, by what followed.",
+        lambda app: [
+            (_labels(outcome=word), app.metrics.callbacks.get(state, 0)) for state, word in _FOLLOWS.items()
+        ],
+    ),
+    (
+        "astera_callbacks_under_way", "gauge", "Callbacks that are being delivered.",
+        lambda app: len(app.courier.under_way()),
+    ),
+    (
+        "astera_http_requests_total", "counter", "Requests that were answered.",
+        lambda app: [
+            (_labels(method=method, route=path, code=code), count)
+            for (method, path, code), count in sorted(app.metrics.requests.items())
+        ],
+    ),
+    ("astera_connections", "gauge", "Open connections.", lambda app: sum(map(len, app.metrics.connections))),
+    ("astera_database_bytes", "gauge", "The database with its write-ahead log.", lambda app: app.store.size()),
+    (
+        "astera_healthy", "gauge", "1, or 0 where /health tells why not.",
+        lambda app: float(app.health()["status"] == "ok"),
+    ),
+    ("astera_flows", "gauge", "Published flows.", lambda app: len(app.deployments.by_name)),
+    (
+        "astera_flow_faults", "gauge", "Faults of files that are not published, or not in their present form.",
+        lambda app: len(app.deployments.faults),
+    ),
+    (
+        "astera_build_info", "gauge", "Always 1; the labels say what runs.",
+        lambda app: [(_labels(version=__version__, python=".".join(map(str, sys.version_info[:3]))), 1)],
+    ),
+    ("astera_start_time_seconds", "gauge", "When it started (Unix time).", lambda app: app.started_at / 1000),
+    ("process_cpu_seconds_total", "counter", "Time of the processor.", lambda app: time.process_time()),
+    ("process_resident_memory_bytes", "gauge", "Memory in use.", _resident_bytes),
+]  # fmt: skip
+
+
+def metrics_text(app: AsteraLite) -> str:
+    """The text format of Prometheus, version 0.0.4."""
+    lines = []
+    for name, kind, words, samples in _METRICS:
+        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
+        found = samples(app)
+        pairs = [("", found)] if isinstance(found, int | float) else found
+        lines += [f"{name}{labels} {value!r}" for labels, value in pairs]
+    return "\n".join([*lines, ""])
+
+
+def metrics(x: Exchange) -> Reply:
+    """GET /metrics"""
+    return Reply(200, [("Content-Type", METRICS_TYPE), NO_STORE], metrics_text(x.app).encode())
+
+
+# --- advice on expressions: what other languages have, and what to write instead ---
+
+_WORDS = {
+    word: advice
+    for words, advice in {
+        "append extend insert push add unshift": "list + [x]: nothing changes a value in place",
+        "update setdefault": "merge(a, b): nothing changes a value in place",
+        "sort": "sorted(…) or sort_by(…)",
+        "reverse": "reversed(…)",
+        "includes contains has_key has hasOwnProperty": "x in y",
+        "substring substr slice charAt at": "text[from:to]",
+        "map filter forEach reduce flatMap remove pop popitem clear": "[… for x in … if …]",
+        "format concat sprintf": "${…} inside the text, or a + b",
+        "toString String stringify": "str(…) or json(…)",
+        "parseInt Number parseFloat": "int(…) or float(…)",
+        "toLowerCase to_lower lowercase": ".lower()",
+        "toUpperCase to_upper uppercase": ".upper()",
+        "length size": "len(…)",
+        "trim": ".strip()",
+        "indexOf": ".find(…)",
+        "startsWith": ".startswith(…)",
+        "endsWith": ".endswith(…)",
+        "replaceAll": ".replace(…)",
+        "padStart": ".rjust(…)",
+        "padEnd": ".ljust(…)",
+        "toFixed": "round(x, digits)",
+        "some": "any(…)",
+        "every": "all(…)",
+        "set": "unique(…)",
+        "tuple": "[…]",
+        "dict": "{name: … for … in …}",
+        "encode": "base64(…) or urlencode(…)",
+        "parse": "parse_json(…)",
+        "isinstance": "a comparison",
+        # nodes of Python's syntax
+        "Lambda": "there is no lambda: sort_by, group_by and index_by take the name of a field",
+        "JoinedStr": "there are no f-strings: write ${…} inside the text",
+        "NamedExpr": "nothing can be assigned: add a `set` step",
+        "Starred": "there is no `*`: join lists with +",
+        "Set SetComp": "there are no sets: use unique([…])",
+        "Await": "there is no await",
+        "Yield YieldFrom": "there is no yield",
+        "BitAnd BitOr BitXor LShift RShift MatMult": "the operators are + - * / // % ** and the comparisons",
+        "Invert": "there is no ~",
+    }.items()
+    for word in words.split()
+}
+_SYNTAX = {
+    "&&": "there is no &&: write `and`",
+    r"\|\|": "there is no ||: write `or`",
+    "[=!]==": "there is no === or !==: write == or !=",
+    "!(?!=)": "there is no !: write `not`",
+    r"\?\?": "there is no ??: write `a if a is not None else b`",
+    r"\?[^:]*:": "there is no ? : here: write `a if condition else b`",
+    "=>": "there is no =>: write a comprehension, [… for x in …]",
+    "`": "there is no `…`: text stands in quotes",
+    "(?<![=!<>:])=(?!=)": "= does not compare: write ==",
+}
+
+
+def advice_on_word(word: str) -> str:
+    """What to write instead of a function, a method, or a node of Python's syntax; "" if nothing is known of it."""
+    return _WORDS.get(word, "")
+
+
+def advice_on_syntax(source: str) -> str:
+    """What is wrong with an expression that Python's parser refuses; "" if nothing is known of it."""
+    if word := re.search(rf"\.({'|'.join(keyword.kwlist)})\b", source):
+        return f'{word[1]} is a word of the language: write ["{word[1]}"] for the field of that name'
+    bare = re.sub(QUOTED, "''", source)
+    return next((advice for pattern, advice in _SYNTAX.items() if re.search(pattern, bare)), "")
+
+
+def advice_on_json(error: json.JSONDecodeError) -> str:
+    """What is wrong with a file that Python's parser of JSON refuses; "" if nothing is known of it."""
+    before, at = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
+    if not error.doc.strip():
+        return ": the file is empty; `new NAME` writes a first flow"
+    if not at:
+        return ": the file ends too early, a } or ] or a quote is missing"
+    if "delimiter" in error.msg:
+        return ": a comma or a closing bracket is missing before this place"
+    if before.endswith(",") or "trailing comma" in error.msg:
+        return ": there is a comma after the last item"
+    if at == "'":
+        return ': JSON has "double" quotes'
+    if error.doc[error.pos : error.pos + 2] in ("//", "/*") or at == "#":
+        return ": JSON has no comments; use a description, or write the flow as TOML"
+    return ""
