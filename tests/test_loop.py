@@ -499,6 +499,7 @@ def working(it: Running) -> Iterator[tuple[socket.socket, threading.Event]]:
 def aged(server: Server, sock: socket.socket) -> Handler:
     """The server's side of a connection, which from now on is there for longer than all that are not aged."""
     (found,) = (each for each in server.handlers if each.client_address == sock.getsockname())
+    eventually(lambda: found.state != "sending")  # when its answer is sent, its time begins anew
     found.since -= 10
     return found
 
