@@ -455,11 +455,11 @@ def test_a_cancel_that_meets_the_suspension_ends_the_job(tmp_path: Path) -> None
         asked: list[bool] = []
         suspend = app.store.suspend
 
-        def hooked(suspension: Any, done: Any) -> None:  # the thread has let go, its wait is not on record yet
+        def hooked(job: Job, *more: Any) -> None:  # the thread has let go, its wait is not on record yet
             app.store.find_key("", "", "", 0, hold)
             assert begun.wait(10)
-            suspend(suspension, done)
-            asked.append(app.cancel(str(suspension.key)))
+            suspend(job, *more)
+            asked.append(app.cancel(job.id))
             go_on.set()
 
         app.store.suspend = hooked  # type: ignore[method-assign]
