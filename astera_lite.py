@@ -399,6 +399,7 @@ class JobKey(NamedTuple):
     seq: int
     salt: int
 
+    @lru_cache(maxsize=1024)  # noqa: B019 (keys are small) an answer about a job names it several times
     def __str__(self) -> str:
         head, tail = f"{self.seq:015x}", f"{self.salt | 1 << 63:016x}"
         return f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
@@ -459,12 +460,17 @@ class Metrics:
         self.run_seconds[flow] += seconds
 
 
+@lru_cache(maxsize=64)  # a status has four times, mostly of the same seconds
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
 def timestamp(ms: int | None, offset: int = 0) -> str | None:
     """RFC 3339 UTC with milliseconds, of a time and a clock's offset; None for None."""
     if ms is None:
         return None
     seconds, rest = divmod(ms + offset, 1000)
-    return time.strftime(f"%Y-%m-%dT%H:%M:%S.{rest:03d}Z", time.gmtime(seconds))
+    return f"{_second(seconds)}.{rest:03d}Z"
 
 
 _SHOWN = json.JSONEncoder(ensure_ascii=False, default=lambda odd: f"<{type(odd).__name__}>")
