@@ -51,6 +51,9 @@ if __name__ == "__main__":
     sys.modules[__name__] = sys.modules["__main__"]
     flags = sys.orig_argv[1 : -len(sys.argv)]  # Python's own
     if __file__.startswith("/proc/self/fd/"):  # the new interpreter of below
+        import gc
+
+        gc.disable()  # what a start makes stays: _settle goes on with it
         os.close(int(__file__.rpartition("/")[2]))
         del sys.argv[0]
         __file__ = os.path.realpath(sys.argv[0])
@@ -10761,8 +10764,8 @@ def _settle() -> None:
     """Tell the garbage collector that what is loaded stays."""
     import gc  # noqa: PLC0415 (an embedding program's own affair)
 
-    gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(10_000, 20, 50)  # requests leave no cycles, but many objects: a look for each 700 held them up
 
 
