@@ -23,6 +23,7 @@ import requests
 from support import ECHO, Client, FakeClock, Running, get_flow, running, talk
 
 import astera_lite
+import astera_lite_admin
 import astera_lite_documents
 from astera_lite import AsteraLite, ConfigError, Flow, Handler, Server, StoreError
 
@@ -700,7 +701,7 @@ SLOW: dict[str, tuple[Any, str, bytes]] = {
     "Postman": (astera_lite_documents, "postman_document", request("GET", "/postman.json", close=True)),
     "jobs": (astera_lite.Jobs, "page", request("GET", "/api/jobs", close=True)),
     "deployments": (astera_lite, "deployment_document", request("GET", "/api/deployments", close=True)),
-    "a job": (astera_lite_documents, "_request_document", request("GET", "/api/jobs/{id}", close=True)),
+    "a job": (astera_lite_admin, "_request_document", request("GET", "/api/jobs/{id}", close=True)),
     "rerun": (astera_lite.Jobs, "rerun", request("POST", "/api/jobs/{id}/rerun", close=True)),
     "a large body": (Flow, "bind", post_json(sync("/echo"), b'"' + b"x" * 100_000 + b'"', close=True)),
     "and a job": (Flow, "bind", post_json("/api/publishingAsync/echo", b'"' + b"x" * 100_000 + b'"', close=True)),
