@@ -621,36 +621,35 @@ def json_body(value: Any) -> bytes:
 MAX_WRITTEN = 256 << 20  # bytes of JSON that a flow's value may come to
 
 
+def _least_size(part: Any, sizes: dict[int, int]) -> int:
+    """The least number of bytes of a list or an object. `sizes` has them by id, so that a shared part is walked once."""
+    known = sizes.get(id(part))
+    if known is not None:
+        return known
+    total, items = 1, part
+    if type(part) is dict:
+        for name in part:
+            total += len(name) + 3 if type(name) is str else 4
+        items = part.values()
+    for item in items:
+        kind = type(item)
+        if kind is str or kind is bytes:
+            total += len(item) + 3
+        elif kind is dict or kind is list or kind is tuple:
+            total += _least_size(item, sizes) + 1
+        else:
+            total += 2
+    sizes[id(part)] = total
+    return total
+
+
 def check_written(value: Any, limit: int = MAX_WRITTEN) -> None:
     """Raise ValueError for a value that takes more than so many bytes as JSON.
 
     A value of a flow may hold one part many times, so that a few steps of `[x, x]` make more than any memory takes.
     """
-    sizes: dict[int, int] = {}  # by id, so that a shared part is walked once
-
-    def size(part: Any) -> int:
-        """The least number of bytes of a list or an object."""
-        known = sizes.get(id(part))
-        if known is not None:
-            return known
-        total, items = 1, part
-        if type(part) is dict:
-            for name in part:
-                total += len(name) + 3 if type(name) is str else 4
-            items = part.values()
-        for item in items:
-            kind = type(item)
-            if kind is str or kind is bytes:
-                total += len(item) + 3
-            elif kind is dict or kind is list or kind is tuple:
-                total += size(item) + 1
-            else:
-                total += 2
-        sizes[id(part)] = total
-        return total
-
     try:
-        total = size((value,)) - 2
+        total = _least_size((value,), {}) - 2
     except RecursionError:
         raise ValueError(_TOO_DEEP_TO_WRITE) from None
     if total > limit:
@@ -735,7 +734,12 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
         _check_depth(text, MAX_JSON_CONTAINERS if decoder is _decoder else max(MAX_JSON_CONTAINERS, len(text) // 20))
     try:
-        value = decoder.decode(text)
+        try:
+            value, end = decoder.raw_decode(text)  # most texts have no white space around them
+        except json.JSONDecodeError:
+            end = -1
+        if end != len(text):
+            value = decoder.decode(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     if ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
@@ -2778,6 +2782,10 @@ class Response(NamedTuple):
     page_size: Template | None = None
 
 
+_SCALARS = (str, int, float, bool, type(None))  # which nobody can change
+_MAX_BOUND = 128  # queries that a flow keeps bound, and characters of each
+
+
 class Flow(NamedTuple):
     """A deployed flow, compiled. `tree` is what its author wrote, `version` the hash that pins jobs to it."""
 
@@ -2804,6 +2812,7 @@ class Flow(NamedTuple):
     text: str
     version: int
     source: str  # the file's name, for people
+    bound: dict[str, tuple[dict[str, Any], dict[str, Any]]]  # what queries came to that may come again
     header_names: tuple[str, ...] = ()  # of a request, in lower case: those that matter to the flow
     light: bool = False  # computes only, and is short: it may be run where a thread must not be held for long
 
@@ -2815,6 +2824,27 @@ class Flow(NamedTuple):
     def bind(self, request: StoredRequest, segments: Mapping[str, str], request_id: str = "") -> Input:
         """Check a request against the declaration; raises InputError with every fault at once."""
         errors = InputErrors()
+        known = self.bound.get(request.query)
+        if known is None:
+            params, query, selected = self._bind_query(request, segments, errors)
+        else:
+            params, query, selected = known[0].copy(), known[1].copy(), None
+        seen = {
+            "method": request.method,
+            "path": request.path,
+            "query": query,
+            "headers": request.headers,
+            "body": _bind_body(self, request, errors),
+            "id": request_id,
+        }
+        if errors:
+            raise InputError(errors)
+        return Input(params, seen, selected, len(request.body) + len(request.query), request.trace)
+
+    def _bind_query(
+        self, request: StoredRequest, segments: Mapping[str, str], errors: InputErrors
+    ) -> tuple[dict[str, Any], dict[str, Any], Any]:
+        """The parameters, the query as expressions see it, and what it selects."""
         query, params = parse_query(request.query), {}
         for item in self.parameters:
             if item.where == "query":
@@ -2829,20 +2859,19 @@ class Flow(NamedTuple):
             for name in query:
                 if name not in known and not errors.full:
                     errors.add("query", name, "is not declared" + suggest(name, known))
-        selected = None
+        plain, selected = _plain(query), None
         if self.selection != NO_SELECTION:
             selected = wing("astera_lite_requests:read_selection")(self.selection, request.path, query, errors)
-        seen = {
-            "method": request.method,
-            "path": request.path,
-            "query": _plain(query),
-            "headers": request.headers,
-            "body": _bind_body(self, request, errors),
-            "id": request_id,
-        }
-        if errors:
-            raise InputError(errors)
-        return Input(params, seen, selected, len(request.body) + len(request.query), request.trace)
+        elif (
+            not errors
+            and len(request.query) <= _MAX_BOUND
+            and all(item.where == "query" for item in self.parameters)
+            and all(type(value) in _SCALARS for value in (*params.values(), *plain.values()))
+        ):
+            if len(self.bound) >= _MAX_BOUND:
+                self.bound.clear()
+            self.bound[request.query] = params.copy(), plain.copy()
+        return params, plain, selected
 
 
 #: Short names of content types in a flow file.
@@ -2854,6 +2883,7 @@ CONTENT_TYPES = {
 }
 _CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*+"?+(?!(?:utf-?8|us-ascii)[ \t]*"?[ \t]*(?:;|$))', re.IGNORECASE)
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_NO_DIGITS = bytes(set(range(256)) - set(b"0123456789"))
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*+\\u0000")
 _MAX_FIELDS = 10_000  # of a form; half a million of them took seconds
 
@@ -2861,6 +2891,11 @@ _MAX_FIELDS = 10_000  # of a form; half a million of them took seconds
 def is_json_type(media: str) -> bool:
     """Whether a media type (without parameters, in lower case) is JSON: RFC 6839 has the suffix."""
     return media == "application/json" or media.endswith("+json")
+
+
+def _has_long_number(text: bytes) -> bool:
+    """Whether there are 19 digits in a row; most texts have fewer in all, which is found sooner."""
+    return len(text.translate(None, _NO_DIGITS)) >= 19 and _LONG_NUMBER.search(text) is not None
 
 
 def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
@@ -2890,7 +2925,7 @@ def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
         return None
     before = len(errors)
     checked = flow.body.check(value, "", errors) if flow.body else value
-    if is_json and len(errors) == before and _LONG_NUMBER.search(request.body):
+    if is_json and len(errors) == before and _has_long_number(request.body):
         _refuse_large(value, "", errors)
     return checked
 
@@ -5055,6 +5090,7 @@ def build_flow(
         text=text,
         version=int.from_bytes(sha256(f"{name}\n{text}".encode())[:8]) >> 1,
         source=where,
+        bound={},
         light=build.light and few and limit["limit"] is None,
     )
 
