@@ -145,6 +145,7 @@ __all__ = [
 __version__ = "1.0.0"
 
 log = logging.getLogger("astera_lite")
+_warnings_log = logging.getLogger("py.warnings")  # of logging.captureWarnings
 
 # ======================================================================================================================
 # 1 Errors and tools
@@ -763,7 +764,8 @@ def problem(status: int, detail: str = "", **members: Any) -> dict[str, Any]:
 
 # ======================================================================================================================
 # 2 Settings
-# To add a setting: a field of Settings. Flag, environment variable, TOML key, --help and docs/settings.md follow.
+# To add a setting: a field of Settings, from which flag, environment variable, TOML key and --help follow; and a row in
+# docs/settings.md and examples/settings.toml.
 # ======================================================================================================================
 
 
@@ -1511,7 +1513,7 @@ def field_values(rows: Any, *names: Any, **named: Any) -> list[Any]:
 class Function(NamedTuple):
     """A function of the language."""
 
-    signature: str  # as a message shows it
+    signature: str  # in Python, which evaluates it to bind arguments; messages and docs/flows.md show it
     call: Callable[..., Any]
     reads: Callable[..., Iterable[Any]] | None = lambda *_, **__: ()  # of the arguments, in depth; None: costs nothing
 
@@ -5282,7 +5284,9 @@ def load_flows(
 
 # ======================================================================================================================
 # 7 Store
-# To add a column: schema.sql, a script in UPGRADES from the version before, _JOB_COLUMNS and _job().
+# To add a column: schema.sql, a script in UPGRADES from the version before, _JOB_COLUMNS, _INSERT_JOB, the rows made by
+# SqliteStore.add and _Recent, the offsets in _job(), and _MOVE_TIMES for a time. A look at a database that is not
+# upgraded yet must do without the column: SqliteReader knows the version.
 # All SQL of the module stands in this room. Rows do not leave it; records do.
 # ======================================================================================================================
 
@@ -5365,7 +5369,6 @@ class Submission(NamedTuple):
     idempotency_key: str | None = None
     fingerprint: bytes = b""
     ended: Finish | None = None  # of a job that was run before it was stored
-    claimed: bool = True  # stored as this server's own, else left to `claim`; of no account for a store with one owner
 
 
 class Finish(NamedTuple):
@@ -6104,8 +6107,6 @@ class SqliteStore(SqliteReader):
     of a database that is made. The write-ahead log begins anew at a quarter of `max_bytes`, or of the room on the disk.
     """
 
-    shared = False  # other servers take jobs from the same store
-
     def __init__(
         self, path: str, durability: str = "full", max_bytes: int | None = None, page_size: int = 4 << 10
     ) -> None:
@@ -6506,7 +6507,11 @@ _LIGHT_BODY = 16 << 10  # bytes of the largest request that runs on the calling 
 
 
 class Prepared(NamedTuple):
-    """A job that can run. `interrupted`: an earlier run of it began and was cut short by the end of its server."""
+    """A job that can run.
+
+    `interrupted`: an earlier run of it began and was cut short by the end of its server. `stored`: it was read from the
+    store, as those of a server that died are.
+    """
 
     job: Job
     flow: Flow
@@ -6515,6 +6520,7 @@ class Prepared(NamedTuple):
     waits: Mapping[str, int] = types.MappingProxyType({})
     trace: Sequence[dict[str, Any]] = ()
     interrupted: bool = False
+    stored: bool = False
 
 
 class State(IntEnum):
@@ -6693,7 +6699,7 @@ class JobJournal(Journal):
         """Save a step's output, without waiting for the disk; the bytes that were saved."""
         text = to_saved(value, self._secrets)
         with self._changed:
-            self._begin()
+            self.begin()
             self._unwritten += 1
         self._store.save_step(self._job.key, self._job.attempt, path, text, self._written)
         return len(text)
@@ -6705,7 +6711,7 @@ class JobJournal(Journal):
     def barrier(self) -> None:
         """Wait until the beginning of this attempt, and all outputs so far, are on disk."""
         with self._changed:
-            self._begin()
+            self.begin()
             if not self._changed.wait_for(lambda: not self._unwritten, self._deadline - self._clock.monotonic()):
                 raise _TimedOut
             if self._error is not None:
@@ -6713,9 +6719,11 @@ class JobJournal(Journal):
             if self._superseded:  # the job has ended, by a cancel, or another run of it began
                 raise Cancelled
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Put the attempt on record, before the first output: whoever finds it knows that this run began."""
-        if not self._begun:
+        with self._changed:
+            if self._begun:
+                return
             self._begun = True
             self._unwritten += 1
             self._store.start(self._job.key, self._job.attempt, self._job.started or 0, self._written)
@@ -7007,6 +7015,8 @@ class Engine:
         began, spent = self._clock.monotonic(), (now - started) / 1000
         deadline = began + (flow.timeout or self._job_timeout) - spent
         journal = JobJournal(self._store, self._outside, prepared, entry.job, deadline)
+        if prepared.stored:  # the attempt counts, also of a run that brings the server down before its first output
+            journal.begin()
         trace = list(prepared.trace)
         entry.run = run = Run(flow, prepared.input, self._outside, deadline, journal, trace, entry.cancel)
         outcome = run_flow(run)
@@ -8044,7 +8054,8 @@ class AsteraLite:
     def start(self) -> None:
         """Open the database, load the flows, take up what was left, and start the threads."""
         settings = self.settings
-        log.addFilter(self.outside.masked.log_record)
+        for logger in (log, _warnings_log):
+            logger.addFilter(self.outside.masked.log_record)
         self.store: Store = SqliteStore(
             settings.database, settings.durability, settings.max_database, parse_size(settings.page_size)
         )
@@ -8125,11 +8136,16 @@ class AsteraLite:
         self._callbacks.shutdown(wait=False)
         self.watchers.close()
         if not left:
-            log.removeFilter(self.outside.masked.log_record)
+            for logger in (log, _warnings_log):
+                logger.removeFilter(self.outside.masked.log_record)
         return left
 
     def _take_up(self) -> int:
-        """Queue the jobs that nobody has in hand: a wake-up was lost, or an end could not be stored; how many."""
+        """Queue the jobs that nobody has in hand; how many.
+
+        They are those of a server that died, and those whose wake-up was lost or whose end could not be stored. Which
+        of them was interrupted is seen by `_prepare`; whether it runs again is decided by `Engine._run`.
+        """
         found = self.store.claim(self.engine, _MAX_CLAIMED)
         for seq, due, flow in found:
             self.engine.put(seq, flow, due=due)
@@ -8242,7 +8258,7 @@ class AsteraLite:
             return None
         interrupted = job.started is not None and job.due is None
         saved = {path: from_saved(text, self.outside.secrets) for path, text in loaded.saved.items()}
-        return Prepared(job, flow, given, saved, loaded.waits, loaded.trace, interrupted)
+        return Prepared(job, flow, given, saved, loaded.waits, loaded.trace, interrupted, True)
 
     def _finished(self, key: JobKey, more: bool) -> None:
         self.watchers.tell(key)
@@ -10718,7 +10734,7 @@ def _set_up_process(settings: Settings) -> None:
     """Set what belongs to the whole process: log, thread switches, descriptors."""
     set_up_logging(settings)
     logging.captureWarnings(True)
-    logging.getLogger("py.warnings").addHandler(log.handlers[-1])
+    _warnings_log.addHandler(log.handlers[-1])
     sys.setswitchinterval(0.00005)  # or each thread that computes would hold up the loop for 5 ms, many times a request
     try:
         import resource as rlimits  # noqa: PLC0415 (not on Windows)

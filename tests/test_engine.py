@@ -29,10 +29,12 @@ from astera_lite import (
     Engine,
     Housekeeper,
     Job,
+    JobKey,
     NotFound,
     Outcome,
     Principal,
     Result,
+    SqliteStore,
     State,
     Status,
     StoredRequest,
@@ -841,3 +843,21 @@ def test_retry_after_grows_with_the_queue_and_the_time_of_a_run(tmp_path: Path, 
         assert app.engine.retry_after("gate") == 60
         assert 1 <= app.engine.retry_after("f") <= 10
         gate.open.set()
+
+
+def test_a_run_of_a_stored_job_is_on_record_before_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = get_flow("/f", steps=[{"name": "w", "wait": 60}, {"name": "s", "set": 1}])
+    with serving(tmp_path, {"f": flow}) as app:
+        job = app.submit("f")
+        suspended(app)
+    begun: list[int] = []
+    start = SqliteStore.start
+
+    def spy(store: SqliteStore, key: JobKey, attempt: int, *rest: Any) -> None:
+        begun.append(attempt)
+        start(store, key, attempt, *rest)
+
+    monkeypatch.setattr(SqliteStore, "start", spy)
+    with serving(tmp_path, {"f": flow}, FakeClock(job.created + 61_000)) as app:
+        assert finished(app, job).attempt == 1
+    assert begun == [1]
