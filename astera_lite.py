@@ -6526,6 +6526,8 @@ class Prepared(NamedTuple):
 class State(IntEnum):
     """Where a job or a synchronous call stands in the engine."""
 
+    __hash__ = int.__hash__  # Enum's own is Python code, and states are looked up for each job
+
     NEW = auto()  # on its way to the disk
     READY = auto()  # waits for a thread
     HELD = auto()  # waits until its flow's limit leaves room
