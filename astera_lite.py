@@ -623,7 +623,7 @@ MAX_WRITTEN = 256 << 20  # bytes of JSON that a flow's value may come to
 
 
 def _least_size(part: Any, sizes: dict[int, int]) -> int:
-    """The least number of bytes of a list or an object. `sizes` has them by id, so that a shared part is walked once."""
+    """The least number of bytes of a list or an object; `sizes` has them by id: a shared part is walked once."""
     known = sizes.get(id(part))
     if known is not None:
         return known
