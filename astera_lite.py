@@ -1212,6 +1212,16 @@ def status_document(
     return document
 
 
+def accepted_document(job: Job, base: str, offset: int) -> bytes:
+    """`status_document` of a job that was just accepted, as a body; written for each 202."""
+    url, created = f"{base}/api/jobs/{job.id}", timestamp(job.created, offset)
+    return (
+        f'{{"id":"{job.id}","status":"Running","flow":{to_json(job.flow)},"createdAt":"{created}",'
+        '"startedAt":null,"finishedAt":null,"expiresAt":null,"attempt":0,"progress":null,'
+        f'"statusUrl":{to_json(url + "/status")},"resultUrl":null,"error":null,"callback":null}}\n'
+    ).encode()
+
+
 def attempt_documents(attempts: Sequence[Attempt], offset: int) -> list[dict[str, Any]]:
     """The attempts of a callback, as a job's document has them; `offset` is the clock's, in milliseconds."""
     return [
@@ -9447,7 +9457,11 @@ def _status_response(x: Exchange, seen: _Seen, code: int = 200, more: Iterable[t
     headers += more
     if job.status is Status.RUNNING:
         headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
-    body = json_body(status_document(job, x.base, progress, offset=x.app.clock.offset))
+    offset = x.app.clock.offset
+    if job.status is Status.RUNNING and job.attempt == 0 and job.callback is None and progress is None:
+        body = accepted_document(job, x.base, offset)
+    else:
+        body = json_body(status_document(job, x.base, progress, offset=offset))
     if job.status is not Status.RUNNING and code == 200:
         headers.append(("Location", f"{x.base}/api/jobs/{job.id}/result"))
         if x.head.method in _READING:
