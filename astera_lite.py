@@ -7833,29 +7833,30 @@ class Jobs:
         job, flow = ready.job, ready.flow
         fingerprint = b"" if idempotency_key is None else _fingerprint(request, job.callback)
         try:
-            self._admit(ready, len(request.body))
+            self._check_room(flow, len(request.body))
+            # A flow that only computes is run before its job is stored, so that both need one commit.
+            ended = self._engine.ended_at_once(job, flow, ready.input)
+            if ended is None:
+                self._engine.admit(job.key.seq, flow)
         except Busy as full:
             if idempotency_key is None:
                 raise
             replay = partial(self._replay, fingerprint, full, done)
             self._store.find_key(job.flow, job.token, idempotency_key, job.created, replay)
             return
-        # A flow that only computes is run before its job is stored, so that both need one commit.
-        ended = self._engine.ended_at_once(job, flow, ready.input)
         submission = Submission(job, request, flow.text, idempotency_key, fingerprint, ended)
         self._store.add(submission, partial(self._accepted, ready, ended, done))
 
-    def _admit(self, ready: Prepared, size: int) -> None:
+    def _check_room(self, flow: Flow, size: int) -> None:
         """Raise Busy unless there is room for a job with a body of this size."""
         if self._engine.queue.queued >= self._max_queue:
-            raise Busy("The queue of jobs is full.", self._engine.retry_after(ready.job.flow))
+            raise Busy("The queue of jobs is full.", self._engine.retry_after(flow.name))
         if self._max_database is not None:
             now = self._clock.monotonic()
             if now - self._size_at > 1:
                 self._size_at, self._size = now, self._store.size()
             if self._size >= self._max_database:
                 raise Busy("The database has reached its greatest size: there is room when results expire.", 60)
-        self._engine.admit(ready.job.key.seq, ready.flow)
         self._size += 2 * (size + _ROW_BYTES)  # in the log and in the file, until it is measured
 
     def _accepted(
@@ -7866,11 +7867,12 @@ class Jobs:
         added = isinstance(result, Added) and not result.replayed
         if added:
             self._metrics.accepted[job.flow] += 1
-        if added and ended is None:
-            self._engine.put(job.key.seq, job.flow, ready)
-        else:
-            self._engine.dismiss(job.key.seq)
-        if added and ended is not None:
+        if ended is None:
+            if added:
+                self._engine.put(job.key.seq, job.flow, ready)
+            else:
+                self._engine.dismiss(job.key.seq)
+        elif added:
             self._metrics.ended[job.flow, ended.outcome.end] += 1
             log_outcome("job", ready.flow, ready.input, ended.outcome)
             if ended.callback is not None:
