@@ -8505,8 +8505,8 @@ class Access:
         headers = head.headers
         host = headers.get("host", "").lower()
         if self._hosts is not None and host and host not in self._hosts:
-            match = _HOST.fullmatch(host)
-            if match is None or match[1] not in self._hosts:
+            name, _, port = host.rpartition(":")
+            if name not in self._hosts or not port.isdecimal():
                 cure = "call it as localhost or 127.0.0.1, or let the setting public_url name it"
                 raise AccessError(421, f"This server is not {shown(host)}: {cure}.")
         origin = headers.get("origin")
@@ -9189,7 +9189,9 @@ def find_flow(mode: str, x: Exchange) -> None:
     if not matches:
         raise NotFound(f"No flow publishes {shown(path, 200)}. The endpoints are listed at /api/deployments.")
     method = "GET" if x.head.method == "HEAD" and mode == "synchronous" else x.head.method
-    flow = next((methods[method] for methods in matches if method in methods), None)
+    flow = None
+    for methods in matches:  # the most literal first
+        flow = flow or methods.get(method)
     if flow is None:
         raise MethodNotAllowed(_allowed(matches, mode))
     if mode not in flow.modes:
