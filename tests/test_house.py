@@ -24,9 +24,9 @@ from astera_lite_documents import flow_schema
 
 FILES = ("astera_lite.py", *WINGS)
 TREES = {name: ast.parse((ROOT / name).read_text("utf-8")) for name in FILES}
-#: Lines that a file may have (wc -l). They are to fall: the plan allows the core 7,500.
+#: Lines that a file may have (wc -l). The core is to fall further: the plan allows it 7,500.
 LINES = {
-    "astera_lite.py": 13_500,
+    "astera_lite.py": 11_000,
     "astera_lite_admin.py": 400,
     "astera_lite_documents.py": 800,
     "astera_lite_requests.py": 800,
