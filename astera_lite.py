@@ -5432,7 +5432,8 @@ _RETRY_S = 0.5  # between attempts to write to a database that cannot be written
 _BUSY_MS = 1000  # that a write waits for another process's lock
 _SMALL = 16 << 10  # bytes of request and result of a job that the thread that answers requests may write
 _QUICK_S = 0.003  # that a commit may take; for a hundred times as long as a longer one took the thread commits
-_FOLD_AFTER = 8000  # writes after which the log is folded into the file, on the thread
+_FOLD_AFTER = 6000  # writes, some 5 MB of the log, after which the thread folds it into the file
+_COMMIT_COSTS = 16  # writes that the log could hold instead of the pages that each commit writes again
 _LOG_BYTES = 128 << 20  # of the log, at which a commit folds it, for the thread did not come to it
 _ROW_BYTES = 2048  # that a job takes beside its bodies, about
 _RECENT_BYTES = 16 << 20  # of jobs that ended lately, which are held in memory
@@ -5699,7 +5700,7 @@ class _Writer:
             raise
         if ended - began > _QUICK_S:
             self._slow_until = ended + 100 * (ended - began)
-        self._unfolded += len(batch)
+        self._unfolded += len(batch) + _COMMIT_COSTS
         if self._file.fault and not self._file.damaged and db.total_changes > before:  # else nothing is known yet
             log.info("the database can be written again")
             self._file.fault = None
@@ -5707,10 +5708,14 @@ class _Writer:
 
     def _fold(self) -> None:
         """Fold the log into the file now and then, so that it begins anew; cut one that a reader let grow too long."""
-        with contextlib.suppress(OSError, sqlite3.Error):  # it is tried again
+        with contextlib.suppress(OSError, sqlite3.Error, _Moved):  # it is tried again
             long = os.stat(f"{self._file.path}-wal").st_size > self._log_bytes * 5 // 4
             if long or self._unfolded >= _FOLD_AFTER:
                 self._unfolded = 0
+                self._file.check()
+                # Most of it is folded beside the commits; they wait for the rest, or the log would never begin anew.
+                with contextlib.closing(sqlite3.connect(self._file.path, isolation_level=None)) as beside:
+                    beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
                 with self._lock:
                     self.db.execute("PRAGMA busy_timeout = 0")
                     self.db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'PASSIVE'})").fetchone()
