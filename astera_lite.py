@@ -5431,7 +5431,7 @@ _BATCH = 512  # writes committed together at the most; more would make the first
 _RETRY_S = 0.5  # between attempts to write to a database that cannot be written
 _BUSY_MS = 1000  # that a write waits for another process's lock
 _SMALL = 16 << 10  # bytes of request and result of a job that the thread that answers requests may write
-_QUICK_S = 0.003  # that a commit may take; for a hundred times as long as a longer one took the thread commits
+_QUICK_S = 0.003  # that a commit may take; after two that took longer the thread commits, a hundred times as long
 _FOLD_AFTER = 6000  # writes, some 5 MB of the log, after which the thread folds it into the file
 _COMMIT_COSTS = 16  # writes that the log could hold instead of the pages that each commit writes again
 _LOG_BYTES = 128 << 20  # of the log, at which a commit folds it, for the thread did not come to it
@@ -5551,6 +5551,7 @@ class _Writer:
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()  # None: look at the rest
         self._kept: list[_Write] = []  # to be tried again
         self._unfolded = 0  # writes since the log was folded into the file
+        self._was_slow = False  # the last commit
         self._slow_until = 0.0  # on the monotonic clock
         self._give_up_at = math.inf  # when a closing store stops trying, on the monotonic clock
         self._stopping = self._closed = False
@@ -5698,7 +5699,8 @@ class _Writer:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
             raise
-        if ended - began > _QUICK_S:
+        slow, self._was_slow = self._was_slow, ended - began > _QUICK_S
+        if slow and self._was_slow:  # one alone met a fold, or another program
             self._slow_until = ended + 100 * (ended - began)
         self._unfolded += len(batch) + _COMMIT_COSTS
         if self._file.fault and not self._file.damaged and db.total_changes > before:  # else nothing is known yet
