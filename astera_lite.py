@@ -5941,8 +5941,12 @@ class SqliteReader:
         self._being_read: set[tuple[int, object]] = set()  # large results, which the purge spares until they are read
         if not os.path.isfile(self.path):
             raise StoreError(f"there is no database {self.path}: a server makes it when it starts")
-        with self._reading() as db:
-            self._version = _format(db, self.path)
+        try:
+            with self._reading() as db:
+                self._version = _format(db, self.path)
+        except StoreError:
+            SqliteReader.close(self)
+            raise
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -6141,13 +6145,13 @@ class SqliteStore(SqliteReader):
         with contextlib.suppress(OSError):  # not every file system tells
             max_bytes = min(max_bytes or sys.maxsize, shutil.disk_usage(folder).free)
         log_bytes = min(_LOG_BYTES, max((max_bytes or _LOG_BYTES) // 4, 1 << 18))
-        self._owner = _own(path)
-        try:
+        with contextlib.ExitStack() as undone:
+            self._owner = _own(path)
+            undone.callback(self._owner.close)
             db = _open(path, durability, log_bytes, page_size)
+            undone.callback(db.close)
             super().__init__(path)
-        except BaseException:
-            self._owner.close()
-            raise
+            undone.pop_all()
         self._file.pin()
         self._writer = _Writer(db, self._file, log_bytes)
 
