@@ -739,12 +739,7 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
         _check_depth(text, MAX_JSON_CONTAINERS if decoder is _decoder else max(MAX_JSON_CONTAINERS, len(text) // 20))
     try:
-        try:
-            value, end = decoder.raw_decode(text)  # most texts have no white space around them
-        except json.JSONDecodeError:
-            end = -1
-        if end != len(text):
-            value = decoder.decode(text)
+        value = decoder.decode(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     if ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
@@ -1214,16 +1209,6 @@ def status_document(
             "nextAttemptAt": timestamp(job.callback.next_at, offset),
         }
     return document
-
-
-def accepted_document(job: Job, base: str, offset: int) -> bytes:
-    """`status_document` of a job that was just accepted, as a body; written for each 202."""
-    url, created = f"{base}/api/jobs/{job.id}", timestamp(job.created, offset)
-    return (
-        f'{{"id":"{job.id}","status":"Running","flow":{to_json(job.flow)},"createdAt":"{created}",'
-        '"startedAt":null,"finishedAt":null,"expiresAt":null,"attempt":0,"progress":null,'
-        f'"statusUrl":{to_json(url + "/status")},"resultUrl":null,"error":null,"callback":null}}\n'
-    ).encode()
 
 
 def attempt_documents(attempts: Sequence[Attempt], offset: int) -> list[dict[str, Any]]:
@@ -5431,7 +5416,7 @@ _BATCH = 512  # writes committed together at the most; more would make the first
 _RETRY_S = 0.5  # between attempts to write to a database that cannot be written
 _BUSY_MS = 1000  # that a write waits for another process's lock
 _SMALL = 16 << 10  # bytes of request and result of a job that the thread that answers requests may write
-_QUICK_S = 0.003  # that a commit may take; after two that took longer the thread commits, a hundred times as long
+_QUICK_S = 0.003  # that a commit may take; for a hundred times as long as a longer one took the thread commits
 _FOLD_AFTER = 6000  # writes, some 5 MB of the log, after which the thread folds it into the file
 _COMMIT_COSTS = 16  # writes that the log could hold instead of the pages that each commit writes again
 _LOG_BYTES = 128 << 20  # of the log, at which a commit folds it, for the thread did not come to it
@@ -5551,7 +5536,6 @@ class _Writer:
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()  # None: look at the rest
         self._kept: list[_Write] = []  # to be tried again
         self._unfolded = 0  # writes since the log was folded into the file
-        self._was_slow = False  # the last commit
         self._slow_until = 0.0  # on the monotonic clock
         self._give_up_at = math.inf  # when a closing store stops trying, on the monotonic clock
         self._stopping = self._closed = False
@@ -5699,8 +5683,7 @@ class _Writer:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
             raise
-        slow, self._was_slow = self._was_slow, ended - began > _QUICK_S
-        if slow and self._was_slow:  # one alone met a fold, or another program
+        if ended - began > _QUICK_S:
             self._slow_until = ended + 100 * (ended - began)
         self._unfolded += len(batch) + _COMMIT_COSTS
         if self._file.fault and not self._file.damaged and db.total_changes > before:  # else nothing is known yet
@@ -5712,15 +5695,17 @@ class _Writer:
         """Fold the log into the file now and then, so that it begins anew; cut one that a reader let grow too long."""
         with contextlib.suppress(OSError, sqlite3.Error, _Moved):  # it is tried again
             long = os.stat(f"{self._file.path}-wal").st_size > self._log_bytes * 5 // 4
-            if long or self._unfolded >= _FOLD_AFTER:
-                self._unfolded = 0
-                self._file.check()
-                # Most of it is folded beside the commits; they wait for the rest, or the log would never begin anew.
-                with contextlib.closing(sqlite3.connect(self._file.path, isolation_level=None)) as beside:
-                    beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-                with self._lock:
-                    self.db.execute("PRAGMA busy_timeout = 0")
-                    self.db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'PASSIVE'})").fetchone()
+            if not long and self._unfolded < _FOLD_AFTER:
+                return
+            self._unfolded = 0
+            self._file.check()
+            # Most of it is folded beside the commits; they wait for the rest, or the log would never begin anew.
+            name = f"file:{urllib.parse.quote(self._file.path)}?mode=rw"  # never makes a file
+            with contextlib.closing(sqlite3.connect(name, uri=True, isolation_level=None)) as beside:
+                beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            with self._lock:
+                self.db.execute("PRAGMA busy_timeout = 0")
+                self.db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'PASSIVE'})").fetchone()
 
     def _tell(self, batch: list[_Write], results: list[Any] | None, error: AsteraError | None) -> None:
         for write, result in zip(batch, results or [None] * len(batch), strict=True):
@@ -7860,7 +7845,11 @@ class Jobs:
             self._store.find_key(job.flow, job.token, idempotency_key, job.created, replay)
             return
         submission = Submission(job, request, flow.text, idempotency_key, fingerprint, ended)
-        self._store.add(submission, partial(self._accepted, ready, ended, done))
+        try:
+            self._store.add(submission, partial(self._accepted, ready, ended, done))
+        except BaseException:  # out of memory: the job is not on its way, and must not count for its flow's limit
+            self._engine.dismiss(job.key.seq)
+            raise
 
     def _check_room(self, flow: Flow, size: int) -> None:
         """Raise Busy unless there is room for a job with a body of this size."""
@@ -9476,11 +9465,7 @@ def _status_response(x: Exchange, seen: _Seen, code: int = 200, more: Iterable[t
     headers += more
     if job.status is Status.RUNNING:
         headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
-    offset = x.app.clock.offset
-    if job.status is Status.RUNNING and job.attempt == 0 and job.callback is None and progress is None:
-        body = accepted_document(job, x.base, offset)
-    else:
-        body = json_body(status_document(job, x.base, progress, offset=offset))
+    body = json_body(status_document(job, x.base, progress, offset=x.app.clock.offset))
     if job.status is not Status.RUNNING and code == 200:
         headers.append(("Location", f"{x.base}/api/jobs/{job.id}/result"))
         if x.head.method in _READING:

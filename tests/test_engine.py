@@ -861,3 +861,17 @@ def test_a_run_of_a_stored_job_is_on_record_before_it_computes(tmp_path: Path, m
     with serving(tmp_path, {"f": flow}, FakeClock(job.created + 61_000)) as app:
         assert finished(app, job).attempt == 1
     assert begun == [1]
+
+
+def test_a_job_that_memory_runs_out_for_takes_no_place_of_its_flow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(*given: Any) -> None:
+        raise MemoryError
+
+    limit = {"limit": 1, "whenFull": "refuse"}
+    with serving(tmp_path, {"f": get_flow("/f", steps=[{"name": "w", "wait": 0}], concurrency=limit)}) as app:
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(app.store, "add", add)
+            app.submit("f")
+        finished(app, app.submit("f"))
