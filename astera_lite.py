@@ -423,17 +423,20 @@ class JobKey(NamedTuple):
 
 
 class JobKeys:
-    """Makes keys that grow even when the clock does not; `last` is the greatest `seq` already stored."""
+    """Makes keys that grow even when the clock does not; `last` is the greatest `seq` already stored.
 
-    def __init__(self, last: int = 0) -> None:
-        self._last = last
+    `seq % nodes` is `node`, so that servers of different numbers never make the same. `nodes` is a power of 2 up to 64.
+    """
+
+    def __init__(self, last: int = 0, node: int = 0, nodes: int = 1) -> None:
+        self._last, self._node, self._nodes = last - last % nodes + node, node, nodes
         self._lock = threading.Lock()
 
     def new(self, now_ms: int) -> JobKey:
         """A key for a job created at `now_ms`."""
         salt = int.from_bytes(os.urandom(8), "big") >> 2
         with self._lock:
-            self._last = max(self._last + 1, now_ms << 12)
+            self._last = max(self._last + self._nodes, (now_ms << 12) + self._node)
             return JobKey(self._last, salt)
 
 
@@ -5342,11 +5345,23 @@ class Loaded(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """A Running job that nobody holds: until when it waits, if it does, and its flow."""
+    """A Running job that nobody holds: until when it waits, if it does, its flow, and whether it is to be cancelled."""
 
     seq: int
     due: int | None
     flow: str
+    cancelled: bool = False
+
+
+class NodeInfo(NamedTuple):
+    """One of the servers that share a database; `since` is when it started, in milliseconds since the epoch."""
+
+    name: str
+    number: int  # from 0
+    since: int
+    lease_left_ms: int
+    jobs: int  # Running ones that it owns
+    is_self: bool
 
 
 class StoredResult(NamedTuple):
@@ -5360,7 +5375,11 @@ class StoredResult(NamedTuple):
 
 
 class Submission(NamedTuple):
-    """A new job and what is stored with it."""
+    """A new job and what is stored with it.
+
+    Where servers share a database: `owned` says that the one that accepts the job runs it, `limit` how many jobs of the
+    flow may be Running, where one more is refused (429).
+    """
 
     job: Job
     request: StoredRequest
@@ -5368,6 +5387,8 @@ class Submission(NamedTuple):
     idempotency_key: str | None = None
     fingerprint: bytes = b""
     ended: Finish | None = None  # of a job that was run before it was stored
+    owned: bool = True
+    limit: int | None = None
 
 
 class Finish(NamedTuple):
@@ -6117,6 +6138,9 @@ class SqliteStore(SqliteReader):
     of a database that is made. The write-ahead log begins anew at a quarter of `max_bytes`, or of the room on the disk.
     """
 
+    shared = False  # whether other servers may use the database; a read may then take milliseconds
+    node, nodes = 0, 1  # the number of this server, and how many numbers there are
+
     def __init__(
         self, path: str, durability: str = "full", max_bytes: int | None = None, page_size: int = 4 << 10
     ) -> None:
@@ -6253,8 +6277,12 @@ class SqliteStore(SqliteReader):
 
     # --- runs ---
 
-    def claim(self, held: Container[int], limit: int) -> list[Claimed]:
+    def claim(
+        self, held: Container[int], limit: int, flows: Mapping[str, int | None] = types.MappingProxyType({})
+    ) -> list[Claimed]:
         """Take Running jobs that nobody holds; `held` are the `seq` of the caller's own.
+
+        A store that is shared takes those of `flows` only: the flows in service by name, with their limits.
 
         Each call looks at the next `limit` jobs, oldest first, and begins again behind the last. A start calls it until
         it brings nothing.
@@ -8165,7 +8193,7 @@ class AsteraLite:
         of them was interrupted is seen by `_prepare`; whether it runs again is decided by `Engine._run`.
         """
         found = self.store.claim(self.engine, _MAX_CLAIMED)
-        for seq, due, flow in found:
+        for seq, due, flow, _ in found:
             self.engine.put(seq, flow, due=due)
         return len(found)
 

@@ -377,7 +377,7 @@ def test_a_run_is_loaded_with_its_outputs_waits_and_trace(store: SqliteStore) ->
     assert loaded.waits == {"w": T + 900}
     assert loaded.trace == [{"path": "a"}]
     assert (loaded.job.attempt, loaded.job.started, loaded.job.due) == (1, T + 1, T + 500)
-    assert store.claim((), 10) == [(new.key.seq, T + 500, new.flow)]
+    assert store.claim((), 10) == [(new.key.seq, T + 500, new.flow, False)]
 
 
 def test_a_requeued_run_began_and_does_not_count(store: SqliteStore) -> None:
