@@ -32,7 +32,7 @@ server.
     astera_lite_steps      the steps each, call, sql, run, python; @app.flow, @app.step
     astera_lite_requests   patterns; pages, filters and sort of responses; connections, pages and until of http
     astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files
-    astera_lite_admin      metrics, details of a job, deploying over HTTP, advice on faulty flows
+    astera_lite_admin      beside submit, poll and fetch: the other routes of jobs, deploying, metrics, advice on flows
     astera_lite_tools      the commands: check, try, test, new, jobs, job, token, backup, zipapp and more; --help
 """
 
@@ -7829,14 +7829,13 @@ class Jobs:
         clock: Clock,
         store: Store,
         engine: Engine,
-        deployer: Deployer,
         metrics: Metrics,
         wake: Callable[[], None],
     ) -> None:
         """`wake` tells the housekeeper that a callback is due."""
         self._max_queue, self._max_database = settings.max_queue, settings.max_database
         self._retention_ms = round(settings.retention * 1000)
-        self._clock, self._store, self._engine, self._deployer = clock, store, engine, deployer
+        self._clock, self._store, self._engine = clock, store, engine
         self._metrics, self._wake = metrics, wake
         self._keys = JobKeys(store.last_seq())
         self._size_at, self._size = -1.0, 0  # of the database: when it was measured, and bytes
@@ -7918,21 +7917,6 @@ class Jobs:
         else:
             done(Added(known[0], True) if known[1] == fingerprint else key_conflict(), None)
 
-    def rerun(self, job: Job, base: str, caller: Principal, trace: Trace | None, done: Done) -> None:
-        """Submit a finished job's input again, to the flow as it is now; raises Conflict, InputError, Busy."""
-        found, deployments = self._store.request(job.key), self._deployer.deployments
-        flow = deployments.by_name.get(job.flow)
-        if found is None or flow is None:
-            raise Conflict(f'The flow "{job.flow}" is not deployed any more.', job=job.status)
-        request = found[0]._replace(trace=trace)
-        if flow not in [match.get(request.method) for match in deployments.match(request.path)]:
-            raise Conflict(f'The flow "{job.flow}" has another method or resource now.', job=job.status)
-        if "asynchronous" not in flow.modes:
-            raise Conflict(f'The flow "{job.flow}" is published synchronously only now.', job=job.status)
-        new = self.new(flow, base, caller.name, job.callback.url if job.callback else None)
-        given = flow.bind(request, path_values(flow, request.path), new.id)
-        self.accept(Prepared(new, flow, given), request, None, done)
-
     # --- finding ---
 
     def look(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
@@ -7946,17 +7930,6 @@ class Jobs:
     def expired(self, key: JobKey | None) -> bool:
         """Whether an unknown job's id is older than results are kept."""
         return key is not None and key.time_ms < self._clock.now() - self._retention_ms
-
-    def page(
-        self, caller: Principal, flow: str | None, status: Status | None, limit: int, before: int | None
-    ) -> tuple[list[Job], int | None]:
-        """Jobs that the caller may see, newest first, and the `before` of the next page."""
-        token = None if caller.admin else caller.name
-        jobs = self._store.page(self._clock.now(), limit + 1, before, flow, status, token)
-        live = [self._engine.peek(job.key)[0] or job for job in jobs[:limit]]
-        if status is not None:  # one that ended in this instant is Running for all until that was told
-            live = [job for job in live if job.status is status]
-        return live, jobs[limit - 1].key.seq if len(jobs) > limit else None
 
 
 _CALLBACKS = 16  # of futures, called at one time
@@ -8146,9 +8119,7 @@ class AsteraLite:
                 datetime.timedelta(seconds=-self.clock.offset // 1000),
             )
             self.store.keep_clock_offset(self.clock.offset)
-        self.jobs = Jobs(
-            settings, self.clock, self.store, self.engine, self.deployer, self.metrics, self.housekeeper.wake
-        )
+        self.jobs = Jobs(settings, self.clock, self.store, self.engine, self.metrics, self.housekeeper.wake)
         left = sum(iter(self._take_up, 0))  # whole before the first one runs: the database may be damaged
         if left:
             log.info("took up %d jobs that were not finished when the server stopped", left)
@@ -8881,7 +8852,6 @@ SELECTING = {
     "sort_by": "fields to sort by, comma-separated, - for descending",
 }
 FILTERING = "only rows whose field of this name has this value"
-DEFAULT_LIST, MAX_LIST = 50, 1000  # jobs on a page
 #: Where each mode of a flow is published.
 PREFIXES = {"synchronous": "/api/publishing", "asynchronous": "/api/publishingAsync"}
 
@@ -8996,7 +8966,7 @@ _PROBLEM = ("Content-Type", "application/problem+json")
 _VARY = (("Vary", "Prefer"),)
 _FLOW_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "sandbox"))
 
-_Seen = tuple[Job, Progress | None]  # a job, and how far it is
+Seen = tuple[Job, Progress | None]  #: a job, and how far it is
 
 
 class Exchange:
@@ -9229,13 +9199,14 @@ def find_flow(mode: str, x: Exchange) -> None:
     if mode not in flow.modes:
         (other,) = flow.modes
         raise NotFound(f"This flow is published {other}ly only: call {PREFIXES[other]}{flow.resource}")
-    _check_may_call(x, flow.name)
+    check_may_call(x, flow.name)
     if method != "GET" and _CONDITIONS.isdisjoint(flow.header_names):  # else the flow heeds them itself
         check_conditions(x)
     x.flow, x.path = flow, path
 
 
-def _check_may_call(x: Exchange, flow: str) -> None:
+def check_may_call(x: Exchange, flow: str) -> None:
+    """Raise AccessError unless the caller may call this flow."""
     if not x.caller.may_call(flow):
         raise AccessError(403, f"The token {x.caller.name} may not call the flow {flow}.", "insufficient_scope")
 
@@ -9427,11 +9398,11 @@ def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: li
     if wait_s is not None:
         applied = [*applied, f"wait={wait_s}"]
     headers = (*_VARY, ("Preference-Applied", ", ".join(applied))) if applied else _VARY
-    done = partial(x.post, _answer_submitted, x, wait_s, headers)
+    done = partial(x.post, answer_submitted, x, wait_s, headers)
     x.app.jobs.accept(Prepared(job, flow, given), request, idempotency_key, done)
 
 
-def _answer_submitted(
+def answer_submitted(
     x: Exchange, wait_s: int | None, headers: Sequence[tuple[str, str]], result: Any, error: AsteraError | None
 ) -> None:
     """On the loop, once the job is on disk: 202, or the result if the client waits for it."""
@@ -9442,19 +9413,19 @@ def _answer_submitted(
     if replayed:
         headers = [*headers, ("Idempotency-Replayed", "true")]
 
-    def answer(seen: _Seen) -> Reply:
+    def answer(seen: Seen) -> Reply:
         if wait_s is not None and seen[0].status is not Status.RUNNING:
             where = ("Content-Location", f"{x.base}/api/jobs/{job.id}/result")
             return _result_response(x, seen[0], [where, *headers])
-        return _status_response(x, seen, 202, headers)
+        return status_response(x, seen, 202, headers)
 
     if wait_s:
-        _when_finished(x, job, wait_s, answer)
+        answer_when_finished(x, job, wait_s, answer)
     else:
         x.answer(answer((replayed and x.app.jobs.look(job.key, x.caller)) or (job, None)))
 
 
-def _when_finished(x: Exchange, job: Job, seconds: float, answer: Callable[[_Seen], Reply]) -> None:
+def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable[[Seen], Reply]) -> None:
     """Answer when a job is finished, or after so many seconds with its state by then."""
     has_gone = False
 
@@ -9484,7 +9455,7 @@ def _when_finished(x: Exchange, job: Job, seconds: float, answer: Callable[[_See
 # --- jobs ---
 
 
-def _status_response(x: Exchange, seen: _Seen, code: int = 200, more: Iterable[tuple[str, str]] = ()) -> Reply:
+def status_response(x: Exchange, seen: Seen, code: int = 200, more: Iterable[tuple[str, str]] = ()) -> Reply:
     """A status document; with its Location where the answer is another resource's."""
     job, progress = seen
     headers = [JSON_TYPE, ("Job-Status", job.status), NO_STORE]
@@ -9501,7 +9472,7 @@ def _status_response(x: Exchange, seen: _Seen, code: int = 200, more: Iterable[t
     return Reply(code, headers, body)
 
 
-def _look(x: Exchange, job_id: str) -> _Seen:
+def _look(x: Exchange, job_id: str) -> Seen:
     """A job that the caller may see, by its id; raises UnknownJob."""
     key = JobKey.parse(job_id)
     seen = x.app.jobs.look(key, x.caller) if key is not None else None
@@ -9510,42 +9481,35 @@ def _look(x: Exchange, job_id: str) -> _Seen:
     return seen
 
 
-def find_job(x: Exchange) -> _Seen:
+def find_job(x: Exchange) -> Seen:
     """The job that the path names; raises UnknownJob, and Conflict by a precondition."""
     seen = _look(x, x.values["id"])
     check_conditions(x)
     return seen
 
 
-def _find_finished(x: Exchange) -> Job:
-    job = find_job(x)[0]
-    if job.status is Status.RUNNING:
-        raise Conflict("The job is still running.", job=job.status)
-    return job
-
-
-def _answer_when_asked(x: Exchange, answer: Callable[[_Seen, Pairs], Reply]) -> Reply | None:
+def _answer_when_asked(x: Exchange, answer: Callable[[Seen, Pairs], Reply]) -> Reply | None:
     """Answer at once, or with `Prefer: wait=N` when the job is finished."""
     seen = find_job(x)
     wait_s = _wait_of(x, parse_prefer(x.head.headers["prefer"])) if "prefer" in x.head.headers else None
     applied = () if wait_s is None else (("Preference-Applied", f"wait={wait_s}"),)
     if not wait_s or seen[0].status is not Status.RUNNING:
         return answer(seen, applied)
-    _when_finished(x, seen[0], wait_s, lambda seen: answer(seen, applied))
+    answer_when_finished(x, seen[0], wait_s, lambda seen: answer(seen, applied))
     return None
 
 
 def job_status(x: Exchange) -> Reply | None:
     """GET /api/jobs/{id}/status"""
-    return _answer_when_asked(x, lambda seen, applied: _status_response(x, seen, 200, applied))
+    return _answer_when_asked(x, lambda seen, applied: status_response(x, seen, 200, applied))
 
 
 def job_result(x: Exchange) -> Reply | None:
     """GET /api/jobs/{id}/result"""
 
-    def answer(seen: _Seen, applied: Pairs) -> Reply:
+    def answer(seen: Seen, applied: Pairs) -> Reply:
         if seen[0].status is Status.RUNNING:
-            return _status_response(x, seen, 202, applied)
+            return status_response(x, seen, 202, applied)
         return _result_response(x, seen[0], applied)
 
     return _answer_when_asked(x, answer)
@@ -9596,92 +9560,6 @@ def _in_part(x: Exchange, whole: Reply, pieces: Callable[[int, int], Iterator[by
     return Reply(206, headers, stream=pieces(first, last + 1), length=last + 1 - first)
 
 
-def job_list(x: Exchange) -> Reply:
-    """GET /api/jobs"""
-    query = {name: values[-1] for name, values in parse_query(x.head.query).items()}
-    limit, cursor = query.get("limit", str(DEFAULT_LIST)), query.get("cursor")
-    words = [status.value for status in Status if status is not Status.UNKNOWN]
-    is_number = limit.isascii() and limit.isdecimal()
-    rules = [
-        ("limit", is_number and 1 <= int(limit[:9]) <= MAX_LIST, f"must be an integer from 1 to {MAX_LIST}"),
-        ("status", query.get("status", "Running") in words, "must be one of " + ", ".join(words)),
-        (
-            "cursor",
-            cursor is None or re.fullmatch("[0-9a-f]{15}", cursor),
-            "was not given by this server: leave it out",
-        ),
-    ]
-    errors = [{"in": "query", "name": name, "message": message} for name, holds, message in rules if not holds]
-    if errors:
-        raise InputError(errors)
-    status = Status(query["status"]) if "status" in query else None
-    before = int(cursor, 16) if cursor is not None else None
-    jobs, following = x.app.jobs.page(x.caller, query.get("flow"), status, int(limit), before)
-    document = {
-        "jobs": [status_document(job, x.base, offset=x.app.clock.offset) for job in jobs],
-        "next": None if following is None else f"{following:015x}",
-    }
-    return Reply(200, [JSON_TYPE, NO_STORE], json_body(document))
-
-
-def job_cancel(x: Exchange) -> Reply | None:
-    """POST /api/jobs/{id}/cancel"""
-    seen = find_job(x)
-    job = seen[0]
-    if job.status is not Status.RUNNING:
-        raise already_finished(job)
-    if not x.app.engine.cancel(job):
-        return _status_response(x, seen, 202)
-
-    def answer(seen: _Seen) -> Reply:
-        if seen[0].status is Status.RUNNING:
-            return _status_response(x, seen, 202)
-        check_cancelled(seen[0])
-        return _status_response(x, seen)
-
-    _when_finished(x, job, 30, answer)
-    return None
-
-
-def job_rerun(x: Exchange) -> None:
-    """POST /api/jobs/{id}/rerun"""
-    job = _find_finished(x)
-    _check_may_call(x, job.flow)
-    trace = parse_trace(x.head.headers)
-    x.app.jobs.rerun(job, x.base, x.caller, trace, partial(x.post, _answer_submitted, x, None, ()))
-
-
-def job_callback(x: Exchange) -> None:
-    """POST /api/jobs/{id}/callback"""
-    job = find_job(x)[0]
-    if job.callback is None:
-        raise Conflict("The job was submitted without a callbackUrl.", job=job.status)
-    _find_finished(x)
-
-    def answer(result: Any, error: AsteraError | None) -> None:
-        if error is not None:
-            raise error
-        x.app.housekeeper.wake()
-        x.answer(_status_response(x, _look(x, job.id), 202))
-
-    x.app.store.resend(job.key, x.app.clock.now(), partial(x.post, answer))
-
-
-def job_delete(x: Exchange) -> None:
-    """DELETE /api/jobs/{id}"""
-    job = find_job(x)[0]
-
-    def answer(result: Any, error: AsteraError | None) -> None:
-        if error is not None or result == "absent":
-            raise error or UnknownJob(job.id, False)
-        if result != "deleted":
-            owed = "Its callback is still owed." if result == "owed" else "The job is still running: cancel it first."
-            raise Conflict(owed, job=job.status)
-        x.answer(Reply(204, [NO_STORE]))
-
-    x.app.store.delete(job.key, partial(x.post, answer))
-
-
 # --- the rest ---
 
 
@@ -9703,7 +9581,7 @@ def deployment_one(x: Exchange) -> Reply:
     if flow is None:
         known = suggest(name, filter(x.caller.may_call, x.app.deployments.by_name))
         raise NotFound(f"There is no deployment {shown(name)}{known}.")
-    _check_may_call(x, flow.name)
+    check_may_call(x, flow.name)
     headers = [JSON_TYPE, REVALIDATED, ("ETag", deployment_tag(flow))]
     return Reply(200, headers, json_body(deployment_document(flow, x.base)))
 
@@ -9765,11 +9643,11 @@ ROUTES = [
     Route("GET", "/api/jobs/{id}/status", job_status),
     Route("GET", "/api/jobs/{id}/result", job_result),
     Route("GET", "/api/jobs/{id}", late("astera_lite_admin:job_details"), slow=True),
-    Route("DELETE", "/api/jobs/{id}", job_delete),
-    Route("POST", "/api/jobs/{id}/cancel", job_cancel),
-    Route("POST", "/api/jobs/{id}/rerun", job_rerun, slow=True),
-    Route("POST", "/api/jobs/{id}/callback", job_callback),
-    Route("GET", "/api/jobs", job_list, slow=True),
+    Route("DELETE", "/api/jobs/{id}", late("astera_lite_admin:job_delete")),
+    Route("POST", "/api/jobs/{id}/cancel", late("astera_lite_admin:job_cancel")),
+    Route("POST", "/api/jobs/{id}/rerun", late("astera_lite_admin:job_rerun"), slow=True),
+    Route("POST", "/api/jobs/{id}/callback", late("astera_lite_admin:job_callback")),
+    Route("GET", "/api/jobs", late("astera_lite_admin:job_list"), slow=True),
     Route("GET", "/api/deployments", deployment_list, slow=True),
     Route("GET", "/api/deployments/{name}", deployment_one),
     Route("PUT", "/api/deployments/{name}", late("astera_lite_admin:deploy"), check=_MAY_DEPLOY, slow=True),

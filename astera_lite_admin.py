@@ -1,6 +1,7 @@
-"""What operators and authors ask of a server: metrics, details of a job, deploying over HTTP, advice on faulty flows.
+"""What operators and clients ask beside submit, poll and fetch.
 
-A wing of astera_lite, which loads this file when one of them is first wanted.
+The other routes of jobs (list, details, cancel, rerun, delete, callback again), deploying over HTTP, metrics, advice on
+faulty flows. A wing of astera_lite, which loads this file when one of them is first wanted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from astera_lite import (
@@ -25,6 +27,7 @@ from astera_lite import (
     QUOTED,
     RUN_TIMES,
     AccessError,
+    AsteraError,
     AsteraLite,
     Conflict,
     Deployer,
@@ -33,11 +36,21 @@ from astera_lite import (
     InputError,
     Job,
     NotFound,
+    Prepared,
+    Principal,
     Reply,
+    Seen,
+    Status,
+    UnknownJob,
     __version__,
+    already_finished,
+    answer_submitted,
+    answer_when_finished,
     attempt_documents,
+    check_cancelled,
     check_coding,
     check_conditions,
+    check_may_call,
     deployment_document,
     failure_of,
     find_job,
@@ -46,8 +59,12 @@ from astera_lite import (
     json_body,
     log,
     parse_flow_text,
+    parse_query,
+    parse_trace,
+    path_values,
     shown,
     status_document,
+    status_response,
 )
 
 
@@ -134,7 +151,121 @@ def undeploy(x: Exchange) -> Reply:
     return Reply(204, [NO_STORE])
 
 
-# --- details of a job ---
+# --- jobs ---
+
+DEFAULT_LIST, MAX_LIST = 50, 1000  # jobs on a page
+
+
+def page_of_jobs(
+    app: AsteraLite, caller: Principal, flow: str | None, status: Status | None, limit: int, before: int | None
+) -> tuple[list[Job], int | None]:
+    """Jobs that the caller may see, newest first, and the `before` of the next page."""
+    token = None if caller.admin else caller.name
+    jobs = app.store.page(app.clock.now(), limit + 1, before, flow, status, token)
+    live = [app.engine.peek(job.key)[0] or job for job in jobs[:limit]]
+    if status is not None:  # one that ended in this instant is Running for all until that was told
+        live = [job for job in live if job.status is status]
+    return live, jobs[limit - 1].key.seq if len(jobs) > limit else None
+
+
+def job_list(x: Exchange) -> Reply:
+    """GET /api/jobs"""
+    query = {name: values[-1] for name, values in parse_query(x.head.query).items()}
+    limit, cursor = query.get("limit", str(DEFAULT_LIST)), query.get("cursor")
+    words = [status.value for status in Status if status is not Status.UNKNOWN]
+    is_number = limit.isascii() and limit.isdecimal()
+    is_cursor = cursor is None or re.fullmatch("[0-9a-f]{15}", cursor)
+    rules = [
+        ("limit", is_number and 1 <= int(limit[:9]) <= MAX_LIST, f"must be an integer from 1 to {MAX_LIST}"),
+        ("status", query.get("status", "Running") in words, "must be one of " + ", ".join(words)),
+        ("cursor", is_cursor, "was not given by this server: leave it out"),
+    ]
+    errors = [{"in": "query", "name": name, "message": message} for name, holds, message in rules if not holds]
+    if errors:
+        raise InputError(errors)
+    status = Status(query["status"]) if "status" in query else None
+    before = int(cursor, 16) if cursor is not None else None
+    jobs, following = page_of_jobs(x.app, x.caller, query.get("flow"), status, int(limit), before)
+    document = {
+        "jobs": [status_document(job, x.base, offset=x.app.clock.offset) for job in jobs],
+        "next": None if following is None else f"{following:015x}",
+    }
+    return Reply(200, [JSON_TYPE, NO_STORE], json_body(document))
+
+
+def _find_finished(x: Exchange) -> Job:
+    job = find_job(x)[0]
+    if job.status is Status.RUNNING:
+        raise Conflict("The job is still running.", job=job.status)
+    return job
+
+
+def job_cancel(x: Exchange) -> Reply | None:
+    """POST /api/jobs/{id}/cancel"""
+    seen = find_job(x)
+    job = seen[0]
+    if job.status is not Status.RUNNING:
+        raise already_finished(job)
+    if not x.app.engine.cancel(job):
+        return status_response(x, seen, 202)
+
+    def answer(seen: Seen) -> Reply:
+        if seen[0].status is Status.RUNNING:
+            return status_response(x, seen, 202)
+        check_cancelled(seen[0])
+        return status_response(x, seen)
+
+    answer_when_finished(x, job, 30, answer)
+    return None
+
+
+def job_rerun(x: Exchange) -> None:
+    """POST /api/jobs/{id}/rerun: submit a finished job's input again, to the flow as it is now."""
+    app, job = x.app, _find_finished(x)
+    check_may_call(x, job.flow)
+    found, deployments = app.store.request(job.key), app.deployments
+    flow = deployments.by_name.get(job.flow)
+    if found is None or flow is None:
+        raise Conflict(f'The flow "{job.flow}" is not deployed any more.', job=job.status)
+    request = found[0]._replace(trace=parse_trace(x.head.headers))
+    if flow not in [match.get(request.method) for match in deployments.match(request.path)]:
+        raise Conflict(f'The flow "{job.flow}" has another method or resource now.', job=job.status)
+    if "asynchronous" not in flow.modes:
+        raise Conflict(f'The flow "{job.flow}" is published synchronously only now.', job=job.status)
+    new = app.jobs.new(flow, x.base, x.caller.name, job.callback.url if job.callback else None)
+    given = flow.bind(request, path_values(flow, request.path), new.id)
+    app.jobs.accept(Prepared(new, flow, given), request, None, partial(x.post, answer_submitted, x, None, ()))
+
+
+def job_callback(x: Exchange) -> None:
+    """POST /api/jobs/{id}/callback"""
+    job = find_job(x)[0]
+    if job.callback is None:
+        raise Conflict("The job was submitted without a callbackUrl.", job=job.status)
+    _find_finished(x)
+
+    def answer(result: Any, error: AsteraError | None) -> None:
+        if error is not None:
+            raise error
+        x.app.housekeeper.wake()
+        x.answer(status_response(x, find_job(x), 202))
+
+    x.app.store.resend(job.key, x.app.clock.now(), partial(x.post, answer))
+
+
+def job_delete(x: Exchange) -> None:
+    """DELETE /api/jobs/{id}"""
+    job = find_job(x)[0]
+
+    def answer(result: Any, error: AsteraError | None) -> None:
+        if error is not None or result == "absent":
+            raise error or UnknownJob(job.id, False)
+        if result != "deleted":
+            owed = "Its callback is still owed." if result == "owed" else "The job is still running: cancel it first."
+            raise Conflict(owed, job=job.status)
+        x.answer(Reply(204, [NO_STORE]))
+
+    x.app.store.delete(job.key, partial(x.post, answer))
 
 
 def job_details(x: Exchange) -> Reply:

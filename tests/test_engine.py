@@ -40,6 +40,7 @@ from astera_lite import (
     StoredRequest,
     Watchers,
 )
+from astera_lite_admin import page_of_jobs
 
 
 @contextmanager
@@ -555,7 +556,7 @@ def test_a_list_of_finished_jobs_holds_none_that_the_status_calls_running(tmp_pa
 
         def look_first(end: Any, done: Any) -> None:
             def look(result: Any, error: Any) -> None:  # the end is on disk, but nobody was told
-                seen.extend(app.jobs.page(Principal(), None, Status.COMPLETED, 10, None)[0])
+                seen.extend(page_of_jobs(app, Principal(), None, Status.COMPLETED, 10, None)[0])
                 done(result, error)
 
             finish(end, look)
@@ -563,7 +564,7 @@ def test_a_list_of_finished_jobs_holds_none_that_the_status_calls_running(tmp_pa
         app.store.finish = look_first  # type: ignore[method-assign]
         finished(app, app.submit("f"))
         assert seen == []
-        assert len(app.jobs.page(Principal(), None, Status.COMPLETED, 10, None)[0]) == 1
+        assert len(page_of_jobs(app, Principal(), None, Status.COMPLETED, 10, None)[0]) == 1
 
 
 # ---- Timeouts --------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ TREES = {name: ast.parse((ROOT / name).read_text("utf-8")) for name in FILES}
 #: Lines that a file may have (wc -l). The core is to fall further: the plan allows it 7,500.
 LINES = {
     "astera_lite.py": 11_000,
-    "astera_lite_admin.py": 400,
+    "astera_lite_admin.py": 800,
     "astera_lite_documents.py": 800,
     "astera_lite_requests.py": 800,
     "astera_lite_steps.py": 1_000,
@@ -119,6 +119,17 @@ def alone(tmp_path: Path) -> Path:
     return tmp_path
 
 
+OF_ADMIN = [
+    ("GET", "/api/jobs"),
+    ("GET", "/api/jobs/{id}"),
+    ("DELETE", "/api/jobs/{id}"),
+    ("POST", "/api/jobs/{id}/cancel"),
+    ("POST", "/api/jobs/{id}/rerun"),
+    ("POST", "/api/jobs/{id}/callback"),
+    ("GET", "/metrics"),
+]
+
+
 def test_two_files_are_a_server(alone: Path, sink: Sink) -> None:
     program = (sys.executable, "astera_lite.py")
     with process(alone, program=program) as (_, url, lines):
@@ -136,6 +147,29 @@ def test_two_files_are_a_server(alone: Path, sink: Sink) -> None:
         missing = api.session.get(f"{url}/openapi.json", timeout=10)
         assert missing.status_code == 501
         assert missing.json()["detail"] == "astera_lite_documents.py is missing: copy it beside astera_lite.py"
+        job = accepted.json()["id"]
+        for method, path in OF_ADMIN:
+            missing = api.session.request(method, url + path.replace("{id}", job), timeout=10)
+            told = (missing.status_code, missing.json()["detail"])
+            assert told == (501, "astera_lite_admin.py is missing: copy it beside astera_lite.py"), path
+        assert api.session.get(status.headers["Location"], timeout=10).json()["waited"] == 0.3  # the job is as it was
+
+
+EMBEDDING = """
+from astera_lite import AsteraLite
+with AsteraLite(flows="flows", database="jobs.db") as app:
+    job = app.submit("slow", {"seconds": 60})
+    app.cancel(job)
+    print(app.wait(job).error["code"], app.run("hello", {"name": "Ada"}).json()["greeting"])
+"""
+
+
+def test_an_embedding_program_needs_the_wing_of_requests_alone(alone: Path) -> None:
+    shutil.copy(ROOT / "astera_lite_requests.py", alone)
+    done = subprocess.run(
+        [sys.executable, "-c", EMBEDDING], cwd=alone, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert (done.stdout, done.stderr) == ("cancelled Hello, Ada!\n", "")
 
 
 def test_a_command_without_its_wing_is_one_sentence(alone: Path) -> None:

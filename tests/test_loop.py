@@ -699,10 +699,10 @@ def held_in(owner: Any, name: str, patch: pytest.MonkeyPatch) -> Iterator[thread
 SLOW: dict[str, tuple[Any, str, bytes]] = {
     "OpenAPI": (astera_lite_documents, "openapi_document", request("GET", "/openapi.json", close=True)),
     "Postman": (astera_lite_documents, "postman_document", request("GET", "/postman.json", close=True)),
-    "jobs": (astera_lite.Jobs, "page", request("GET", "/api/jobs", close=True)),
+    "jobs": (astera_lite.SqliteStore, "page", request("GET", "/api/jobs", close=True)),
     "deployments": (astera_lite, "deployment_document", request("GET", "/api/deployments", close=True)),
     "a job": (astera_lite_admin, "_request_document", request("GET", "/api/jobs/{id}", close=True)),
-    "rerun": (astera_lite.Jobs, "rerun", request("POST", "/api/jobs/{id}/rerun", close=True)),
+    "rerun": (astera_lite.SqliteStore, "request", request("POST", "/api/jobs/{id}/rerun", close=True)),
     "a large body": (Flow, "bind", post_json(sync("/echo"), b'"' + b"x" * 100_000 + b'"', close=True)),
     "and a job": (Flow, "bind", post_json("/api/publishingAsync/echo", b'"' + b"x" * 100_000 + b'"', close=True)),
 }

@@ -17,6 +17,7 @@ from support import EVERYTHING, NPM, ROOT, Client, Running, Sink, get_flow, proc
 
 import astera_lite
 from astera_lite import Deployments, build_flow
+from astera_lite_admin import DEFAULT_LIST, MAX_LIST
 from astera_lite_documents import openapi_document
 from astera_lite_requests import Pattern
 
@@ -415,4 +416,4 @@ def test_the_template_says_what_the_server_does() -> None:
     assert schemas["Flow"]["properties"]["request"]["properties"]["method"]["enum"] == list(astera_lite.FLOW_METHODS)
     assert schemas["Deployment"]["properties"]["processing"]["items"]["enum"] == list(astera_lite.MODES)
     limit = parameters["Limit"]["schema"]
-    assert (limit["default"], limit["maximum"]) == (astera_lite.DEFAULT_LIST, astera_lite.MAX_LIST)
+    assert (limit["default"], limit["maximum"]) == (DEFAULT_LIST, MAX_LIST)

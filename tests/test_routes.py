@@ -1514,7 +1514,7 @@ def test_an_unforeseen_error_is_a_500_that_tells_nothing(run: Running, monkeypat
     def fail(*values: Any) -> Any:
         raise RuntimeError("hidden-cause")
 
-    monkeypatch.setattr(run.app.jobs, "page", fail)
+    monkeypatch.setattr(run.app.store, "page", fail)
     answer = run.client.get("/api/jobs")
     assert answer.status_code == 500
     assert answer.json()["requestId"] == answer.headers["X-Request-Id"]
