@@ -375,6 +375,11 @@ def late(name: str) -> Callable[..., Any]:
     return lambda *arguments, **keywords: wing(name)(*arguments, **keywords)
 
 
+def is_postgres(database: str) -> bool:
+    """Whether the setting `database` is the address of a PostgreSQL database, not the path of a SQLite file."""
+    return database.startswith(("postgresql://", "postgres://"))
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """`; did you mean "x"?` if a known word is near, else an empty string."""
     words = list(known) if len(word) <= 100 else []  # a longer one is not a misspelling
