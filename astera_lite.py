@@ -20,7 +20,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
     11 Service             AsteraLite, the application without HTTP; Deployer and Jobs, its parts
     12 Access              tokens, Host and Origin rules
     13 Wire                bytes <-> requests and responses, strict, without sockets
-    14 Documents           a deployment as people see it: the list at /api/deployments, what a start prints
+    14 Documents           a request to start from, and the lines that a start prints
     15 Routes              the ROUTES table and its functions
     16 Loop                Handler and Server: every socket, every deadline of a connection
     17 Command line        serve, signals, logging, main(); a plain serve is read here, all else by astera_lite_tools
@@ -32,7 +32,7 @@ server.
     astera_lite_steps      the steps each, call, sql, run, python; @app.flow, @app.step
     astera_lite_requests   patterns; pages, filters and sort of responses; connections, pages and until of http
     astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files
-    astera_lite_admin      beside submit, poll and fetch: the other routes of jobs, deploying, metrics, advice on flows
+    astera_lite_admin      beside submit, poll and fetch: other routes of jobs, deployments, metrics, advice on flows
     astera_lite_tools      the commands: check, try, test, new, jobs, job, token, backup, zipapp and more; --help
 """
 
@@ -8913,28 +8913,6 @@ def example_request(flow: Flow) -> dict[str, Any]:
     }
 
 
-def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
-    """A published flow, as /api/deployments shows it."""
-    urls = {mode: f"{base}{PREFIXES[mode]}{flow.resource}" for mode in MODES if mode in flow.modes}
-    request = flow.tree["request"]
-    specs = request.get("parameters", {})
-    parameters = {item.name: specs.get(item.name) or {"in": item.where} for item in flow.parameters}
-    selecting = {name: {"in": "query", "description": SELECTING.get(name, FILTERING)} for name in flow.selection.names}
-    return {
-        "name": flow.name,
-        "description": flow.description,
-        "method": flow.method,
-        "resource": flow.resource,
-        "processing": list(urls),
-        "urls": urls,
-        "parameters": parameters | selecting,
-        "body": request.get("body"),
-        "contentTypes": list(flow.content_types),
-        "example": example_request(flow),
-        "source": flow.source,
-    }
-
-
 def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
     """Every published endpoint with its mode, ready to paste behind curl."""
 
@@ -9568,29 +9546,6 @@ def _in_part(x: Exchange, whole: Reply, pieces: Callable[[int, int], Iterator[by
 # --- the rest ---
 
 
-def deployment_list(x: Exchange) -> Reply:
-    """GET /api/deployments"""
-    deployments = x.app.deployments
-    flows = [flow for flow in deployments.by_name.values() if x.caller.may_call(flow.name)]
-    document = {
-        "deployments": [deployment_document(flow, x.base) for flow in flows],
-        "faults": [{"file": file, "place": place, "message": message} for file, place, message in deployments.faults],
-    }
-    return Reply(200, [JSON_TYPE, NO_STORE], json_body(document))
-
-
-def deployment_one(x: Exchange) -> Reply:
-    """GET /api/deployments/{name}"""
-    name = x.values["name"]
-    flow = x.app.deployments.by_name.get(name)
-    if flow is None:
-        known = suggest(name, filter(x.caller.may_call, x.app.deployments.by_name))
-        raise NotFound(f"There is no deployment {shown(name)}{known}.")
-    check_may_call(x, flow.name)
-    headers = [JSON_TYPE, REVALIDATED, ("ETag", deployment_tag(flow))]
-    return Reply(200, headers, json_body(deployment_document(flow, x.base)))
-
-
 def health(x: Exchange) -> Reply:
     """GET /health"""
     document = x.app.health(whole=x.caller != NOBODY)
@@ -9653,8 +9608,8 @@ ROUTES = [
     Route("POST", "/api/jobs/{id}/rerun", late("astera_lite_admin:job_rerun"), slow=True),
     Route("POST", "/api/jobs/{id}/callback", late("astera_lite_admin:job_callback")),
     Route("GET", "/api/jobs", late("astera_lite_admin:job_list"), slow=True),
-    Route("GET", "/api/deployments", deployment_list, slow=True),
-    Route("GET", "/api/deployments/{name}", deployment_one),
+    Route("GET", "/api/deployments", late("astera_lite_admin:deployment_list"), slow=True),
+    Route("GET", "/api/deployments/{name}", late("astera_lite_admin:deployment_one")),
     Route("PUT", "/api/deployments/{name}", late("astera_lite_admin:deploy"), check=_MAY_DEPLOY, slow=True),
     Route("DELETE", "/api/deployments/{name}", late("astera_lite_admin:undeploy"), check=_MAY_DEPLOY, slow=True),
     Route("GET", "/openapi.json", late("astera_lite_documents:openapi"), slow=True),

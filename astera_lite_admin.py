@@ -1,7 +1,7 @@
 """What operators and clients ask beside submit, poll and fetch.
 
-The other routes of jobs (list, details, cancel, rerun, delete, callback again), deploying over HTTP, metrics, advice on
-faulty flows. A wing of astera_lite, which loads this file when one of them is first wanted.
+The other routes of jobs (list, details, cancel, rerun, delete, callback again), deployments, metrics, advice on faulty
+flows. A wing of astera_lite, which loads this file when one of them is first wanted.
 """
 
 from __future__ import annotations
@@ -21,17 +21,23 @@ from typing import Any
 from astera_lite import (
     ANYBODY,
     CONNECTIONS_FILE,
+    FILTERING,
     FLOW_NAME,
     JSON_TYPE,
+    MODES,
     NO_STORE,
+    PREFIXES,
     QUOTED,
+    REVALIDATED,
     RUN_TIMES,
+    SELECTING,
     AccessError,
     AsteraError,
     AsteraLite,
     Conflict,
     Deployer,
     Exchange,
+    Flow,
     FlowError,
     InputError,
     Job,
@@ -51,7 +57,8 @@ from astera_lite import (
     check_coding,
     check_conditions,
     check_may_call,
-    deployment_document,
+    deployment_tag,
+    example_request,
     failure_of,
     find_job,
     is_json_type,
@@ -65,7 +72,55 @@ from astera_lite import (
     shown,
     status_document,
     status_response,
+    suggest,
 )
+
+# --- deployments ---
+
+
+def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
+    """A published flow, as /api/deployments shows it."""
+    urls = {mode: f"{base}{PREFIXES[mode]}{flow.resource}" for mode in MODES if mode in flow.modes}
+    request = flow.tree["request"]
+    specs = request.get("parameters", {})
+    parameters = {item.name: specs.get(item.name) or {"in": item.where} for item in flow.parameters}
+    selecting = {name: {"in": "query", "description": SELECTING.get(name, FILTERING)} for name in flow.selection.names}
+    return {
+        "name": flow.name,
+        "description": flow.description,
+        "method": flow.method,
+        "resource": flow.resource,
+        "processing": list(urls),
+        "urls": urls,
+        "parameters": parameters | selecting,
+        "body": request.get("body"),
+        "contentTypes": list(flow.content_types),
+        "example": example_request(flow),
+        "source": flow.source,
+    }
+
+
+def deployment_list(x: Exchange) -> Reply:
+    """GET /api/deployments"""
+    deployments = x.app.deployments
+    flows = [flow for flow in deployments.by_name.values() if x.caller.may_call(flow.name)]
+    document = {
+        "deployments": [deployment_document(flow, x.base) for flow in flows],
+        "faults": [{"file": file, "place": place, "message": message} for file, place, message in deployments.faults],
+    }
+    return Reply(200, [JSON_TYPE, NO_STORE], json_body(document))
+
+
+def deployment_one(x: Exchange) -> Reply:
+    """GET /api/deployments/{name}"""
+    name = x.values["name"]
+    flow = x.app.deployments.by_name.get(name)
+    if flow is None:
+        known = suggest(name, filter(x.caller.may_call, x.app.deployments.by_name))
+        raise NotFound(f"There is no deployment {shown(name)}{known}.")
+    check_may_call(x, flow.name)
+    headers = [JSON_TYPE, REVALIDATED, ("ETag", deployment_tag(flow))]
+    return Reply(200, headers, json_body(deployment_document(flow, x.base)))
 
 
 def check_may_deploy(x: Exchange) -> None:

@@ -126,6 +126,8 @@ OF_ADMIN = [
     ("POST", "/api/jobs/{id}/cancel"),
     ("POST", "/api/jobs/{id}/rerun"),
     ("POST", "/api/jobs/{id}/callback"),
+    ("GET", "/api/deployments"),
+    ("GET", "/api/deployments/hello"),
     ("GET", "/metrics"),
 ]
 
@@ -214,6 +216,7 @@ def test_a_flow_without_its_wing_is_a_fault_and_the_others_are_served(alone: Pat
         flow = get_flow(f"/{name}", steps=[{"name": "s", **step}])
         (alone / "flows" / f"{name}.json").write_text(astera_lite.to_json(flow))
     (alone / "flows" / "connections.json").write_text("{}")
+    shutil.copy(ROOT / "astera_lite_admin.py", alone)
     with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, _):
         found = Api(url).session.get(f"{url}/api/deployments", timeout=10).json()
         told = {fault["file"]: fault["message"] for fault in found["faults"]}
