@@ -362,8 +362,8 @@ def wing(name: str) -> Any:
         return getattr(sys.modules[module], attribute)
 
 
-def advice(name: str, *arguments: Any) -> Any:
-    """What a function of a wing makes of the arguments; "" where its file is missing: a message does without."""
+def optional(name: str, *arguments: Any) -> Any:
+    """What a function of a wing makes of the arguments; "" where its file is missing, for what can do without."""
     try:
         return wing(name)(*arguments)
     except MissingFile:
@@ -1757,7 +1757,7 @@ class _Compiler(ast.NodeTransformer):
         except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
             message = str(error) or "it is nested too deeply"
             if isinstance(error, SyntaxError):
-                message = advice("astera_lite_admin:advice_on_syntax", source) or error.msg
+                message = optional("astera_lite_admin:advice_on_syntax", source) or error.msg
             self.fault(place, f"${{{source[:120]}}}: {message}")
             return ast.Constant(None)
         for part in ast.walk(checked):
@@ -1768,7 +1768,7 @@ class _Compiler(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> Any:
         name = type(node).__name__
         if name not in _PLAIN_NODES and not hasattr(self, f"visit_{name}"):
-            words = advice("astera_lite_admin:advice_on_word", name)
+            words = optional("astera_lite_admin:advice_on_word", name)
             raise _Refused(words or f"{name} is not part of the language")
         self.depth += 1
         if self.depth > MAX_NESTING:
@@ -1855,7 +1855,7 @@ class _Compiler(ast.NodeTransformer):
         else:
             raise _Refused("only functions and methods can be called, by their names")
         if name not in table:
-            words = advice("astera_lite_admin:advice_on_word", name)
+            words = optional("astera_lite_admin:advice_on_word", name)
             raise _Refused(f"there is no {shape}" + (f": write {words}" if words else suggest(name, table)))
         if table is not _METHOD_NAMES:
             self.volatile = self.volatile or name in VOLATILE
@@ -2929,7 +2929,7 @@ def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
     try:
         value = _read_body(request.body, media)
     except ValueError as error:
-        cure = advice("astera_lite_requests:quoting_cure", request.body) if is_json else ""
+        cure = optional("astera_lite_requests:quoting_cure", request.body) if is_json else ""
         errors.add("body", "", f"is not valid {media or 'JSON'}: {error}{cure}")
         return None
     before = len(errors)
@@ -3560,8 +3560,8 @@ class _StepRun:
             ):  # else of connections.json
                 place, _, message = message.partition(": ")
             elif kind == "error" and self.step.code:
-                more = {"source": advice("astera_lite_requests:exception_source", error) or None}
-            line = advice("astera_lite_requests:line_in_file", path, place, run.flow.text)
+                more = {"source": optional("astera_lite_requests:exception_source", error) or None}
+            line = optional("astera_lite_requests:line_in_file", path, place, run.flow.text)
             failure = {
                 "message": masked(message)[:_MAX_FAILURE_MESSAGE],
                 "kind": kind,
@@ -3663,7 +3663,7 @@ RESERVED_HEADERS = frozenset(
 )
 _UNSENDABLE = re.compile(r"[^\t\x20-\x7e\x80-\xff]+")
 _NO_URL = re.compile(r"[^\t\x20-\x7e]+")
-_ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
+ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 _WITHOUT_BODY = (204, 205, 304)
 
 
@@ -3674,7 +3674,7 @@ def _field_value(name: str, text: str) -> str:
     """
     unsendable = _NO_URL if name.lower() in ("location", "content-location") else _UNSENDABLE
     value = unsendable.sub(lambda match: urllib.parse.quote(match[0], safe="", errors="replace"), text).strip(" \t")
-    return f'"{urllib.parse.quote(value)}"' if name.lower() == "etag" and not _ENTITY_TAG.fullmatch(value) else value
+    return f'"{urllib.parse.quote(value)}"' if name.lower() == "etag" and not ENTITY_TAG.fullmatch(value) else value
 
 
 def make_answer(
@@ -4711,7 +4711,7 @@ def parse_flow_text(text: str, file_name: str) -> Any:
         return _toml_as_json(tomllib.loads(text), "")
     except json.JSONDecodeError as error:
         place, message = f"line {error.lineno}, column {error.colno}", f"is not JSON: {error.msg}"
-        message += advice("astera_lite_admin:advice_on_json", error)
+        message += optional("astera_lite_admin:advice_on_json", error)
     except RecursionError:
         place, message = "", f"it is nested deeper than {MAX_JSON_DEPTH} levels"
     except ValueError as error:  # TOMLDecodeError is one; it names line and column itself
@@ -8945,7 +8945,7 @@ def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
 NO_STORE = ("Cache-Control", "no-store")
 REVALIDATED = ("Cache-Control", "private, no-cache")
 JSON_TYPE = ("Content-Type", "application/json")
-_PROBLEM = ("Content-Type", "application/problem+json")
+PROBLEM_TYPE = ("Content-Type", "application/problem+json")
 _VARY = (("Vary", "Prefer"),)
 _FLOW_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "sandbox"))
 
@@ -8979,8 +8979,8 @@ class Exchange:
 
     def answer(self, reply: Reply) -> None:
         """Give the answer; on the loop."""
-        if not _CONDITIONS.isdisjoint(self.head.headers):
-            reply = conditional(self, reply)
+        if self.head.method in READING and not _CONDITIONS.isdisjoint(self.head.headers):
+            reply = optional("astera_lite_admin:conditional", self, reply) or reply
         self._handler.answer(self, reply)
 
     def fail(self, error: Exception) -> None:
@@ -9055,7 +9055,7 @@ class UnknownJob(NotFound):
 
 def error_response(x: Exchange, error: Exception) -> Reply:
     """The problem document (RFC 9457) for an error; an unforeseen one is a 500 that tells nothing of our inside."""
-    headers = [_PROBLEM, NO_STORE]
+    headers = [PROBLEM_TYPE, NO_STORE]
     if x.head.path.startswith(tuple(PREFIXES.values())):
         headers += _VARY
     if not isinstance(error, AsteraError):
@@ -9078,66 +9078,9 @@ def error_response(x: Exchange, error: Exception) -> Reply:
     return Reply(error.status, headers, json_body(problem(error.status, detail, **error.members)))
 
 
-# --- preconditions ---
-
+READING = frozenset({"GET", "HEAD"})
+#: Where one of these headers is sent, the wing of admin says what it comes to.
 _CONDITIONS = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"})
-_READING = frozenset({"GET", "HEAD"})
-_ABOUT_A_BODY = ("content-type", "content-disposition", "content-encoding", "content-language", "content-range")
-
-
-def precondition(head: Head, exists: bool, tag: str = "", modified: str | None = None) -> int:
-    """What a request's preconditions come to (RFC 9110, section 13.2.2): 304, 412, or 0 where they hold.
-
-    `tag` and `modified` are the ETag and Last-Modified of what there is.
-    """
-    sent, reads = head.headers, head.method in _READING
-    if "if-match" in sent:
-        if not (exists and _listed(sent["if-match"], tag, weak=False)):
-            return 412
-    elif http_date(modified) > http_date(sent.get("if-unmodified-since")):
-        return 412
-    if "if-none-match" in sent:
-        if exists and _listed(sent["if-none-match"], tag, weak=True):
-            return 304 if reads else 412
-    elif reads and http_date(modified) <= http_date(sent.get("if-modified-since")):
-        return 304
-    return 0
-
-
-def _listed(sent: str, tag: str, weak: bool) -> bool:
-    """Whether a list of entity tags has this one, by the weak or the strong comparison (RFC 9110, section 8.8.3.2)."""
-    tags = _ENTITY_TAG.findall(sent)
-    if weak:
-        tags, tag = [each.removeprefix("W/") for each in tags], tag.removeprefix("W/")
-    return sent == "*" or (tag[:1] == '"' and tag in tags)
-
-
-def _precondition_failed() -> Conflict:
-    return Conflict("A precondition of the request (If-Match or the like) does not hold.", status=412)
-
-
-def conditional(x: Exchange, reply: Reply) -> Reply:
-    """The answer to a request that reads under preconditions; what acts has checked them before."""
-    if x.head.method not in _READING or not 200 <= reply.status < 300 or reply.status == 202:
-        return reply
-    own = {name.lower(): value for name, value in reply.headers}
-    status = precondition(x.head, True, own.get("etag", ""), own.get("last-modified"))
-    if status == 304:
-        return Reply(304, [pair for pair in reply.headers if pair[0].lower() not in _ABOUT_A_BODY])
-    return error_response(x, _precondition_failed()) if status else reply
-
-
-def check_conditions(x: Exchange, exists: bool = True, flow: Flow | None = None) -> None:
-    """Raise Conflict where a precondition forbids to act; `flow` is the deployment at hand."""
-    if x.head.method in _READING or _CONDITIONS.isdisjoint(x.head.headers):
-        return
-    if precondition(x.head, exists, deployment_tag(flow) if flow else ""):
-        raise _precondition_failed()
-
-
-def deployment_tag(flow: Flow) -> str:
-    """The ETag of a deployment."""
-    return f'"{flow.version:x}"'
 
 
 def entity_tag(body: bytes) -> str:
@@ -9183,8 +9126,9 @@ def find_flow(mode: str, x: Exchange) -> None:
         (other,) = flow.modes
         raise NotFound(f"This flow is published {other}ly only: call {PREFIXES[other]}{flow.resource}")
     check_may_call(x, flow.name)
-    if method != "GET" and _CONDITIONS.isdisjoint(flow.header_names):  # else the flow heeds them itself
-        check_conditions(x)
+    # a flow that has one of these headers as a parameter heeds them itself
+    if method != "GET" and _CONDITIONS.isdisjoint(flow.header_names) and not _CONDITIONS.isdisjoint(x.head.headers):
+        wing("astera_lite_admin:check_conditions")(x)
     x.flow, x.path = flow, path
 
 
@@ -9244,7 +9188,7 @@ def _with_policy(headers: Pairs) -> Pairs:
         headers = one_line_each(headers)
     if "cache-control" not in names:
         usual = REVALIDATED if "etag" in names else ("Cache-Control", "private, no-store")
-        headers += (NO_STORE if headers[:1] == (_PROBLEM,) else usual,)
+        headers += (NO_STORE if headers[:1] == (PROBLEM_TYPE,) else usual,)
     return headers + _FLOW_HEADERS
 
 
@@ -9423,7 +9367,7 @@ def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable
         seen = x.app.jobs.look(job.key, x.caller)
         if final or seen is None or seen[0].status is not Status.RUNNING:
             x.app.watchers.remove(job.key, changed)
-            x.answer(answer(seen or _look(x, job.id)))
+            x.answer(answer(seen or find_job(x, job.id)))
 
     def gone() -> None:
         nonlocal has_gone
@@ -9450,12 +9394,12 @@ def status_response(x: Exchange, seen: Seen, code: int = 200, more: Iterable[tup
     body = json_body(status_document(job, x.base, progress, offset=x.app.clock.offset))
     if job.status is not Status.RUNNING and code == 200:
         headers.append(("Location", f"{x.base}/api/jobs/{job.id}/result"))
-        if x.head.method in _READING:
+        if x.head.method in READING:
             headers[2:3] = REVALIDATED, ("ETag", entity_tag(body))
     return Reply(code, headers, body)
 
 
-def _look(x: Exchange, job_id: str) -> Seen:
+def find_job(x: Exchange, job_id: str) -> Seen:
     """A job that the caller may see, by its id; raises UnknownJob."""
     key = JobKey.parse(job_id)
     seen = x.app.jobs.look(key, x.caller) if key is not None else None
@@ -9464,16 +9408,9 @@ def _look(x: Exchange, job_id: str) -> Seen:
     return seen
 
 
-def find_job(x: Exchange) -> Seen:
-    """The job that the path names; raises UnknownJob, and Conflict by a precondition."""
-    seen = _look(x, x.values["id"])
-    check_conditions(x)
-    return seen
-
-
 def _answer_when_asked(x: Exchange, answer: Callable[[Seen, Pairs], Reply]) -> Reply | None:
     """Answer at once, or with `Prefer: wait=N` when the job is finished."""
-    seen = find_job(x)
+    seen = find_job(x, x.values["id"])
     wait_s = _wait_of(x, parse_prefer(x.head.headers["prefer"])) if "prefer" in x.head.headers else None
     applied = () if wait_s is None else (("Preference-Applied", f"wait={wait_s}"),)
     if not wait_s or seen[0].status is not Status.RUNNING:
@@ -9498,49 +9435,32 @@ def job_result(x: Exchange) -> Reply | None:
     return _answer_when_asked(x, answer)
 
 
+_RANGED = 1 << 20  # bytes; a result as large is sent in parts where the client asks for one
+
+
 def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> Reply:
     stored = x.app.store.result(job.key)
     if stored is None:
         raise UnknownJob(job.id, x.app.jobs.expired(job.key))
     own, tag = tuple(stored.headers), []
+    names = {name.lower() for name, _ in own}
     if stored.code < 300:  # a result never changes, and no other has its id
-        names = {name.lower() for name, _ in own}
         own += () if "cache-control" in names else (REVALIDATED,)
         tag = [] if "etag" in names else [("ETag", f'"{job.id}"')]
     response = _flow_response(Answer(stored.code, own, stored.body or b""), (("Job-Status", job.status.value),))
     headers = one_line_each([*response.headers, *more]) if more else response.headers
     response = response._replace(headers=[*headers, *tag])  # a list: none that is worth keeping
-    if stored.body is None:
-        pieces = x.app.store.result_pieces(job.key, stored.attempt)
-        response = response._replace(stream=pieces, length=stored.size)
-        if stored.size >= _RANGED and stored.code == 200 and x.route is not None and x.route.handle is job_result:
-            return _in_part(x, response, partial(x.app.store.result_pieces, job.key, stored.attempt))
+    if stored.body is not None:
+        return response
+    pieces = partial(x.app.store.result_pieces, job.key, stored.attempt)
+    response = response._replace(stream=pieces(), length=stored.size)
+    is_fetch = x.route is not None and x.route.handle is job_result
+    if stored.size < _RANGED or stored.code != 200 or not is_fetch or "accept-ranges" in names:  # the flow knows better
+        return response
+    response = response._replace(headers=[*response.headers, ("Accept-Ranges", "bytes")])
+    if "range" in x.head.headers:
+        response = optional("astera_lite_admin:in_part", x, response, pieces) or response
     return response
-
-
-_RANGED = 1 << 20  # bytes; a result as large is sent in parts where the client asks for one
-_RANGE = re.compile("bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))", re.IGNORECASE)
-
-
-def _in_part(x: Exchange, whole: Reply, pieces: Callable[[int, int], Iterator[bytes]]) -> Reply:
-    """The part that the client asks for (RFC 9110, section 14); the whole where it asks for none, or for several."""
-    own, sent, size = {name.lower(): value for name, value in whole.headers}, x.head.headers, whole.length
-    if "accept-ranges" in own:  # the flow knows better
-        return whole
-    whole = whole._replace(headers=[*whole.headers, ("Accept-Ranges", "bytes")])
-    wanted, tag = _RANGE.fullmatch(sent.get("range", "")), own.get("etag", "")
-    changed = "if-range" in sent and (sent["if-range"] != tag or tag[:1] != '"')
-    if wanted is None or changed or x.head.method != "GET" or conditional(x, whole) is not whole:
-        return whole
-    first = int(wanted[1]) if wanted[1] else max(size - int(wanted[3]), 0)
-    last = min(int(wanted[2] or size), size - 1)
-    if wanted[2] and int(wanted[2]) < first:  # malformed
-        return whole
-    if first >= size:
-        headers = [_PROBLEM, NO_STORE, ("Content-Range", f"bytes */{size}"), ("Job-Status", own["job-status"])]
-        return Reply(416, headers, json_body(problem(416, f"The result has {size} bytes.")))
-    headers = [*whole.headers, ("Content-Range", f"bytes {first}-{last}/{size}")]
-    return Reply(206, headers, stream=pieces(first, last + 1), length=last + 1 - first)
 
 
 # --- the rest ---
@@ -10420,7 +10340,7 @@ class Server(ThreadingHTTPServer):
     def _too_many(self) -> bytes:
         self.requests["", "", 503] += 1
         body = json_body(problem(503, "The server has as many connections as it can."))
-        reply = Reply(503, [_PROBLEM, NO_STORE, ("Retry-After", "5")], body)
+        reply = Reply(503, [PROBLEM_TYPE, NO_STORE, ("Retry-After", "5")], body)
         return response_head(reply, self._next_request_id(), False) + reply.body
 
     # --- requests ---

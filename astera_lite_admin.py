@@ -21,13 +21,16 @@ from typing import Any
 from astera_lite import (
     ANYBODY,
     CONNECTIONS_FILE,
+    ENTITY_TAG,
     FILTERING,
     FLOW_NAME,
     JSON_TYPE,
     MODES,
     NO_STORE,
     PREFIXES,
+    PROBLEM_TYPE,
     QUOTED,
+    READING,
     REVALIDATED,
     RUN_TIMES,
     SELECTING,
@@ -39,6 +42,7 @@ from astera_lite import (
     Exchange,
     Flow,
     FlowError,
+    Head,
     InputError,
     Job,
     NotFound,
@@ -55,12 +59,12 @@ from astera_lite import (
     attempt_documents,
     check_cancelled,
     check_coding,
-    check_conditions,
     check_may_call,
-    deployment_tag,
+    error_response,
     example_request,
     failure_of,
     find_job,
+    http_date,
     is_json_type,
     is_loopback,
     json_body,
@@ -69,6 +73,7 @@ from astera_lite import (
     parse_query,
     parse_trace,
     path_values,
+    problem,
     shown,
     status_document,
     status_response,
@@ -98,6 +103,11 @@ def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
         "example": example_request(flow),
         "source": flow.source,
     }
+
+
+def deployment_tag(flow: Flow) -> str:
+    """The ETag of a deployment."""
+    return f'"{flow.version:x}"'
 
 
 def deployment_list(x: Exchange) -> Reply:
@@ -206,6 +216,80 @@ def undeploy(x: Exchange) -> Reply:
     return Reply(204, [NO_STORE])
 
 
+# --- preconditions, and the part of a result ---
+
+_ABOUT_A_BODY = ("content-type", "content-disposition", "content-encoding", "content-language", "content-range")
+
+
+def _precondition(head: Head, exists: bool, tag: str, modified: str | None = None) -> int:
+    """What a request's preconditions come to (RFC 9110, section 13.2.2): 304, 412, or 0 where they hold.
+
+    `tag` and `modified` are the ETag and Last-Modified of what there is.
+    """
+    sent, reads = head.headers, head.method in READING
+    if "if-match" in sent:
+        if not (exists and _listed(sent["if-match"], tag, weak=False)):
+            return 412
+    elif http_date(modified) > http_date(sent.get("if-unmodified-since")):
+        return 412
+    if "if-none-match" in sent:
+        if exists and _listed(sent["if-none-match"], tag, weak=True):
+            return 304 if reads else 412
+    elif reads and http_date(modified) <= http_date(sent.get("if-modified-since")):
+        return 304
+    return 0
+
+
+def _listed(sent: str, tag: str, weak: bool) -> bool:
+    """Whether a list of entity tags has this one, by the weak or the strong comparison (RFC 9110, section 8.8.3.2)."""
+    tags = ENTITY_TAG.findall(sent)
+    if weak:
+        tags, tag = [each.removeprefix("W/") for each in tags], tag.removeprefix("W/")
+    return sent == "*" or (tag[:1] == '"' and tag in tags)
+
+
+def _precondition_failed() -> Conflict:
+    return Conflict("A precondition of the request (If-Match or the like) does not hold.", status=412)
+
+
+def conditional(x: Exchange, reply: Reply) -> Reply:
+    """The answer to a request that reads under preconditions, given the one to a request without any."""
+    if not 200 <= reply.status < 300 or reply.status == 202:
+        return reply
+    own = {name.lower(): value for name, value in reply.headers}
+    status = _precondition(x.head, True, own.get("etag", ""), own.get("last-modified"))
+    if status == 304:
+        return Reply(304, [pair for pair in reply.headers if pair[0].lower() not in _ABOUT_A_BODY])
+    return error_response(x, _precondition_failed()) if status else reply
+
+
+_RANGE = re.compile("bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))", re.IGNORECASE)
+
+
+def in_part(x: Exchange, whole: Reply, pieces: Callable[[int, int], Iterator[bytes]]) -> Reply:
+    """The part of a result that the client asks for (RFC 9110, section 14); the whole where it asks for several."""
+    own, sent, size = {name.lower(): value for name, value in whole.headers}, x.head.headers, whole.length
+    wanted, tag = _RANGE.fullmatch(sent["range"]), own.get("etag", "")
+    changed = "if-range" in sent and (sent["if-range"] != tag or tag[:1] != '"')
+    if wanted is None or changed or x.head.method != "GET" or conditional(x, whole) is not whole:
+        return whole
+    first = int(wanted[1]) if wanted[1] else max(size - int(wanted[3]), 0)
+    last = min(int(wanted[2] or size), size - 1)
+    if wanted[2] and int(wanted[2]) < first:  # malformed
+        return whole
+    if first >= size:
+        headers = [PROBLEM_TYPE, NO_STORE, ("Content-Range", f"bytes */{size}"), ("Job-Status", own["job-status"])]
+        return Reply(416, headers, json_body(problem(416, f"The result has {size} bytes.")))
+    headers = [*whole.headers, ("Content-Range", f"bytes {first}-{last}/{size}")]
+    return Reply(206, headers, stream=pieces(first, last + 1), length=last + 1 - first)
+
+
+def check_conditions(x: Exchange, exists: bool = True, flow: Flow | None = None) -> None:
+    """Raise Conflict where a precondition forbids to act; `flow` is the deployment at hand."""
+    if _precondition(x.head, exists, deployment_tag(flow) if flow else ""):
+        raise _precondition_failed()
+
+
 # --- jobs ---
 
 DEFAULT_LIST, MAX_LIST = 50, 1000  # jobs on a page
@@ -248,8 +332,15 @@ def job_list(x: Exchange) -> Reply:
     return Reply(200, [JSON_TYPE, NO_STORE], json_body(document))
 
 
+def _find_to_change(x: Exchange) -> Seen:
+    """The job that the path names; raises UnknownJob, and Conflict by a precondition."""
+    seen = find_job(x, x.values["id"])
+    check_conditions(x)
+    return seen
+
+
 def _find_finished(x: Exchange) -> Job:
-    job = find_job(x)[0]
+    job = _find_to_change(x)[0]
     if job.status is Status.RUNNING:
         raise Conflict("The job is still running.", job=job.status)
     return job
@@ -257,7 +348,7 @@ def _find_finished(x: Exchange) -> Job:
 
 def job_cancel(x: Exchange) -> Reply | None:
     """POST /api/jobs/{id}/cancel"""
-    seen = find_job(x)
+    seen = _find_to_change(x)
     job = seen[0]
     if job.status is not Status.RUNNING:
         raise already_finished(job)
@@ -294,7 +385,7 @@ def job_rerun(x: Exchange) -> None:
 
 def job_callback(x: Exchange) -> None:
     """POST /api/jobs/{id}/callback"""
-    job = find_job(x)[0]
+    job = _find_to_change(x)[0]
     if job.callback is None:
         raise Conflict("The job was submitted without a callbackUrl.", job=job.status)
     _find_finished(x)
@@ -303,14 +394,14 @@ def job_callback(x: Exchange) -> None:
         if error is not None:
             raise error
         x.app.housekeeper.wake()
-        x.answer(status_response(x, find_job(x), 202))
+        x.answer(status_response(x, find_job(x, job.id), 202))
 
     x.app.store.resend(job.key, x.app.clock.now(), partial(x.post, answer))
 
 
 def job_delete(x: Exchange) -> None:
     """DELETE /api/jobs/{id}"""
-    job = find_job(x)[0]
+    job = _find_to_change(x)[0]
 
     def answer(result: Any, error: AsteraError | None) -> None:
         if error is not None or result == "absent":
@@ -325,7 +416,7 @@ def job_delete(x: Exchange) -> None:
 
 def job_details(x: Exchange) -> Reply:
     """GET /api/jobs/{id}: the status document, the request, the steps and the attempts of the callback."""
-    job, progress = find_job(x)
+    job, progress = find_job(x, x.values["id"])
     app, offset = x.app, x.app.clock.offset
     document = status_document(job, x.base, progress, offset=offset) | {"request": _request_document(app, job)}
     steps = app.engine.trace(job.key) or app.store.trace(job.key)

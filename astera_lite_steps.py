@@ -65,7 +65,6 @@ from astera_lite import (
     Template,
     Text,
     Value,
-    advice,
     answer_of,
     as_bytes,
     as_text,
@@ -78,6 +77,7 @@ from astera_lite import (
     kind_of,
     log,
     log_message,
+    optional,
     path_values,
     pointer,
     read_answer,
@@ -806,7 +806,7 @@ def isolated_main() -> None:
             value = function(_IsolatedContext(task, say), **task["args"])
             say({"value": as_json(value, task["function"])})
         except (Exception, SystemExit) as error:
-            source = advice("astera_lite_requests:exception_source", error)
+            source = optional("astera_lite_requests:exception_source", error)
             say({"error": f"{type(error).__name__}: {error}", "source": source})
 
 

@@ -55,7 +55,6 @@ from astera_lite import (
     StoredResult,
     Token,
     __version__,
-    advice,
     attempt_documents,
     check_exposure,
     edit_tokens,
@@ -65,6 +64,7 @@ from astera_lite import (
     load_settings,
     log,
     one_line,
+    optional,
     path_values,
     read_bytes,
     reason_of,
@@ -236,7 +236,7 @@ def _openable(fault: Fault, folder: str, path: str | None = None) -> Fault:
     grammar = re.fullmatch(r"line ([0-9]+), column ([0-9]+)", fault.place)
     if grammar:
         return Fault(f"{path}:{grammar[1]}:{grammar[2]}", "", fault.message)
-    line = advice("astera_lite_requests:line_in_file", path, fault.place)
+    line = optional("astera_lite_requests:line_in_file", path, fault.place)
     return fault._replace(where=f"{path}:{line}" if line else path)
 
 

@@ -119,6 +119,7 @@ def alone(tmp_path: Path) -> Path:
     return tmp_path
 
 
+NO_ADMIN = "astera_lite_admin.py is missing: copy it beside astera_lite.py"
 OF_ADMIN = [
     ("GET", "/api/jobs"),
     ("GET", "/api/jobs/{id}"),
@@ -152,9 +153,16 @@ def test_two_files_are_a_server(alone: Path, sink: Sink) -> None:
         job = accepted.json()["id"]
         for method, path in OF_ADMIN:
             missing = api.session.request(method, url + path.replace("{id}", job), timeout=10)
-            told = (missing.status_code, missing.json()["detail"])
-            assert told == (501, "astera_lite_admin.py is missing: copy it beside astera_lite.py"), path
-        assert api.session.get(status.headers["Location"], timeout=10).json()["waited"] == 0.3  # the job is as it was
+            assert (missing.status_code, missing.json()["detail"]) == (501, NO_ADMIN), path
+        if_new = {"If-None-Match": f'"{job}"'}
+        again = api.session.get(
+            status.headers["Location"], headers=if_new, timeout=10
+        )  # the whole result, for want of 304
+        assert (again.status_code, again.headers["ETag"], again.json()["waited"]) == (200, f'"{job}"', 0.3)
+        guarded = api.session.post(
+            f"{url}/api/publishingAsync/orders", json={}, headers={"If-Match": '"1"'}, timeout=10
+        )
+        assert (guarded.status_code, guarded.json()["detail"]) == (501, NO_ADMIN)
 
 
 EMBEDDING = """
