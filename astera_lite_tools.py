@@ -61,6 +61,8 @@ from astera_lite import (
     failure_of,
     failure_text,
     is_flow_file,
+    is_postgres,
+    late,
     load_settings,
     log,
     one_line,
@@ -240,11 +242,17 @@ def _openable(fault: Fault, folder: str, path: str | None = None) -> Fault:
     return fault._replace(where=f"{path}:{line}" if line else path)
 
 
-def _tokens_of(path: str) -> list[Token]:
+def _reader(database: str) -> SqliteReader:
+    """A database to be read."""
+    reader: type[SqliteReader] = wing("astera_lite_postgres:PostgresReader") if is_postgres(database) else SqliteReader
+    return reader(database)
+
+
+def _tokens_of(database: str) -> list[Token]:
     """The tokens in a database; none where it is not there yet."""
-    if not os.path.exists(path):
+    if not is_postgres(database) and not os.path.exists(database):
         return []
-    with contextlib.closing(SqliteReader(path)) as store:
+    with contextlib.closing(_reader(database)) as store:
         return store.tokens()
 
 
@@ -284,7 +292,6 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     print(f"{outcome.status.value} {answer.code} {PHRASES.get(answer.code, '')}", file=sys.stderr)
     for name, value in answer.headers:
         print(f"{name}: {value}", file=sys.stderr)
-    sys.stderr.flush()
     _write_body([answer.body])
     return 0 if outcome.error is None else 1
 
@@ -389,7 +396,7 @@ def _status_text(job: Job) -> str:
 
 def jobs(args: argparse.Namespace, settings: Settings) -> int:
     """jobs: list the jobs in the database, newest first."""
-    with contextlib.closing(SqliteReader(settings.database)) as store:
+    with contextlib.closing(_reader(settings.database)) as store:
         status = Status(args.status) if args.status else None
         offset = store.clock_offset()
         found = store.page(Clock().now() - offset, args.limit, None, args.flow, status, None)
@@ -416,7 +423,7 @@ def jobs(args: argparse.Namespace, settings: Settings) -> int:
 
 def show_job(args: argparse.Namespace, settings: Settings) -> int:
     """job: one job, its steps, its callback attempts and its result."""
-    with contextlib.closing(SqliteReader(settings.database)) as store:
+    with contextlib.closing(_reader(settings.database)) as store:
         key = JobKey.parse(args.id)
         job = store.get(key) if key else None
         if job is None:
@@ -433,10 +440,9 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
         else:
             _print_job(_Sheet(stream, offset), job, stored, steps, attempts)
         if args.result and stored is not None:
-            pieces: Iterable[bytes] = [stored.body or b""]
-            if stored.body is None:
-                pieces = whole_body(store.result_pieces(job.key, stored.attempt), stored.size)
-            _write_body(pieces)
+            in_pieces = stored.body is None
+            pieces = store.result_pieces(job.key, stored.attempt) if in_pieces else iter([stored.body or b""])
+            _write_body(whole_body(pieces, stored.size))
     return 0
 
 
@@ -475,8 +481,8 @@ def _print_job(
 
 def token(args: argparse.Namespace, settings: Settings) -> int:
     """token: make a token, list them, or revoke one."""
-    path, name = settings.database, args.name
-    role, flows = args.role or "user", None
+    path, name, role = settings.database, args.name, args.role or "user"
+    edit = wing("astera_lite_postgres:edit_tokens") if is_postgres(path) else edit_tokens
     unused = [flag for flag, given in (("--flows", args.flows), ("--role", args.role)) if given is not None]
     if unused and (name is None or args.revoke):
         print(f"{unused[0]} goes with a new NAME", file=sys.stderr)
@@ -492,20 +498,19 @@ def token(args: argparse.Namespace, settings: Settings) -> int:
         _Sheet(sys.stdout).table("name role created flows", rows)
         return 0
     if args.revoke:
-        edit_tokens(path, name)
+        edit(path, name)
         print(f"revoked {name}; a running server refuses it within a second", file=sys.stderr)
         if not any(one.digest for one in _tokens_of(path)):
             print("that was the last one: only the token of the settings is accepted from now on", file=sys.stderr)
         return 0
-    if args.flows is not None:
-        flows = frozenset(word.strip() for word in args.flows.split(",") if word.strip())
+    flows = None if args.flows is None else frozenset(word.strip() for word in args.flows.split(",") if word.strip())
     if faults := list(_token_faults(name, role, flows, settings.flows)):
         print(*faults, sep="\n", file=sys.stderr)
         return 2
     text = "astera_" + secrets.token_urlsafe(32)
     if settings.token is None and not _tokens_of(path):
         print("it is the first token: from now on the server refuses requests without one", file=sys.stderr)
-    edit_tokens(path, name, Token(name, token_digest(text), role, flows, Clock().wall()))
+    edit(path, name, Token(name, token_digest(text), role, flows, Clock().wall()))
     print("send it as `Authorization: Bearer TOKEN`; it is not shown again:", file=sys.stderr)
     print(text)
     return 0
@@ -575,7 +580,7 @@ def backup(args: argparse.Namespace, settings: Settings) -> int:
     """backup: a consistent copy of the database, also while the server runs."""
     if os.path.exists(args.copy):
         raise Conflict(f"{args.copy} is there already: name another file")
-    with contextlib.closing(SqliteReader(settings.database)) as store:
+    with contextlib.closing(_reader(settings.database)) as store:
         store.backup(args.copy, _progress("copying"))
     print(f"wrote {args.copy}, {os.path.getsize(args.copy):,} bytes", file=sys.stderr)
     return 0
@@ -642,9 +647,7 @@ COMMANDS = {
     ),
     "schema": Command(print_document, "print a JSON Schema of the flow file, for editors"),
     "openapi": Command(print_document, "print the OpenAPI document of the flows", (), _FOR_DOCUMENTS),
-    "postman": Command(
-        print_document, "print a Postman collection of the flows, to import or to run with newman", (), _FOR_DOCUMENTS
-    ),
+    "postman": Command(print_document, "print a Postman collection of the flows, also for newman", (), _FOR_DOCUMENTS),
     "new": Command(new, "write a starter flow", [_word("name", "NAME", "name of the flow")], ("flows",)),
     "jobs": Command(
         jobs,
@@ -682,6 +685,12 @@ COMMANDS = {
         backup,
         "copy the database, also while the server runs",
         [_word("copy", "FILE", "path of the copy, where no file may be yet")],
+        ("database",),
+    ),
+    "import": Command(
+        late("astera_lite_postgres:import_command"),
+        "fill an empty PostgreSQL database with all that a SQLite database holds",
+        [_word("file", "FILE", "a backup, or the database of a server that was stopped")],
         ("database",),
     ),
     "zipapp": Command(
