@@ -29,7 +29,8 @@ What a server does not need until somebody uses it is in wings, files beside thi
 only (`"astera_lite_tools:run_command"`) and loads one when it is first wanted. With `schema.sql` alone it is a whole
 server.
 
-    astera_lite_steps      the steps each, call, sql, run, python; @app.flow, @app.step
+    astera_lite_steps      the steps each, call, sql; the tests that flows have
+    astera_lite_python     the steps python and run; @app.flow, @app.step
     astera_lite_requests   patterns; pages, filters and sort of responses; connections, pages and until of http
     astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files
     astera_lite_admin      beside submit, poll and fetch: other routes of jobs, deployments, metrics, advice on flows
@@ -122,6 +123,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TextIO, TypeV
 if TYPE_CHECKING:
     import ssl
     import urllib.request
+
+    from astera_lite_python import Context
 
 __all__ = [
     "AsteraError",
@@ -321,7 +324,7 @@ def reason_of(error: Exception) -> str:
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql")  # files that the module needs beside it
 #: The files of the module that a server loads when somebody first uses what is in them.
-WINGS = tuple(f"astera_lite_{name}.py" for name in ("admin", "documents", "requests", "steps", "tools"))
+WINGS = tuple(f"astera_lite_{name}.py" for name in ("admin", "documents", "python", "requests", "steps", "tools"))
 #: The folders of this file: as it was named and as links lead. Taken now, for a program may change its own folder.
 _HOME = [os.path.dirname(path) for path in (os.path.abspath(__file__), os.path.realpath(__file__))]
 _loading = threading.RLock()  # held while a wing is loaded: another thread must not find it half made
@@ -360,6 +363,13 @@ def wing(name: str) -> Any:
                 raise MissingFile(f"{module}.py", "is of another version than what runs: restart it") from error
             sys.modules[module] = made
         return getattr(sys.modules[module], attribute)
+
+
+def __getattr__(name: str) -> Any:
+    """`Context` is in a wing; programs that embed the server name it in the signatures of their functions."""
+    if name == "Context":
+        return wing("astera_lite_python:Context")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def optional(name: str, *arguments: Any) -> Any:
@@ -3716,7 +3726,8 @@ def make_answer(
 # compiles expressions and names the place of each fault. The JSON Schema of flow files, the members that a message
 # lists, and the tables of docs/flows.md follow from the same table.
 
-_BASE_NAMES = ("params", "request", "env", "secrets")
+#: What expressions see before the first step, beside `error`.
+BASE_NAMES = ("params", "request", "env", "secrets")
 _REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
 MODES = ("synchronous", "asynchronous")
 FLOW_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -3728,9 +3739,9 @@ class Build:
     """What is known while a flow is compiled: the faults found so far, and the names that expressions may use."""
 
     def __init__(
-        self, where: str, kinds: Mapping[str, StepKind], functions: Functions, connections: Collection[str] = ()
+        self, where: str, kinds: Mapping[str, StepKind], folder: str | None = None, connections: Collection[str] = ()
     ) -> None:
-        self.where, self.kinds, self.functions, self.connections = where, kinds, functions, connections
+        self.where, self.kinds, self.folder, self.connections = where, kinds, folder, connections
         self.faults: list[Fault] = []
         self.names: dict[str, Collection[str] | None] = {}
         self.hints: dict[str, str] = {}  # messages for names that are not known
@@ -4206,40 +4217,6 @@ def _make_wait(build: Build, given: Any, place: str) -> Runner:
     return wait
 
 
-class Context:
-    """What the function of a step gets first: what the run knows, and ways to report and to wait."""
-
-    def __init__(self, run: Run, scope: Scope, path: str) -> None:
-        self._run, self._path = run, path
-        self.params: dict[str, Any] = scope["params"]
-        self.request: dict[str, Any] = scope["request"]
-        hidden = {*_BASE_NAMES, "error"} if scope["error"] is None else {*_BASE_NAMES}
-        self.steps: dict[str, Any] = {name: value for name, value in scope.items() if name not in hidden}
-        self.secrets: dict[str, str] = dict(run.outside.secrets)
-        self.log = logging.LoggerAdapter(log, run.about | {"step": path})
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the run should stop; a long function checks this now and then."""
-        return self._run.cancel.is_set or self._run.outside.clock.monotonic() >= self._run.step_deadline
-
-    def progress(self, done: int, total: int) -> None:
-        """Show in the status document how far the step is."""
-        self._run.progress = Progress(self._path, done, total)
-
-    def sleep(self, seconds: float) -> None:
-        """Wait; raises an exception when the run is cancelled or over its time."""
-        self._run.sleep(seconds)
-
-
-class Functions:
-    """Where the functions of `python` steps are found: the folder of the flows, and the modules loaded from it."""
-
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self.folder = folder
-        self.modules: dict[tuple[str, int], types.ModuleType] = {}  # by path and time of change
-
-
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, section 9.2.2
 _WORTH_RETRYING = frozenset({"transport", "timeout", "408", "429", "500", "502", "503", "504"})
@@ -4622,7 +4599,7 @@ class StepName(Text):
             build.fault(place, f"{shown(value)} has {len(value)} characters: at most 64")
         elif not isinstance(value, str) or not STEP_NAME.fullmatch(value) or keyword.iskeyword(value):
             build.fault(place, f"{shown(value)} must be a word of letters, digits and _ that expressions can use")
-        elif value in _BASE_NAMES or value in FUNCTIONS or value in _JSON_NAMES:
+        elif value in BASE_NAMES or value in FUNCTIONS or value in _JSON_NAMES:
             build.fault(place, f'"{value}" has a meaning in expressions already: choose another name')
         elif value in build.names and build.names[value] is not _ERROR_MEMBERS:  # a flow may have a step "error"
             what = "there is another step" if value in build.step_names else "something here has the name already,"
@@ -4669,7 +4646,7 @@ STEP_KINDS: dict[str, StepKind] = {
         failures=("transport", "timeout", "too_large", "body"),
     ),
     "python": StepKind(
-        Elsewhere("astera_lite_steps:PYTHON"),
+        Elsewhere("astera_lite_python:PYTHON"),
         None,
         "calls a Python function",
         effect=True,
@@ -4683,7 +4660,7 @@ STEP_KINDS: dict[str, StepKind] = {
         effect=True,
         failures=("locked", "sql"),
     ),
-    "run": StepKind(Elsewhere("astera_lite_steps:PROGRAM"), None, "runs a program", effect=True, failures=("exit",)),
+    "run": StepKind(Elsewhere("astera_lite_python:PROGRAM"), None, "runs a program", effect=True, failures=("exit",)),
     "set": StepKind(Value(), _make_set, "computes a value", light=True),
     "each": StepKind(Elsewhere("astera_lite_steps:EACH"), None, "runs steps for every item of a list", holds=True),
     "choose": StepKind(
@@ -5053,17 +5030,20 @@ def build_flow(
     *,
     source: str = "",
     kinds: Mapping[str, StepKind] = STEP_KINDS,
-    functions: Functions | None = None,
+    folder: str | None = None,
     connections: Collection[str] = (),
 ) -> Flow:
-    """Check a flow's tree and compile it; raises FlowError with every fault, each with its place and cure."""
+    """Check a flow's tree and compile it; raises FlowError with every fault, each with its place and cure.
+
+    `folder` is that of the flow files, where Python functions are looked for first.
+    """
     where = source or name
-    build = Build(where, kinds, functions or Functions(), connections)
+    build = Build(where, kinds, folder, connections)
     if not FLOW_NAME.fullmatch(name):
         cure = ", 64 at most" if len(name) > 64 else ""
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _{cure}")
     build.step = step_table(kinds)
-    build.names = dict.fromkeys(_BASE_NAMES) | {"request": _REQUEST_MEMBERS, "error": _ERROR_MEMBERS}
+    build.names = dict.fromkeys(BASE_NAMES) | {"request": _REQUEST_MEMBERS, "error": _ERROR_MEMBERS}
     given = FLOW.read(build, tree, "")
     if build.faults:
         raise FlowError(build.faults)
@@ -5243,7 +5223,7 @@ def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
 
 def load_connections(folder: str | os.PathLike[str], previous: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     """The connections of a folder's connections.json; where it is faulty, those before stay in service."""
-    build = Build(CONNECTIONS_FILE, {}, Functions())
+    build = Build(CONNECTIONS_FILE, {})
     build.names = dict.fromkeys(("env", "secrets"))
     try:
         tree = _read_flow_file(folder, CONNECTIONS_FILE)
@@ -7683,7 +7663,6 @@ class Deployer:
         """`connections` is filled from the folder's connections.json, and emptied with it."""
         self.deployments = Deployments()
         self.kinds = dict(STEP_KINDS)
-        self.functions = Functions(folder)
         self.folder, self._connections = folder, connections
         self.own: dict[str, Flow] = {}  # deployed by the program
         self._by_version: dict[int, Flow] = {}  # flows not in service any more whose jobs still run
@@ -7694,7 +7673,7 @@ class Deployer:
         """Compile a flow; raises FlowError with every fault."""
         with _faults_of(source or name):
             return build_flow(
-                tree, name, source=source, kinds=self.kinds, functions=self.functions, connections=self._connections
+                tree, name, source=source, kinds=self.kinds, folder=self.folder, connections=self._connections
             )
 
     def reload(self) -> list[Fault]:
@@ -8221,7 +8200,7 @@ class AsteraLite:
         modes = [processing] if isinstance(processing, str) else list(processing)
 
         def publish(function: _Function) -> _Function:
-            tree = wing("astera_lite_steps:function_flow")(function, route, modes, options)
+            tree = wing("astera_lite_python:function_flow")(function, route, modes, options)
             self.deploy(name or function.__name__.replace("_", "-"), tree)
             return function
 
@@ -8237,7 +8216,7 @@ class AsteraLite:
             raise ConfigError([Fault("step", name, "is no new word of letters, digits and _: choose another name")])
 
         def add(function: _Function) -> _Function:
-            self.deployer.kinds[name] = wing("astera_lite_steps:own_kind")(function)
+            self.deployer.kinds[name] = wing("astera_lite_python:own_kind")(function)
             if self._running:
                 self.deployer.reload()  # a file may have waited for it
             return function

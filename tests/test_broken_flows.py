@@ -17,7 +17,6 @@ from astera_lite import (
     AsteraLite,
     Deployments,
     FlowError,
-    Functions,
     Template,
     build_flow,
     compile_template,
@@ -235,7 +234,7 @@ def remembering(file: dict[str, Any]) -> Callable[..., Template]:
 def test_with_any_node_replaced_a_shipped_file_is_well_or_has_faults(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app, functions = AsteraLite(flows=str(path.parent)), Functions(path.parent)
+    app = AsteraLite(flows=str(path.parent))
     assert not app.deployer.reload()
     file = {"tree": parse_flow_text(path.read_text(), path.name)}
     monkeypatch.setattr("astera_lite.compile_template", remembering(file))
@@ -247,7 +246,7 @@ def test_with_any_node_replaced_a_shipped_file_is_well_or_has_faults(
                 load_connections(tmp_path, {})
                 continue
             try:
-                flow = build_flow(file["tree"], path.stem, functions=functions, connections=app.outside.connections)
+                flow = app.deployer.build(file["tree"], path.stem)
             except FlowError:
                 continue
             if not {"steps", "tests"} & set(way):  # what else is made of a flow can be made of any

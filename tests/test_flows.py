@@ -25,7 +25,6 @@ from astera_lite import (
     Deployments,
     Flow,
     FlowError,
-    Functions,
     InputError,
     Journal,
     Mask,
@@ -808,7 +807,7 @@ def test_a_long_wait_suspends_and_a_resumed_run_repeats_nothing(tmp_path: Path) 
     (tmp_path / "mod.py").write_text("calls = []\ndef f(context):\n    calls.append(1)\n    return len(calls)\n")
     steps = [{"name": "a", "python": "mod:f"}, {"name": "id", "set": "${uuid()}"}, {"name": "w", "wait": "1h"},
              {"name": "b", "python": "mod:f"}, {"name": "c", "set": ["${a}", "${id}", "${b}"]}]  # fmt: skip
-    flow = build_flow(get_flow("/x", steps=steps), "t", functions=Functions(tmp_path))
+    flow = build_flow(get_flow("/x", steps=steps), "t", folder=str(tmp_path))
     journal, clock = Kept(), FakeClock()
     outside = surroundings(clock=clock)
 
@@ -831,12 +830,10 @@ def test_python_steps(tmp_path: Path) -> None:
         "def f(context, a, b=2):\n    return [a, b, context.params['p'], context.steps['s']]\n"
         "def odd(context):\n    return {1: (1, 2)}\ndef bad(context):\n    return {1, 2}\ndef boom(context):\n    raise ValueError('inner')\n"  # noqa: E501
     )
-    app = AsteraLite(flows=str(tmp_path))
-    functions = app.deployer.functions
 
     def go(*steps: Any) -> Outcome:
         flow = build_flow(
-            get_flow("/x", steps=list(steps), request={"parameters": {"p": {"in": "query"}}}), "t", functions=functions
+            get_flow("/x", steps=list(steps), request={"parameters": {"p": {"in": "query"}}}), "t", folder=str(tmp_path)
         )
         out = run_flow(Run(flow, flow.bind(StoredRequest("GET", "/x", "p=q"), {}), surroundings(), 1e9))
         assert isinstance(out, Outcome)

@@ -30,14 +30,20 @@ LINES = {
     "astera_lite_admin.py": 800,
     "astera_lite_documents.py": 800,
     "astera_lite_requests.py": 800,
-    "astera_lite_steps.py": 1_000,
+    "astera_lite_python.py": 800,
+    "astera_lite_steps.py": 800,
     "astera_lite_tools.py": 800,
 }
 
 
 def imported(name: str) -> Iterator[tuple[str, str]]:
-    """Every import in a file, also inside functions: module, and the name taken from it if one is."""
+    """Every import that a file runs, also inside functions: module, and the name taken from it if one is."""
+    tests = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.If)]
+    of_types = [test for test in tests if isinstance(test.test, ast.Name) and test.test.id == "TYPE_CHECKING"]
+    unused = {id(node) for each in of_types for node in ast.walk(each)}
     for node in ast.walk(TREES[name]):
+        if id(node) in unused:
+            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -228,11 +234,12 @@ def test_a_flow_without_its_wing_is_a_fault_and_the_others_are_served(alone: Pat
     with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, _):
         found = Api(url).session.get(f"{url}/api/deployments", timeout=10).json()
         told = {fault["file"]: fault["message"] for fault in found["faults"]}
-        of_requests = ("pages", "until", "connections")
+        wings = dict.fromkeys(("pages", "until", "connections"), "requests")
+        wings |= dict.fromkeys(("python", "run"), "python")
         assert told == {
-            f"{name}.json": f"cannot be deployed: {wing} is missing: copy it beside astera_lite.py"
+            f"{name}.json": f"cannot be deployed: astera_lite_{wing}.py is missing: copy it beside astera_lite.py"
             for name in (*STEPS, "connections")
-            for wing in ["astera_lite_requests.py" if name in of_requests else "astera_lite_steps.py"]
+            for wing in [wings.get(name, "steps")]
         }
         assert {each["name"] for each in found["deployments"]} == {"hello", "order", "slow", "weather"}
 
