@@ -9453,49 +9453,6 @@ def health(x: Exchange) -> Reply:
     return Reply(200 if is_ok else 503, [JSON_TYPE, NO_STORE, *more], json_body(document))
 
 
-def _check_may_measure(x: Exchange) -> None:
-    if not x.caller.admin:
-        detail = f"The token {x.caller.name} is of role user: the metrics count everybody's jobs."
-        raise AccessError(403, detail, "insufficient_scope")
-
-
-@lru_cache(1)
-def _console_page() -> Reply:
-    """The console's page. Its policy lets its own script and style run, and nothing that a flow answers."""
-    page = resource("console.html").replace(b"\r\n", b"\n")  # browsers hash what they have normalised
-
-    def digest(part: bytes) -> str:
-        return base64.b64encode(sha256(part)).decode()
-
-    def source(tag: str) -> str:
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
-        return " ".join([f"{tag}-src", *(f"'sha256-{digest(part)}'" for part in found)])
-
-    policy = (
-        f"default-src 'none'; {source('script')}; {source('style')}; img-src data:; connect-src 'self';"
-        " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
-        " require-trusted-types-for 'script'; trusted-types 'none'"
-    )
-    headers = {
-        "Content-Type": "text/html; charset=utf-8",
-        "ETag": f'"{digest(page)}"',
-        "Cache-Control": "no-cache",
-        "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
-    return Reply(200, tuple(headers.items()), page)
-
-
-def console(x: Exchange) -> Reply:
-    """GET /"""
-    try:
-        return _console_page()
-    except ConfigError:
-        cure = "copy console.html beside astera_lite.py. The endpoints are listed at /api/deployments."
-        raise NotFound(f"The console's page is missing: {cure}") from None
-
-
 _MAY_DEPLOY = late("astera_lite_admin:check_may_deploy")
 ROUTES = [
     *(Route("*", f"{PREFIXES[mode]}/*", partial(publish, mode), check=partial(find_flow, mode)) for mode in MODES),
@@ -9514,8 +9471,8 @@ ROUTES = [
     Route("GET", "/openapi.json", late("astera_lite_documents:openapi"), slow=True),
     Route("GET", "/postman.json", late("astera_lite_documents:postman"), slow=True),
     Route("GET", "/health", health, is_open=True),
-    Route("GET", "/metrics", late("astera_lite_admin:metrics"), check=_check_may_measure),
-    Route("GET", "/", console, is_open=True),
+    Route("GET", "/metrics", late("astera_lite_admin:metrics"), check=late("astera_lite_admin:check_may_measure")),
+    Route("GET", "/", late("astera_lite_admin:console"), is_open=True),
 ]
 
 _BY_PATH: dict[str, dict[str, Route]] = {}
@@ -10538,7 +10495,8 @@ def _announce(server: Server, stderr: Stderr) -> None:
     published = endpoint_lines(server.app.deployments, base)
     console_line = [f"console: {base}/"]
     try:
-        resource("console.html")
+        for name in ("console.html", "astera_lite_admin.py"):
+            resource(name)
     except ConfigError:  # a copy of the module without the page
         console_line = []
     if server.settings.log == "json":

@@ -1,11 +1,13 @@
 """What operators and clients ask beside submit, poll and fetch.
 
-The other routes of jobs (list, details, cancel, rerun, delete, callback again), deployments, metrics, advice on faulty
-flows. A wing of astera_lite, which loads this file when one of them is first wanted.
+The other routes of jobs (list, details, cancel, rerun, delete, callback again), deployments, metrics, the page of the
+console; preconditions and the part of a result; advice on faulty flows. A wing of astera_lite, which loads this file
+when one of them is first wanted.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import itertools
 import json
@@ -15,7 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from astera_lite import (
@@ -37,6 +39,7 @@ from astera_lite import (
     AccessError,
     AsteraError,
     AsteraLite,
+    ConfigError,
     Conflict,
     Deployer,
     Exchange,
@@ -74,6 +77,8 @@ from astera_lite import (
     parse_trace,
     path_values,
     problem,
+    resource,
+    sha256,
     shown,
     status_document,
     status_response,
@@ -558,9 +563,56 @@ def metrics_text(app: AsteraLite) -> str:
     return "\n".join([*lines, ""])
 
 
+def check_may_measure(x: Exchange) -> None:
+    """Raise AccessError for a token of role user: the metrics count everybody's jobs."""
+    if not x.caller.admin:
+        detail = f"The token {x.caller.name} is of role user: the metrics count everybody's jobs."
+        raise AccessError(403, detail, "insufficient_scope")
+
+
 def metrics(x: Exchange) -> Reply:
     """GET /metrics"""
     return Reply(200, [("Content-Type", METRICS_TYPE), NO_STORE], metrics_text(x.app).encode())
+
+
+# --- the console ---
+
+
+@lru_cache(1)
+def _console_page() -> Reply:
+    """The console's page. Its policy lets its own script and style run, and nothing that a flow answers."""
+    page = resource("console.html").replace(b"\r\n", b"\n")  # browsers hash what they have normalised
+
+    def digest(part: bytes) -> str:
+        return base64.b64encode(sha256(part)).decode()
+
+    def source(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
+        return " ".join([f"{tag}-src", *(f"'sha256-{digest(part)}'" for part in found)])
+
+    policy = (
+        f"default-src 'none'; {source('script')}; {source('style')}; img-src data:; connect-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+        " require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    headers = {
+        "Content-Type": "text/html; charset=utf-8",
+        "ETag": f'"{digest(page)}"',
+        "Cache-Control": "no-cache",
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+    return Reply(200, tuple(headers.items()), page)
+
+
+def console(x: Exchange) -> Reply:
+    """GET /"""
+    try:
+        return _console_page()
+    except ConfigError:
+        cure = "copy console.html beside astera_lite.py. The endpoints are listed at /api/deployments."
+        raise NotFound(f"The console's page is missing: {cure}") from None
 
 
 # --- advice on expressions: what other languages have, and what to write instead ---

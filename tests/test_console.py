@@ -19,7 +19,7 @@ import pytest
 import requests
 from support import ROOT, Api, Sink, get_flow, process, running, until
 
-import astera_lite
+import astera_lite_admin
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -218,22 +218,23 @@ def test_the_page_needs_no_token_and_holds_no_data(tmp_path: Path) -> None:
 
 
 def test_line_ends_of_a_checkout_do_not_change_the_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = astera_lite._console_page()
-    monkeypatch.setattr(astera_lite, "resource", lambda name: sent.body.replace(b"\n", b"\r\n"))
-    assert astera_lite._console_page.__wrapped__() == sent
+    sent = astera_lite_admin._console_page()
+    monkeypatch.setattr(astera_lite_admin, "resource", lambda name: sent.body.replace(b"\n", b"\r\n"))
+    assert astera_lite_admin._console_page.__wrapped__() == sent
 
 
-def test_without_its_file_the_server_runs_and_says_what_is_missing(tmp_path: Path) -> None:
-    for name in ("astera_lite.py", "schema.sql"):
+@pytest.mark.parametrize(("missing", "code"), [("console.html", 404), ("astera_lite_admin.py", 501)])
+def test_without_its_files_the_server_runs_and_says_what_is_missing(tmp_path: Path, missing: str, code: int) -> None:
+    for name in {"astera_lite.py", "astera_lite_admin.py", "console.html", "schema.sql"} - {missing}:
         shutil.copy(ROOT / name, tmp_path / name)
     with process(tmp_path, program=(sys.executable, str(tmp_path / "astera_lite.py"))) as (_, url, lines):
         assert not any(line.startswith("console:") for line in lines)  # a start names what is there
         answer = requests.get(url, timeout=10)
-        assert answer.status_code == 404
+        assert answer.status_code == code
         assert answer.headers["Content-Type"] == "application/problem+json"
-        assert "console.html" in answer.json()["detail"] and "beside astera_lite.py" in answer.json()["detail"]
+        assert missing in answer.json()["detail"] and "beside astera_lite.py" in answer.json()["detail"]
         assert requests.get(f"{url}/health", timeout=10).json()["status"] == "ok"
-        shutil.copy(ROOT / "console.html", tmp_path)
+        shutil.copy(ROOT / missing, tmp_path)
         assert requests.get(url, timeout=10).status_code == 200
 
 

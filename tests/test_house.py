@@ -136,6 +136,7 @@ OF_ADMIN = [
     ("GET", "/api/deployments"),
     ("GET", "/api/deployments/hello"),
     ("GET", "/metrics"),
+    ("GET", "/"),
 ]
 
 
