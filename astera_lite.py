@@ -29,11 +29,11 @@ What a server does not need until somebody uses it is in wings, files beside thi
 only (`"astera_lite_tools:run_command"`) and loads one when it is first wanted. With `schema.sql` alone it is a whole
 server.
 
-    astera_lite_steps      the steps each, call, sql; the tests that flows have
+    astera_lite_steps      the steps each, call, sql; the tests that flows have; advice on faulty flows
     astera_lite_python     the steps python and run; @app.flow, @app.step
     astera_lite_requests   patterns; pages, filters and sort of responses; connections, pages and until of http
     astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files
-    astera_lite_admin      beside submit, poll and fetch: other routes of jobs, deployments, metrics, advice on flows
+    astera_lite_admin      beside submit, poll and fetch: other routes of jobs, deployments, metrics, console
     astera_lite_tools      the commands: check, try, test, new, jobs, job, token, backup, zipapp and more; --help
 """
 
@@ -1767,7 +1767,7 @@ class _Compiler(ast.NodeTransformer):
         except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
             message = str(error) or "it is nested too deeply"
             if isinstance(error, SyntaxError):
-                message = optional("astera_lite_admin:advice_on_syntax", source) or error.msg
+                message = optional("astera_lite_steps:advice_on_syntax", source) or error.msg
             self.fault(place, f"${{{source[:120]}}}: {message}")
             return ast.Constant(None)
         for part in ast.walk(checked):
@@ -1778,7 +1778,7 @@ class _Compiler(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> Any:
         name = type(node).__name__
         if name not in _PLAIN_NODES and not hasattr(self, f"visit_{name}"):
-            words = optional("astera_lite_admin:advice_on_word", name)
+            words = optional("astera_lite_steps:advice_on_word", name)
             raise _Refused(words or f"{name} is not part of the language")
         self.depth += 1
         if self.depth > MAX_NESTING:
@@ -1865,7 +1865,7 @@ class _Compiler(ast.NodeTransformer):
         else:
             raise _Refused("only functions and methods can be called, by their names")
         if name not in table:
-            words = optional("astera_lite_admin:advice_on_word", name)
+            words = optional("astera_lite_steps:advice_on_word", name)
             raise _Refused(f"there is no {shape}" + (f": write {words}" if words else suggest(name, table)))
         if table is not _METHOD_NAMES:
             self.volatile = self.volatile or name in VOLATILE
@@ -4688,7 +4688,7 @@ def parse_flow_text(text: str, file_name: str) -> Any:
         return _toml_as_json(tomllib.loads(text), "")
     except json.JSONDecodeError as error:
         place, message = f"line {error.lineno}, column {error.colno}", f"is not JSON: {error.msg}"
-        message += optional("astera_lite_admin:advice_on_json", error)
+        message += optional("astera_lite_steps:advice_on_json", error)
     except RecursionError:
         place, message = "", f"it is nested deeper than {MAX_JSON_DEPTH} levels"
     except ValueError as error:  # TOMLDecodeError is one; it names line and column itself

@@ -1,8 +1,8 @@
 """What operators and clients ask beside submit, poll and fetch.
 
 The other routes of jobs (list, details, cancel, rerun, delete, callback again), deployments, metrics, the page of the
-console; preconditions and the part of a result; advice on faulty flows. A wing of astera_lite, which loads this file
-when one of them is first wanted.
+console; preconditions and the part of a result. A wing of astera_lite, which loads this file when one of them is first
+wanted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import base64
 import contextlib
 import itertools
 import json
-import keyword
 import os
 import re
 import sys
@@ -31,7 +30,6 @@ from astera_lite import (
     NO_STORE,
     PREFIXES,
     PROBLEM_TYPE,
-    QUOTED,
     READING,
     REVALIDATED,
     RUN_TIMES,
@@ -613,94 +611,3 @@ def console(x: Exchange) -> Reply:
     except ConfigError:
         cure = "copy console.html beside astera_lite.py. The endpoints are listed at /api/deployments."
         raise NotFound(f"The console's page is missing: {cure}") from None
-
-
-# --- advice on expressions: what other languages have, and what to write instead ---
-
-_WORDS = {
-    word: advice
-    for words, advice in {
-        "append extend insert push add unshift": "list + [x]: nothing changes a value in place",
-        "update setdefault": "merge(a, b): nothing changes a value in place",
-        "sort": "sorted(…) or sort_by(…)",
-        "reverse": "reversed(…)",
-        "includes contains has_key has hasOwnProperty": "x in y",
-        "substring substr slice charAt at": "text[from:to]",
-        "map filter forEach reduce flatMap remove pop popitem clear": "[… for x in … if …]",
-        "format concat sprintf": "${…} inside the text, or a + b",
-        "toString String stringify": "str(…) or json(…)",
-        "parseInt Number parseFloat": "int(…) or float(…)",
-        "toLowerCase to_lower lowercase": ".lower()",
-        "toUpperCase to_upper uppercase": ".upper()",
-        "length size": "len(…)",
-        "trim": ".strip()",
-        "indexOf": ".find(…)",
-        "startsWith": ".startswith(…)",
-        "endsWith": ".endswith(…)",
-        "replaceAll": ".replace(…)",
-        "padStart": ".rjust(…)",
-        "padEnd": ".ljust(…)",
-        "toFixed": "round(x, digits)",
-        "some": "any(…)",
-        "every": "all(…)",
-        "set": "unique(…)",
-        "tuple": "[…]",
-        "dict": "{name: … for … in …}",
-        "encode": "base64(…) or urlencode(…)",
-        "parse": "parse_json(…)",
-        "isinstance": "a comparison",
-        # nodes of Python's syntax
-        "Lambda": "there is no lambda: sort_by, group_by and index_by take the name of a field",
-        "JoinedStr": "there are no f-strings: write ${…} inside the text",
-        "NamedExpr": "nothing can be assigned: add a `set` step",
-        "Starred": "there is no `*`: join lists with +",
-        "Set SetComp": "there are no sets: use unique([…])",
-        "Await": "there is no await",
-        "Yield YieldFrom": "there is no yield",
-        "BitAnd BitOr BitXor LShift RShift MatMult": "the operators are + - * / // % ** and the comparisons",
-        "Invert": "there is no ~",
-    }.items()
-    for word in words.split()
-}
-_SYNTAX = {
-    "&&": "there is no &&: write `and`",
-    r"\|\|": "there is no ||: write `or`",
-    "[=!]==": "there is no === or !==: write == or !=",
-    "!(?!=)": "there is no !: write `not`",
-    r"\?\?": "there is no ??: write `a if a is not None else b`",
-    r"\?[^:]*:": "there is no ? : here: write `a if condition else b`",
-    "=>": "there is no =>: write a comprehension, [… for x in …]",
-    "`": "there is no `…`: text stands in quotes",
-    "(?<![=!<>:])=(?!=)": "= does not compare: write ==",
-}
-
-
-def advice_on_word(word: str) -> str:
-    """What to write instead of a function, a method, or a node of Python's syntax; "" if nothing is known of it."""
-    return _WORDS.get(word, "")
-
-
-def advice_on_syntax(source: str) -> str:
-    """What is wrong with an expression that Python's parser refuses; "" if nothing is known of it."""
-    if word := re.search(rf"\.({'|'.join(keyword.kwlist)})\b", source):
-        return f'{word[1]} is a word of the language: write ["{word[1]}"] for the field of that name'
-    bare = re.sub(QUOTED, "''", source)
-    return next((advice for pattern, advice in _SYNTAX.items() if re.search(pattern, bare)), "")
-
-
-def advice_on_json(error: json.JSONDecodeError) -> str:
-    """What is wrong with a file that Python's parser of JSON refuses; "" if nothing is known of it."""
-    before, at = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
-    if not error.doc.strip():
-        return ": the file is empty; `new NAME` writes a first flow"
-    if not at:
-        return ": the file ends too early, a } or ] or a quote is missing"
-    if "delimiter" in error.msg:
-        return ": a comma or a closing bracket is missing before this place"
-    if before.endswith(",") or "trailing comma" in error.msg:
-        return ": there is a comma after the last item"
-    if at == "'":
-        return ': JSON has "double" quotes'
-    if error.doc[error.pos : error.pos + 2] in ("//", "/*") or at == "#":
-        return ": JSON has no comments; use a description, or write the flow as TOML"
-    return ""
