@@ -1662,6 +1662,7 @@ _PAID_OPERATORS = {ast.Add: "add", ast.Mult: "multiply", ast.Mod: "modulo", ast.
 _PLAIN_NODES = frozenset("Load List Tuple IfExp BoolOp And Or UnaryOp Not UAdd USub".split())
 QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
 _MARK = re.compile(r"\$\$\{|\$\{")
+_LINE_END = re.compile("[\r\n]")
 _OTHER_MARK = re.compile(r"(?<!\$)(?:\{\{?|\$\(|#\{|<%=?)\s*+(([A-Za-z]\w*+)[.\[])")  # of other languages
 _BRACKET = re.compile(QUOTED + r"|[\[({]|[\])}]")
 
@@ -1691,7 +1692,7 @@ def split_template(text: str) -> list[tuple[bool, str]]:
             literal, at = literal + "${", match.end()
             continue
         end = _closing_brace(text, match.end())
-        parts += [(False, literal), (True, " ".join(text[match.end() : end].split("\n")))]
+        parts += [(False, literal), (True, _LINE_END.sub(" ", text[match.end() : end]))]
         literal, at = "", end + 1
     parts.append((False, literal + text[at:]))
     return [part for part in parts if part[1] or part[0]]
@@ -1761,19 +1762,17 @@ class _Compiler(ast.NodeTransformer):
                 raise _Refused("there is nothing inside ${}")
             if len(source) > MAX_EXPRESSION:
                 raise _Refused(f"it is longer than {MAX_EXPRESSION} characters: split it over several steps")
-            node = ast.parse(f"({source})", mode="eval").body
+            lines_before = "\n" * (len(self.sources) - 1)
+            node = ast.parse(f"{lines_before}({source})", mode="eval").body
             self.schema = self.declared(node)
             checked: ast.expr = self.visit(node)
+            return checked
         except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
             message = str(error) or "it is nested too deeply"
             if isinstance(error, SyntaxError):
                 message = optional("astera_lite_steps:advice_on_syntax", source) or error.msg
             self.fault(place, f"${{{source[:120]}}}: {message}")
             return ast.Constant(None)
-        for part in ast.walk(checked):
-            if hasattr(part, "lineno"):
-                part.lineno = part.end_lineno = len(self.sources)  # type: ignore[attr-defined]
-        return checked
 
     def visit(self, node: ast.AST) -> Any:
         name = type(node).__name__
@@ -3743,9 +3742,9 @@ class Build:
     ) -> None:
         self.where, self.kinds, self.folder, self.connections = where, kinds, folder, connections
         self.faults: list[Fault] = []
-        self.names: dict[str, Collection[str] | None] = {}
+        self.names: Mapping[str, Collection[str] | None] = {}
         self.hints: dict[str, str] = {}  # messages for names that are not known
-        self.schemas: dict[str, Any] = {}  # of names that stand for parts of the body
+        self.schemas: Mapping[str, Any] = {}  # of names that stand for parts of the body
         self.given: dict[str, Any] = {}  # members read so far of the object that is being read
         self.volatile = False  # whether a template compiled since this was cleared is
         self.calls: list[tuple[str, str]] = []  # flows that are called, and the places of the calls
@@ -3764,14 +3763,19 @@ class Build:
         self.volatile = self.volatile or template.volatile
         return template
 
+    def know(self, name: str, schema: Any = None) -> None:
+        """Let expressions that are read from here on use a name, to the end of the block."""
+        self.names = {**self.names, name: None}
+        self.schemas = {**self.schemas, name: schema}
+
     @contextlib.contextmanager
-    def block(self, *names: str) -> Iterator[None]:
-        """Read a part of the flow with further names; those and what the part adds are unknown behind it."""
+    def block(self) -> Iterator[None]:
+        """Read a part of the flow; the names that it adds are unknown behind it."""
         outer = self.names, self.schemas, self.given
-        self.names, self.schemas, self.given = self.names | dict.fromkeys(names), dict(self.schemas), {}
+        self.given = {}
         yield
-        inside = self.names.keys() - outer[0].keys()
-        self.hints |= {name: f'"{name}" is known only inside the step that it belongs to' for name in inside}
+        for name in self.names.keys() - outer[0].keys() if self.names is not outer[0] else ():
+            self.hints[name] = f'"{name}" is known only inside the step that it belongs to'
         self.names, self.schemas, self.given = outer
 
 
@@ -3872,9 +3876,9 @@ class Value(Member):
     names: Sequence[str] = ()
 
     def read(self, build: Build, value: Any, place: str) -> Template:
-        if not self.names:
-            return build.template(value, place)
-        with build.block(*self.names):
+        with build.block():
+            for name in self.names:
+                build.know(name)
             return build.template(value, place)
 
 
@@ -4073,7 +4077,7 @@ class Steps(ListOf):
         for position, spec in enumerate(super().read(build, value, place)):
             steps.append(build.step.read(build, spec, f"{place}/{position}"))
             if isinstance(spec, dict) and isinstance(name := spec.get("name"), str):
-                build.names[name] = None
+                build.know(name)
                 build.step_names.add(name)
         build.volatile = volatile  # each step counts for itself
         return steps
@@ -4752,7 +4756,7 @@ _NOTES: dict[str, Member] = {"description": Text(), "example": Member()}
 def _make_schema(build: Build, given: dict[str, Any], place: str) -> Schema:
     schema = Schema()
     schema.types, schema.items = tuple(given.get("type", ())), given.get("items")
-    schema.rules = [(rule, given[name]) for name, rule in SCHEMA_RULES.items() if name in given]
+    schema.rules = [(SCHEMA_RULES[name], given[name]) for name in given if name in SCHEMA_RULES]
     if "pattern" in given:
         schema.rules.insert(0, (SCHEMA_RULES["maxLength"], given["pattern"].longest))
     schema.properties, schema.required = given.get("properties", {}), tuple(given.get("required", ()))
@@ -4881,7 +4885,7 @@ def _make_request(build: Build, given: dict[str, Any], place: str) -> dict[str, 
     if body is not None and given["method"] == "GET":
         build.fault(f"{place}/body", "a GET request has no body: use parameters, or another method")
     build.method = given["method"]
-    build.names["params"], build.schemas["request.body"] = list(items), body and body[0]
+    build.names, build.schemas = {**build.names, "params": list(items)}, {"request.body": body and body[0]}
     headers = [name.lower() for name, item in items.items() if item.where == "header"]
     return {  # members of Flow
         "method": given["method"],

@@ -566,7 +566,7 @@ class _Page(Table):
         if "page" in build.names:
             build.fault(place, 'is called `page` in expressions here: rename the step "page"')
         page = super().read(build, value, place)
-        build.names["page"] = None
+        build.know("page")
         return page
 
 

@@ -73,8 +73,7 @@ class _ItemName(StepName):
 
     def read(self, build: Build, value: Any, place: str) -> str:
         name, of = super().read(build, value, place), build.given.get("of")
-        build.names[name] = None
-        build.schemas[name] = of and of.schema and of.schema.items
+        build.know(name, of and of.schema and of.schema.items)
         return name
 
 
