@@ -34,6 +34,7 @@ server.
     astera_lite_requests   patterns; pages, filters and sort of responses; connections, pages and until of http
     astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files
     astera_lite_admin      beside submit, poll and fetch: other routes of jobs, deployments, metrics, console
+    astera_lite_nodes      what a server does as one of several on one database
     astera_lite_tools      the commands: check, try, test, new, jobs, job, token, backup, zipapp and more; --help
 """
 
@@ -323,8 +324,9 @@ def reason_of(error: Exception) -> str:
 
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql")  # files that the module needs beside it
+_WINGS = ("admin", "documents", "nodes", "python", "requests", "steps", "tools")
 #: The files of the module that a server loads when somebody first uses what is in them.
-WINGS = tuple(f"astera_lite_{name}.py" for name in ("admin", "documents", "python", "requests", "steps", "tools"))
+WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS)
 #: The folders of this file: as it was named and as links lead. Taken now, for a program may change its own folder.
 _HOME = [os.path.dirname(path) for path in (os.path.abspath(__file__), os.path.realpath(__file__))]
 _loading = threading.RLock()  # held while a wing is loaded: another thread must not find it half made
@@ -911,7 +913,11 @@ class Settings(NamedTuple):
     host: str = _setting("host", "127.0.0.1", "address to listen on")
     port: int = _setting("int", 9261, "port to listen on; 0 picks a free one", 0, 65535)
     flows: str = _setting("folder", "flows", "folder of flow files")
-    database: str = _setting("file", "astera_lite.db", "path of the SQLite database")
+    database: str = _setting("file", "astera_lite.db", "path of the SQLite database, or postgresql://USER@HOST/NAME")
+    node: str | None = _setting("text", None, "name of this server among those on one database; default: its host's")
+    lease: float = _setting(
+        "duration", 15.0, "time without a sign of a server after which others take its jobs, on PostgreSQL", 2
+    )
     data: str = _setting("folder", "data", "folder that sql steps may reach")
     workers: int = _setting("int", 32, "threads that run jobs", 1, 1024)
     retention: float = _setting("duration", 86400.0, "how long a result is kept", 1)
@@ -6129,6 +6135,7 @@ class SqliteStore(SqliteReader):
 
     shared = False  # whether other servers may use the database; a read may then take milliseconds
     node, nodes = 0, 1  # the number of this server, and how many numbers there are
+    queued = 0  # jobs of all servers that were accepted and have not begun, as of the last second, if it is shared
 
     def __init__(
         self, path: str, durability: str = "full", max_bytes: int | None = None, page_size: int = 4 << 10
@@ -6780,7 +6787,7 @@ _NO_ROOM = Outcome.failed("timeout", 504, "The flow had no room for this call in
 _NEVER = Cancel()  # of a run that nobody can cancel, because it holds the thread that would be told
 
 
-def _await(write: Callable[[Done], None]) -> Any:
+def await_write(write: Callable[[Done], None]) -> Any:
     """Make a write and wait for its result; raises its error."""
     answers: queue.SimpleQueue[tuple[Any, AsteraError | None]] = queue.SimpleQueue()
     write(lambda result, error: answers.put((result, error)))
@@ -7064,7 +7071,8 @@ class Engine:
                 cancelled = run.cancel.is_set
                 if kept and not cancelled:
                     entry.due, entry.progress = job.due, run.progress
-                    self.queue.move(entry, State.WAITING)
+                    is_free = self._store.shared and run.flow.limit is not None  # for any server that has room then
+                    self.queue.move(entry, State.GONE if is_free else State.WAITING)
             if error is not None:
                 self.end(job, Outcome.failed("failed", 500, "The job's wait could not be stored."))
             elif not kept:  # it has ended
@@ -7084,7 +7092,7 @@ class Engine:
             self._hand_over(finish)
         else:
             with contextlib.suppress(AsteraError):  # it is logged
-                _await(partial(self._hand_over, finish))
+                await_write(partial(self._hand_over, finish))
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """End a job that no thread runs."""
@@ -7508,15 +7516,15 @@ class Housekeeper:
     def tick(self, now: int) -> int:
         """Do what is due at `now` (milliseconds since the epoch); when to come again at the latest."""
         self.look_at_clock()
+        if now >= self._chores_at:  # first, for what is overdue is to end also while the database cannot be read
+            self._chores_at = now + _CHORES_EVERY_MS
+            for chore in self._chores:
+                chore()
         if now >= self._forget_at:
             self._store.forget_flows()
             self._forget_at = now + _FORGET_EVERY_MS
         self._purge(now)
         moments = (self._forget_at, self._engine.release(now), self._courier.send_due(now, self.wake))
-        if now >= self._chores_at:
-            self._chores_at = now + _CHORES_EVERY_MS
-            for chore in self._chores:
-                chore()
         return min(now + _CHORES_EVERY_MS, *(moment for moment in moments if moment is not None))
 
     def look_at_clock(self) -> None:
@@ -7669,6 +7677,7 @@ class Deployer:
         self.kinds = dict(STEP_KINDS)
         self.folder, self._connections = folder, connections
         self.own: dict[str, Flow] = {}  # deployed by the program
+        self.shared: Callable[[], tuple[list[Flow], list[Fault]]] = lambda: ([], [])  # deployed on any server
         self._by_version: dict[int, Flow] = {}  # flows not in service any more whose jobs still run
         self.changing = threading.RLock()  # held while flows are read and put into service
         self._read = self._seen = _Signature()
@@ -7692,7 +7701,7 @@ class Deployer:
         return self.deployments.faults
 
     def read(self) -> Deployments:
-        """The program's flows, those of the files as they are now, and the files' faults."""
+        """The program's flows, those of the files as they are now, those that servers share, and the faults."""
         flows, faults = list(self.own.values()), list[Fault]()
         if self.folder is not None and os.path.isdir(self.folder):
             connections, faults = load_connections(self.folder, self._connections)
@@ -7705,7 +7714,8 @@ class Deployer:
             what = "is no folder" if os.path.exists(self.folder) else "there is no such folder"
             cure = "start where it is, or name it (--flows); `new NAME` makes one with a first flow"
             faults = [Fault(self.folder, "", f"{what}: {cure}")]
-        return Deployments(flows, faults, self.deployments.by_name)
+        shared, found = self.shared()  # which go before files of the same name
+        return Deployments([*flows, *shared], [*faults, *found], self.deployments.by_name)
 
     def reload_if_changed(self) -> None:
         """Read the flow files again if they have changed, and have been at rest since the last look."""
@@ -7821,11 +7831,12 @@ class Jobs:
         wake: Callable[[], None],
     ) -> None:
         """`wake` tells the housekeeper that a callback is due."""
-        self._max_queue, self._max_database = settings.max_queue, settings.max_database
+        self._max_queue, self._max_database = settings.max_queue, None if store.shared else settings.max_database
         self._retention_ms = round(settings.retention * 1000)
         self._clock, self._store, self._engine = clock, store, engine
         self._metrics, self._wake = metrics, wake
-        self._keys = JobKeys(store.last_seq())
+        self.offer: Callable[[], None] = lambda: None  # a job was stored that any server may run
+        self._keys = JobKeys(store.last_seq(), store.node, store.nodes)
         self._size_at, self._size = -1.0, 0  # of the database: when it was measured, and bytes
 
     # --- accepting ---
@@ -7860,15 +7871,19 @@ class Jobs:
             self._store.find_key(job.flow, job.token, idempotency_key, job.created, replay)
             return
         submission = Submission(job, request, flow.text, idempotency_key, fingerprint, ended)
+        if self._store.shared:
+            has_room = self._engine.queue.queued <= self._engine.queue.workers
+            most = flow.limit if flow.when_full == "refuse" else None
+            submission = submission._replace(owned=has_room and flow.limit is None, limit=most)
         try:
-            self._store.add(submission, partial(self._accepted, ready, ended, done))
+            self._store.add(submission, partial(self._accepted, ready, submission, done))
         except BaseException:  # out of memory: the job is not on its way, and must not count for its flow's limit
             self._engine.dismiss(job.key.seq)
             raise
 
     def _check_room(self, flow: Flow, size: int) -> None:
         """Raise Busy unless there is room for a job with a body of this size."""
-        if self._engine.queue.queued >= self._max_queue:
+        if self._engine.queue.queued >= self._max_queue or self._store.queued >= self._max_queue:
             raise Busy("The queue of jobs is full.", self._engine.retry_after(flow.name))
         if self._max_database is not None:
             now = self._clock.monotonic()
@@ -7879,18 +7894,19 @@ class Jobs:
         self._size += 2 * (size + _ROW_BYTES)  # in the log and in the file, until it is measured
 
     def _accepted(
-        self, ready: Prepared, ended: Finish | None, done: Done, result: Any, error: AsteraError | None
+        self, ready: Prepared, submission: Submission, done: Done, result: Any, error: AsteraError | None
     ) -> None:
         """Go on with a job that is on disk, or could not be put there."""
-        job = ready.job
+        job, ended = ready.job, submission.ended
         added = isinstance(result, Added) and not result.replayed
         if added:
             self._metrics.accepted[job.flow] += 1
         if ended is None:
-            if added:
+            if added and submission.owned:
                 self._engine.put(job.key.seq, job.flow, ready)
             else:
                 self._engine.dismiss(job.key.seq)
+                self.offer()
         elif added:
             self._metrics.ended[job.flow, ended.outcome.end] += 1
             log_outcome("job", ready.flow, ready.input, ended.outcome)
@@ -7913,6 +7929,8 @@ class Jobs:
         job = job or self._store.get(key)
         if job is None or not (caller.admin or job.token == caller.name):
             return None
+        if progress is None and self._store.shared and job.status is Status.RUNNING:
+            progress = cast(Any, self._store).progress(key)  # it may run elsewhere
         return (job, progress) if job.expires is None or job.expires > self._clock.now() else None
 
     def expired(self, key: JobKey | None) -> bool:
@@ -7921,6 +7939,7 @@ class Jobs:
 
 
 _CALLBACKS = 16  # of futures, called at one time
+CANCEL_ELSEWHERE_S = 2  # that a cancel waits for the server that runs the job
 _MAX_CLAIMED = 2000  # jobs looked at in a second, whether anybody has them in hand: some milliseconds
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -8008,7 +8027,10 @@ class AsteraLite:
         elif keywords:
             settings = Settings.load(**settings._asdict() | keywords)
         self.settings = settings
-        self.clock = clock or Clock()
+        shared = is_postgres(settings.database)
+        self.clock = clock or (wing("astera_lite_nodes:DatabaseClock") if shared else Clock)()
+        self.node_name = settings.node or socket.gethostname()
+        self.node: Any = None  # what this server does as one of several on one database: astera_lite_nodes.Node
         environ = os.environ if environ is None else environ
         local = is_loopback(settings.host) and settings.public_url is None
         made = _all_checked(
@@ -8063,20 +8085,25 @@ class AsteraLite:
         settings = self.settings
         for logger in (log, _warnings_log):
             logger.addFilter(self.outside.masked.log_record)
-        self.store: Store = SqliteStore(
-            settings.database, settings.durability, settings.max_database, parse_size(settings.page_size)
-        )
+        if is_postgres(settings.database):
+            rules = {"durability": settings.durability, "lease": settings.lease, "name": self.node_name}
+            self.store: Store = wing("astera_lite_postgres:PostgresStore")(settings.database, **rules)
+        else:
+            page_size = parse_size(settings.page_size)
+            self.store = SqliteStore(settings.database, settings.durability, settings.max_database, page_size)
         try:
             self._start()
         except BaseException as error:
             self.store.close(1.0)  # or its lock would be held by a program that has no server
-            if isinstance(error, StoreError):
+            if isinstance(error, StoreError) and not self.store.shared:
                 raise StoreError(f"{os.path.realpath(settings.database)}: {error}") from None
             raise
 
     def _start(self) -> None:
         settings = self.settings
         self.tokens = self.store.tokens()
+        if self.store.shared:
+            self.node = wing("astera_lite_nodes:Node")(self)
         self.deployer.reload()
         self.engine = Engine(
             self.store,
@@ -8098,7 +8125,7 @@ class AsteraLite:
             timeout=settings.callback_timeout,
             retries=settings.callback_retries,
         )
-        chores = (self.look_around, self._take_up, self._tell_watchers)
+        chores = [self.look_around, self.take_up, self.tell_watchers, *(self.node.chores if self.node else ())]
         self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, chores)
         self.clock.begin(self.store.last_seen())
         if self.clock.offset:
@@ -8108,7 +8135,9 @@ class AsteraLite:
             )
             self.store.keep_clock_offset(self.clock.offset)
         self.jobs = Jobs(settings, self.clock, self.store, self.engine, self.metrics, self.housekeeper.wake)
-        left = sum(iter(self._take_up, 0))  # whole before the first one runs: the database may be damaged
+        if self.node is not None:
+            self.node.start()
+        left = sum(iter(self.take_up, 0))  # whole before the first one runs: the database may be damaged
         if left:
             log.info("took up %d jobs that were not finished when the server stopped", left)
         self.engine.start()
@@ -8135,6 +8164,8 @@ class AsteraLite:
         if undelivered:
             log.warning("%d callbacks were still under way; the next start makes them again", undelivered)
         self.housekeeper.stop(5.0)
+        if self.node is not None:
+            self.node.stop(5.0)
         self.housekeeper.look_at_clock()  # for the last time: what is stored is to be understood by the next start
         self.store.close(10.0)
         self._open = False
@@ -8145,18 +8176,18 @@ class AsteraLite:
                 logger.removeFilter(self.outside.masked.log_record)
         return left
 
-    def _take_up(self) -> int:
+    def take_up(self) -> int:
         """Queue the jobs that nobody has in hand; how many.
 
         They are those of a server that died, and those whose wake-up was lost or whose end could not be stored. Which
         of them was interrupted is seen by `_prepare`; whether it runs again is decided by `Engine._run`.
         """
-        found = self.store.claim(self.engine, _MAX_CLAIMED)
+        found = self.node.claim() if self.node else self.store.claim(self.engine, _MAX_CLAIMED)
         for seq, due, flow, _ in found:
             self.engine.put(seq, flow, due=due)
         return len(found)
 
-    def _tell_watchers(self) -> None:
+    def tell_watchers(self) -> None:
         """Call those who wait for jobs whose end nobody told them."""
         for key in self.store.ended([key for key in self.watchers.waited_for() if key.seq not in self.engine]):
             self.watchers.tell(key)
@@ -8267,6 +8298,8 @@ class AsteraLite:
 
     def _finished(self, key: JobKey, more: bool) -> None:
         self.watchers.tell(key)
+        if self.node is not None:
+            self.node.has_room()
         if more:
             self.housekeeper.wake()
 
@@ -8284,6 +8317,7 @@ class AsteraLite:
         if whole:
             finished = sum(list(self.metrics.ended.values()))
             document |= {"workers": self.settings.workers, "finished": finished}
+            document |= {"node": self.node_name} if self.node else {}
         return document
 
     # --- for an embedding program: the same, waiting ---
@@ -8319,7 +8353,7 @@ class AsteraLite:
             self.jobs.accept(ready, request, idempotency_key, done)
             self.store.flush()
 
-        result = _await(write)
+        result = await_write(write)
         if isinstance(result, Conflict):
             raise result
         return result.job  # type: ignore[no-any-return]
@@ -8404,10 +8438,20 @@ class AsteraLite:
         job = self._job(job_id)
         if job.status is not Status.RUNNING:
             raise already_finished(job)
-        if not self.engine.cancel(job):
+        if not self.ask_cancel(job):
             return False
-        check_cancelled(self.wait(job_id))
-        return True
+        after = self.wait(job_id, self.node and CANCEL_ELSEWHERE_S)
+        if after.status is not Status.RUNNING:
+            check_cancelled(after)
+        return after.status is not Status.RUNNING
+
+    def ask_cancel(self, job: Job) -> bool:
+        """Cancel a Running job, wherever it is; True if its end is near, False if it stops at its next step.
+
+        The end of a job that another server runs is not to be waited for longer than CANCEL_ELSEWHERE_S.
+        """
+        here = self.node is None or job.key.seq in self.engine
+        return self.engine.cancel(job) if here else bool(self.node.cancel(job))
 
     def _job(self, job_id: str | Job) -> Job:
         job = self.status(job_id)
@@ -8974,6 +9018,20 @@ class Exchange:
         """Call a function on the loop: at once on the loop's own thread, else soon."""
         self._handler.post(self._call, function, *arguments)
 
+    def read(self, function: Callable[[], None]) -> None:
+        """Call a function that reads the store: on the loop, or on a thread that may wait where servers share it."""
+        if self.app.store.shared:
+            with contextlib.suppress(RuntimeError):  # after the end nobody waits for it
+                self._handler.server.pool.submit(self._read, function)
+        else:
+            self.post(function)
+
+    def _read(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception as error:  # the same door
+            self.post(self.fail, error)
+
     def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
         """Call a function on the loop after so many seconds, unless the answer was given by then.
 
@@ -9331,8 +9389,10 @@ def answer_submitted(
 
     if wait_s:
         answer_when_finished(x, job, wait_s, answer)
+    elif replayed:
+        x.read(lambda: x.post(x.answer, answer(x.app.jobs.look(job.key, x.caller) or (job, None))))
     else:
-        x.answer(answer((replayed and x.app.jobs.look(job.key, x.caller)) or (job, None)))
+        x.answer(answer((job, None)))
 
 
 def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable[[Seen], Reply]) -> None:
@@ -9340,7 +9400,7 @@ def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable
     has_gone = False
 
     def changed() -> None:
-        x.post(look)
+        x.read(look)
 
     def look(final: bool = False) -> None:
         if x.answered or has_gone:
@@ -9350,16 +9410,16 @@ def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable
         seen = x.app.jobs.look(job.key, x.caller)
         if final or seen is None or seen[0].status is not Status.RUNNING:
             x.app.watchers.remove(job.key, changed)
-            x.answer(answer(seen or find_job(x, job.id)))
+            x.post(x.answer, answer(seen or find_job(x, job.id)))
 
     def gone() -> None:
         nonlocal has_gone
-        has_gone = True  # a look may be on its way to the loop
+        has_gone = True  # a look may be on its way
         x.app.watchers.remove(job.key, changed)
 
     x.on_close = gone
-    x.later(seconds, lambda: look(final=True), True)
-    look()
+    x.later(seconds, lambda: x.read(partial(look, True)), True)
+    x.read(look)
 
 
 # --- jobs ---
@@ -9452,6 +9512,8 @@ def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> 
 def health(x: Exchange) -> Reply:
     """GET /health"""
     document = x.app.health(whole=x.caller != NOBODY)
+    if x.app.node is not None and x.caller.admin:
+        document["nodes"] = x.app.node.documents()
     is_ok = document["status"] == "ok"
     more = [] if is_ok else [("Retry-After", "5")]
     return Reply(200 if is_ok else 503, [JSON_TYPE, NO_STORE, *more], json_body(document))
@@ -9974,7 +10036,8 @@ class Server(ThreadingHTTPServer):
         self.access_level = logging.INFO if self.settings.access_log else logging.DEBUG
         self._request_count = itertools.count(1)
         self._request_prefix = os.urandom(5).hex()
-        self.pool = ThreadPoolExecutor(2, "astera-slow")  # for what takes longer than a look-up
+        # for what takes longer than a look-up; a shared database is looked up there, too
+        self.pool = ThreadPoolExecutor(8 if app.store.shared else 2, "astera-slow")
         self.at_work: set[Exchange] = set()  # requests that its threads have, until they are answered
         # the loop
         self.ident = 0  # of the thread that serves
@@ -10296,7 +10359,8 @@ class Server(ThreadingHTTPServer):
     def handle(self, x: Exchange) -> None:
         """Have a request handled: by the loop itself, or on another thread if that may take long."""
         assert x.route is not None
-        if x.route.slow or (len(x.body) > _LARGE_BODY and x.flow is not None):
+        is_read = x.flow is None and self.app.store.shared and not x.route.is_open
+        if x.route.slow or is_read or (len(x.body) > _LARGE_BODY and x.flow is not None):
             self.at_work.add(x)
             self.pool.submit(self._handle, x, x.route)
         else:

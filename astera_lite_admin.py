@@ -21,6 +21,7 @@ from typing import Any
 
 from astera_lite import (
     ANYBODY,
+    CANCEL_ELSEWHERE_S,
     CONNECTIONS_FILE,
     ENTITY_TAG,
     FILTERING,
@@ -39,7 +40,6 @@ from astera_lite import (
     AsteraLite,
     ConfigError,
     Conflict,
-    Deployer,
     Exchange,
     Flow,
     FlowError,
@@ -146,14 +146,17 @@ def check_may_deploy(x: Exchange) -> None:
     raise AccessError(403, detail)
 
 
-def _file_of(deployer: Deployer, name: str) -> str:
-    """The path of a deployment's file; raises NotFound, Conflict."""
+def _file_of(app: AsteraLite, name: str) -> str:
+    """The path of a deployment's file, or only its name where servers share the text; raises NotFound, Conflict."""
+    deployer = app.deployer
     if not FLOW_NAME.fullmatch(name):
         raise NotFound(f"{shown(name)} is no name of a deployment: letters, digits, - and _.")
     if name + ".json" == CONNECTIONS_FILE:
         raise Conflict(f"{CONNECTIONS_FILE} holds the connections: choose another name.")
-    if deployer.folder is None or name in deployer.own:
+    if name in deployer.own or (deployer.folder is None and app.node is None):
         raise Conflict("It is published by the program that embeds this server, not by a file.")
+    if app.node is not None or deployer.folder is None:
+        return f"{name}.json"
     if os.path.exists(os.path.join(deployer.folder, f"{name}.toml")):
         raise Conflict(f"It is kept in {name}.toml: change that file.")
     return os.path.join(deployer.folder, f"{name}.json")
@@ -180,9 +183,9 @@ def deploy(x: Exchange) -> Reply:
         raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
     deployer = x.app.deployer
     with deployer.changing:
-        path = _file_of(deployer, name)
+        path = _file_of(x.app, name)
         file, known = os.path.basename(path), deployer.deployments.by_name.get(name)
-        check_conditions(x, known is not None or os.path.exists(path), known)
+        check_conditions(x, known is not None or (x.app.node is None and os.path.exists(path)), known)
         try:
             tree = parse_flow_text(x.body.decode(), file)
             flow = deployer.build(tree, name, file)
@@ -193,8 +196,12 @@ def deploy(x: Exchange) -> Reply:
         except FlowError as error:
             faults = [{"in": "body", "name": fault.place, "message": fault.message} for fault in error.faults]
             raise InputError(faults, "The flow has faults.") from None
-        _write_atomically(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
-        deployer.deployments = deployments
+        text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+        if x.app.node is not None:
+            x.app.node.deploy(name, text)
+        else:
+            _write_atomically(path, text)
+            deployer.deployments = deployments
     log.info("deployed %s", name)
     headers = [JSON_TYPE, NO_STORE] + [("Location", f"{x.base}/api/deployments/{name}")] * (known is None)
     return Reply(201 if known is None else 200, headers, json_body(deployment_document(flow, x.base)))
@@ -204,17 +211,23 @@ def undeploy(x: Exchange) -> Reply:
     """DELETE /api/deployments/{name}: take a flow out of service, and delete its file."""
     name, deployer = x.values["name"], x.app.deployer
     with deployer.changing:
-        path = _file_of(deployer, name)
-        flows = deployer.deployments.by_name
-        if name not in flows and not os.path.exists(path):
+        path, node = _file_of(x.app, name), x.app.node
+        flows, kept = deployer.deployments.by_name, os.path.exists(path) if node is None else name in node.rows
+        if name not in flows and not kept:
             raise NotFound(f"There is no deployment {shown(name)}.")
+        if node is not None and not kept:
+            cure = f"delete {flows[name].source} there, on each server that has it"
+            raise Conflict(f"It is a file in the folder of flows of this server, which others may not have: {cure}.")
         check_conditions(x, True, flows.get(name))
         callers = [flow.name for flow in flows.values() if name in [called for called, _ in flow.calls]]
         if callers:
             raise Conflict(f"It is called by {', '.join(callers)}.")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        deployer.deployments = deployer.replaced(name)
+        if node is not None:
+            node.deploy(name, None)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            deployer.deployments = deployer.replaced(name)
     log.info("deleted the deployment %s", name)
     return Reply(204, [NO_STORE])
 
@@ -355,7 +368,7 @@ def job_cancel(x: Exchange) -> Reply | None:
     job = seen[0]
     if job.status is not Status.RUNNING:
         raise already_finished(job)
-    if not x.app.engine.cancel(job):
+    if not x.app.ask_cancel(job):
         return status_response(x, seen, 202)
 
     def answer(seen: Seen) -> Reply:
@@ -364,7 +377,7 @@ def job_cancel(x: Exchange) -> Reply | None:
         check_cancelled(seen[0])
         return status_response(x, seen)
 
-    answer_when_finished(x, job, 30, answer)
+    answer_when_finished(x, job, CANCEL_ELSEWHERE_S if x.app.node else 30, answer)
     return None
 
 
@@ -397,7 +410,7 @@ def job_callback(x: Exchange) -> None:
         if error is not None:
             raise error
         x.app.housekeeper.wake()
-        x.answer(status_response(x, find_job(x, job.id), 202))
+        x.read(lambda: x.post(x.answer, status_response(x, find_job(x, job.id), 202)))
 
     x.app.store.resend(job.key, x.app.clock.now(), partial(x.post, answer))
 
@@ -543,6 +556,14 @@ _METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
     (
         "astera_build_info", "gauge", "Always 1; the labels say what runs.",
         lambda app: [(_labels(version=__version__, python=".".join(map(str, sys.version_info[:3]))), 1)],
+    ),
+    (
+        "astera_node_info", "gauge", "Always 1, where servers share a database; the label says which of them this is.",
+        lambda app: [(_labels(node=app.node_name), 1)] if app.node else [],
+    ),
+    (
+        "astera_nodes", "gauge", "Servers that share the database and are heard of.",
+        lambda app: len(app.node.members) if app.node else 1,
     ),
     ("astera_start_time_seconds", "gauge", "When it started (Unix time).", lambda app: app.started_at / 1000),
     ("process_cpu_seconds_total", "counter", "Time of the processor.", lambda app: time.process_time()),

@@ -29,6 +29,7 @@ LINES = {
     "astera_lite.py": 11_000,
     "astera_lite_admin.py": 800,
     "astera_lite_documents.py": 800,
+    "astera_lite_nodes.py": 400,
     "astera_lite_requests.py": 800,
     "astera_lite_python.py": 800,
     "astera_lite_steps.py": 800,

@@ -213,6 +213,7 @@ def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
     assert left_out == [
         "astera_lite_admin.py",
         "astera_lite_documents.py",
+        "astera_lite_nodes.py",
         "astera_lite_python.py",
         "astera_lite_requests.py",
         "astera_lite_steps.py",

@@ -1,0 +1,221 @@
+"""What a server does as one of several that share a database: news of the others, and what is done with them.
+
+A wing of astera_lite, which loads this file where `database` is the address of a PostgreSQL database.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from astera_lite import (
+    AsteraLite,
+    Claimed,
+    Clock,
+    Fault,
+    Flow,
+    FlowError,
+    Job,
+    NodeInfo,
+    Progress,
+    State,
+    StoreError,
+    await_write,
+    log,
+    parse_flow_text,
+    timestamp,
+)
+
+_PAUSE_S = 0.01  # between two looks at the news: what comes meanwhile is one look
+
+
+class DatabaseClock(Clock):
+    """The time of the database, which is the same for all servers. It does not leap with a server's own clock."""
+
+    source: Callable[[], int] | None = None  # milliseconds since the epoch; None: the store is not open yet
+
+    def now(self) -> int:
+        """The time of the database."""
+        return super().now() if self.source is None else self.source()
+
+    def wall(self) -> int:
+        """The same: it is what everybody is told."""
+        return self.now()
+
+    def begin(self, seen: int) -> None:
+        """Nothing is to be done: the database has the time already."""
+
+    def look(self) -> int:
+        """There is no leap."""
+        return 0
+
+
+class Node:
+    """This server as one of several. `start` it when the application is built, and `stop` it before the store."""
+
+    def __init__(self, app: AsteraLite) -> None:
+        self.app = app
+        self._store = cast(Any, app.store)  # with what only a store has that is shared
+        self.rows: dict[str, str] = dict(self._store.deployed())  # text by name of the flows that servers share
+        self.members: list[NodeInfo] = []  # the servers that are heard of, as of the last second
+        #: What is done once a second, for news may be lost.
+        self.chores = (self.read_flows, self.cancel_asked, self.read_members)
+        self._may_be_free = True  # jobs that no server owns
+        self._news: deque[str] = deque()
+        self._woken = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._follow, name="astera-nodes", daemon=True)
+        app.deployer.shared = self.flows
+        if isinstance(app.clock, DatabaseClock):
+            app.clock.source = self._store.now
+
+    def start(self) -> None:
+        """Be one of the servers: tell them of this one, and hear of them."""
+        self.app.jobs.offer = partial(self.tell, "jobs")
+        self._thread.start()
+        self._store.open(self.tell, self.progress)
+        self.read_members()
+
+    def stop(self, timeout_s: float) -> None:
+        """Follow no more news."""
+        self._stopping = True
+        self._woken.set()
+        self._thread.join(timeout_s)
+
+    # --- news ---
+
+    def tell(self, word: str) -> None:
+        """Have a word followed soon: jobs, ends, cancel, flows, tokens or lost. Any thread may call."""
+        self._news.append(word)
+        self._woken.set()
+
+    def _follow(self) -> None:
+        """The thread."""
+        follow: dict[str, Callable[[], object]] = {
+            "lost": self.abandon,
+            "cancel": self.cancel_asked,
+            "jobs": self._look_for_jobs,
+            "ends": self.app.tell_watchers,
+            "flows": self.read_flows,
+            "tokens": self.app.read_tokens,
+        }
+        while not self._stopping:
+            self._woken.wait()
+            self._woken.clear()
+            words = {self._news.popleft() for _ in range(len(self._news))}
+            for word in follow:
+                try:
+                    if word in words and not self._stopping:
+                        follow[word]()
+                except StoreError as error:  # a chore does it again
+                    log.debug("news of other servers (%s): %s", word, error)
+                except Exception:  # the door of the news: a fault of ours must not end the thread
+                    log.exception("news of other servers (%s)", word)
+            time.sleep(_PAUSE_S)
+
+    # --- jobs ---
+
+    def claim(self) -> list[Claimed]:
+        """Take free jobs of the flows in service here, as many as the engine has room for."""
+        queue, flows = self.app.engine.queue, self.app.deployments.by_name.values()
+        room = 0 if queue.stopping else 2 * queue.workers - queue.queued
+        if room <= 0:
+            return []
+        limits = {flow.name: flow.limit for flow in flows}
+        found: list[Claimed] = self._store.claim(self.app.engine, room, limits)
+        # a flow that runs as often as it may leaves jobs for which there is room at the next end
+        self._may_be_free = bool(found) or any(limits.values())
+        if any(claimed.cancelled for claimed in found):
+            self.cancel_asked()
+        return [claimed for claimed in found if not claimed.cancelled]
+
+    def _look_for_jobs(self) -> None:
+        self._may_be_free = True
+        self.app.take_up()
+
+    def has_room(self) -> None:
+        """A run has ended: look for jobs that wait, if there may be some."""
+        queue = self.app.engine.queue
+        if self._may_be_free and queue.queued < queue.workers and "jobs" not in self._news:
+            self.tell("jobs")
+
+    def cancel(self, job: Job) -> bool:
+        """Have a job cancelled that is not in this engine, wherever it is; True, for its end may be near."""
+        await_write(partial(self._store.ask_cancel, job.key))
+        self.cancel_asked()  # nobody may have had it: then it is this server's by now
+        return True
+
+    def cancel_asked(self) -> None:
+        """Cancel the jobs of this server that another one was asked to cancel."""
+        for job in self._store.cancelled():
+            self.app.engine.cancel(job)
+
+    def abandon(self) -> None:
+        """Drop all jobs in hand, for they may be another server's by now; nothing of their runs is written any more."""
+        queue = self.app.engine.queue
+        with queue.changed:
+            jobs = [e for e in queue.entries.values() if e.number >= 0 and e.state is not State.NEW]
+            for entry in jobs:
+                if entry.cancel is not None:
+                    entry.cancel.set()
+                queue.move(entry, State.GONE)
+        words = "this server was not heard of for longer than its lease: %d jobs are left to the others"
+        log.warning(words, len(jobs))
+        self._look_for_jobs()
+
+    def progress(self) -> dict[int, Progress]:
+        """How far the runs of jobs are, by `seq`."""
+        running = [(entry.number, entry.run) for entry in self.app.engine.queue.running() if entry.number >= 0]
+        return {seq: run.progress for seq, run in running if run is not None and run.progress is not None}
+
+    # --- flows ---
+
+    def read_flows(self) -> None:
+        """Put the flows into service that were deployed on another server."""
+        rows = dict(self._store.deployed())
+        if rows != self.rows:
+            self.rows = rows
+            self.app.deployer.reload()
+            log.info("read the flows again: %d published", len(self.app.deployments.by_name))
+
+    def flows(self) -> tuple[list[Flow], list[Fault]]:
+        """The flows that servers share, and their faults; a flow stays in service whose new text is faulty."""
+        deployer, flows, faults = self.app.deployer, list[Flow](), list[Fault]()
+        for name, text in self.rows.items():
+            file = f"{name}.json"
+            try:
+                if name not in deployer.own:
+                    flows.append(deployer.build(parse_flow_text(text, file), name, file))
+            except FlowError as error:
+                faults += error.faults
+                flows += [flow for flow in [deployer.deployments.by_name.get(name)] if flow is not None]
+        return flows, faults
+
+    def deploy(self, name: str, text: str | None) -> None:
+        """Deploy a flow on all servers, or with None take it out of service there; raises StoreError."""
+        await_write(partial(self._store.deploy, name, text))
+        self.read_flows()
+
+    # --- what people see ---
+
+    def read_members(self) -> None:
+        """See which servers there are."""
+        self.members = self._store.members()
+
+    def documents(self) -> list[dict[str, Any]]:
+        """The servers that are heard of, as /health and the console show them."""
+        return [
+            {
+                "name": node.name,
+                "number": node.number,
+                "since": timestamp(node.since),
+                "leaseLeftMs": node.lease_left_ms,
+                "jobs": node.jobs,
+                "self": node.is_self,
+            }
+            for node in self.members
+        ]
