@@ -5282,7 +5282,7 @@ def load_flows(
 # ======================================================================================================================
 # 7 Store
 # To add a column: schema.sql, a script in UPGRADES from the version before, _JOB_COLUMNS, _INSERT_JOB, the rows made by
-# SqliteStore.add and _Recent, the offsets in _job(), and _MOVE_TIMES for a time. A look at a database that is not
+# SqliteStore.add and _Recent, the offsets in read_job(), and _MOVE_TIMES for a time. A look at a database that is not
 # upgraded yet must do without the column: SqliteReader knows the version.
 # All SQL of the module stands in this room. Rows do not leave it; records do.
 # ======================================================================================================================
@@ -5314,7 +5314,7 @@ Done = Callable[[Any, AsteraError | None], None]  # (result, error)
 Post = Callable[[Callable[[], None]], None]  # has a function called, by a certain thread
 
 
-def _ignore(result: Any, error: AsteraError | None) -> None:
+def ignore_result(result: Any, error: AsteraError | None) -> None:
     """For a write whose result nobody waits for."""
 
 
@@ -5513,7 +5513,7 @@ class _File:
 
 class _Write(NamedTuple):
     run: Callable[[sqlite3.Connection], Any]
-    done: Done = _ignore
+    done: Done = ignore_result
     keep: bool = False  # tried again when the disk is full or the database locked, instead of failed
     row: Sequence[Any] | None = None  # of a new job: rows are inserted together, before anything is run
 
@@ -5740,7 +5740,7 @@ class _Recent:
 
     def __init__(self, limit: int = _RECENT_BYTES) -> None:
         self._limit, self._held = limit, 0
-        self._rows: dict[int, tuple[Any, ...]] = {}  # by seq: what _job() and _result() take, one behind the other
+        self._rows: dict[int, tuple[Any, ...]] = {}  # by seq: what read_job and read_result take in turn
         self._lock = threading.Lock()  # guards the sum, and the order
 
     def put(self, job: Job, end: Sequence[Any]) -> None:
@@ -5775,30 +5775,36 @@ class _Recent:
             self._held -= row[17] + _ROW_BYTES
 
 
-def _job(row: Sequence[Any]) -> Job:
+def read_job(row: Sequence[Any]) -> Job:
     """The one place where a row becomes a record."""
     error, callback = row[13] and json.loads(row[13]), None if row[14] is None else Delivery(*row[14:21])
     return Job._make((JobKey(*row[:2]), *row[2:4], Status(row[4]), *row[5:13], error, callback))
 
 
-def _result(row: Sequence[Any]) -> StoredResult:
+def read_result(row: Sequence[Any]) -> StoredResult:
     """The columns code, headers, size, result, attempt as a record."""
     return StoredResult(row[0], [(name, value) for name, value in json.loads(row[1])], *row[2:])
 
 
-def _request(sent: dict[str, Any], body: bytes) -> StoredRequest:
+def read_request(sent: dict[str, Any], body: bytes) -> StoredRequest:
     """The columns `request` and `request_body` as a record."""
     trace = sent.pop("trace", None)
     return StoredRequest(**sent, body=body, trace=trace and Trace(*trace))
 
 
-def _cells(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple[Any, ...]]:
+def request_column(request: StoredRequest) -> str:
+    """The column `request`: JSON of all but the body."""
+    sent = {"method": request.method, "path": request.path, "query": request.query, "headers": request.headers}
+    return to_json(sent | {"trace": request.trace} if request.trace else sent)
+
+
+def piece_rows(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple[Any, ...]]:
     """Rows of the table `pieces` for a value that is too large for its own column."""
     starts = range(0, len(value), PIECE) if len(value) > PIECE else ()
     return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(starts)]
 
 
-def _end_columns(finish: Finish | None) -> tuple[Any, ...]:
+def end_columns(finish: Finish | None) -> tuple[Any, ...]:
     """status, attempt, started, finished, expires, code, size, headers, error, trace, result."""
     if finish is None:
         return ("Running", 0, *(None,) * 9)
@@ -5816,7 +5822,7 @@ def _find_key(flow: str, token: str, key: str, now: int, db: sqlite3.Connection)
         " WHERE flow = ? AND token = ? AND idempotency_key = ? AND (expires IS NULL OR expires > ?)",
         (flow, token, key, now),
     ).fetchone()
-    return row and (_job(row), row[-1])
+    return row and (read_job(row), row[-1])
 
 
 def key_conflict() -> Conflict:
@@ -5987,7 +5993,7 @@ class SqliteReader:
     def get(self, key: JobKey) -> Job | None:
         """A job."""
         row = self._first(_SELECT_JOB + _OF_KEY, key)
-        return row and _job(row)
+        return row and read_job(row)
 
     def load(self, seq: int) -> Loaded | None:
         """A Running job with all that a run of it needs."""
@@ -5998,7 +6004,7 @@ class SqliteReader:
         steps = self._all("SELECT path, until, output FROM steps WHERE job = ?", (seq,))
         saved = {path: output for path, until, output in steps if until is None}
         waits = {path: until for path, until, _ in steps if until is not None}
-        return Loaded(_job(row), found[0], saved, waits, json.loads(row[-1] or "[]"))
+        return Loaded(read_job(row), found[0], saved, waits, json.loads(row[-1] or "[]"))
 
     def request(self, key: JobKey, length: int = 1 << 30) -> tuple[StoredRequest, int] | None:
         """What was sent, with `length` bytes of the body at the most, and the size of the whole body."""
@@ -6013,13 +6019,13 @@ class SqliteReader:
         if body is None:
             sql = "SELECT data FROM pieces WHERE job = ? AND part = 'request_body' AND n <= ? ORDER BY n"
             body = b"".join(data for (data,) in self._all(sql, (key.seq, length // PIECE)))[:length]
-        return _request(json.loads(sent), body), int(size)
+        return read_request(json.loads(sent), body), int(size)
 
     def result(self, key: JobKey) -> StoredResult | None:
         """The response of a finished job."""
         columns = "code, headers, size, result, attempt"
         row = self._first(f"SELECT {columns} FROM jobs{_OF_KEY} AND status <> 'Running'", key)
-        return row and _result(row)
+        return row and read_result(row)
 
     def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
         """The body of a large result, or a part of it. The purge spares it meanwhile; a deletion ends it early."""
@@ -6065,7 +6071,7 @@ class SqliteReader:
         if status is not None:  # written out, for the planner to see that a partial index serves
             conditions[f"status = '{status.value}' AND ?"] = 1
         sql = f"{_SELECT_JOB} WHERE {' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?"
-        return [_job(row) for row in self._all(sql, (*conditions.values(), limit))]
+        return [read_job(row) for row in self._all(sql, (*conditions.values(), limit))]
 
     def flow_text(self, version: int) -> tuple[str, str] | None:
         """Name and text of a flow that stored jobs were accepted with."""
@@ -6171,10 +6177,10 @@ class SqliteStore(SqliteReader):
         if self._writer.close(timeout_s):  # its connection is the last one: that folds the log into the file
             self._owner.close()
 
-    def _put(self, run: Callable[[sqlite3.Connection], Any], done: Done = _ignore, keep: bool = True) -> None:
+    def _put(self, run: Callable[[sqlite3.Connection], Any], done: Done = ignore_result, keep: bool = True) -> None:
         self._writer.put(_Write(run, done, keep))
 
-    def _do(self, sql: str, values: Sequence[Any], done: Done = _ignore, keep: bool = True) -> None:
+    def _do(self, sql: str, values: Sequence[Any], done: Done = ignore_result, keep: bool = True) -> None:
         """Make a write of one statement; `done` gets whether it changed anything."""
         self._put(partial(_execute, sql, values), done, keep)
 
@@ -6186,13 +6192,12 @@ class SqliteStore(SqliteReader):
             done(None, StoreError(self.fault or ""))
             return
         job, request, ended = submission.job, submission.request, submission.ended
-        cells = _cells(job.key, "request_body", 0, request.body)
-        sent = {"method": request.method, "path": request.path, "query": request.query, "headers": request.headers}
+        cells = piece_rows(job.key, "request_body", 0, request.body)
         row = (
             *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
             submission.fingerprint, job.callback.url if job.callback else None,
-            to_json(sent | {"trace": request.trace} if request.trace else sent), None if cells else request.body,
-            *_end_columns(ended),
+            request_column(request), None if cells else request.body,
+            *end_columns(ended),
         )  # fmt: skip
 
         def added(result: Any, error: AsteraError | None) -> None:
@@ -6247,12 +6252,12 @@ class SqliteStore(SqliteReader):
     def get(self, key: JobKey) -> Job | None:
         """A job."""
         row = self._recent.get(key)
-        return _job(row) if row else super().get(key)
+        return read_job(row) if row else super().get(key)
 
     def result(self, key: JobKey) -> StoredResult | None:
         """The response of a finished job."""
         row = self._recent.get(key)
-        return _result(row[15:]) if row else super().result(key)
+        return read_result(row[15:]) if row else super().result(key)
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Forget a finished job; `done` gets deleted, running, owed or absent."""
@@ -6294,12 +6299,12 @@ class SqliteStore(SqliteReader):
         with self._reading() as db:
             return [key for key in keys if db.execute(sql, key).fetchone() is None]
 
-    def start(self, key: JobKey, attempt: int, started: int, done: Done = _ignore) -> None:
+    def start(self, key: JobKey, attempt: int, started: int, done: Done = ignore_result) -> None:
         """Record that a run began; `done` gets whether the job is Running, at this attempt or the one before."""
         sql = f"UPDATE jobs SET attempt = ?, started = ?, due = NULL{_FENCE}"
         self._do(sql, (attempt, started, key.seq, attempt - 1, attempt), done)
 
-    def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = _ignore) -> None:
+    def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = ignore_result) -> None:
         """Save the output (JSON) of a finished step; `done` gets whether the job is Running at this attempt."""
         self._do(_SAVE_STEP, (key.seq, path, None, output, key.seq, attempt, attempt), done)
 
@@ -6320,13 +6325,13 @@ class SqliteStore(SqliteReader):
     def finish(self, finish: Finish, done: Done) -> None:
         """End a Running job; `done` gets whether it was Running, at this attempt if it is fenced."""
         seq = finish.job.key.seq
-        cells = _cells(finish.job.key, "result", finish.attempt, finish.outcome.answer.body)
+        cells = piece_rows(finish.job.key, "result", finish.attempt, finish.outcome.answer.body)
         sql = (
             "UPDATE jobs SET status = ?, attempt = ?, started = ?, due = NULL, finished = ?, expires = ?, code = ?,"
             " size = ?, headers = ?, error = ?, trace = ?, result = ?"
             " WHERE seq = ? AND status = 'Running' AND (? OR attempt IN (?, ?))"
         )
-        end = _end_columns(finish)
+        end = end_columns(finish)
         values = (*end, seq, not finish.fenced, finish.attempt - 1, finish.attempt)
 
         def run(db: sqlite3.Connection) -> bool:
@@ -6367,7 +6372,7 @@ class SqliteStore(SqliteReader):
             f"{' AND c.attempts = 0' if fresh else ''} ORDER BY c.next LIMIT ?",
             (now, now, *busy, limit + len(skip)),
         )
-        jobs = [(_job(row), _request(json.loads(row[-1]), b"").trace) for row in rows if row[0] not in skip]
+        jobs = [(read_job(row), read_request(json.loads(row[-1]), b"").trace) for row in rows if row[0] not in skip]
         return [(job, job.callback._replace(trace=trace)) for job, trace in jobs[:limit] if job.callback]
 
     def next_delivery(self, now: int) -> int | None:
@@ -7100,7 +7105,7 @@ class Engine:
             self.queue.move(self.queue.enter(job.key.seq, job.flow), State.ENDING)
         self._hand_over(self._finish(job, job.attempt, job.started, outcome, ())._replace(fenced=False))
 
-    def _hand_over(self, finish: Finish, done: Done = _ignore, is_substitute: bool = False) -> None:
+    def _hand_over(self, finish: Finish, done: Done = ignore_result, is_substitute: bool = False) -> None:
         """Give a job's end to the store; one that cannot be stored is replaced by a small one, once."""
         job, size = finish.job, len(finish.outcome.answer.body) + _MIN_UNWRITTEN
 
