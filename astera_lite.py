@@ -2734,23 +2734,6 @@ class Parameter(NamedTuple):
         return [self.parse(text) for text in texts]
 
 
-class Selection(NamedTuple):
-    """What a caller may ask of a response's rows: the next page, some rows by a field's value, an order."""
-
-    page: bool = False
-    filters: frozenset[str] = frozenset()
-    sort: bool | frozenset[str] = False  # True: by any field
-
-    @property
-    def names(self) -> list[str]:
-        """The query parameters that say so."""
-        return ["cursor"] * self.page + ["sort_by"] * bool(self.sort) + sorted(self.filters)
-
-
-MAX_PAGE = 10_000  # rows
-NO_SELECTION = Selection()
-
-
 class Input(NamedTuple):
     """A request's input, checked: what expressions see as `params` and `request`."""
 
@@ -2801,9 +2784,7 @@ class Response(NamedTuple):
     status: Template
     headers: Mapping[str, Template]
     body: Template | None
-    selection: Selection = NO_SELECTION
-    items: Template | None = None  # the rows that are given a page at a time
-    page_size: Template | None = None
+    selection: Any = None  # a Selection of astera_lite_requests: what a caller may ask of the rows
 
 
 _SCALARS = (str, int, float, bool, type(None))  # which nobody can change
@@ -2825,7 +2806,7 @@ class Flow(NamedTuple):
     body_required: bool
     steps: tuple[Step, ...]
     responses: tuple[Response, ...]
-    selection: Selection  # of all responses together
+    selection: Any  # of all responses together, as of Response
     timeout: float | None  # seconds
     restart: str  # resume, rerun or fail
     limit: int | None  # runs at one time
@@ -2844,6 +2825,11 @@ class Flow(NamedTuple):
     def segments(self) -> list[str]:
         """The resource's raw path segments."""
         return self.resource.split("/")[1:]
+
+    @property
+    def selecting(self) -> list[str]:
+        """The query parameters that select rows of its responses."""
+        return self.selection.names if self.selection else []
 
     def bind(self, request: StoredRequest, segments: Mapping[str, str], request_id: str = "") -> Input:
         """Check a request against the declaration; raises InputError with every fault at once."""
@@ -2879,12 +2865,12 @@ class Flow(NamedTuple):
                 given = [value for name, value in request.headers.items() if name == item.name.lower()]
             params[item.name] = item.read(given, errors)
         if self.strict:
-            known = [item.name for item in self.parameters if item.where == "query"] + self.selection.names
+            known = [item.name for item in self.parameters if item.where == "query"] + self.selecting
             for name in query:
                 if name not in known and not errors.full:
                     errors.add("query", name, "is not declared" + suggest(name, known))
         plain, selected = _plain(query), None
-        if self.selection != NO_SELECTION:
+        if self.selection:
             selected = wing("astera_lite_requests:read_selection")(self.selection, request.path, query, errors)
         elif (
             not errors
@@ -3651,21 +3637,15 @@ def evaluated(values: Mapping[str, Any], scope: Scope) -> dict[str, Any]:
 
 def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
     """The answer that a response gives in a scope."""
-    selected, page = run.input.selected, None
-    body: Any = None
-    if response.items is not None:
-        body = page = selected.page(response.items(scope), response.page_size and response.page_size(scope))
-        scope = {**scope, "page": page}
+    selection, selected = response.selection, run.input.selected
+    if selection:
+        scope = selection.scope(selected, scope)
     status, headers = response.status(scope), evaluated(response.headers, scope)
-    if response.body is not None:
-        body = response.body(scope)
-    if page is None and any(response.selection):
-        body = selected.rows(body, "/response/body")
-    elif page is body and page is not None:
-        body = {"items": page["items"], "cursor": page["cursor"]}
-    elif page is not None and type(body) is dict:
-        body = {"cursor": page["cursor"], **body}
-    empty = page is None and response.body is None
+    if selection:
+        body = selection.body(response.body, selected, scope)
+    else:
+        body = response.body(scope) if response.body else None
+    empty = not (selection or response.body)
     return make_answer(status, headers, body, run.outside.max_result, empty=empty, method=run.flow.method)
 
 
@@ -4142,17 +4122,14 @@ def _check_owed(build: Build, given: Mapping[str, Any], place: str) -> None:
 
 
 def _make_response(build: Build, given: dict[str, Any], place: str) -> Response:
-    status, body, page = given["status"], given.get("body"), given.get("page")
+    status, body = given["status"], given.get("body")
     _check_owed(build, given, place)
     bodiless = status.constant and status({}) in _WITHOUT_BODY
     if bodiless and body is not None and not (body.constant and body({}) is None):
         build.fault(f"{place}/body", f"a response of status {status({})} has no body: leave it out")
-    filters, sort = frozenset(given.get("filter", ())), given.get("sort", False)
-    if (filters or sort) and page is None and body is None:
-        build.fault(place, "has filter or sort, but no rows: give a body that is a list, or a page")
-    selection = Selection(page is not None, filters, frozenset(sort) if isinstance(sort, list) else sort)
-    items, size = (page["items"], page["size"]) if page else (None, None)
-    return Response(given.get("when"), status, given["headers"], body, selection, items, size)
+    selects = any(given.get(name) for name in ("page", "filter", "sort"))
+    selection = wing("astera_lite_requests:make_selection")(build, given, place) if selects else None
+    return Response(given.get("when"), status, given["headers"], body, selection)
 
 
 _STATUS = partial(Number, 200, 599, "a status")
@@ -5059,9 +5036,9 @@ def build_flow(
         raise FlowError(build.faults)
     request, responses = given["request"], given["response"]
     _is_last(build, [response.when for response in responses], "/response")
-    selection, each = NO_SELECTION, [one.selection for one in responses if one.selection != NO_SELECTION]
-    if each:  # a missing file is a fault of the flow, not of its requests
-        selection = wing("astera_lite_requests:join_selections")(build, each, request["parameters"])
+    selections = [response.selection for response in responses if response.selection]
+    if selections:
+        selections = [wing("astera_lite_requests:join_selections")(build, selections, request["parameters"])]
     try:
         text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_function_name)
         if _SURROGATE.search(text):
@@ -5078,7 +5055,7 @@ def build_flow(
         **request,
         steps=tuple(given["steps"]),
         responses=tuple(responses),
-        selection=selection,
+        selection=next(iter(selections), None),
         timeout=given.get("timeout"),
         restart=given["restart"],
         limit=limit["limit"],
@@ -9290,7 +9267,7 @@ def _stored_request(x: Exchange, flow: Flow, query: str) -> StoredRequest:
 
 def _declared(flow: Flow | None) -> list[str]:
     """The names of a flow's query parameters."""
-    return [*(item.name for item in flow.parameters if item.where == "query"), *flow.selection.names] if flow else []
+    return [*(item.name for item in flow.parameters if item.where == "query"), *flow.selecting] if flow else []
 
 
 def _check_callback_name(x: Exchange) -> None:

@@ -92,7 +92,7 @@ def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
     request = flow.tree["request"]
     specs = request.get("parameters", {})
     parameters = {item.name: specs.get(item.name) or {"in": item.where} for item in flow.parameters}
-    selecting = {name: {"in": "query", "description": SELECTING.get(name, FILTERING)} for name in flow.selection.names}
+    selecting = {name: {"in": "query", "description": SELECTING.get(name, FILTERING)} for name in flow.selecting}
     return {
         "name": flow.name,
         "description": flow.description,

@@ -21,7 +21,6 @@ from astera_lite import (
     INT64,
     JSON_TYPE,
     MODES,
-    NO_SELECTION,
     PREFIXES,
     REVALIDATED,
     SCHEMA_RULES,
@@ -35,7 +34,6 @@ from astera_lite import (
     InputError,
     MissingFile,
     Reply,
-    Selection,
     StepKind,
     __version__,
     as_text,
@@ -246,16 +244,14 @@ def _flow_parameters(flow: Flow, renamed: Mapping[str, str]) -> list[dict[str, A
         found.append(_parameter(name, item.where, words, schema, required=item.required))
         if item.where == "query" and item.array:
             found[-1] |= {"style": "form", "explode": True}
-    selection = flow.selection
-    sort = selection.sort
-    fields = sorted(sort) if isinstance(sort, frozenset) else []
-    for name in selection.names:
+    fields = sorted(flow.selection.sort) if flow.selection and isinstance(flow.selection.sort, frozenset) else []
+    for name in flow.selecting:
         words, schema = SELECTING.get(name, FILTERING).capitalize() + ".", dict(_TEXT)
         more: dict[str, Any] = {}
-        if name == "sort_by" and sort:
+        if name == "sort_by" and flow.selection.sort:
             known = {"enum": [sign + each for each in fields for sign in ("", "-")]} if fields else _TEXT
             schema, more = {"type": "array", "items": known}, {"style": "form", "explode": False}
-        elif name in selection.filters:
+        elif name in flow.selection.filters:
             schema, more = {"type": "array", "items": _TEXT}, {"style": "form", "explode": True}
         found.append(_parameter(name, "query", words, schema, **more))
     return found
@@ -304,7 +300,7 @@ def _steps_in(steps: Any) -> Iterator[dict[str, Any]]:
             yield from _steps_in(branch["steps"])
 
 
-def _flow_answer(spec: Mapping[str, Any], selection: Selection, may_be_bytes: bool) -> dict[str, Any]:
+def _flow_answer(spec: Mapping[str, Any], may_be_bytes: bool) -> dict[str, Any]:
     """One response of a flow: what is known of its headers and its body."""
     given = {name: value for name, value in spec.get("headers", {}).items() if value is not None}
     headers = {
@@ -323,7 +319,7 @@ def _flow_answer(spec: Mapping[str, Any], selection: Selection, may_be_bytes: bo
             schema = _record({"items": {"type": "array", "items": {}}, **cursor})
         elif isinstance(body, dict) and "cursor" not in body:
             schema = _record({**schema["properties"], **cursor})
-    elif selection.filters or selection.sort:
+    elif spec.get("filter") or spec.get("sort"):
         schema = {"type": "array", "items": {"type": "object"}}
     media = next((str(value) for name, value in given.items() if name.lower() == "content-type"), "")
     if "${" in media:
@@ -344,11 +340,9 @@ def _own_responses(flow: Flow) -> _Responses:
     )
     specs = flow.tree.get("response") or [{"body": "${the last step's value}" if steps else None}]
     specs = specs if isinstance(specs, list) else [specs]
-    selections = [response.selection for response in flow.responses] or [NO_SELECTION]
-    found = [*zip(specs, selections, strict=True), *((s["respond"], NO_SELECTION) for s in steps if "respond" in s)]
     responses = _Responses()
-    for spec, selection in found:
-        answer = _flow_answer(spec, selection, may_be_bytes)
+    for spec in [*specs, *(step["respond"] for step in steps if "respond" in step)]:
+        answer = _flow_answer(spec, may_be_bytes)
         responses.add(_declared(spec.get("status", 200)), answer)
     for step in steps:
         if "fail" in step:
@@ -634,7 +628,7 @@ def _sample_request(flow: Flow, mode: str) -> tuple[dict[str, Any], list[int]]:
         texts = [write(text) for text in as_texts(value)]
         for text in texts if item.where == "query" else [",".join(texts)]:
             fields[item.where].append(_field(write(item.name), text, note, not sent))
-    for name in flow.selection.names:
+    for name in flow.selecting:
         fields["query"].append(_field(_IN_POSTMAN["query"](name), "", SELECTING.get(name, FILTERING), True))
     if mode == "asynchronous":
         fields["query"].append(_field("callbackUrl", "", _shared("parameters", "CallbackUrl")["description"], True))

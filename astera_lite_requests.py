@@ -34,7 +34,6 @@ from astera_lite import (
     KNOWN_CODINGS,
     LENIENT_DECODER,
     MAX_NAME,
-    MAX_PAGE,
     MAX_WORK,
     WINGS,
     Address,
@@ -57,7 +56,6 @@ from astera_lite import (
     Parameter,
     Run,
     Scope,
-    Selection,
     StepError,
     StoredRequest,
     Table,
@@ -203,6 +201,49 @@ class Pattern:
         return len(self._program) in self._next(places, before, "")[0]
 
 
+_MAX_PAGE = 10_000  # rows
+
+
+class Selection(NamedTuple):
+    """What a caller may ask of a response's rows: the next page, some rows by a field's value, an order."""
+
+    page: bool
+    filters: frozenset[str]
+    sort: bool | frozenset[str]  # True: by any field
+    items: Template | None = None  # the rows that are given a page at a time
+    size: Template | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The query parameters that say so."""
+        return ["cursor"] * self.page + ["sort_by"] * bool(self.sort) + sorted(self.filters)
+
+    def scope(self, selected: Selected, scope: Scope) -> Scope:
+        """The names that the response sees: `page`, too, if it has pages."""
+        if self.items is None or self.size is None:
+            return scope
+        return {**scope, "page": selected.page(self.items(scope), self.size(scope))}
+
+    def body(self, template: Template | None, selected: Selected, scope: Scope) -> Any:
+        """The body of the response."""
+        if template is None:
+            return {name: scope["page"][name] for name in ("items", "cursor")}
+        body = template(scope)
+        if not self.page:
+            return selected.rows(body, "/response/body")
+        return {"cursor": scope["page"]["cursor"], **body} if type(body) is dict else body
+
+
+def make_selection(build: Build, given: Mapping[str, Any], place: str) -> Selection:
+    """What callers may ask of a response with these members."""
+    page, sort = given.get("page"), given.get("sort", False)
+    if page is None and given.get("body") is None:
+        build.fault(place, "has filter or sort, but no rows: give a body that is a list, or a page")
+    sort = frozenset(sort) if isinstance(sort, list) else sort
+    items, size = (page["items"], page["size"]) if page else (None, None)
+    return Selection(page is not None, frozenset(given.get("filter", ())), sort, items, size)
+
+
 class Selected(NamedTuple):
     """What a request asks of the rows."""
 
@@ -238,8 +279,8 @@ class Selected(NamedTuple):
 
     def page(self, rows: Any, size: Any) -> dict[str, Any]:
         """What expressions see as `page`: its items, the cursor of the next one, and the number of rows in all."""
-        if type(size) is not int or not 1 <= size <= MAX_PAGE:
-            raise ExpressionError(f"/response/page/size: {shown(size)} is not a number from 1 to {MAX_PAGE}")
+        if type(size) is not int or not 1 <= size <= _MAX_PAGE:
+            raise ExpressionError(f"/response/page/size: {shown(size)} is not a number from 1 to {_MAX_PAGE}")
         if self.filters or self.sort:
             rows = self.rows(rows, "/response/page/items")
         if type(rows) not in (list, tuple):
@@ -570,7 +611,7 @@ class _Page(Table):
         return page
 
 
-PAGE = _Page({"items": Value(required=True), "size": Computed(Number(1, MAX_PAGE), default=100)})
+PAGE = _Page({"items": Value(required=True), "size": Computed(Number(1, _MAX_PAGE), default=100)})
 
 
 def join_selections(build: Build, each: Sequence[Selection], parameters: Sequence[Parameter]) -> Selection:
@@ -609,7 +650,7 @@ def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> Stor
     errors = InputErrors()
     path, query, headers = flow.resource, [], {}
     for name, value in params.items():
-        if name not in known and name not in flow.selection.names:
+        if name not in known and name not in flow.selecting:
             errors.add("query", str(name), "is no parameter" + suggest(str(name), known))
             continue
         where, array = (known[name].where, known[name].array) if name in known else ("query", False)
