@@ -878,7 +878,8 @@ def _setting(*row: Any, **more: Any) -> Any:
 _PREFIX = "ASTERA_LITE_"
 
 
-def _read_toml(path: str, faults: list[Fault]) -> dict[str, Any]:
+def read_toml(path: str, faults: list[Fault]) -> dict[str, Any]:
+    """The content of a TOML file; what is wrong with it is added to `faults`."""
     import tomllib  # noqa: PLC0415 (half of all starts have no TOML to read)
 
     try:
@@ -992,7 +993,7 @@ class Settings(NamedTuple):
         values: dict[str, Any] = {}
         faults: list[Fault] = []
         sources: list[tuple[Mapping[str, Any], Callable[[str], tuple[str, str]]]] = [
-            (_read_toml(config, faults) if config is not None else {}, lambda name: (str(config), name)),
+            (read_toml(config, faults) if config is not None else {}, lambda name: (str(config), name)),
             (_from_environment(environ or {}, known), lambda name: (_PREFIX + name.upper(), "")),
             (flags or {}, lambda name: ("--" + name.replace("_", "-"), "")),
             (keywords, lambda name: (name, "")),
@@ -7589,47 +7590,6 @@ def _check_database(path: str) -> None:
         raise ValueError(f"{shown(path)} is not the path of a file, which jobs need: use one in a temporary folder")
 
 
-_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?/?")
-
-
-def parse_origins(text: str | None) -> set[str]:
-    """The origins of web pages in a list, spelt as browsers do (RFC 6454); raises ConfigError."""
-    origins, faults = set(), []
-    for item in filter(None, map(str.strip, (text or "").split(","))):
-        match = _ORIGIN.fullmatch(item.lower())
-        if match is None:
-            cure = "is no origin, which is scheme, host and port, if it has one: write https://app.example"
-            faults.append(Fault("cors_origins", "", f"{shown(item)} {cure}"))
-        else:
-            usual = {"http": ":80", "https": ":443"}.get(match[1])
-            origins.add(f"{match[1]}://{match[2]}{match[3] if match[3] and match[3] != usual else ''}")
-    if faults:
-        raise ConfigError(faults)
-    return origins
-
-
-def read_secrets(setting: str | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """The secrets that flows may read: from the environment variables that are named, or from a TOML file."""
-    faults: list[Fault] = []
-    values: dict[str, Any] = {}
-    if setting is None or not setting.endswith(".toml"):
-        names = filter(None, map(str.strip, (setting or "").split(",")))
-        values = {name: environ.get(name) for name in names}
-        missing = [name for name, value in values.items() if value is None]
-        faults = [Fault("secrets", "", f"there is no environment variable {name}") for name in missing]
-    else:
-        try:
-            if os.name == "posix" and os.stat(setting).st_mode & 0o077:
-                faults.append(Fault(setting, "", "can be read by others: chmod 600 it"))
-        except OSError as error:
-            faults.append(Fault(setting, "", f"cannot be read: {reason_of(error)}"))
-        values = {} if faults else _read_toml(setting, faults)
-        faults += [Fault(setting, name, "must be text") for name, value in values.items() if not isinstance(value, str)]
-    if faults:
-        raise ConfigError(faults)
-    return values
-
-
 _Signature = tuple[tuple[str, int, int], ...]
 
 
@@ -8015,15 +7975,17 @@ class AsteraLite:
         self.node: Any = None  # what this server does as one of several on one database: astera_lite_nodes.Node
         environ = os.environ if environ is None else environ
         local = is_loopback(settings.host) and settings.public_url is None
+        named, origins = settings.secrets, settings.cors_origins
         made = _all_checked(
             callback_allow=partial(AddressPolicy, settings.callback_allow, loopback=local),
             callback_secret=partial(signing_key, settings.callback_secret),
-            secrets=partial(read_secrets, settings.secrets, environ),
+            secrets=partial(late("astera_lite_admin:read_secrets"), named, environ) if named else dict,
             public_url=partial(_check_public_url, settings.public_url),
-            cors_origins=partial(parse_origins, settings.cors_origins),
+            cors_origins=partial(late("astera_lite_admin:parse_origins"), origins) if origins else set,
             database=partial(_check_database, settings.database),
         )
         self.policy, self._signing_key, secrets = made["callback_allow"], made["callback_secret"], made["secrets"]
+        self.origins: set[str] = made["cors_origins"]
         patterns = [re.escape(p.strip()).replace(r"\*", ".*") for p in settings.env_allow.split(",") if p.strip()]
         allowed = re.compile("|".join(patterns) or "(?!)")
         self.outside = Surroundings(
@@ -8497,14 +8459,14 @@ class Access:
         token: str | None,
         loopback: bool,
         public_url: str | None,
-        cors_origins: str | None,
-        host: str = "localhost",
-        tokens: Callable[[], Sequence[Token]] = lambda: (),
-        is_open: bool = True,
+        origins: set[str],
+        host: str,
+        tokens: Callable[[], Sequence[Token]],
+        is_open: bool,
     ) -> None:
         self._setting = [] if token is None else [Token(ADMIN_TOKEN, token_digest(token), "admin")]
         self._tokens, self._open = tokens, is_open
-        self.origins = parse_origins(cors_origins)
+        self.origins = origins
         self._own = "/".join(public_url.lower().split("/")[:3]) if public_url else None  # an origin has no path
         names = [host, "localhost", "127.0.0.1", "::1", *([parse_target(public_url).host] if public_url else ())]
         self._hosts = {f"[{name}]" if ":" in name else name for name in names} if loopback else None  # None: any
@@ -10050,7 +10012,7 @@ class Server(ThreadingHTTPServer):
             app.policy.hosts.clear()  # the courier and the http steps share it
             app.policy.networks.clear()
         nobody_needs_one = _may_be_open(settings, loopback)
-        rules = (settings.token, loopback, settings.public_url, settings.cors_origins, host)
+        rules = (settings.token, loopback, settings.public_url, app.origins, host)
         return Access(*rules, lambda: app.tokens, is_open=nobody_needs_one)
 
     def _tls_context(self) -> ssl.SSLContext:

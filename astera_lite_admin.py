@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -41,6 +41,7 @@ from astera_lite import (
     ConfigError,
     Conflict,
     Exchange,
+    Fault,
     Flow,
     FlowError,
     Head,
@@ -75,6 +76,8 @@ from astera_lite import (
     parse_trace,
     path_values,
     problem,
+    read_toml,
+    reason_of,
     resource,
     sha256,
     shown,
@@ -304,6 +307,51 @@ def check_conditions(x: Exchange, exists: bool = True, flow: Flow | None = None)
     """Raise Conflict where a precondition forbids to act; `flow` is the deployment at hand."""
     if _precondition(x.head, exists, deployment_tag(flow) if flow else ""):
         raise _precondition_failed()
+
+
+# --- settings that few servers have ---
+
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?/?")
+
+
+def parse_origins(text: str) -> set[str]:
+    """The origins of web pages in a list, spelt as browsers do (RFC 6454); raises ConfigError."""
+    origins, faults = set(), []
+    for item in filter(None, map(str.strip, text.split(","))):
+        match = _ORIGIN.fullmatch(item.lower())
+        if match is None:
+            cure = "is no origin, which is scheme, host and port, if it has one: write https://app.example"
+            faults.append(Fault("cors_origins", "", f"{shown(item)} {cure}"))
+        else:
+            usual = {"http": ":80", "https": ":443"}.get(match[1])
+            origins.add(f"{match[1]}://{match[2]}{match[3] if match[3] and match[3] != usual else ''}")
+    if faults:
+        raise ConfigError(faults)
+    return origins
+
+
+def read_secrets(setting: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """The secrets that flows may read, from the environment variables that are named, or from a TOML file.
+
+    Raises ConfigError.
+    """
+    faults: list[Fault] = []
+    values: dict[str, Any] = {}
+    if not setting.endswith(".toml"):
+        values = {name: environ.get(name) for name in filter(None, map(str.strip, setting.split(",")))}
+        missing = [name for name, value in values.items() if value is None]
+        faults = [Fault("secrets", "", f"there is no environment variable {name}") for name in missing]
+    else:
+        try:
+            if os.name == "posix" and os.stat(setting).st_mode & 0o077:
+                faults.append(Fault(setting, "", "can be read by others: chmod 600 it"))
+        except OSError as error:
+            faults.append(Fault(setting, "", f"cannot be read: {reason_of(error)}"))
+        values = {} if faults else read_toml(setting, faults)
+        faults += [Fault(setting, name, "must be text") for name, value in values.items() if not isinstance(value, str)]
+    if faults:
+        raise ConfigError(faults)
+    return values
 
 
 # --- jobs ---

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from support import ECHO, ROOT, Running, get_flow, running, talk
 
-from astera_lite import Access as AccessRules
 from astera_lite import AsteraLite, ConfigError, Server
 
 TOKEN = "s3cret-Token~1"
@@ -505,13 +504,3 @@ def test_the_command_refuses_exposure_with_one_line_and_exit_code_1(
     assert ended.returncode == 1
     assert "token" in ended.stderr.lower()
     assert "Traceback" not in ended.stderr
-
-
-# --- the rules with plain arguments ---
-
-
-def test_the_rules_alone_speak_of_nobody_who_was_not_asked_for() -> None:
-    rules = AccessRules(None, True, None, None)
-    assert rules.principal(None).admin
-    assert rules.principal("Bearer whatever").admin
-    assert rules.origins == set()

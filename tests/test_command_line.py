@@ -268,7 +268,7 @@ def test_a_request_that_hangs_on_a_thread_of_its_own_does_not_hold_up_the_stop(t
     (tmp_path / "hangs.py").write_text(
         "import sys, time, astera_lite\n"
         "def hang(*more):\n    print('hangs', file=sys.stderr, flush=True)\n    time.sleep(600)\n"
-        "astera_lite.Jobs.page = hang\n"
+        "astera_lite.SqliteStore.page = hang\n"
         "sys.exit(astera_lite.main())\n"
     )
     program = (sys.executable, "hangs.py")

@@ -190,6 +190,13 @@ def test_an_embedding_program_needs_the_wing_of_requests_alone(alone: Path) -> N
     assert (done.stdout, done.stderr) == ("cancelled Hello, Ada!\n", "")
 
 
+@pytest.mark.parametrize("setting", [("--cors-origins", "https://app.example"), ("--secrets", "HOME")])
+def test_a_setting_without_its_wing_is_one_sentence(alone: Path, setting: tuple[str, str]) -> None:
+    command = [sys.executable, "astera_lite.py", "--port", "0", *setting]
+    done = subprocess.run(command, cwd=alone, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{NO_ADMIN}\n")
+
+
 def test_a_command_without_its_wing_is_one_sentence(alone: Path) -> None:
     done = subprocess.run(
         [sys.executable, "astera_lite.py", "jobs"], cwd=alone, capture_output=True, text=True, timeout=60
