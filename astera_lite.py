@@ -446,15 +446,15 @@ class JobKeys:
     """
 
     def __init__(self, last: int = 0, node: int = 0, nodes: int = 1) -> None:
-        self._last, self._node, self._nodes = last - last % nodes + node, node, nodes
+        self.last, self._node, self._nodes = last - last % nodes + node, node, nodes
         self._lock = threading.Lock()
 
     def new(self, now_ms: int) -> JobKey:
         """A key for a job created at `now_ms`."""
         salt = int.from_bytes(os.urandom(8), "big") >> 2
         with self._lock:
-            self._last = max(self._last + self._nodes, (now_ms << 12) + self._node)
-            return JobKey(self._last, salt)
+            self.last = max(self.last + self._nodes, (now_ms << 12) + self._node)
+            return JobKey(self.last, salt)
 
 
 #: Upper bounds of the histogram of run times, in seconds.
@@ -7783,6 +7783,10 @@ class Jobs:
 
     # --- accepting ---
 
+    def renumber(self) -> None:
+        """Make keys with the number that the store has by now."""
+        self._keys = JobKeys(self._keys.last, self._store.node, self._store.nodes)
+
     def new_key(self) -> JobKey:
         """A key for a job that is created now."""
         return self._keys.new(self._clock.now())
@@ -8255,7 +8259,7 @@ class AsteraLite:
             "reason": fault or (None if self._running else "the server is stopping"),
             "version": __version__,
             "jobs": self.engine.queue.counts(),
-            "database": {"bytes": self.store.size()},
+            "database": {"bytes": self.node.size if self.node else self.store.size()},
             "deployments": {"published": len(self.deployments.by_name), "faults": len(self.deployments.faults)},
         }
         if whole:

@@ -591,7 +591,10 @@ _METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
         ],
     ),
     ("astera_connections", "gauge", "Open connections.", lambda app: sum(map(len, app.metrics.connections))),
-    ("astera_database_bytes", "gauge", "The database with its write-ahead log.", lambda app: app.store.size()),
+    (
+        "astera_database_bytes", "gauge", "The database with its write-ahead log.",
+        lambda app: int(app.health()["database"]["bytes"]),
+    ),
     (
         "astera_healthy", "gauge", "1, or 0 where /health tells why not.",
         lambda app: float(app.health()["status"] == "ok"),

@@ -62,6 +62,7 @@ class Node:
         self._store = cast(Any, app.store)  # with what only a store has that is shared
         self.rows: dict[str, str] = dict(self._store.deployed())  # text by name of the flows that servers share
         self.members: list[NodeInfo] = []  # the servers that are heard of, as of the last second
+        self.size = 0  # bytes of the database, as of then
         #: What is done once a second, for news may be lost.
         self.chores = (self.read_flows, self.cancel_asked, self.read_members)
         self._may_be_free = True  # jobs that no server owns
@@ -165,6 +166,7 @@ class Node:
                 queue.move(entry, State.GONE)
         words = "this server was not heard of for longer than its lease: %d jobs are left to the others"
         log.warning(words, len(jobs))
+        self.app.jobs.renumber()  # it is another start, with another number
         self._look_for_jobs()
 
     def progress(self) -> dict[int, Progress]:
@@ -203,8 +205,8 @@ class Node:
     # --- what people see ---
 
     def read_members(self) -> None:
-        """See which servers there are."""
-        self.members = self._store.members()
+        """See which servers there are, and how large the database is."""
+        self.members, self.size = self._store.members(), self._store.size()
 
     def documents(self) -> list[dict[str, Any]]:
         """The servers that are heard of, as /health and the console show them."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
-from support import Sink
+from nodes import CURE, Cluster, postgres_bin
+from support import Sink, databases
 
 #: What takes long by nature and does not depend on the version of Python: whole files, or tests by name. A plain run
 #: leaves them out; `pytest -m slow` runs them, as .ci/run does once.
@@ -43,6 +46,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if names is not None and (not names or item.name.partition("[")[0] in names):
             item.add_marker(pytest.mark.slow)
 
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests marked `both_stores` run on SQLite and on PostgreSQL, if they have a folder and are not marked `sqlite`."""
+    marks = {mark.name for mark in metafunc.definition.iter_markers()}
+    if "both_stores" in marks and "sqlite" not in marks and "tmp_path" in metafunc.fixturenames:
+        metafunc.parametrize("_database", ["sqlite", "postgresql"], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A PostgreSQL of these tests."""
+    if postgres_bin() is None:
+        pytest.skip(CURE)
+    pytest.importorskip("astera_lite_postgres")
+    pytest.importorskip("psycopg", reason="the driver is missing: pip install psycopg[binary,pool]")
+    made = Cluster.made()
+    yield made
+    made.remove()
+
+
+@pytest.fixture(autouse=True)
+def _database(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where the servers of a test have their database: each folder one of its own."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        yield
+        return
+    cluster: Cluster = request.getfixturevalue("cluster")
+    urls: dict[Path, str] = {}
+
+    def url_of(folder: Path) -> str:
+        if folder not in urls:
+            urls[folder] = cluster.create(f"test-{next(_numbers)}")
+        return urls[folder]
+
+    with databases(url_of):
+        yield
+
+
+_numbers = itertools.count()
 
 # the same examples every time, however slow the machine
 hypothesis.settings.register_profile("ours", derandomize=True, database=None, deadline=None)

@@ -181,6 +181,24 @@ EVERYTHING: dict[str, dict[str, Any]] = {
 }
 
 
+_DATABASES: list[Callable[[Path], str]] = []
+
+
+def database_in(folder: Path) -> str:
+    """The setting `database` of a server in this folder: a file there, or a database on PostgreSQL (conftest.py)."""
+    return _DATABASES[-1](folder) if _DATABASES else str(folder / "jobs.db")
+
+
+@contextmanager
+def databases(database_of: Callable[[Path], str]) -> Iterator[None]:
+    """Have `database_in` ask this function meanwhile."""
+    _DATABASES.append(database_of)
+    try:
+        yield
+    finally:
+        _DATABASES.pop()
+
+
 def until(holds: Callable[[], Any], seconds: float = 15) -> None:
     """Wait for what no event tells of."""
     end = time.monotonic() + seconds
@@ -226,8 +244,8 @@ class Running(NamedTuple):
 
 @contextmanager
 def running(folder: Path, flows: dict[str, Any] | None = None, **settings: Any) -> Iterator[Running]:
-    """A server in this process, on a free port, with these flows and a database in `folder`."""
-    settings = {"database": str(folder / "jobs.db"), "shutdown_timeout": 5, **settings}
+    """A server in this process, on a free port, with these flows and the database of `folder`."""
+    settings = {"database": database_in(folder), "shutdown_timeout": 5, **settings}
     app = AsteraLite(**settings)
     with app:
         for name, tree in (flows or {}).items():

@@ -22,10 +22,12 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from support import ECHO, Client, FakeClock, Running, Sink, get_flow, running, until
+from support import ECHO, Client, FakeClock, Running, Sink, database_in, get_flow, running, until
 
 import astera_lite
 from astera_lite import AsteraLite, Attempt, Clock, ConfigError, next_try, parse_retry_after, sign, signing_key
+
+pytestmark = pytest.mark.both_stores
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 HELLO = get_flow("/hello", response={"body": {"hello": "world"}})
@@ -674,7 +676,7 @@ def test_a_receiver_that_answers_late_gets_one_at_a_time_until_it_is_quick_again
     monkeypatch.setattr(astera_lite, "_LATE_MS", 20)
     store = Outcomes()
     courier = a_courier(store)
-    with AsteraLite(database=str(tmp_path / "jobs.db")) as app:
+    with AsteraLite(database=database_in(tmp_path)) as app:
         app.deploy("hello", HELLO)
         job = app.wait(app.submit("hello", callback_url="http://127.0.0.1:9/").id, 10)
     assert job.callback is not None
@@ -734,7 +736,7 @@ def test_failed_deliveries_leave_nothing_behind(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         url = f"http://127.0.0.1:{gone.getsockname()[1]}/"
     courier = a_courier(Outcomes(), timeout=0.05)
-    with AsteraLite(database=str(tmp_path / "jobs.db")) as app, hanging(1) as (silent,):
+    with AsteraLite(database=database_in(tmp_path)) as app, hanging(1) as (silent,):
         app.deploy("hello", HELLO)
         job = app.wait(app.submit("hello", callback_url=url).id, 10)
         assert job.callback is not None

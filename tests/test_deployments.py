@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, Client, FakeClock, get_flow
+from support import ROOT, Client, FakeClock, database_in, get_flow
 
 from astera_lite import STEP_KINDS, AsteraLite, ConfigError, FlowError, Server, Status, build_flow
 from astera_lite_documents import flow_schema
 from astera_lite_steps import run_test
+
+pytestmark = pytest.mark.both_stores
 
 HELLO = get_flow("/hello", response={"body": "one"})
 TOKEN = "t0ken-of-the-admin"
@@ -30,7 +32,7 @@ def serving(folder: Path, clock: Any = None, token: str | None = None, **files: 
     flows.mkdir(exist_ok=True)
     for name, tree in files.items():
         (flows / f"{name}.json").write_text(json.dumps(tree))
-    settings = {"flows": str(flows), "database": str(folder / "jobs.db"), "port": 0, "shutdown_timeout": 5}
+    settings = {"flows": str(flows), "database": database_in(folder), "port": 0, "shutdown_timeout": 5}
     with AsteraLite(clock=clock, **settings, **({"token": token} if token else {})) as app:
         yield app
 

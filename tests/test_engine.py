@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Api, FakeClock, Sink, get_flow, process, until
+from support import Api, FakeClock, Sink, database_in, get_flow, process, until
 
 from astera_lite import (
     MAX_ATTEMPTS,
@@ -42,10 +42,12 @@ from astera_lite import (
 )
 from astera_lite_admin import page_of_jobs
 
+pytestmark = pytest.mark.both_stores
+
 
 @contextmanager
 def serving(folder: Path, flows: dict[str, Any], clock: Clock | None = None, **settings: Any) -> Iterator[AsteraLite]:
-    app = AsteraLite(clock=clock, **{"database": str(folder / "jobs.db"), "shutdown_timeout": 5, **settings})
+    app = AsteraLite(clock=clock, **{"database": database_in(folder), "shutdown_timeout": 5, **settings})
     for name, tree in flows.items():
         app.deploy(name, tree)
     with app:
@@ -252,7 +254,7 @@ def test_a_call_that_finds_no_thread_ends_at_its_deadline(tmp_path: Path, gate: 
 @pytest.mark.parametrize("limit", [{}, {"concurrency": 1}])
 def test_no_call_begins_after_the_stop(tmp_path: Path, gate: Gate, limit: dict[str, Any]) -> None:
     ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-    app = AsteraLite(database=str(tmp_path / "jobs.db"), shutdown_timeout=0.05, workers=1)
+    app = AsteraLite(database=database_in(tmp_path), shutdown_timeout=0.05, workers=1)
     app.deploy("f", get_flow("/f", steps=[python(gate)], **limit))
     with app, ThreadPoolExecutor(1) as pool:
         flow = app.deployments.by_name["f"]

@@ -187,7 +187,8 @@ def test_an_embedding_program_needs_the_wing_of_requests_alone(alone: Path) -> N
     done = subprocess.run(
         [sys.executable, "-c", EMBEDDING], cwd=alone, capture_output=True, text=True, timeout=60, check=True
     )
-    assert (done.stdout, done.stderr) == ("cancelled Hello, Ada!\n", "")
+    assert done.stdout == "cancelled Hello, Ada!\n"
+    assert "Traceback" not in done.stderr  # a cancel is logged there if the job had begun
 
 
 @pytest.mark.parametrize("setting", [("--cors-origins", "https://app.example"), ("--secrets", "HOME")])

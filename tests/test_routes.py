@@ -22,6 +22,8 @@ from support import ECHO, Client, FakeClock, Running, Sink, get_flow, running, t
 
 from astera_lite import Answer, FlowError, Job, JobKey, Outcome, Store, StoreError
 
+pytestmark = pytest.mark.both_stores
+
 WORDS = {"Running", "Completed", "Error", "Unknown"}
 MEMBERS = {
     "id", "status", "flow", "createdAt", "startedAt", "finishedAt", "expiresAt", "attempt", "progress", "statusUrl",
