@@ -29,9 +29,10 @@ What a server does not need until somebody uses it is in wings, files beside thi
 only (`"astera_lite_tools:run_command"`) and loads one when it is first wanted. With `schema.sql` alone it is a whole
 server.
 
-    astera_lite_steps      the steps each, call, sql; the tests that flows have; advice on faulty flows
+    astera_lite_steps      the steps each, call, sql; the tests that flows have
     astera_lite_python     the steps python and run; @app.flow, @app.step
     astera_lite_requests   patterns; pages, filters and sort of responses; connections, pages and until of http
+    astera_lite_advice     what messages tell authors beyond the fault
     astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files
     astera_lite_admin      beside submit, poll and fetch: other routes of jobs, deployments, metrics, console
     astera_lite_nodes      what a server does as one of several on one database
@@ -324,7 +325,7 @@ def reason_of(error: Exception) -> str:
 
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql")  # files that the module needs beside it
-_WINGS = ("admin", "documents", "nodes", "python", "requests", "steps", "tools")
+_WINGS = ("admin", "advice", "documents", "nodes", "python", "requests", "steps", "tools")
 #: The files of the module that a server loads when somebody first uses what is in them.
 WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS)
 #: The folders of this file: as it was named and as links lead. Taken now, for a program may change its own folder.
@@ -1777,14 +1778,14 @@ class _Compiler(ast.NodeTransformer):
         except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
             message = str(error) or "it is nested too deeply"
             if isinstance(error, SyntaxError):
-                message = optional("astera_lite_steps:advice_on_syntax", source) or error.msg
+                message = optional("astera_lite_advice:on_syntax", source) or error.msg
             self.fault(place, f"${{{source[:120]}}}: {message}")
             return ast.Constant(None)
 
     def visit(self, node: ast.AST) -> Any:
         name = type(node).__name__
         if name not in _PLAIN_NODES and not hasattr(self, f"visit_{name}"):
-            words = optional("astera_lite_steps:advice_on_word", name)
+            words = optional("astera_lite_advice:on_word", name)
             raise _Refused(words or f"{name} is not part of the language")
         self.depth += 1
         if self.depth > MAX_NESTING:
@@ -1871,7 +1872,7 @@ class _Compiler(ast.NodeTransformer):
         else:
             raise _Refused("only functions and methods can be called, by their names")
         if name not in table:
-            words = optional("astera_lite_steps:advice_on_word", name)
+            words = optional("astera_lite_advice:on_word", name)
             raise _Refused(f"there is no {shape}" + (f": write {words}" if words else suggest(name, table)))
         if table is not _METHOD_NAMES:
             self.volatile = self.volatile or name in VOLATILE
@@ -1948,16 +1949,10 @@ def _message_of(error: Exception, part: str) -> str:
         return "it is too large or nested too deeply"
     if isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:
         return "null has no members"
-    if not isinstance(error, TypeError) or "indices must be integers" not in message:
-        return message
-    before, _, name = part.rstrip().rpartition(".")
-    cure = ""
-    if name == "length":
-        cure = ": len(…) is the length"
-    elif before and "list" not in message:  # what an API answers as text or bytes
-        cure = f": parse_json({before.lstrip('(')}) reads it if it is JSON"
-    kind = {"list": "a list", "tuple": "a list", "byte": "binary data"}.get(message.partition(" ")[0], "text")
-    return f"{kind} has no members{cure}"
+    if isinstance(error, TypeError) and "indices must be integers" in message:
+        kind = {"list": "a list", "tuple": "a list", "byte": "binary data"}.get(message.partition(" ")[0], "text")
+        return f"{kind} has no members{optional('astera_lite_advice:on_no_members', kind, part)}"
+    return message
 
 
 class Template:
@@ -2931,7 +2926,7 @@ def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
     try:
         value = _read_body(request.body, media)
     except ValueError as error:
-        cure = optional("astera_lite_requests:quoting_cure", request.body) if is_json else ""
+        cure = optional("astera_lite_advice:on_body", request.body) if is_json else ""
         errors.add("body", "", f"is not valid {media or 'JSON'}: {error}{cure}")
         return None
     before = len(errors)
@@ -3562,8 +3557,8 @@ class _StepRun:
             ):  # else of connections.json
                 place, _, message = message.partition(": ")
             elif kind == "error" and self.step.code:
-                more = {"source": optional("astera_lite_requests:exception_source", error) or None}
-            line = optional("astera_lite_requests:line_in_file", path, place, run.flow.text)
+                more = {"source": optional("astera_lite_advice:source_of", error) or None}
+            line = optional("astera_lite_advice:line_of", path, place, run.flow.text)
             failure = {
                 "message": masked(message)[:_MAX_FAILURE_MESSAGE],
                 "kind": kind,
@@ -3967,17 +3962,13 @@ class Elsewhere(Member):
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name)
-        self.schema = lambda: wing(name).schema()  # type: ignore[method-assign]
-        self.read = lambda build, value, place: wing(name).read(build, value, place)  # type: ignore[method-assign]
 
+    def schema(self) -> dict[str, Any]:
+        schema: dict[str, Any] = wing(self.name).schema()
+        return schema
 
-#: Members that are often put into another object than their own.
-_ELSEWHERE = {name: f": it belongs to request, beside body: /request/{name}" for name in ("contentTypes", "strict")}
-_ELSEWHERE |= {name: f": it belongs to the step, beside its kind: {name}" for name in ("when", "retry", "onError")}
-_ELSEWHERE |= {
-    "parameters": ": it belongs to request: /request/parameters",
-    "steps": ": it stands beside request: /steps",
-}
+    def read(self, build: Build, value: Any, place: str) -> Any:
+        return wing(self.name).read(build, value, place)
 
 
 class Table(Member):
@@ -4040,7 +4031,7 @@ class Table(Member):
     def _check_names(self, build: Build, value: dict[str, Any], place: str, members: Mapping[str, Member]) -> None:
         unknown = [name for name in value if name not in members]
         for name in unknown:
-            cure = _ELSEWHERE.get(name) or suggest(name, members)
+            cure = optional("astera_lite_advice:on_member", name) or suggest(name, members)
             build.fault(f"{place}/{pointer(name)}", f"is not known here (known: {', '.join(members)}){cure}")
         for name, member in members.items():
             if member.required and name not in value:
@@ -4276,7 +4267,7 @@ def _framing_header(build: Build, name: str, names: Collection[str]) -> str:
 _HTTP = {
     "method": OneOf(*HTTP_METHODS),
     "url": Url("an http or https URL"),
-    "connection": Text("the name of a connection"),
+    "connection": Elsewhere("astera_lite_requests:CONNECTION"),
     "path": Url("a path such as /v1/cities", behind=True),
     "query": MapOf(Value(), default={}),
     "headers": MapOf(Value(), default={}, check=_framing_header),
@@ -4294,16 +4285,11 @@ _HTTP = {
 
 
 def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
-    connection = given.get("connection")
     for names in (("json", "form", "body"), ("pages", "until")):
         if len(both := [name for name in names if name in given]) > 1:
             build.fault(place, f"has {' and '.join(both)}: a step has one of {', '.join(names)}")
-    if connection is None:
-        if "path" in given:
-            build.fault(f"{place}/path", "needs a connection: name one, or write the whole address as url")
-    elif connection not in build.connections:
-        known = suggest(connection, build.connections)
-        build.fault(f"{place}/connection", f"there is no {shown(connection)} in connections.json{known}")
+    if "path" in given and "connection" not in given:
+        build.fault(f"{place}/path", "needs a connection: name one, or write the whole address as url")
     if "every" in given and "until" not in given:
         build.fault(f"{place}/every", "sets how often `until` is checked, but there is no `until`")
     if given.get("every", 1) < 0.01:
@@ -4338,13 +4324,8 @@ class HttpCall:
         """The request that the step makes in a scope."""
         request = OutgoingRequest(self.method, *self._address(scope))
         request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
-        if (name := self._given.get("connection")) is not None:
-            request.connection = connection = run.outside.connections.get(name)
-            if connection is None:
-                raise StepError(500, "its connection is gone", f'connection "{name}"', {"missing"})
-            own = {"env": run.outside.env, "secrets": run.outside.secrets}
-            request.url, request.fixed = connection.url(own)[0].rstrip("/") + request.url, True
-            request.add_headers(evaluated(connection.headers, own))
+        if "connection" in self._given:
+            self._given["connection"](run, request)
         request.url = with_query(_encoded_address(request.url), evaluated(self._given["query"], scope))
         if self._body:
             request.set_body(self._body, self._given[self._body](scope))
@@ -4676,7 +4657,7 @@ def parse_flow_text(text: str, file_name: str) -> Any:
         return _toml_as_json(tomllib.loads(text), "")
     except json.JSONDecodeError as error:
         place, message = f"line {error.lineno}, column {error.colno}", f"is not JSON: {error.msg}"
-        message += optional("astera_lite_steps:advice_on_json", error)
+        message += optional("astera_lite_advice:on_json", error)
     except RecursionError:
         place, message = "", f"it is nested deeper than {MAX_JSON_DEPTH} levels"
     except ValueError as error:  # TOMLDecodeError is one; it names line and column itself
@@ -5173,25 +5154,11 @@ def path_values(flow: Flow, path: str) -> dict[str, str]:
 
 
 CONNECTIONS_FILE = "connections.json"
-_STRAY_SUFFIX = re.compile(r"\.(ya?ml|json[c5]|(json|toml)(\.txt)?)$", re.IGNORECASE)
 
 
 def is_flow_file(name: str) -> bool:
     """Whether a file of this name is read as a flow; names with a leading dot belong to editors and the system."""
     return name.endswith((".json", ".toml")) and name[0] != "." and name != CONNECTIONS_FILE
-
-
-def _stray(folder: str | os.PathLike[str], name: str) -> str:
-    """Why an entry of the flows folder that looks like a flow is not read; "" for any other entry."""
-    if name[0] == "." or name == CONNECTIONS_FILE:
-        return ""
-    with contextlib.suppress(OSError):  # no folder
-        inside = os.listdir(os.path.join(folder, name))
-        of_flows = any(map(is_flow_file, inside)) and not any(file.endswith(".py") for file in inside)
-        return "flows in a folder inside are not read: move them one up" if of_flows else ""
-    suffix = _STRAY_SUFFIX.search(name)
-    cure = "write it as JSON or TOML, in a file that ends in .json or .toml"
-    return f"is not read: {cure}, not {suffix[0]}" if suffix else ""
 
 
 def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
@@ -5211,13 +5178,10 @@ def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
 
 def load_connections(folder: str | os.PathLike[str], previous: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     """The connections of a folder's connections.json; where it is faulty, those before stay in service."""
-    build = Build(CONNECTIONS_FILE, {})
-    build.names = dict.fromkeys(("env", "secrets"))
     try:
         tree = _read_flow_file(folder, CONNECTIONS_FILE)
         with _faults_of(CONNECTIONS_FILE):
-            connections = wing("astera_lite_requests:CONNECTIONS").read(build, tree, "")
-            return (previous, build.faults) if build.faults else (connections, [])
+            return wing("astera_lite_requests:read_connections")(tree), []
     except FileNotFoundError:
         return {}, []
     except FlowError as error:
@@ -5240,7 +5204,9 @@ def load_flows(
         return kept, [Fault(os.fspath(folder), "", f"cannot be read: {reason_of(error)}")]
     for file in files:
         if not is_flow_file(file):
-            faults += [Fault(file, "", reason) for reason in [_stray(folder, file)] if reason]
+            usual = file.endswith((CONNECTIONS_FILE, ".py", "__pycache__"))
+            if not usual and (reason := optional("astera_lite_advice:on_stray", folder, file)):
+                faults.append(Fault(file, "", reason))
             continue
         name = os.path.splitext(file)[0]
         try:

@@ -336,7 +336,7 @@ def isolated_main() -> None:
             value = function(_IsolatedContext(task, say), **task["args"])
             say({"value": as_json(value, task["function"])})
         except (Exception, SystemExit) as error:
-            source = optional("astera_lite_requests:exception_source", error)
+            source = optional("astera_lite_advice:source_of", error)
             say({"error": f"{type(error).__name__}: {error}", "source": source})
 
 

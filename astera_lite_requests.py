@@ -14,13 +14,10 @@ import copy
 import gzip
 import io
 import itertools
-import json
 import operator
-import os
 import re
 import sys
 import threading
-import traceback
 import types
 import urllib.parse
 import warnings
@@ -30,12 +27,12 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from astera_lite import (
+    CONNECTIONS_FILE,
     CONTENT_TYPES,
     KNOWN_CODINGS,
     LENIENT_DECODER,
     MAX_NAME,
     MAX_WORK,
-    WINGS,
     Address,
     Budget,
     Build,
@@ -43,6 +40,7 @@ from astera_lite import (
     Duration,
     ExpressionError,
     Flow,
+    FlowError,
     FlowFailure,
     HttpCall,
     InputError,
@@ -74,7 +72,6 @@ from astera_lite import (
     parse_retry_after,
     pointer,
     read_number,
-    read_text,
     sha256,
     shown,
     suggest,
@@ -600,6 +597,41 @@ def _make_connection(build: Build, given: dict[str, Any], place: str) -> Connect
 CONNECTIONS = MapOf(Table(_CONNECTION, _make_connection))
 
 
+def read_connections(tree: Any) -> dict[str, Connection]:
+    """The connections of connections.json; raises FlowError."""
+    build = Build(CONNECTIONS_FILE, {})
+    build.names = dict.fromkeys(("env", "secrets"))
+    connections: dict[str, Connection] = CONNECTIONS.read(build, tree, "")
+    if build.faults:
+        raise FlowError(build.faults)
+    return connections
+
+
+class _ConnectionName(Text):
+    """The name of a connection: compiles to what makes a request one of that connection."""
+
+    def read(self, build: Build, value: Any, place: str) -> Callable[[Run, OutgoingRequest], None]:
+        name = super().read(build, value, place)
+        if name is not None and name not in build.connections:
+            build.fault(place, f"there is no {shown(name)} in connections.json{suggest(name, build.connections)}")
+        return partial(_connect, name)
+
+
+def _connect(name: str, run: Run, request: OutgoingRequest) -> None:
+    """Put the connection's URL before that of a request, and its headers into it."""
+    outside = run.outside
+    connection = outside.connections.get(name)
+    if connection is None:
+        raise StepError(500, "its connection is gone", f'connection "{name}"', {"missing"})
+    scope = {"env": outside.env, "secrets": outside.secrets}
+    request.connection, request.fixed = connection, True
+    request.url = connection.url(scope)[0].rstrip("/") + request.url
+    request.add_headers(evaluated(connection.headers, scope))
+
+
+CONNECTION = _ConnectionName("the name of a connection")
+
+
 class _Page(Table):
     """The `page` of a response, which expressions of the response see under this name."""
 
@@ -694,71 +726,3 @@ def _sent(value: Any, where: str, name: str, write: Callable[[Any], str]) -> str
             for key, member in members_of(value):
                 _sent(member, where, f"{name}/{pointer(str(key))}", to_json)
         raise InputError([{"in": where, "name": name, "message": str(error)}]) from None
-
-
-def quoting_cure(body: bytes) -> str:
-    """What a shell may have done to JSON on a command line."""
-    if body[:1] == b"'":
-        return '; it begins with \', which shells of Windows leave where it is: write "{\\"name\\": \\"Ada\\"}"'
-    if re.match(rb"[ \t\r\n]*\{[ \t\r\n]*[A-Za-z_]", body):
-        return '; a shell may have taken its double quotes: write \\" for each, or send a file with -d @body.json'
-    return ""
-
-
-def exception_source(error: BaseException) -> dict[str, Any] | None:
-    """File and line of an exception in the step's own code: the innermost frame in the folder of its function."""
-    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    theirs = [frame for frame in frames if os.path.basename(frame[0]) not in ("astera_lite.py", *WINGS)]
-    beside = [frame for frame in theirs if os.path.dirname(frame[0]) == os.path.dirname(theirs[0][0])]
-    return {"file": os.path.basename(beside[-1][0]), "line": beside[-1][1]} if beside else None
-
-
-_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{},:]|\n')
-
-
-def pointer_lines(text: str) -> dict[str, int]:
-    """The line on which each value of a well-formed JSON text begins, by its JSON Pointer without the first slash."""
-    lines: dict[str, int] = {}
-    line = 1
-    names: list[str | int] = []  # the way to the value that comes next
-    expects_name = False
-    for match in _JSON_TOKEN.finditer(text):
-        mark = match[0]
-        if mark == "\n":
-            line += 1
-        elif mark in "{[":
-            names.append(0 if mark == "[" else "")
-            expects_name = mark == "{"
-        elif mark in "]}":
-            names.pop()
-        elif mark == ",":
-            last = names[-1]
-            names[-1] = last + 1 if isinstance(last, int) else last
-            expects_name = not isinstance(last, int)
-        elif mark != ":" and expects_name:
-            names[-1], expects_name = pointer(json.loads(mark)), False
-        if names and not expects_name:
-            lines.setdefault("/".join(map(str, names)), line)
-    return lines
-
-
-@lru_cache(maxsize=64)
-def _lines_of_file(path: str, changed: int, text: str | None) -> Mapping[str, int]:
-    written = read_text(path)
-    tree = from_json(written)
-    return pointer_lines(written) if text is None or tree == json.loads(text) else {}
-
-
-def line_in_file(path: str, place: str, text: str | None = None) -> int | None:
-    """The line of a JSON file to which a JSON Pointer leads, or the nearest place around it that is there.
-
-    None where the file has no such place, is no JSON, or does not say `text` (JSON) any more.
-    """
-    try:
-        lines = _lines_of_file(path, os.stat(path).st_mtime_ns, text)
-    except (OSError, ValueError):
-        return None
-    names = place.split("/")[1:]
-    while names and "/".join(names) not in lines:
-        names.pop()
-    return lines["/".join(names)] if names else None

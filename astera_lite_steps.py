@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import json
-import keyword
 import os
 import re
 import sqlite3
@@ -22,7 +20,6 @@ from astera_lite import (
     BRANCH,
     FLOW_NAME,
     INT64,
-    QUOTED,
     Build,
     Cancel,
     Cancelled,
@@ -426,94 +423,3 @@ def _unlike(expected: Any, found: Any, place: str) -> list[str]:
         want, got = ("nothing" if side is _NOTHING else shown(side, 200) for side in (expected, found))
         return [f"{place}: expected {want}, got {got}"]
     return [line for name, want, got in pairs for line in _unlike(want, got, f"{place}/{pointer(str(name))}")]
-
-
-# --- advice on expressions: what other languages have, and what to write instead ---
-
-_WORDS = {
-    word: advice
-    for words, advice in {
-        "append extend insert push add unshift": "list + [x]: nothing changes a value in place",
-        "update setdefault": "merge(a, b): nothing changes a value in place",
-        "sort": "sorted(…) or sort_by(…)",
-        "reverse": "reversed(…)",
-        "includes contains has_key has hasOwnProperty": "x in y",
-        "substring substr slice charAt at": "text[from:to]",
-        "map filter forEach reduce flatMap remove pop popitem clear": "[… for x in … if …]",
-        "format concat sprintf": "${…} inside the text, or a + b",
-        "toString String stringify": "str(…) or json(…)",
-        "parseInt Number parseFloat": "int(…) or float(…)",
-        "toLowerCase to_lower lowercase": ".lower()",
-        "toUpperCase to_upper uppercase": ".upper()",
-        "length size": "len(…)",
-        "trim": ".strip()",
-        "indexOf": ".find(…)",
-        "startsWith": ".startswith(…)",
-        "endsWith": ".endswith(…)",
-        "replaceAll": ".replace(…)",
-        "padStart": ".rjust(…)",
-        "padEnd": ".ljust(…)",
-        "toFixed": "round(x, digits)",
-        "some": "any(…)",
-        "every": "all(…)",
-        "set": "unique(…)",
-        "tuple": "[…]",
-        "dict": "{name: … for … in …}",
-        "encode": "base64(…) or urlencode(…)",
-        "parse": "parse_json(…)",
-        "isinstance": "a comparison",
-        # nodes of Python's syntax
-        "Lambda": "there is no lambda: sort_by, group_by and index_by take the name of a field",
-        "JoinedStr": "there are no f-strings: write ${…} inside the text",
-        "NamedExpr": "nothing can be assigned: add a `set` step",
-        "Starred": "there is no `*`: join lists with +",
-        "Set SetComp": "there are no sets: use unique([…])",
-        "Await": "there is no await",
-        "Yield YieldFrom": "there is no yield",
-        "BitAnd BitOr BitXor LShift RShift MatMult": "the operators are + - * / // % ** and the comparisons",
-        "Invert": "there is no ~",
-    }.items()
-    for word in words.split()
-}
-_SYNTAX = {
-    "&&": "there is no &&: write `and`",
-    r"\|\|": "there is no ||: write `or`",
-    "[=!]==": "there is no === or !==: write == or !=",
-    "!(?!=)": "there is no !: write `not`",
-    r"\?\?": "there is no ??: write `a if a is not None else b`",
-    r"\?[^:]*:": "there is no ? : here: write `a if condition else b`",
-    "=>": "there is no =>: write a comprehension, [… for x in …]",
-    "`": "there is no `…`: text stands in quotes",
-    "(?<![=!<>:])=(?!=)": "= does not compare: write ==",
-}
-
-
-def advice_on_word(word: str) -> str:
-    """What to write instead of a function, a method, or a node of Python's syntax; "" if nothing is known of it."""
-    return _WORDS.get(word, "")
-
-
-def advice_on_syntax(source: str) -> str:
-    """What is wrong with an expression that Python's parser refuses; "" if nothing is known of it."""
-    if word := re.search(rf"\.({'|'.join(keyword.kwlist)})\b", source):
-        return f'{word[1]} is a word of the language: write ["{word[1]}"] for the field of that name'
-    bare = re.sub(QUOTED, "''", source)
-    return next((advice for pattern, advice in _SYNTAX.items() if re.search(pattern, bare)), "")
-
-
-def advice_on_json(error: json.JSONDecodeError) -> str:
-    """What is wrong with a file that Python's parser of JSON refuses; "" if nothing is known of it."""
-    before, at = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
-    if not error.doc.strip():
-        return ": the file is empty; `new NAME` writes a first flow"
-    if not at:
-        return ": the file ends too early, a } or ] or a quote is missing"
-    if "delimiter" in error.msg:
-        return ": a comma or a closing bracket is missing before this place"
-    if before.endswith(",") or "trailing comma" in error.msg:
-        return ": there is a comma after the last item"
-    if at == "'":
-        return ': JSON has "double" quotes'
-    if error.doc[error.pos : error.pos + 2] in ("//", "/*") or at == "#":
-        return ": JSON has no comments; use a description, or write the flow as TOML"
-    return ""

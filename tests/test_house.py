@@ -28,6 +28,7 @@ TREES = {name: ast.parse((ROOT / name).read_text("utf-8")) for name in FILES}
 LINES = {
     "astera_lite.py": 11_000,
     "astera_lite_admin.py": 800,
+    "astera_lite_advice.py": 400,
     "astera_lite_documents.py": 800,
     "astera_lite_nodes.py": 400,
     "astera_lite_requests.py": 800,

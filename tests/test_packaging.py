@@ -212,6 +212,7 @@ def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
     left_out = re.findall(r"^(\S+) is missing, so it is left out$", done.stderr, re.MULTILINE)
     assert left_out == [
         "astera_lite_admin.py",
+        "astera_lite_advice.py",
         "astera_lite_documents.py",
         "astera_lite_nodes.py",
         "astera_lite_python.py",

@@ -1,0 +1,219 @@
+"""What messages tell authors beyond the fault: what to write instead, and where in their files it is.
+
+A wing of astera_lite, which loads this file for the first message of this kind; a message does without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import keyword
+import os
+import re
+import traceback
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from astera_lite import QUOTED, WINGS, from_json, is_flow_file, pointer, read_text
+
+# --- expressions: what other languages have, and what to write instead ---
+
+_WORDS = {
+    word: advice
+    for words, advice in {
+        "append extend insert push add unshift": "list + [x]: nothing changes a value in place",
+        "update setdefault": "merge(a, b): nothing changes a value in place",
+        "sort": "sorted(…) or sort_by(…)",
+        "reverse": "reversed(…)",
+        "includes contains has_key has hasOwnProperty": "x in y",
+        "substring substr slice charAt at": "text[from:to]",
+        "map filter forEach reduce flatMap remove pop popitem clear": "[… for x in … if …]",
+        "format concat sprintf": "${…} inside the text, or a + b",
+        "toString String stringify": "str(…) or json(…)",
+        "parseInt Number parseFloat": "int(…) or float(…)",
+        "toLowerCase to_lower lowercase": ".lower()",
+        "toUpperCase to_upper uppercase": ".upper()",
+        "length size": "len(…)",
+        "trim": ".strip()",
+        "indexOf": ".find(…)",
+        "startsWith": ".startswith(…)",
+        "endsWith": ".endswith(…)",
+        "replaceAll": ".replace(…)",
+        "padStart": ".rjust(…)",
+        "padEnd": ".ljust(…)",
+        "toFixed": "round(x, digits)",
+        "some": "any(…)",
+        "every": "all(…)",
+        "set": "unique(…)",
+        "tuple": "[…]",
+        "dict": "{name: … for … in …}",
+        "encode": "base64(…) or urlencode(…)",
+        "parse": "parse_json(…)",
+        "isinstance": "a comparison",
+        # nodes of Python's syntax
+        "Lambda": "there is no lambda: sort_by, group_by and index_by take the name of a field",
+        "JoinedStr": "there are no f-strings: write ${…} inside the text",
+        "NamedExpr": "nothing can be assigned: add a `set` step",
+        "Starred": "there is no `*`: join lists with +",
+        "Set SetComp": "there are no sets: use unique([…])",
+        "Await": "there is no await",
+        "Yield YieldFrom": "there is no yield",
+        "BitAnd BitOr BitXor LShift RShift MatMult": "the operators are + - * / // % ** and the comparisons",
+        "Invert": "there is no ~",
+    }.items()
+    for word in words.split()
+}
+_SYNTAX = {
+    "&&": "there is no &&: write `and`",
+    r"\|\|": "there is no ||: write `or`",
+    "[=!]==": "there is no === or !==: write == or !=",
+    "!(?!=)": "there is no !: write `not`",
+    r"\?\?": "there is no ??: write `a if a is not None else b`",
+    r"\?[^:]*:": "there is no ? : here: write `a if condition else b`",
+    "=>": "there is no =>: write a comprehension, [… for x in …]",
+    "`": "there is no `…`: text stands in quotes",
+    "(?<![=!<>:])=(?!=)": "= does not compare: write ==",
+}
+
+
+def on_word(word: str) -> str:
+    """What to write instead of a function, a method, or a node of Python's syntax; "" if nothing is known of it."""
+    return _WORDS.get(word, "")
+
+
+def on_syntax(source: str) -> str:
+    """What is wrong with an expression that Python's parser refuses; "" if nothing is known of it."""
+    if word := re.search(rf"\.({'|'.join(keyword.kwlist)})\b", source):
+        return f'{word[1]} is a word of the language: write ["{word[1]}"] for the field of that name'
+    bare = re.sub(QUOTED, "''", source)
+    return next((advice for pattern, advice in _SYNTAX.items() if re.search(pattern, bare)), "")
+
+
+def on_no_members(kind: str, part: str) -> str:
+    """What to write instead of a part of an expression that asks a list, text or binary data for a member."""
+    before, _, name = part.rstrip().rpartition(".")
+    if name == "length":
+        return ": len(…) is the length"
+    return f": parse_json({before.lstrip('(')}) reads it if it is JSON" if before and kind != "a list" else ""
+
+
+# --- files and requests ---
+
+
+def on_json(error: json.JSONDecodeError) -> str:
+    """What is wrong with a file that Python's parser of JSON refuses; "" if nothing is known of it."""
+    before, at = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
+    if not error.doc.strip():
+        return ": the file is empty; `new NAME` writes a first flow"
+    if not at:
+        return ": the file ends too early, a } or ] or a quote is missing"
+    if "delimiter" in error.msg:
+        return ": a comma or a closing bracket is missing before this place"
+    if before.endswith(",") or "trailing comma" in error.msg:
+        return ": there is a comma after the last item"
+    if at == "'":
+        return ': JSON has "double" quotes'
+    if error.doc[error.pos : error.pos + 2] in ("//", "/*") or at == "#":
+        return ": JSON has no comments; use a description, or write the flow as TOML"
+    return ""
+
+
+def on_member(name: str) -> str:
+    """Where in a flow file a member belongs that stands in a wrong object; "" if nothing is known of it."""
+    if name in ("when", "retry", "onError"):
+        return f": it belongs to the step, beside its kind: {name}"
+    if name in ("contentTypes", "strict"):
+        return f": it belongs to request, beside body: /request/{name}"
+    others = {
+        "parameters": ": it belongs to request: /request/parameters",
+        "steps": ": it stands beside request: /steps",
+    }
+    return others.get(name, "")
+
+
+def on_body(body: bytes) -> str:
+    """What a shell may have done to JSON on a command line."""
+    if body[:1] == b"'":
+        return '; it begins with \', which shells of Windows leave where it is: write "{\\"name\\": \\"Ada\\"}"'
+    if re.match(rb"[ \t\r\n]*\{[ \t\r\n]*[A-Za-z_]", body):
+        return '; a shell may have taken its double quotes: write \\" for each, or send a file with -d @body.json'
+    return ""
+
+
+_STRAY_SUFFIX = re.compile(r"\.(ya?ml|json[c5]|(json|toml)(\.txt)?)$", re.IGNORECASE)
+
+
+def on_stray(folder: str | os.PathLike[str], name: str) -> str:
+    """Why an entry of the flows folder that looks like a flow is not read; "" for any other entry."""
+    if name[0] == ".":
+        return ""
+    with contextlib.suppress(OSError):  # no folder
+        inside = os.listdir(os.path.join(folder, name))
+        of_flows = any(map(is_flow_file, inside)) and not any(file.endswith(".py") for file in inside)
+        return "flows in a folder inside are not read: move them one up" if of_flows else ""
+    suffix = _STRAY_SUFFIX.search(name)
+    cure = "write it as JSON or TOML, in a file that ends in .json or .toml"
+    return f"is not read: {cure}, not {suffix[0]}" if suffix else ""
+
+
+# --- where it is ---
+
+
+def source_of(error: BaseException) -> dict[str, Any] | None:
+    """File and line of an exception in the step's own code: the innermost frame in the folder of its function."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    theirs = [frame for frame in frames if os.path.basename(frame[0]) not in ("astera_lite.py", *WINGS)]
+    beside = [frame for frame in theirs if os.path.dirname(frame[0]) == os.path.dirname(theirs[0][0])]
+    return {"file": os.path.basename(beside[-1][0]), "line": beside[-1][1]} if beside else None
+
+
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{},:]|\n')
+
+
+def pointer_lines(text: str) -> dict[str, int]:
+    """The line on which each value of a well-formed JSON text begins, by its JSON Pointer without the first slash."""
+    lines: dict[str, int] = {}
+    line = 1
+    names: list[str | int] = []  # the way to the value that comes next
+    expects_name = False
+    for match in _JSON_TOKEN.finditer(text):
+        mark = match[0]
+        if mark == "\n":
+            line += 1
+        elif mark in "{[":
+            names.append(0 if mark == "[" else "")
+            expects_name = mark == "{"
+        elif mark in "]}":
+            names.pop()
+        elif mark == ",":
+            last = names[-1]
+            names[-1] = last + 1 if isinstance(last, int) else last
+            expects_name = not isinstance(last, int)
+        elif mark != ":" and expects_name:
+            names[-1], expects_name = pointer(json.loads(mark)), False
+        if names and not expects_name:
+            lines.setdefault("/".join(map(str, names)), line)
+    return lines
+
+
+@lru_cache(maxsize=64)
+def _lines_of_file(path: str, changed: int, text: str | None) -> Mapping[str, int]:
+    written = read_text(path)
+    tree = from_json(written)
+    return pointer_lines(written) if text is None or tree == json.loads(text) else {}
+
+
+def line_of(path: str, place: str, text: str | None = None) -> int | None:
+    """The line of a JSON file to which a JSON Pointer leads, or the nearest place around it that is there.
+
+    None where the file has no such place, is no JSON, or does not say `text` (JSON) any more.
+    """
+    try:
+        lines = _lines_of_file(path, os.stat(path).st_mtime_ns, text)
+    except (OSError, ValueError):
+        return None
+    names = place.split("/")[1:]
+    while names and "/".join(names) not in lines:
+        names.pop()
+    return lines["/".join(names)] if names else None
