@@ -160,6 +160,22 @@ def test_made_and_revoked_while_a_server_runs(tmp_path: Path, capsys: pytest.Cap
         assert run.client.get("/api/jobs").status_code == 401
 
 
+def test_the_same_call_again_meets_what_changed_meanwhile(tokens: Tokens, capsys: pytest.CaptureFixture[str]) -> None:
+    """A call with the same head as the last one is routed as that was, but for changed flows and tokens."""
+    with requests.Session() as session:  # one connection
+
+        def call() -> tuple[int, str]:
+            answer = session.get(f"{tokens.server.url}/api/publishing/hello", headers=bearer(tokens.texts["ada"]))
+            return answer.status_code, answer.text.strip()
+
+        assert [call(), call()] == [(200, '"hi"')] * 2
+        tokens.app.deploy("hello", get_flow("/hello", response={"body": "new"}))
+        assert [call(), call()] == [(200, '"new"')] * 2
+        make(tokens.folder, capsys, "ada", "--revoke")
+        tokens.app.read_tokens()
+        assert call()[0] == 401
+
+
 def test_a_revoked_name_does_not_hand_its_jobs_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ada = make(tmp_path, capsys, "ada")
     with running(tmp_path, FLOWS) as run:
