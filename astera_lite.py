@@ -1527,12 +1527,6 @@ def _parse_json(text: Any) -> Any:
     return from_json(text, LENIENT_DECODER)
 
 
-def _sha256(value: Any) -> str:
-    import hashlib  # noqa: PLC0415 (for values of any size OpenSSL's code is worth its memory)
-
-    return hashlib.sha256(as_bytes(value)).hexdigest()
-
-
 def _urlencode(value: Any) -> str:
     if type(value) is dict:
         return urllib.parse.urlencode(value, doseq=True)
@@ -1591,7 +1585,7 @@ FUNCTIONS = {
         Function("json(value)", to_json, _whole),
         Function("parse_json(text)", _parse_json),
         Function("base64(value)", lambda value: base64.b64encode(as_bytes(value)).decode(), _whole),
-        Function("sha256(value)", _sha256, _whole),
+        Function("sha256(value)", lambda value: sha256(as_bytes(value)).hex(), _whole),
         Function("urlencode(value)", _urlencode, _whole),
         Function("sort_by(rows, *fields)", sort_by, field_values),
         Function("group_by(rows, name)", group_by, field_values),
@@ -5091,12 +5085,12 @@ class Deployments:
         self.documents: dict[Any, bytes] = {}  # made of these flows, and kept as long as they are in service
         self.by_name = self._agreeing({flow.name: flow for flow in flows}, dict(previous or {}))
         self.by_version = {flow.version: flow for flow in self.by_name.values()}
-        routes: dict[tuple[str, ...], dict[str, Flow]] = {}
+        self._routes: dict[str | None, Any] = {}  # a tree by segments; under None stand the flows by method
         for flow in self.by_name.values():
-            routes.setdefault(_shape(flow), {})[flow.method] = flow
-        self._exact = {"/" + "/".join(shape): methods for shape, methods in routes.items() if "" not in shape}
-        patterns = [route for route in routes.items() if "" in route[0]]
-        self._patterns = sorted(patterns, key=lambda route: [not part for part in route[0]])
+            node = self._routes
+            for segment in _shape(flow):
+                node = node.setdefault(segment, {})
+            node.setdefault(None, {})[flow.method] = flow
 
     def _agreeing(self, flows: dict[str, Flow], previous: dict[str, Flow]) -> dict[str, Flow]:
         """The flows but for those that cannot be in service beside the others, each of which is a fault."""
@@ -5112,20 +5106,15 @@ class Deployments:
         return flows
 
     def match(self, path: str) -> list[dict[str, Flow]]:
-        """Flows by method for every resource that a raw path matches, the most literal first."""
-        found = [self._exact[path]] if path in self._exact else []
-        if not self._patterns:
-            return found
-        parts = path.split("/")[1:]
-        return found + [
-            methods
-            for shape, methods in self._patterns  # a literal beats a parameter, from the left
-            if len(shape) == len(parts) and all(want == got if want else got for want, got in zip(shape, parts))  # noqa: B905
-        ]
+        """Flows by method for every resource that a raw path matches: a literal beats a parameter, from the left."""
+        nodes = [self._routes]
+        for part in path.split("/")[1:]:
+            nodes = [node[key] for node in nodes for key in ((part, "") if part else ()) if key in node]
+        return [node[None] for node in nodes if None in node]
 
 
 def _shape(flow: Flow) -> tuple[str, ...]:
-    """The segments of a flow's resource, without the names of its parameters."""
+    """The segments of a flow's resource; a parameter is empty, which no segment of a path is."""
     return tuple("" if segment[0] == "{" else segment for segment in flow.segments)
 
 
