@@ -324,8 +324,8 @@ def reason_of(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
-SHIPPED = ("console.html", "openapi.json", "schema.sql")  # files that the module needs beside it
-_WINGS = ("admin", "advice", "documents", "nodes", "python", "requests", "steps", "tools")
+SHIPPED = ("console.html", "openapi.json", "schema.sql", "schema_postgres.sql")  # files that the module needs beside it
+_WINGS = ("admin", "advice", "documents", "nodes", "postgres", "python", "requests", "steps", "tools")
 #: The files of the module that a server loads when somebody first uses what is in them.
 WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS)
 #: The folders of this file: as it was named and as links lead. Taken now, for a program may change its own folder.

@@ -215,11 +215,13 @@ def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
         "astera_lite_advice.py",
         "astera_lite_documents.py",
         "astera_lite_nodes.py",
+        "astera_lite_postgres.py",
         "astera_lite_python.py",
         "astera_lite_requests.py",
         "astera_lite_steps.py",
         "console.html",
         "openapi.json",
+        "schema_postgres.sql",
     ]
     with process(tmp_path, program=(sys.executable, "astera_lite.pyz")) as (_, url, _):
         assert Api(url).counts()["running"] == 0

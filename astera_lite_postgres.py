@@ -1,0 +1,1220 @@
+"""A store on PostgreSQL, which several servers may share.
+
+A wing of astera_lite, which loads this file where `database` is the address of a PostgreSQL database. The driver,
+psycopg 3, is loaded then, too. What a store does is said at astera_lite.SqliteStore; what is said here is what differs.
+
+A server is a row in `nodes`, with a lease that a thread renews. A job in hand has that row as its owner: when the lease
+runs out, any server deletes the row, and the foreign key frees its jobs in the same transaction. What a run writes is
+written only as long as the job's owner is the start that took it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from astera_lite import (
+    PIECE,
+    Added,
+    AsteraError,
+    Attempt,
+    Busy,
+    Claimed,
+    ConfigError,
+    Conflict,
+    Delivery,
+    Done,
+    Fault,
+    Finish,
+    Job,
+    JobKey,
+    Loaded,
+    NodeInfo,
+    NotFound,
+    Post,
+    Progress,
+    Status,
+    StoredRequest,
+    StoredResult,
+    StoreError,
+    Submission,
+    Token,
+    end_columns,
+    ignore_result,
+    key_conflict,
+    log,
+    piece_rows,
+    read_job,
+    read_request,
+    read_result,
+    request_column,
+    resource,
+    show_duration,
+    suggest,
+    to_json,
+)
+
+psycopg: Any = None  # loaded with this file; None where it is not installed
+with contextlib.suppress(ImportError):
+    psycopg = importlib.import_module("psycopg")
+
+SCHEMA_VERSION = 1
+#: Scripts that lead from a version of the schema to the next one, by the version they start from.
+UPGRADES: dict[int, str] = {}
+NODES = 64  # servers at the most
+CHANNEL = "astera_lite"  # of NOTIFY; what is sent there are words for `news`, parted by blanks
+
+_LOCK = 0x41535431  # advisory lock: one server at a time makes or upgrades the tables, or takes a number
+_LIMIT_LOCK = 0x41535432  # with the hash of a flow's name: one server at a time counts its jobs and adds to them
+#: A batch of as many bytes is sent statement by statement: psycopg's pipeline waits for ever for what did not fit into
+#: the buffer of the socket.
+_PIPELINE_BYTES = 8 << 10
+_BATCH = 512  # writes committed together at the most
+_RETRY_S = 0.5  # between attempts to reach a database
+_READERS = 8  # connections that read, at the most
+_TRIES = 4  # of a transaction that another one got in the way of
+_LOOK_S = 1.0  # between looks at what a notification may not have told
+_STRANGE_S = 3600.0  # after which a job is taken whose flow nobody seems to have
+_ORPHAN_S = 30.0  # between looks for jobs that are this server's, and that it does not know of
+_USED_S = 600.0  # between marks that the text of a flow is in use
+_PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
+
+_NOW = "(extract(epoch FROM now()) * 1000)::bigint"
+_JOB_COLUMNS = (
+    "seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, "
+    "callback_url, coalesce(c.state, 'pending'), (SELECT coalesce(max(n), 0) FROM attempts WHERE job = c.job), "
+    "c.last_status, c.next, coalesce(c.body, ''), coalesce(c.attempts, 0)"
+)
+_FROM_JOBS = " FROM jobs j LEFT JOIN callbacks c ON c.job = seq"
+_SELECT_JOB = f"SELECT {_JOB_COLUMNS}{_FROM_JOBS}"
+_OF_KEY = " WHERE seq = %s AND salt = %s"
+_FREE = "status = 'Running' AND owner IS NULL AND due IS"
+_IN_PIECES = "(SELECT string_agg(data, '' ORDER BY n) FROM pieces WHERE job = seq AND part = '{}')"
+
+
+def _rows(columns: str) -> str:
+    """Rows of values, which are given column by column: `name type, …`."""
+    parts = [part.split() for part in columns.split(", ")]
+    return f"unnest({', '.join(f'%s::{kind}[]' for _, kind in parts)}) AS v ({', '.join(name for name, _ in parts)})"
+
+
+_RUN = "seq bigint, owner bigint, attempt int"
+_HELD = "j.seq = v.seq AND j.owner = v.owner AND j.status = 'Running'"
+_FENCE = f"{_HELD} AND j.attempt IN (v.attempt - 1, v.attempt)"  # of an attempt, recorded or about to be
+_JOB_VALUES = (
+    "seq bigint, salt bigint, flow text, version bigint, created bigint, token text, base text, idempotency_key text,"
+    " fingerprint bytea, callback_url text, request text, request_body bytea"
+)
+_END_VALUES = (
+    "status text, attempt int, started bigint, finished bigint, expires bigint, code int, size bigint, headers text,"
+    " error text, trace text, result bytea"
+)
+_ADDED = f"{_JOB_VALUES}, {_END_VALUES}, owner bigint"
+#: Writes of runs are grouped, each kind by one statement. It returns the `seq` of the jobs that it changed.
+_GROUPS = {
+    "add": f"INSERT INTO jobs ({', '.join(part.split()[0] for part in _ADDED.split(', '))})"
+    f" SELECT * FROM {_rows(_ADDED)}"
+    " ON CONFLICT (flow, token, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING RETURNING seq",
+    "start": "UPDATE jobs j SET attempt = v.attempt, started = v.started, due = NULL"
+    f" FROM {_rows(f'{_RUN}, started bigint')} WHERE {_FENCE} RETURNING j.seq",
+    "save": "INSERT INTO steps (job, path, output) SELECT v.seq, v.path, v.output"
+    f" FROM {_rows(f'{_RUN}, path text, output text')} JOIN jobs j ON {_HELD} AND j.attempt = v.attempt FOR SHARE OF j"
+    " ON CONFLICT (job, path) DO UPDATE SET until = NULL, output = excluded.output RETURNING job",
+    "suspend": "WITH waiting AS (UPDATE jobs j SET attempt = v.attempt, started = v.started, due = v.due,"
+    " trace = v.trace, owner = CASE WHEN v.free THEN NULL ELSE v.owner END"
+    f" FROM {_rows(f'{_RUN}, started bigint, due bigint, trace text, free bool, path text, until bigint')}"
+    f" WHERE {_FENCE} RETURNING j.seq, v.path, v.until)"
+    " INSERT INTO steps (job, path, until) SELECT seq, path, until FROM waiting"
+    " ON CONFLICT (job, path) DO UPDATE SET until = excluded.until, output = NULL RETURNING job",
+    "requeue": "UPDATE jobs j SET attempt = v.attempt - 1, owner = NULL"
+    f" FROM {_rows(_RUN)} WHERE {_FENCE} RETURNING j.seq",
+    "finish": "WITH ended AS (UPDATE jobs j SET status = v.status, attempt = v.attempt, started = v.started,"
+    " due = NULL, finished = v.finished, expires = v.expires, code = v.code, size = v.size,"
+    " headers = v.headers, error = v.error, trace = v.trace, result = v.result, owner = NULL, cancel = false"
+    f" FROM {_rows(f'seq bigint, owner bigint, fenced bool, {_END_VALUES}')}"
+    f" WHERE {_HELD} AND (NOT v.fenced OR j.attempt IN (v.attempt - 1, v.attempt)) RETURNING j.seq),"
+    " gone AS (DELETE FROM steps USING ended WHERE job = seq) SELECT seq FROM ended",
+}
+_INSERT_PIECES = f"INSERT INTO pieces SELECT * FROM {_rows('job bigint, part text, attempt int, n int, data bytea')}"
+_OWE = (
+    "INSERT INTO callbacks (job, receiver, state, next, body) SELECT job, receiver, 'pending', next, body"
+    f" FROM {_rows('job bigint, receiver text, next bigint, body text')}"
+)
+#: Faults of the database, or of the way to it, by the beginning of SQLSTATE: the write is good, and is tried again.
+_PASSING = {
+    "25006": "the database is read-only: it may be a standby; name the primary, or all hosts",
+    "42501": "the user of the database may not do what is needed: make it the owner of the tables",
+    "40": "other transactions get in the way",
+    "53100": "the disk of the database is full: make room",
+    "53300": "the database has as many connections as it takes: raise its max_connections",
+    "53": "the database is short of memory or of another resource: look at its log",
+    "55": "the database is not ready, or a lock is held: look at its log",
+    "57014": "the database takes too long: look for a lock, or raise statement_timeout",
+    "57": "the database shuts down or starts",
+    "58": "the system of the database fails: look at its log",
+    "08": "the database cannot be reached",
+}
+_UNREACHABLE = "the database cannot be reached: start it, or mend the way to it"
+_ROW = tuple[Any, ...]
+
+
+def _passing(error: Exception) -> str | None:
+    """What is wrong in words, if the same write may succeed later."""
+    if not isinstance(error, psycopg.Error):
+        return "there is not enough memory" if isinstance(error, MemoryError) else None
+    code = error.sqlstate
+    if code is None:  # not of the database, but of the connection
+        return _UNREACHABLE if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) else None
+    return next((words for start, words in _PASSING.items() if code.startswith(start)), None)
+
+
+def _store_error(error: Exception) -> StoreError:
+    """The error, and how to mend it, in words; the statement and the address stay inside."""
+    if isinstance(error, StoreError):
+        return error
+    name = getattr(error, "sqlstate", None) or type(error).__name__
+    return StoreError(_passing(error) or f"the database failed ({name})")
+
+
+def _parameters(url: str) -> dict[str, Any]:
+    """What libpq makes of an address; raises ConfigError, which does not repeat it, for it may hold a password."""
+    if psycopg is None:
+        cure = 'pip install "psycopg[binary]"'
+        raise ConfigError([Fault("database", "", f"PostgreSQL needs psycopg 3, which is not installed: {cure}")])
+    try:
+        return dict(psycopg.conninfo.conninfo_to_dict(url))
+    except psycopg.Error:
+        shape = "postgresql://USER:PASSWORD@HOST:PORT/NAME"
+        raise ConfigError([Fault("database", "", f"is no address of a PostgreSQL database: write {shape}")]) from None
+
+
+def _place(parameters: Mapping[str, Any]) -> str:
+    """An address as people may see it: host and name of the database."""
+    return f"PostgreSQL {parameters.get('host') or 'here'}/{parameters.get('dbname') or parameters.get('user') or ''}"
+
+
+def _format(db: Any, place: str) -> int:
+    """The version of the schema, 0 where there are no tables; StoreError if they are not ours, or too new."""
+    sql = "SELECT relname FROM pg_class WHERE relkind IN ('r', 'p') AND relnamespace = current_schema()::regnamespace"
+    tables = {name for (name,) in db.execute(sql)}
+    if tables and "astera_lite" not in tables:
+        raise StoreError(f"{place} is a database of another program: set `database` to another one")
+    version: int = db.execute("SELECT version FROM astera_lite").fetchone()[0] if tables else 0
+    if version > SCHEMA_VERSION:
+        raise StoreError(f"{place} was made by a newer version ({version}): use that one; nothing was changed")
+    return version
+
+
+class _Address:
+    """Where the database is, and how it is connected to."""
+
+    def __init__(self, url: str, lease: float = 15.0, durability: str = "full", writes: bool = True) -> None:
+        given = _parameters(url)
+        self.place = _place(given)
+        idle = max(1, int(lease / 3))  # a peer that is gone without a word is noticed within a lease
+        self._url, self._more = (
+            url,
+            {
+                name: value
+                for name, value in {
+                    "application_name": "astera-lite",
+                    "connect_timeout": max(2, int(lease / 3)),
+                    "keepalives_idle": idle,
+                    "keepalives_interval": max(1, idle // 3),
+                    "keepalives_count": 3,
+                    "tcp_user_timeout": int(lease * 1000),
+                    **({"target_session_attrs": "read-write"} if writes else {}),
+                }.items()
+                if name not in given
+            },
+        )
+        sync = "off" if durability != "full" else "on"
+        self._set = (
+            "SET client_min_messages = warning; SET idle_in_transaction_session_timeout = '10s'; SET jit = off;"
+            f" SELECT set_config('synchronous_commit', '{sync}', false)"
+            f" WHERE '{sync}' = 'off' OR current_setting('synchronous_commit') IN ('off', 'local')"
+        )
+
+    def connect(self, autocommit: bool = True) -> Any:
+        """A new connection; raises psycopg.Error."""
+        db = psycopg.connect(self._url, autocommit=True, **self._more)
+        try:
+            db.execute(self._set)
+            db.autocommit = autocommit
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def first(self) -> Any:
+        """A connection at the start of a program; a StoreError tells people why there is none."""
+        try:
+            return self.connect()
+        except psycopg.Error as error:
+            words = str(error).strip().splitlines() or [_UNREACHABLE]
+            raise StoreError(f"{self.place}: {words[-1]}") from None
+
+
+def _prepare(db: Any, place: str) -> None:
+    """Make the tables, or bring them from an older version of the schema to this one."""
+    try:
+        with db.transaction():
+            db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+            version = _format(db, place)
+            scripts = [UPGRADES[old] for old in range(version, SCHEMA_VERSION)] if version else []
+            if not version:
+                scripts = [resource("schema_postgres.sql").decode(), "INSERT INTO astera_lite VALUES (0)"]
+            for script in scripts:
+                db.execute(script)
+            if scripts:
+                db.execute("UPDATE astera_lite SET version = %s", (SCHEMA_VERSION,))
+    except psycopg.Error as error:
+        raise StoreError(f"{place}: {str(error).splitlines()[0]}") from None
+
+
+class PostgresReader:
+    """A database that is read. Raises StoreError. Reads may be called from any thread."""
+
+    def __init__(self, url: str) -> None:
+        self._address = _Address(url, writes=False)
+        self._begin()
+        with self._reading() as db:
+            if not _format(db, self._address.place):
+                raise StoreError(f"{self._address.place} is empty: a server makes the tables when it starts")
+
+    def _begin(self) -> None:
+        self._idle: list[Any] = []  # connections
+        self._room = threading.BoundedSemaphore(_READERS)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Any]:
+        """Borrow a connection."""
+        with self._room:
+            db = None
+            try:
+                db = self._idle.pop() if self._idle else self._address.connect()
+                yield db
+            except psycopg.Error as error:
+                if not (db is None or db.closed):
+                    db.rollback()
+                raise _store_error(error) from None
+            finally:
+                if db is not None and not db.closed:
+                    self._idle.append(db)
+
+    def _all(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        """The rows of a statement that only reads. It is sent again where the connection was lost while it lay idle."""
+        while True:
+            was_idle = bool(self._idle)
+            try:
+                with self._reading() as db:
+                    rows: list[Any] = db.execute(sql, values, binary=True).fetchall()
+                    return rows
+            except StoreError as error:
+                if not was_idle or str(error) != _UNREACHABLE:
+                    raise
+
+    def _first(self, sql: str, values: Sequence[Any] = ()) -> Any:
+        rows = self._all(sql, values)
+        return rows[0] if rows else None
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Let go of the database."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def get(self, key: JobKey) -> Job | None:
+        """A job."""
+        row = self._first(_SELECT_JOB + _OF_KEY, key)
+        return row and read_job(row)
+
+    def load(self, seq: int) -> Loaded | None:
+        """A Running job with all that a run of it needs."""
+        row = self._first(f"SELECT {_JOB_COLUMNS}, trace{_FROM_JOBS} WHERE seq = %s AND status = 'Running'", (seq,))
+        found = row and self.request(JobKey(*row[:2]))
+        if not found:
+            return None
+        steps = self._all("SELECT path, until, output FROM steps WHERE job = %s", (seq,))
+        saved = {path: output for path, until, output in steps if until is None}
+        waits = {path: until for path, until, _ in steps if until is not None}
+        return Loaded(read_job(row), found[0], saved, waits, json.loads(row[-1] or "[]"))
+
+    def request(self, key: JobKey, length: int = 1 << 30) -> tuple[StoredRequest, int] | None:
+        """What was sent, with `length` bytes of the body at the most, and the size of the whole body."""
+        pieces = _IN_PIECES.format("request_body' AND n <= %s AND '' = '")
+        row = self._first(
+            f"SELECT request, substr(coalesce(request_body, {pieces}), 1, %s), coalesce(length(request_body),"
+            " (SELECT sum(length(data)) FROM pieces WHERE job = seq AND part = 'request_body'))::bigint"
+            f" FROM jobs{_OF_KEY}",
+            (length // PIECE, length, *key),
+        )
+        return row and (read_request(json.loads(row[0]), row[1] or b""), row[2] or 0)
+
+    def result(self, key: JobKey) -> StoredResult | None:
+        """The response of a finished job, whole."""
+        body = f"coalesce(result, {_IN_PIECES.format('result')}, '')"
+        row = self._first(
+            f"SELECT code, headers, size, {body}, attempt FROM jobs{_OF_KEY} AND status <> 'Running'", key
+        )
+        return row and read_result(row)
+
+    def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = 1 << 62) -> Iterator[bytes]:
+        """The body of a result, or a part of it."""
+        found = self.result(key)
+        return iter([found.body[start:stop]] if found and found.body and found.attempt == attempt else [])
+
+    def trace(self, key: JobKey) -> list[dict[str, Any]]:
+        """The steps of a job that is finished or waits."""
+        row = self._first(f"SELECT trace FROM jobs{_OF_KEY}", key)
+        return json.loads(row[0]) if row and row[0] else []
+
+    def attempts(self, key: JobKey) -> list[Attempt]:
+        """Every attempt to deliver a job's callback."""
+        rows = self._all("SELECT at, duration, status, error FROM attempts WHERE job = %s ORDER BY n", (key.seq,))
+        return [Attempt(*row) for row in rows]
+
+    def page(
+        self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
+    ) -> list[Job]:
+        """Unexpired jobs, newest first, of `seq` below `before`."""
+        conditions: dict[str, Any] = {"(expires IS NULL OR expires > %s)": now}
+        of_token = "token <> '' AND token = %s" if token else "token = %s"
+        for condition, value in (("seq < %s", before), ("flow = %s", flow), (of_token, token)):
+            if value is not None:
+                conditions[condition] = value
+        if status is not None:  # written out, for the planner to see that a partial index serves
+            conditions[f"status = '{status.value}' AND %s"] = True
+        sql = f"{_SELECT_JOB} WHERE {' AND '.join(conditions)} ORDER BY seq DESC LIMIT %s"
+        return [read_job(row) for row in self._all(sql, (*conditions.values(), limit))]
+
+    def flow_text(self, version: int) -> tuple[str, str] | None:
+        """Name and text of a flow that stored jobs were accepted with."""
+        found: tuple[str, str] | None = self._first("SELECT name, text FROM flows WHERE version = %s", (version,))
+        return found
+
+    def tokens(self) -> list[Token]:
+        """Every token, by name."""
+        rows = self._all('SELECT name, hash, role, flows, created FROM tokens ORDER BY name COLLATE "C"')
+        return [
+            Token(name, digest, role, flows and frozenset(json.loads(flows)), at)
+            for name, digest, role, flows, at in rows
+        ]
+
+    def clock_offset(self) -> int:
+        """0: the times are those of the database."""
+        return 0
+
+    def size(self) -> int:
+        """Bytes that the database takes."""
+        return int(self._first("SELECT pg_database_size(current_database())")[0])
+
+    def backup(self, path: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Not done here: raises StoreError, which names what does it."""
+        raise StoreError("a PostgreSQL database is backed up by pg_dump, or by what its provider has for it")
+
+
+class _Write(NamedTuple):
+    """A write of one of _GROUPS, about a job and with its values, or one to `run` by itself."""
+
+    kind: str = ""
+    seq: int = 0
+    values: _ROW = ()
+    about: Any = None  # the Submission or the Finish
+    pieces: Sequence[_ROW] = ()  # of a body that is too large for its own column
+    run: Callable[[Any], Any] | None = None
+    done: Done = ignore_result
+    keep: bool = False  # tried again when the database cannot be reached, instead of failed
+    size: int = 0  # bytes of the values, about
+    word: str = ""  # news for other servers
+    is_again: bool = False  # it may have been committed before
+
+
+def _sized(write: _Write) -> _Write:
+    size = sum(len(value) for value in write.values if isinstance(value, str | bytes))
+    return write._replace(size=size + 300 + len(write.pieces) * PIECE)
+
+
+def _grouped(batch: Iterable[_Write]) -> list[list[_Write]]:
+    """Writes in an order that keeps that of each job, in groups of one kind that one statement makes."""
+    groups: list[list[_Write]] = []
+    free_from = 0  # the first group that a write may join, which no write by itself stands behind
+    last: dict[int, int] = {}
+    for write in batch:
+        if write.run is not None:
+            groups.append([write])
+            free_from = len(groups)
+            continue
+        at = max(free_from, last.get(write.seq, -1) + 1)
+        while at < len(groups) and groups[at][0].kind != write.kind:
+            at += 1
+        if at == len(groups):
+            groups.append([])
+        groups[at].append(write)
+        last[write.seq] = at
+    return groups
+
+
+class PostgresStore(PostgresReader):
+    """The store of a server that may be one of several. `lease` is in seconds, `name` the server's name for people.
+
+    All that waits to be written is committed by one thread, in one transaction. Another renews the lease, hears of the
+    other servers, and frees the jobs of those that are gone.
+    """
+
+    shared = True
+    nodes = NODES
+
+    def __init__(self, url: str, *, durability: str = "full", lease: float = 15.0, name: str = "") -> None:
+        self._address = _Address(url, lease, durability)
+        self._lease, self._name = lease, name
+        self._begin()
+        self.fault: str | None = None
+        self.queued = 0  # jobs that no server has in hand and that do not wait, as of the last second
+        self.node = 0
+        self._news: Callable[[str], None] = lambda word: None
+        self._progress: Callable[[], Mapping[int, Progress]] = dict
+        self._mine: dict[int, int] = {}  # by `seq` of a job in hand: the start that owns it
+        self._limits: Mapping[str, int | None] = {}  # of the flows in service
+        self._used: dict[int, float] = {}  # by version of a flow: when its text was marked as used, monotonic
+        self._strange: dict[int, float] = {}  # by `seq` of a free job of an unknown flow: when it was seen, monotonic
+        self._orphans: set[int] = set()  # jobs of this server that it did not know of, at the last look
+        self._orphans_at = 0.0
+        self._alone = True  # no other server's lease runs
+        self._offset = 0.0  # milliseconds from the monotonic clock to that of the database
+        db = self._address.first()
+        try:
+            _prepare(db, self._address.place)
+            self._take_number(db)
+        except psycopg.Error as error:
+            raise StoreError(f"{self._address.place}: {_store_error(error)}") from None
+        finally:
+            db.close()
+        self._new: deque[_Write] = deque()  # jobs, until `flush`
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()  # None: look at the rest
+        self._kept: list[_Write] = []  # to be tried again
+        self._post: Post = lambda function: function()
+        self._db: Any = None  # the connection that writes
+        self._pid = 0  # of the process that serves it
+        self._give_up_at = math.inf  # when a closing store stops trying, on the monotonic clock
+        self._stopping = self._closed = False
+        self._end = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._serve, name="astera-store", daemon=True),
+            threading.Thread(target=self._follow, name="astera-lease", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def open(self, news: Callable[[str], None], progress: Callable[[], Mapping[int, Progress]]) -> None:
+        """Hear of other servers: `news(word)` is called on a thread of the store. `progress` is that of the runs."""
+        self._news, self._progress = news, progress
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Finish what is queued, leave the jobs in hand to other servers, and let go of the database."""
+        self._end.set()
+        self._give_up_at, self._stopping = time.monotonic() + timeout_s * 0.8, True
+        self._put(None)
+        for thread in self._threads:
+            thread.join(timeout_s)
+        if any(thread.is_alive() for thread in self._threads):
+            log.error("the database did not take the last writes within %s", show_duration(timeout_s))
+        with contextlib.suppress(StoreError), self._reading() as db:
+            db.execute("DELETE FROM nodes WHERE start = %s", (self._start,))
+            if not self._alone:
+                db.execute("SELECT pg_notify(%s, 'jobs')", (CHANNEL,))
+        super().close()
+
+    # --- the server as one of several ---
+
+    def _take_number(self, db: Any) -> None:
+        """Become one of the servers, with the smallest number that is free."""
+        with db.transaction():
+            db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+            db.execute("DELETE FROM nodes WHERE lease_until < now()")
+            row = db.execute(
+                "INSERT INTO nodes (number, name, lease_until) SELECT min(n), %s, now() + %s * interval '1 second'"
+                " FROM generate_series(0, %s) n WHERE n NOT IN (SELECT number FROM nodes) HAVING min(n) IS NOT NULL"
+                " RETURNING start, number",
+                (self._name, self._lease, NODES - 1),
+            ).fetchone()
+        if row is None:
+            raise StoreError(f"{NODES} servers use this database, which is as many as can: stop one")
+        self._start, self.node = row
+        self._keep_time(db)
+
+    def _keep_time(self, db: Any) -> None:
+        before = time.monotonic()
+        now, others = db.execute(f"SELECT {_NOW}, count(*) FROM nodes WHERE start <> %s", (self._start,)).fetchone()
+        self._offset = now - (before + time.monotonic()) * 500
+        self._alone = not others
+
+    def now(self) -> int:
+        """Milliseconds since the epoch by the clock of the database, as of the last renewal of the lease."""
+        return int(time.monotonic() * 1000 + self._offset)
+
+    def _follow(self) -> None:
+        """The thread that renews the lease and hears of other servers."""
+        db, renew_at, look_at = None, 0.0, 0.0
+        while not self._end.is_set():
+            try:
+                if db is None or db.closed:
+                    db = self._address.connect()
+                    db.execute(f"LISTEN {CHANNEL}")
+                    renew_at, words = 0.0, {"jobs", "ends", "cancel", "flows", "tokens"}  # what was told meanwhile
+                else:
+                    words = set()
+                now = time.monotonic()
+                if now >= renew_at:
+                    renew_at = now + self._lease / 3
+                    words |= self._renew(db)
+                if now >= look_at:
+                    look_at = now + _LOOK_S
+                    words |= self._bury(db)
+                for word in words:
+                    self._news(word)
+                wait = max(0.0, min(renew_at, look_at) - time.monotonic())
+                for told in db.notifies(timeout=min(wait, 0.2), stop_after=1):
+                    if told.pid != self._pid:
+                        for word in told.payload.split():
+                            self._news(word)
+            except Exception as error:  # whatever it is, the lease depends on this thread
+                if db is not None:
+                    db.close()
+                level = log.debug if isinstance(error, psycopg.Error) else log.exception
+                level("the lease: %s", error)
+                self._end.wait(_RETRY_S)
+        if db is not None:
+            db.close()
+
+    def _renew(self, db: Any) -> set[str]:
+        """Renew the lease, and tell how far the runs are; what is new."""
+        progress = to_json({str(seq): list(far) for seq, far in self._progress().items()})
+        sql = "UPDATE nodes SET lease_until = now() + %s * interval '1 second', progress = %s WHERE start = %s"
+        if db.execute(sql, (self._lease, progress, self._start)).rowcount:
+            self._keep_time(db)
+            return set()
+        self._take_number(db)
+        return {"lost"}
+
+    def _bury(self, db: Any) -> set[str]:
+        """Free the jobs of servers whose lease has run out; what is new."""
+        self.queued = db.execute(f"SELECT count(*) FROM jobs WHERE {_FREE} NULL").fetchone()[0]
+        gone = db.execute(
+            "DELETE FROM nodes WHERE start IN (SELECT start FROM nodes WHERE lease_until < now() AND start <> %s"
+            " FOR UPDATE SKIP LOCKED) RETURNING name",
+            (self._start,),
+        ).fetchall()
+        for (name,) in gone:
+            log.warning("the server %s is not heard of any more: its jobs are free", name)
+        if gone:
+            db.execute("SELECT pg_notify(%s, 'jobs')", (CHANNEL,))
+        return {"jobs"} if gone else set()
+
+    def members(self) -> list[NodeInfo]:
+        """The servers that use the database."""
+        rows = self._all(
+            "SELECT name, number, (extract(epoch FROM since) * 1000)::bigint,"
+            " (extract(epoch FROM lease_until - clock_timestamp()) * 1000)::bigint,"
+            " (SELECT count(*) FROM jobs WHERE owner = start), start = %s FROM nodes ORDER BY number",
+            (self._start,),
+        )
+        return [NodeInfo(*row) for row in rows]
+
+    def progress(self, key: JobKey) -> Progress | None:
+        """How far the run of a job is, on whichever server, as of the last renewal of its lease."""
+        sql = f"SELECT progress::jsonb ->> seq::text FROM jobs JOIN nodes ON start = owner{_OF_KEY}"
+        row = self._first(sql, key)
+        return Progress(*json.loads(row[0])) if row and row[0] else None
+
+    # --- writing ---
+
+    def _put(self, write: _Write | None) -> None:
+        self._queue.put(write and _sized(write))
+        if self._closed:
+            self._refuse()
+
+    def _run(self, run: Callable[[Any], Any], done: Done = ignore_result, keep: bool = False, word: str = "") -> None:
+        """Make a write by itself; `done` gets what `run` returns."""
+        self._put(_Write(run=run, done=done, keep=keep, word=word))
+
+    def flush(self, post: Post = lambda function: function()) -> None:
+        """Have the jobs added so far stored. `post` has a function called soon, where the results are to be told."""
+        if self._new:
+            self._post = post
+            self._put(None)
+
+    def _take_new(self) -> list[_Write]:
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self._new.popleft())
+        return taken
+
+    def _take(self, timeout: float | None) -> list[_Write]:
+        """What waits in the queue, or the first that comes."""
+        taken = []
+        with contextlib.suppress(queue.Empty):
+            taken.append(self._queue.get(timeout=timeout))
+            while len(taken) < _BATCH:
+                taken.append(self._queue.get_nowait())
+        return [write for write in taken if write is not None]
+
+    def _refuse(self) -> None:
+        """Answer writes that came after the end, or their callers would wait for ever."""
+        while late := self._take_new() + self._take(0):
+            self._tell(late, None, StoreError("the database is closed"))
+
+    def _serve(self) -> None:
+        """The thread that writes."""
+        while not self._stopping or self._kept or self._new or not self._queue.empty():
+            waiting = self._take(_RETRY_S if self._kept or self.fault or self._stopping else None)
+            # the new jobs first, for what waits may want to find them
+            batch, self._kept = [*self._kept, *self._take_new(), *waiting], []
+            if not batch and self.fault:  # a write that does no harm tells whether the database is well again
+                batch = [_Write(run=self._probe)]
+            try:
+                self._commit(batch)
+            except Exception:  # none is foreseen, but all writes depend on this thread
+                log.exception("the store")
+            if self._kept and time.monotonic() >= self._give_up_at:
+                log.error("%d writes could not be made: %s", len(self._kept), self.fault)
+                self._tell(self._kept, None, StoreError(self.fault or ""))
+                self._kept = []
+        self._closed = True
+        self._refuse()
+        if self._db is not None:
+            self._db.close()
+
+    def _probe(self, db: Any) -> None:
+        db.execute("UPDATE nodes SET name = name WHERE start = %s", (self._start,))
+
+    def _commit(self, batch: list[_Write]) -> None:
+        """Commit a batch, or do what can be done still if that fails."""
+        if not batch:
+            return
+        for again in range(1, _TRIES + 1):
+            try:
+                results = self._transact(batch)
+                break
+            except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
+                code = getattr(error, "sqlstate", None) or ""
+                if code.startswith("40") and again < _TRIES:
+                    continue
+                words = _passing(error)
+                failure = error if isinstance(error, AsteraError) else _store_error(error)
+                if words is not None:
+                    self._put_off(batch, words, error)
+                elif len(batch) > 1:  # one bad row must not fail the others
+                    for write in batch:
+                        self._commit([write])
+                    return
+                else:
+                    log.error("a write failed: %s", error, exc_info=None if isinstance(error, AsteraError) else error)
+                self._tell([write for write in batch if not (words and write.keep)], None, failure)
+                return
+        if self.fault:
+            log.info("the database can be written again")
+            self.fault = None
+        tell = partial(self._tell, batch, results, None)
+        if all(write.kind == "add" for write in batch):  # by one message: the threads would alternate
+            self._post(tell)
+        else:
+            tell()
+
+    def _put_off(self, batch: list[_Write], words: str, error: Exception) -> None:
+        """Keep what is to be tried again."""
+        if self.fault is None:
+            log.error("%s (%s); new jobs are refused until that is mended", words, str(error).strip())
+        self.fault = words
+        self._kept += [write._replace(is_again=True) for write in batch if write.keep]
+        if self._db is not None:  # another host may be the one to write to by now
+            self._db.close()
+
+    def _transact(self, batch: list[_Write]) -> list[Any]:
+        """Make all writes of a batch in one transaction: the result of each."""
+        if self._db is None or self._db.closed:
+            self._db = self._address.connect(autocommit=False)
+            self._pid = self._db.info.backend_pid
+        db, made = self._db, list[tuple[list[_Write], Callable[[], list[Any]]]]()
+        try:
+            small = sum(write.size for write in batch) < _PIPELINE_BYTES
+            with db.pipeline() if small else contextlib.nullcontext():  # all is sent before the first answer is read
+                for group in _grouped(batch):
+                    made.append((group, self._make(db, group)))
+                words = {write.word for write in batch if write.word}
+                if words and not self._alone:
+                    db.execute("SELECT pg_notify(%s, %s)", (CHANNEL, " ".join(words)))
+                db.commit()
+        except BaseException:
+            with contextlib.suppress(psycopg.Error):
+                db.rollback()
+            raise
+        results = {id(write): result for group, read in made for write, result in zip(group, read(), strict=True)}
+        return [results[id(write)] for write in batch]
+
+    def _make(self, db: Any, group: list[_Write]) -> Callable[[], list[Any]]:
+        """Send the writes of a group; what is returned reads the result of each, after the commit."""
+        first = group[0]
+        if first.run is not None:
+            result = first.run(db)
+            return lambda: [result]
+        if first.kind == "add":
+            return self._make_add(db, group)
+        rows = [(write.seq, self._mine.get(write.seq, self._start), *write.values) for write in group]
+        cursor = _many(db, _GROUPS[first.kind], rows)
+        if first.kind == "finish" and any(write.is_again or write.pieces or write.about.callback for write in group):
+            changed = self._complete(db, group, {seq for (seq,) in cursor})
+            return lambda: [write.seq in changed for write in group]
+        return partial(_changed, group, cursor)
+
+    def _complete(self, db: Any, group: list[_Write], changed: set[int]) -> set[int]:
+        """Store what belongs to jobs that have ended now; which they are."""
+        ends = [write for write in group if write.seq in changed]
+        _store_belongings(db, ends)
+        again = [
+            (write.seq, write.about.attempt, write.about.finished)
+            for write in group
+            if write.is_again and write.seq not in changed
+        ]
+        if again:  # the connection was lost when they were committed
+            sql = (
+                f"SELECT j.seq FROM {_rows('seq bigint, attempt int, finished bigint')} JOIN jobs j"
+                " ON j.seq = v.seq AND j.attempt = v.attempt AND j.finished = v.finished AND j.status <> 'Running'"
+            )
+            changed |= {seq for (seq,) in _many(db, sql, again)}
+        return changed
+
+    def _make_add(self, db: Any, group: list[_Write]) -> Callable[[], list[Any]]:
+        now, owner = time.monotonic(), self._start
+        unmarked = {
+            write.about.job.version: (write.about.job.version, write.about.job.flow, write.about.flow_text)
+            for write in group
+            if self._used.get(write.about.job.version, -math.inf) < now - _USED_S
+        }
+        if unmarked:
+            sql = (
+                f"INSERT INTO flows (version, name, text) SELECT * FROM {_rows('version bigint, name text, text text')}"
+            )
+            _many(db, f"{sql} ON CONFLICT (version) DO UPDATE SET used = now()", sorted(unmarked.values()))
+        answers: dict[int, Added | AsteraError] = {}
+        plain = [write for write in group if write.about.limit is None]
+        if plain:
+            cursor = _insert(db, plain, owner)
+            if any(write.about.idempotency_key is not None or write.pieces or write.about.ended for write in plain):
+                stored = {seq for (seq,) in cursor}
+                _store_belongings(db, [write for write in plain if write.seq in stored])
+                answers = {write.seq: _replay(db, write, owner) for write in plain if write.seq not in stored}
+        limited = [write for write in group if write.about.limit is not None]
+        for flow in sorted({write.about.job.flow for write in limited}):
+            db.execute("SELECT pg_advisory_xact_lock(%s, hashtext(%s))", (_LIMIT_LOCK, flow))
+        for write in limited:
+            answers[write.seq] = _add_limited(db, write, owner)
+
+        def read() -> list[Any]:
+            results = [answers.get(write.seq) or Added(write.about.job, False) for write in group]
+            for write, result in zip(group, results, strict=True):
+                if isinstance(result, Added) and not result.replayed:
+                    self._used[write.about.job.version] = now
+                    if write.about.owned and not write.about.ended:
+                        self._mine[write.seq] = owner
+            return results
+
+        return read
+
+    def _tell(self, batch: list[_Write], results: list[Any] | None, error: AsteraError | None) -> None:
+        for write, result in zip(batch, results or [None] * len(batch), strict=True):
+            try:
+                if isinstance(result, Busy):
+                    write.done(None, result)
+                else:
+                    write.done(result, error)
+            except Exception:  # a listener's fault must not end the thread that all writes depend on
+                log.exception("after a write")
+
+    # --- jobs ---
+
+    def add(self, submission: Submission, done: Done) -> None:
+        """Queue a new job for `flush`; `done` gets Added, or Conflict if its key was used with another fingerprint."""
+        job, request, ended = submission.job, submission.request, submission.ended
+        cells = piece_rows(job.key, "request_body", 0, request.body)
+        values = (
+            *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
+            submission.fingerprint, job.callback.url if job.callback else None, request_column(request),
+            None if cells else request.body, *end_columns(ended),
+        )  # fmt: skip
+        if ended is not None:
+            cells += piece_rows(job.key, "result", ended.attempt, ended.outcome.answer.body)
+        word = "" if submission.owned or ended else "jobs"
+        self._new.append(_sized(_Write("add", job.key.seq, values, submission, cells, done=done, word=word)))
+        if self._closed:
+            self._refuse()
+
+    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
+        """Find the job that a key belongs to, after all earlier writes; `done` gets job and fingerprint, or None."""
+        self._run(partial(_find_key, flow, token, idempotency_key, now), done)
+
+    def delete(self, key: JobKey, done: Done) -> None:
+        """Forget a finished job; `done` gets deleted, running, owed or absent."""
+
+        def run(db: Any) -> str:
+            sql = f"SELECT status, (SELECT state FROM callbacks WHERE job = seq) FROM jobs{_OF_KEY} FOR UPDATE"
+            row = db.execute(sql, key).fetchone()
+            if row is None or row[0] == "Running" or row[1] == "pending":
+                return "absent" if row is None else "running" if row[0] == "Running" else "owed"
+            _forget(db, [key.seq])
+            return "deleted"
+
+        self._run(run, done)
+
+    # --- runs ---
+
+    def claim(self, held: Container[int], limit: int, flows: Mapping[str, int | None] = {}) -> list[Claimed]:
+        """Take jobs of these flows that no server has in hand, at most `limit`, the oldest first.
+
+        A flow with a limit gives as many as the limit allows on all servers together. What is this server's and not in
+        `held` at two looks is brought, too; and after an hour what nobody else has taken, whatever its flow.
+        """
+        self._limits = flows
+        found: list[_ROW] = []
+        with self._reading() as db:
+            limited = sorted(flow for flow, most in flows.items() if most is not None)
+            sql = f"SELECT DISTINCT flow FROM jobs WHERE {_FREE} NULL AND flow = ANY(%s) UNION SELECT flow FROM jobs"
+            sql += f" WHERE {_FREE} NOT NULL AND due <= {_NOW} AND flow = ANY(%s)"
+            for (flow,) in db.execute(sql, (limited, limited)).fetchall() if limited else ():
+                with db.transaction():
+                    db.execute("SELECT pg_advisory_xact_lock(%s, hashtext(%s))", (_LIMIT_LOCK, flow))
+                    sql = "SELECT count(*) FROM nodes JOIN jobs ON owner = start WHERE flow = %s"
+                    room = (flows[flow] or 0) - db.execute(sql, (flow,)).fetchone()[0]
+                    found += self._claim(db, [flow], min(room, limit - len(found)))
+            found += self._claim(db, [flow for flow in flows if flow not in limited], limit - len(found))
+            now = time.monotonic()
+            if now >= self._orphans_at and not self.fault:
+                self._orphans_at = now + _ORPHAN_S
+                found += self._look_for_lost(db, held, now, list(flows))
+        self._mine.update((row[0], self._start) for row in found)
+        return [Claimed(*row) for row in sorted(found)]
+
+    def _claim(self, db: Any, flows: list[str], limit: int) -> list[_ROW]:
+        if limit <= 0 or not flows:
+            return []
+        rows: list[_ROW] = db.execute(_CLAIM, (flows, limit, flows, limit, self._start, limit)).fetchall()
+        return rows
+
+    def _look_for_lost(self, db: Any, held: Container[int], now: float, flows: list[str]) -> list[_ROW]:
+        """Jobs that this server owns without knowing it, and free ones whose flow nobody seems to have."""
+        sql = "SELECT seq, due, flow, cancel FROM jobs WHERE owner = %s"
+        mine = [row for row in db.execute(sql, (self._start,)).fetchall() if row[0] not in held]
+        found = [row for row in mine if row[0] in self._orphans]
+        self._orphans = {row[0] for row in mine}
+        sql = f"SELECT seq FROM jobs WHERE {_FREE} NULL AND flow <> ALL(%s) ORDER BY seq LIMIT 1000"
+        self._strange = {seq: self._strange.get(seq, now) for (seq,) in db.execute(sql, (flows,)).fetchall()}
+        old = [seq for seq, since in self._strange.items() if since <= now - _STRANGE_S]
+        if old:
+            sql = f"UPDATE jobs SET owner = %s WHERE seq = ANY(%s) AND {_FREE} NULL RETURNING seq, due, flow, cancel"
+            found += db.execute(sql, (self._start, old)).fetchall()
+        return found
+
+    def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
+        """Those of some jobs that are not Running any more, or gone."""
+        if not keys:
+            return []
+        sql = "SELECT seq, salt FROM jobs WHERE seq = ANY(%s) AND status = 'Running'"
+        running = set(self._all(sql, ([key.seq for key in keys],)))
+        return [key for key in keys if key not in running]
+
+    def start(self, key: JobKey, attempt: int, started: int, done: Done = ignore_result) -> None:
+        """Record that a run began; `done` gets whether the job is this server's, at this attempt or the one before."""
+        self._put(_Write("start", key.seq, (attempt, started), done=done, keep=True))
+
+    def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = ignore_result) -> None:
+        """Save the output (JSON) of a finished step; `done` gets whether the job is this server's, at this attempt."""
+        self._put(_Write("save", key.seq, (attempt, path, output), done=done, keep=True))
+
+    def suspend(self, job: Job, path: str, until: int, trace: str, done: Done) -> None:
+        """Record that a job waits until it is `due`. One of a flow with a limit is free from then on."""
+        is_free = self._limits.get(job.flow) is not None
+        values = (job.attempt, job.started, job.due, trace, is_free, path, until)
+        self._put(_Write("suspend", job.key.seq, values, done=self._letting_go(job.key, done, is_free), keep=True))
+
+    def requeue(self, key: JobKey, attempt: int) -> None:
+        """Record that an orderly stop broke a run off, and leave the job to any server."""
+        done = self._letting_go(key, ignore_result)
+        self._put(_Write("requeue", key.seq, (attempt,), done=done, keep=True, word="jobs"))
+
+    def finish(self, finish: Finish, done: Done) -> None:
+        """End a job of this server; `done` gets whether it was Running, at this attempt if it is fenced."""
+        key = finish.job.key
+        cells = piece_rows(key, "result", finish.attempt, finish.outcome.answer.body)
+        values, done = (finish.fenced, *end_columns(finish)), self._letting_go(key, done)
+        self._put(_Write("finish", key.seq, values, finish, cells, done=done, keep=True, word="ends"))
+
+    def _letting_go(self, key: JobKey, done: Done, is_free: bool = True) -> Done:
+        def let_go(result: Any, error: AsteraError | None) -> None:
+            if is_free:
+                self._mine.pop(key.seq, None)
+            done(result, error)
+
+        return let_go
+
+    def ask_cancel(self, key: JobKey, done: Done) -> None:
+        """Have a Running job cancelled by its owner, this server if it has none; `done` gets whether it is Running."""
+        sql = f"UPDATE jobs SET cancel = true, owner = coalesce(owner, %s){_OF_KEY} AND status = 'Running'"
+
+        def run(db: Any) -> bool:
+            row = db.execute(f"{sql} RETURNING owner", (self._start, *key)).fetchone()
+            if row is not None and row[0] == self._start:
+                self._mine.setdefault(key.seq, self._start)
+            return row is not None
+
+        self._run(run, done, word="cancel")
+
+    def cancelled(self) -> list[Job]:
+        """Jobs of this server that are to be cancelled."""
+        sql = f"{_SELECT_JOB} WHERE j.owner = %s AND cancel AND status = 'Running' ORDER BY seq"
+        return [read_job(row) for row in self._all(sql, (self._start,))]
+
+    # --- callbacks ---
+
+    def resend(self, key: JobKey, now: int, done: Done) -> None:
+        """Make the callback of a finished job due, with its whole schedule; `done` gets whether there is one."""
+        sql = "UPDATE callbacks SET state = 'pending', next = %s, attempts = 0 WHERE job = %s"
+        self._run(lambda db: db.execute(sql, (now, key.seq)).rowcount > 0, done)
+
+    def claim_deliveries(
+        self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
+    ) -> list[tuple[Job, Delivery]]:
+        """Take callbacks that are due, except those in `held` and those for busy receivers.
+
+        They are this server's until it records what became of them, or its lease runs out.
+        """
+        sql = (
+            "WITH due AS (SELECT job FROM callbacks c JOIN jobs ON seq = job WHERE state = 'pending' AND next <= %s"
+            " AND expires > %s AND receiver <> ALL(%s) AND job <> ALL(%s) AND (c.owner IS NULL OR c.owner = %s)"
+            f"{' AND c.attempts = 0' if fresh else ''} ORDER BY next LIMIT %s FOR UPDATE OF c SKIP LOCKED)"
+            " UPDATE callbacks SET owner = %s WHERE job IN (SELECT job FROM due) RETURNING job"
+        )
+        values = (now, now, list(busy), [key.seq for key in held], self._start, limit, self._start)
+        with self._reading() as db:
+            ids = db.execute(sql, values).fetchall()
+        if not ids:
+            return []
+        sql = f"SELECT {_JOB_COLUMNS}, request{_FROM_JOBS} WHERE seq = ANY(%s) ORDER BY c.next"
+        rows = self._all(sql, ([seq for (seq,) in ids],))
+        jobs = [(read_job(row), read_request(json.loads(row[-1]), b"").trace) for row in rows]
+        return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
+
+    def next_delivery(self, now: int) -> int | None:
+        """When the next callback will be due that is not due yet."""
+        sql = "SELECT min(next) FROM callbacks WHERE state = 'pending' AND next > %s"
+        found: int | None = self._first(sql, (now,))[0]
+        return found
+
+    def record_delivery(
+        self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
+    ) -> None:
+        """Keep an attempt to deliver a callback, and the callback's new state, unless it was asked for anew."""
+        at, duration, status, error = attempt
+
+        def run(db: Any) -> bool:
+            db.execute(
+                "INSERT INTO attempts SELECT job, (SELECT coalesce(max(n), 0) FROM attempts WHERE job = c.job) + 1,"
+                " %s, %s, %s, %s FROM callbacks c WHERE job = %s",
+                (at, duration, status, error and error.replace("\0", ""), key.seq),
+            )
+            is_same = "next IS NOT DISTINCT FROM %s::bigint"
+            cursor = db.execute(
+                "UPDATE callbacks SET attempts = attempts + 1, last_status = %s, owner = NULL,"
+                f" state = CASE WHEN {is_same} THEN %s ELSE state END,"
+                f" next = CASE WHEN {is_same} THEN %s::bigint ELSE next END WHERE job = %s AND state = 'pending'",
+                (status, seen, state, seen, next_at, key.seq),
+            )
+            return bool(cursor.rowcount > 0)
+
+        self._run(run, done, keep=True)
+
+    # --- what is due for all ---
+
+    def purge(self, now: int, limit: int, done: Done) -> None:
+        """Forget at most `limit` expired jobs that no other server forgets now; `done` gets how many they were."""
+
+        def run(db: Any) -> int:
+            sql = "SELECT seq, size FROM jobs WHERE expires <= %s ORDER BY expires LIMIT %s FOR UPDATE SKIP LOCKED"
+            expired, total = [], 0
+            for seq, size in db.execute(sql, (now, limit)).fetchall():
+                expired.append(seq)
+                total += size or 0
+                if total > _PURGE_BYTES:
+                    break
+            if expired:
+                _forget(db, expired)
+            return len(expired)
+
+        self._run(run, done)
+
+    def forget_flows(self) -> None:
+        """Forget the texts of flows that no job refers to, and that no server has used for a while."""
+        sql = (
+            "DELETE FROM flows WHERE used < now() - %s * interval '1 second' AND NOT EXISTS"
+            " (SELECT 1 FROM jobs WHERE flow = flows.name AND jobs.version = flows.version)"
+        )
+        self._run(lambda db: db.execute(sql, (3 * _USED_S,)))
+
+    def last_seq(self) -> int:
+        """The greatest `seq` stored; 0 if there is none."""
+        return self._first("SELECT max(seq) FROM jobs")[0] or 0
+
+    def last_seen(self) -> int:
+        """0: the time is that of the database."""
+        return 0
+
+    def keep_clock_offset(self, offset: int) -> None:
+        """Nothing: the time is that of the database."""
+
+    # --- what servers share ---
+
+    def deployed(self) -> list[tuple[str, str]]:
+        """Name and text of the flows that were put into service for all servers."""
+        return self._all("SELECT name, text FROM deployments ORDER BY name")
+
+    def deploy(self, name: str, text: str | None, done: Done) -> None:
+        """Put a flow into service for all servers, or take it out with None; `done` gets whether anything changed."""
+        put = "INSERT INTO deployments VALUES (%s, %s) ON CONFLICT (name) DO UPDATE SET text = excluded.text"
+        put = f"{put}, changed = excluded.changed"
+        sql, values = (put, (name, text)) if text is not None else ("DELETE FROM deployments WHERE name = %s", (name,))
+        self._run(lambda db: db.execute(sql, values).rowcount > 0, done, word="flows")
+
+
+_CLAIM = (
+    f"WITH waited AS (SELECT seq FROM jobs WHERE {_FREE} NOT NULL AND due <= {_NOW} AND flow = ANY(%s)"
+    " ORDER BY due LIMIT %s FOR UPDATE SKIP LOCKED),"
+    f" fresh AS (SELECT seq FROM jobs WHERE {_FREE} NULL AND flow = ANY(%s) ORDER BY seq LIMIT %s"
+    " FOR UPDATE SKIP LOCKED)"
+    " UPDATE jobs SET owner = %s WHERE seq IN (SELECT seq FROM waited UNION ALL SELECT seq FROM fresh LIMIT %s)"
+    " RETURNING seq, due, flow, cancel"
+)
+
+
+def _many(db: Any, sql: str, rows: Sequence[_ROW]) -> Any:
+    """Execute a statement that takes rows column by column."""
+    return db.execute(sql, [list(column) for column in zip(*rows, strict=True)])
+
+
+def _changed(group: list[_Write], cursor: Any) -> list[bool]:
+    """Which writes of a group have changed their job."""
+    seqs = {seq for (seq,) in cursor}
+    return [write.seq in seqs for write in group]
+
+
+def _insert(db: Any, writes: Sequence[_Write], owner: int) -> Any:
+    rows = [(*write.values, owner if write.about.owned and write.about.ended is None else None) for write in writes]
+    return _many(db, _GROUPS["add"], rows)
+
+
+def _store_belongings(db: Any, writes: Iterable[_Write]) -> None:
+    """Store large bodies in pieces, and the callbacks that are owed."""
+    cells: list[_ROW] = []
+    owed = []
+    for write in writes:
+        cells += write.pieces
+        end = write.about.ended if write.kind == "add" else write.about
+        if end is not None and end.callback is not None:
+            owed.append((write.seq, end.callback[0], end.finished, end.callback[1]))
+    if cells:
+        _many(db, _INSERT_PIECES, cells)
+    if owed:
+        _many(db, _OWE, owed)
+
+
+def _find_key(flow: str, token: str, key: str, now: int, db: Any) -> tuple[Job, bytes] | None:
+    row = db.execute(
+        f"SELECT {_JOB_COLUMNS}, fingerprint{_FROM_JOBS}"
+        " WHERE flow = %s AND token = %s AND idempotency_key = %s AND (expires IS NULL OR expires > %s)",
+        (flow, token, key, now),
+    ).fetchone()
+    return row and (read_job(row), row[-1])
+
+
+def _replay(db: Any, write: _Write, owner: int) -> Added | AsteraError:
+    """The job that the key of a submission belongs to; the new one if that has expired."""
+    new = write.about
+    of_key = (new.job.flow, new.job.token, new.idempotency_key)
+    for _ in range(_TRIES):
+        known = _find_key(*of_key, new.job.created, db)
+        if known is not None:
+            return Added(known[0], True) if known[1] == new.fingerprint else key_conflict()
+        db.execute(
+            "UPDATE jobs SET idempotency_key = NULL"
+            " WHERE flow = %s AND token = %s AND idempotency_key = %s AND expires <= %s",
+            (*of_key, new.job.created),
+        )
+        if _insert(db, [write], owner).fetchall():
+            _store_belongings(db, [write])
+            return Added(new.job, False)
+    raise StoreError("other requests with that Idempotency-Key get in the way")
+
+
+def _add_limited(db: Any, write: _Write, owner: int) -> Added | AsteraError:
+    """Add a job of a flow that refuses when as many as its limit are Running, on all servers together."""
+    new, key = write.about, write.about.idempotency_key
+    if key is not None and _find_key(new.job.flow, new.job.token, key, new.job.created, db):
+        return _replay(db, write, owner)
+    count = (
+        "SELECT (SELECT count(*) FROM nodes JOIN jobs ON owner = start WHERE flow = %s)"
+        f" + (SELECT count(*) FROM jobs WHERE {_FREE} NULL AND flow = %s)"
+        f" + (SELECT count(*) FROM jobs WHERE {_FREE} NOT NULL AND flow = %s)"
+    )
+    if db.execute(count, (new.job.flow,) * 3).fetchone()[0] >= new.limit:
+        return Busy(f"The flow {new.job.flow} has as many jobs as it takes.", 1, 429)
+    if key is None and _insert(db, [write], owner).fetchall():
+        _store_belongings(db, [write])
+        return Added(new.job, False)
+    return _replay(db, write, owner)
+
+
+def _forget(db: Any, seqs: list[int]) -> None:
+    for table in ("pieces", "steps", "callbacks", "attempts", "jobs"):
+        db.execute(f"DELETE FROM {table} WHERE {'seq' if table == 'jobs' else 'job'} = ANY(%s)", (seqs,))
+
+
+def edit_tokens(url: str, name: str, add: Token | None = None) -> None:
+    """Add a token of this name to a database, or revoke the one that is there; servers may be running on it.
+
+    The tables are made if they are not there. Raises Conflict for a name that is taken, NotFound for one that is not
+    there, StoreError.
+    """
+    address = _Address(url)
+    db = address.first()
+    try:
+        _prepare(db, address.place)
+        with db.transaction():
+            db.execute("LOCK TABLE tokens IN SHARE ROW EXCLUSIVE MODE")
+            names = dict(db.execute("SELECT name, hash FROM tokens").fetchall())
+            if add is None:
+                if not names.get(name):
+                    words = "was revoked before" if name in names else f"is not there{suggest(name, names)}"
+                    raise NotFound(f"the token {name} {words}")
+                db.execute("UPDATE tokens SET hash = '' WHERE name = %s", (name,))
+            else:
+                if names.get(name):
+                    raise Conflict(f"there is a token {name} already: revoke it first, or choose another name")
+                if db.execute("SELECT 1 FROM jobs WHERE token <> '' AND token = %s LIMIT 1", (name,)).fetchone():
+                    words = "are still kept, and would be the new one's: choose another name"
+                    raise Conflict(f"jobs of an earlier token {name} {words}")
+                flows = None if add.flows is None else to_json(sorted(add.flows))
+                db.execute("DELETE FROM tokens WHERE name = %s", (name,))
+                values = (name, add.digest, add.role, flows, add.created)
+                db.execute("INSERT INTO tokens VALUES (%s, %s, %s, %s, %s)", values)
+            db.execute("SELECT pg_notify(%s, 'tokens')", (CHANNEL,))
+    except psycopg.Error as error:
+        raise StoreError(f"{address.place}: {_store_error(error)}") from None
+    finally:
+        db.close()
