@@ -2086,7 +2086,7 @@ class OutboundError(AsteraError):
         self.kind = kind
 
 
-_TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _NUMBERED = re.compile(r"(?:.*\.)?[0-9]+\.?")  # 10.0.0.256: no name ends in a number, so an address was meant
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.[A-Za-z0-9_-]{1,63})*\.?")
@@ -2441,7 +2441,7 @@ class Outbound:
         except ValueError as error:
             raise OutboundError("invalid", f"the URL {error}") from None
         for name, value in headers.items():
-            if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
+            if not TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
                 raise OutboundError("invalid", f"the header {shown(name)} has characters that no header may have")
         deadline, opener = time.monotonic() + timeout, _opener()
         try:
@@ -4105,7 +4105,7 @@ def _is_last(build: Build, whens: Sequence[Template | None], place: str) -> None
 def _header_of_answer(build: Build, name: str, names: Collection[str]) -> str:
     """What is wrong with the name of a header that a flow sets."""
     first = next(each for each in names if each.lower() == name.lower())
-    if not _TOKEN_TEXT.fullmatch(name):
+    if not TOKEN_TEXT.fullmatch(name):
         return "is not the name of a header"
     if name.lower() in RESERVED_HEADERS:
         return "is set by the server: leave it out"
@@ -4348,7 +4348,7 @@ class HttpCall:
         if run.input.trace is not None and "traceparent" not in names:
             request.headers |= {name: text for name, text in run.input.trace.headers().items() if name not in names}
         for name, text in request.headers.items():
-            if not _TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
+            if not TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
                 raise ExpressionError(f"{self._place}/headers/{name}: it has characters that no header may have")
         if {".", ".."} & set(request.url.partition("?")[0].split("/")):
             message = "a value makes a segment . or .., which servers take for another path"
@@ -4857,7 +4857,7 @@ def _make_request(build: Build, given: dict[str, Any], place: str) -> dict[str, 
             build.fault(at, f'is in "path", but the resource has no {{{name}}}{suggest(name, in_path)}')
         elif item.where != "path" and name in in_path:
             build.fault(at, f'stands in the resource as {{{name}}}: write "in": "path"')
-        elif item.where == "header" and not _TOKEN_TEXT.fullmatch(name):
+        elif item.where == "header" and not TOKEN_TEXT.fullmatch(name):
             build.fault(at, "is not the name of a header")
         elif item.where == "query" and name == "callbackUrl":
             build.fault(at, "is a parameter of every asynchronous request and does not reach the flow: rename it")
@@ -9082,7 +9082,7 @@ def find_flow(mode: str, x: Exchange) -> None:
     for methods in matches:  # the most literal first
         flow = flow or methods.get(method)
     if flow is None:
-        raise MethodNotAllowed(_allowed(matches, mode))
+        raise MethodNotAllowed(allowed_methods(matches, mode))
     if mode not in flow.modes:
         (other,) = flow.modes
         raise NotFound(f"This flow is published {other}ly only: call {PREFIXES[other]}{flow.resource}")
@@ -9099,35 +9099,10 @@ def check_may_call(x: Exchange, flow: str) -> None:
         raise AccessError(403, f"The token {x.caller.name} may not call the flow {flow}.", "insufficient_scope")
 
 
-def _allowed(matches: list[dict[str, Flow]], mode: str) -> set[str]:
+def allowed_methods(matches: list[dict[str, Flow]], mode: str) -> set[str]:
     """The methods of a resource in a mode."""
     names = {name for methods in matches for name, flow in methods.items() if mode in flow.modes}
     return names | {"OPTIONS"} | ({"HEAD"} if "GET" in names and mode == "synchronous" else set())
-
-
-def options(x: Exchange) -> Reply:
-    """OPTIONS: which methods a path takes."""
-    path = x.head.path
-    names: set[str] = {"OPTIONS"}
-    patched: list[str] = []  # the content types of PATCH
-    for mode, prefix in PREFIXES.items():
-        if path.startswith(prefix + "/"):
-            matches = x.app.deployments.match(path[len(prefix) :])
-            names |= _allowed(matches, mode)
-            patched += [media for methods in matches if "PATCH" in methods for media in methods["PATCH"].content_types]
-    if path == "*":
-        names |= set(HTTP_METHODS)
-    elif len(names) == 1:
-        names |= _with_head(find_routes(path)[0]) - {"*"}
-    headers = [("Allow", ", ".join(sorted(names))), NO_STORE]
-    if patched and "PATCH" in names:
-        headers.append(("Accept-Patch", ", ".join(dict.fromkeys(patched))))
-    if x.cors_origin is not None:
-        asked = x.head.headers.get("access-control-request-headers", "").split(",")
-        wanted = ", ".join(name for each in asked if _TOKEN_TEXT.fullmatch(name := each.strip(" \t")))
-        headers += [("Access-Control-Allow-Methods", headers[0][1]), ("Access-Control-Max-Age", "600")]
-        headers += [("Access-Control-Allow-Headers", wanted)] if wanted else []
-    return Reply(204, headers)
 
 
 def one_line_each(headers: Iterable[tuple[str, str]]) -> Pairs:
@@ -9461,6 +9436,7 @@ ROUTES = [
     Route("GET", "/", late("astera_lite_admin:console"), is_open=True),
 ]
 
+_PREFLIGHT = Route("OPTIONS", "*", late("astera_lite_admin:options"), is_open=True)
 _BY_PATH: dict[str, dict[str, Route]] = {}
 for _row in ROUTES:
     _BY_PATH.setdefault(_row.path, {})[_row.method] = _row
@@ -9483,7 +9459,8 @@ def find_routes(path: str) -> tuple[dict[str, Route], dict[str, str]]:
     return _BY_PATH.get(path, {}), {}
 
 
-def _with_head(names: Iterable[str]) -> set[str]:
+def with_head(names: Iterable[str]) -> set[str]:
+    """The methods of a path, given those of its routes."""
     return {*names, "OPTIONS"} | ({"HEAD"} if "GET" in names else set())
 
 
@@ -9493,7 +9470,7 @@ def route_request(x: Exchange, access: Access) -> None:
     x.cors_origin = access.named_origin(head.headers)
     access.check_origin(head, x.origin)
     if head.method == "OPTIONS":
-        x.route = Route("OPTIONS", "*", options, True)
+        x.route = _PREFLIGHT
         return
     routes, x.values = find_routes(head.path)
     route = routes.get(head.method) or (routes.get("GET") if head.method == "HEAD" else None) or routes.get("*")
@@ -9506,7 +9483,7 @@ def route_request(x: Exchange, access: Access) -> None:
     if not routes:
         raise NotFound(f"There is nothing at {shown(head.path, 200)}. The endpoints are listed at /api/deployments.")
     if route is None:
-        raise MethodNotAllowed(_with_head(routes))
+        raise MethodNotAllowed(with_head(routes))
     x.route = route
     if route.check is not None:
         route.check(x)
@@ -9531,10 +9508,6 @@ _LARGE_BODY = 64 << 10  # a larger one is parsed and checked on another thread
 _ACCEPTS_A_TURN = 64
 _GRACE_S = 0.01  # a client that connected or was answered more recently is about to ask, and does not give way
 _SWEEP_S = 0.02  # least seconds between two looks at the deadlines
-_EXPOSED = (
-    "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, Idempotency-Replayed, ETag,"
-    " Accept-Ranges, Content-Range"
-)
 _NO_HEAD = Head("", "", "", 11, {}, 0, False, False, False)
 
 
@@ -9551,14 +9524,6 @@ class ConnectionState(StrEnum):
 
 
 _HANDSHAKE, _RECEIVING, _QUEUED, _HANDLING, _SENDING, _LINGERING, _CLOSED = ConnectionState
-
-
-def _with_cors(x: Exchange, reply: Reply) -> Reply:
-    """The answer with its headers of CORS. It varies by origin also where the request named none."""
-    cors = [("Vary", "Origin")]
-    if x.cors_origin is not None:
-        cors += [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
-    return reply._replace(headers=one_line_each([*reply.headers, *cors]))
 
 
 class Handler(BaseRequestHandler):
@@ -9718,8 +9683,8 @@ class Handler(BaseRequestHandler):
         server.at_work.discard(x)
         if len(reply.body) > _AHEAD and server.buffered + len(reply.body) > _MAX_BUFFERED and head.method != "HEAD":
             reply = error_response(x, Busy("The server holds as many bytes of answers as it can.", 5))
-        if server.access.origins:
-            reply = _with_cors(x, reply)
+        if server.with_cors is not None:
+            reply = server.with_cors(x, reply)
         server.requests[head.method, x.route.path if x.route else "", reply.status] += 1
         if log.isEnabledFor(server.access_level):
             self.log_access(x, reply)
@@ -9942,6 +9907,7 @@ class Server(ThreadingHTTPServer):
         host = self.settings.host if host is None else host
         port = self.settings.port if port is None else port
         self.access = self._access(host)
+        self.with_cors = wing("astera_lite_admin:with_cors") if self.access.origins else None
         self.waits_for: dict[type[OSError], int] = {BlockingIOError: selectors.EVENT_READ}
         self.tls = self._tls_context() if self.settings.tls_cert or self.settings.tls_key else None
         app.check_open()

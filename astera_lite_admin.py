@@ -1,8 +1,8 @@
 """What operators and clients ask beside submit, poll and fetch.
 
 The other routes of jobs (list, details, cancel, rerun, delete, callback again), deployments, metrics, the page of the
-console; preconditions and the part of a result. A wing of astera_lite, which loads this file when one of them is first
-wanted.
+console; preconditions, the part of a result, OPTIONS and CORS; settings that few servers have. A wing of astera_lite,
+which loads this file when one of them is first wanted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from astera_lite import (
     ENTITY_TAG,
     FILTERING,
     FLOW_NAME,
+    HTTP_METHODS,
     JSON_TYPE,
     MODES,
     NO_STORE,
@@ -35,6 +36,7 @@ from astera_lite import (
     REVALIDATED,
     RUN_TIMES,
     SELECTING,
+    TOKEN_TEXT,
     AccessError,
     AsteraError,
     AsteraLite,
@@ -55,6 +57,7 @@ from astera_lite import (
     Status,
     UnknownJob,
     __version__,
+    allowed_methods,
     already_finished,
     answer_submitted,
     answer_when_finished,
@@ -66,11 +69,13 @@ from astera_lite import (
     example_request,
     failure_of,
     find_job,
+    find_routes,
     http_date,
     is_json_type,
     is_loopback,
     json_body,
     log,
+    one_line_each,
     parse_flow_text,
     parse_query,
     parse_trace,
@@ -84,6 +89,7 @@ from astera_lite import (
     status_document,
     status_response,
     suggest,
+    with_head,
 )
 
 # --- deployments ---
@@ -352,6 +358,47 @@ def read_secrets(setting: str, environ: Mapping[str, str]) -> dict[str, str]:
     if faults:
         raise ConfigError(faults)
     return values
+
+
+# --- OPTIONS, and pages of other origins (CORS) ---
+
+_EXPOSED = (
+    "Location, Retry-After, Job-Status, X-Request-Id, Preference-Applied, Content-Location, Idempotency-Replayed, ETag,"
+    " Accept-Ranges, Content-Range"
+)
+
+
+def options(x: Exchange) -> Reply:
+    """OPTIONS: which methods a path takes."""
+    path = x.head.path
+    names: set[str] = {"OPTIONS"}
+    patched: list[str] = []  # the content types of PATCH
+    for mode, prefix in PREFIXES.items():
+        if path.startswith(prefix + "/"):
+            matches = x.app.deployments.match(path[len(prefix) :])
+            names |= allowed_methods(matches, mode)
+            patched += [media for methods in matches if "PATCH" in methods for media in methods["PATCH"].content_types]
+    if path == "*":
+        names |= set(HTTP_METHODS)
+    elif len(names) == 1:
+        names |= with_head(find_routes(path)[0]) - {"*"}
+    headers = [("Allow", ", ".join(sorted(names))), NO_STORE]
+    if patched and "PATCH" in names:
+        headers.append(("Accept-Patch", ", ".join(dict.fromkeys(patched))))
+    if x.cors_origin is not None:
+        asked = x.head.headers.get("access-control-request-headers", "").split(",")
+        wanted = ", ".join(name for each in asked if TOKEN_TEXT.fullmatch(name := each.strip(" \t")))
+        headers += [("Access-Control-Allow-Methods", headers[0][1]), ("Access-Control-Max-Age", "600")]
+        headers += [("Access-Control-Allow-Headers", wanted)] if wanted else []
+    return Reply(204, headers)
+
+
+def with_cors(x: Exchange, reply: Reply) -> Reply:
+    """The answer with its headers of CORS. It varies by origin also where the request named none."""
+    cors = [("Vary", "Origin")]
+    if x.cors_origin is not None:
+        cors += [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
+    return reply._replace(headers=one_line_each([*reply.headers, *cors]))
 
 
 # --- jobs ---

@@ -141,6 +141,7 @@ OF_ADMIN = [
     ("GET", "/api/deployments/hello"),
     ("GET", "/metrics"),
     ("GET", "/"),
+    ("OPTIONS", "/health"),
 ]
 
 
