@@ -7793,6 +7793,8 @@ class Jobs:
             has_room = self._engine.queue.queued <= self._engine.queue.workers
             most = flow.limit if flow.when_full == "refuse" else None
             submission = submission._replace(owned=has_room and flow.limit is None, limit=most)
+            if not submission.owned:  # now, for once it is stored any server may claim it, this one, too
+                self._engine.dismiss(job.key.seq)
         try:
             self._store.add(submission, partial(self._accepted, ready, submission, done))
         except BaseException:  # out of memory: the job is not on its way, and must not count for its flow's limit
@@ -7820,11 +7822,12 @@ class Jobs:
         if added:
             self._metrics.accepted[job.flow] += 1
         if ended is None:
-            if added and submission.owned:
+            if not submission.owned:
+                self.offer()
+            elif added:
                 self._engine.put(job.key.seq, job.flow, ready)
             else:
                 self._engine.dismiss(job.key.seq)
-                self.offer()
         elif added:
             self._metrics.ended[job.flow, ended.outcome.end] += 1
             log_outcome("job", ready.flow, ready.input, ended.outcome)
