@@ -2770,21 +2770,18 @@ class Retry(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One compiled step. `effect`: it may act on the world outside; `save`: its output is kept with the job."""
+    """One compiled step. `save`: its output is kept with the job."""
 
     name: str
     kind: str
+    traits: StepKind
     run: Runner
-    effect: bool
     save: bool
     when: Template | None = None
     timeout: float | None = None  # seconds
     retry: Retry = Retry()
     on_error: Template | None = None
     place: str = ""  # in the flow file
-    answers: bool = False  # as of its StepKind
-    holds: bool = False
-    code: bool = False
 
 
 class Response(NamedTuple):
@@ -3503,7 +3500,7 @@ class _StepRun:
             attempt += 1
             try:
                 with run.within(step.timeout, journal_key(path, "deadline"), resumed) if step.timeout else _UNBOUND:
-                    if step.effect:
+                    if step.traits.effect:
                         run.journal.barrier()
                     return step.run(run, scope, path)
             except _Signal:
@@ -3552,7 +3549,7 @@ class _StepRun:
         The failure of a step inside it stands for the step around it.
         """
         run, place = self.run, self.step.place
-        failure = _known_failure(error) if self.step.holds else None
+        failure = _known_failure(error) if self.step.traits.nests else None
         if failure is None:
             masked, folder, source = run.outside.masked, run.outside.folder, run.flow.source
             kind, message = _kind_and_message(error)
@@ -3570,7 +3567,7 @@ class _StepRun:
                 place.rpartition("/")[0] + "/"
             ):  # else of connections.json
                 place, _, message = message.partition(": ")
-            elif kind == "error" and self.step.code:
+            elif kind == "error" and self.step.traits.code:
                 more = {"source": optional("astera_lite_advice:source_of", error) or None}
             line = optional("astera_lite_advice:line_of", path, place, run.flow.text)
             failure = {
@@ -3597,7 +3594,7 @@ class _StepRun:
             return  # from before the run was suspended
         masked = run.outside.masked
         # Its headers would fill the preview. What `onError` gave may be anything, also when it is read back.
-        answers = step.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
+        answers = step.traits.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
         preview = value.get("items", value["body"]) if answers else value
         line: dict[str, Any] = {
             "path": self.path,
@@ -3622,8 +3619,6 @@ class _StepRun:
 
 
 # --- responses ------------------------------------------------------------------------------------------------------
-
-_RESPONDING = Step("response", "response", lambda run, scope, path: None, False, False, place="/response")
 
 
 def _respond(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> Answer:
@@ -3792,10 +3787,6 @@ class Member:
     def __init__(self, **traits: Any) -> None:
         vars(self).update(traits)
 
-    def schema(self) -> dict[str, Any]:
-        """Its JSON Schema."""
-        return dict(self.json)
-
     def parse(self, value: Any) -> Any:
         """Check and compile a value; ValueError says what is wrong with it and what would be right."""
         if self.holds(value):
@@ -3897,9 +3888,6 @@ class Computed(Value):
     def __init__(self, plain: Member, **traits: Any) -> None:
         super().__init__(plain=plain, word=f"{plain.word}, or an expression", **traits)
 
-    def schema(self) -> dict[str, Any]:
-        return {"anyOf": [self.plain.schema(), {"type": "string", "pattern": r"\$\{"}]}
-
     def read(self, build: Build, value: Any, place: str) -> Template:
         if not (isinstance(value, str) and "${" in value):
             self.plain.read(build, value, place)
@@ -3916,10 +3904,6 @@ class ListOf(Member):
     def __init__(self, item: Member, **traits: Any) -> None:
         word = f"{item.word}, or a list" if traits.get("lone") else f"a list, each {item.word}"
         super().__init__(**{"item": item, "word": word} | traits)
-
-    def schema(self) -> dict[str, Any]:
-        listed = {"type": "array", "items": self.item.schema()} | ({"minItems": self.least} if self.least else {})
-        return {"anyOf": [self.item.schema(), listed]} if self.lone else listed
 
     def read(self, build: Build, value: Any, place: str) -> list[Any]:
         if self.lone and not isinstance(value, list):
@@ -3940,9 +3924,6 @@ class MapOf(Member):
     def __init__(self, item: Member, **traits: Any) -> None:
         super().__init__(item=item, word=f"an object, each value {item.word}", **traits)
 
-    def schema(self) -> dict[str, Any]:
-        return {"type": "object", "additionalProperties": self.item.schema()}
-
     def read(self, build: Build, value: Any, place: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             build.fault(place, f"must be an object, not {kind_of(value)}")
@@ -3962,9 +3943,6 @@ class Either(Member):
     def __init__(self, plain: Member, structured: Member, **traits: Any) -> None:
         super().__init__(plain=plain, structured=structured, word=f"{plain.word}, or {structured.word}", **traits)
 
-    def schema(self) -> dict[str, Any]:
-        return {"anyOf": [self.plain.schema(), self.structured.schema()]}
-
     def read(self, build: Build, value: Any, place: str) -> Any:
         return (self.structured if isinstance(value, dict | list) else self.plain).read(build, value, place)
 
@@ -3976,10 +3954,6 @@ class Elsewhere(Member):
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name)
-
-    def schema(self) -> dict[str, Any]:
-        schema: dict[str, Any] = wing(self.name).schema()
-        return schema
 
     def read(self, build: Build, value: Any, place: str) -> Any:
         return wing(self.name).read(build, value, place)
@@ -4006,21 +3980,6 @@ class Table(Member):
         super().__init__(members=members, make=make, **traits)
         if self.short:
             self.word = f"{members[self.short].word}, or an object"
-
-    def schema(self) -> dict[str, Any]:
-        return {"$ref": f"#/$defs/{self.name}"} if self.name else self.definition()
-
-    def definition(self) -> dict[str, Any]:
-        """Its JSON Schema, to which `schema` only refers if the table has a name."""
-        schema: dict[str, Any] = {"type": "object", "additionalProperties": self.more is not None}
-        schema["properties"] = {
-            name: member.schema() | ({} if member.default is None else {"default": member.default})
-            for name, member in self.members.items()
-        }
-        schema["required"] = [name for name, member in self.members.items() if member.required]
-        if self.choice:
-            schema["oneOf"] = [{"required": [name]} for name in self.choice]
-        return {"anyOf": [self.members[self.short].schema(), schema]} if self.short else schema
 
     def read(self, build: Build, value: Any, place: str) -> Any:
         if self.short and not isinstance(value, dict):
@@ -4075,21 +4034,31 @@ class Steps(ListOf):
         return steps
 
 
-class StepKind(NamedTuple):
-    """A kind of step: what may stand behind its name in a flow file, and what makes its runner.
+class StepKind(Member):
+    """A kind of step, as the member that is named after it: compiles to its runner, and whether its value is saved.
 
     `make(build, values, place)` gets what `members` compile to, unless there are faults; None: that is the runner.
     """
 
     members: Member
     make: Callable[[Build, Any, str], Runner] | None
-    help: str
-    effect: bool = False  # it may act on the world outside
-    light: bool = False  # it only computes, and no longer than its expressions do
-    answers: bool = False  # its value is what an API or a flow answered
-    holds: bool = False  # it runs steps that stand inside it
-    code: bool = False  # it runs Python code of the flow's author
+    effect = False  # it may act on the world outside
+    light = False  # it only computes, and no longer than its expressions do
+    answers = False  # its value is what an API or a flow answered
+    nests = False  # it runs steps that stand inside it
+    code = False  # it runs Python code of the flow's author
     failures: Sequence[str] = ()  # words for its failures, which `retry.on` may name
+
+    def __init__(self, members: Member, make: Any, word: str, **traits: Any) -> None:
+        super().__init__(members=members, make=make, word=word, **traits)
+
+    def read(self, build: Build, value: Any, place: str) -> tuple[Any, bool]:
+        before, volatile, build.volatile = len(build.faults), build.volatile, False
+        run = self.members.read(build, value, place)
+        if self.make is not None and len(build.faults) == before:
+            run = self.make(build, run, place)
+        save, build.volatile = self.effect or build.volatile, volatile
+        return run, save
 
 
 # --- step kinds -----------------------------------------------------------------------------------------------------
@@ -4645,17 +4614,21 @@ STEP_KINDS: dict[str, StepKind] = {
     ),
     "run": StepKind(Elsewhere("astera_lite_python:PROGRAM"), None, "runs a program", effect=True, failures=("exit",)),
     "set": StepKind(Value(), _make_set, "computes a value", light=True),
-    "each": StepKind(Elsewhere("astera_lite_steps:EACH"), None, "runs steps for every item of a list", holds=True),
+    "each": StepKind(Elsewhere("astera_lite_steps:EACH"), None, "runs steps for every item of a list", nests=True),
     "choose": StepKind(
-        _WAYS, _make_choose, "runs the steps of the first branch whose `when` holds", light=True, holds=True
+        _WAYS, _make_choose, "runs the steps of the first branch whose `when` holds", light=True, nests=True
     ),
-    "call": StepKind(Elsewhere("astera_lite_steps:CALL"), None, "runs another flow", answers=True, holds=True),
+    "call": StepKind(Elsewhere("astera_lite_steps:CALL"), None, "runs another flow", answers=True, nests=True),
     "wait": StepKind(_WAIT, _make_wait, "waits for a time"),
     "respond": StepKind(
         Table(_ANSWER, _make_response), _make_respond, "answers at once; the steps after it do not run", light=True
     ),
     "fail": StepKind(Table(_FAIL), _make_fail, "ends as an error", light=True),
 }
+
+
+#: What stands in a trace for the making of the response.
+_RESPONDING = Step("response", "response", STEP_KINDS["set"], lambda run, scope, path: None, False, place="/response")
 
 
 # --- flow files -----------------------------------------------------------------------------------------------------
@@ -4927,25 +4900,6 @@ _OPTIONS: dict[str, Member] = {
 STEP_OPTIONS = tuple(_OPTIONS)
 
 
-class _Kind(Member):
-    """The member of a step that is named after its kind: compiles to the runner, and whether its value is saved."""
-
-    def __init__(self, kind: StepKind) -> None:
-        super().__init__(word=kind.help)
-        self.kind = kind
-
-    def schema(self) -> dict[str, Any]:
-        return self.kind.members.schema() | {"description": self.kind.help}
-
-    def read(self, build: Build, value: Any, place: str) -> tuple[Any, bool]:
-        before, volatile, build.volatile = len(build.faults), build.volatile, False
-        run = self.kind.members.read(build, value, place)
-        if self.kind.make is not None and len(build.faults) == before:
-            run = self.kind.make(build, run, place)
-        save, build.volatile = self.kind.effect or build.volatile, volatile
-        return run, save
-
-
 def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
     [name] = [name for name in build.kinds if name in given]
     kind, (run, save) = build.kinds[name], given[name]
@@ -4953,23 +4907,20 @@ def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
     return Step(
         name=given["name"],
         kind=name,
+        traits=kind,
         run=run,
-        effect=kind.effect,
         save=save,
         when=given.get("when"),
         timeout=given.get("timeout"),
         retry=given.get("retry", Retry()),
         on_error=given.get("onError"),
         place=f"{place}/{name}",
-        answers=kind.answers,
-        holds=kind.holds,
-        code=kind.code,
     )
 
 
 def step_table(kinds: Mapping[str, StepKind]) -> Table:
     """The members of a step, where these kinds of steps are known."""
-    return Table(_OPTIONS | {name: _Kind(kind) for name, kind in kinds.items()}, _make_step, choice=kinds, name="step")
+    return Table(_OPTIONS | dict(kinds), _make_step, choice=kinds, name="step")
 
 
 def _step_of_flow(build: Build, name: str, names: Collection[str]) -> str:

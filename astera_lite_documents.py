@@ -27,14 +27,21 @@ from astera_lite import (
     SELECTING,
     STEP_KINDS,
     VALUE_SCHEMA,
+    Computed,
     ConfigError,
     Deployments,
+    Either,
+    Elsewhere,
     Exchange,
     Flow,
     InputError,
+    ListOf,
+    MapOf,
+    Member,
     MissingFile,
     Reply,
     StepKind,
+    Table,
     __version__,
     as_text,
     as_texts,
@@ -48,6 +55,7 @@ from astera_lite import (
     split_template,
     step_table,
     to_json,
+    wing,
 )
 
 _TEXT: dict[str, Any] = {"type": "string"}
@@ -56,9 +64,43 @@ _TEXT: dict[str, Any] = {"type": "string"}
 def flow_schema(kinds: Mapping[str, StepKind]) -> dict[str, Any]:
     """A JSON Schema (2020-12) of the flow file, for editors; `check` knows more."""
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A flow of Astera Lite"}
-    return (
-        about | FLOW.schema() | {"$defs": {"step": step_table(kinds).definition(), "value": VALUE_SCHEMA.definition()}}
-    )
+    definitions = {"step": _table_schema(step_table(kinds)), "value": _table_schema(VALUE_SCHEMA)}
+    return about | _member_schema(FLOW) | {"$defs": definitions}
+
+
+def _member_schema(member: Member) -> dict[str, Any]:
+    """The JSON Schema of what may stand in a flow file as this member."""
+    match member:
+        case Elsewhere():
+            return _member_schema(wing(member.name))
+        case StepKind():
+            return _member_schema(member.members) | {"description": member.word}
+        case Computed():
+            return {"anyOf": [_member_schema(member.plain), {"type": "string", "pattern": r"\$\{"}]}
+        case Either():
+            return {"anyOf": [_member_schema(member.plain), _member_schema(member.structured)]}
+        case MapOf():
+            return {"type": "object", "additionalProperties": _member_schema(member.item)}
+        case ListOf():
+            item = _member_schema(member.item)
+            listed = {"type": "array", "items": item} | ({"minItems": member.least} if member.least else {})
+            return {"anyOf": [item, listed]} if member.lone else listed
+        case Table():
+            return {"$ref": f"#/$defs/{member.name}"} if member.name else _table_schema(member)
+    return dict(member.json)
+
+
+def _table_schema(table: Table) -> dict[str, Any]:
+    """The JSON Schema of an object; that of a table with a name is a definition."""
+    schema: dict[str, Any] = {"type": "object", "additionalProperties": table.more is not None}
+    schema["properties"] = {
+        name: _member_schema(member) | ({} if member.default is None else {"default": member.default})
+        for name, member in table.members.items()
+    }
+    schema["required"] = [name for name, member in table.members.items() if member.required]
+    if table.choice:
+        schema["oneOf"] = [{"required": [name]} for name in table.choice]
+    return {"anyOf": [_member_schema(table.members[table.short]), schema]} if table.short else schema
 
 
 def _ref(kind: str, name: str) -> dict[str, str]:

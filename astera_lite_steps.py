@@ -370,7 +370,7 @@ class _Canned:
         if name in steps:
             self.used += 1
             return True, copy.deepcopy(steps[name])
-        if step.effect:
+        if step.traits.effect:
             self.missing = path
             raise Cancelled
         return step.kind == "wait", None

@@ -23,6 +23,7 @@ from astera_lite import (
     Elsewhere,
     Member,
     Server,
+    StepKind,
     Table,
     compile_template,
     step_table,
@@ -194,8 +195,8 @@ def tables(name: str, member: Member) -> Iterator[tuple[str, Table]]:
     for part in ("item", "plain", "structured"):
         if part in vars(member):
             yield from tables(name, vars(member)[part])
-    if "kind" in vars(member):
-        yield from tables(name, vars(member)["kind"].members)
+    if isinstance(member, StepKind):
+        yield from tables(name, member.members)
 
 
 def table_of_members() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import sqlite3
@@ -425,7 +424,7 @@ def expression_places(member: astera_lite.Member, place: str) -> Iterator[str]:
         yield place
     inner: dict[str, astera_lite.Member] = {}
     if isinstance(member, astera_lite.Elsewhere):
-        inner = {"": astera_lite.wing(inspect.getclosurevars(member.read).nonlocals["name"])}
+        inner = {"": astera_lite.wing(member.name)}
     elif isinstance(member, astera_lite.Table):
         inner = {f"/{name}": each for name, each in member.members.items()}
     elif isinstance(member, astera_lite.ListOf):
