@@ -9863,7 +9863,10 @@ class Server(ThreadingHTTPServer):
         self.access = self._access(host)
         self.with_cors = wing("astera_lite_admin:with_cors") if self.access.origins else None
         self.waits_for: dict[type[OSError], int] = {BlockingIOError: selectors.EVENT_READ}
-        self.tls = self._tls_context() if self.settings.tls_cert or self.settings.tls_key else None
+        self.tls: ssl.SSLContext | None = None
+        if self.settings.tls_cert or self.settings.tls_key:
+            self.tls, wants = wing("astera_lite_admin:tls_context")(self.settings)
+            self.waits_for |= wants
         app.check_open()
         # connections
         self.handlers: dict[Handler, None] = {}  # who came or was answered longest ago first
@@ -9911,31 +9914,6 @@ class Server(ThreadingHTTPServer):
         nobody_needs_one = _may_be_open(settings, loopback)
         rules = (settings.token, loopback, settings.public_url, app.origins, host)
         return Access(*rules, lambda: app.tokens, is_open=nobody_needs_one)
-
-    def _tls_context(self) -> ssl.SSLContext:
-        import ssl  # noqa: PLC0415 (3 MB that a server without TLS never needs)
-
-        settings = self.settings
-
-        def encrypted() -> NoReturn:  # OpenSSL itself would ask at the terminal
-            cure = "decrypt it, for nobody is asked for its password: openssl pkey -in KEY -out NEW"
-            raise ConfigError([Fault("tls_key" if settings.tls_key else "tls_cert", "", f"is encrypted: {cure}")])
-
-        if settings.tls_cert is None:
-            raise ConfigError([Fault("tls_cert", "", "is missing: tls_key goes with a certificate")])
-        for name in ("tls_cert", "tls_key"):
-            try:
-                read_bytes(getattr(settings, name) or os.devnull)
-            except OSError as error:
-                raise ConfigError([Fault(name, "", f"cannot be read: {reason_of(error)}")]) from None
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        try:
-            context.load_cert_chain(settings.tls_cert, settings.tls_key, encrypted)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError([Fault("tls_cert", "", f"cannot be used: {reason_of(error)}")]) from None
-        self.waits_for[ssl.SSLWantReadError] = selectors.EVENT_READ
-        self.waits_for[ssl.SSLWantWriteError] = selectors.EVENT_WRITE
-        return context
 
     def server_bind(self) -> None:
         """Bind, without the look-up of our own name that http.server makes, which can wait for DNS."""

@@ -13,11 +13,12 @@ import itertools
 import json
 import os
 import re
+import selectors
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from astera_lite import (
     ANYBODY,
@@ -54,6 +55,7 @@ from astera_lite import (
     Principal,
     Reply,
     Seen,
+    Settings,
     Status,
     UnknownJob,
     __version__,
@@ -81,6 +83,7 @@ from astera_lite import (
     parse_trace,
     path_values,
     problem,
+    read_bytes,
     read_toml,
     reason_of,
     resource,
@@ -91,6 +94,9 @@ from astera_lite import (
     suggest,
     with_head,
 )
+
+if TYPE_CHECKING:
+    import ssl
 
 # --- deployments ---
 
@@ -358,6 +364,32 @@ def read_secrets(setting: str, environ: Mapping[str, str]) -> dict[str, str]:
     if faults:
         raise ConfigError(faults)
     return values
+
+
+def tls_context(settings: Settings) -> tuple[ssl.SSLContext, dict[type[OSError], int]]:
+    """What a server of HTTPS wraps its sockets with, and the events that exceptions of such a socket wait for.
+
+    Raises ConfigError.
+    """
+    import ssl  # noqa: PLC0415 (3 MB that a server without TLS never needs)
+
+    def encrypted() -> NoReturn:  # OpenSSL itself would ask at the terminal
+        cure = "decrypt it, for nobody is asked for its password: openssl pkey -in KEY -out NEW"
+        raise ConfigError([Fault("tls_key" if settings.tls_key else "tls_cert", "", f"is encrypted: {cure}")])
+
+    if settings.tls_cert is None:
+        raise ConfigError([Fault("tls_cert", "", "is missing: tls_key goes with a certificate")])
+    for name in ("tls_cert", "tls_key"):
+        try:
+            read_bytes(getattr(settings, name) or os.devnull)
+        except OSError as error:
+            raise ConfigError([Fault(name, "", f"cannot be read: {reason_of(error)}")]) from None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, encrypted)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError([Fault("tls_cert", "", f"cannot be used: {reason_of(error)}")]) from None
+    return context, {ssl.SSLWantReadError: selectors.EVENT_READ, ssl.SSLWantWriteError: selectors.EVENT_WRITE}
 
 
 # --- OPTIONS, and pages of other origins (CORS) ---

@@ -195,7 +195,9 @@ def test_an_embedding_program_needs_the_wing_of_requests_alone(alone: Path) -> N
     assert "Traceback" not in done.stderr  # a cancel is logged there if the job had begun
 
 
-@pytest.mark.parametrize("setting", [("--cors-origins", "https://app.example"), ("--secrets", "HOME")])
+@pytest.mark.parametrize(
+    "setting", [("--cors-origins", "https://app.example"), ("--secrets", "HOME"), ("--tls-cert", "a.pem")]
+)
 def test_a_setting_without_its_wing_is_one_sentence(alone: Path, setting: tuple[str, str]) -> None:
     command = [sys.executable, "astera_lite.py", "--port", "0", *setting]
     done = subprocess.run(command, cwd=alone, capture_output=True, text=True, timeout=60)
