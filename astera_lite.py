@@ -918,9 +918,9 @@ class Settings(NamedTuple):
     port: int = _setting("int", 9261, "port to listen on; 0 picks a free one", 0, 65535)
     flows: str = _setting("folder", "flows", "folder of flow files")
     database: str = _setting("file", "astera_lite.db", "path of the SQLite database, or postgresql://USER@HOST/NAME")
-    node: str | None = _setting("text", None, "name of this server among those on one database; default: its host's")
+    node: str | None = _setting("text", None, "name of this server among those of one database, if not its host name")
     lease: float = _setting(
-        "duration", 15.0, "time without a sign of a server after which others take its jobs, on PostgreSQL", 2
+        "duration", 15.0, "time after which other servers take over the jobs of a silent server, on PostgreSQL", 2
     )
     data: str = _setting("folder", "data", "folder that sql steps may reach")
     workers: int = _setting("int", 32, "threads that run jobs", 1, 1024)
@@ -928,8 +928,8 @@ class Settings(NamedTuple):
     job_timeout: float = _setting("duration", 3600.0, "longest run of a job whose flow has no timeout", 0.001)
     sync_timeout: float = _setting("duration", 60.0, "longest synchronous run", 0.001)
     max_wait: float = _setting("duration", 60.0, "longest wait that a client may ask for (Prefer: wait=N)")
-    max_queue: int = _setting("int", 100_000, "accepted jobs not yet started; one more is refused (503)", 1)
-    max_connections: int = _setting("int", 1000, "open connections; one more replaces an idle one, or gets 503", 1)
+    max_queue: int = _setting("int", 100_000, "accepted jobs not yet started; a further job is refused (503)", 1)
+    max_connections: int = _setting("int", 1000, "open connections; a further one replaces an idle one, or gets 503", 1)
     max_header: int = _setting("size", 64 << 10, "longest header block of a request (431)", 1024)
     max_url: int = _setting("size", 16 << 10, "longest URL of a request (414)", 256)
     max_body: int = _setting("size", 10 << 20, "longest body of a request (413)")
@@ -938,7 +938,7 @@ class Settings(NamedTuple):
         "size", 50 << 20, "longest response that an http step reads; JSON takes up to twelve times the memory", 1024
     )
     request_timeout: float = _setting(
-        "duration", 30.0, "time to send a request (408); in the same time an answer is read at 64 KiB/s or more", 0.1
+        "duration", 30.0, "time to send a request (408), and in which a response is read at 64 KiB/s or more", 0.1
     )
     idle_timeout: float = _setting("duration", 60.0, "time that an idle connection is kept open", 0.1)
     shutdown_timeout: float = _setting("duration", 30.0, "time that running jobs have to end when the server stops")
@@ -953,7 +953,7 @@ class Settings(NamedTuple):
     callback_retries: tuple[float, ...] = _setting(
         "durations", (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0), "pauses between the attempts of a callback"
     )
-    public_url: str | None = _setting("url", None, "base of all URLs handed out, for a server behind a proxy")
+    public_url: str | None = _setting("url", None, "base of all URLs in responses, for a server behind a proxy")
     insecure_open: bool = _setting("bool", False, "allow listening beyond loopback, or a public_url, without a token")
     cors_origins: str | None = _setting("list", None, "origins of web pages that may call")
     env_allow: str = _setting("list", "ASTERA_FLOW_*", "environment variables that flows may read")

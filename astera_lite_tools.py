@@ -257,7 +257,7 @@ def _tokens_of(database: str) -> list[Token]:
 
 
 def try_flow(args: argparse.Namespace, settings: Settings) -> int:
-    """try: run one flow here, with a trace of its steps."""
+    """try: run one flow in the terminal, and show its steps."""
     set_up_logging(settings._replace(log_level="warning"))
     app = AsteraLite(settings)
     log.addFilter(app.outside.masked.log_record)
@@ -297,7 +297,7 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def test(args: argparse.Namespace, settings: Settings) -> int:
-    """test: run the tests that flow files carry."""
+    """test: run the tests in flow files."""
     set_up_logging(settings._replace(log="off"))
     app = AsteraLite(settings)
     faults = app.deployer.reload()
@@ -627,12 +627,12 @@ COMMANDS = {
     "check": Command(
         check,
         "validate flows and settings",
-        [_word("file", "[FILE …]", "flow files; all if none is named", nargs="*")],
+        [_word("file", "[FILE …]", "flow files; all if left out", nargs="*")],
         SETTING_FIELDS,
     ),
     "try": Command(
         try_flow,
-        "run one flow here, with a trace of its steps",
+        "run one flow in the terminal, and show its steps",
         [
             _word("name", "NAME", "name of the flow"),
             _word("values", "[key=value …]", "parameters; body=TEXT or body=@FILE", nargs="*", type=_pair),
@@ -641,7 +641,7 @@ COMMANDS = {
     ),
     "test": Command(
         test,
-        "run the tests that flow files carry",
+        "run the tests in flow files",
         [_word("names", "[NAME …]", "names of flows; all if none is named", nargs="*")],
         ("flows", "env_allow", "secrets", "max_result"),
     ),
@@ -654,7 +654,7 @@ COMMANDS = {
         "list the jobs in the database",
         [
             _word("--flow", "NAME", "only jobs of this flow"),
-            ("--status", {"choices": ["Running", "Completed", "Error"], "help": "only jobs of this status"}),
+            ("--status", {"choices": ["Running", "Completed", "Error"], "help": "only jobs with this status"}),
             _word("--limit", "N", "the latest N jobs (default: 50)", type=_positive, default=50),
             _JSON,
         ],
@@ -665,17 +665,17 @@ COMMANDS = {
         "show one job, its steps and its callback attempts",
         [
             _word("id", "ID", "id of the job"),
-            _switch("--result", "print its result to stdout, the rest to stderr"),
+            _switch("--result", "print the job's result to stdout, all else to stderr"),
             _JSON,
         ],
         ("database",),
     ),
     "token": Command(
         token,
-        "make a token that may call, list them, or revoke one",
+        "make a token, list all tokens, or revoke one",
         [
-            _word("name", "[NAME]", "name of its owner; without a name, all tokens are listed", nargs="?"),
-            _word("--flows", "a,b", "the flows that it may call; without this, all"),
+            _word("name", "[NAME]", "name of the owner; without a name, all tokens are listed", nargs="?"),
+            _word("--flows", "a,b", "flows that the token may call; all if left out"),
             ("--role", {"choices": ["user", "admin"], "help": "admin: sees and deploys everything (default: user)"}),
             _switch("--revoke", "make the token invalid"),
         ],
@@ -684,12 +684,12 @@ COMMANDS = {
     "backup": Command(
         backup,
         "copy the database, also while the server runs",
-        [_word("copy", "FILE", "path of the copy, where no file may be yet")],
+        [_word("copy", "FILE", "path of the copy; the file must not exist yet")],
         ("database",),
     ),
     "import": Command(
         late("astera_lite_postgres:import_command"),
-        "fill an empty PostgreSQL database with all that a SQLite database holds",
+        "copy a SQLite database into an empty PostgreSQL database",
         [_word("file", "FILE", "a backup, or the database of a server that was stopped")],
         ("database",),
     ),
@@ -723,7 +723,7 @@ def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="astera_lite",
         usage=f"{started_as} [COMMAND] [settings]",
-        description="Publish API flows over HTTP: call them synchronously, or as jobs to poll or be called back for.",
+        description="Serve flows as an HTTP API: call them synchronously, or submit jobs, and poll or be called back.",
         epilog=_EPILOG.replace(_SCRIPT, started_as),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -770,7 +770,7 @@ def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str], tak
         group.add_argument(flag, default=argparse.SUPPRESS, **more)
     if "token" in to_show:
         names = ", ".join(f"ASTERA_LITE_{name.upper()}" for name, item in SETTING_FIELDS.items() if item.secret)
-        group.description = f"Not as flags, which would show in `ps`: {names}."
+        group.description = f"Without a flag, which `ps` would show: {names}."
 
 
 def _check_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
