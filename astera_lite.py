@@ -5456,6 +5456,7 @@ class _Writer:
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()  # None: look at the rest
         self._kept: list[_Write] = []  # to be tried again
         self._unfolded = 0  # writes since the log was folded into the file
+        self._folder: threading.Thread | None = None
         self._slow_until = 0.0  # on the monotonic clock
         self._give_up_at = math.inf  # when a closing store stops trying, on the monotonic clock
         self._stopping = self._closed = False
@@ -5498,6 +5499,8 @@ class _Writer:
         if self._thread.is_alive():
             log.error("the database did not take the last writes within %s", show_duration(timeout_s))
             return False
+        if self._folder is not None and self._folder.is_alive():
+            self._folder.join(timeout_s)
         self.db.close()
         return True
 
@@ -5534,7 +5537,7 @@ class _Writer:
                 batch = [_Write(partial(_execute, _PROBE, (PIECE,)), self._probed)]
             try:
                 self._commit(batch)
-                self._fold()
+                self._fold_if_due()
             except Exception:  # none is foreseen, but all writes depend on this thread
                 log.exception("the store")
             if self._kept and time.monotonic() >= self._give_up_at:
@@ -5611,15 +5614,21 @@ class _Writer:
             self._file.fault = None
         return results
 
-    def _fold(self) -> None:
-        """Fold the log into the file now and then, so that it begins anew; cut one that a reader let grow too long."""
-        with contextlib.suppress(OSError, sqlite3.Error, _Moved):  # it is tried again
+    def _fold_if_due(self) -> None:
+        """Have the log folded into the file now and then, so that it begins anew, or cut if a reader let it grow."""
+        long = False
+        with contextlib.suppress(OSError):
             long = os.stat(f"{self._file.path}-wal").st_size > self._log_bytes * 5 // 4
-            if not long and self._unfolded < _FOLD_AFTER:
-                return
+        if (long or self._unfolded >= _FOLD_AFTER) and (self._folder is None or not self._folder.is_alive()):
             self._unfolded = 0
+            self._folder = threading.Thread(target=self._fold, args=[long], name="astera-fold", daemon=True)
+            with contextlib.suppress(RuntimeError):  # no thread can be had
+                self._folder.start()
+
+    def _fold(self, long: bool) -> None:
+        """On a thread of its own: most is folded beside the commits; they wait for the rest, or it would never end."""
+        with contextlib.suppress(sqlite3.Error, _Moved):  # it is tried again
             self._file.check()
-            # Most of it is folded beside the commits; they wait for the rest, or the log would never begin anew.
             name = f"file:{urllib.parse.quote(self._file.path)}?mode=rw"  # never makes a file
             with contextlib.closing(sqlite3.connect(name, uri=True, isolation_level=None)) as beside:
                 beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
