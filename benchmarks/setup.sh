@@ -11,7 +11,8 @@ mkdir -p "$there/nodered"
 
 # The peers that the table compares, each with the extras that its own documentation recommends for speed.
 packages=(fastapi==0.165.0 starlette==1.10.0 pydantic==2.14.3 uvicorn==0.54.0 uvloop==0.23.0 httptools==0.9.0
-    aiosqlite==0.22.1 flask==3.1.3 gunicorn==27.0.1 huey==3.5.4)
+    aiosqlite==0.22.1 flask==3.1.3 gunicorn==27.0.1 huey==3.5.4
+    "psycopg[binary,pool]==3.3.9" procrastinate==3.10.0 dbos==3.4.0)
 nodered=node-red@4.1.15
 
 stamp() { # stamp FILE WORDS...: true if FILE does not hold just these words
