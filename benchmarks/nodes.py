@@ -76,6 +76,7 @@ RIVALS = {
     ),
     "dbos": Rival("FastAPI + DBOS", (("fastapi_dbos.py",),)),
 }
+COUNTS = (0, 1, 2, 3)  # of nodes; 0: one on SQLite
 MODES = {"submit": "accepts/s", "completed": "completed/s", "cycle": "cycles/s"}
 
 
@@ -243,7 +244,7 @@ def drive(cluster: Cluster, servers: list[Server], count: int, seconds: float) -
 
 @contextlib.contextmanager
 def waiting(url: str, count: int, workers: int, delay_s: float) -> Iterator[list[Server]]:
-    """So many nodes on one database, whose flow `wait` calls an API that takes so long."""
+    """So many nodes on one database (0: one on SQLite), whose flow `wait` calls an API that takes so long."""
     with contextlib.ExitStack() as stack:
         api = stack.enter_context(Peer(delay_s, keep=False))
         flows = stack.enter_context(temporary())
@@ -254,27 +255,26 @@ def waiting(url: str, count: int, workers: int, delay_s: float) -> Iterator[list
             "response": {"body": "${told.body}"},
         }
         (flows / "wait.json").write_text(json.dumps(flow))
-        settings = ("--database", url, "--workers", str(workers))
-        yield [
-            stack.enter_context(ours(*settings, "--node", f"node{number}", flows=flows))
-            for number in range(1, count + 1)
-        ]
+        common = ("--workers", str(workers))
+        each = [(*common, "--database", url, "--node", f"node{number}") for number in range(count)] or [common]
+        yield [stack.enter_context(ours(*settings, flows=flows)) for settings in each]
 
 
 def scale(cluster: Cluster, args: argparse.Namespace) -> None:
     rounds: list[dict[int, Figures]] = []
     for number in range(args.rounds):
         rounds.append({})
-        for count in ((1, 2, 3), (2, 3, 1), (3, 1, 2))[number % 3]:
+        for turn in range(len(COUNTS)):
+            count = COUNTS[(turn + number) % len(COUNTS)]
             with database(cluster) as url, waiting(url, count, args.workers, 0.2) as servers:
-                rounds[-1][count] = drive(cluster, servers, 2 * args.workers * count, args.seconds)
-    ratios = {count: spread([each[count]["rate"] / each[1]["rate"] for each in rounds]) for count in (1, 2, 3)}
+                rounds[-1][count] = drive(cluster, servers, 2 * args.workers * len(servers), args.seconds)
+    ratios = {count: spread([each[count]["rate"] / each[1]["rate"] for each in rounds]) for count in COUNTS}
     rows = []
-    for count in (1, 2, 3):
+    for count in COUNTS:
         middle = {name: statistics.median(each[count][name] for each in rounds) for name in rounds[0][count]}
         cells = [f"{middle[name]:,.0f}" for name in ("rate", "p50", "p99", "nodes_us", "postgres_us")]
         cores = " + ".join(f"{middle[f'{name}_cores']:.2f}" for name in ("nodes", "postgres", "client"))
-        rows.append((count, f"{cells[0]}, ×{ratios[count]}", *cells[1:], cores))
+        rows.append((count or "SQLite", f"{cells[0]}, ×{ratios[count]}", *cells[1:], cores))
     print(f"{args.workers} workers a node, so at most {args.workers / 0.2:.0f} jobs/s each; twice as many clients.\n")
     head = ("nodes", "jobs/s, to one", "p50 ms", "p99 ms", "µs of nodes a job", "µs of PostgreSQL a job")
     print(table(rows, (*head, "cores: nodes + PostgreSQL + clients and API")))
@@ -307,25 +307,35 @@ def idle(cluster: Cluster, args: argparse.Namespace) -> None:
 
 
 def held(cluster: Cluster, args: argparse.Namespace) -> None:
+    dying = (  # one transaction
+        "CREATE TEMPORARY TABLE oldest AS SELECT * FROM jobs ORDER BY seq LIMIT 1;"
+        " UPDATE oldest SET status = 'Running', owner = NULL, due = NULL;"
+        " INSERT INTO jobs SELECT (jsonb_populate_record(o, jsonb_build_object('seq', seq - (n << 12)))).*"
+        f" FROM oldest o, generate_series(1, {args.dead}) n; DELETE FROM jobs WHERE seq < (SELECT seq FROM oldest)"
+    )
     rows = []
     for label in ("nothing else", "a transaction held open"):
         with contextlib.ExitStack() as stack:
             url = stack.enter_context(database(cluster))
+            name = url.rpartition("/")[2]
             servers = stack.enter_context(waiting(url, 1, args.workers, 0.01))
+            servers[0].finished_job("/api/publishingAsync/wait")
             if label != "nothing else":
                 other = stack.enter_context(psycopg.connect(url))
                 other.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
                 other.execute("SELECT count(*) FROM jobs")
-            parts = [drive(cluster, servers, 4 * args.workers, args.held / 10 - 1) for _ in range(10)]
+            parts = [drive(cluster, servers, 4 * args.workers, args.held / 10 - 1)]
+            cluster.query(dying, database=name)
+            parts += [drive(cluster, servers, 4 * args.workers, args.held / 10 - 1) for _ in range(9)]
             time.sleep(2)  # until PostgreSQL has counted
-            counted = "SELECT sum(n_dead_tup) FROM pg_stat_user_tables"
-            dead = cluster.query(counted, database=url.rpartition("/")[2])[0][0]
-        for when, part in (("first", parts[0]), ("last", parts[-1])):
+            dead = cluster.query("SELECT sum(n_dead_tup) FROM pg_stat_user_tables", database=name)[0][0]
+        for when, part in (("before the dead rows", parts[0]), ("after them", parts[1]), ("at the end", parts[-1])):
             cells = [f"{part[name]:,.0f}" for name in ("rate", "p99", "nodes_us", "postgres_us")]
-            rows.append((f"{label}, {when} tenth", *cells, f"{dead:,}" if when == "last" else ""))
-    head = ("beside", "jobs/s", "p99 ms", "µs of the node a job", "µs of PostgreSQL a job", "dead rows")
-    print(f"{args.held:.0f} s each, {args.workers} workers, four times as many clients, API of 10 ms.\n")
-    print(table(rows, head))
+            rows.append((f"{label}, {when}", *cells))
+        print(f"{label}: {dead:,} dead rows at the end", file=sys.stderr)
+    print(f"{args.held:.0f} s each, {args.workers} workers, four times as many clients, API of 10 ms;")
+    print(f"after a tenth of the time {args.dead:,} jobs that are free become dead rows, before all others.\n")
+    print(table(rows, ("beside", "jobs/s", "p99 ms", "µs of the node a job", "µs of PostgreSQL a job")))
 
 
 FIGURES = {"accepts": accepts, "scale": scale, "idle": idle, "held": held}
@@ -337,9 +347,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of a second each, to see that it works")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5, help="for each figure (default: 5)")
-    parser.add_argument("--workers", type=int, default=16, help="of a node, in scale and held (default: 16)")
+    parser.add_argument("--workers", type=int, default=8, help="of a node, in scale and held (default: 8)")
     parser.add_argument("--quiet", type=float, default=30, help="seconds of idle (default: 30)")
     parser.add_argument("--held", type=float, default=300, help="seconds of held, twice (default: 300)")
+    parser.add_argument("--dead", type=int, default=100_000, help="dead rows of held (default: 100,000)")
     args = parser.parse_args()
     if args.quick:
         args.rounds, args.seconds, args.quiet, args.held = 1, 1.0, 10.0, 20.0
