@@ -3040,7 +3040,9 @@ class _Signal(Exception):
     """Ends a run. It is no failure of a step: nothing tries again, and `onError` does not catch it."""
 
 
-class _Answered(_Signal):
+class Answered(_Signal):
+    """A `respond` step answers with this."""
+
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
 
@@ -3346,8 +3348,8 @@ def run_flow(run: Run) -> Outcome | Suspended:
         value = run_steps(flow.steps, run, scope, "")
         if flow.steps:
             run.progress = Progress(None, len(flow.steps), len(flow.steps))
-        return Outcome(_respond(flow, run, scope, value, ""))
-    except _Answered as answered:
+        return Outcome(response_of(flow, run, scope, value, ""))
+    except Answered as answered:
         return Outcome(answered.answer)
     except _Suspend as suspend:
         return Suspended(suspend.until)
@@ -3446,7 +3448,6 @@ def _outline(value: Any, masked: Callable[[str], str], depth: int = 3) -> Any:
     return value
 
 
-_MAX_FAILURE_BODY = 500  # bytes of what an API answered
 _MAX_FAILURE_MESSAGE = 2000  # characters
 _MAX_TRACE = 500  # lines, above which steps inside steps are left out
 _MAX_DETAILED_TRACE = 100  # lines, above which failures of steps inside steps are cut short
@@ -3474,8 +3475,8 @@ class _StepRun:
             if began_key not in run.journal.saved and run.trace is not None:
                 run.journal.record(began_key, self.began)
             raise
-        except (_Answered, Cancelled) as signal:
-            self.note("answered" if isinstance(signal, _Answered) else "cancelled")
+        except (Answered, Cancelled) as signal:
+            self.note("answered" if isinstance(signal, Answered) else "cancelled")
             raise
         except Exception as error:
             if not self.failures or isinstance(error, _Signal):
@@ -3544,43 +3545,25 @@ class _StepRun:
         return failure
 
     def _add_failure(self, error: BaseException, attempt: int) -> dict[str, Any]:
-        """Why the step failed, for its author: what, in which attempt, and where in the flow file.
+        """Why the step failed, for its author: what, in which attempt, and where.
 
         The failure of a step inside it stands for the step around it.
         """
-        run, place = self.run, self.step.place
-        failure = _known_failure(error) if self.step.traits.nests else None
+        run, step = self.run, self.step
+        failure = _known_failure(error) if step.traits.nests else None
         if failure is None:
-            masked, folder, source = run.outside.masked, run.outside.folder, run.flow.source
             kind, message = _kind_and_message(error)
-            path = os.path.join(folder, source) if folder else ""
-            more: dict[str, Any] = {}
-            if isinstance(error, StepError):
-                if error.answer is not None:
-                    head = masked(error.answer.body[: _MAX_FAILURE_BODY + masked.longest].decode("utf-8", "replace"))
-                    body = head.encode()[:_MAX_FAILURE_BODY].decode("utf-8", "ignore")
-                    more = {"status": error.answer.status, "body": body}
-                more |= {"source": error.source} if error.source else {}
-            elif isinstance(error, FlowFailure):
-                more = {"status": error.status}
-            elif kind == "expression" and message.startswith(
-                place.rpartition("/")[0] + "/"
-            ):  # else of connections.json
-                place, _, message = message.partition(": ")
-            elif kind == "error" and self.step.traits.code:
-                more = {"source": optional("astera_lite_advice:source_of", error) or None}
-            line = optional("astera_lite_advice:line_of", path, place, run.flow.text)
             failure = {
-                "message": masked(message)[:_MAX_FAILURE_MESSAGE],
+                "message": run.outside.masked(message)[:_MAX_FAILURE_MESSAGE],
                 "kind": kind,
                 "step": self.path,
-                "file": source,
-                "pointer": place,
-                "line": line or None,
+                "file": run.flow.source,
+                "pointer": step.place,
+                "line": None,
                 "attempt": attempt,
-                "attempts": self.step.retry.attempts,
-                **more,
+                "attempts": step.retry.attempts,
             }
+            optional("astera_lite_advice:explain", failure, error, run, step)
             error.failure = failure  # type: ignore[attr-defined]
         self.failures.append(failure)
         return failure
@@ -3621,7 +3604,7 @@ class _StepRun:
 # --- responses ------------------------------------------------------------------------------------------------------
 
 
-def _respond(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> Answer:
+def response_of(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> Answer:
     """The answer of the first response whose `when` holds; a flow without responses answers with `value`."""
     try:
         if not flow.responses:
@@ -4132,7 +4115,7 @@ def _make_set(build: Build, template: Template, place: str) -> Runner:
 
 def _make_respond(build: Build, response: Response, place: str) -> Runner:
     def respond(run: Run, scope: Scope, path: str) -> NoReturn:
-        raise _Answered(evaluate_response(response, run, scope))
+        raise Answered(evaluate_response(response, run, scope))
 
     return respond
 
@@ -4573,18 +4556,6 @@ def _make_choose(build: Build, branches: list[dict[str, Any]], place: str) -> Ru
     return choose
 
 
-def answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
-    """What a called flow answers; its `fail` is a failure of the step that calls it."""
-    scope = run.scope()
-    try:
-        return _respond(flow, run, scope, run_steps(flow.steps, run, scope, prefix), prefix)
-    except _Answered as answered:
-        return answered.answer
-    except FlowFailure as failed:
-        answer = Fetched(failed.status, list(failed.headers), b"")
-        raise StepError(failed.status, failed.detail, failed.detail, {"fail"}, answer) from None
-
-
 _WAIT = Either(Computed(Duration()), Table({"until": Computed(_TIME, required=True)}))
 _WAYS = ListOf(Table({"when": Condition(), **BRANCH}), least=1)
 #: Every kind of step. To add one: its members, a function that makes the runner of what they compile to, and a row.
@@ -4789,12 +4760,8 @@ def _parse_resource(path: Any) -> str:
         if segment in (".", ".."):
             raise ValueError("must not have . or .. as a segment: clients take them away")
         if not (_SEGMENT.fullmatch(segment) or _PARAMETER_SEGMENT.fullmatch(segment)):
-            cure = "percent-encode the rest"
-            if "?" in segment:
-                cure = "query parameters stand under parameters, not in the path"
-            elif "{" in segment or "}" in segment:
-                cure = "a parameter is a whole segment in braces, such as /x/{id}"
-            raise ValueError(f"{shown(segment)} is neither a plain path segment nor a {{parameter}}: {cure}")
+            cure = optional("astera_lite_advice:on_segment", segment)
+            raise ValueError(f"{shown(segment)} is neither a plain path segment nor a {{parameter}}{cure}")
     return path
 
 
@@ -5077,26 +5044,8 @@ def _disagreeing(flows: Mapping[str, Flow]) -> Iterator[tuple[Flow, str, str]]:
         if other is not flow:
             message = f'{flow.method} {flow.resource} is claimed by "{other.name}" ({other.source}) too: change one'
             yield flow, "/request/resource", message
-    for flow in flows.values():
-        for name, place in flow.calls:
-            if name not in flows:
-                yield flow, place, f'there is no flow "{name}"{suggest(name, flows)}'
-            elif way := _way(flows, name, flow.name):
-                circle = " calls ".join(f'"{each}"' for each in [flow.name, *way])
-                yield flow, place, f"it would never end: {circle}"
-
-
-def _way(flows: Mapping[str, Flow], start: str, end: str) -> list[str]:
-    """The names by which `start` comes to call `end`, both included; empty if it does not."""
-    ways, seen = [[start]], {start}
-    while ways:
-        way = ways.pop()
-        if way[-1] == end:
-            return way
-        called = {name for name, _ in flows[way[-1]].calls if name in flows} - seen
-        seen |= called
-        ways += [[*way, name] for name in sorted(called)]
-    return []
+    if any(flow.calls for flow in flows.values()):
+        yield from wing("astera_lite_steps:faulty_calls")(flows)
 
 
 def path_values(flow: Flow, path: str) -> dict[str, str]:

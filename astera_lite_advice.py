@@ -15,7 +15,18 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from astera_lite import QUOTED, WINGS, from_json, is_flow_file, pointer, read_text
+from astera_lite import (
+    QUOTED,
+    WINGS,
+    FlowFailure,
+    Run,
+    Step,
+    StepError,
+    from_json,
+    is_flow_file,
+    pointer,
+    read_text,
+)
 
 # --- expressions: what other languages have, and what to write instead ---
 
@@ -132,6 +143,14 @@ def on_member(name: str) -> str:
     return others.get(name, "")
 
 
+def on_segment(segment: str) -> str:
+    """What is wrong with a segment of a flow's resource."""
+    if "?" in segment:
+        return ": query parameters stand under parameters, not in the path"
+    braces = "{" in segment or "}" in segment
+    return ": a parameter is a whole segment in braces, such as /x/{id}" if braces else ": percent-encode the rest"
+
+
 def on_body(body: bytes) -> str:
     """What a shell may have done to JSON on a command line."""
     if body[:1] == b"'":
@@ -157,7 +176,30 @@ def on_stray(folder: str | os.PathLike[str], name: str) -> str:
     return f"is not read: {cure}, not {suffix[0]}" if suffix else ""
 
 
-# --- where it is ---
+# --- failures: where it is ---
+
+_MAX_BODY = 500  # bytes of what an API answered
+
+
+def explain(failure: dict[str, Any], error: BaseException, run: Run, step: Step) -> None:
+    """Add to a failure of a step what its author wants to know of it beside its message."""
+    outside, kind = run.outside, failure["kind"]
+    if isinstance(error, StepError):
+        if error.answer is not None:
+            masked = outside.masked
+            head = masked(error.answer.body[: _MAX_BODY + masked.longest].decode("utf-8", "replace"))
+            failure["status"] = error.answer.status
+            failure["body"] = head.encode()[:_MAX_BODY].decode("utf-8", "ignore")
+        if error.source:
+            failure["source"] = error.source
+    elif isinstance(error, FlowFailure):
+        failure["status"] = error.status
+    elif kind == "error" and step.traits.code:
+        failure["source"] = source_of(error)
+    elif kind == "expression" and failure["message"].startswith(step.place.rpartition("/")[0] + "/"):
+        failure["pointer"], _, failure["message"] = failure["message"].partition(": ")  # else of connections.json
+    path = os.path.join(outside.folder, failure["file"]) if outside.folder else ""
+    failure["line"] = line_of(path, failure["pointer"], run.flow.text)
 
 
 def source_of(error: BaseException) -> dict[str, Any] | None:

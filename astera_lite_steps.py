@@ -12,7 +12,7 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from astera_lite import (
     BRANCH,
     FLOW_NAME,
     INT64,
+    Answer,
+    Answered,
     Build,
     Cancel,
     Cancelled,
@@ -28,6 +30,7 @@ from astera_lite import (
     Fetched,
     Flag,
     Flow,
+    FlowFailure,
     InputError,
     ListOf,
     MapOf,
@@ -46,7 +49,6 @@ from astera_lite import (
     Template,
     Text,
     Value,
-    answer_of,
     as_text,
     evaluated,
     joined_headers,
@@ -57,7 +59,9 @@ from astera_lite import (
     pointer,
     read_answer,
     request_for,
+    response_of,
     run_flow,
+    run_steps,
     shown,
     steps_runner,
     suggest,
@@ -172,6 +176,18 @@ def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
     return call
 
 
+def answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
+    """What a called flow answers; its `fail` is a failure of the step that calls it."""
+    scope = run.scope()
+    try:
+        return response_of(flow, run, scope, run_steps(flow.steps, run, scope, prefix), prefix)
+    except Answered as answered:
+        return answered.answer
+    except FlowFailure as failed:
+        answer = Fetched(failed.status, list(failed.headers), b"")
+        raise StepError(failed.status, failed.detail, failed.detail, {"fail"}, answer) from None
+
+
 CALL = Table(
     {
         "flow": Text("the name of a flow", FLOW_NAME.pattern, required=True),
@@ -181,6 +197,30 @@ CALL = Table(
     _make_call,
     short="flow",
 )
+
+
+def faulty_calls(flows: Mapping[str, Flow]) -> Iterator[tuple[Flow, str, str]]:
+    """Flows whose calls lead nowhere or never end: the flow, the place in it, and the fault."""
+    for flow in flows.values():
+        for name, place in flow.calls:
+            if name not in flows:
+                yield flow, place, f'there is no flow "{name}"{suggest(name, flows)}'
+            elif way := _way(flows, name, flow.name):
+                circle = " calls ".join(f'"{each}"' for each in [flow.name, *way])
+                yield flow, place, f"it would never end: {circle}"
+
+
+def _way(flows: Mapping[str, Flow], start: str, end: str) -> list[str]:
+    """The names by which `start` comes to call `end`, both included; empty if it does not."""
+    ways, seen = [[start]], {start}
+    while ways:
+        way = ways.pop()
+        if way[-1] == end:
+            return way
+        called = {name for name, _ in flows[way[-1]].calls if name in flows} - seen
+        seen |= called
+        ways += [[*way, name] for name in sorted(called)]
+    return []
 
 
 # A statement's parts in which a mark is no parameter, and the marks of parameters (SQLite, "lang_expr").
