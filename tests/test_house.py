@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,44 @@ def test_two_files_are_a_server(alone: Path, sink: Sink) -> None:
             f"{url}/api/publishingAsync/orders", json={}, headers={"If-Match": '"1"'}, timeout=10
         )
         assert (guarded.status_code, guarded.json()["detail"]) == (501, NO_ADMIN)
+
+
+def test_two_files_run_what_most_flows_are_made_of(alone: Path, sink: Sink) -> None:
+    """Parameters, a body, http with retry, wait, onError, choose, set, respond, fail."""
+    body = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string", "maxLength": 5}}}
+    ways = [
+        {
+            "when": "${params.way == 'respond'}",
+            "steps": [{"name": "r", "respond": {"status": 201, "body": ["${sent.status}", "${bad}", "${params.n}"]}}],
+        },
+        {"when": "${params.way == 'fail'}", "steps": [{"name": "f", "fail": {"status": 422, "message": "no"}}]},
+        {"steps": [{"name": "t", "set": "${params.n * 2}"}]},
+    ]
+    steps = [
+        {
+            "name": "sent",
+            "http": {"method": "POST", "url": f"{sink.url}/api", "json": {"name": "${request.body.name}"}},
+            "retry": {"attempts": 2, "delay": "10ms", "on": [503]},
+        },
+        {"name": "pause", "wait": 0.01},
+        {"name": "bad", "http": {"url": "http://127.0.0.1:1/"}, "onError": "${error.kind}"},
+        {"name": "way", "choose": ways},
+    ]
+    parameters = {"way": {"in": "path"}, "n": {"in": "query", "type": "integer", "default": 2, "maximum": 9}}
+    request = {"method": "POST", "parameters": parameters, "body": body}
+    flow = get_flow("/all/{way}", request=request, steps=steps, response={"body": "${way}"})
+    (alone / "flows" / "all.json").write_text(astera_lite.to_json(flow))
+    sink.answers.append(503)
+    with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, _):
+        post = partial(Api(url).session.post, timeout=20)
+        found = [
+            post(f"{url}/api/publishing/all/{way}", json={"name": "Ada"}) for way in ("respond", "fail", "else?n=4")
+        ]
+        assert [(each.status_code, each.json()) for each in found[::2]] == [(201, [204, "transport", 2]), (200, 8)]
+        assert (found[1].status_code, found[1].json()["detail"]) == (422, "no")
+        assert [sink.next()[1] for _ in range(4)] == [{"name": "Ada"}] * 4
+        refused = post(f"{url}/api/publishing/all/else?n=10", json={"name": "Ada Lovelace"})
+        assert [error["name"] for error in refused.json()["errors"]] == ["n", "/name"]
 
 
 EMBEDDING = """
