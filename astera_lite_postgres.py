@@ -15,6 +15,7 @@ import importlib
 import json
 import math
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -101,54 +102,74 @@ _FREE = "status = 'Running' AND owner IS NULL AND due IS"
 _IN_PIECES = "(SELECT string_agg(data, '' ORDER BY n) FROM pieces WHERE job = seq AND part = '{}')"
 
 
-def _rows(columns: str) -> str:
-    """Rows of values, which are given column by column: `name type, …`."""
-    parts = [part.split() for part in columns.split(", ")]
-    return f"unnest({', '.join(f'%s::{kind}[]' for _, kind in parts)}) AS v ({', '.join(name for name, _ in parts)})"
-
-
-_RUN = "seq bigint, owner bigint, attempt int"
-_HELD = "j.seq = v.seq AND j.owner = v.owner AND j.status = 'Running'"
+#: Only the primary key can find these rows. Where the planner may choose, it takes a plan for few jobs, and keeps it.
+_HELD = "j.seq = ANY(%s) AND j.seq = v.seq AND j.owner + 0 = v.owner AND j.status || '' = 'Running'"
 _FENCE = f"{_HELD} AND j.attempt IN (v.attempt - 1, v.attempt)"  # of an attempt, recorded or about to be
-_JOB_VALUES = (
-    "seq bigint, salt bigint, flow text, version bigint, created bigint, token text, base text, idempotency_key text,"
-    " fingerprint bytea, callback_url text, request text, request_body bytea"
-)
-_END_VALUES = (
+_TYPE = r" \w+(?=,|$)"  # in a list of columns with their types
+_RUN = "seq bigint, owner bigint, attempt int"
+_END = (
     "status text, attempt int, started bigint, finished bigint, expires bigint, code int, size bigint, headers text,"
     " error text, trace text, result bytea"
 )
-_ADDED = f"{_JOB_VALUES}, {_END_VALUES}, owner bigint"
-#: Writes of runs are grouped, each kind by one statement. It returns the `seq` of the jobs that it changed.
-_GROUPS = {
-    "add": f"INSERT INTO jobs ({', '.join(part.split()[0] for part in _ADDED.split(', '))})"
-    f" SELECT * FROM {_rows(_ADDED)}"
-    " ON CONFLICT (flow, token, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING RETURNING seq",
-    "start": "UPDATE jobs j SET attempt = v.attempt, started = v.started, due = NULL"
-    f" FROM {_rows(f'{_RUN}, started bigint')} WHERE {_FENCE} RETURNING j.seq",
-    "save": "INSERT INTO steps (job, path, output) SELECT v.seq, v.path, v.output"
-    f" FROM {_rows(f'{_RUN}, path text, output text')} JOIN jobs j ON {_HELD} AND j.attempt = v.attempt FOR SHARE OF j"
-    " ON CONFLICT (job, path) DO UPDATE SET until = NULL, output = excluded.output RETURNING job",
-    "suspend": "WITH waiting AS (UPDATE jobs j SET attempt = v.attempt, started = v.started, due = v.due,"
-    " trace = v.trace, owner = CASE WHEN v.free THEN NULL ELSE v.owner END"
-    f" FROM {_rows(f'{_RUN}, started bigint, due bigint, trace text, free bool, path text, until bigint')}"
-    f" WHERE {_FENCE} RETURNING j.seq, v.path, v.until)"
-    " INSERT INTO steps (job, path, until) SELECT seq, path, until FROM waiting"
-    " ON CONFLICT (job, path) DO UPDATE SET until = excluded.until, output = NULL RETURNING job",
-    "requeue": "UPDATE jobs j SET attempt = v.attempt - 1, owner = NULL"
-    f" FROM {_rows(_RUN)} WHERE {_FENCE} RETURNING j.seq",
-    "finish": "WITH ended AS (UPDATE jobs j SET status = v.status, attempt = v.attempt, started = v.started,"
-    " due = NULL, finished = v.finished, expires = v.expires, code = v.code, size = v.size,"
-    " headers = v.headers, error = v.error, trace = v.trace, result = v.result, owner = NULL, cancel = false"
-    f" FROM {_rows(f'seq bigint, owner bigint, fenced bool, {_END_VALUES}')}"
-    f" WHERE {_HELD} AND (NOT v.fenced OR j.attempt IN (v.attempt - 1, v.attempt)) RETURNING j.seq),"
-    " gone AS (DELETE FROM steps USING ended WHERE job = seq) SELECT seq FROM ended",
-}
-_INSERT_PIECES = f"INSERT INTO pieces SELECT * FROM {_rows('job bigint, part text, attempt int, n int, data bytea')}"
-_OWE = (
-    "INSERT INTO callbacks (job, receiver, state, next, body) SELECT job, receiver, 'pending', next, body"
-    f" FROM {_rows('job bigint, receiver text, next bigint, body text')}"
+_ADDED = (
+    "seq bigint, salt bigint, flow text, version bigint, created bigint, token text, base text, idempotency_key text,"
+    f" fingerprint bytea, callback_url text, request text, request_body bytea, {_END}, owner bigint"
 )
+#: Writes are grouped, each kind by one statement about rows `v`, which go as JSON: any other way costs the driver four
+#: times as much. By kind: the columns of `v`, and the statement, which returns the `seq` of the jobs that it changed.
+_GROUPS = {
+    "add": (
+        _ADDED,
+        f"INSERT INTO jobs ({re.sub(_TYPE, '', _ADDED)}) SELECT * FROM v"
+        " ON CONFLICT (flow, token, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING RETURNING seq",
+    ),
+    "start": (
+        f"{_RUN}, started bigint",
+        f"UPDATE jobs j SET attempt = v.attempt, started = v.started, due = NULL FROM v WHERE {_FENCE} RETURNING j.seq",
+    ),
+    "save": (
+        f"{_RUN}, path text, output text",
+        f"INSERT INTO steps (job, path, output) SELECT v.seq, path, output FROM v JOIN jobs j ON {_HELD}"
+        " AND j.attempt = v.attempt FOR SHARE OF j"
+        " ON CONFLICT (job, path) DO UPDATE SET until = NULL, output = excluded.output RETURNING job",
+    ),
+    "suspend": (
+        f"{_RUN}, started bigint, due bigint, trace text, free bool, path text, until bigint",
+        "WITH waiting AS (UPDATE jobs j SET attempt = v.attempt, started = v.started, due = v.due, trace = v.trace,"
+        f" owner = CASE WHEN free THEN NULL ELSE v.owner END FROM v WHERE {_FENCE} RETURNING j.seq, path, until)"
+        " INSERT INTO steps (job, path, until) SELECT seq, path, until FROM waiting"
+        " ON CONFLICT (job, path) DO UPDATE SET until = excluded.until, output = NULL RETURNING job",
+    ),
+    "requeue": (_RUN, f"UPDATE jobs j SET attempt = v.attempt - 1, owner = NULL FROM v WHERE {_FENCE} RETURNING j.seq"),
+    "finish": (
+        f"seq bigint, owner bigint, fenced bool, {_END}",
+        "WITH ended AS (UPDATE jobs j SET status = v.status, attempt = v.attempt, started = v.started, due = NULL,"
+        " finished = v.finished, expires = v.expires, code = v.code, size = v.size, headers = v.headers,"
+        " error = v.error, trace = v.trace, result = v.result, owner = NULL, cancel = false"
+        f" FROM v WHERE {_HELD} AND (NOT fenced OR j.attempt IN (v.attempt - 1, v.attempt)) RETURNING j.seq),"
+        " gone AS (DELETE FROM steps USING ended WHERE job = seq) SELECT seq FROM ended",
+    ),
+    "finished": (
+        "seq bigint, attempt int, finished bigint",
+        "SELECT j.seq FROM v JOIN jobs j ON j.seq = v.seq AND j.attempt = v.attempt AND j.finished = v.finished"
+        " WHERE j.seq = ANY(%s) AND j.status <> 'Running'",
+    ),
+    "text": (
+        "version bigint, name text, text text",
+        "INSERT INTO flows (version, name, text) SELECT * FROM v ON CONFLICT (version) DO UPDATE SET used = now()",
+    ),
+    "owe": (
+        "job bigint, receiver text, next bigint, body text",
+        "INSERT INTO callbacks (job, receiver, state, next, body) SELECT job, receiver, 'pending', next, body FROM v",
+    ),
+}
+_STATEMENTS = {
+    kind: (
+        re.sub(_TYPE, "", columns).split(", "),
+        sql.replace("FROM v", f"FROM json_to_recordset(%s) v ({columns})"),
+    )
+    for kind, (columns, sql) in _GROUPS.items()
+}
 #: Faults of the database, or of the way to it, by the beginning of SQLSTATE: the write is good, and is tried again.
 _PASSING = {
     "25006": "the database is read-only: it may be a standby; name the primary, or all hosts",
@@ -239,7 +260,9 @@ class _Address:
         )
         sync = "off" if durability != "full" else "on"
         self._set = (
-            "SET client_min_messages = warning; SET idle_in_transaction_session_timeout = '10s'; SET jit = off;"
+            "SET idle_in_transaction_session_timeout = '10s';"
+            # rows are found by indexes: a plan made when a table was small must not go through it when it is large
+            " SET enable_seqscan = off; SET enable_mergejoin = off; SET jit = off;"
             f" SELECT set_config('synchronous_commit', '{sync}', false)"
             f" WHERE '{sync}' = 'off' OR current_setting('synchronous_commit') IN ('off', 'local')"
         )
@@ -770,7 +793,7 @@ class PostgresStore(PostgresReader):
         if first.kind == "add":
             return self._make_add(db, group)
         rows = [(write.seq, self._mine.get(write.seq, self._start), *write.values) for write in group]
-        cursor = _many(db, _GROUPS[first.kind], rows)
+        cursor = _many(db, first.kind, rows)
         if first.kind == "finish" and any(write.is_again or write.pieces or write.about.callback for write in group):
             changed = self._complete(db, group, {seq for (seq,) in cursor})
             return lambda: [write.seq in changed for write in group]
@@ -786,11 +809,7 @@ class PostgresStore(PostgresReader):
             if write.is_again and write.seq not in changed
         ]
         if again:  # the connection was lost when they were committed
-            sql = (
-                f"SELECT j.seq FROM {_rows('seq bigint, attempt int, finished bigint')} JOIN jobs j"
-                " ON j.seq = v.seq AND j.attempt = v.attempt AND j.finished = v.finished AND j.status <> 'Running'"
-            )
-            changed |= {seq for (seq,) in _many(db, sql, again)}
+            changed |= {seq for (seq,) in _many(db, "finished", again)}
         return changed
 
     def _make_add(self, db: Any, group: list[_Write]) -> Callable[[], list[Any]]:
@@ -801,10 +820,7 @@ class PostgresStore(PostgresReader):
             if self._used.get(write.about.job.version, -math.inf) < now - _USED_S
         }
         if unmarked:
-            sql = (
-                f"INSERT INTO flows (version, name, text) SELECT * FROM {_rows('version bigint, name text, text text')}"
-            )
-            _many(db, f"{sql} ON CONFLICT (version) DO UPDATE SET used = now()", sorted(unmarked.values()))
+            _many(db, "text", sorted(unmarked.values()))
         answers: dict[int, Added | AsteraError] = {}
         plain = [write for write in group if write.about.limit is None]
         if plain:
@@ -1103,9 +1119,19 @@ _CLAIM = (
 )
 
 
-def _many(db: Any, sql: str, rows: Sequence[_ROW]) -> Any:
-    """Execute a statement that takes rows column by column."""
-    return db.execute(sql, [list(column) for column in zip(*rows, strict=True)])
+def _many(db: Any, kind: str, rows: Sequence[_ROW]) -> Any:
+    """Execute the statement of a kind about all rows."""
+    names, sql = _STATEMENTS[kind]
+    values = [
+        {
+            name: value if value.__class__ is not bytes else f"\\x{value.hex()}"
+            for name, value in zip(names, row, strict=True)
+            if value is not None
+        }
+        for row in rows
+    ]
+    given = [to_json(values), f"{{{','.join(str(row[0]) for row in rows)}}}"]
+    return db.execute(sql, given[: sql.count("%s")])
 
 
 def _changed(group: list[_Write], cursor: Any) -> list[bool]:
@@ -1116,22 +1142,20 @@ def _changed(group: list[_Write], cursor: Any) -> list[bool]:
 
 def _insert(db: Any, writes: Sequence[_Write], owner: int) -> Any:
     rows = [(*write.values, owner if write.about.owned and write.about.ended is None else None) for write in writes]
-    return _many(db, _GROUPS["add"], rows)
+    return _many(db, "add", rows)
 
 
 def _store_belongings(db: Any, writes: Iterable[_Write]) -> None:
     """Store large bodies in pieces, and the callbacks that are owed."""
-    cells: list[_ROW] = []
     owed = []
     for write in writes:
-        cells += write.pieces
+        for piece in write.pieces:
+            db.execute("INSERT INTO pieces VALUES (%s, %s, %s, %s, %s)", piece)
         end = write.about.ended if write.kind == "add" else write.about
         if end is not None and end.callback is not None:
             owed.append((write.seq, end.callback[0], end.finished, end.callback[1]))
-    if cells:
-        _many(db, _INSERT_PIECES, cells)
     if owed:
-        _many(db, _OWE, owed)
+        _many(db, "owe", owed)
 
 
 def _find_key(flow: str, token: str, key: str, now: int, db: Any) -> tuple[Job, bytes] | None:
