@@ -6003,7 +6003,7 @@ class SqliteStore(SqliteReader):
 
     shared = False  # whether other servers may use the database; a read may then take milliseconds
     node, nodes = 0, 1  # the number of this server, and how many numbers there are
-    queued = 0  # jobs of all servers that were accepted and have not begun, as of the last second, if it is shared
+    queued = 0  # jobs that no server has in hand and that do not wait, as of the last second, if it is shared
 
     def __init__(
         self, path: str, durability: str = "full", max_bytes: int | None = None, page_size: int = 4 << 10
@@ -7040,7 +7040,7 @@ class Engine:
 
     def retry_after(self, flow: str) -> int:
         """Whole seconds, at least 1, after which a new job of this flow is likely to be finished."""
-        seconds = self._mean_s.get(flow, 0.5) * (1 + self.queue.queued / self.queue.workers)
+        seconds = self._mean_s.get(flow, 0.5) * (1 + (self.queue.queued + self._store.queued) / self.queue.workers)
         return 1 if seconds <= 1 else min(math.ceil(seconds), 3600)
 
     def cancel(self, job: Job) -> bool:
@@ -7712,7 +7712,7 @@ class Jobs:
 
     def _check_room(self, flow: Flow, size: int) -> None:
         """Raise Busy unless there is room for a job with a body of this size."""
-        if self._engine.queue.queued >= self._max_queue or self._store.queued >= self._max_queue:
+        if self._engine.queue.queued + self._store.queued >= self._max_queue:
             raise Busy("The queue of jobs is full.", self._engine.retry_after(flow.name))
         if self._max_database is not None:
             now = self._clock.monotonic()

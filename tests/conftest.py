@@ -59,7 +59,6 @@ def cluster() -> Iterator[Cluster]:
     """A PostgreSQL of these tests."""
     if postgres_bin() is None:
         pytest.skip(CURE)
-    pytest.importorskip("astera_lite_postgres")
     pytest.importorskip("psycopg", reason="the driver is missing: pip install psycopg[binary,pool]")
     made = Cluster.made()
     yield made

@@ -670,6 +670,7 @@ def a_courier(store: Any, timeout: float = 1.0) -> astera_lite.Courier:
     return astera_lite.Courier(store, astera_lite.Outbound(), policy, Clock(), astera_lite.Metrics(), timeout=timeout)
 
 
+@pytest.mark.sqlite  # the store is not what is tested
 def test_a_receiver_that_answers_late_gets_one_at_a_time_until_it_is_quick_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -768,6 +769,7 @@ def test_a_hundred_callbacks_for_a_hanging_receiver_delay_nobody_else(tmp_path: 
         assert len(app.courier.under_way()) <= 5  # a receiver gets four at a time
 
 
+@pytest.mark.sqlite  # the backlog is made in its file
 def test_a_backlog_for_dead_receivers_delays_no_live_one_after_a_restart(tmp_path: Path, sink: Sink) -> None:
     with hanging(100) as urls:
         with running(tmp_path, FLOWS, callback_timeout="100ms") as (_, _, client):

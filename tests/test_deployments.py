@@ -210,6 +210,7 @@ def test_a_job_keeps_the_flow_it_began_with_across_edit_and_restart(tmp_path: Pa
 # ---- PUT and DELETE --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sqlite  # files are looked at; test_shared.py has the same for rows
 def test_deploy_replace_and_remove(tmp_path: Path) -> None:
     with serving(tmp_path, token=TOKEN) as app, calling(app) as client:
         made = client("PUT", "/api/deployments/hello", json=HELLO)
@@ -258,6 +259,7 @@ def test_a_deployment_has_an_etag_and_no_update_is_lost(tmp_path: Path) -> None:
         assert client("DELETE", path, headers={"If-Match": tag}).status_code == 404
 
 
+@pytest.mark.sqlite  # there are no files where servers share
 def test_a_file_with_faults_is_not_made_anew(tmp_path: Path) -> None:
     with serving(tmp_path, token=TOKEN, hello={"request": 1}) as app, calling(app) as client:
         for condition in ({"If-None-Match": "*"}, {"If-Match": '"x"'}):
@@ -293,6 +295,7 @@ def test_names_do_not_leave_the_folder(tmp_path: Path, name: str) -> None:
         assert os.listdir(tmp_path / "flows") == []
 
 
+@pytest.mark.sqlite  # there are no files where servers share
 def test_conflicts(tmp_path: Path) -> None:
     caller = get_flow("/caller", steps=[{"name": "c", "call": "hello"}])
     with serving(tmp_path, token=TOKEN, hello=HELLO, caller=caller) as app, calling(app) as client:

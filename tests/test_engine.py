@@ -134,6 +134,7 @@ def test_every_job_runs_once(tmp_path: Path) -> None:
     assert len(set(ran)) == 200
 
 
+@pytest.mark.sqlite  # what is shared waits in the database, not in the engine
 def test_jobs_begin_in_the_order_in_which_they_came(tmp_path: Path, gate: Gate) -> None:
     ran: list[str] = []
     flows = {
@@ -339,6 +340,7 @@ def losing(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+@pytest.mark.sqlite  # a shared one is healed in a minute, not a second
 def test_whatever_wake_up_is_lost_all_jobs_end_and_all_callbacks_arrive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sink: Sink
 ) -> None:
@@ -692,6 +694,7 @@ def test_a_short_wait_keeps_its_thread(tmp_path: Path) -> None:
         assert finished(app, app.submit("w")).status is Status.COMPLETED
 
 
+@pytest.mark.sqlite  # its clock is the test's
 def test_a_waiting_job_resumes_after_a_restart(tmp_path: Path) -> None:
     clock = FakeClock()
     ran: list[int] = []
@@ -731,6 +734,7 @@ def left_behind(folder: Path, flow: dict[str, Any], gate: Gate) -> Job:
         return job
 
 
+@pytest.mark.sqlite  # the crash is made in its file; test_nodes.py has real ones
 @pytest.mark.parametrize(
     ("restart", "firsts", "code"), [("resume", 1, None), ("rerun", 2, None), ("fail", 1, "interrupted")]
 )
@@ -749,6 +753,7 @@ def test_an_interrupted_job_restarts_as_its_flow_says(
     assert len(ran) == firsts
 
 
+@pytest.mark.sqlite  # the crash is made in its file
 @pytest.mark.parametrize(("before", "code"), [(MAX_ATTEMPTS - 1, None), (MAX_ATTEMPTS, "interrupted")])
 def test_a_job_interrupted_too_often_is_given_up(tmp_path: Path, gate: Gate, before: int, code: str | None) -> None:
     flow = get_flow("/f", steps=[python(gate)])
@@ -791,6 +796,7 @@ def test_stop_leaves_the_rest_to_the_next_start_and_what_had_begun_was_interrupt
     assert gate.runs == 3
 
 
+@pytest.mark.sqlite  # its clock is the test's
 def test_a_job_keeps_the_flow_it_was_accepted_with(tmp_path: Path, gate: Gate) -> None:
     with serving(tmp_path, {"f": get_flow("/f", steps=[{"name": "w", "wait": 60}], response={"body": "old"})}) as app:
         job = app.submit("f")
@@ -827,6 +833,7 @@ def test_an_app_that_was_stopped_refuses_instead_of_waiting_for_ever(tmp_path: P
 # ---- Retry-After -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sqlite  # what is shared waits in the database
 def test_retry_after_grows_with_the_queue_and_the_time_of_a_run(tmp_path: Path, gate: Gate) -> None:
     clock = FakeClock()
     flows = {"gate": get_flow("/g", steps=[python(gate)]), "f": get_flow("/f", steps=[python(lambda context: 1)])}
@@ -848,6 +855,7 @@ def test_retry_after_grows_with_the_queue_and_the_time_of_a_run(tmp_path: Path, 
         gate.open.set()
 
 
+@pytest.mark.sqlite  # its clock is the test's
 def test_a_run_of_a_stored_job_is_on_record_before_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = get_flow("/f", steps=[{"name": "w", "wait": 60}, {"name": "s", "set": 1}])
     with serving(tmp_path, {"f": flow}) as app:

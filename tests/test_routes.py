@@ -740,6 +740,7 @@ def test_a_full_queue_is_503_but_known_keys_are_answered(tmp_path: Path, gate: G
         assert run.client.finished(running_job)["status"] == "Completed"
 
 
+@pytest.mark.sqlite  # the lock of its file is what holds up the commit
 def test_a_burst_during_one_commit_does_not_overfill_the_queue(tmp_path: Path, gate: Gate) -> None:
     flows = {"held": get_flow("/held", steps=gate.steps())}
     with serving(tmp_path, flows, workers=1, max_queue=5) as run, ThreadPoolExecutor(20) as pool:
