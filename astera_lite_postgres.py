@@ -572,6 +572,7 @@ class PostgresStore(PostgresReader):
         if row is None:
             raise StoreError(f"{NODES} servers use this database, which is as many as can: stop one")
         self._start, self.node = row
+        db.execute("SELECT pg_notify(%s, 'jobs')", (CHANNEL,))  # who was alone hears that it is no longer
         self._keep_time(db)
 
     def _keep_time(self, db: Any) -> None:
@@ -607,6 +608,7 @@ class PostgresStore(PostgresReader):
                 wait = max(0.0, min(renew_at, look_at) - time.monotonic())
                 for told in db.notifies(timeout=min(wait, 0.2), stop_after=1):
                     if told.pid != self._pid:
+                        self._alone = False  # until the next renewal
                         for word in told.payload.split():
                             self._news(word)
             except Exception as error:  # whatever it is, the lease depends on this thread
