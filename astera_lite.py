@@ -7365,14 +7365,17 @@ class Housekeeper:
 
     def run(self) -> None:
         """Tick until stopped."""
+        fault = ""
         while not self._stopping:
             self._wake.clear()
             now = self._clock.now()
             next_at = now + _CHORES_EVERY_MS
             try:
-                next_at = self.tick(now)
+                next_at, fault = self.tick(now), ""
             except StoreError as error:
-                log.error("housekeeping: %s", error)
+                if str(error) != fault:  # else it is the same each second
+                    fault = str(error)
+                    log.error("housekeeping: %s", fault)
             except Exception:  # the door of a chore: a fault of ours must not end the thread
                 log.exception("housekeeping")
             self._wake.wait(max(next_at - now, 0) / 1000)
