@@ -10,32 +10,32 @@ The rooms of the module, bottom up; each uses only what stands above it:
      1 Errors and tools    one root error, files shipped with the module, ids, times, JSON
      2 Settings            one named tuple: flags, environment, TOML keys and help follow from it
      3 Records             Job, Delivery, Answer, Outcome and the status document
-     4 Expressions         `${...}` compiled to code objects that reach nothing of Python's own
+     4 Expressions         `${...}` compiled to code objects that cannot reach Python's own objects
      5 Outbound            the one HTTP client: resolve, judge, connect to the judged address, deadline
      6 Flows               validation with places, STEP_KINDS, run_flow
-     7 Store               SqliteStore, whose public methods are the contract: all SQL, commits in common
+     7 Store               SqliteStore, whose public methods are the contract: all SQL, shared commits
      8 Engine              the thread pool that runs jobs and synchronous flows
      9 Courier             one callback delivery: signature, outcome, next try
     10 Housekeeper         the background thread: purge, callbacks due, jobs due, changed flow files
     11 Service             AsteraLite, the application without HTTP; Deployer and Jobs, its parts
     12 Access              tokens, Host and Origin rules
     13 Wire                bytes <-> requests and responses, strict, without sockets
-    14 Documents           a request to start from, and the lines that a start prints
+    14 Documents           an example request to each flow, and the lines that a server prints at its start
     15 Routes              the ROUTES table and its functions
     16 Loop                Handler and Server: every socket, every deadline of a connection
-    17 Command line        serve, signals, logging, main(); a plain serve is read here, all else by astera_lite_tools
+    17 Command line        serve, signals, logging, main(); the arguments of a plain serve
 
-What a server does not need until somebody uses it is in wings, files beside this one. This file names them as text
-only (`"astera_lite_tools:run_command"`) and loads one when it is first wanted. With `schema.sql` alone it is a whole
-server.
+Parts that a server needs only for some features are in wings, files beside this one. This file names a wing only as
+text (`"astera_lite_tools:run_command"`) and loads it on first use. Without wings, this file and `schema.sql` are a
+whole server.
 
     astera_lite_steps      the steps each, call, sql; the tests that flows have
     astera_lite_python     the steps python and run; @app.flow, @app.step
     astera_lite_requests   patterns; pages, filters and sort of responses; connections, pages and until of http
-    astera_lite_advice     what messages tell authors beyond the fault
+    astera_lite_advice     remedies and places that messages about faulty flows add
     astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files
-    astera_lite_admin      beside submit, poll and fetch: other routes of jobs, deployments, metrics, console
-    astera_lite_nodes      what a server does as one of several on one database
+    astera_lite_admin      all routes except submit, poll and fetch: lists of jobs, deployments, metrics, console
+    astera_lite_nodes      the work of a server that shares its database with other servers
     astera_lite_tools      the commands: check, try, test, new, jobs, job, token, backup, zipapp and more; --help
 """
 
@@ -50,13 +50,13 @@ if sys.version_info < (needed := (3, 11)):  # Astera Lite needs Python 3.11 or l
 if __name__ == "__main__":
     import os
 
-    __name__ = "astera_lite"  # by which plugins and wings import it: this one copy
+    __name__ = "astera_lite"  # plugins and wings import it by this name, and get this copy
     sys.modules[__name__] = sys.modules["__main__"]
-    flags = sys.orig_argv[1 : -len(sys.argv)]  # Python's own
-    if __file__.startswith("/proc/self/fd/"):  # the new interpreter of below
+    flags = sys.orig_argv[1 : -len(sys.argv)]  # of the interpreter
+    if __file__.startswith("/proc/self/fd/"):  # the new interpreter, which the code below starts
         import gc
 
-        gc.disable()  # what a start makes stays: _settle goes on with it
+        gc.disable()  # objects of the start stay: _settle enables it again
         os.close(int(__file__.rpartition("/")[2]))
         del sys.argv[0]
         __file__ = os.path.realpath(sys.argv[0])
@@ -67,8 +67,8 @@ if __name__ == "__main__":
         and hasattr(os, "memfd_create")
         and set("".join(flags)) <= set("-BEIPsSu")
     ):
-        # Python has compiled this file, and keeps the syntax tree (30 MB) until the script ends. So a server goes on
-        # in a new interpreter, which is the same process and takes the compiled code along in a file in memory.
+        # Python keeps the syntax tree of a script (30 MB) until the script ends. So a server continues in a new
+        # interpreter in the same process, which gets the compiled code of this file from a file in memory.
         import importlib.util
         import marshal
 
@@ -78,7 +78,7 @@ if __name__ == "__main__":
                 file.write(importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(sys._getframe().f_code))
             os.execv(sys.executable, [sys.executable, *flags, path, *sys.argv])  # noqa: S606 (as we were started)
         except OSError:
-            pass  # where that is not possible, the tree stays
+            pass  # this interpreter continues, and keeps the tree
 
 import ast
 import base64
@@ -165,8 +165,8 @@ class Fault(NamedTuple):
     """One thing wrong with a setting, a flow file or a request."""
 
     where: str  # a file or a setting
-    place: str  # a JSON Pointer or a line in it; may be empty
-    message: str  # the fault and its cure
+    place: str  # a JSON Pointer or a line in that file; may be empty
+    message: str  # the fault and the remedy
 
     def __str__(self) -> str:
         return ": ".join(part for part in self if part)
@@ -175,7 +175,7 @@ class Fault(NamedTuple):
 class AsteraError(Exception):
     """Root of every error that this module raises on purpose.
 
-    Over HTTP it is answered with `status`, further `headers`, and further `members` of the problem document.
+    Its response over HTTP has `status`, further `headers`, and further `members` of the problem document.
     """
 
     status: int = 500
@@ -189,7 +189,7 @@ class _FaultyError(AsteraError):
     status = 400
 
     def __init__(self, faults: Sequence[Fault]) -> None:
-        # names of files and messages of other libraries may hold what UTF-8 cannot encode
+        # file names and messages of other libraries may have characters that UTF-8 cannot encode
         self.faults = [Fault(*(part.encode(errors="replace").decode() for part in fault)) for fault in faults]
         super().__init__("\n".join(map(str, self.faults)))
 
@@ -227,7 +227,7 @@ class Conflict(AsteraError):
 
 
 class Busy(AsteraError):
-    """The request is valid, but the server cannot take it now; `retry_after` is in whole seconds."""
+    """The request is valid, but the server cannot accept it now; `retry_after` is in whole seconds."""
 
     def __init__(self, detail: str, retry_after: int, status: int = 503) -> None:
         super().__init__(detail)
@@ -255,18 +255,18 @@ class MissingFile(ConfigError):
         super().__init__([Fault("", "", f"{file} {what}")])
 
 
-_LEAP_MS = 2000  # a larger difference is not a correction of the system's clock
+_LEAP_MS = 2000  # a larger step of the system's clock is a jump, a smaller one a correction
 
 
 class Clock:
     """Where time comes from; a test passes its own. Times are milliseconds since the epoch.
 
-    Ages and deadlines use `now`, which counts the time that passes and ignores a leap of the system's clock: a Pi
-    without a battery for its clock boots in the past, and leaps years ahead once it has a network. People and other
-    machines are told `wall`, which is `now` plus `offset`.
+    Ages and deadlines use `now`, which counts elapsed time and ignores a jump of the system's clock: a Pi without a
+    battery starts with a time in the past, and jumps years ahead once it has a network. People and other machines see
+    `wall`, which is `now` plus `offset`.
     """
 
-    offset = 0  # milliseconds from `now` to the system's clock, as far as that leapt
+    offset = 0  # milliseconds from `now` to the system's clock, the sum of its jumps
 
     def __init__(self) -> None:
         self._zero_ns = time.time_ns() - time.monotonic_ns()
@@ -280,21 +280,21 @@ class Clock:
         return time.time_ns() // 1_000_000
 
     def monotonic(self) -> float:
-        """Seconds that only ever grow; for deadlines."""
+        """Seconds of a clock that never goes back; for deadlines."""
         return time.monotonic()
 
     def forward(self, ms: int) -> None:
-        """Move `now`."""
+        """Move `now` ahead by so many milliseconds."""
         self._zero_ns += ms * 1_000_000
 
     def begin(self, seen: int) -> None:
-        """Start at the system's time or, if that went back, at `seen`, the last moment on record."""
+        """Start at the system's time, or at `seen`, the last recorded moment, if the system's time is earlier."""
         behind = seen - self.wall()
         self.offset = -behind if behind > _LEAP_MS else 0
         self.forward(self.wall() - self.offset - self.now())
 
     def look(self) -> int:
-        """Compare with the system's clock; return the milliseconds of its leap, 0 if it did not leap.
+        """Compare with the system's clock; return the milliseconds of its jump, 0 if it did not jump.
 
         A smaller step is a correction, and moves `now` as well.
         """
@@ -326,11 +326,11 @@ def reason_of(error: Exception) -> str:
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql", "schema_postgres.sql")  # files that the module needs beside it
 _WINGS = ("admin", "advice", "documents", "nodes", "postgres", "python", "requests", "steps", "tools")
-#: The files of the module that a server loads when somebody first uses what is in them.
+#: The wings: files of the module that a server loads on first use.
 WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS)
-#: The folders of this file: as it was named and as links lead. Taken now, for a program may change its own folder.
+#: The folder of this file, as given and with links resolved. Kept, because a program may change its working folder.
 _HOME = [os.path.dirname(path) for path in (os.path.abspath(__file__), os.path.realpath(__file__))]
-_loading = threading.RLock()  # held while a wing is loaded: another thread must not find it half made
+_loading = threading.RLock()  # held while a wing is loaded, so that no other thread finds it half loaded
 
 
 def resource(name: str) -> bytes:
@@ -342,7 +342,7 @@ def resource(name: str) -> bytes:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            if error.errno:  # a zip that does not have the file gives none
+            if error.errno:  # the error for a file that a zip does not have has none
                 raise ConfigError([Fault(path, "", f"cannot be read: {reason_of(error)}")]) from None
     raise MissingFile(name)
 
@@ -363,7 +363,7 @@ def wing(name: str) -> Any:
                 spec.loader.exec_module(made)
             except ImportError as error:  # the files were replaced while this one runs
                 log.debug("%s", module, exc_info=True)
-                raise MissingFile(f"{module}.py", "is of another version than what runs: restart it") from error
+                raise MissingFile(f"{module}.py", "has another version: restart the server") from error
             sys.modules[module] = made
         return getattr(sys.modules[module], attribute)
 
@@ -376,7 +376,7 @@ def __getattr__(name: str) -> Any:
 
 
 def optional(name: str, *arguments: Any) -> Any:
-    """What a function of a wing makes of the arguments; "" where its file is missing, for what can do without."""
+    """The result of a wing's function, or "" if the file of the wing is missing: for parts that can be left out."""
     try:
         return wing(name)(*arguments)
     except MissingFile:
@@ -394,7 +394,7 @@ def is_postgres(database: str) -> bool:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean "x"?` if a known word is near, else an empty string."""
+    """`; did you mean "x"?` if a known word is similar, else an empty string."""
     words = list(known) if len(word) <= 100 else []  # a longer one is not a misspelling
     near = [each for each in words if each.lower() == word.lower()]
     if words and not near:
@@ -421,7 +421,7 @@ class JobKey(NamedTuple):
     seq: int
     salt: int
 
-    @lru_cache(maxsize=1024)  # noqa: B019 (keys are small) an answer about a job names it several times
+    @lru_cache(maxsize=1024)  # noqa: B019 (keys are small) a response about a job has its id several times
     def __str__(self) -> str:
         head, tail = f"{self.seq:015x}", f"{self.salt | 1 << 63:016x}"
         return f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
@@ -443,7 +443,7 @@ class JobKey(NamedTuple):
 class JobKeys:
     """Makes keys that grow even when the clock does not; `last` is the greatest `seq` already stored.
 
-    `seq % nodes` is `node`, so that servers of different numbers never make the same. `nodes` is a power of 2 up to 64.
+    `seq % nodes` is `node`, so that two servers never make the same key. `nodes` is a power of 2 up to 64.
     """
 
     def __init__(self, last: int = 0, node: int = 0, nodes: int = 1) -> None:
@@ -454,7 +454,7 @@ class JobKeys:
     def new(self, now_ms: int) -> JobKey:
         """A key for a job created at `now_ms`."""
         with self._lock:
-            if not self._salts:  # drawn ahead: a call of the system costs more than all else about a key
+            if not self._salts:  # drawn in advance: a system call costs more than the rest of a key
                 self._salts = [number >> 2 for number in memoryview(os.urandom(1024)).cast("Q")]
             self.last = max(self.last + self._nodes, (now_ms << 12) + self._node)
             return JobKey(self.last, self._salts.pop())
@@ -467,8 +467,8 @@ RUN_TIMES = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0, 1800.0)
 class Metrics:
     """Counts since the start; any thread may count.
 
-    There is no lock: CPython lets no other thread run within `counts[key] += 1`. On a build without the global lock,
-    two that count in one instant may be counted as one.
+    There is no lock: CPython does not switch threads within `counts[key] += 1`. On a build without the global lock, two
+    simultaneous counts may be counted as one.
     """
 
     def __init__(self) -> None:
@@ -487,13 +487,13 @@ class Metrics:
         self.run_seconds[flow] += seconds
 
 
-@lru_cache(maxsize=64)  # a status has four times, mostly of the same seconds
+@lru_cache(maxsize=64)  # a status document has four times, mostly within the same seconds
 def _second(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def timestamp(ms: int | None, offset: int = 0) -> str | None:
-    """RFC 3339 UTC with milliseconds, of a time and a clock's offset; None for None."""
+    """A time plus a clock's offset (both in ms) as RFC 3339 in UTC with milliseconds; None for None."""
     if ms is None:
         return None
     seconds, rest = divmod(ms + offset, 1000)
@@ -521,7 +521,7 @@ _SIZE = re.compile(r"([0-9]{1,15})(B|KiB|MiB|GiB)?")
 
 
 def parse_duration(value: Any) -> float:
-    """Seconds from `250ms`, `30s`, `5m`, `24h`, `7d` or a number of seconds; ValueError says what is right."""
+    """Seconds from `250ms`, `30s`, `5m`, `24h`, `7d` or a number of seconds; ValueError says what to write."""
     seconds = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
     if isinstance(value, str) and (match := _DURATION.fullmatch(value)):
         seconds = float(match[1]) * _SECONDS[match[2]]
@@ -532,7 +532,7 @@ def parse_duration(value: Any) -> float:
 
 
 def parse_size(value: Any) -> int:
-    """Bytes from `64KiB`, `10MiB`, `1GiB` or a number of bytes; ValueError says what is right."""
+    """Bytes from `64KiB`, `10MiB`, `1GiB` or a number of bytes; ValueError says what to write."""
     if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
         return int(match[1]) * _BYTES[match[2]]
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
@@ -553,7 +553,7 @@ def show_size(size: int) -> str:
 
 
 def log_message(record: logging.LogRecord) -> str:
-    """The message of a record; if its arguments do not fit its text, both as they are."""
+    """The message of a log record; if the arguments do not fit the text, the text and the arguments."""
     try:
         return record.getMessage()
     except Exception:
@@ -561,9 +561,9 @@ def log_message(record: logging.LogRecord) -> str:
 
 
 class Mask:
-    """The one door for text that leaves (failures, traces, job details, the log): secrets become *** there.
+    """Replaces secrets by *** in all text that leaves the server (failures, traces, job details, the log).
 
-    A secret is recognised as it is, as URLs, JSON and Python write it, and by its beginning where … cuts it off.
+    It recognises a secret itself, its forms in URLs, JSON and Python, and its beginning before a … that cuts text off.
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
@@ -576,7 +576,7 @@ class Mask:
         with self._lock:
             new = frozenset(values) - self._hidden
             if new:
-                self._hidden = new if len(self._hidden) > 1000 else self._hidden | new  # access tokens come and go
+                self._hidden = new if len(self._hidden) > 1000 else self._hidden | new  # access tokens are renewed
                 self._learn()
 
     def _learn(self) -> None:
@@ -587,7 +587,7 @@ class Mask:
             forms |= {value, *quoted, *written}
         self._forms = sorted(forms, key=len, reverse=True)  # one secret may begin with another
         self._pattern = re.compile("|".join(map(re.escape, self._forms))) if forms else None
-        #: Bytes of the longest form: text is masked with so much more before it is cut.
+        #: Bytes of the longest form: text is cut only after so much more of it was masked.
         self.longest = max((len(form.encode("utf-8", "replace")) for form in forms), default=0)
 
     def __call__(self, text: str) -> str:
@@ -626,7 +626,7 @@ def _not_json(value: Any) -> NoReturn:
 _encoder = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False, default=_not_json
 )
-#: What JSONEncoder.encode makes anew for each value: to keep it saves a fifteenth of an accept.
+#: JSONEncoder.encode makes this object for each value: to keep it saves a fifteenth of an accept.
 _c_encoder: Any = getattr(json.encoder, "c_make_encoder", lambda *given: None)(
     None, _not_json, json.encoder.encode_basestring, None, ":", ",", False, False, False
 )
@@ -642,15 +642,15 @@ def to_json(value: Any) -> str:
 
 
 def json_body(value: Any) -> bytes:
-    """JSON as the bytes of a body, ended by a line feed so that a terminal's prompt starts on its own line."""
+    """JSON as the bytes of a body, with a line feed at the end, so that a terminal's prompt is on its own line."""
     return to_json(value).encode() + b"\n"
 
 
-MAX_WRITTEN = 256 << 20  # bytes of JSON that a flow's value may come to
+MAX_WRITTEN = 256 << 20  # bytes of a flow's value as JSON
 
 
 def _least_size(part: Any, sizes: dict[int, int]) -> int:
-    """The least number of bytes of a list or an object; `sizes` has them by id: a shared part is walked once."""
+    """The least number of bytes of a list or an object as JSON; `sizes` keeps them by id, for parts that are shared."""
     known = sizes.get(id(part))
     if known is not None:
         return known
@@ -674,7 +674,7 @@ def _least_size(part: Any, sizes: dict[int, int]) -> int:
 def check_written(value: Any, limit: int = MAX_WRITTEN) -> None:
     """Raise ValueError for a value that takes more than so many bytes as JSON.
 
-    A value of a flow may hold one part many times, so that a few steps of `[x, x]` make more than any memory takes.
+    A value of a flow may hold one part many times: a few steps of `[x, x]` make a text that no memory can hold.
     """
     try:
         total = _least_size((value,), {}) - 2
@@ -732,11 +732,11 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _check_depth(text: str, most: int) -> None:
-    """Raise ValueError for too many lists and objects, or too deep ones; what is malformed is left to the decoder."""
+    """Raise ValueError for too many lists and objects, or too many levels. The decoder finds what is malformed."""
     brackets = _NO_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
     if brackets.count("[") > most:
         raise ValueError(f"it has more than {most:,} lists and objects")
-    for _ in range(MAX_JSON_DEPTH):  # level by level from within: a loop over millions of brackets takes seconds
+    for _ in range(MAX_JSON_DEPTH):  # remove the innermost level: a loop over millions of brackets takes seconds
         outer = brackets.replace("[]", "")
         if len(outer) == len(brackets):
             return
@@ -749,9 +749,9 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
     """The value of a JSON text (RFC 8259).
 
     ValueError (json.JSONDecodeError, with line and column, for the grammar) for invalid UTF-8, NaN, numbers beyond a
-    double, nesting deeper than MAX_JSON_DEPTH, more than MAX_JSON_CONTAINERS, a member that is there twice, and lone
-    surrogates. With `LENIENT_DECODER`, for what APIs and programs write, the last member of a name counts, half a
-    surrogate pair reads as U+FFFD, and a long text may have one container for each 20 bytes.
+    double, nesting deeper than MAX_JSON_DEPTH, more than MAX_JSON_CONTAINERS, duplicate members and lone surrogates.
+    With `LENIENT_DECODER`, for output of APIs and programs, the last of duplicate members counts, half a surrogate pair
+    becomes U+FFFD, and a long text may have one container for each 20 bytes.
     """
     if isinstance(text, bytes):
         try:
@@ -772,7 +772,7 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
     return value
 
 
-#: Reason phrases by status, as RFC 9110 has them: older Pythons know some by older names.
+#: Reason phrases by status, from RFC 9110: older Python versions have older phrases for some.
 PHRASES: dict[int, str] = dict(http.client.responses) | {
     413: "Content Too Large", 414: "URI Too Long", 416: "Range Not Satisfiable", 422: "Unprocessable Content",
 }  # fmt: skip
@@ -844,7 +844,7 @@ SETTING_KINDS = {
 
 
 class _Setting(NamedTuple):
-    """A field of Settings: what it may be, and what help says about it."""
+    """A field of Settings: its allowed values and its help text."""
 
     kind: str
     default: Any
@@ -855,11 +855,11 @@ class _Setting(NamedTuple):
     secret: bool = False  # no flag: it would show in `ps`
 
     def show(self, value: Any) -> str:
-        """A value as it is written."""
+        """A value as people write it."""
         return SETTING_KINDS[self.kind].show(value)
 
     def parse(self, value: Any) -> Any:
-        """The value that is meant; ValueError says what is right."""
+        """The value of a text or an object; ValueError says what is allowed."""
         if value is None and self.default is None:
             return None
         parsed = SETTING_KINDS[self.kind].parse(value)
@@ -875,14 +875,14 @@ class _Setting(NamedTuple):
 
 
 def _setting(*row: Any, **more: Any) -> Any:
-    return _Setting(*row, **more)  # Any, for the type of the default is expected
+    return _Setting(*row, **more)  # typed Any, because the field has the type of the setting
 
 
 _PREFIX = "ASTERA_LITE_"
 
 
 def read_toml(path: str, faults: list[Fault]) -> dict[str, Any]:
-    """The content of a TOML file; what is wrong with it is added to `faults`."""
+    """The content of a TOML file; if it cannot be read, `faults` gets the fault, and the result is empty."""
     import tomllib  # noqa: PLC0415 (half of all starts have no TOML to read)
 
     try:
@@ -895,7 +895,7 @@ def read_toml(path: str, faults: list[Fault]) -> dict[str, Any]:
 
 
 def _from_environment(environ: Mapping[str, str], known: Collection[str]) -> dict[str, str]:
-    """The settings in the environment, without what container platforms put there under a service's name."""
+    """The settings in the environment, without variables that container platforms set for a service of this name."""
     found = {}
     for key, text in environ.items():
         name = key.removeprefix(_PREFIX).lower()
@@ -909,7 +909,7 @@ def _from_environment(environ: Mapping[str, str], known: Collection[str]) -> dic
 
 
 class Settings(NamedTuple):
-    """Every setting, by its one name. Durations are seconds, sizes are bytes, None means unset.
+    """Every setting, by its one name. Durations are seconds, sizes are bytes, None means not set.
 
     The constructor takes parsed values; `Settings.load` reads a file, the environment, flags and spellings like "24h".
     """
@@ -988,9 +988,9 @@ class Settings(NamedTuple):
         flags: Mapping[str, str] | None = None,
         **keywords: Any,
     ) -> Settings:
-        """Settings from a TOML file, the environment, flags and keywords, the later winning.
+        """Settings from a TOML file, the environment, flags and keywords; the later source wins.
 
-        A value may be spelled out ("24h") or parsed (86400). Raises ConfigError with every fault.
+        A value may be text ("24h") or parsed (86400). Raises ConfigError with every fault.
         """
         known: dict[str, _Setting] = cls._field_defaults
         values: dict[str, Any] = {}
@@ -1020,7 +1020,7 @@ Settings.__new__.__defaults__ = tuple(item.default for item in SETTING_FIELDS.va
 
 # ======================================================================================================================
 # 3 Records
-# To add something a job remembers: a field here, a column in schema.sql, a row in the store's column table (room 7).
+# To add a field of a job: a field here, a column in schema.sql, a row in the store's table of columns (room 7).
 # ======================================================================================================================
 
 
@@ -1034,10 +1034,10 @@ class Status(StrEnum):
 
 
 class Token(NamedTuple):
-    """A bearer token: `digest` is its SHA-256, empty once it is revoked; `flows` are those it may call, None for all.
+    """A bearer token: `digest` is its SHA-256, empty once the token is revoked; `flows` are its flows, None for all.
 
-    A revoked token stays on record, so that a server does not open when its last token is revoked, and so that a new
-    token of the same name does not get the old one's jobs.
+    A revoked token stays on record: a server does not open when its last token is revoked, and no new token of the same
+    name gets the jobs of the revoked one.
     """
 
     name: str
@@ -1055,10 +1055,10 @@ class Answer(NamedTuple):
     body: bytes = b""
 
 
-#: The header that a status requires (RFC 9110, section 15), and its default if there can be one.
+#: The header that a status requires (RFC 9110, section 15), and its default; None if a flow must give the value.
 _OWED: dict[int, tuple[str, str | None]] = {
     401: ("WWW-Authenticate", "Bearer"),
-    405: ("Allow", ""),  # RFC 9110, section 10.2.1: none, at this time
+    405: ("Allow", ""),  # RFC 9110, section 10.2.1: empty if no method is allowed
     407: ("Proxy-Authenticate", None),
     426: ("Upgrade", None),
     **dict.fromkeys((206, 416), ("Content-Range", None)),
@@ -1067,7 +1067,7 @@ _OWED: dict[int, tuple[str, str | None]] = {
 
 
 def with_owed(status: int, headers: Pairs, method: str = "GET") -> Pairs:
-    """Headers with the one that the status requires; ValueError if it is missing and has no default."""
+    """The headers and the one that the status requires; ValueError if it is missing and has no default."""
     if status == 304 and method not in ("GET", "HEAD"):
         raise ValueError("status 304 is an answer to GET and HEAD only")
     name, value = _OWED.get(status, ("", ""))
@@ -1079,7 +1079,7 @@ def with_owed(status: int, headers: Pairs, method: str = "GET") -> Pairs:
 
 
 class Outcome(NamedTuple):
-    """How a run ended. `error` is a problem document with a `code`; None if the flow answered."""
+    """How a run ended. `error` is a problem document with a `code`; None if the flow gave a response."""
 
     answer: Answer
     error: dict[str, Any] | None = None
@@ -1114,7 +1114,7 @@ class Delivery(NamedTuple):
     last_status: int | None = None
     next_at: int | None = None
     body: str = ""
-    tries: int = 0  # attempts since the last resend, which count against the schedule
+    tries: int = 0  # attempts since the last resend, which determine the next pause
     trace: Trace | None = None  # set when the callback is due
 
 
@@ -1135,7 +1135,7 @@ class Trace(NamedTuple):
     state: str = ""  # the header `tracestate`
 
     def headers(self) -> dict[str, str]:
-        """The headers of a request that this one causes: the same trace, and a new parent id."""
+        """Headers for a request that the server sends on behalf of this one: the same trace, and a new parent id."""
         parent = f"00-{self.id}-{os.urandom(8).hex()}-0{self.flags:d}"
         return {"traceparent": parent} | ({"tracestate": self.state} if self.state else {})
 
@@ -1147,7 +1147,7 @@ _STATE = re.compile(r"([a-z0-9][a-z0-9_\-*/@]{0,255})=[ -+\--<>-~]{0,255}[!-+\--
 def parse_trace(headers: Mapping[str, str]) -> Trace | None:
     """The trace that a request belongs to; None without a `traceparent`, or with a malformed one.
 
-    A malformed `tracestate` is dropped. One of more than 32 members or 512 characters loses its last members.
+    A malformed `tracestate` is dropped. Members beyond 32, and beyond 512 characters in all, are dropped from its end.
     """
     match = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
     if match is None or (match[1] == "00" and match[4]):  # only a later version may have more parts
@@ -1166,12 +1166,12 @@ def about(what: str, its_id: str, flow: str, trace: Trace | None) -> dict[str, s
 
 
 class StoredRequest(NamedTuple):
-    """A client's request as the job keeps it, enough to bind it to the flow again."""
+    """A client's request as a job keeps it: all that is needed to bind it to the flow again."""
 
     method: str
     path: str  # raw, after the prefix: "/weather/Berlin"
     query: str = ""  # raw, without callbackUrl
-    headers: dict[str, str] = {}  # noqa: RUF012 (never changed) the declared ones and the content type, in lower case
+    headers: dict[str, str] = {}  # noqa: RUF012 (never changed) declared headers and content type, in lower case
     body: bytes = b""
     trace: Trace | None = None
 
@@ -1186,7 +1186,7 @@ class Job(NamedTuple):
     created: int
     base: str  # base of the job's URLs, as the client addressed the server
     token: str = ""  # name of the client's token
-    attempt: int = 0  # runs begun
+    attempt: int = 0  # number of runs that have begun
     due: int | None = None  # the job waits until then
     started: int | None = None
     finished: int | None = None
@@ -1239,17 +1239,17 @@ def status_document(
     return document
 
 
-_SAMPLE = JobKey(0, int.from_bytes(os.urandom(8), "big") >> 2)  # random, so that no client's text has it
+_SAMPLE = JobKey(0, int.from_bytes(os.urandom(8), "big") >> 2)  # random, so that no text of a client contains it
 
 
 @lru_cache(maxsize=64)
 def _sample_body(flow: str, base: str) -> str:
-    """The status document of a job that was accepted, as JSON; id and time of creation are those of a sample."""
+    """The status document of an accepted job as JSON, with the id and the time of creation of a sample."""
     return to_json(status_document(Job(_SAMPLE, flow, 0, Status.RUNNING, 0, base), base)) + "\n"
 
 
 def status_body(job: Job, base: str, progress: Progress | None, offset: int) -> bytes:
-    """The status document as JSON. Each 202 has that of a job not begun: to fill in a sample saves 4 % of an accept."""
+    """The status document as JSON. For a job that has not begun, a sample is filled in: it saves 4 % of an accept."""
     if job.status is Status.RUNNING and not (progress or job.started or job.callback or job.attempt):
         created = cast(str, timestamp(job.created, offset))
         text = _sample_body(job.flow, base).replace(str(_SAMPLE), job.id)
@@ -1258,7 +1258,7 @@ def status_body(job: Job, base: str, progress: Progress | None, offset: int) -> 
 
 
 def attempt_documents(attempts: Sequence[Attempt], offset: int) -> list[dict[str, Any]]:
-    """The attempts of a callback, as a job's document has them; `offset` is the clock's, in milliseconds."""
+    """The attempts of a callback for the document of a job; `offset` is that of the clock in milliseconds."""
     return [
         {"at": timestamp(one.at, offset), "status": one.status, "error": one.error, "durationMs": one.duration_ms}
         for one in attempts
@@ -2054,20 +2054,20 @@ def _networks(text: str) -> list[IPNetwork]:
     return [ipaddress.ip_network(word) for word in text.split()]
 
 
-# Written out, because `ipaddress.is_global` takes multicast, NAT64 and 6to4 addresses for public ones. AS112 and AMT
-# (192.31.196, 192.52.193, 192.175.48, 2620:4f:8000) are reachable, but the nearest router answers there.
+# A list of our own, because `ipaddress.is_global` is true for multicast, NAT64 and 6to4 addresses. AS112 and AMT
+# (192.31.196, 192.52.193, 192.175.48, 2620:4f:8000) can be reached, but the nearest router responds there.
 _NOT_PUBLIC = _networks(
     "0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 "
     "192.31.196.0/24 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 "
     "203.0.113.0/24 224.0.0.0/4 240.0.0.0/4 ::/127 2001::/23 2001:db8::/32 2620:4f:8000::/48 3fff::/20"
 )
-#: All of IPv4, the global unicast of IPv6, and three forms of IPv6 that are as public as the IPv4 address they carry.
+#: All of IPv4, the global unicast of IPv6, and three forms of IPv6 that are public if their IPv4 address is public.
 _PUBLIC = _networks("0.0.0.0/0 2000::/3 ::ffff:0:0/96 ::/96 64:ff9b::/96")
-#: IPv6 networks that carry an IPv4 address: mapped, compatible, translated (SIIT), NAT64 and NAT64 of a local network
+#: IPv6 networks that embed an IPv4 address: mapped, compatible, translated (SIIT), NAT64 and NAT64 of a local network
 #: in the last 32 bits, 6to4 behind the first 16, Teredo in the last 32 with every bit inverted.
 _CARRIERS = [(net, 0, 0) for net in _networks("::ffff:0:0/96 ::/96 ::ffff:0:0:0/96 64:ff9b::/96 64:ff9b:1::/48")]
 _CARRIERS += [(ipaddress.ip_network("2002::/16"), 80, 0), (ipaddress.ip_network("2001::/32"), 0, 0xFFFFFFFF)]
-_ISATAP = 0x5EFE  # bits 64 to 95 of an address in any network, two flags left out (RFC 5214)
+_ISATAP = 0x5EFE  # bits 64 to 95 of an address in any network, without two flags (RFC 5214)
 _METADATA = _networks(
     "169.254.169.254 169.254.170.2 169.254.170.23 169.254.42.42 169.254.0.23 100.100.100.200 192.0.0.192 "
     "168.63.129.16 fd00:ec2::254 fd00:ec2::23 fd20:ce::254 fd00:c1::a9fe:a9fe fd00:42::42 fe80::a9fe:a9fe"
@@ -2079,7 +2079,7 @@ class AddressRefused(AsteraError):
 
 
 class OutboundError(AsteraError):
-    """A request got no usable answer; `kind` is transport, timeout, too_large or invalid."""
+    """A request got no usable response; `kind` is transport, timeout, too_large or invalid."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -2088,7 +2088,7 @@ class OutboundError(AsteraError):
 
 TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_NUMBERED = re.compile(r"(?:.*\.)?[0-9]+\.?")  # 10.0.0.256: no name ends in a number, so an address was meant
+_NUMBERED = re.compile(r"(?:.*\.)?[0-9]+\.?")  # 10.0.0.256: no name ends in a number, so this is a wrong address
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.[A-Za-z0-9_-]{1,63})*\.?")
 _URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?"
@@ -2098,9 +2098,9 @@ _URL = re.compile(
 
 
 def _carried_addresses(address: IPAddress) -> list[IPAddress]:
-    """The IPv4 addresses that an IPv6 address carries, by every convention that fits."""
+    """The IPv4 addresses embedded in an IPv6 address, by every convention that applies."""
     number = int(address)
-    if isinstance(address, ipaddress.IPv4Address) or number <= 1:  # :: and ::1 carry nothing
+    if isinstance(address, ipaddress.IPv4Address) or number <= 1:  # :: and ::1 embed nothing
         return []
     found = [number >> shift ^ inverted for network, shift, inverted in _CARRIERS if address in network]
     if number >> 32 & 0xFCFFFFFF == _ISATAP:
@@ -2113,7 +2113,7 @@ def _in_any(address: IPAddress, networks: Iterable[IPNetwork]) -> bool:
 
 
 class AddressPolicy:
-    """Which addresses an outgoing request may reach: public ones, and the hosts and networks that are named.
+    """Which addresses an outgoing request may reach: public addresses, and those that `allow` names.
 
     `allow` is `none`, `auto`, or hosts and networks, comma-separated; `auto` allows loopback if `loopback` is true. A
     host stands for every address that its name resolves to; only its exact address allows a cloud's metadata service.
@@ -2138,7 +2138,7 @@ class AddressPolicy:
                 self.hosts.add(word.rstrip("."))
 
     def refusal(self, host: str, address: IPAddress) -> str | None:
-        """Why a connection to `address`, to which the name `host` resolves, is refused; None if it is allowed."""
+        """The reason why a connection to `address`, an address of `host`, is refused; None if it is allowed."""
         carried = _carried_addresses(address)
         exact = [network for network in self.networks if network.num_addresses == 1]
         named = _in_any(address, exact)
@@ -2146,7 +2146,7 @@ class AddressPolicy:
             return f"{address} is a cloud metadata address"
         if host.lower().rstrip(".") in self.hosts or _in_any(address, self.networks):
             return None
-        # Each form has its own permission: 64:ff9b::a00:1 is public by itself, the 10.0.0.1 in it must be named.
+        # Each form needs its own permission: 64:ff9b::a00:1 is public, but the 10.0.0.1 in it must be allowed.
         public = [form for form in (address, *carried) if _in_any(form, _PUBLIC) and not _in_any(form, _NOT_PUBLIC)]
         if address in public and all(form in public or _in_any(form, self.networks) for form in carried):
             return None
@@ -2176,7 +2176,7 @@ def parse_target(url: str) -> Target:
     host = authority.partition(":")[0]
     if not host.isascii():
         with contextlib.suppress(UnicodeError):
-            if "xn--" in (name := host.encode("idna").decode()):  # not a name of letters that only look like ASCII
+            if "xn--" in (name := host.encode("idna").decode()):  # not for letters that IDNA maps to ASCII
                 raise ValueError(f"has letters outside ASCII in its host: write {name}")
     if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
         raise ValueError("has characters that no URL has: percent-encode them")
@@ -2205,7 +2205,7 @@ def _addresses(answer: Iterable[Any]) -> list[IPAddress]:
 
 
 def literal_addresses(host: str) -> list[IPAddress]:
-    """The addresses of a host that needs no look-up: localhost, and numbers in every form that the system accepts."""
+    """The addresses of a host without a look-up: localhost, and numeric addresses in all forms of the system."""
     if host.rstrip(".") == "localhost" or host.rstrip(".").endswith(".localhost"):
         return [ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("::1")]
     try:
@@ -2222,8 +2222,8 @@ def _seconds_left(deadline: float) -> float:
     return left
 
 
-_MAX_LOOKUPS = 512  # threads that resolve names, those whose request has timed out included
-_MAX_TRIED = 16  # addresses of one name that a request tries
+_MAX_LOOKUPS = 512  # threads that resolve names, including those whose request has timed out
+_MAX_TRIED = 16  # addresses of one name to which a request tries to connect
 _lookups: dict[str, Future[Any]] = {}  # under way, by host
 _lookups_lock = threading.Lock()
 
@@ -2240,7 +2240,7 @@ def _look_up(host: str, lookup: Future[Any]) -> None:
 def resolve(host: str, deadline: float) -> list[IPAddress]:
     """The addresses of a host, in the system's order; OutboundError if there are none by `deadline` (monotonic).
 
-    The system's look-up cannot be interrupted, so a thread of its own does it and is abandoned at the deadline. All
+    The system's look-up cannot be interrupted: it runs on a separate thread, which is abandoned at the deadline. All
     requests for one name share a thread.
     """
     if not host.rstrip(".").endswith("localhost") and (literal := literal_addresses(host)):
@@ -2266,9 +2266,9 @@ def resolve(host: str, deadline: float) -> list[IPAddress]:
 
 
 def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> socket.socket:
-    """A connection to an address that the policy allows. The name is resolved once, so it cannot change in between."""
+    """A connection to an address that the policy allows. The name is resolved once: the checked addresses are used."""
     addresses = resolve(target.host, deadline)
-    for address in addresses:  # one refused address refuses the name
+    for address in addresses:  # if one address is refused, the name is refused
         if policy is not None and (refusal := policy.refusal(target.host, address)):
             raise AddressRefused(refusal)
     failure: OSError = OSError("the name has no address")
@@ -2286,20 +2286,20 @@ def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> s
 
 
 def answer_too_large(max_bytes: int) -> OutboundError:
-    """The error of an answer that exceeds its limit."""
+    """The error for a response that exceeds `max_bytes`."""
     return OutboundError("too_large", f"the answer is larger than {show_size(max_bytes)}")
 
 
 class _BoundedStream(io.RawIOBase):
-    """What http.client uses of a socket, under one deadline and one limit for all bytes that come.
+    """The methods of a socket that http.client uses, with one deadline and one limit for all received bytes.
 
-    A socket's own timeout is for each call, so a server that drips could hold a request for ever.
+    A socket's own timeout applies to each call, so a server that sends slowly could hold a request for ever.
     """
 
     def __init__(self, sock: socket.socket, deadline: float, max_bytes: int) -> None:
         self._sock, self._deadline, self._max_bytes = sock, deadline, max_bytes
         self._left = max_bytes + (256 << 10)  # for the head
-        self._refused = False  # the server takes no more of the request
+        self._refused = False  # the server reads no more of the request
         self.ended = False  # the server has sent everything
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -2318,9 +2318,9 @@ class _BoundedStream(io.RawIOBase):
         return count
 
     def sendall(self, data: Any) -> None:
-        """Send under the deadline: an SSLSocket's own sendall may grant each of its pieces the whole time anew.
+        """Send within the deadline: sendall of an SSLSocket may apply its timeout to each piece.
 
-        A server that has closed may have answered before (RFC 9112, section 9.5), so the rest is dropped then.
+        A server that has closed may have responded before (RFC 9112, section 9.5): the rest of the request is dropped.
         """
         rest = memoryview(data)
         while rest and not self._refused:
@@ -2331,15 +2331,15 @@ class _BoundedStream(io.RawIOBase):
                 self._refused = True
 
     def close(self) -> None:
-        """The owner of the socket closes it: http.client does so before the answer is read."""
+        """Does nothing: http.client closes before the response is read; the owner of the socket closes it later."""
 
 
 class _FinalAnswer(http.client.HTTPResponse):
-    """Skips the interim answers before the final one, such as 103; http.client skips 100 only."""
+    """Skips interim responses such as 103 before the final one; http.client skips only 100."""
 
     def begin(self) -> None:
         super().begin()
-        while 101 < self.status < 200:  # RFC 9110, section 15.2; 101 would be the last word in HTTP
+        while 101 < self.status < 200:  # RFC 9110, section 15.2; after 101 there is no more HTTP
             self.headers = None  # type: ignore[assignment]  # begin() returns at once while it has headers
             super().begin()
 
@@ -2348,7 +2348,7 @@ class _FinalAnswer(http.client.HTTPResponse):
 def _opener() -> urllib.request.OpenerDirector:
     """The opener of all requests, with one handler: no proxies, redirects, cookies or other schemes.
 
-    Every request brings the stream of an open connection as its attribute `stream`.
+    Every request has the stream of an open connection in its attribute `stream`.
     """
     import urllib.request  # noqa: PLC0415 (1 MB that a server without outgoing requests never needs)
 
@@ -2378,7 +2378,7 @@ def content_codings(headers: Iterable[tuple[str, str]]) -> list[str]:
 
 
 class Fetched(NamedTuple):
-    """An answer to an outgoing request: status code, pairs of headers in the order received, body."""
+    """The response to an outgoing request: status code, pairs of headers in the order received, body."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -2386,7 +2386,7 @@ class Fetched(NamedTuple):
 
 
 def _read_answer_whole(response: http.client.HTTPResponse, stream: _BoundedStream, max_bytes: int) -> Fetched:
-    cut_short = stream.ended  # inside the head: http.client takes the end of input for the end of the headers
+    cut_short = stream.ended  # in the head: for http.client the end of input is the end of the headers
     data = response.read(max_bytes + 1) if max_bytes and not cut_short else b""
     if len(data) > max_bytes:
         raise answer_too_large(max_bytes)
@@ -2394,7 +2394,7 @@ def _read_answer_whole(response: http.client.HTTPResponse, stream: _BoundedStrea
         raise OutboundError("transport", "the answer was cut short")
     headers = response.getheaders()
     codings = content_codings(headers)
-    if data and codings:  # few servers encode an answer unasked
+    if data and codings:  # rare: the request did not ask for a coding
         data = wing("astera_lite_requests:decoded")(data, codings, max_bytes)
     return Fetched(response.status, headers, data)
 
@@ -2406,7 +2406,7 @@ def _outbound_error(error: Exception, timeout: float) -> OutboundError:
         return OutboundError("timeout", f"no answer within {show_duration(round(timeout, 3))}")
     if isinstance(cause, http.client.IncompleteRead):
         return OutboundError("transport", "the answer was cut short")
-    if isinstance(cause, OSError):  # RemoteDisconnected and SSLCertVerificationError are of both kinds
+    if isinstance(cause, OSError):  # RemoteDisconnected and SSLCertVerificationError are OSErrors, too
         return OutboundError("transport", f"the connection failed: {reason_of(cause)}")
     return OutboundError("transport", f"the answer is not HTTP ({type(cause).__name__})")
 
@@ -2431,7 +2431,7 @@ class Outbound:
         max_bytes: int,
         policy: AddressPolicy | None = None,
     ) -> Fetched:
-        """Send one request and return its answer, whatever the status; redirects are not followed.
+        """Send one request and return its response, whatever the status; redirects are not followed.
 
         `timeout` (seconds) covers everything from the look-up of the name to the last byte. `max_bytes` limits the
         body; 0 leaves it unread. Without a `policy` every address is allowed. Raises OutboundError, AddressRefused.
@@ -2483,12 +2483,12 @@ def joined_headers(headers: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 
 def http_date(text: str | None) -> float:
-    """Seconds since the epoch from a date in a header (RFC 9110, section 5.6.7); NaN, which compares false, if none."""
+    """Seconds since the epoch from a date in a header (RFC 9110, section 5.6.7), or NaN (every comparison is false)."""
     from email.utils import parsedate_to_datetime  # noqa: PLC0415 (few clients send a date)
 
     try:
         date = parsedate_to_datetime(text or "")
-        if date.tzinfo is None:  # the form of asctime has no zone and means UTC
+        if date.tzinfo is None:  # the format of asctime has no zone and means UTC
             date = date.replace(tzinfo=datetime.UTC)
         return date.timestamp()
     except (ValueError, OverflowError):
@@ -8312,7 +8312,7 @@ class AsteraLite:
 
 
 class AccessError(AsteraError):
-    """The caller may not do this; `status` is 401, 403 or 421, `code` the fault of the token (RFC 6750) if any."""
+    """The caller may not do this; `status` is 401, 403 or 421, `code` the error code of RFC 6750, or empty."""
 
     def __init__(self, status: int, detail: str, code: str = "") -> None:
         super().__init__(detail)
@@ -8323,26 +8323,26 @@ class AccessError(AsteraError):
 
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]++|%[0-9A-Fa-f]{2})+)(?::([0-9]{1,5}))?")
-ADMIN_TOKEN = "token"  # noqa: S105 (the name of the one that is a setting)
+ADMIN_TOKEN = "token"  # noqa: S105 (the name of the token in the settings)
 
 
 def token_digest(token: str) -> bytes:
-    """What is kept of a token. A token is random and long, so that its SHA-256 cannot be reversed."""
+    """The SHA-256 of a token, which is stored instead. It cannot be reversed, because a token is long and random."""
     return sha256(token.encode("utf-8", "replace"))
 
 
 def _is_followed_link(head: Head) -> bool:
-    """Whether a person follows a link to what only reads: a navigation of a whole window (Fetch Metadata)."""
+    """Whether a person follows a link to a read-only page: a navigation of a whole window (Fetch Metadata)."""
     sent = head.headers
     window = sent.get("sec-fetch-mode") == "navigate" and sent.get("sec-fetch-dest", "document") == "document"
     return head.method == "GET" and (head.path == "/" or (window and not head.path.startswith("/api/publishing")))
 
 
 class Access:
-    """Who may call: tokens, and the rules that keep pages of other sites away (Host, Origin, Sec-Fetch-Site).
+    """Who may call: tokens, and the rules against pages of other sites (Host, Origin, Sec-Fetch-Site).
 
-    `tokens` returns the tokens that exist, revoked ones included. If there are none and no `token`, everybody may call
-    when `is_open`, else nobody. `host` is the address that a loopback listener listens on.
+    `tokens` returns all tokens, including revoked ones. If there are none, and no `token`, everybody may call if
+    `is_open`, otherwise nobody. `host` is the address on which a loopback server listens.
     """
 
     def __init__(
@@ -8360,17 +8360,17 @@ class Access:
         self.origins = origins
         self._own = "/".join(public_url.lower().split("/")[:3]) if public_url else None  # an origin has no path
         names = [host, "localhost", "127.0.0.1", "::1", *([parse_target(public_url).host] if public_url else ())]
-        self._hosts = {f"[{name}]" if ":" in name else name for name in names} if loopback else None  # None: any
+        self._hosts = {f"[{name}]" if ":" in name else name for name in names} if loopback else None  # None: any host
 
     def named_origin(self, headers: Mapping[str, str]) -> str | None:
-        """The origin of the page that calls, if `cors_origins` names it."""
+        """The origin of the calling page if `cors_origins` names it, otherwise None."""
         origin = headers.get("origin")
         return origin if origin in self.origins else None
 
     def check_origin(self, head: Head, base: str) -> None:
         """Raise AccessError for a host name that is not the server's, and for a page of another site.
 
-        `base` is the server's own origin, as the request names it.
+        `base` is the origin by which the request addresses this server.
         """
         headers = head.headers
         host = headers.get("host", "").lower()
@@ -8389,7 +8389,7 @@ class Access:
             raise AccessError(403, "Pages of other sites may not call this server.")
 
     def principal(self, authorization: str | None) -> Principal:
-        """The caller that a bearer token stands for; raises AccessError (RFC 6750)."""
+        """The caller to whom a bearer token belongs; raises AccessError (RFC 6750)."""
         tokens = [*self._setting, *self._tokens()]
         if not tokens and self._open:
             return ANYBODY
@@ -8399,7 +8399,7 @@ class Access:
         if scheme.lower() != "bearer" or not given.strip():
             raise AccessError(401, "This needs a token: send Authorization: Bearer …")
         digest = sha256(given.strip().encode("latin-1", "replace"))
-        found = [token for token in tokens if hmac.compare_digest(digest, token.digest)]  # all, so that none is sooner
+        found = [token for token in tokens if hmac.compare_digest(digest, token.digest)]  # all, so that none is faster
         if not found:
             raise AccessError(401, "The token is not known here, or not any more.", "invalid_token")
         return Principal(found[0].name, found[0].role == "admin", found[0].flows)
@@ -8411,17 +8411,17 @@ class Access:
 
 
 class WireError(AsteraError):
-    """A request that is refused as it stands, after which its connection is closed."""
+    """A request is refused because of its form, and its connection is closed."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
         self.status = status
-        if status == 405:  # whatever the resource
+        if status == 405:  # for every resource
             self.headers = (("Allow", ", ".join(sorted(HTTP_METHODS))),)
 
 
 class Head(NamedTuple):
-    """The head of a request (RFC 9112). `headers` are by lower-case name; repeated ones are joined by commas."""
+    """The head of a request (RFC 9112). `headers` have lower-case names; repeated ones are joined by commas."""
 
     method: str
     path: str  # raw
@@ -8451,7 +8451,7 @@ _METHODS = frozenset(  # of IANA's registry: 405 if a path does not serve them; 
         " REBIND REPORT SEARCH TRACE UNBIND UNCHECKOUT UNLINK UNLOCK UPDATE UPDATEREDIRECTREF VERSION-CONTROL"
     ).split()
 )
-_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # possessive, like most here: a hostile line costs no backtracking
+_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # possessive, like most patterns here: no backtracking on a hostile line
 _TARGET = r'(?:(?i:https?)://([!-"$-.0->A-~]++))?+(/[!-"$->@-~]*+)?+(?:\?([!-"$-~]*+))?+(?= )|[!-~]++'
 _REQUEST_LINE = re.compile(rf"({_NAME}) ({_TARGET}) HTTP/([0-9])\.([0-9])")
 _FIELDS = re.compile(rf"(?:{_NAME}:[\t\x20-\x7e\x80-\xff]*+\r\n)*+".encode("latin-1"))
@@ -8464,7 +8464,7 @@ _MAX_CHUNK_LINE = 4096  # bytes
 
 
 def _is_host(text: str) -> bool:
-    """Whether a Host header may say this: a name or an address, and a port up to 65535 (RFC 9110, section 7.2)."""
+    """Whether this is valid in a Host header: a name or an address, and a port up to 65535 (RFC 9110, section 7.2)."""
     match = _HOST.fullmatch(text)
     if match is None or int(match[2] or 0) > 65535:
         return False
@@ -8477,7 +8477,7 @@ def _is_host(text: str) -> bool:
 
 
 def _parse_fields(block: bytes, version: int) -> tuple[dict[str, str], int, bool, bool, bool]:
-    """The members of a Head from `headers` on, of a header block in which every line ends with CRLF."""
+    """The members of a Head from `headers` on; `block` holds the header lines, each ending with CRLF."""
     if not _FIELDS.fullmatch(block):
         raise WireError(400, "A header line is malformed.")
     headers: dict[str, str] = {}
@@ -8504,15 +8504,15 @@ def _parse_fields(block: bytes, version: int) -> tuple[dict[str, str], int, bool
         raise WireError(417, "The only expectation is 100-continue.")
     connection = {word.strip(" \t").lower() for word in headers.get("connection", "").split(",")}
     keep_alive = "close" not in connection and (version == 11 or "keep-alive" in connection)
-    size = int(length.lstrip("0")[:19] or 0)  # 19 digits are more than any limit; int() of thousands takes its time
+    size = int(length.lstrip("0")[:19] or 0)  # 19 digits exceed every limit; int() is slow for thousands
     return headers, size, coding is not None, expect is not None and version == 11, keep_alive
 
 
-_known_fields = lru_cache(maxsize=512)(_parse_fields)  # a client's headers hardly change between its requests
+_known_fields = lru_cache(maxsize=512)(_parse_fields)  # most requests of a client have the same headers
 
 
 def _request_line(line: bytes) -> Sequence[Any]:
-    """Method, target, its host, path and query, and the two digits of the version."""
+    """Method, target, host, path and query of the target, and the two digits of the version."""
     match = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if match is None:
         raise WireError(400, "The request line is malformed.")
@@ -8522,7 +8522,7 @@ def _request_line(line: bytes) -> Sequence[Any]:
 def parse_head(block: bytes, max_url: int) -> Head:
     """The head of a request, without the empty line that ends it; raises WireError.
 
-    A malformed head is 400 whatever else is wrong with it, so that the answer does not depend on how it was cut.
+    A malformed head is 400 whatever else is wrong, so that the status does not depend on the packets of the head.
     """
     line, _, rest = block.partition(b"\r\n")
     method, target, host, path, query, major, minor = _request_line(line)
@@ -8534,9 +8534,9 @@ def parse_head(block: bytes, max_url: int) -> Head:
         raise WireError(414, f"The URL is longer than {show_size(max_url)}.")
     if method not in _METHODS:
         raise WireError(501, "The method is not known.")
-    if method == "CONNECT":  # what follows it is not a request
+    if method == "CONNECT":  # the bytes after it are not a request
         raise WireError(405, "This server is not a proxy.")
-    if host is not None and _is_host(host):  # it replaces the header (RFC 9112, section 3.2.2)
+    if host is not None and _is_host(host):  # replaces the header (RFC 9112, section 3.2.2)
         path, fields = path or "/", ({**fields[0], "host": host}, *fields[1:])
     elif target == "*" and method == "OPTIONS":
         path = "*"
@@ -8545,14 +8545,14 @@ def parse_head(block: bytes, max_url: int) -> Head:
     return Head(method, path, query or "", version, *fields)
 
 
-_known_head = lru_cache(maxsize=512)(parse_head)  # who repeats a call saves a tenth of a synchronous one
+_known_head = lru_cache(maxsize=512)(parse_head)  # for a repeated call: a tenth of the time of a synchronous call
 
 
 class RequestParser:
-    """Cuts the bytes of a connection into requests. How the bytes are cut into packets makes no difference.
+    """Cuts the bytes of a connection into requests, however the bytes are divided into packets.
 
-    Call `feed` with bytes, then `head()`, then `body()`; each returns None until it is complete. After a WireError
-    nothing more is to be read from the connection.
+    Call `feed` with bytes, then `head()`, then `body()`; each of the two returns None until head or body is complete.
+    After a WireError, the caller must not read from the connection any more.
     """
 
     def __init__(self, max_header: int, max_url: int, max_body: int) -> None:
@@ -8562,23 +8562,23 @@ class RequestParser:
         self._led = False  # whether an empty line was ignored before the head
         self._seen = 0  # bytes searched for the end of the head
         self._head: Head | None = None
-        self._body = bytearray()  # of a chunked request, as far as it came
-        self._due = "size"  # what the next line of a chunked body is: size, end (of the data), trailer
-        self._left = 0  # bytes of a chunk's data to come
+        self._body = bytearray()  # decoded part of a chunked body
+        self._due = "size"  # kind of the next line of a chunked body: size, end (of the data), trailer
+        self._left = 0  # bytes of the chunk that have not arrived
         self._trailer = 0  # bytes of trailer lines so far
 
     @property
     def buffered(self) -> int:
-        """Bytes held."""
+        """Number of bytes in the buffers."""
         return len(self._buffer) + len(self._body)
 
     @property
     def begun(self) -> bool:
-        """Whether a part of a request is there."""
+        """Whether a part of a request has arrived."""
         return self._head is not None or len(self._buffer) > 0
 
     def feed(self, data: bytes) -> None:
-        """Take more bytes of the connection."""
+        """Add bytes of the connection."""
         self._buffer += data
 
     def head(self) -> Head | None:
@@ -8595,7 +8595,7 @@ class RequestParser:
             line = buffer.find(b"\r\n", 0, stop)
             if _STRAY.search(buffer, max(self._seen - 1, 0), stop):
                 raise WireError(400, "Lines end with CR LF.")
-            if line >= max(self._seen - 1, 0):  # complete since the last look; TLS, for instance, may send no more
+            if line >= max(self._seen - 1, 0):  # new since the last call; a TLS client, for instance, may send no more
                 _request_line(bytes(buffer[:line]))
             if len(buffer) >= stop:
                 self._refuse_long(line)
@@ -8612,18 +8612,18 @@ class RequestParser:
         return head
 
     def _refuse_long(self, line: int) -> NoReturn:
-        """Refuse a head that is too long; `line` is the length of its request line, or negative."""
+        """Refuse a head that is too long; `line` is the length of its request line, negative if that is incomplete."""
         if 0 <= line <= self._max_url + 128:
             raise WireError(431, f"The header block is longer than {show_size(self._max_header)}.")
         raise WireError(414, f"The URL is longer than {show_size(self._max_url)}.")
 
     def origin(self) -> dict[str, str]:
-        """The header Origin of a request that is refused before its head is complete, as far as it came."""
+        """The header Origin of a request that is refused before its head is complete; empty if it has not arrived."""
         match = _ORIGIN_LINE.search(self._buffer)
         return {"origin": match[1].decode()} if match else {}
 
     def body(self) -> bytes | None:
-        """The body of the request whose head was given; empty if it has none. Then comes the next head."""
+        """The body of the request whose head was returned last; empty if there is none. Then call `head()` again."""
         head = self._head
         assert head is not None
         if head.chunked:
@@ -8639,7 +8639,7 @@ class RequestParser:
         return body
 
     def _dechunk(self) -> bool:
-        """Decode chunks (RFC 9112, section 7.1) as far as they came; whether the body and its trailer are complete."""
+        """Decode the chunks that have arrived (RFC 9112, section 7.1); true once body and trailer are complete."""
         buffer, at = self._buffer, 0
         try:
             while True:
@@ -8694,7 +8694,7 @@ def _http_date(seconds: int) -> str:
 def response_head(
     response: Reply, request_id: str, keep_alive: bool, version: int = 11, has_length: bool = True
 ) -> bytes:
-    """Status line and headers of a response, with the framing that RFC 9112 asks for."""
+    """Status line and headers of a response, with the framing of RFC 9112."""
     status = response.status
     lines = [f"HTTP/1.1 {status} {PHRASES.get(status, '')}\r\nDate: {_http_date(int(time.time()))}\r\n"]
     lines += [f"{name}: {value}\r\n" for name, value in response.headers]
@@ -10178,11 +10178,11 @@ class Server(ThreadingHTTPServer):
 
 # ======================================================================================================================
 # 17 Command line
-# `serve` and its settings are read here. All other command lines, and --help, are for astera_lite_tools: a command is
-# a function and a row of COMMANDS there.
+# This room reads the settings of `serve`. All other command lines, and --help, belong to astera_lite_tools.
+# To add a command: a function and a row of COMMANDS there.
 # ======================================================================================================================
 
-#: What makes the documents that commands print: functions of the wing of documents.
+#: Functions of the wing of documents, which make the documents that commands print.
 DOCUMENTS = {
     "openapi": late("astera_lite_documents:openapi_document"),
     "postman": late("astera_lite_documents:postman_document"),
@@ -10191,9 +10191,9 @@ DOCUMENTS = {
 
 
 class Stderr:
-    """stderr for all that write there. It raises nothing, and once it is detached it keeps nobody waiting."""
+    """stderr for the whole process. It raises no errors, and after `detach` no writer waits."""
 
-    _MOST = 5000  # texts that wait; further ones are lost
+    _MOST = 5000  # waiting texts; further ones are dropped
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -10214,15 +10214,15 @@ class Stderr:
         return len(text)
 
     def flush(self) -> None:
-        """Do nothing: each text is flushed."""
+        """Do nothing: `write` flushes each text."""
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it is full, closed, or its reader has gone
+        with contextlib.suppress(OSError, ValueError):  # stderr is full or closed, or nobody reads it
             self._stream.write(text)
             self._stream.flush()
 
     def detach(self) -> None:
-        """From here on a thread writes: a slow disk, or a reader that does not read, holds up that thread only."""
+        """Write on a separate thread from now on: a slow disk, or a reader that stops, delays only that thread."""
         self._texts = queue.SimpleQueue()
         threading.Thread(target=self._write_all, args=[self._texts], name="astera-stderr", daemon=True).start()
 
@@ -10238,7 +10238,7 @@ class Stderr:
                 log.warning("%d lines of the log are lost: what reads stderr was too slow", lost)
 
     def written(self) -> bool:
-        """Whether everything is written; waits up to a second for that."""
+        """Wait up to a second until all texts are written; return whether they are."""
         if self._texts is None:
             return True
         done = threading.Event()
@@ -10247,12 +10247,12 @@ class Stderr:
 
 
 def one_line(text: str) -> str:
-    """The text with what is not printable escaped, so that it can begin no line and command no terminal."""
+    """The text with other than printable characters escaped: it can begin no line and control no terminal."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object a line; `about` and Exchange.about name its further members."""
+    """One JSON object for each line; `about` and Exchange.about give further members."""
 
     _MEMBERS = ("request", "method", "path", "status", "ms", "client", "token", "job", "flow", "step", "trace")
 
@@ -10263,11 +10263,11 @@ class _JsonLines(logging.Formatter):
         entry |= {name: it if isinstance(it, str | int | float) else shown(it) for name, it in given.items()}
         if record.exc_info:
             entry["exception"] = record.exc_text or self.formatException(record.exc_info)
-        return json.dumps(entry)  # in ASCII: other characters may end a line, or turn it round, where it is read
+        return json.dumps(entry)  # in ASCII: other characters may end or reverse a line for a reader
 
 
 class _TextLines(logging.Formatter):
-    """Time, level and message; what came from outside cannot begin a line of its own."""
+    """Time, level and message; text from outside cannot begin a new line."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {one_line(log_message(record))}"
@@ -10286,7 +10286,7 @@ def _log_handler(settings: Settings) -> logging.Handler:
 
 
 def set_up_logging(settings: Settings) -> None:
-    """Send the log of the module to stderr, in the form and from the level that the settings name."""
+    """Send the log of the module to stderr, with the form and level of the settings."""
     log.addHandler(_log_handler(settings))
     log.setLevel(settings.log_level.upper())
     log.propagate = False
@@ -10295,12 +10295,12 @@ def set_up_logging(settings: Settings) -> None:
 def load_settings(flags: Mapping[str, str]) -> Settings:
     """The settings of flags (texts by name), the environment, and the TOML file named by the flag `config`.
 
-    What is logged meanwhile is written in the form that they name. Raises ConfigError.
+    Messages logged meanwhile are written in the form of the new settings. Raises ConfigError.
     """
     default = "astera_lite.toml" if os.path.exists("astera_lite.toml") else None
     flags = dict(flags)
     early: list[logging.LogRecord] = []
-    keep = cast(Callable[[logging.LogRecord], bool], early.append)  # a filter whose answer, None, lets nothing pass
+    keep = cast(Callable[[logging.LogRecord], bool], early.append)  # a filter that returns None stops each record
     log.addFilter(keep)
     settings = Settings()
     try:
@@ -10317,7 +10317,7 @@ def load_settings(flags: Mapping[str, str]) -> Settings:
 
 
 class _WatchedApp(AsteraLite):
-    """Tells the service manager's watchdog, through the housekeeper and the loop, that both are alive."""
+    """Notifies the service manager's watchdog by way of housekeeper and loop, which shows that both are alive."""
 
     beat: Callable[[], None] = staticmethod(lambda: None)
 
@@ -10328,7 +10328,7 @@ class _WatchedApp(AsteraLite):
 
 
 def notify(state: str) -> None:
-    """Tell the service manager that started this process (sd_notify(3)); nothing where NOTIFY_SOCKET names none."""
+    """Send a state to the service manager (sd_notify(3)); do nothing if NOTIFY_SOCKET is not set."""
     name = os.environ.get("NOTIFY_SOCKET", "")
     if not name.startswith(("/", "@")):
         return
@@ -10338,11 +10338,11 @@ def notify(state: str) -> None:
 
 
 def _set_up_process(settings: Settings) -> None:
-    """Set what belongs to the whole process: log, thread switches, descriptors."""
+    """Set up log, switch interval and limit of descriptors, which belong to the whole process."""
     set_up_logging(settings)
     logging.captureWarnings(True)
     _warnings_log.addHandler(log.handlers[-1])
-    sys.setswitchinterval(0.00005)  # or each thread that computes would hold up the loop for 5 ms, many times a request
+    sys.setswitchinterval(0.00005)  # with the default, each busy thread delays the loop by 5 ms, often in a request
     try:
         import resource as rlimits  # noqa: PLC0415 (not on Windows)
     except ImportError:
@@ -10362,7 +10362,7 @@ def _announce(server: Server, stderr: Stderr) -> None:
     try:
         for name in ("console.html", "astera_lite_admin.py"):
             resource(name)
-    except ConfigError:  # a copy of the module without the page
+    except ConfigError:  # a copy of the module without the console
         console_line = []
     if server.settings.log == "json":
         for line in [*(f"published: {' '.join(line.split())}" for line in published), *console_line]:
@@ -10370,7 +10370,7 @@ def _announce(server: Server, stderr: Stderr) -> None:
     else:
         head = "published:" if published else "published: no flow; `new NAME` writes a first one"
         stderr.write("\n".join([head, *published, *console_line, ""]))
-    stderr.write(f"listening on {server.url}\n")  # in one piece, or a line of the log may come into the middle
+    stderr.write(f"listening on {server.url}\n")  # in one piece, so that no line of the log gets into it
     notify(f"READY=1\nSTATUS=listening on {server.url}")
 
 
@@ -10397,14 +10397,14 @@ def _reload(app: AsteraLite) -> None:
 
 
 def _install_signals(app: AsteraLite, server: Server) -> Callable[[], bool]:
-    """Have signals stop the server, or read flows and tokens again; returns what says that a stop is overdue."""
+    """Let signals stop the server, or reload flows and tokens; returns a function: whether a stop is overdue."""
     stop_by = math.inf
 
     def stop(number: int, frame: object) -> None:
         nonlocal stop_by
         if stop_by < math.inf:
             kill_children()
-            os._exit(0)  # what is on disk is safe
+            os._exit(0)  # acknowledged jobs are on disk
         stop_by = time.monotonic() + app.settings.shutdown_timeout + 5
         server.post(lambda: _log_stopping(app, "Ctrl-C again" if number == signal.SIGINT else "a second signal"))
         server.request_stop()
@@ -10421,12 +10421,12 @@ def _install_signals(app: AsteraLite, server: Server) -> Callable[[], bool]:
 
 
 def _settle() -> None:
-    """Tell the garbage collector that what is loaded stays."""
-    import gc  # noqa: PLC0415 (an embedding program's own affair)
+    """Tell the garbage collector that all objects loaded so far stay."""
+    import gc  # noqa: PLC0415 (an embedding program decides itself)
 
     gc.freeze()
     gc.enable()
-    gc.set_threshold(10_000, 20, 50)  # requests leave no cycles, but many objects: a look for each 700 held them up
+    gc.set_threshold(10_000, 20, 50)  # requests make many objects, but no cycles: collecting at 700 is too often
 
 
 def serve(settings: Settings) -> int:
@@ -10450,19 +10450,19 @@ def serve(settings: Settings) -> int:
     _announce(server, stderr)
     if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
         app.beat = partial(server.post, partial(notify, "WATCHDOG=1"))
-    server.start()  # on a thread of its own: this one is free for signals, whatever holds that one up
+    server.start()  # on a separate thread: this one is free for signals
     while not server.ended(1.0) and not overdue():
         pass
     stuck = not server.ended(0)
     if not stuck:
         server.server_close()
-    # The interpreter's own 1 says that settings are faulty, where to start again is of no use.
+    # Not 1, which means faulty settings: a service manager need not start the server again in that case.
     code = 5 if server.fault is not None else 0
     left = app.stop()
     if not code:
         log.info("stopped")
     logging.shutdown()
-    if left or stuck or server.at_work:  # threads that do not end would hold the interpreter for ever
+    if left or stuck or server.at_work:  # the interpreter would wait for threads that do not end
         stderr.written()
         kill_children()
         os._exit(code)
@@ -10473,9 +10473,9 @@ def serve(settings: Settings) -> int:
 
 
 def serve_flags(words: Sequence[str]) -> dict[str, str] | None:
-    """The settings on a command line that serves and names each setting with its value; None for any other.
+    """The settings of a command line that serves, each with a value; None for any other command line.
 
-    It spares most starts the parser of astera_lite_tools, which reads these lines, too: 6 ms and 0.5 MB.
+    Most starts then do without the parser of astera_lite_tools, which reads these lines, too: 6 ms and 0.5 MB.
     """
     names = {f"--{name.replace('_', '-')}": name for name, item in SETTING_FIELDS.items() if not item.secret}
     names["--config"] = "config"
@@ -10489,12 +10489,12 @@ def serve_flags(words: Sequence[str]) -> dict[str, str] | None:
 
 
 def _set_up_streams() -> Stderr:
-    """Have standard streams that can be written to, whatever the program was started with."""
+    """Make sure that the standard streams can be written to, however the program was started."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed; or the database would get its number, and what is written there
+        if getattr(sys, name) is None:  # closed: the database could get its descriptor number, and its output
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # it may be for ASCII only
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may be ASCII
     stderr = sys.stderr if isinstance(sys.stderr, Stderr) else Stderr(sys.stderr)
     sys.stderr = cast(TextIO, stderr)
     return stderr
@@ -10505,17 +10505,17 @@ def _run(words: Sequence[str]) -> int:
     try:
         flags = serve_flags(words)
         code = serve(load_settings(flags)) if flags is not None else wing("astera_lite_tools:run_command")(words)
-        sys.stdout.flush()  # here, where its failure can be caught
+        sys.stdout.flush()  # here, where a failure can be caught
     except AsteraError as error:
         print(error, file=sys.stderr)
         return 4 if isinstance(error, StoreError) else 1
     except KeyboardInterrupt:
-        return 130  # 128 + SIGINT, as shells have it
+        return 130  # 128 + SIGINT, like shells
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # else the reader of our output has gone, as `head` does
+        if not isinstance(error, BrokenPipeError):  # a reader such as `head` has closed the pipe
             print(f"the output cannot be written: {reason_of(error)}", file=sys.stderr)
             code = 1
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the interpreter's last flush)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (the interpreter flushes it at its end)
     return code
 
 
@@ -10523,7 +10523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (of this process unless given), and return the exit code."""
     stderr = _set_up_streams()
     code = _run([*(sys.argv[1:] if argv is None else argv)])
-    if not stderr.written():  # its thread would hold up the interpreter's end
+    if not stderr.written():  # the interpreter would wait for its thread
         os._exit(code)
     return code
 

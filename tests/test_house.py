@@ -256,7 +256,7 @@ def test_a_wing_of_another_version_is_told(alone: Path) -> None:
     (alone / "astera_lite_documents.py").write_text(text, "utf-8")
     with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, _):
         answer = Api(url).session.get(f"{url}/openapi.json", timeout=10)
-        words = "astera_lite_documents.py is of another version than what runs: restart it"
+        words = "astera_lite_documents.py has another version: restart the server"
         assert (answer.status_code, answer.json()["detail"]) == (501, words)
 
 
