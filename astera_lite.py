@@ -3877,6 +3877,10 @@ class Computed(Value):
         return super().read(build, value, place)
 
 
+def _of_items(words: str, item: Member) -> str:
+    return words.partition(";")[0] if item.word == Member.word else f"{words} {item.word}"
+
+
 class ListOf(Member):
     """A list of at least so many items; with `lone`, what is no list stands for a list of it alone."""
 
@@ -3885,7 +3889,7 @@ class ListOf(Member):
     lone = False
 
     def __init__(self, item: Member, **traits: Any) -> None:
-        word = f"{item.word}, or a list" if traits.get("lone") else f"a list, each {item.word}"
+        word = f"{item.word}, or a list of these" if traits.get("lone") else _of_items("a list; each item is", item)
         super().__init__(**{"item": item, "word": word} | traits)
 
     def read(self, build: Build, value: Any, place: str) -> list[Any]:
@@ -3905,7 +3909,7 @@ class MapOf(Member):
     check: Callable[[Build, str, Collection[str]], str] = staticmethod(lambda build, name, names: "")
 
     def __init__(self, item: Member, **traits: Any) -> None:
-        super().__init__(item=item, word=f"an object, each value {item.word}", **traits)
+        super().__init__(item=item, word=_of_items("an object; each value is", item), **traits)
 
     def read(self, build: Build, value: Any, place: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -4579,7 +4583,7 @@ STEP_KINDS: dict[str, StepKind] = {
     "sql": StepKind(
         Elsewhere("astera_lite_steps:SQL"),
         None,
-        "asks a SQLite database in the data folder, or writes to it",
+        "reads or writes a SQLite database in the data folder",
         effect=True,
         failures=("locked", "sql"),
     ),
@@ -4590,11 +4594,11 @@ STEP_KINDS: dict[str, StepKind] = {
         _WAYS, _make_choose, "runs the steps of the first branch whose `when` holds", light=True, nests=True
     ),
     "call": StepKind(Elsewhere("astera_lite_steps:CALL"), None, "runs another flow", answers=True, nests=True),
-    "wait": StepKind(_WAIT, _make_wait, "waits for a time"),
+    "wait": StepKind(_WAIT, _make_wait, "waits for a duration, or until a time"),
     "respond": StepKind(
-        Table(_ANSWER, _make_response), _make_respond, "answers at once; the steps after it do not run", light=True
+        Table(_ANSWER, _make_response), _make_respond, "responds at once; the steps after it do not run", light=True
     ),
-    "fail": StepKind(Table(_FAIL), _make_fail, "ends as an error", light=True),
+    "fail": StepKind(Table(_FAIL), _make_fail, "ends the flow with an error", light=True),
 }
 
 
@@ -4670,7 +4674,9 @@ def _parse_rule(name: str, kind: str, value: Any) -> Any:
 
 
 _RULES: dict[str, Member] = {
-    name: Member(parse=partial(_parse_rule, name, kind), word=VALUE_TYPES[kind].words, json={"type": kind})
+    name: Member(
+        parse=partial(_parse_rule, name, kind), word=VALUE_TYPES[kind].words.partition(" such")[0], json={"type": kind}
+    )
     for name, kind in ((name, rule.limit_type) for name, rule in SCHEMA_RULES.items())
 }
 _NOTES: dict[str, Member] = {"description": Text(), "example": Member()}
@@ -4850,7 +4856,7 @@ _RETRY = {
 class _OnError(Value):
     """The value instead of that of a step that failed."""
 
-    word = '"continue", or the value instead'
+    word = '"continue", or a value to use instead'
 
     def read(self, build: Build, value: Any, place: str) -> Template:
         return super().read(build, None if value == "continue" else value, place)

@@ -168,7 +168,9 @@ def _make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
 
 PYTHON = Table(
     {
-        "call": _FunctionName('of the form "module:function"', r"(?a:[A-Za-z_][\w.]*:[A-Za-z_]\w*)", required=True),
+        "call": _FunctionName(
+            'a function such as "module:function"', r"(?a:[A-Za-z_][\w.]*:[A-Za-z_]\w*)", required=True
+        ),
         "args": MapOf(Value(), default={}),
         "isolate": Flag(default=False),
     },

@@ -210,7 +210,8 @@ def table_of_members() -> str:
                 default = (
                     "required" if member.required else "" if member.default is None else f"`{to_json(member.default)}`"
                 )
-                lines.append(f"| {name or start} | `{key}` | {member.word.replace('|', chr(92) + '|')} | {default} |")
+                word = f"a step that {member.word}" if isinstance(member, StepKind) else member.word
+                lines.append(f"| {name or start} | `{key}` | {word.replace('|', chr(92) + '|')} | {default} |")
     return "\n".join(lines) + "\n"
 
 

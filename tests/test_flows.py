@@ -175,7 +175,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     (step(http={"url": "http://h/", "expect": "ok"}), "/steps/0/http/expect", "is not a status such as"),
     (step(http={"url": "http://h/", "header": {}}), "/steps/0/http/header", 'did you mean "headers"?'),
     (step(http={"url": "http://h/", "query": "a=1"}), "/steps/0/http/query", "must be an object"),
-    (step(python="json"), "/steps/0/python", 'of the form "module:function"'),
+    (step(python="json"), "/steps/0/python", 'is not a function such as "module:function"'),
     (step(python="no_such_module_x:f"), "/steps/0/python", "flows folder"),
     (step(python="json:dump_all"), "/steps/0/python", "has no function"),
     (step(wait="soon"), "/steps/0/wait", "is not a duration"),
