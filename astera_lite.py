@@ -8069,18 +8069,8 @@ class AsteraLite:
         further, `body` for a schema of the body. The flow's name is `name`, or the function's with - for _. Raises
         FlowError, also for an argument that no request could give.
         """
-
-        if not isinstance(route, str):
-            fault = 'stands under a bare @app.flow: write the method and the resource, @app.flow("GET /name")'
-            raise FlowError([Fault(getattr(route, "__name__", "flow"), "", fault)])
-        modes = [processing] if isinstance(processing, str) else list(processing)
-
-        def publish(function: _Function) -> _Function:
-            tree = wing("astera_lite_python:function_flow")(function, route, modes, options)
-            self.deploy(name or function.__name__.replace("_", "-"), tree)
-            return function
-
-        return publish
+        decorate = wing("astera_lite_python:flow_decorator")
+        return cast(Callable[[_Function], _Function], decorate(self, route, name, processing, options))
 
     def step(self, name: str) -> Callable[[_Function], _Function]:
         """Add a kind of step: `@app.step("greet")` above `def greet(context, name: str, times: int = 1)`.
@@ -9064,7 +9054,6 @@ def publish(mode: str, x: Exchange) -> Reply | None:
     if _split_callback(x)[0]:
         message = "is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async"
         raise InputError([{"in": "query", "name": "callbackUrl", "message": message}])
-    _check_callback_name(x)
     if "idempotency-key" in x.head.headers and "idempotency-key" not in flow.header_names:
         cure = "leave it out, or publish the flow asynchronously too"
         if "asynchronous" in flow.modes:
@@ -9104,18 +9093,13 @@ def _declared(flow: Flow | None) -> list[str]:
     return [*(item.name for item in flow.parameters if item.where == "query"), *flow.selecting] if flow else []
 
 
-def _check_callback_name(x: Exchange) -> None:
-    """Raise InputError for a callbackUrl under another name, which would be ignored."""
-    for part in x.head.query.split("&") if "callback" in x.head.query.lower() else ():
-        name = part.partition("=")[0]
-        if re.fullmatch("callback[_-]?url", name, re.IGNORECASE) and name not in ("callbackUrl", *_declared(x.flow)):
-            raise InputError([{"in": "query", "name": name, "message": "is not known here: write callbackUrl"}])
-
-
 def _split_callback(x: Exchange) -> tuple[list[str], str]:
-    """The values of callbackUrl in the raw query, and the query without them."""
+    """The values of callbackUrl in the raw query, and the query without them.
+
+    Raises InputError for a callbackUrl under another name, which would be ignored.
+    """
     query = x.head.query
-    if "callbackUrl" not in query and "%" not in query:
+    if "%" not in query and "callback" not in query.lower():
         return [], query
     urls, rest = [], []
     for part in query.split("&"):
@@ -9124,14 +9108,15 @@ def _split_callback(x: Exchange) -> tuple[list[str], str]:
             name = unquote(name, plus=True)
         if name == "callbackUrl":
             urls.append(value)
-        else:
-            rest.append(part)
+            continue
+        if re.fullmatch("callback[_-]?url", name, re.IGNORECASE) and name not in _declared(x.flow):
+            raise InputError([{"in": "query", "name": name, "message": "is not known here: write callbackUrl"}])
+        rest.append(part)
     return urls, "&".join(rest)
 
 
 def _callback_url(x: Exchange, urls: list[str]) -> str | None:
     """The URL of the callback, judged as far as a look-up is not needed; raises InputError."""
-    _check_callback_name(x)
     if not urls:
         return None
     try:
@@ -9170,7 +9155,7 @@ def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: li
         except InputError as error:
             return refusals.append(error)
 
-    urls, query = _split_callback(x)
+    urls, query = checked(_split_callback, x) or ([], x.head.query)
     callback_url = checked(_callback_url, x, urls)
     idempotency_key = checked(_idempotency_key, x)
     request = _stored_request(x, flow, query)
@@ -9794,20 +9779,20 @@ def _deadline(event: tuple[Handler, int]) -> float:
     return event[0].deadline
 
 
-def _may_be_open(settings: Settings, loopback: bool) -> bool:
-    """Whether nobody needs a token as long as there is none."""
-    return settings.insecure_open or (loopback and settings.public_url is None)
+def check_exposure(settings: Settings, host: str, has_tokens: bool) -> bool:
+    """Whether nobody needs a token as long as there is none.
 
-
-def check_exposure(settings: Settings, host: str, has_tokens: bool) -> None:
-    """Raise ConfigError for a server that anybody could reach and nobody needs a token for."""
+    Raises ConfigError for a server that anybody could reach and that has no token.
+    """
     loopback = is_loopback(host)
-    if settings.token is None and not has_tokens and not _may_be_open(settings, loopback):
+    may_be_open = settings.insecure_open or (loopback and settings.public_url is None)
+    if settings.token is None and not has_tokens and not may_be_open:
         cure = "set ASTERA_LITE_TOKEN or make one with the command `token`, or set insecure_open to let everybody in"
         name, what = "host", f"{host} can be reached from other machines"
         if loopback:
             name, what = "public_url", "makes the server public"
         raise ConfigError([Fault(name, "", f"{what}, and there is no token: {cure}")])
+    return may_be_open
 
 
 class Server(ThreadingHTTPServer):
@@ -9874,13 +9859,11 @@ class Server(ThreadingHTTPServer):
 
     def _access(self, host: str) -> Access:
         app, settings, loopback = self.app, self.settings, is_loopback(host)
-        check_exposure(settings, host, any(token.digest for token in app.tokens))
+        is_open = check_exposure(settings, host, any(token.digest for token in app.tokens))
         if not loopback and settings.callback_allow.strip().lower() == "auto":
             app.policy.hosts.clear()  # the courier and the http steps share it
             app.policy.networks.clear()
-        nobody_needs_one = _may_be_open(settings, loopback)
-        rules = (settings.token, loopback, settings.public_url, app.origins, host)
-        return Access(*rules, lambda: app.tokens, is_open=nobody_needs_one)
+        return Access(settings.token, loopback, settings.public_url, app.origins, host, lambda: app.tokens, is_open)
 
     def server_bind(self) -> None:
         """Bind, without the look-up of our own name that http.server makes, which can wait for DNS."""

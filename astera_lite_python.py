@@ -20,12 +20,13 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from astera_lite import (
     BASE_NAMES,
     CHILDREN,
     LENIENT_DECODER,
+    AsteraLite,
     Build,
     ExpressionError,
     Fault,
@@ -404,7 +405,27 @@ def _argument_spec(
     return {"in": where, **(schema or {}), **default, **needed, **described}
 
 
-def function_flow(
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def flow_decorator(
+    app: AsteraLite, route: str, name: str, processing: Sequence[str], options: Mapping[str, Any]
+) -> Callable[[_Function], _Function]:
+    """The decorator that `AsteraLite.flow` returns; raises FlowError."""
+    if not isinstance(route, str):
+        fault = 'stands under a bare @app.flow: write the method and the resource, @app.flow("GET /name")'
+        raise FlowError([Fault(getattr(route, "__name__", "flow"), "", fault)])
+    modes = [processing] if isinstance(processing, str) else list(processing)
+
+    def publish(function: _Function) -> _Function:
+        tree = _function_flow(function, route, modes, options)
+        app.deploy(name or function.__name__.replace("_", "-"), tree)
+        return function
+
+    return publish
+
+
+def _function_flow(
     function: Callable[..., Any], route: str, processing: list[str], options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The tree of a flow that calls one Python function; its parameters follow from the signature.
