@@ -7034,7 +7034,7 @@ class Engine:
     def peek(self, key: JobKey) -> tuple[Job | None, Progress | None]:
         """A job that is in memory, and how far it is; None says nothing about the store."""
         entry = self.queue.entries.get(key.seq)
-        if entry is None:
+        if entry is None or (entry.state is State.ENDING and self._store.shared):  # another server may see its end
             return None, None
         job = entry.job or (entry.prepared.job if entry.prepared else None)
         return job if job and job.key == key else None, entry.run.progress if entry.run else entry.progress

@@ -343,7 +343,7 @@ def test_a_program_adds_a_kind_of_step(tmp_path: Path) -> None:
         v = {"parameters": {"v": {"in": "query"}}}
         app.deploy("g", get_flow("/g", steps=[{"name": "g", "greet": spec}], request=v))
         assert app.run("g", {"v": "Hi"}).json() == ["Hi Ada", "Hi Ada"]
-        assert (app.deployer.kinds["greet"].help, "greet" in STEP_KINDS) == ("Greets.", False)
+        assert (app.deployer.kinds["greet"].word, "greet" in STEP_KINDS) == ("Greets.", False)
         for wrong, message in (
             ({"nam": "x"}, 'did you mean "name"?'),
             ({}, 'needs a member "name"'),
