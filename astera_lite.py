@@ -3725,7 +3725,7 @@ class Build:
         self.step_names: set[str] = set()  # of all steps, those inside other steps included
         self.method = "GET"  # of the flow
         self.light = True  # whether all steps so far only compute
-        self.step = Member()  # what a step is, of any of these kinds
+        self.step = step_table(kinds)
 
     def fault(self, place: str, message: str) -> None:
         """Report a fault and its cure."""
@@ -4314,13 +4314,8 @@ class HttpCall:
     def send(self, run: Run, request: OutgoingRequest, max_bytes: int) -> tuple[dict[str, Any], int]:
         """One call, with its redirects: `.status .headers .body`, and the size of the body in bytes."""
         timeout = self._given.get("timeout") or (request.connection.timeout if request.connection else None)
-        outer = run.step_deadline
-        if timeout:
-            run.step_deadline = min(outer, run.outside.clock.monotonic() + timeout)
-        try:
+        with run.within(timeout, "", resumed=False) if timeout else _UNBOUND:
             answer = self._fetch(run, request, max_bytes)
-        finally:
-            run.step_deadline = outer
         if not {str(answer.status), f"{answer.status // 100}xx"} & set(map(str, self._given["expect"])):
             raise unexpected_answer(self.method, answer)
         unknown = [word for word in content_codings(answer.headers) if word not in KNOWN_CODINGS]
@@ -4825,22 +4820,16 @@ def _make_request(build: Build, given: dict[str, Any], place: str) -> dict[str, 
     }
 
 
-class _RetryOn(Member):
-    """A status, or a word for a failure of some kind of step."""
-
-    word = "a status, or a word for a failure"
-    json: Mapping[str, Any] = _JSON_NUMBER_OR_TEXT
-
-    def read(self, build: Build, value: Any, place: str) -> str:
-        words = list(dict.fromkeys(word for kind in build.kinds.values() for word in kind.failures))
-        if value not in words and not _is_status_word(value):
-            cure = f'a status such as 503 or "5xx", nor one of {", ".join(words)}'
-            build.fault(place, f"{shown(value)} is neither {cure}")
-        return str(value)
+_FAILURES = tuple(dict.fromkeys(word for kind in STEP_KINDS.values() for word in kind.failures))
+_RETRY_ON = Member(
+    holds=lambda value: value in _FAILURES or _is_status_word(value),
+    word=f'a status such as 503 or "5xx", or one of {", ".join(_FAILURES)}',
+    json=_JSON_NUMBER_OR_TEXT,
+)
 
 
 def _make_retry(build: Build, given: dict[str, Any], place: str) -> Retry:
-    on = frozenset(given["on"]) if "on" in given else None
+    on = frozenset(map(str, given["on"])) if "on" in given else None
     return Retry(given["attempts"], given["delay"], given["backoff"], given["maxDelay"], on)
 
 
@@ -4849,7 +4838,7 @@ _RETRY = {
     "delay": Duration(default="1s"),
     "backoff": Number(1, 10, "a factor", types=(int, float), default=2),
     "maxDelay": Duration(default="30s"),
-    "on": ListOf(_RetryOn(), least=1),
+    "on": ListOf(_RETRY_ON, least=1),
 }
 
 
@@ -4949,7 +4938,6 @@ def build_flow(
     if not FLOW_NAME.fullmatch(name):
         cure = ", 64 at most" if len(name) > 64 else ""
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _{cure}")
-    build.step = step_table(kinds)
     build.names = dict.fromkeys(BASE_NAMES) | {"request": _REQUEST_MEMBERS, "error": _ERROR_MEMBERS}
     given = FLOW.read(build, tree, "")
     if build.faults:
