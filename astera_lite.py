@@ -325,7 +325,7 @@ def reason_of(error: Exception) -> str:
 
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql", "schema_postgres.sql")  # files that the module needs beside it
-_WINGS = ("admin", "advice", "documents", "nodes", "postgres", "python", "requests", "steps", "tools")
+_WINGS = ("admin", "advice", "documents", "import", "nodes", "postgres", "python", "requests", "steps", "tools")
 #: The wings: files of the module that a server loads on first use.
 WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS)
 #: The folder of this file, as given and with links resolved. Kept, because a program may change its working folder.

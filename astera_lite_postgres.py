@@ -203,6 +203,8 @@ def _store_error(error: Exception) -> StoreError:
     if isinstance(error, StoreError):
         return error
     name = getattr(error, "sqlstate", None) or type(error).__name__
+    if name == "42P01":
+        return StoreError("the database has no tables yet: a server makes them when it starts")
     return StoreError(_passing(error) or f"the database failed ({name})")
 
 
@@ -307,12 +309,13 @@ def _prepare(db: Any, place: str) -> None:
 class PostgresReader:
     """A database that is read. Raises StoreError. Reads may be called from any thread."""
 
+    _version = SCHEMA_VERSION  # of the tables; 0: there are none yet
+
     def __init__(self, url: str) -> None:
         self._address = _Address(url, writes=False)
         self._begin()
         with self._reading() as db:
-            if not _format(db, self._address.place):
-                raise StoreError(f"{self._address.place} is empty: a server makes the tables when it starts")
+            self._version = _format(db, self._address.place)
 
     def _begin(self) -> None:
         self._idle: list[Any] = []  # connections
@@ -425,8 +428,9 @@ class PostgresReader:
         return found
 
     def tokens(self) -> list[Token]:
-        """Every token, by name."""
-        rows = self._all('SELECT name, hash, role, flows, created FROM tokens ORDER BY name COLLATE "C"')
+        """Every token, by name; none where there are no tables yet."""
+        sql = 'SELECT name, hash, role, flows, created FROM tokens ORDER BY name COLLATE "C"'
+        rows = self._all(sql) if self._version else []
         return [
             Token(name, digest, role, flows and frozenset(json.loads(flows)), at)
             for name, digest, role, flows, at in rows
@@ -441,8 +445,8 @@ class PostgresReader:
         return int(self._first("SELECT pg_database_size(current_database())")[0])
 
     def backup(self, path: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Not done here: raises StoreError, which names what does it."""
-        raise StoreError("a PostgreSQL database is backed up by pg_dump, or by what its provider has for it")
+        """Not done here: raises Conflict, which names what does it."""
+        raise Conflict("a PostgreSQL database is backed up by pg_dump, or by what its provider has for it")
 
 
 class _Write(NamedTuple):

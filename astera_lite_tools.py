@@ -688,7 +688,7 @@ COMMANDS = {
         ("database",),
     ),
     "import": Command(
-        late("astera_lite_postgres:import_command"),
+        late("astera_lite_import:import_command"),
         "copy a SQLite database into an empty PostgreSQL database",
         [_word("file", "FILE", "a backup, or the database of a server that was stopped")],
         ("database",),

@@ -59,7 +59,7 @@ def cluster() -> Iterator[Cluster]:
     """A PostgreSQL of these tests."""
     if postgres_bin() is None:
         pytest.skip(CURE)
-    pytest.importorskip("psycopg", reason="the driver is missing: pip install psycopg[binary,pool]")
+    pytest.importorskip("psycopg", reason="the driver is missing: pip install psycopg[binary]")
     made = Cluster.made()
     yield made
     made.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import socket
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import requests
+import yaml
+from nodes import Cluster, nodes
 from support import ROOT, Api, Sink, get_flow, running, until
 
 from astera_lite import SETTING_FIELDS, SHIPPED, Settings, parse_duration
@@ -105,16 +108,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def nginx(folder: Path, front: int, back: int, certificate: tuple[str, str]) -> Iterator[None]:
-    """nginx with the file that examples/deploy has, but for the names and ports in it."""
-    text = (DEPLOY / "nginx.conf").read_text()
-    for old, new in [
-        ("listen 443", f"listen 127.0.0.1:{front}"),
-        ("server 127.0.0.1:9261", f"server 127.0.0.1:{back}"),
-        ("/etc/ssl/api.example.org.pem", certificate[0]),
-        ("/etc/ssl/api.example.org.key", certificate[1]),
-        ("server_name api.example.org", "server_name localhost"),
-    ]:
+def nginx(folder: Path, front: int, file: str, *replaced: tuple[str, str]) -> Iterator[None]:
+    """nginx with a file that examples/deploy has, but for the names and ports in it."""
+    text = (DEPLOY / file).read_text()
+    for old, new in replaced:
         assert old in text
         text = text.replace(old, new)
     folder.chmod(0o755)
@@ -145,7 +142,16 @@ def test_behind_nginx(tmp_path: Path, certificate: tuple[str, str], sink: Sink) 
     url = f"https://localhost:{front}"
     with (
         running(tmp_path, FLOWS, public_url=url, token="t0k3n", callback_allow="127.0.0.1") as (_, server, _),
-        nginx(tmp_path, front, server.server_port, certificate),
+        nginx(
+            tmp_path,
+            front,
+            "nginx.conf",
+            ("listen 443", f"listen 127.0.0.1:{front}"),
+            ("server 127.0.0.1:9261", f"server 127.0.0.1:{server.server_port}"),
+            ("/etc/ssl/api.example.org.pem", certificate[0]),
+            ("/etc/ssl/api.example.org.key", certificate[1]),
+            ("server_name api.example.org", "server_name localhost"),
+        ),
         requests.Session() as session,
     ):
         session.trust_env = False
@@ -175,6 +181,62 @@ def test_behind_nginx(tmp_path: Path, certificate: tuple[str, str], sink: Sink) 
         own, other = ({"Origin": origin} for origin in (url, "https://elsewhere.example"))
         assert session.get(f"{url}/api/publishing/nap/0", headers=own, timeout=10).status_code == 200
         assert session.get(f"{url}/api/publishing/nap/0", headers=other, timeout=10).status_code == 403
+
+
+def test_two_servers_behind_nginx(tmp_path: Path, cluster: Cluster) -> None:
+    """Each answers for both; one that dies is left out, and what it ran goes on."""
+    need("nginx")
+    (tmp_path / "flows").mkdir()
+    for name, tree in FLOWS.items():
+        (tmp_path / "flows" / f"{name}.json").write_text(json.dumps(tree))
+    front = free_port()
+    with (
+        nodes(tmp_path, cluster.create("behind_nginx"), ["a", "b"], "--lease", "2s") as (a, b),
+        nginx(
+            tmp_path,
+            front,
+            "nginx-nodes.conf",
+            ("listen 80;", f"listen 127.0.0.1:{front};"),
+            ("node1:9261", a.url.removeprefix("http://")),
+            ("node2:9261", b.url.removeprefix("http://")),
+        ),
+    ):
+        api = Api(f"http://127.0.0.1:{front}")
+        naps = [api.submit("/nap/3") for _ in range(4)]
+        b.kill()
+        jobs = [*naps, *(api.submit("/nap/0") for _ in range(10))]  # none is refused
+        for job in jobs:
+            document = api.finished(job)
+            assert document["resultUrl"] == f"{api.url}/api/jobs/{job}/result"
+            assert api.result(job) == "up"
+        api.session.close()
+
+
+def test_the_composition_fits_the_files(tmp_path: Path) -> None:
+    """What a look at the file can tell, for Docker is not wanted here."""
+    file = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    services = file["services"]
+    upstream = re.findall(r"^ +server (\w+):(\d+)", (DEPLOY / "nginx-nodes.conf").read_text(), re.MULTILINE)
+    assert sorted(upstream) == [(name, str(Settings().port)) for name in services if name.startswith("node")]
+    for name, service in services.items():
+        for volume in service.get("volumes", ()):
+            source, target = volume.split(":")[:2]
+            assert source in file["volumes"] if source[0] != "." else (DEPLOY / source).exists()
+            assert name != "nginx" or target == "/etc/nginx/conf.d/default.conf"
+        assert set(service.get("depends_on", ())) <= set(services)
+    node = services["node1"]
+    assert (DEPLOY / node["build"]["context"] / node["build"]["dockerfile"]).samefile(DEPLOY / "Dockerfile")
+    given = {name.removeprefix("ASTERA_LITE_").lower(): text for name, text in node["environment"].items()}
+    del given["pgpassword"]
+    assert Settings.load(**given).database.startswith("postgresql://astera@postgres/")
+    assert services["postgres"]["environment"]["POSTGRES_USER"] == "astera"
+    (front,) = services["nginx"]["ports"]
+    assert given["public_url"] == f"http://localhost:{front.split(':')[1]}"
+    grace, most = parse_duration(node["stop_grace_period"]), Settings().shutdown_timeout
+    assert grace >= 2 * most + 20
+    package = node["build"]["args"]["PACKAGES"]
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["postgres"]
+    assert [each.partition(">")[0] for each in wanted] == [package]
 
 
 def test_the_caddyfile_is_well_formed() -> None:

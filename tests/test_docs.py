@@ -1,6 +1,7 @@
 """Every command and output of README.md, docs/ and CONTRIBUTING.md: each document is followed as it stands.
 
-A document is run in a folder of its own that looks like a checkout, with free ports in place of 9261, 9262 and 9263:
+A document is run in a folder of its own that looks like a checkout, with free ports in place of 9261, 9262 and 9263
+(and of nginx's 8080). Where it speaks of port 5432 there is a PostgreSQL, and `psql` is its superuser:
 
 - Lines that begin with `$ ` are typed into a shell; what follows, up to the next of them, is what it must print. `…`
   stands for anything, in a line or as a line. Times, dates and the like are any; ids and tokens, too, but the same one
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from nodes import CURE, Cluster, postgres_bin
 from support import ROOT
 
 from astera_lite import SETTING_FIELDS
@@ -40,7 +42,8 @@ from astera_lite_tools import COMMANDS
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 #: Whose other blocks are tested by themselves.
 ELSEWHERE = {"flows.md": "test_docs_flows.py", "embedding.md": "test_docs_embedding.py"}
-PORTS = ("9261", "9262", "9263")
+PORTS = ("9261", "9262", "9263", "8080")
+POSTGRES_PORT = "5432"
 #: What programs listen on by themselves, so that it can be replaced.
 DEFAULT_PORTS = {"examples/callback_listener.py": "9262", "examples/slow_api.py": "9263"}
 #: What differs from run to run; those of the first kind are the same wherever they come again.
@@ -176,7 +179,7 @@ def free_ports(count: int) -> list[str]:
 class Walk:
     """A document on its way: the folder, the terminals, and what stands for what."""
 
-    def __init__(self, page: str, folder: Path, cache: Path) -> None:
+    def __init__(self, page: str, folder: Path, cache: Path, cluster: Cluster | None = None) -> None:
         self.page, self.folder = page, folder
         for entry in ROOT.iterdir():
             if (
@@ -199,6 +202,14 @@ class Walk:
             "PYTHONUNBUFFERED": "1",
             "ASTERA_LITE_PORT": self.ports["9261"],
         }
+        if cluster is not None:
+            self.ports[POSTGRES_PORT] = str(cluster.port)
+            self.env |= {
+                "PGHOST": "127.0.0.1",
+                "PGPORT": str(cluster.port),
+                "PGUSER": "astera",
+                "PGDATABASE": "postgres",
+            }
         self.same: dict[str, str] = {}  # ids and tokens of the document, and the real ones
         self.missing: list[str] = []
         self.here = Terminal(folder, self.env)
@@ -210,6 +221,8 @@ class Walk:
     def __exit__(self, *error: object) -> None:
         for terminal in (*self.others, self.here):
             terminal.close()
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # unless the document got as far as to stop it
+            os.kill(int((self.folder / "nginx.pid").read_text()), signal.SIGTERM)
 
     def real(self, text: str) -> str:
         """A document's command or file, with this run's ports and ids."""
@@ -362,8 +375,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @posix
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_document_says(page: Path, tmp_path: Path, cache: Path) -> None:
-    with Walk(page.name, tmp_path, cache) as walk:
-        walk.run(items_of(page.read_text("utf-8")))
+    text, cluster = page.read_text("utf-8"), None
+    with contextlib.ExitStack() as stack:
+        if re.search(rf"\b{POSTGRES_PORT}\b", text):
+            if postgres_bin() is None:
+                pytest.skip(CURE)
+            cluster = Cluster.made(tcp=True)
+            stack.callback(cluster.remove)
+        walk = stack.enter_context(Walk(page.name, tmp_path, cache, cluster))
+        walk.run(items_of(text))
     if walk.missing:
         pytest.skip(f"{page.name}: {'; '.join(walk.missing)}; all else was run")
 

@@ -31,6 +31,7 @@ LINES = {
     "astera_lite_admin.py": 800,
     "astera_lite_advice.py": 400,
     "astera_lite_documents.py": 800,
+    "astera_lite_import.py": 100,
     "astera_lite_nodes.py": 400,
     "astera_lite_postgres.py": 1_250,
     "astera_lite_requests.py": 800,
