@@ -6584,7 +6584,8 @@ class JobJournal(Journal):
         self._store, self._secrets, self._clock = store, outside.secrets, outside.clock
         self._job, self._deadline = job, deadline
         self._changed = threading.Condition()  # the steps of a concurrent `each` share the journal
-        self._unwritten, self._begun, self._superseded = 0, False, False
+        self._unwritten, self._begun = 0, False
+        self.superseded = False  # the job has ended, or another run of it began
         self._error: AsteraError | None = None
         self.saved, self.waits = prepared.saved, prepared.waits
         self.waiting: tuple[str, int] = ("", 0)
@@ -6610,7 +6611,7 @@ class JobJournal(Journal):
                 raise _TimedOut
             if self._error is not None:
                 raise self._error
-            if self._superseded:  # the job has ended, by a cancel, or another run of it began
+            if self.superseded:
                 raise Cancelled
 
     def begin(self) -> None:
@@ -6626,7 +6627,7 @@ class JobJournal(Journal):
         with self._changed:
             self._unwritten -= 1
             self._error = self._error or error
-            self._superseded = self._superseded or not (current or error)
+            self.superseded = self.superseded or not (current or error)
             self._changed.notify_all()
 
 
@@ -6917,6 +6918,10 @@ class Engine:
         with self._changed:
             if not self.queue.move(entry, State.ENDING):
                 return  # it was ended at its deadline, or is left to the next start
+        if journal.superseded:
+            log.warning("job %s is another server's by now: this run of it changes nothing", job.id, extra=run.about)
+            self.dismiss(entry.number)
+            return
         if isinstance(outcome, Suspended):
             self._suspend(entry, entry.job._replace(due=outcome.until), run, *journal.waiting)
         else:
@@ -9282,10 +9287,16 @@ def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> 
     response = _flow_response(Answer(stored.code, own, stored.body or b""), (("Job-Status", job.status.value),))
     headers = one_line_each([*response.headers, *more]) if more else response.headers
     response = response._replace(headers=[*headers, *tag])  # a list: none that is worth keeping
-    if stored.body is not None:
+    body, attempt = stored.body, stored.attempt
+    if body is not None and stored.size < _RANGED:
         return response
-    pieces = partial(x.app.store.result_pieces, job.key, stored.attempt)
-    response = response._replace(stream=pieces(), length=stored.size)
+
+    def pieces(start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
+        if body is not None:  # a store that is shared brings the whole
+            return iter([body[start:stop]])
+        return x.app.store.result_pieces(job.key, attempt, start, stop)
+
+    response = response._replace(body=b"", stream=pieces(), length=stored.size)
     is_fetch = x.route is not None and x.route.handle is job_result
     if stored.size < _RANGED or stored.code != 200 or not is_fetch or "accept-ranges" in names:  # the flow knows better
         return response

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-from support import PROGRAM, Api
+from support import PROGRAM, ROOT, Api
 
 CURE = "PostgreSQL is missing: apt-get install postgresql"
 _USER = "astera"
@@ -172,7 +172,7 @@ class Cluster:
         import psycopg
 
         with psycopg.connect(self.url(database), autocommit=True, connect_timeout=10) as connection:
-            cursor = connection.execute(statement, values or None)  # type: ignore[call-overload]
+            cursor = connection.execute(statement, values or None)
             return list(cursor) if cursor.description else []
 
     def log(self) -> str:
@@ -381,13 +381,14 @@ class Peer:
 #: Runs the program with a clock that is off by so many seconds: the server reads the time from the module `time` alone,
 #: and a wrong clock of a machine does not change what measures durations.
 _SHIFTED = """
-import runpy, sys, time
-shift, sys.argv = float(sys.argv[1]), sys.argv[2:]
+import sys, time
+shift, folder, sys.argv = float(sys.argv[1]), sys.argv[2], sys.argv[2:]
 seconds, nanoseconds = time.time, time.time_ns
 time.time = lambda: seconds() + shift
 time.time_ns = lambda: nanoseconds() + int(shift * 1e9)
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.path.insert(0, folder)
+import astera_lite
+sys.exit(astera_lite.main())
 """
 
 
@@ -407,8 +408,7 @@ class Node:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.name = folder, name
-        python, program = PROGRAM
-        begin = [python, "-c", _SHIFTED, str(clock_s), program] if clock_s else PROGRAM
+        begin = [sys.executable, "-c", _SHIFTED, str(clock_s), str(ROOT)] if clock_s else PROGRAM
         self._command = [*begin, "--port", "0", "--database", database, "--node", name, *arguments]
         self._env = {key: value for key, value in os.environ.items() if not key.startswith("ASTERA_")} | dict(env or {})
         self._process: subprocess.Popen[str] | None = None
@@ -421,6 +421,7 @@ class Node:
         """Start the process without waiting for it."""
         assert self._process is None
         self._listening.clear()
+        self.url = ""
         self._process = subprocess.Popen(
             self._command, cwd=self.folder, stderr=subprocess.PIPE, text=True, env=self._env
         )
@@ -438,7 +439,7 @@ class Node:
     def ready(self, seconds: float = 30) -> Node:
         """Wait until it listens."""
         assert self._listening.wait(seconds), self.said()
-        assert self._process is not None and self._process.poll() is None, self.said()
+        assert self.url and self._process is not None and self._process.poll() is None, self.said()
         return self
 
     def start(self) -> Node:
@@ -505,10 +506,12 @@ class Node:
 
 
 @contextlib.contextmanager
-def nodes(folder: Path, database: str, names: Sequence[str], *arguments: str) -> Iterator[list[Node]]:
+def nodes(
+    folder: Path, database: str, names: Sequence[str], *arguments: str, env: Mapping[str, str] | None = None
+) -> Iterator[list[Node]]:
     """So many nodes in one folder, started at the same time; killed at the end if they still run."""
     with contextlib.ExitStack() as stack:
-        made = [stack.enter_context(Node(folder, name, database, *arguments)) for name in names]
+        made = [stack.enter_context(Node(folder, name, database, *arguments, env=env)) for name in names]
         for node in made:
             node.begin()
         yield [node.ready() for node in made]
