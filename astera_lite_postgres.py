@@ -172,6 +172,7 @@ _STATEMENTS = {
 }
 #: Faults of the database, or of the way to it, by the beginning of SQLSTATE: the write is good, and is tried again.
 _PASSING = {
+    "23503": "this server was not heard of for longer than its lease: it becomes a new one",  # its row is gone
     "25006": "the database is read-only: it may be a standby; name the primary, or all hosts",
     "42501": "the user of the database may not do what is needed: make it the owner of the tables",
     "40": "other transactions get in the way",
@@ -516,6 +517,7 @@ class PostgresStore(PostgresReader):
         self._orphans: set[int] = set()  # jobs of this server that it did not know of, at the last look
         self._orphans_at = 0.0
         self._alone = True  # no other server's lease runs
+        self._is_gone = False  # a write was refused, for another server has deleted the row of this one
         self._offset = 0.0  # milliseconds from the monotonic clock to that of the database
         db = self._address.first()
         try:
@@ -601,7 +603,8 @@ class PostgresStore(PostgresReader):
                 else:
                     words = set()
                 now = time.monotonic()
-                if now >= renew_at:
+                if now >= renew_at or self._is_gone:
+                    self._is_gone = False
                     renew_at = now + self._lease / 3
                     words |= self._renew(db)
                 if now >= look_at:
@@ -738,6 +741,7 @@ class PostgresStore(PostgresReader):
                 code = getattr(error, "sqlstate", None) or ""
                 if code.startswith("40") and again < _TRIES:
                     continue
+                self._is_gone = code == "23503"
                 words = _passing(error)
                 failure = error if isinstance(error, AsteraError) else _store_error(error)
                 if words is not None:
