@@ -1013,7 +1013,7 @@ class PostgresStore(PostgresReader):
     def resend(self, key: JobKey, now: int, done: Done) -> None:
         """Make the callback of a finished job due, with its whole schedule; `done` gets whether there is one."""
         sql = "UPDATE callbacks SET state = 'pending', next = %s, attempts = 0 WHERE job = %s"
-        self._run(lambda db: db.execute(sql, (now, key.seq)).rowcount > 0, done)
+        self._run(lambda db: _did(db, sql, (now, key.seq)), done)
 
     def claim_deliveries(
         self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
@@ -1057,13 +1057,13 @@ class PostgresStore(PostgresReader):
                 (at, duration, status, error and error.replace("\0", ""), key.seq),
             )
             is_same = "next IS NOT DISTINCT FROM %s::bigint"
-            cursor = db.execute(
+            return _did(
+                db,
                 "UPDATE callbacks SET attempts = attempts + 1, last_status = %s, owner = NULL,"
                 f" state = CASE WHEN {is_same} THEN %s ELSE state END,"
                 f" next = CASE WHEN {is_same} THEN %s::bigint ELSE next END WHERE job = %s AND state = 'pending'",
                 (status, seen, state, seen, next_at, key.seq),
             )
-            return bool(cursor.rowcount > 0)
 
         self._run(run, done, keep=True)
 
@@ -1116,7 +1116,7 @@ class PostgresStore(PostgresReader):
         put = "INSERT INTO deployments VALUES (%s, %s) ON CONFLICT (name) DO UPDATE SET text = excluded.text"
         put = f"{put}, changed = excluded.changed"
         sql, values = (put, (name, text)) if text is not None else ("DELETE FROM deployments WHERE name = %s", (name,))
-        self._run(lambda db: db.execute(sql, values).rowcount > 0, done, word="flows")
+        self._run(lambda db: _did(db, sql, values), done, word="flows")
 
 
 _CLAIM = (
@@ -1127,6 +1127,11 @@ _CLAIM = (
     " UPDATE jobs SET owner = %s WHERE seq IN (SELECT seq FROM waited UNION ALL SELECT seq FROM fresh LIMIT %s)"
     " RETURNING seq, due, flow, cancel"
 )
+
+
+def _did(db: Any, sql: str, values: _ROW) -> bool:
+    """Whether a statement changed anything. In a pipeline only rows tell, not their number."""
+    return bool(db.execute(f"{sql} RETURNING 1", values).fetchall())
 
 
 def _many(db: Any, kind: str, rows: Sequence[_ROW]) -> Any:

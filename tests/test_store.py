@@ -1,4 +1,4 @@
-"""Room 7, the store: the contract of SqliteStore, on real files."""
+"""Room 7, the store: its contract, on real files and on a real PostgreSQL; and what is SqliteStore's own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, Sink, until
+from support import ROOT, Sink, database_in, until
 
 import astera_lite
 from astera_lite import (
@@ -43,7 +43,11 @@ from astera_lite import (
     StoredRequest,
     StoreError,
     Submission,
+    is_postgres,
 )
+
+pytestmark = pytest.mark.both_stores
+sqlite = pytest.mark.sqlite
 
 T = 1_790_000_000_000
 LARGE = [PIECE + 1, 3 * PIECE, 3 * PIECE + 17]
@@ -67,7 +71,7 @@ class Written:
         self._answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
         write(*arguments, lambda result, error: self._answers.put((result, error)))
         store = getattr(write, "__self__", None)
-        if isinstance(store, SqliteStore):
+        if hasattr(store, "flush"):
             store.flush()
 
     def get(self, timeout: float = 10) -> Any:
@@ -111,13 +115,23 @@ def owing(store: SqliteStore, expires: int = T + 1000, receiver: str = "r:80") -
 
 @pytest.fixture
 def path(tmp_path: Path) -> str:
-    return str(tmp_path / "jobs.db")
+    """The setting `database`."""
+    return database_in(tmp_path)
+
+
+def opened(path: str) -> SqliteStore:
+    """The store of a server; PostgreSQL's has no type in common with it, only its methods."""
+    kind: Any = SqliteStore
+    if is_postgres(path):
+        from astera_lite_postgres import PostgresStore as kind
+    store: SqliteStore = kind(path)
+    return store
 
 
 @pytest.fixture
 def store(path: str) -> Iterator[SqliteStore]:
-    with closing(SqliteStore(path)) as opened:
-        yield opened
+    with closing(opened(path)) as made:
+        yield made
 
 
 @contextmanager
@@ -142,6 +156,11 @@ def due(store: SqliteStore, now: int, limit: int = 10, **more: Any) -> list[tupl
 
 
 def look(path: str, sql: str) -> Any:
+    if is_postgres(path):
+        import psycopg
+
+        with psycopg.connect(path, autocommit=True) as connection:
+            return connection.execute(sql).fetchall()  # type: ignore[call-overload]
     with closing(sqlite3.connect(path)) as other:
         return other.execute(sql).fetchall()
 
@@ -174,7 +193,7 @@ def test_an_empty_store_answers_that_there_is_nothing(store: SqliteStore) -> Non
 
 
 @pytest.mark.parametrize("size", [0, 1, PIECE, *LARGE])
-def test_request_and_result_come_back_byte_for_byte(store: SqliteStore, size: int) -> None:
+def test_request_and_result_come_back_byte_for_byte(store: SqliteStore, path: str, size: int) -> None:
     sent, given = os.urandom(size), os.urandom(size)
     new = job()
     done(store.add, submission(new, sent))
@@ -185,7 +204,7 @@ def test_request_and_result_come_back_byte_for_byte(store: SqliteStore, size: in
     result = store.result(new.key)
     assert result is not None
     assert (result.code, result.headers, result.size) == (200, [("Content-Type", "application/json")], size)
-    if size <= PIECE:
+    if size <= PIECE or is_postgres(path):
         assert result.body == given
     else:
         pieces = list(store.result_pieces(new.key, result.attempt))
@@ -193,6 +212,7 @@ def test_request_and_result_come_back_byte_for_byte(store: SqliteStore, size: in
         assert max(map(len, pieces)) <= PIECE
 
 
+@sqlite
 def test_values_in_pieces_are_forgotten_with_their_job(store: SqliteStore, path: str) -> None:
     new = job()
     done(store.add, submission(new, b"x" * LARGE[1]))
@@ -209,6 +229,7 @@ def from_disk(path: str, key: JobKey) -> tuple[Job | None, Any]:
         return other.get(key), other.result(key)
 
 
+@sqlite
 @pytest.mark.parametrize("how", ["after", "at once", "failed", "cancelled"])
 def test_what_has_just_ended_is_the_same_from_memory_and_from_disk(store: SqliteStore, path: str, how: str) -> None:
     more = {} if how in ("after", "at once") else {"outcome": Outcome.failed(how, 500, "why")}
@@ -247,6 +268,7 @@ def test_a_job_whose_callback_changes_is_not_held_in_memory(store: SqliteStore, 
     assert found is not None and found.callback is not None and found.callback.state == "delivered"
 
 
+@sqlite
 def test_what_is_held_in_memory_is_bounded_by_bytes(store: SqliteStore) -> None:
     store._recent = astera_lite._Recent(limit=100_000)
     jobs = [added(store) for _ in range(8)]
@@ -259,6 +281,7 @@ def test_what_is_held_in_memory_is_bounded_by_bytes(store: SqliteStore) -> None:
     assert store._recent.get(large.key) is None
 
 
+@sqlite
 def test_the_purge_spares_a_large_result_from_the_moment_it_is_asked_for(store: SqliteStore) -> None:
     new, body = added(store), b"y" * LARGE[2]
     end = finish(new, body)
@@ -314,6 +337,7 @@ def test_the_end_of_an_earlier_attempt_does_not_end_a_later_one(store: SqliteSto
     assert done(store.finish, finish(new, attempt=3)) is True
 
 
+@sqlite
 def test_claims_bring_what_nobody_holds_in_turn(store: SqliteStore) -> None:
     jobs = [added(store).key.seq for _ in range(5)]
     assert [claimed.seq for claimed in store.claim((), 2)] == jobs[:2]
@@ -377,9 +401,11 @@ def test_a_run_is_loaded_with_its_outputs_waits_and_trace(store: SqliteStore) ->
     assert loaded.waits == {"w": T + 900}
     assert loaded.trace == [{"path": "a"}]
     assert (loaded.job.attempt, loaded.job.started, loaded.job.due) == (1, T + 1, T + 500)
-    assert store.claim((), 10) == [(new.key.seq, T + 500, new.flow, False)]
+    free = [] if store.shared else [(new.key.seq, T + 500, new.flow, False)]
+    assert store.claim((), 10, {new.flow: None}) == free  # its owner has it in hand
 
 
+@sqlite
 def test_a_requeued_run_began_and_does_not_count(store: SqliteStore) -> None:
     new = added(store)
     store.requeue(new.key, 1)  # its beginning was not on record: there is nothing to take back
@@ -566,6 +592,7 @@ def test_expired_jobs_are_purged_in_batches_oldest_first(store: SqliteStore, pat
     assert look(path, "SELECT count(*) FROM callbacks") == [(1,)]
 
 
+@sqlite
 def test_the_file_shrinks_after_a_purge(store: SqliteStore, path: str) -> None:
     for _ in range(8):
         new = added(store)
@@ -625,6 +652,7 @@ def test_the_beginning_of_a_large_request_is_had_without_the_whole(store: Sqlite
     assert peak < 100_000 + (size > 4200) * PIECE
 
 
+@sqlite
 def test_a_list_of_few_among_many_jobs_does_not_look_at_all_of_them(store: SqliteStore, path: str) -> None:
     many(path, 20_000)
     for flow, status, token in itertools.product(
@@ -636,6 +664,7 @@ def test_a_list_of_few_among_many_jobs_does_not_look_at_all_of_them(store: Sqlit
         assert spent < 100, (flow, status, token)
 
 
+@sqlite
 def test_flows_that_many_jobs_have_are_not_looked_for_among_all_of_them(store: SqliteStore, path: str) -> None:
     many(path, 20_000)
     assert work(store, store.forget_flows) < 500  # steps of 100; of the version that no job has 6,667 jobs' worth
@@ -643,6 +672,7 @@ def test_flows_that_many_jobs_have_are_not_looked_for_among_all_of_them(store: S
     assert texts(path) == {7, 8}  # 9 has no job; 7 has only old ones
 
 
+@sqlite
 def test_texts_of_flows_that_no_job_refers_to_are_forgotten_and_written_again(store: SqliteStore, path: str) -> None:
     old, new = added(store), job(version=8)
     assert done(store.add, submission(new)) == Added(new, False)
@@ -711,16 +741,16 @@ def test_reads_do_not_wait_for_writes(store: SqliteStore) -> None:
 
 def test_what_was_queued_is_written_when_the_store_is_closed(path: str) -> None:
     jobs = [job() for _ in range(2000)]
-    with closing(SqliteStore(path)) as first:
+    with closing(opened(path)) as first:
         writes = [Written(first.add, submission(new)) for new in jobs]
     assert all(write.get().replayed is False for write in writes)
-    with closing(SqliteStore(path)) as again:
-        assert [claimed.seq for claimed in again.claim((), 5000)] == [new.key.seq for new in jobs]
+    with closing(opened(path)) as again:
+        assert [claimed.seq for claimed in again.claim((), 5000, {"f": None})] == [new.key.seq for new in jobs]
     assert not os.path.exists(path + "-wal")
 
 
 def test_a_write_to_a_closed_store_is_refused_not_forgotten(path: str) -> None:
-    store = SqliteStore(path)
+    store = opened(path)
     store.close()
     late = Written(store.add, submission(job()))
     with pytest.raises(StoreError):
@@ -730,6 +760,7 @@ def test_a_write_to_a_closed_store_is_refused_not_forgotten(path: str) -> None:
 # ---- Disk full, locked -----------------------------------------------------------------------------------------------
 
 
+@sqlite
 def test_a_full_disk_refuses_new_jobs_keeps_ends_and_mends(store: SqliteStore) -> None:
     first, second = added(store), added(store)
     store._writer.db.execute("PRAGMA max_page_count = 1").fetchone()  # SQLite takes the present size: the disk is full
@@ -756,6 +787,7 @@ def no_room_but_for(store: SqliteStore, size: int) -> None:
     store._writer.db.execute(f"PRAGMA max_page_count = {pages + size // 4096}").fetchone()
 
 
+@sqlite
 def test_a_large_request_that_was_refused_leaves_no_pieces(
     store: SqliteStore, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -768,6 +800,7 @@ def test_a_large_request_that_was_refused_leaves_no_pieces(
     assert look(path, "SELECT count(*) FROM pieces WHERE job > 0") == [(0,)]
 
 
+@sqlite
 def test_a_commit_that_changes_nothing_does_not_pass_for_room_on_the_disk(store: SqliteStore) -> None:
     no_room_but_for(store, 0)
     with pytest.raises(StoreError, match="the disk is full"):
@@ -779,6 +812,7 @@ def test_a_commit_that_changes_nothing_does_not_pass_for_room_on_the_disk(store:
     until(lambda: store.fault is None)  # by itself, without another write
 
 
+@sqlite
 def test_nothing_is_written_to_a_damaged_database_to_find_out_whether_it_is_well(store: SqliteStore) -> None:
     damage = sqlite3.DatabaseError("malformed")
     damage.sqlite_errorname = "SQLITE_CORRUPT"  # type: ignore[misc]
@@ -792,6 +826,7 @@ def test_nothing_is_written_to_a_damaged_database_to_find_out_whether_it_is_well
         done(store.add, submission(job()))
 
 
+@sqlite
 def test_what_was_stopped_with_the_server_does_not_count_although_the_database_is_locked(path: str) -> None:
     with closing(SqliteStore(path)) as store:
         new = added(store)
@@ -806,6 +841,7 @@ def test_what_was_stopped_with_the_server_does_not_count_although_the_database_i
         assert found is not None and found.attempt == 0
 
 
+@sqlite
 def test_a_locked_database_refuses_new_jobs_keeps_ends_and_mends(store: SqliteStore, path: str) -> None:
     new = added(store)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -822,6 +858,7 @@ def test_a_locked_database_refuses_new_jobs_keeps_ends_and_mends(store: SqliteSt
 # ---- Owning and opening ----------------------------------------------------------------------------------------------
 
 
+@sqlite
 def test_a_second_owner_is_refused_and_touches_nothing(store: SqliteStore, path: str, tmp_path: Path) -> None:
     new = added(store)
     before = {file: os.stat(path + file) for file in ("", "-wal", "-shm")}
@@ -839,6 +876,7 @@ def test_a_second_owner_is_refused_and_touches_nothing(store: SqliteStore, path:
         assert found is not None and found.status is Status.COMPLETED
 
 
+@sqlite
 def test_the_lock_is_free_when_its_owner_is_killed(path: str) -> None:
     code = (
         "import astera_lite, sys; s = astera_lite.SqliteStore(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
@@ -855,6 +893,7 @@ def test_the_lock_is_free_when_its_owner_is_killed(path: str) -> None:
         added(store)
 
 
+@sqlite
 def test_the_lock_is_free_when_its_owner_closes_or_cannot_open(path: str) -> None:
     for _ in range(2):
         SqliteStore(path).close()
@@ -875,6 +914,7 @@ def newer(path: str) -> None:
         other.execute("PRAGMA user_version = 99")
 
 
+@sqlite
 @pytest.mark.parametrize("kind", [SqliteStore, SqliteReader])
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -896,18 +936,21 @@ def test_a_file_that_is_not_ours_is_refused_unchanged(
     assert kind is SqliteReader or not os.path.exists(path + "-wal")  # a reader makes one, empty, and may not remove it
 
 
+@sqlite
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"there is no folder .*nowhere: create it, or set `database`"):
         SqliteStore(str(tmp_path / "nowhere" / "jobs.db"))
     assert list(tmp_path.iterdir()) == []
 
 
+@sqlite
 def test_a_folder_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "jobs.db").mkdir()
     with pytest.raises(StoreError, match="cannot be opened"):
         SqliteStore(str(tmp_path / "jobs.db"))
 
 
+@sqlite
 def test_a_read_only_look_makes_no_database(path: str) -> None:
     with pytest.raises(StoreError, match=r"there is no database .*: a server makes it when it starts"):
         SqliteReader(path)
@@ -954,6 +997,7 @@ def test_a_read_only_file_or_folder_is_refused_unchanged(unprivileged: Path) -> 
     assert path.read_bytes() == before
 
 
+@sqlite
 @pytest.mark.parametrize(("durability", "level"), [("full", 2), ("normal", 1)])
 def test_the_journal_is_ahead_and_synced_as_told(path: str, durability: str, level: int) -> None:
     with closing(SqliteStore(path, durability)) as store:
@@ -963,6 +1007,7 @@ def test_the_journal_is_ahead_and_synced_as_told(path: str, durability: str, lev
         assert store.size() == os.stat(path).st_size + os.stat(path + "-wal").st_size
 
 
+@sqlite
 def test_the_size_of_pages_is_that_of_the_setting_when_the_database_was_made(tmp_path: Path) -> None:
     path = str(tmp_path / "jobs.db")
     for size, wanted in (("1KiB", 1024), ("16KiB", 1024)):
@@ -973,12 +1018,14 @@ def test_the_size_of_pages_is_that_of_the_setting_when_the_database_was_made(tmp
             assert store._writer.db.execute("PRAGMA auto_vacuum").fetchone() == (2,)
 
 
+@sqlite
 def test_full_durability_is_the_default(store: SqliteStore, tmp_path: Path) -> None:
     assert store._writer.db.execute("PRAGMA synchronous").fetchone() == (2,)
     with AsteraLite(database=str(tmp_path / "other.db")) as app:
         assert app.store._writer.db.execute("PRAGMA synchronous").fetchone() == (2,)  # type: ignore[attr-defined]
 
 
+@sqlite
 def test_pieces_without_a_job_are_gone_after_a_start(path: str) -> None:
     SqliteStore(path).close()
     with closing(sqlite3.connect(path)) as other:
@@ -991,6 +1038,7 @@ def test_pieces_without_a_job_are_gone_after_a_start(path: str) -> None:
 # ---- Schema ----------------------------------------------------------------------------------------------------------
 
 
+@sqlite
 def test_an_older_database_is_upgraded_step_by_step(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(SqliteStore(path)) as old:
         new = added(old)
@@ -1011,6 +1059,7 @@ def test_an_older_database_is_upgraded_step_by_step(path: str, monkeypatch: pyte
         SqliteStore(path)
 
 
+@sqlite
 def test_a_database_of_version_1_0_opens_and_goes_on(path: str, sink: Sink) -> None:
     text = (ROOT / "tests" / "version-1.0.sql").read_text("utf-8")
     with closing(sqlite3.connect(path)) as db:
@@ -1043,6 +1092,7 @@ def test_a_database_of_version_1_0_opens_and_goes_on(path: str, sink: Sink) -> N
     assert old == new
 
 
+@sqlite
 def test_an_upgrade_that_fails_changes_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(SqliteStore(path)) as old:
         new = added(old)
@@ -1058,6 +1108,7 @@ def test_an_upgrade_that_fails_changes_nothing(path: str, monkeypatch: pytest.Mo
         assert look(path, "PRAGMA table_info(jobs)") == columns
 
 
+@sqlite
 def test_every_table_index_and_column_has_a_comment(store: SqliteStore, path: str) -> None:
     lines = (ROOT / "schema.sql").read_text("utf-8").splitlines()
     for n, line in enumerate(lines):
@@ -1073,6 +1124,7 @@ def test_every_table_index_and_column_has_a_comment(store: SqliteStore, path: st
             assert re.search("-- .{5,}", line), line
 
 
+@sqlite
 def test_the_schema_says_which_version_it_is(store: SqliteStore, path: str) -> None:
     text = (ROOT / "schema.sql").read_text("utf-8")
     assert f"version {astera_lite.SCHEMA_VERSION} of the schema" in text
@@ -1080,6 +1132,7 @@ def test_the_schema_says_which_version_it_is(store: SqliteStore, path: str) -> N
     assert look(path, "PRAGMA application_id") == [(astera_lite.APPLICATION_ID,)]
 
 
+@sqlite
 def test_pieces_of_a_run_that_died_are_no_part_of_the_result(store: SqliteStore, path: str) -> None:
     new = added(store)
     with closing(sqlite3.connect(path)) as other:  # a run of the same number, whose result was longer
@@ -1091,6 +1144,7 @@ def test_pieces_of_a_run_that_died_are_no_part_of_the_result(store: SqliteStore,
     assert b"".join(store.result_pieces(new.key, 1)) == body
 
 
+@sqlite
 def test_a_write_that_cannot_be_rolled_back_does_not_end_the_writer(store: SqliteStore) -> None:
     class Stubborn:
         """A connection whose next ROLLBACK fails."""
@@ -1131,6 +1185,7 @@ def quick(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> SqliteStore:
     return store
 
 
+@sqlite
 def test_a_flush_commits_on_the_calling_thread(quick: SqliteStore, path: str) -> None:
     jobs = [job() for _ in range(50)]
     told = [add(quick, new) for new in jobs]
@@ -1140,6 +1195,7 @@ def test_a_flush_commits_on_the_calling_thread(quick: SqliteStore, path: str) ->
     assert look(path, "SELECT count(*) FROM jobs") == [(50,)]
 
 
+@sqlite
 def test_after_a_slow_commit_the_thread_commits_for_a_while(
     quick: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1155,6 +1211,7 @@ def test_after_a_slow_commit_the_thread_commits_for_a_while(
     assert second[0][1] is None and second[0][2] != threading.get_ident()
 
 
+@sqlite
 def test_what_the_thread_commits_is_told_by_one_message(quick: SqliteStore) -> None:
     quick._writer._slow_until = time.monotonic() + 600
     posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -1164,6 +1221,7 @@ def test_what_the_thread_commits_is_told_by_one_message(quick: SqliteStore) -> N
     assert [found[0][1:] for found in told] == [(None, threading.get_ident())] * 3
 
 
+@sqlite
 def test_a_lock_of_another_process_holds_up_no_flush(quick: SqliteStore, path: str) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -1175,6 +1233,7 @@ def test_a_lock_of_another_process_holds_up_no_flush(quick: SqliteStore, path: s
     assert told[0][1] is None
 
 
+@sqlite
 def test_a_bad_row_in_a_flush_fails_alone(quick: SqliteStore) -> None:
     good, bad = job(), job()._replace(created=1 << 70)
     told = [add(quick, new) for new in (good, bad, job())]
@@ -1184,6 +1243,7 @@ def test_a_bad_row_in_a_flush_fails_alone(quick: SqliteStore) -> None:
     assert quick.get(good.key) == good
 
 
+@sqlite
 def test_large_jobs_are_left_to_the_thread(quick: SqliteStore) -> None:
     news = [job() for _ in range(8)]
     told = [add(quick, new, 200_000) for new in news]
@@ -1193,6 +1253,7 @@ def test_large_jobs_are_left_to_the_thread(quick: SqliteStore) -> None:
     assert all(quick.get(new.key) == new for new in news)
 
 
+@sqlite
 def test_who_is_told_by_the_thread_holds_up_no_flush(quick: SqliteStore) -> None:
     with held(quick):
         told = add(quick, job())
@@ -1200,6 +1261,7 @@ def test_who_is_told_by_the_thread_holds_up_no_flush(quick: SqliteStore) -> None
         assert told and told[0][1] is None
 
 
+@sqlite
 def test_what_was_added_and_not_flushed_is_stored_when_the_store_is_closed(quick: SqliteStore) -> None:
     told = add(quick, job())
     quick.close()
@@ -1209,6 +1271,7 @@ def test_what_was_added_and_not_flushed_is_stored_when_the_store_is_closed(quick
     assert isinstance(late[0][1], StoreError)
 
 
+@sqlite
 @pytest.mark.parametrize("here", [True, False])
 def test_the_log_begins_anew_under_a_steady_load(
     quick: SqliteStore, path: str, here: bool, monkeypatch: pytest.MonkeyPatch
