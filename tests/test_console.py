@@ -837,6 +837,21 @@ def test_health_is_seen_at_a_glance(console: Seen) -> None:
     assert name is not None and float(name.split()[-1]) > 0
 
 
+def test_servers_that_share_a_database_are_shown(console: Seen) -> None:
+    page = console.open("#/jobs", clock=True)
+    servers = page.get_by_role("table", name="Servers")
+    assert not servers.count()
+    about = {"number": 0, "since": "2026-11-29T05:27:09.550Z", "leaseLeftMs": 12_000, "jobs": 7, "self": True}
+    nodes = [{"name": "north", **about}, {"name": LONG, **about, "number": 1, "jobs": 0, "self": False}]
+    health = console.api.session.get(f"{console.url}/health", timeout=10).json() | {"node": "north", "nodes": nodes}
+    page.route("**/health", lambda route: route.fulfill(json=health))
+    passing(page, servers.is_visible)
+    row = servers.get_by_role("row", name="north")
+    assert ["north (responds)", "7", "12.0 s"] == [row.get_by_role("cell").nth(at).inner_text() for at in (0, 1, 3)]
+    health["nodes"] = nodes[:1]
+    passing(page, servers.is_hidden)
+
+
 def test_a_server_that_is_not_well_says_why(console: Seen) -> None:
     page = console.open("#/jobs", clock=True)
     ill = console.api.session.get(f"{console.url}/health", timeout=10).json()
