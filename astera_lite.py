@@ -695,7 +695,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"the member {shown(twice)} is there twice")
+        raise ValueError(f"the member {shown(twice)} occurs twice")
     return result
 
 
@@ -1069,7 +1069,7 @@ _OWED: dict[int, tuple[str, str | None]] = {
 def with_owed(status: int, headers: Pairs, method: str = "GET") -> Pairs:
     """The headers and the one that the status requires; ValueError if it is missing and has no default."""
     if status == 304 and method not in ("GET", "HEAD"):
-        raise ValueError("status 304 is an answer to GET and HEAD only")
+        raise ValueError("status 304 is only for GET and HEAD")
     name, value = _OWED.get(status, ("", ""))
     if not name or any(name.lower() == given.lower() for given, _ in headers):
         return headers
@@ -2132,7 +2132,7 @@ class AddressPolicy:
             except ValueError:
                 fault = f"{shown(word)} is neither a host name nor a network such as 10.0.0.0/8"
                 if word in ("auto", "none"):
-                    fault = f"{shown(word)} stands alone: write localhost, 127.0.0.0/8, ::1/128 for loopback"
+                    fault = f"{shown(word)} must be the only word: write localhost, 127.0.0.0/8, ::1/128 for loopback"
                 if word in ("auto", "none") or not _HOST_NAME.fullmatch(word) or _NUMBERED.fullmatch(word):
                     raise ConfigError([Fault("callback_allow", "", fault)]) from None
                 self.hosts.add(word.rstrip("."))
@@ -2179,7 +2179,7 @@ def parse_target(url: str) -> Target:
             if "xn--" in (name := host.encode("idna").decode()):  # not for letters that IDNA maps to ASCII
                 raise ValueError(f"has letters outside ASCII in its host: write {name}")
     if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
-        raise ValueError("has characters that no URL has: percent-encode them")
+        raise ValueError("has characters that a URL cannot have: percent-encode them")
     match = _URL.fullmatch(url)
     if match is None and "@" in authority:
         raise ValueError("must not have a user name or password")
@@ -3059,9 +3059,9 @@ class Cancelled(_Signal):
 class _TimedOut(_Signal):
     """The run took longer than it may; the message is for the flow's author, `detail` for the client."""
 
-    kind, status, detail, headers = "timeout", 504, "The flow took longer than it may.", ()
+    kind, status, detail, headers = "timeout", 504, "The flow exceeded its time limit.", ()
 
-    def __init__(self, message: str = "the flow took longer than it may") -> None:
+    def __init__(self, message: str = "the flow exceeded its time limit") -> None:
         super().__init__(message)
 
 
@@ -3298,7 +3298,7 @@ class Run:
         left = self.step_deadline - self.outside.clock.monotonic()
         if left <= 0:
             self.check()
-            raise StepError(504, "a step took longer than its timeout", "it took longer than its timeout", {"timeout"})
+            raise StepError(504, "a step exceeded its timeout", "it exceeded its timeout", {"timeout"})
         return left
 
     def sleep(self, seconds: float) -> None:
@@ -3526,7 +3526,7 @@ class _StepRun:
     def _go_on(self, on_error: Template, error: Exception, scope: Scope) -> Any:
         """What stands for the value of a step that failed; it is saved, or a resumed run would fail, and act, again."""
         run = self.run
-        words = "flow %s: going on, although it failed: %s"
+        words = "flow %s: continues after a failure: %s"
         log.info(words, run.flow.name, failure_text(self.failures[-1]), extra=run.about)
         scope["error"] = _error_value(error, run.outside.masked)
         try:
@@ -3612,7 +3612,7 @@ def response_of(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> 
         for response in flow.responses:
             if response.when is None or response.when(scope):
                 return evaluate_response(response, run, scope)
-        raise ExpressionError("/response: no response's `when` held: add a last one without `when`")
+        raise ExpressionError("/response: no `when` was true: add a last response without `when`")
     except Exception as error:
         _StepRun(run, _RESPONDING, f"{prefix}response").fail(error)
         raise
@@ -3859,7 +3859,7 @@ class Condition(Value):
 
     def read(self, build: Build, value: Any, place: str) -> Template:
         if isinstance(value, str) and "${" not in value:
-            build.fault(place, f"{shown(value)} is text, which always holds: write ${{…}} around the condition")
+            build.fault(place, f"{shown(value)} is text, which is always true: write ${{…}} around the condition")
         return super().read(build, value, place)
 
 
@@ -4586,7 +4586,7 @@ STEP_KINDS: dict[str, StepKind] = {
     "set": StepKind(Value(), _make_set, "computes a value", light=True),
     "each": StepKind(Elsewhere("astera_lite_steps:EACH"), None, "runs steps for every item of a list", nests=True),
     "choose": StepKind(
-        _WAYS, _make_choose, "runs the steps of the first branch whose `when` holds", light=True, nests=True
+        _WAYS, _make_choose, "runs the steps of the first branch whose `when` is true", light=True, nests=True
     ),
     "call": StepKind(Elsewhere("astera_lite_steps:CALL"), None, "runs another flow", answers=True, nests=True),
     "wait": StepKind(_WAIT, _make_wait, "waits for a duration, or until a time"),
@@ -4759,7 +4759,7 @@ def _parse_resource(path: Any) -> str:
         if not segment:
             raise ValueError("has an empty segment: write it without // and without a / at the end")
         if segment in (".", ".."):
-            raise ValueError("must not have . or .. as a segment: clients take them away")
+            raise ValueError("must not have . or .. as a segment: clients remove them")
         if not (_SEGMENT.fullmatch(segment) or _PARAMETER_SEGMENT.fullmatch(segment)):
             cure = optional("astera_lite_advice:on_segment", segment)
             raise ValueError(f"{shown(segment)} is neither a plain path segment nor a {{parameter}}{cure}")
@@ -4769,7 +4769,7 @@ def _parse_resource(path: Any) -> str:
 def _parse_media(value: Any) -> str:
     media = CONTENT_TYPES.get(value, value.lower()) if isinstance(value, str) else ""
     if "/" not in media:
-        raise ValueError(f"{shown(value)} is no media type{suggest(str(value), CONTENT_TYPES)}")
+        raise ValueError(f"{shown(value)} is not a media type{suggest(str(value), CONTENT_TYPES)}")
     return media
 
 
@@ -5071,7 +5071,7 @@ def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
     except FileNotFoundError:
         if not os.path.islink(path):
             raise
-        message = "is a link to a file that is not there"
+        message = "is a link to a file that does not exist"
     except UnicodeDecodeError as error:
         message = f"is not UTF-8 (byte {error.start}): save it with that encoding"
     except OSError as error:
@@ -5293,7 +5293,7 @@ _PASSING = {
     "SQLITE_FULL": "the disk is full: make room",
     "SQLITE_IOERR_WRITE": "the disk is full, or a file may not grow: make room, or raise the limit",
     "SQLITE_IOERR": "the disk fails: look at the system's log",
-    "SQLITE_BUSY": "the database is locked by another process: end that one",
+    "SQLITE_BUSY": "the database is locked by another process: end that process",
     "SQLITE_READONLY": "the database is read-only: let this user write it and its folder",
     "SQLITE_CANTOPEN": "the database cannot be opened: let this user read and write it and its folder",
 }
@@ -5354,7 +5354,7 @@ class _File:
         failure = _store_error(error)
         if _words(error, _DAMAGE) and not self.damaged:
             self.damaged, self.fault = True, str(failure)
-            log.error("%s; new jobs are refused until the server is started with a good one", failure)
+            log.error("%s; new jobs are refused until the server starts with a good database", failure)
         return failure
 
 
@@ -5522,7 +5522,7 @@ class _Writer:
     def _put_off(self, batch: list[_Write], failure: str) -> None:
         """Keep what is to be tried again, for the disk, a lock or the memory is at fault."""
         if self._file.fault is None:
-            log.error("%s; new jobs are refused until that is mended", failure)
+            log.error("%s; new jobs are refused until this is repaired", failure)
         if not self._file.damaged:
             self._file.fault = failure
         self._kept += [write for write in batch if write.keep]
@@ -5788,7 +5788,7 @@ def whole_body(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
             break
         yield piece
     if length:
-        raise StoreError("a part of it is gone, or another's")
+        raise StoreError("a part of it is missing, or belongs to another")
 
 
 class SqliteReader:
@@ -6642,7 +6642,7 @@ class MeasuringJournal(Journal):
 _MEASURING = MeasuringJournal()
 _STOPPED = Outcome.failed("interrupted", 503, "The server is stopping.")
 _CANCELLED = Outcome.failed("cancelled", 409, "The job was cancelled.")
-_NO_ROOM = Outcome.failed("timeout", 504, "The flow had no room for this call in time.", "no thread, or its limit")
+_NO_ROOM = Outcome.failed("timeout", 504, "The call waited too long to start.", "no thread, or its limit")
 _NEVER = Cancel()  # of a run that nobody can cancel, because it holds the thread that would be told
 
 
@@ -6884,7 +6884,7 @@ class Engine:
             elif prepared is None and entry.state is State.RUNNING:  # it has ended
                 self.dismiss(entry.number)
         except AsteraError as error:  # the database failed while the job was read
-            log.error("job %s could not be begun: %s", this, error, extra={"job": str(this)})
+            log.error("job %s could not be started: %s", this, error, extra={"job": str(this)})
             with self._changed:
                 entry.due = self._clock.now() + 1000
                 self.queue.move(entry, State.WAITING)
@@ -6902,7 +6902,7 @@ class Engine:
         entry.job = job._replace(attempt=attempt, started=started)
         if prepared.interrupted and (job.attempt >= MAX_ATTEMPTS or flow.restart == "fail"):
             times = f"{job.attempt} times" if job.attempt > 1 else "once"
-            detail = f"The server stopped {times} while the job ran; it is not tried again."
+            detail = f"The server stopped {times} while the job ran; the job is not tried again."
             self._record(entry.job, prepared, Outcome.failed("interrupted", 500, detail))
             return
         if prepared.interrupted and flow.restart == "rerun":
@@ -7082,8 +7082,8 @@ class Engine:
         assert job is not None
         run.cancel.set()
         self._measure(run.flow, (self._clock.now() - (job.started or 0)) / 1000)
-        failure = failure_text(blame(run, _TimedOut("the flow took longer than it may, and its thread does not end")))
-        self._record(job, run, Outcome.failed("timeout", 504, "The flow took longer than it may.", failure))
+        failure = failure_text(blame(run, _TimedOut("the flow exceeded its time limit, and its thread does not end")))
+        self._record(job, run, Outcome.failed("timeout", 504, "The flow exceeded its time limit.", failure))
 
     def stop(self, timeout_s: float) -> int:
         """Begin nothing more, give what runs so many seconds, leave the rest to the next start; how many those are."""
@@ -7398,7 +7398,7 @@ class Housekeeper:
         leap = self._clock.look()
         if leap:
             way = "ahead" if leap > 0 else "back"
-            message = "the system's clock leapt %s by %s: results and waits go by the time that passed here"
+            message = "the system's clock jumped %s by %s: results and waits use the server's own time"
             log.warning(message, way, datetime.timedelta(seconds=abs(leap) // 1000))
             self._store.keep_clock_offset(self._clock.offset)
             self._engine.release(sys.maxsize)  # some wait for a moment of the calendar; the others go on waiting
@@ -7721,7 +7721,7 @@ class Jobs:
             if now - self._size_at > 1:
                 self._size_at, self._size = now, self._store.size()
             if self._size >= self._max_database:
-                raise Busy("The database has reached its greatest size: there is room when results expire.", 60)
+                raise Busy("The database has reached its maximum size: results that expire free space.", 60)
         self._size += 2 * (size + _ROW_BYTES)  # in the log and in the file, until it is measured
 
     def _accepted(
@@ -7964,7 +7964,7 @@ class AsteraLite:
         self.clock.begin(self.store.last_seen())
         if self.clock.offset:
             log.warning(
-                "the system's clock is %s behind the last moment on record: the server's time goes on from there",
+                "the system's clock is %s behind the last recorded moment: the server's time continues from there",
                 datetime.timedelta(seconds=-self.clock.offset // 1000),
             )
             self.store.keep_clock_offset(self.clock.offset)
@@ -7973,7 +7973,7 @@ class AsteraLite:
             self.node.start()
         left = sum(iter(self.take_up, 0))  # whole before the first one runs: the database may be damaged
         if left:
-            log.info("took up %d jobs that were not finished when the server stopped", left)
+            log.info("resumed %d jobs that were not finished when the server stopped", left)
         self.engine.start()
         self._callbacks = ThreadPoolExecutor(_CALLBACKS, "astera-callback")
         self.housekeeper.start()
@@ -7989,14 +7989,14 @@ class AsteraLite:
         left = self.engine.stop(self.settings.shutdown_timeout)
         if left:
             log.warning(
-                "still running after %gs: %d jobs or calls; the next start takes the jobs up",
+                "still running after %gs: %d jobs or calls; the next start resumes the jobs",
                 self.settings.shutdown_timeout,
                 left,
             )
         self.outside.close()
         undelivered = self.courier.stop(deadline - time.monotonic())
         if undelivered:
-            log.warning("%d callbacks were still under way; the next start makes them again", undelivered)
+            log.warning("%d callbacks were still in progress; the next start sends them again", undelivered)
         self.housekeeper.stop(5.0)
         if self.node is not None:
             self.node.stop(5.0)
@@ -8072,7 +8072,7 @@ class AsteraLite:
         of which may be an expression, and returns a JSON value. Raises ConfigError for a name that is taken.
         """
         if name in STEP_KINDS or name in STEP_OPTIONS or not STEP_NAME.fullmatch(name):
-            raise ConfigError([Fault("step", name, "is no new word of letters, digits and _: choose another name")])
+            raise ConfigError([Fault("step", name, "is not a new word of letters, digits and _: choose another name")])
 
         def add(function: _Function) -> _Function:
             self.deployer.kinds[name] = wing("astera_lite_python:own_kind")(function)
@@ -8114,7 +8114,7 @@ class AsteraLite:
         except (NotFound, InputError, ValueError) as error:
             this = about("job", job.id, job.flow, loaded.request.trace)
             log.warning("job %s cannot be run: %s", job.id, error, extra=this)
-            self.engine.end(job, Outcome.failed("interrupted", 500, "The flow that was called is not there any more."))
+            self.engine.end(job, Outcome.failed("interrupted", 500, "The flow is not deployed any more."))
             return None
         interrupted = job.started is not None and job.due is None
         saved = {path: from_saved(text, self.outside.secrets) for path, text in loaded.saved.items()}
@@ -8390,7 +8390,7 @@ class Access:
         digest = sha256(given.strip().encode("latin-1", "replace"))
         found = [token for token in tokens if hmac.compare_digest(digest, token.digest)]  # all, so that none is faster
         if not found:
-            raise AccessError(401, "The token is not known here, or not any more.", "invalid_token")
+            raise AccessError(401, "The token is unknown or revoked.", "invalid_token")
         return Principal(found[0].name, found[0].role == "admin", found[0].flows)
 
 
@@ -8649,7 +8649,7 @@ class RequestParser:
                     self._begin_chunk(line)
                 elif self._due == "end":
                     if line != b"\r\n":
-                        raise WireError(400, "A chunk is longer than it says.")
+                        raise WireError(400, "A chunk is longer than its size.")
                     self._due = "size"
                 elif line == b"\r\n":
                     return True
@@ -9059,7 +9059,7 @@ def publish(mode: str, x: Exchange) -> Reply | None:
     if outcome is not None:
         return _flow_response(outcome.answer)
     limit = min(flow.timeout or x.app.settings.sync_timeout, x.app.settings.sync_timeout)
-    late = Outcome.failed("timeout", 504, "The flow took longer than it may.")
+    late = Outcome.failed("timeout", 504, "The flow exceeded its time limit.")
     x.later(limit + 0.25, lambda: x.answer(_flow_response(late.answer)), False)
     x.app.run_sync(flow, given, lambda outcome: x.post(lambda: x.answer(_flow_response(outcome.answer))))
     return None
@@ -9120,7 +9120,7 @@ def _callback_url(x: Exchange, urls: list[str]) -> str | None:
         cut = [part for part in behind if part.partition("=")[0] not in _declared(x.flow)]
         if cut:
             whole = urllib.parse.quote("&".join([url, *cut]), safe="")
-            raise ValueError(f"ends at its first &, for it is not percent-encoded: write callbackUrl={whole}")
+            raise ValueError(f"ends at its first &, because it is not percent-encoded: write callbackUrl={whole}")
     except ValueError as error:
         raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
     check_callback(url, x.app.policy)
@@ -9587,7 +9587,7 @@ class Handler(BaseRequestHandler):
         server, head = self.server, x.head
         server.at_work.discard(x)
         if len(reply.body) > _AHEAD and server.buffered + len(reply.body) > _MAX_BUFFERED and head.method != "HEAD":
-            reply = error_response(x, Busy("The server holds as many bytes of answers as it can.", 5))
+            reply = error_response(x, Busy("The responses in memory have reached their limit.", 5))
         if server.with_cors is not None:
             reply = server.with_cors(x, reply)
         server.requests[head.method, x.route.path if x.route else "", reply.status] += 1
@@ -9693,7 +9693,7 @@ class Handler(BaseRequestHandler):
         self.server.buffered += held - self.counted
         self.counted = held
         if self.state is _RECEIVING and held > _AHEAD and self.server.buffered > _MAX_BUFFERED:
-            self.refuse(Busy("The server holds as many bytes of requests as it can.", 5))
+            self.refuse(Busy("The requests in memory have reached their limit.", 5))
         full = self.state is not _RECEIVING and self.parser.buffered > _AHEAD
         events = self.tls_wants if self.at_end or full else self.tls_wants | selectors.EVENT_READ
         if self.out and self.state is not _HANDSHAKE:
@@ -10019,7 +10019,7 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log the exception that has ended a connection; http.server's hook."""
-        log.exception("the connection of %s ends by a fault of the server", client_address)
+        log.exception("the connection of %s ends because of a fault in the server", client_address)
 
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -10068,7 +10068,7 @@ class Server(ThreadingHTTPServer):
             except (BlockingIOError, ConnectionError):
                 return
             except OSError as error:  # out of descriptors: leave the listener alone until some are back
-                log.error("connections are not accepted for a moment: %s", reason_of(error))
+                log.error("connections cannot be accepted at the moment: %s", reason_of(error))
                 self.selector.unregister(self.socket)
                 self.sweep_by(time.monotonic() + 0.5)
                 return
@@ -10110,7 +10110,7 @@ class Server(ThreadingHTTPServer):
 
     def _too_many(self) -> bytes:
         self.requests["", "", 503] += 1
-        body = json_body(problem(503, "The server has as many connections as it can."))
+        body = json_body(problem(503, "The server has reached its limit of connections."))
         reply = Reply(503, [PROBLEM_TYPE, NO_STORE, ("Retry-After", "5")], body)
         return response_head(reply, self._next_request_id(), False) + reply.body
 
@@ -10356,7 +10356,7 @@ def _announce(server: Server, stderr: Stderr) -> None:
         for line in [*(f"published: {' '.join(line.split())}" for line in published), *console_line]:
             log.info("%s", line)
     else:
-        head = "published:" if published else "published: no flow; `new NAME` writes a first one"
+        head = "published:" if published else "published: no flow; `new NAME` writes a first flow"
         stderr.write("\n".join([head, *published, *console_line, ""]))
     stderr.write(f"listening on {server.url}\n")  # in one piece, so that no line of the log gets into it
     notify(f"READY=1\nSTATUS=listening on {server.url}")

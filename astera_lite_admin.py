@@ -165,7 +165,7 @@ def _file_of(app: AsteraLite, name: str) -> str:
     """The path of a deployment's file, or only its name where servers share the text; raises NotFound, Conflict."""
     deployer = app.deployer
     if not FLOW_NAME.fullmatch(name):
-        raise NotFound(f"{shown(name)} is no name of a deployment: letters, digits, - and _.")
+        raise NotFound(f"{shown(name)} is not a name of a deployment: use letters, digits, - and _.")
     if name + ".json" == CONNECTIONS_FILE:
         raise Conflict(f"{CONNECTIONS_FILE} holds the connections: choose another name.")
     if name in deployer.own or (deployer.folder is None and app.node is None):
@@ -332,7 +332,7 @@ def parse_origins(text: str) -> set[str]:
     for item in filter(None, map(str.strip, text.split(","))):
         match = _ORIGIN.fullmatch(item.lower())
         if match is None:
-            cure = "is no origin, which is scheme, host and port, if it has one: write https://app.example"
+            cure = "is not an origin (scheme, host, and port if there is one): write https://app.example"
             faults.append(Fault("cors_origins", "", f"{shown(item)} {cure}"))
         else:
             usual = {"http": ":80", "https": ":443"}.get(match[1])
@@ -374,7 +374,7 @@ def tls_context(settings: Settings) -> tuple[ssl.SSLContext, dict[type[OSError],
     import ssl  # noqa: PLC0415 (3 MB that a server without TLS never needs)
 
     def encrypted() -> NoReturn:  # OpenSSL itself would ask at the terminal
-        cure = "decrypt it, for nobody is asked for its password: openssl pkey -in KEY -out NEW"
+        cure = "decrypt it, because the server asks for no password: openssl pkey -in KEY -out NEW"
         raise ConfigError([Fault("tls_key" if settings.tls_key else "tls_cert", "", f"is encrypted: {cure}")])
 
     if settings.tls_cert is None:
@@ -550,7 +550,7 @@ def job_delete(x: Exchange) -> None:
         if error is not None or result == "absent":
             raise error or UnknownJob(job.id, False)
         if result != "deleted":
-            owed = "Its callback is still owed." if result == "owed" else "The job is still running: cancel it first."
+            owed = "Its callback is pending." if result == "owed" else "The job is still running: cancel it first."
             raise Conflict(owed, job=job.status)
         x.answer(Reply(204, [NO_STORE]))
 
@@ -631,7 +631,7 @@ _METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
         lambda app: [(_labels(flow=f), app.metrics.accepted.get(f, 0)) for f in sorted(app.deployments.by_name)],
     ),
     (
-        "astera_jobs_finished_total", "counter", "Jobs that ended, by how they did.",
+        "astera_jobs_finished_total", "counter", "Jobs that ended, by outcome.",
         lambda app: [
             (_labels(flow=f, outcome=end), app.metrics.ended.get((f, end), 0))
             for f in sorted(app.deployments.by_name) for end in _ENDS
@@ -639,21 +639,21 @@ _METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
     ),
     (
         "astera_run_duration_seconds", "histogram",
-        "Times of runs, synchronous ones and those of jobs, from begin to end.", _run_times,
+        "Durations of runs, of jobs and of synchronous calls.", _run_times,
     ),
     ("astera_jobs_queued", "gauge", "Jobs that wait for a thread.", lambda app: app.engine.queue.counts()["queued"]),
     ("astera_jobs_running", "gauge", "Jobs that have a thread.", lambda app: app.engine.queue.counts()["running"]),
     (
-        "astera_jobs_waiting", "gauge", "Jobs that wait for a time without a thread.",
+        "astera_jobs_waiting", "gauge", "Jobs that wait for a time, and have no thread.",
         lambda app: app.engine.queue.counts()["waiting"],
     ),
     (
         "astera_workers", "gauge", "Threads for jobs and synchronous flows.",
         lambda app: app.engine.threads()[0],
     ),
-    ("astera_workers_busy", "gauge", "Those of them that run something.", lambda app: app.engine.threads()[1]),
+    ("astera_workers_busy", "gauge", "Threads that run a job or a call.", lambda app: app.engine.threads()[1]),
     (
-        "astera_callback_attempts_total", "counter", "Attempts to deliver a callback, by what followed.",
+        "astera_callback_attempts_total", "counter", "Attempts to deliver a callback, by outcome.",
         lambda app: [
             (_labels(outcome=word), app.metrics.callbacks.get(state, 0)) for state, word in _FOLLOWS.items()
         ],
@@ -675,28 +675,28 @@ _METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
         lambda app: int(app.health()["database"]["bytes"]),
     ),
     (
-        "astera_healthy", "gauge", "1, or 0 where /health tells why not.",
+        "astera_healthy", "gauge", "1 if the server is healthy, otherwise 0: /health has the reason.",
         lambda app: float(app.health()["status"] == "ok"),
     ),
     ("astera_flows", "gauge", "Published flows.", lambda app: len(app.deployments.by_name)),
     (
-        "astera_flow_faults", "gauge", "Faults of files that are not published, or not in their present form.",
+        "astera_flow_faults", "gauge", "Faults of files that are not published, or not in their present version.",
         lambda app: len(app.deployments.faults),
     ),
     (
-        "astera_build_info", "gauge", "Always 1; the labels say what runs.",
+        "astera_build_info", "gauge", "Always 1; the labels are the versions.",
         lambda app: [(_labels(version=__version__, python=".".join(map(str, sys.version_info[:3]))), 1)],
     ),
     (
-        "astera_node_info", "gauge", "Always 1, where servers share a database; the label says which of them this is.",
+        "astera_node_info", "gauge", "Always 1, if servers share a database; the label is the name of this server.",
         lambda app: [(_labels(node=app.node_name), 1)] if app.node else [],
     ),
     (
-        "astera_nodes", "gauge", "Servers that share the database and are heard of.",
+        "astera_nodes", "gauge", "Servers on the shared database whose lease has not run out.",
         lambda app: len(app.node.members) if app.node else 1,
     ),
-    ("astera_start_time_seconds", "gauge", "When it started (Unix time).", lambda app: app.started_at / 1000),
-    ("process_cpu_seconds_total", "counter", "Time of the processor.", lambda app: time.process_time()),
+    ("astera_start_time_seconds", "gauge", "Time of the start (Unix time).", lambda app: app.started_at / 1000),
+    ("process_cpu_seconds_total", "counter", "Processor time used.", lambda app: time.process_time()),
     ("process_resident_memory_bytes", "gauge", "Memory in use.", _resident_bytes),
 ]  # fmt: skip
 

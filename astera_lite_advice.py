@@ -154,7 +154,7 @@ def on_segment(segment: str) -> str:
 def on_body(body: bytes) -> str:
     """What a shell may have done to JSON on a command line."""
     if body[:1] == b"'":
-        return '; it begins with \', which shells of Windows leave where it is: write "{\\"name\\": \\"Ada\\"}"'
+        return '; it begins with \', which shells of Windows do not remove: write "{\\"name\\": \\"Ada\\"}"'
     if re.match(rb"[ \t\r\n]*\{[ \t\r\n]*[A-Za-z_]", body):
         return '; a shell may have taken its double quotes: write \\" for each, or send a file with -d @body.json'
     return ""

@@ -164,7 +164,7 @@ class Node:
                 if entry.cancel is not None:
                     entry.cancel.set()
                 queue.move(entry, State.GONE)
-        words = "this server was not heard of for longer than its lease: %d jobs are left to the others"
+        words = "this server did not renew its lease in time: %d jobs are left to the other servers"
         log.warning(words, len(jobs))
         self.app.jobs.renumber()  # it is another start, with another number
         self._look_for_jobs()

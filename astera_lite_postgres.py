@@ -766,7 +766,7 @@ class PostgresStore(PostgresReader):
     def _put_off(self, batch: list[_Write], words: str, error: Exception) -> None:
         """Keep what is to be tried again."""
         if self.fault is None:
-            log.error("%s (%s); new jobs are refused until that is mended", words, str(error).strip())
+            log.error("%s (%s); new jobs are refused until this is repaired", words, str(error).strip())
         self.fault = words
         self._kept += [write._replace(is_again=True) for write in batch if write.keep]
         if self._db is not None:  # another host may be the one to write to by now

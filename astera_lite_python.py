@@ -162,7 +162,7 @@ def _make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
     if not given["isolate"]:
         return partial(_call, function, args)
     if not name:
-        cure = 'needs the function by name, "module:function": a process of its own imports it'
+        cure = 'needs the function by name, "module:function": a separate process imports it'
         build.fault(f"{place}/isolate", cure)
     return partial(_call_isolated, name, args)
 
@@ -398,7 +398,7 @@ def _argument_spec(
     has_default = item.default is not item.empty
     default = {"default": item.default} if has_default and item.default is not None else {}
     if in_body and default:
-        raise ValueError("can have no default but None, which stands for a body that is left out")
+        raise ValueError("can have only the default None, for a body that is left out")
     if in_body:
         return (schema or {}) | ({"required": False} if optional or has_default else {})
     needed = {} if has_default or optional or where == "path" else {"required": True}
@@ -413,7 +413,7 @@ def flow_decorator(
 ) -> Callable[[_Function], _Function]:
     """The decorator that `AsteraLite.flow` returns; raises FlowError."""
     if not isinstance(route, str):
-        fault = 'stands under a bare @app.flow: write the method and the resource, @app.flow("GET /name")'
+        fault = 'has @app.flow without arguments: write the method and the resource, @app.flow("GET /name")'
         raise FlowError([Fault(getattr(route, "__name__", "flow"), "", fault)])
     modes = [processing] if isinstance(processing, str) else list(processing)
 
@@ -447,7 +447,7 @@ def _function_flow(
     if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
         refuse("", "has no argument for its Context: begin with `context: Context`")
     elif first.name in ("self", "cls"):
-        refuse(first.name, "makes it a method: publish that of an object, app.flow(…)(object.method)")
+        refuse(first.name, "makes it a method: publish the bound method, app.flow(…)(object.method)")
     elif f"{{{first.name}}}" in resource or first.annotation in _NO_CONTEXT:
         refuse(first.name, "is the first argument, which gets the Context: put `context: Context` before it")
     for item in items[1:]:
@@ -573,7 +573,7 @@ def child_environment(outside: Surroundings) -> dict[str, str]:
 def _make_run(build: Build, given: dict[str, Any], place: str) -> Runner:
     words, stdin, output, limit = given["command"], given.get("input"), given["output"], given.get("maxOutput")
     if not words[0].constant:
-        build.fault(f"{place}/command/0", "must be plain text: which program runs is not computed")
+        build.fault(f"{place}/command/0", "must be plain text: the program to run is never computed")
 
     def program(run: Run, scope: Scope, path: str) -> dict[str, Any]:
         arguments = [_argument(word(scope), f"{place}/command/{at}") for at, word in enumerate(words)]

@@ -311,7 +311,7 @@ def read_selection(selection: Selection, path: str, query: Mapping[str, list[str
     cursor = query.get("cursor", [""])[0]
     match = re.fullmatch(rf"([1-9][0-9]{{0,14}})\.{stamp}", cursor)
     if cursor and not match:
-        errors.add("query", "cursor", "is none that this endpoint gave for this request: begin again without it")
+        errors.add("query", "cursor", "is not from a response to this request: start again without it")
     return Selected(int(match[1]) if match else 0, sort, filters, stamp)
 
 
@@ -427,7 +427,7 @@ def all_pages(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, sc
             del run.reached[path]
             return {"items": [*items, *found][: pages.max_items], "pages": count, "more": more, **output}
         if following == seen or (pages.max_pages is None and count >= _MAX_PAGES):
-            detail = "the API it calls names the same page without end"
+            detail = "the API it calls names the same next page again and again"
             if following != seen:
                 detail = f"the API it calls has more than {_MAX_PAGES:,} pages: say with maxPages how many you want"
             raise StepError(502, detail, f"{detail} (page {count})", {"pages", "unsafe"})
@@ -536,11 +536,11 @@ class _ClientCredentials(Auth):
             pair = f"{urllib.parse.quote_plus(client)}:{urllib.parse.quote_plus(secret)}".encode()
             headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
         url, body = as_text(values["tokenUrl"]), encode_query(form).encode()
-        detail = "no token could be had for the API it calls"
+        detail = "no token could be obtained for the API it calls"
         try:
             answer = outside.outbound.fetch("POST", url, headers, body, timeout=run.left(), max_bytes=64 << 10)
             if not 200 <= answer.status < 300:
-                raise OutboundError("transport", f"the token's server answered {answer.status}")
+                raise OutboundError("transport", f"the token server answered {answer.status}")
             given = from_json(answer.body, LENIENT_DECODER)
             token = given["access_token"]
             if not isinstance(token, str) or not token:
@@ -552,7 +552,7 @@ class _ClientCredentials(Auth):
             status, kind = (504, "timeout") if error.kind == "timeout" else (502, "transport")
             raise StepError(status, detail, str(error), {kind}) from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise StepError(502, detail, "the token's server did not give one", {"transport"}) from None
+            raise StepError(502, detail, "the token server gave no token", {"transport"}) from None
 
 
 OAUTH2 = Table(
@@ -670,7 +670,7 @@ def decoded(data: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
                 if not inflating.eof and len(data) <= max_bytes:
                     raise EOFError
         except (EOFError, OSError, zlib.error):
-            raise OutboundError("transport", f"the answer is not whole {coding}, as its headers promise") from None
+            raise OutboundError("transport", f"the answer is not whole {coding}, although its headers say so") from None
         if len(data) > max_bytes:
             raise answer_too_large(max_bytes)
     return data

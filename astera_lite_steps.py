@@ -323,7 +323,7 @@ def _sql_connect(run: Run, name: str, write: bool) -> sqlite3.Connection:
     inside = os.path.commonpath([root, file]) == root and file != root
     own = [outside.own_database + suffix for suffix in ("", "-wal", "-shm", ".lock")]
     if not inside or file in own:
-        raise StepError(500, "its database cannot be used", f"{shown(name)} is no database of the data folder", {"sql"})
+        raise StepError(500, "its database cannot be used", f"{shown(name)} is not in the data folder", {"sql"})
     if write:
         os.makedirs(root, exist_ok=True)
     elif not os.path.isfile(file):
@@ -383,7 +383,7 @@ def _fetch(cursor: sqlite3.Cursor, statement: _Statement, left: int) -> tuple[li
     for row in cursor:
         left -= sum(len(value) if type(value) in (str, bytes) else 16 for value in row)
         if left < 0:
-            raise StepError(500, "its database gave too much", "more than max_step_response", {"too_large"})
+            raise StepError(500, "its database returned too much", "more than max_step_response", {"too_large"})
         rows.append(dict(zip(names, row, strict=True)))
     return rows, left
 
@@ -429,7 +429,7 @@ def run_test(flow: Flow, test: Mapping[str, Any], outside: Surroundings) -> tupl
     except InputError as error:
         outcome = Outcome.failed("failed", error.status, str(error))
     if name := canned.missing:
-        return [f'the step "{name}" would act on the world: add its output, "steps": {{"{name}": …}}'], canned.used
+        return [f'the step "{name}" has an effect on the world: add its output, "steps": {{"{name}": …}}'], canned.used
     return _differences(outcome, test["response"]), canned.used
 
 

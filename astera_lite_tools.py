@@ -215,7 +215,7 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
         elif os.path.isdir(name):
             faults.append(Fault(name, "", f"is a folder: name its files, or check all of it with --flows {name}"))
         elif not name.endswith((".json", ".toml")):
-            faults.append(Fault(name, "", "is no flow file: they end in .json or .toml"))
+            faults.append(Fault(name, "", "is not a flow file: flow files end in .json or .toml"))
     named = {fault.where for fault in faults}
     for folder in folders:
         found = AsteraLite(app.settings._replace(flows=folder)).deployer.read()
@@ -379,7 +379,7 @@ def new(args: argparse.Namespace, settings: Settings) -> int:
         with open(path, "x", encoding="utf-8") as file:
             file.write(starter_flow(args.name))
     except FileExistsError:
-        raise Conflict(f"{path} is there already: choose another name") from None
+        raise Conflict(f"{path} exists already: choose another name") from None
     except OSError as error:
         raise Conflict(f"{path}: {reason_of(error)}") from None
     print(f"wrote {path}; run it with: {command_name()} try {args.name} id=7", file=sys.stderr)
@@ -501,7 +501,7 @@ def token(args: argparse.Namespace, settings: Settings) -> int:
         edit(path, name)
         print(f"revoked {name}; a running server refuses it within a second", file=sys.stderr)
         if not any(one.digest for one in _tokens_of(path)):
-            print("that was the last one: only the token of the settings is accepted from now on", file=sys.stderr)
+            print("that was the last token: only the token of the settings is accepted from now on", file=sys.stderr)
         return 0
     flows = None if args.flows is None else frozenset(word.strip() for word in args.flows.split(",") if word.strip())
     if faults := list(_token_faults(name, role, flows, settings.flows)):
@@ -509,7 +509,7 @@ def token(args: argparse.Namespace, settings: Settings) -> int:
         return 2
     text = "astera_" + secrets.token_urlsafe(32)
     if settings.token is None and not _tokens_of(path):
-        print("it is the first token: from now on the server refuses requests without one", file=sys.stderr)
+        print("this is the first token: from now on the server refuses requests without a token", file=sys.stderr)
     edit(path, name, Token(name, token_digest(text), role, flows, Clock().wall()))
     print("send it as `Authorization: Bearer TOKEN`; it is not shown again:", file=sys.stderr)
     print(text)
@@ -579,7 +579,7 @@ def pack(args: argparse.Namespace, settings: Settings) -> int:
 def backup(args: argparse.Namespace, settings: Settings) -> int:
     """backup: a consistent copy of the database, also while the server runs."""
     if os.path.exists(args.copy):
-        raise Conflict(f"{args.copy} is there already: name another file")
+        raise Conflict(f"{args.copy} exists already: name another file")
     with contextlib.closing(_reader(settings.database)) as store:
         store.backup(args.copy, _progress("copying"))
     print(f"wrote {args.copy}, {os.path.getsize(args.copy):,} bytes", file=sys.stderr)
@@ -600,7 +600,7 @@ class Command(NamedTuple):
 
 def _positive(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text, re.ASCII) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number of 1 or more")
     return int(text)
 
 
@@ -642,7 +642,7 @@ COMMANDS = {
     "test": Command(
         test,
         "run the tests in flow files",
-        [_word("names", "[NAME …]", "names of flows; all if none is named", nargs="*")],
+        [_word("names", "[NAME …]", "names of flows; all if left out", nargs="*")],
         ("flows", "env_allow", "secrets", "max_result"),
     ),
     "schema": Command(print_document, "print a JSON Schema of the flow file, for editors"),
@@ -787,7 +787,7 @@ def _check_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         if flag in secret:
             parser.error(f"{flag} would show in `ps`: set {secret[flag]}, or write it into the --config file")
         parser.error(
-            f"{flag} belongs behind its command" if flag in own else f"there is no {flag}{suggest(flag, known | own)}"
+            f"{flag} must follow its command" if flag in own else f"there is no {flag}{suggest(flag, known | own)}"
         )
 
 

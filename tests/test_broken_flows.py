@@ -36,7 +36,7 @@ BROKEN: list[tuple[str, str, list[str]]] = [
     ('json', '{"request": {"method": "GET", "resource": "/x",}}', ['…: there is a comma after the last item']),
     ('json', "{'request': 1}", ['line 1, column 2: is not JSON: Expecting property name enclosed in double quotes: JSON has "double" quotes']),
     ('json', '{\n// note\n"request": {}}', ['line 2, column 1: is not JSON: Expecting property name enclosed in double quotes: JSON has no comments; use a description, or write the flow as TOML']),
-    ('json', '{"request": {"method": "GET", "resource": "/x"}, "request": {}}', ['the member "request" is there twice']),
+    ('json', '{"request": {"method": "GET", "resource": "/x"}, "request": {}}', ['the member "request" occurs twice']),
     ('json', '', ['line 1, column 1: is not JSON: Expecting value: the file is empty; `new NAME` writes a first flow']),
     ('json', '[1]', ['must be an object with description, request, steps, response, timeout, restart, concurrency, tests, not a list']),
     ('json', '{"request": {"method": "GET", "resource": "/x"}', ["line 1, column 48: is not JSON: Expecting ',' delimiter: the file ends too early, a } or ] or a quote is missing"]),
@@ -57,7 +57,7 @@ BROKEN: list[tuple[str, str, list[str]]] = [
     ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"name": "a", "set": "${params.p = 1}"}]}', ['/steps/0/set: ${params.p = 1}: = does not compare: write ==']),
     ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"name": "a", "set": "${params.p.append(1)}"}]}', ['/steps/0/set: ${params.p.append(1)}: there is no method .append(): write list + [x]: nothing changes a value in place']),
     ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"name": "a", "set": "${f\'{params.p}\'}"}]}', ["/steps/0/set: ${f'{params.p}'}: there are no f-strings: write ${…} inside the text"]),
-    ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"name": "a", "when": "params.p", "set": 1}]}', ['/steps/0/when: "params.p" is text, which always holds: write ${…} around the condition']),
+    ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"name": "a", "when": "params.p", "set": 1}]}', ['/steps/0/when: "params.p" is text, which is always true: write ${…} around the condition']),
     ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"name": "a", "set": "${`x`}"}]}', ['/steps/0/set: ${`x`}: there is no `…`: text stands in quotes']),
     ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"name": "a", "set": "${[x for x in params.p}"}]}', ['/steps/0/set: the ${ is never closed by a } (a literal ${ is written $${)']),
     ('json', '{"request": {"method": "GET", "resource": "/x"}, "steps": [{"name": "' + "a" * 70 + '", "set": 1}]}', [f'/steps/0/name: "{"a" * 59}… has 70 characters: at most 64']),
@@ -126,13 +126,13 @@ def test_odd_files_in_the_folder(tmp_path: Path) -> None:
     app = AsteraLite(flows=str(tmp_path))
     unread = "is not read: write it as JSON or TOML, in a file that ends in .json or .toml, not"
     assert [str(fault) for fault in app.deployer.reload()] == [
-        "connections.json: is a link to a file that is not there",
+        "connections.json: is a link to a file that does not exist",
         f"a.yaml: {unread} .yaml",
         f"b.JSON: {unread} .JSON",
         "below: flows in a folder inside are not read: move them one up",
         f"c.jsonc: {unread} .jsonc",
         f"d.json.txt: {unread} .json.txt",
-        "gone.json: is a link to a file that is not there",
+        "gone.json: is a link to a file that does not exist",
         'my flow.json: the name "my flow" must consist of letters, digits, - and _',
         "wide.json: is not UTF-8 (byte 0): save it with that encoding",
         'two.json: /request/resource: GET /x is claimed by "one" (one.json) too: change one',

@@ -233,8 +233,8 @@ def test_wrong_usage_is_2(here: Here, tmp_path: Path, arguments: list[str]) -> N
         (["-p", "9270"], "there is no -p"),
         (["check", "--prot=1"], 'there is no --prot; did you mean "--port"?'),
         (["jobs", "--limt", "3"], 'there is no --limt; did you mean "--limit"?'),
-        (["--limit", "5", "jobs"], "--limit belongs behind its command"),
-        (["jobs", "--limit", "0"], 'argument --limit: "0" is not a whole number from 1 on'),
+        (["--limit", "5", "jobs"], "--limit must follow its command"),
+        (["jobs", "--limit", "0"], 'argument --limit: "0" is not a whole number of 1 or more'),
         (["--token", "t"], "--token would show in `ps`: set ASTERA_LITE_TOKEN, or write it into the --config file"),
     ],
 )
@@ -287,7 +287,7 @@ def test_what_cannot_be_tried_or_made_is_told(here: Here, tmp_path: Path) -> Non
     tried, made = here("try", "bad"), here("new", "bad")
     assert (tried.returncode, made.returncode) == (1, 1)
     assert tried.stderr.endswith('the flow "bad" has the faults listed above\n')
-    assert made.stderr == f"{Path('flows') / 'bad.json'} is there already: choose another name\n"
+    assert made.stderr == f"{Path('flows') / 'bad.json'} exists already: choose another name\n"
 
 
 def test_faulty_settings_are_listed_all_at_once(here: Here, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_key_that_cannot_be_used_is_told_and_no_password_asked_for(
     subprocess.run(command, cwd=tmp_path, timeout=30, check=True)
     both = Path(cert).read_text() + (tmp_path / "locked.pem").read_text()
     (tmp_path / "both.pem").write_text(both)
-    cure = "is encrypted: decrypt it, for nobody is asked for its password: openssl pkey -in KEY -out NEW"
+    cure = "is encrypted: decrypt it, because the server asks for no password: openssl pkey -in KEY -out NEW"
     for flags, said in (
         (["--tls-cert", cert, "--tls-key", "locked.pem"], f"tls_key: {cure}"),
         (["--tls-cert", "both.pem"], f"tls_cert: {cure}"),
@@ -448,7 +448,7 @@ def test_serve_works_without_a_flow(tmp_path: Path) -> None:
     with process(tmp_path) as (_, url, lines):
         assert get(url + "/health").status_code == 200
         assert any("there is no such folder: start where it is, or name it (--flows)" in line for line in lines)
-        assert "published: no flow; `new NAME` writes a first one" in lines
+        assert "published: no flow; `new NAME` writes a first flow" in lines
 
 
 def test_serve_tells_of_faulty_flows_and_serves_the_others(tmp_path: Path) -> None:
@@ -773,7 +773,7 @@ def test_the_log_can_be_off(tmp_path: Path) -> None:
     write(tmp_path, broken="{")
     with process(tmp_path, "--log", "off") as (_, url, lines):
         get(url + "/nowhere")
-    head = "published: no flow; `new NAME` writes a first one"
+    head = "published: no flow; `new NAME` writes a first flow"
     assert lines == [head, f"console: {url}/", f"listening on {url}"]
 
 
@@ -817,7 +817,7 @@ def test_check_of_named_files(here: Here, tmp_path: Path) -> None:
         ("nope.json", "nope.json: there is no such file"),
         ("flows", "flows: is a folder: name its files, or check all of it with --flows flows"),
         ("flows/a.toml", "flows/a.toml:2:10: is not TOML: Invalid value: text stands in quotes there"),
-        ("flows/b.yaml", "flows/b.yaml: is no flow file: they end in .json or .toml"),
+        ("flows/b.yaml", "flows/b.yaml: is not a flow file: flow files end in .json or .toml"),
     ):
         done = here("check", name)
         assert (done.returncode, done.stdout) == (1, said + "\n")
@@ -1151,7 +1151,7 @@ def test_a_backup_under_load_is_whole_and_a_server_goes_on_from_it(here: Here, t
         assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert copy.execute("SELECT count(*) FROM jobs").fetchone()[0] >= len(before)
     again = here("backup", "copy.db")
-    assert (again.returncode, again.stderr) == (1, "copy.db is there already: name another file\n")
+    assert (again.returncode, again.stderr) == (1, "copy.db exists already: name another file\n")
     assert here("backup", "nowhere/copy.db").returncode == 4
     with process(tmp_path, "--database", "copy.db") as (_, url, _):
         for job_id in before[:5]:

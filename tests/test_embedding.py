@@ -195,7 +195,7 @@ def _refused() -> dict[str, tuple[str, Any]]:
         r"no_context: a: is the first argument, which gets the Context": ("GET /x", no_context),
         r"method: self: makes it a method": ("GET /x", Thing.method),
         r"data: body: cannot be bytes: write dict": ("POST /x", data),
-        r"default: body: can have no default but None": ("POST /x", default),
+        r"default: body: can have only the default None": ("POST /x", default),
     }
 
 
@@ -210,7 +210,7 @@ def test_a_function_that_no_request_can_call_is_refused(
 
 def test_other_ways_to_publish(tmp_path: Path) -> None:
     with application(tmp_path) as app:
-        with pytest.raises(FlowError, match=r'own: stands under a bare @app.flow: .*@app.flow\("GET /name"\)'):
+        with pytest.raises(FlowError, match=r'own: has @app.flow without arguments: .*@app.flow\("GET /name"\)'):
 
             @app.flow  # type: ignore[arg-type]
             def own(context: Context) -> None: ...

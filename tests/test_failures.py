@@ -159,10 +159,10 @@ FAILING: dict[str, tuple[list[Any], Any, tuple[str, str, str]]] = {
     "set": ([{"name": "a", "set": {"b": "${1 / 0}"}}], None, ("a", "/steps/0/set/b", "1 / 0: division by zero")),
     "when": ([{"name": "a", "set": 1}, {"name": "b", "when": "${a.b}", "set": 1}], None, ("b", "/steps/1/when", "")),
     "response": ([], {"body": {"x": "${[][0]}"}}, ("response", "/response/body/x", "")),
-    "status": ([], [{"when": "${false}"}], ("response", "/response", "no response's `when` held")),
+    "status": ([], [{"when": "${false}"}], ("response", "/response", "no `when` was true")),
     "fail": ([{"name": "a", "fail": {"status": 409, "message": "no"}}], None, ("a", "/steps/0/fail", "no")),
-    "time": ([{"name": "a", "wait": "1h"}], None, ("a", "/steps/0/wait", "the flow took longer than it may")),
-    "step-time": ([{"name": "a", "wait": "1h", "timeout": "50ms"}], None, ("a", "/steps/0/wait", "it took longer")),
+    "time": ([{"name": "a", "wait": "1h"}], None, ("a", "/steps/0/wait", "the flow exceeded its time limit")),
+    "step-time": ([{"name": "a", "wait": "1h", "timeout": "50ms"}], None, ("a", "/steps/0/wait", "it exceeded")),
     "run": ([{"name": "a", "run": ["sh", "-c", "exit 3"]}], None, ("a", "/steps/0/run", "sh: the program")),
     "choose": (
         [{"name": "a", "choose": [{"steps": [{"name": "b", "set": "${'a'.nope}"}]}]}],

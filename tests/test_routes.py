@@ -868,7 +868,7 @@ def test_a_status_brings_what_it_owes(tmp_path: Path, method: str, response: Any
         ("GET", {"status": 416}, "/response/status: status 416 needs the header Content-Range"),
         ("GET", {"status": 302}, "/response/status: status 302 needs the header Location"),
         ("GET", {"status": 426}, "/response/status: status 426 needs the header Upgrade"),
-        ("POST", {"status": 304}, "/response/status: status 304 is an answer to GET and HEAD only"),
+        ("POST", {"status": 304}, "/response/status: status 304 is only for GET and HEAD"),
         (
             "GET",
             {"headers": {"A": "1", "a": "2"}},

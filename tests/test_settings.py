@@ -225,7 +225,7 @@ def test_callback_allow(allow: str) -> None:
 
 
 def test_a_word_that_stands_alone_in_callback_allow_is_told_as_such() -> None:
-    with pytest.raises(ConfigError, match='"auto" stands alone: write localhost, 127'):
+    with pytest.raises(ConfigError, match='"auto" must be the only word: write localhost, 127'):
         AsteraLite(callback_allow="auto,10.0.0.0/8")
     AsteraLite(callback_allow="localhost, 127.0.0.0/8, ::1/128, 10.0.0.0/8")
 

@@ -339,7 +339,7 @@ def test_no_program_outlives_the_server(tmp_path: Path, how: str) -> None:
     [
         ("ls -l", '/run/command: must be a list with at least one item, not text'),
         ([], '/run/command: must be a list with at least one item'),
-        (["${request.id}"], "/run/command/0: must be plain text: which program runs is not computed"),
+        (["${request.id}"], "/run/command/0: must be plain text: the program to run is never computed"),
         ({"command": ["x"], "output": "xml"}, '/run/output: "xml" is not one of text, json, lines'),
         ({"command": ["x"], "expect": "ok"}, '/run/expect: "ok" is not an exit code from -255 to 255'),
     ],

@@ -228,7 +228,7 @@ def test_a_token_that_cannot_be_had_is_a_502_without_secrets(tmp_path: Path, cap
             result = app.run("f")
     assert (result.status_code, result.json()["detail"]) == (
         502,
-        'step "c": no token could be had for the API it calls',
+        'step "c": no token could be obtained for the API it calls',
     )
     assert "xyzzy" not in caplog.text and "403" in caplog.text
 
@@ -570,7 +570,7 @@ def test_pages_without_end_and_pages_too_large_are_errors(tmp_path: Path, follow
     spec = step(path="/list", pages={"items": "${page.body.rows}", "next": following})
     with api(same) as there, serving(tmp_path, {"a": {"url": there.url}}, spec) as app:
         result = app.run("f")
-        assert (result.status_code, "without end" in result.text) == (502, True)
+        assert (result.status_code, "again and again" in result.text) == (502, True)
         assert len(there.seen) == 2
     growing = lambda path, query, handler: (  # noqa: E731
         200, {}, {"rows": ["x" * 9000], "next": f"?p={int(query.get('p', 0)) + 1}"}

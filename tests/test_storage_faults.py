@@ -360,7 +360,7 @@ def test_a_database_that_another_process_locks(folder: Path) -> None:
                 began = time.monotonic()
                 assert "locked by another process" in api.refused(api.send("while locked"))
                 assert time.monotonic() - began < 3
-                assert api.unwell() == "the database is locked by another process: end that one"
+                assert api.unwell() == "the database is locked by another process: end that process"
                 began = time.monotonic()
                 assert api.result(before) == "before"
                 assert api.session.post(f"{url}/api/publishing/echo", data="sync").status_code == 200
@@ -725,7 +725,7 @@ def test_a_backup_that_is_killed_leaves_no_file_of_that_name_and_the_next_one_wo
     assert sorted(file.name for file in folder.glob("copy*")) == ["copy.db"]
     before = (folder / "copy.db").read_bytes()
     again = backup(folder, "copy.db")
-    assert (again.returncode, again.stderr) == (1, "copy.db is there already: name another file\n")
+    assert (again.returncode, again.stderr) == (1, "copy.db exists already: name another file\n")
     assert (folder / "copy.db").read_bytes() == before
 
 

@@ -81,7 +81,7 @@ def test_a_token_is_printed_once_alone_and_kept_as_a_hash(tmp_path: Path, capsys
 
 def test_the_first_token_says_that_it_closes_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     database = ["--database", str(tmp_path / "jobs.db")]
-    said = "it is the first token: from now on the server refuses requests without one\n"
+    said = "this is the first token: from now on the server refuses requests without a token\n"
     for arguments, first in (["ada"], True), (["bob"], False), (["ada", "--revoke"], False), (["eve"], False):
         assert main(["token", *arguments, *database]) == 0
         assert capsys.readouterr().err.startswith(said) is first
