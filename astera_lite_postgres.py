@@ -286,8 +286,7 @@ class _Address:
         try:
             return self.connect()
         except psycopg.Error as error:
-            words = str(error).strip().splitlines() or [_UNREACHABLE]
-            raise StoreError(f"{self.place}: {words[-1]}") from None
+            raise StoreError(f"{self.place}: {' '.join(str(error).split()) or _UNREACHABLE}") from None
 
 
 def _prepare(db: Any, place: str) -> None:
@@ -315,6 +314,7 @@ class PostgresReader:
     def __init__(self, url: str) -> None:
         self._address = _Address(url, writes=False)
         self._begin()
+        self._idle.append(self._address.first())
         with self._reading() as db:
             self._version = _format(db, self._address.place)
 

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from nodes import Cluster
+from nodes import Cluster, free_port
 from support import ROOT, Sink, get_flow, running
 
 import astera_lite
@@ -153,3 +153,29 @@ def test_a_backup_is_the_work_of_postgresql(database_url: str, tmp_path: Path, c
     assert (code, out) == (1, "")
     assert "pg_dump" in told
     assert not (tmp_path / "copy.db").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["serve", "--port", "0"], ["check"], ["jobs"], ["job", "x"], ["token"], ["token", "ada"], ["import", "a.db"]],
+)
+def test_a_database_that_cannot_be_reached_is_told_without_its_password(
+    words: list[str], command: Command, tmp_path: Path
+) -> None:
+    pytest.importorskip("psycopg", reason="the driver is missing: pip install psycopg[binary]")
+    (tmp_path / "flows").mkdir()
+    SqliteStore("a.db").close()
+    code, out, told = command(
+        *words, "--database", f"postgresql://ada:s3cret@127.0.0.1:{free_port()}/jobs?connect_timeout=5"
+    )
+    assert (code, out) == (4, "")
+    assert "PostgreSQL 127.0.0.1/jobs: " in told and "refused" in told
+    assert "s3cret" not in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("address", ["postgresql://ada:s3cret@[/jobs", "postgres://ada:s3cret@h/jobs?no=such"])
+def test_an_address_that_is_none_is_told_without_its_password(address: str, command: Command) -> None:
+    pytest.importorskip("psycopg", reason="the driver is missing: pip install psycopg[binary]")
+    code, out, told = command("jobs", "--database", address)
+    assert (code, out) == (1, "")
+    assert told == "database: is no address of a PostgreSQL database: write postgresql://USER:PASSWORD@HOST:PORT/NAME\n"
