@@ -517,7 +517,7 @@ class PostgresStore(PostgresReader):
         self._orphans: set[int] = set()  # jobs of this server that it did not know of, at the last look
         self._orphans_at = 0.0
         self._alone = True  # no other server's lease runs
-        self._is_gone = False  # a write was refused, for another server has deleted the row of this one
+        self._renew_at = 0.0  # when the lease is renewed, monotonic
         self._offset = 0.0  # milliseconds from the monotonic clock to that of the database
         db = self._address.first()
         try:
@@ -593,26 +593,25 @@ class PostgresStore(PostgresReader):
 
     def _follow(self) -> None:
         """The thread that renews the lease and hears of other servers."""
-        db, renew_at, look_at = None, 0.0, 0.0
+        db, look_at = None, 0.0
         while not self._end.is_set():
+            words = set[str]()
             try:
                 if db is None or db.closed:
                     db = self._address.connect()
                     db.execute(f"LISTEN {CHANNEL}")
-                    renew_at, words = 0.0, {"jobs", "ends", "cancel", "flows", "tokens"}  # what was told meanwhile
-                else:
-                    words = set()
+                    words = {"jobs", "ends", "cancel", "flows", "tokens"}  # what was told meanwhile
+                    self._renew_at = 0.0
                 now = time.monotonic()
-                if now >= renew_at or self._is_gone:
-                    self._is_gone = False
-                    renew_at = now + self._lease / 3
+                if now >= self._renew_at:
+                    self._renew_at = now + self._lease / 3
                     words |= self._renew(db)
                 if now >= look_at:
                     look_at = now + _LOOK_S
                     words |= self._bury(db)
                 for word in words:
                     self._news(word)
-                wait = max(0.0, min(renew_at, look_at) - time.monotonic())
+                wait = max(0.0, min(self._renew_at, look_at) - time.monotonic())
                 for told in db.notifies(timeout=min(wait, 0.2), stop_after=1):
                     if told.pid != self._pid:
                         self._alone = False  # until the next renewal
@@ -741,7 +740,8 @@ class PostgresStore(PostgresReader):
                 code = getattr(error, "sqlstate", None) or ""
                 if code.startswith("40") and again < _TRIES:
                     continue
-                self._is_gone = code == "23503"
+                if code == "23503":
+                    self._renew_at = 0.0
                 words = _passing(error)
                 failure = error if isinstance(error, AsteraError) else _store_error(error)
                 if words is not None:
