@@ -7341,7 +7341,7 @@ class Housekeeper:
         self, store: Store, engine: Engine, courier: Courier, clock: Clock, chores: Sequence[Callable[[], object]] = ()
     ) -> None:
         self._store, self._engine, self._courier, self._clock = store, engine, courier, clock
-        self._chores = (engine.overdue, *chores)  # each once a second
+        self.chores = [engine.overdue, *chores]  # each once a second, until one fails
         self._wake = threading.Event()
         self._stopping = False
         self._purge_at = self._chores_at = self._forget_at = 0
@@ -7384,7 +7384,7 @@ class Housekeeper:
         self.look_at_clock()
         if now >= self._chores_at:  # first, for what is overdue is to end also while the database cannot be read
             self._chores_at = now + _CHORES_EVERY_MS
-            for chore in self._chores:
+            for chore in self.chores:
                 chore()
         if now >= self._forget_at:
             self._store.forget_flows()
@@ -7542,10 +7542,10 @@ class Deployer:
         shared, found = self.shared()  # which go before files of the same name
         return Deployments([*flows, *shared], [*faults, *found], self.deployments.by_name)
 
-    def reload_if_changed(self) -> None:
-        """Read the flow files again if they have changed, and have been at rest since the last look."""
+    def look(self, anyway: bool = False) -> None:
+        """Read the flow files again if they have changed and have been at rest since the last look, or `anyway`."""
         before, self._seen = self._seen, _signature(self.folder)
-        if self._seen != self._read and self._seen == before:
+        if anyway or (self._seen != self._read and self._seen == before):
             self.reload()
             count = len(self.deployments.by_name)
             log.info("read the flows again: %d published, %d faults", count, len(self.deployments.faults))
@@ -8035,7 +8035,7 @@ class AsteraLite:
 
     def look_around(self) -> None:
         """See what others have changed: the flow files, and the tokens."""
-        self.deployer.reload_if_changed()
+        self.deployer.look()
         self.read_tokens()
 
     def read_tokens(self) -> None:
@@ -8830,7 +8830,7 @@ class Exchange:
 
     def answer(self, reply: Reply) -> None:
         """Give the answer; on the loop."""
-        if self.head.method in READING and not _CONDITIONS.isdisjoint(self.head.headers):
+        if not _CONDITIONS.isdisjoint(self.head.headers) and self.head.method in READING:
             reply = optional("astera_lite_admin:conditional", self, reply) or reply
         self._handler.answer(self, reply)
 
@@ -10304,17 +10304,6 @@ def load_settings(flags: Mapping[str, str]) -> Settings:
 # --- serve ---
 
 
-class _WatchedApp(AsteraLite):
-    """Notifies the service manager's watchdog by way of housekeeper and loop, which shows that both are alive."""
-
-    beat: Callable[[], None] = staticmethod(lambda: None)
-
-    def look_around(self) -> None:
-        """Once a second, on the housekeeper's thread."""
-        super().look_around()
-        self.beat()
-
-
 def notify(state: str) -> None:
     """Send a state to the service manager (sd_notify(3)); do nothing if NOTIFY_SOCKET is not set."""
     name = os.environ.get("NOTIFY_SOCKET", "")
@@ -10378,8 +10367,7 @@ def _reload(app: AsteraLite) -> None:
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         app.read_tokens()
-        faults = app.deployer.reload()
-        log.info("read the flows again: %d published, %d faults", len(app.deployments.by_name), len(faults))
+        app.deployer.look(anyway=True)
     finally:
         notify("READY=1")
 
@@ -10422,7 +10410,7 @@ def serve(settings: Settings) -> int:
     stderr = cast(Stderr, sys.stderr)
     stderr.detach()
     _set_up_process(settings)
-    app = _WatchedApp(settings)
+    app = AsteraLite(settings)
     app.start()
     try:
         server = Server(app)
@@ -10437,7 +10425,8 @@ def serve(settings: Settings) -> int:
     _settle()
     _announce(server, stderr)
     if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-        app.beat = partial(server.post, partial(notify, "WATCHDOG=1"))
+        # through the housekeeper and the loop: both are alive
+        app.housekeeper.chores.insert(0, partial(server.post, partial(notify, "WATCHDOG=1")))
     server.start()  # on a separate thread: this one is free for signals
     while not server.ended(1.0) and not overdue():
         pass
