@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -210,6 +213,39 @@ def test_two_servers_behind_nginx(tmp_path: Path, cluster: Cluster) -> None:
             assert document["resultUrl"] == f"{api.url}/api/jobs/{job}/result"
             assert api.result(job) == "up"
         api.session.close()
+
+
+def test_two_servers_through_pgbouncer_in_session_mode(tmp_path: Path, cluster: Cluster) -> None:
+    need("pgbouncer")
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "nap.json").write_text(json.dumps(FLOWS["nap"]))
+    cluster.create("behind_pgbouncer")
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="pgbouncer-") as folder:
+        file = Path(folder) / "pgbouncer.ini"
+        file.write_text(
+            f"[databases]\n* = host={cluster.folder} port={cluster.port} user=astera\n[pgbouncer]\nauth_type = any\n"
+            f"pool_mode = session\ndefault_pool_size = 20\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n"
+            "unix_socket_dir =\n"
+        )
+        as_root = os.geteuid() == 0  # which pgbouncer refuses
+        if as_root:
+            shutil.chown(folder, "postgres")
+        user: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": ()} if as_root else {}
+        command = [need("pgbouncer"), "-q", str(file)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **user) as started:
+            try:
+                until(lambda: connects(port) or started.poll() is not None)
+                assert started.poll() is None, started.stderr and started.stderr.read()
+                database = f"postgresql://astera@127.0.0.1:{port}/behind_pgbouncer"
+                with nodes(tmp_path, database, ["a", "b"], "--lease", "2s") as (a, b):
+                    jobs = [node.api.submit("/nap/2") for _ in range(3) for node in (a, b)]
+                    b.kill()
+                    for job in jobs:
+                        a.api.finished(job)
+            finally:
+                started.terminate()
+                started.wait(10)
 
 
 def test_the_composition_fits_the_files(tmp_path: Path) -> None:
