@@ -172,7 +172,7 @@ _STATEMENTS = {
 }
 #: Faults of the database, or of the way to it, by the beginning of SQLSTATE: the write is good, and is tried again.
 _PASSING = {
-    "23503": "this server was not heard of for longer than its lease: it becomes a new one",  # its row is gone
+    "23503": "this server did not renew its lease in time: it goes on as a new server",  # its row is gone
     "25006": "the database is read-only: it may be a standby; name the primary, or all hosts",
     "42501": "the user of the database may not do what is needed: make it the owner of the tables",
     "40": "other transactions get in the way",

@@ -129,7 +129,7 @@ def test_a_kill_loses_no_job_and_repeats_no_finished_one(folder: Path) -> None:
             assert api.result(job_id) == {"n": n, "twice": 2 * n}
             if job_id in before:
                 assert (document["finishedAt"], document["attempt"]) == (before[job_id]["finishedAt"], 1)
-        assert any("took up" in line for line in lines)
+        assert any("resumed" in line for line in lines)
     counts = marks(folder)
     assert {counts[accepted[job_id]] for job_id in before} == {1}
     assert {counts[n] for n in waiting.values()} == {1}  # done before the wait, so not again behind it

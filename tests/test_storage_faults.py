@@ -280,7 +280,7 @@ def test_max_database_refuses_before_the_disk_is_full_and_leaves_room_for_ends(f
         api = Faulty(url)
         held = [api.submit("/held", size=200_000) for _ in range(4)]
         began = time.monotonic()
-        assert "greatest size" in refused_at_last(api, 1_000_000)
+        assert "maximum size" in refused_at_last(api, 1_000_000)
         assert time.monotonic() - began < 5
         assert api.health() == (200, None)
         (folder / "go").touch()
