@@ -9006,7 +9006,12 @@ def check_may_call(x: Exchange, flow: str) -> None:
 def allowed_methods(matches: list[dict[str, Flow]], mode: str) -> set[str]:
     """The methods of a resource in a mode."""
     names = {name for methods in matches for name, flow in methods.items() if mode in flow.modes}
-    return names | {"OPTIONS"} | ({"HEAD"} if "GET" in names and mode == "synchronous" else set())
+    return with_head(names) if mode == "synchronous" else {*names, "OPTIONS"}
+
+
+def with_head(names: Iterable[str]) -> set[str]:
+    """The methods of a path, given those of its routes."""
+    return {*names, "OPTIONS"} | ({"HEAD"} if "GET" in names else set())
 
 
 def one_line_each(headers: Iterable[tuple[str, str]]) -> Pairs:
@@ -9362,11 +9367,6 @@ def find_routes(path: str) -> tuple[dict[str, Route], dict[str, str]]:
             if name == "*" or (value and "/" not in value):
                 return methods, {name: value}
     return _BY_PATH.get(path, {}), {}
-
-
-def with_head(names: Iterable[str]) -> set[str]:
-    """The methods of a path, given those of its routes."""
-    return {*names, "OPTIONS"} | ({"HEAD"} if "GET" in names else set())
 
 
 def route_request(x: Exchange, access: Access) -> None:
