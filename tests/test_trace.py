@@ -191,7 +191,7 @@ def test_lines_of_the_json_log_say_what_they_are_about(tmp_path: Path, sink: Sin
         assert mine and all((entry["flow"], entry["trace"]) == (name, ID) for entry in mine)
     words = {entry["job"]: " ".join(e["message"] for e in of_jobs if e["job"] == entry["job"]) for entry in of_jobs}
     assert "callback of job" in words[jobs["light"]] and "ended as failed" in words[jobs["failing"]]
-    assert "going on" in words[jobs["going-on"]] and "spoken aloud" in words[jobs["speaking"]]
+    assert "continues after a failure" in words[jobs["going-on"]] and "spoken aloud" in words[jobs["speaking"]]
     assert "spoken aloud" in words[jobs["apart"]]
     assert [entry for entry in logged if entry.get("step") == "speak" and "request" in entry]
     access = [entry for entry in logged if "status" in entry]
