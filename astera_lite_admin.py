@@ -1,4 +1,4 @@
-"""What operators and clients ask beside submit, poll and fetch.
+"""Routes for operators and clients, except submit, poll and fetch.
 
 The other routes of jobs (list, details, cancel, rerun, delete, callback again), deployments, metrics, the page of the
 console; preconditions, the part of a result, OPTIONS and CORS; settings that few servers have. A wing of astera_lite,
@@ -178,7 +178,7 @@ def _file_of(app: AsteraLite, name: str) -> str:
 
 
 def _write_atomically(path: str, text: str) -> None:
-    """Write a file so that a reader, and a start after a crash, find the old text or the new one, whole."""
+    """Write a file so that a reader, also after a crash, finds the complete old text or the complete new one."""
     folder, name = os.path.split(path)
     part = os.path.join(folder, f".{name}.part")
     os.makedirs(folder, exist_ok=True)
@@ -253,7 +253,7 @@ _ABOUT_A_BODY = ("content-type", "content-disposition", "content-encoding", "con
 
 
 def _precondition(head: Head, exists: bool, tag: str, modified: str | None = None) -> int:
-    """What a request's preconditions come to (RFC 9110, section 13.2.2): 304, 412, or 0 where they hold.
+    """The status that a request's preconditions give (RFC 9110, section 13.2.2): 304, 412, or 0 if they are met.
 
     `tag` and `modified` are the ETag and Last-Modified of what there is.
     """
@@ -272,7 +272,7 @@ def _precondition(head: Head, exists: bool, tag: str, modified: str | None = Non
 
 
 def _listed(sent: str, tag: str, weak: bool) -> bool:
-    """Whether a list of entity tags has this one, by the weak or the strong comparison (RFC 9110, section 8.8.3.2)."""
+    """Whether a list of entity tags contains this one, by weak or strong comparison (RFC 9110, section 8.8.3.2)."""
     tags = ENTITY_TAG.findall(sent)
     if weak:
         tags, tag = [each.removeprefix("W/") for each in tags], tag.removeprefix("W/")
@@ -284,7 +284,7 @@ def _precondition_failed() -> Conflict:
 
 
 def conditional(x: Exchange, reply: Reply) -> Reply:
-    """The answer to a request that reads under preconditions, given the one to a request without any."""
+    """The reply to a read request with preconditions; `reply` is the reply without them."""
     if not 200 <= reply.status < 300 or reply.status == 202:
         return reply
     own = {name.lower(): value for name, value in reply.headers}
@@ -298,7 +298,7 @@ _RANGE = re.compile("bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))", re.I
 
 
 def in_part(x: Exchange, whole: Reply, pieces: Callable[[int, int], Iterator[bytes]]) -> Reply:
-    """The part of a result that the client asks for (RFC 9110, section 14); the whole where it asks for several."""
+    """The requested part of a result (RFC 9110, section 14); the whole result if several parts are requested."""
     own, sent, size = {name.lower(): value for name, value in whole.headers}, x.head.headers, whole.length
     wanted, tag = _RANGE.fullmatch(sent["range"]), own.get("etag", "")
     changed = "if-range" in sent and (sent["if-range"] != tag or tag[:1] != '"')
@@ -316,7 +316,7 @@ def in_part(x: Exchange, whole: Reply, pieces: Callable[[int, int], Iterator[byt
 
 
 def check_conditions(x: Exchange, exists: bool = True, flow: Flow | None = None) -> None:
-    """Raise Conflict where a precondition forbids to act; `flow` is the deployment at hand."""
+    """Raise Conflict if a precondition forbids the request; `flow` is the deployment that it would change."""
     if _precondition(x.head, exists, deployment_tag(flow) if flow else ""):
         raise _precondition_failed()
 
@@ -327,7 +327,7 @@ _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-
 
 
 def parse_origins(text: str) -> set[str]:
-    """The origins of web pages in a list, spelt as browsers do (RFC 6454); raises ConfigError."""
+    """The origins of web pages in a list, in the form that browsers send (RFC 6454); raises ConfigError."""
     origins, faults = set(), []
     for item in filter(None, map(str.strip, text.split(","))):
         match = _ORIGIN.fullmatch(item.lower())
@@ -367,7 +367,7 @@ def read_secrets(setting: str, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def tls_context(settings: Settings) -> tuple[ssl.SSLContext, dict[type[OSError], int]]:
-    """What a server of HTTPS wraps its sockets with, and the events that exceptions of such a socket wait for.
+    """The context with which an HTTPS server wraps its sockets, and the events for which its exceptions wait.
 
     Raises ConfigError.
     """
@@ -426,7 +426,7 @@ def options(x: Exchange) -> Reply:
 
 
 def with_cors(x: Exchange, reply: Reply) -> Reply:
-    """The answer with its headers of CORS. It varies by origin also where the request named none."""
+    """The reply with its CORS headers. It varies by origin even if the request has no origin."""
     cors = [("Vary", "Origin")]
     if x.cors_origin is not None:
         cors += [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
@@ -445,7 +445,7 @@ def page_of_jobs(
     token = None if caller.admin else caller.name
     jobs = app.store.page(app.clock.now(), limit + 1, before, flow, status, token)
     live = [app.engine.peek(job.key)[0] or job for job in jobs[:limit]]
-    if status is not None:  # one that ended in this instant is Running for all until that was told
+    if status is not None:  # a job that is just ending is Running for all until its end is published
         live = [job for job in live if job.status is status]
     return live, jobs[limit - 1].key.seq if len(jobs) > limit else None
 
@@ -575,7 +575,7 @@ def job_details(x: Exchange) -> Reply:
 
 
 def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
-    """What was sent, secrets masked; a long body only by its beginning."""
+    """The stored request with secrets masked; of a long body only the beginning."""
     masked = app.outside.masked
     request, size = app.store.request(job.key, 4096 + masked.longest) or (None, 0)
     if request is None:
@@ -592,15 +592,15 @@ def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
 
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-#: What is said of a callback's state after an attempt.
+#: The outcome of an attempt, by the state of the callback after it.
 _FOLLOWS = {"delivered": "delivered", "pending": "retried", "failed": "failed", "gone": "gone"}
 _IN_LABEL = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
-#: The value; or several, each with its labels as they are written.
+#: One value, or several with their labels as text.
 _Samples = float | Iterable[tuple[str, float]]
 
 
 def _labels(**labels: Any) -> str:
-    """Labels as they are written: {flow="weather"}."""
+    """Labels as text: {flow="weather"}."""
     return "{" + ",".join(f'{name}="{str(value).translate(_IN_LABEL)}"' for name, value in labels.items()) + "}"
 
 
@@ -624,7 +624,7 @@ def _resident_bytes(app: AsteraLite) -> _Samples:
 _ENDS = ("completed", "failed", "timeout", "cancelled", "interrupted")  # Outcome.end
 
 
-#: The metrics: name, type, help, and what gives the samples. Flows that are deployed now are told of, and no others.
+#: The metrics: name, type, help, and a function that gives the samples. Only flows that are deployed now have samples.
 _METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
     (
         "astera_jobs_accepted_total", "counter", "Jobs that were accepted.",
@@ -729,8 +729,8 @@ def metrics(x: Exchange) -> Reply:
 
 @lru_cache(1)
 def _console_page() -> Reply:
-    """The console's page. Its policy lets its own script and style run, and nothing that a flow answers."""
-    page = resource("console.html").replace(b"\r\n", b"\n")  # browsers hash what they have normalised
+    """The console's page. Its policy allows only its own script and style, and nothing from a flow's response."""
+    page = resource("console.html").replace(b"\r\n", b"\n")  # browsers normalise line ends before they hash
 
     def digest(part: bytes) -> str:
         return base64.b64encode(sha256(part)).decode()

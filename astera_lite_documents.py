@@ -62,14 +62,14 @@ _TEXT: dict[str, Any] = {"type": "string"}
 
 
 def flow_schema(kinds: Mapping[str, StepKind]) -> dict[str, Any]:
-    """A JSON Schema (2020-12) of the flow file, for editors; `check` knows more."""
+    """A JSON Schema (2020-12) of flow files, for editors; `check` finds more faults."""
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A flow of Astera Lite"}
     definitions = {"step": _table_schema(step_table(kinds)), "value": _table_schema(VALUE_SCHEMA)}
     return about | _member_schema(FLOW) | {"$defs": definitions}
 
 
 def _member_schema(member: Member) -> dict[str, Any]:
-    """The JSON Schema of what may stand in a flow file as this member."""
+    """The JSON Schema of the values that this member of a flow file accepts."""
     match member:
         case Elsewhere():
             return _member_schema(wing(member.name))
@@ -91,7 +91,7 @@ def _member_schema(member: Member) -> dict[str, Any]:
 
 
 def _table_schema(table: Table) -> dict[str, Any]:
-    """The JSON Schema of an object; that of a table with a name is a definition."""
+    """The JSON Schema of an object; the schema of a named table is a definition."""
     schema: dict[str, Any] = {"type": "object", "additionalProperties": table.more is not None}
     schema["properties"] = {
         name: _member_schema(member) | ({} if member.default is None else {"default": member.default})
@@ -148,7 +148,7 @@ class _Responses:
         self.found.setdefault(str(status), []).append(response)
 
     def add_problems(self, *statuses: int) -> None:
-        """Add problem documents as they are in the template."""
+        """Add problem documents from the template."""
         for status in statuses:
             self.add(status, _ref("responses", _PROBLEMS[status]))
 
@@ -216,7 +216,7 @@ _TYPE_SCHEMAS: dict[str, dict[str, Any]] = {
     "date": {"type": "string", "format": "date"},
     "date-time": {"type": "string", "format": "date-time"},
 }
-#: The flow file's one pair of limits for text and lists, as JSON Schema has them.
+#: Limits of flow files for text and lists, by their names in JSON Schema.
 _LENGTHS = {"minItems": "minLength", "maxItems": "maxLength"}
 _SIZES: dict[str, Mapping[str, str]] = {
     "array": {length: items for items, length in _LENGTHS.items()},
@@ -263,7 +263,7 @@ def _parameter_schema(spec: Mapping[str, Any]) -> dict[str, Any]:
     schema.pop("description", None)
     if schema.get("type") == "array":
         items = schema.setdefault("items", {"type": "string"})
-        if items.get("type") == "string" and "format" not in items:  # a comma parts items, and none is empty
+        if items.get("type") == "string" and "format" not in items:  # a comma separates items, and none is empty
             items["minLength"] = max(items.get("minLength", 1), 1)
             items.setdefault("pattern", "^[^,]*$")
         if spec.get("required"):
@@ -274,7 +274,7 @@ def _parameter_schema(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flow_parameters(flow: Flow, renamed: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The parameters of a flow; in the path under the names that the document's path has."""
+    """The parameters of a flow; path parameters have the names in the path of the document."""
     found = []
     for item in flow.parameters:
         if item.where == "header" and item.name.lower() in ("accept", "content-type", "authorization"):
@@ -320,7 +320,7 @@ def _body_of(flow: Flow) -> dict[str, Any]:
 
 
 def _shape(value: Any) -> dict[str, Any]:
-    """What can be known of a value that a template will give."""
+    """The part of a template's value that is known without a run."""
     if isinstance(value, str) and "${" in value:
         parts = list(split_template(value))
         return {} if len(parts) == 1 and parts[0][0] else {"type": "string"}
@@ -334,7 +334,7 @@ def _shape(value: Any) -> dict[str, Any]:
 
 
 def _steps_in(steps: Any) -> Iterator[dict[str, Any]]:
-    """Every step of a flow, also those inside others."""
+    """Every step of a flow, including steps inside steps."""
     for step in steps:
         yield step
         branches = [step["each"]] if "each" in step else step.get("choose", [])
@@ -343,7 +343,7 @@ def _steps_in(steps: Any) -> Iterator[dict[str, Any]]:
 
 
 def _flow_answer(spec: Mapping[str, Any], may_be_bytes: bool) -> dict[str, Any]:
-    """One response of a flow: what is known of its headers and its body."""
+    """One response of a flow, as far as its headers and body are known."""
     given = {name: value for name, value in spec.get("headers", {}).items() if value is not None}
     headers = {
         name: {"schema": _TEXT, "required": "${" not in str(value)}
@@ -374,7 +374,7 @@ def _flow_answer(spec: Mapping[str, Any], may_be_bytes: bool) -> dict[str, Any]:
 
 
 def _own_responses(flow: Flow) -> _Responses:
-    """The responses that a flow itself declares, by status; `default` where the status is computed."""
+    """The responses that a flow declares, by status; `default` if the status is computed."""
     steps = list(_steps_in(flow.tree.get("steps", [])))
     plain = {name for name, kind in STEP_KINDS.items() if not kind.effect and not kind.answers}  # their values are JSON
     may_be_bytes = any(not is_json_type(media) for media in flow.content_types) or any(
@@ -396,7 +396,7 @@ def _own_responses(flow: Flow) -> _Responses:
 
 
 def _declared(status: Any) -> str:
-    """The status of a flow's response, as OpenAPI names it."""
+    """The status of a flow's response in the notation of OpenAPI."""
     return "default" if isinstance(status, str) else str(status)
 
 
@@ -407,7 +407,7 @@ def _failures_of(flow: Flow) -> list[int]:
 
 
 def _add_results(result: _Responses, flows: Iterable[_Responses]) -> None:
-    """Add what flows answer to the responses of the result route, which may be any of them."""
+    """Add the responses of all flows to those of the result route, which returns one of them."""
     known = {"2XX": {"application/json"}, "default": {"application/json", "application/problem+json"}}
     for code, answer in (item for responses in flows for item in responses.merged().items()):
         one = code if code in result.found else "2XX" if code[0] == "2" else "default"
@@ -451,7 +451,7 @@ def _flow_operation(flow: Flow, mode: str, renamed: Mapping[str, str]) -> tuple[
         "parameters": parameters + [_ref("parameters", name) for name in names],
         **_body_of(flow),
     }
-    if asynchronous:  # the callback stands in each operation: some generators refuse a reference
+    if asynchronous:  # each operation contains the callback: some generators refuse a reference
         operation["callbacks"] = {"finished": _shared("callbacks", "finished")}
     return operation, responses
 
@@ -499,7 +499,7 @@ def openapi_document(
 
 
 def _referenced(document: Any, shared: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Those of the shared parts that a document comes to use."""
+    """The shared parts that a document uses."""
     used: set[tuple[str, str]] = set()
     left = [document]
     while left:
@@ -521,10 +521,10 @@ def _referenced(document: Any, shared: Mapping[str, Mapping[str, Any]]) -> dict[
     }
 
 
-#: What the scripts of a chain hand on, from one request to the next.
+#: The variables that the scripts of a chain pass from one request to the next.
 _CHAIN = {"statusUrl": "", "resultUrl": "", "polls": "0"}
 _COLLECTION_ID = "df816507-1066-5ba7-bd21-be63fe063aba"  # always the same: a new import replaces the old one
-_MOST_POLLS = 100  # of one job; the pauses between them are what Retry-After says, 5 seconds at the most
+_MOST_POLLS = 100  # for each job, with pauses as in Retry-After, at most 5 seconds
 _ALL_TESTS = """\
 pm.test("The answer names its request", () => pm.response.to.have.header("X-Request-Id"));"""
 _PROBLEM_TEST = """\
@@ -608,7 +608,7 @@ def _script(listen: str, *parts: str, **values: Any) -> dict[str, Any]:
 
 def _item(name: str, request: Mapping[str, Any], *events: dict[str, Any]) -> dict[str, Any]:
     item = {"name": name, "event": list(events), "request": request, "response": []}
-    return item | {"protocolProfileBehavior": {"followRedirects": False}}  # a flow's 302 is its answer
+    return item | {"protocolProfileBehavior": {"followRedirects": False}}  # a flow's 302 is its response
 
 
 def _field(name: str, value: str, words: str, disabled: bool = False) -> dict[str, Any]:
@@ -629,7 +629,7 @@ def _no_variables(text: str, brace: str = "{ ") -> str:
 
 
 def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
-    """The body of an example request, as Postman has it and as it is sent."""
+    """The body of an example request, in the form of Postman and as it is sent."""
     if not flow.content_types:
         return None
     media, spec = flow.content_types[0], flow.tree["request"].get("body") or {}
@@ -647,7 +647,7 @@ def _sample_body(flow: Flow) -> tuple[dict[str, Any], bytes] | None:
     return {"mode": "raw", "raw": text, **options_}, text.encode()
 
 
-#: How Postman wants names and values, by the place where they stand: it escapes blanks, but not what has a meaning.
+#: Escapes names and values for Postman, by their place: Postman itself escapes blanks, but no reserved characters.
 _IN_POSTMAN: dict[str, Callable[[str], str]] = {
     "path": partial(urllib.parse.quote, safe=""),
     "query": partial(urllib.parse.quote, safe="/:@, "),
@@ -656,7 +656,7 @@ _IN_POSTMAN: dict[str, Callable[[str], str]] = {
 
 
 def _sample_request(flow: Flow, mode: str) -> tuple[dict[str, Any], list[int]]:
-    """An example request of a flow, as Postman has it, and the status that refuses it if its values do not suffice."""
+    """An example request of a flow in the form of Postman, and the status of its refusal if the values are invalid."""
     specs = flow.tree["request"].get("parameters", {})
     params: dict[str, Any] = {}
     fields: dict[str, list[dict[str, Any]]] = {"path": [], "query": [], "header": []}
@@ -762,11 +762,11 @@ def postman_document(
 
 
 def _flow_document(make: Callable[..., Any], x: Exchange) -> Reply:
-    """A document of the flows, kept with them: it takes long where there are many."""
+    """A document of the flows, cached with them: for many flows it takes long to make."""
     kept, arguments = x.app.deployments.documents, (x.base, x.caller.name != "", x.caller.flows)
     body = kept.get((make, *arguments))
     if body is None:
-        if len(kept) >= 16:  # each client may spell the base anew
+        if len(kept) >= 16:  # clients may use many different bases
             kept.clear()
         body = kept[make, *arguments] = json_body(make(x.app.deployments, *arguments))
     return Reply(200, [JSON_TYPE, REVALIDATED, ("ETag", entity_tag(body))], body)

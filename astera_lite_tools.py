@@ -88,7 +88,7 @@ _SCRIPT = "python astera_lite.py"
 
 
 def command_name() -> str:
-    """What a user types to start us: the command of an installation, a zipapp, a module, or the script."""
+    """The words that start this program: the command of an installation, a zipapp, a module, or the script."""
     name = os.path.basename(sys.argv[0])
     if name == "astera-lite":
         return name
@@ -98,7 +98,7 @@ def command_name() -> str:
 
 
 def _printable(text: str) -> str:
-    """A text of several lines, or JSON, in which what commands a terminal is escaped as JSON has it."""
+    """A text of several lines, or JSON, with control characters for terminals escaped as in JSON."""
     return re.sub(r"[^\t\n -~]", lambda match: match[0] if match[0].isprintable() else json.dumps(match[0])[1:-1], text)
 
 
@@ -109,7 +109,7 @@ def _print_json(document: Any, stream: TextIO | None = None) -> None:
 
 
 def _write_body(pieces: Iterable[bytes]) -> None:
-    """Write a response's body to stdout: as it is, or what a terminal may be given of it."""
+    """Write a response's body to stdout; for a terminal, control characters are escaped."""
     if sys.stdout.isatty():
         decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         for piece in (*pieces, b""):
@@ -132,7 +132,7 @@ def _span(ms: int) -> str:
 
 
 class _Sheet:
-    """What people read: on a terminal with a little colour and times as they are from now, elsewhere plain, in UTC."""
+    """Output for people: on a terminal with colours and relative times, elsewhere plain and in UTC."""
 
     def __init__(self, stream: TextIO, offset: int = 0) -> None:
         self.stream, self._terminal, self._offset = stream, stream.isatty(), offset
@@ -143,7 +143,7 @@ class _Sheet:
         return f"\x1b[{colour}m{text}\x1b[0m" if colour is not None and self._colour else text
 
     def table(self, head: str, rows: Sequence[Sequence[str]]) -> None:
-        """Print rows under a head, which has a word for each column."""
+        """Print rows under a head; `head` has a word for each column."""
         lines = [[one_line(text) for text in row] for row in (head.split(), *rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for n, line in enumerate(lines):
@@ -160,7 +160,7 @@ class _Sheet:
                 print(f"{self._painted(name.ljust(width), _DIM)}  {value}", file=self.stream)
 
     def steps(self, trace: Iterable[Mapping[str, Any]]) -> None:
-        """Print the steps of a run; attempts that a step made before its last one have rows of their own."""
+        """Print the steps of a run; earlier attempts of a step have separate rows."""
         rows = []
         for step in trace:
             retries = step.get("retries", ())
@@ -183,7 +183,7 @@ class _Sheet:
 
 
 def _progress(what: str) -> Callable[[int, int], None]:
-    """A function that shows on stderr, if that is a terminal, how much is done of how much."""
+    """A function that shows progress on stderr if it is a terminal: the amount done, and the total."""
     if not sys.stderr.isatty():
         return lambda done, total: None
     shown_at = -math.inf
@@ -233,7 +233,7 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def _openable(fault: Fault, folder: str, path: str | None = None) -> Fault:
-    """A fault of a flow file as a terminal or an editor can open it: `flows/a.json:12: …`, `flows/a.json:1:30: …`."""
+    """A fault in a form that terminals and editors can open: `flows/a.json:12: …`, `flows/a.json:1:30: …`."""
     path = path or (folder if fault.where == folder else os.path.join(folder, fault.where))
     grammar = re.fullmatch(r"line ([0-9]+), column ([0-9]+)", fault.place)
     if grammar:
@@ -243,13 +243,13 @@ def _openable(fault: Fault, folder: str, path: str | None = None) -> Fault:
 
 
 def _reader(database: str) -> SqliteReader:
-    """A database to be read."""
+    """A database, opened for reading."""
     reader: type[SqliteReader] = wing("astera_lite_postgres:PostgresReader") if is_postgres(database) else SqliteReader
     return reader(database)
 
 
 def _tokens_of(database: str) -> list[Token]:
-    """The tokens in a database; none where it is not there yet."""
+    """The tokens in a database; empty if there is no database yet."""
     if not is_postgres(database) and not os.path.exists(database):
         return []
     with contextlib.closing(_reader(database)) as store:
@@ -314,7 +314,7 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
         for each in flow.tests:
             show(passed + failed, total)
             differences, canned = wing("astera_lite_steps:run_test")(flow, each, app.outside)
-            show(total, total)  # the line is free for what follows
+            show(total, total)  # clears the line for the output that follows
             passed, failed = passed + (not differences), failed + bool(differences)
             print(f"{'FAILED' if differences else 'ok':<6} {flow.name}: {each['name']} ({canned} canned)")
             for line in differences:
@@ -326,7 +326,7 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def print_document(args: argparse.Namespace, settings: Settings) -> int:
-    """schema, openapi, postman: print a document; exit code 1 if some flows are faulty and so not in it."""
+    """schema, openapi, postman: print a document; exit code 1 if it lacks flows because they are faulty."""
     if args.command == "schema":
         _print_json(DOCUMENTS["schema"](STEP_KINDS))
         return 0
@@ -480,7 +480,7 @@ def _print_job(
 
 
 def token(args: argparse.Namespace, settings: Settings) -> int:
-    """token: make a token, list them, or revoke one."""
+    """token: make a token, list all tokens, or revoke one."""
     path, name, role = settings.database, args.name, args.role or "user"
     edit = wing("astera_lite_postgres:edit_tokens") if is_postgres(path) else edit_tokens
     unused = [flag for flag, given in (("--flows", args.flows), ("--role", args.role)) if given is not None]
@@ -544,7 +544,7 @@ sys.exit(astera_lite.main())
 
 
 def pack(args: argparse.Namespace, settings: Settings) -> int:
-    """zipapp: the server as one file, with bytecode for this version of Python; others take the source."""
+    """zipapp: the server as one file, with bytecode for this Python version; other versions use the source."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("astera_lite.py", "schema.sql", *sorted({*WINGS, *SHIPPED} - {"schema.sql"})):
             try:
@@ -568,7 +568,7 @@ def pack(args: argparse.Namespace, settings: Settings) -> int:
                         whole = zipfile.ZipInfo(name)  # of 1980: the same file each time
                         archive.writestr(whole, read_bytes(os.path.join(folder, name)), zipfile.ZIP_DEFLATED)
             mode = os.stat(args.file).st_mode
-            os.chmod(args.file, mode | (mode & 0o444) >> 2)  # who may read it may run it
+            os.chmod(args.file, mode | (mode & 0o444) >> 2)  # everybody who may read the file may run it
         except OSError as error:
             raise Conflict(f"{args.file}: {reason_of(error)}") from None
     version = ".".join(map(str, sys.version_info[:2]))
@@ -595,7 +595,7 @@ class Command(NamedTuple):
     run: Callable[[Any, Settings], int]
     help: str
     arguments: Sequence[tuple[str, dict[str, Any]]] = ()  # of argparse
-    settings: Collection[str] = ()  # those that its help shows; it takes all
+    settings: Collection[str] = ()  # the settings that its help shows; it accepts all
 
 
 def _positive(text: str) -> int:
@@ -756,7 +756,7 @@ def settings_table() -> list[tuple[str, str, str]]:
 
 
 def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str], taken: Collection[str] = ()) -> None:
-    """Every setting as a flag, unless the command has another use for its name; the help shows those that matter."""
+    """Every setting as a flag, unless the command uses the name otherwise; the help shows the relevant ones."""
     group = parser.add_argument_group("settings")
     more: dict[str, Any] = {"metavar": "FILE", "dest": "set_config", "default": argparse.SUPPRESS}
     group.add_argument("--config", help="TOML file of settings", **more)
@@ -774,7 +774,7 @@ def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str], tak
 
 
 def _check_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Refuse a flag that no command has: the parser would take its value for the command."""
+    """Refuse an unknown flag: the parser would mistake its value for the command."""
     flags = {"--" + name.replace("_", "-"): name for name in SETTING_FIELDS}
     secret = {flag: f"ASTERA_LITE_{name.upper()}" for flag, name in flags.items() if SETTING_FIELDS[name].secret}
     known = {*flags, "-h", "--help", "--version", "--config"} - secret.keys()
@@ -792,7 +792,7 @@ def _check_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 
 def run_command(words: Sequence[str]) -> int:
-    """Run a command line; the exit code. Raises SystemExit for wrong usage, --help and --version."""
+    """Run a command line and return the exit code. Raises SystemExit for wrong usage, --help and --version."""
     parser = command_parser()
     _check_flags(parser, words)
     args = parser.parse_args(words)
