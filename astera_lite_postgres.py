@@ -238,6 +238,10 @@ def _format(db: Any, place: str) -> int:
     return version
 
 
+class _LostConnection(StoreError):
+    """A connection that was there is lost."""
+
+
 class _Address:
     """Where the database is, and how it is connected to."""
 
@@ -300,6 +304,10 @@ def _prepare(db: Any, place: str) -> None:
                 scripts = [resource("schema_postgres.sql").decode(), "INSERT INTO astera_lite VALUES (0)"]
             for script in scripts:
                 db.execute(script)
+                for table, columns in re.findall(r"CREATE TABLE (\w+) \((.*?)\n\)", script, re.DOTALL):
+                    for column, words in re.findall("^ +([a-z_]+) .*? -- (.+)", columns, re.MULTILINE):
+                        text = words.replace("'", "''")
+                        db.execute(f"COMMENT ON COLUMN {table}.{column} IS '{text}'")
             if scripts:
                 db.execute("UPDATE astera_lite SET version = %s", (SCHEMA_VERSION,))
     except psycopg.Error as error:
@@ -314,9 +322,11 @@ class PostgresReader:
     def __init__(self, url: str) -> None:
         self._address = _Address(url, writes=False)
         self._begin()
-        self._idle.append(self._address.first())
-        with self._reading() as db:
+        db = self._address.first()
+        try:
             self._version = _format(db, self._address.place)
+        finally:
+            db.close()
 
     def _begin(self) -> None:
         self._idle: list[Any] = []  # connections
@@ -331,9 +341,9 @@ class PostgresReader:
                 db = self._idle.pop() if self._idle else self._address.connect()
                 yield db
             except psycopg.Error as error:
-                if not (db is None or db.closed):
-                    db.rollback()
-                raise _store_error(error) from None
+                if db is None or not db.closed:
+                    raise _store_error(error) from None
+                raise _LostConnection(str(_store_error(error))) from None
             finally:
                 if db is not None and not db.closed:
                     self._idle.append(db)
@@ -346,8 +356,8 @@ class PostgresReader:
                 with self._reading() as db:
                     rows: list[Any] = db.execute(sql, values, binary=True).fetchall()
                     return rows
-            except StoreError as error:
-                if not was_idle or str(error) != _UNREACHABLE:
+            except _LostConnection:
+                if not was_idle:
                     raise
 
     def _first(self, sql: str, values: Sequence[Any] = ()) -> Any:

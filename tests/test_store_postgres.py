@@ -1,19 +1,197 @@
-"""What only a store of several servers has, without a server."""
+"""What is PostgresStore's own: whose a job is, several servers on one database, and what becomes of a lost one."""
 
 from __future__ import annotations
 
 import queue
-from contextlib import closing
-from typing import TYPE_CHECKING
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from typing import Any
 
-if TYPE_CHECKING:
-    from nodes import Cluster
+import pytest
+from nodes import Cluster
+from support import ROOT, until
+from test_store import T, done, finish, job, submission
+
+import astera_lite_postgres
+from astera_lite import (
+    PIECE,
+    Added,
+    Attempt,
+    Busy,
+    Conflict,
+    Job,
+    JobKey,
+    NotFound,
+    Progress,
+    Status,
+    StoreError,
+    Token,
+)
+from astera_lite_postgres import PostgresReader, PostgresStore, edit_tokens
+
+Open = Callable[..., PostgresStore]
+FLOWS = {"f": None}
+
+
+@pytest.fixture
+def url(cluster: Cluster, request: pytest.FixtureRequest) -> str:
+    return cluster.create(f"own-{abs(hash(request.node.name)) % 10**12}")
+
+
+@pytest.fixture
+def open_store(url: str) -> Iterator[Open]:
+    """Opens stores on one database; they are closed at the end."""
+    with ExitStack() as stack:
+        yield lambda **more: stack.enter_context(closing(PostgresStore(url, **more)))
+
+
+@pytest.fixture
+def store(open_store: Open) -> PostgresStore:
+    return open_store(name="a")
+
+
+def look(url: str, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        cursor = connection.execute(sql, values or None)  # type: ignore[call-overload]
+        return list(cursor) if cursor.description else []
+
+
+def add(store: PostgresStore, owned: bool = True, limit: int | None = None, key: str | None = None, **more: Any) -> Job:
+    new = job(**more)
+    answer = done(store.add, submission(new, key=key)._replace(owned=owned, limit=limit))
+    assert answer == Added(new, False)
+    return new
+
+
+def told(store: PostgresStore, **progress: Any) -> queue.SimpleQueue[str]:
+    words: queue.SimpleQueue[str] = queue.SimpleQueue()
+    store.open(words.put, lambda: progress)
+    return words
+
+
+def claimed(store: PostgresStore, limit: int = 10, flows: Any = FLOWS, held: Any = ()) -> list[int]:
+    return [each.seq for each in store.claim(held, limit, flows)]
+
+
+def bury(url: str, store: PostgresStore) -> None:
+    """As if the lease had run out while another server looked."""
+    look(url, "DELETE FROM nodes WHERE start = %s", store._start)
+
+
+# ---- Whose a job is --------------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_its_acceptors_or_whoever_claims_it(open_store: Open) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    owned, free, of_nobody = add(one), [add(one, owned=False).key.seq for _ in range(5)], add(one, False, flow="g")
+    assert claimed(other, 2) == free[:2]
+    assert claimed(one, 2) == free[2:4]
+    assert claimed(other) == free[4:]
+    assert claimed(one) == claimed(other) == []
+    assert claimed(other, flows={"g": None, "f": None}) == [of_nobody.key.seq]
+    assert done(other.start, owned.key, 1, T) is False
+    assert done(one.start, owned.key, 1, T) is True
+    assert [(node.name, node.number, node.jobs, node.is_self) for node in one.members()] == [
+        ("a", 0, 3, True),
+        ("b", 1, 4, False),
+    ]
+
+
+def test_many_servers_claim_each_job_once(open_store: Open) -> None:
+    stores = [open_store(name=str(n)) for n in range(4)]
+    jobs = {add(stores[0], owned=False).key.seq for _ in range(200)}
+    with ThreadPoolExecutor(4) as pool:
+        found = [list(pool.map(lambda store: claimed(store, 10), stores)) for _ in range(6)]
+    taken = [seq for some in found for part in some for seq in part]
+    assert sorted(taken) == sorted(jobs)
+
+
+def test_what_a_run_writes_is_fenced_by_the_owner(open_store: Open, url: str) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    new = add(one)
+    assert done(one.start, new.key, 1, T) is True
+    lost = told(one)
+    before = one._start
+    bury(url, one)
+    assert claimed(other) == [new.key.seq]
+    assert done(other.start, new.key, 2, T) is True
+    suspended = new._replace(attempt=2, started=T, due=T + 5)
+    for late in (
+        (one.save_step, new.key, 2, "a", "1"),
+        (one.suspend, suspended, "w", T, "[]"),
+        (one.finish, finish(new, attempt=2, fenced=False)),
+        (one.start, new.key, 2, T),
+    ):
+        assert done(*late) is False, late
+    one.requeue(new.key, 2)
+    done(one.find_key, "", "", "", 0)
+    assert one.get(new.key) == new._replace(attempt=2, started=T)
+    assert look(url, "SELECT count(*) FROM steps") == [(0,)]
+    one._renew_at = 0.0  # as a refused write tells it: the lease is looked at before it is due
+    while lost.get(timeout=10) != "lost":
+        pass
+    assert one._start > before
+    assert done(other.finish, finish(new, attempt=2)) is True
+
+
+def test_a_job_that_is_claimed_again_after_a_loss_is_not_written_by_the_run_before(open_store: Open, url: str) -> None:
+    store = open_store(name="a")
+    new, words = add(store), told(store)
+    bury(url, store)
+    store._renew_at = 0.0
+    while words.get(timeout=10) != "lost":
+        pass
+    assert done(store.finish, finish(new)) is False
+    assert claimed(store) == [new.key.seq]
+    assert done(store.finish, finish(new)) is True
+
+
+def test_a_lease_that_runs_out_frees_the_jobs_and_others_hear_of_it(open_store: Open, url: str) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    new, words = add(one), told(other)
+    one._end.set()  # its thread renews no more
+    one._threads[1].join()
+    look(url, "UPDATE nodes SET lease_until = now() WHERE start = %s", one._start)
+    until(lambda: words.get(timeout=10) == "jobs" and claimed(other) == [new.key.seq])
+    assert [node.name for node in other.members()] == ["b"]
+
+
+def test_an_orderly_stop_leaves_jobs_to_others_at_once(open_store: Open) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    runs, waits = add(one), add(one)
+    done(one.start, runs.key, 1, T)
+    words = told(other)
+    one.requeue(runs.key, 1)
+    one.close()
+    while words.get(timeout=10) != "jobs":
+        pass
+    assert claimed(other) == [runs.key.seq, waits.key.seq]
+    found = other.get(runs.key)
+    assert found is not None and (found.attempt, found.started) == (0, T)
+
+
+def test_numbers_are_the_smallest_that_are_free(open_store: Open) -> None:
+    stores = [open_store() for _ in range(3)]
+    assert [store.node for store in stores] == [0, 1, 2]
+    stores[1].close()
+    assert [open_store().node for _ in range(2)] == [1, 3]
+
+
+def test_more_servers_than_numbers_are_refused(store: PostgresStore, url: str) -> None:
+    look(url, "INSERT INTO nodes (number, name, lease_until) SELECT n, '', now() + '1h' FROM generate_series(1, 63) n")
+    with pytest.raises(StoreError, match="64 servers use this database, which is as many as can: stop one"):
+        PostgresStore(url)
+    look(url, "UPDATE nodes SET lease_until = now() - interval '1s' WHERE number > 0")
+    PostgresStore(url).close()
 
 
 def test_a_server_that_was_alone_tells_one_that_came_later(cluster: Cluster) -> None:
     """It tells of a change at once, not only after its next renewal of the lease (20 minutes away here)."""
-    from astera_lite_postgres import PostgresStore
-
     url = cluster.create("test-came-later")
     met: queue.Queue[str] = queue.Queue()
     heard: queue.Queue[str] = queue.Queue()
@@ -28,3 +206,366 @@ def test_a_server_that_was_alone_tells_one_that_came_later(cluster: Cluster) -> 
                 heard.get(timeout=10)
             first.close()
             assert heard.get(timeout=10) == "jobs"
+
+
+# ---- Limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_counts_over_all_servers(open_store: Open) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    jobs = [add(one, owned=False) for _ in range(5)]
+    seqs = [each.key.seq for each in jobs]
+    limit = {"f": 3, "g": None}
+    assert claimed(one, 2, limit) == seqs[:2]
+    assert claimed(other, 10, limit) == seqs[2:3]
+    assert claimed(one, 10, limit) == []
+    assert done(one.finish, finish(jobs[0])) is True
+    assert claimed(other, 10, limit) == seqs[3:4]
+    waiting = jobs[2]._replace(attempt=1, started=T, due=T + 5)
+    assert done(other.suspend, waiting, "w", T + 5, "[]") is True  # it is free, and due
+    assert sorted(claimed(one, 10, limit)) in ([seqs[2]], [seqs[4]])
+    assert claimed(one, 10, limit) == []
+
+
+def test_a_flow_that_refuses_when_full_refuses_over_all_servers(open_store: Open) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    with ThreadPoolExecutor(2) as pool:
+
+        def submit(store: PostgresStore) -> Any:
+            try:
+                return done(store.add, submission(job())._replace(owned=False, limit=3))
+            except Busy as error:
+                return error
+
+        answers = list(pool.map(submit, [one, other] * 5))
+    assert [type(answer) for answer in answers].count(Added) == 3
+    assert {answer.status for answer in answers if isinstance(answer, Busy)} == {429}
+    assert len(one.page(T, 100, None, None, None, None)) == 3
+    known = done(one.add, submission(job("g"), key="k")._replace(owned=False, limit=1))
+    replayed = done(other.add, submission(job("g"), key="k")._replace(owned=False, limit=1))
+    assert replayed == Added(known.job, True)  # although the flow is full
+
+
+# ---- Lost and found --------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_is_owned_and_not_known_is_found_at_the_second_look(store: PostgresStore) -> None:
+    lost, known = add(store), add(store)
+    held = {known.key.seq}
+    assert claimed(store, held=held) == []
+    store._orphans_at = 0.0
+    assert claimed(store, held=held) == [lost.key.seq]
+    store._orphans_at = 0.0
+    assert claimed(store, held={*held, lost.key.seq}) == []
+
+
+def test_a_job_of_a_flow_that_nobody_has_is_taken_after_an_hour(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strange = add(store, owned=False, flow="strange")
+    assert claimed(store) == []
+    store._orphans_at, store._strange = 0.0, {seq: since - 3601 for seq, since in store._strange.items()}
+    assert claimed(store) == [strange.key.seq]
+
+
+def test_a_cancel_reaches_the_owner(open_store: Open) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    owned, free, ended = add(one), add(one, owned=False), add(one)
+    done(one.finish, finish(ended))
+    words = told(one)
+    assert [done(other.ask_cancel, each.key) for each in (owned, free, ended)] == [True, True, False]
+    assert done(other.ask_cancel, owned.key._replace(salt=1)) is False
+    while words.get(timeout=10) != "cancel":
+        pass
+    assert [each.key for each in one.cancelled()] == [owned.key]
+    assert [each.key for each in other.cancelled()] == [free.key]
+    assert done(one.finish, finish(owned)) is True
+    assert one.cancelled() == []
+
+
+def test_progress_is_seen_on_another_server(open_store: Open) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    new = add(one)
+    assert other.progress(new.key) is None
+    one.open(lambda word: None, lambda: {new.key.seq: Progress("fetch", 1, 3)})
+    one._renew_at = 0.0  # the next renewal is now
+    until(lambda: other.progress(new.key) == Progress("fetch", 1, 3))
+
+
+def test_a_callback_is_delivered_by_one_server_and_by_another_when_that_is_gone(open_store: Open, url: str) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    new = add(one, callback="http://r/x")
+    done(one.finish, finish(new, callback=("r:80", "the body"), expires=T + 10**6))
+
+    def due(store: PostgresStore) -> list[JobKey]:
+        found = store.claim_deliveries(T + 20, 10, 1000, held=(), busy=(), fresh=False)
+        return [each.key for each, _ in found]
+
+    assert (due(one), due(other), due(one)) == ([new.key], [], [new.key])
+    before = one._start
+    bury(url, one)
+    assert due(other) == [new.key]
+    one._renew_at = 0.0
+    until(lambda: one._start > before)
+    done(other.record_delivery, new.key, Attempt(T, 1, 500, "a\0b"), T + 10, "pending", T + 11)
+    assert due(one) == [new.key]
+    assert other.attempts(new.key) == [Attempt(T, 1, 500, "ab")]
+
+
+# ---- Keys, texts, deployments, tokens --------------------------------------------------------------------------------
+
+
+def test_one_key_on_two_servers_is_one_job(open_store: Open) -> None:
+    stores = [open_store(name="a"), open_store(name="b")] * 10
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda store: done(store.add, submission(job(), b"", "k", b"1")), stores))
+    assert [answer.replayed for answer in answers].count(False) == 1
+    assert len({answer.job.key for answer in answers}) == 1
+    assert isinstance(done(stores[0].add, submission(job(), b"", "k", b"2")), Conflict)
+
+
+def test_texts_are_forgotten_when_no_server_has_used_them_for_a_while(store: PostgresStore, url: str) -> None:
+    old = add(store)
+    add(store, version=8)
+    done(store.finish, finish(old))
+    done(store.purge, T + 2000, 10)
+    for ago, left in (("1 min", [(7,), (8,)]), ("2 h", [(8,)])):
+        look(url, f"UPDATE flows SET used = now() - interval '{ago}'")
+        store.forget_flows()
+        done(store.find_key, "", "", "", 0)
+        assert look(url, "SELECT version FROM flows ORDER BY version") == left
+
+
+def test_a_deployment_and_a_token_are_news(open_store: Open, url: str) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    words = told(other)
+    assert done(one.deploy, "f", "{}") is True
+    assert done(one.deploy, "f", '{"a": 1}') is True
+    assert other.deployed() == [("f", '{"a": 1}')]
+    assert done(one.deploy, "f", None) is True
+    assert (done(one.deploy, "f", None), other.deployed()) == (False, [])
+    edit_tokens(url, "ada", Token("ada", b"x" * 32, "user", frozenset("fg"), T))
+    assert [token.flows for token in other.tokens()] == [frozenset("fg")]
+    heard = set[str]()
+    until(lambda: heard.add(words.get(timeout=10)) or heard >= {"flows", "tokens"})
+
+
+def test_tokens_are_made_once_and_revoked_once(url: str) -> None:
+    token = Token("ada", b"x" * 32, created=T)
+    edit_tokens(url, "ada", token)  # makes the tables, too
+    with pytest.raises(Conflict, match="there is a token ada already"):
+        edit_tokens(url, "ada", token)
+    with pytest.raises(NotFound, match='the token adda is not there; did you mean "ada"'):
+        edit_tokens(url, "adda")
+    edit_tokens(url, "ada")
+    with pytest.raises(NotFound, match="was revoked before"):
+        edit_tokens(url, "ada")
+    with closing(PostgresStore(url)) as store:
+        add(store, token="ada")
+    with pytest.raises(Conflict, match="jobs of an earlier token ada are still kept"):
+        edit_tokens(url, "ada", token)
+
+
+# ---- The database is away --------------------------------------------------------------------------------------------
+
+
+def test_a_lost_connection_is_made_again_and_ends_are_kept(open_store: Open, url: str, cluster: Cluster) -> None:
+    store = open_store(name="a")
+    new = add(store)
+    name = url.partition("/own")[2].partition("?")[0]
+    look(cluster.url("postgres"), f'ALTER DATABASE "own{name}" ALLOW_CONNECTIONS false')
+    end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND pid <> pg_backend_pid()"
+    look(cluster.url("postgres"), end, f"own{name}")
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    store.finish(finish(new), lambda result, error: answers.put((result, error)))
+    until(lambda: store.fault)
+    with pytest.raises(StoreError) as refused:
+        done(store.add, submission(job()))
+    assert name not in f"{store.fault} {refused.value}"
+    assert answers.empty()
+    look(cluster.url("postgres"), f'ALTER DATABASE "own{name}" ALLOW_CONNECTIONS true')
+    assert answers.get(timeout=20) == (True, None)
+    until(lambda: store.fault is None)
+    assert store.get(new.key) is not None
+    add(store)
+
+
+def test_an_end_that_was_committed_when_the_connection_was_lost_is_an_end(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psycopg
+
+    new, transact, lost = add(store), store._transact, threading.Event()
+
+    def committed_unheard(batch: Any) -> Any:
+        results = transact(batch)
+        if not lost.is_set():
+            lost.set()
+            raise psycopg.OperationalError("the server closed the connection")
+        return results
+
+    monkeypatch.setattr(store, "_transact", committed_unheard)
+    assert done(store.finish, finish(new)) is True
+    assert lost.is_set() and store.fault is None
+
+
+def test_a_read_is_sent_again_where_the_connections_have_died_meanwhile(store: PostgresStore, url: str) -> None:
+    new = add(store)
+    with store._reading(), store._reading():
+        pass
+    look(url, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+              " AND pid <> pg_backend_pid()")  # fmt: skip
+    assert store.get(new.key) == new
+
+
+def test_a_read_only_database_keeps_ends_and_refuses_jobs(store: PostgresStore, url: str) -> None:
+    new = add(store)
+    store._db.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")
+    store._db.commit()
+    with pytest.raises(StoreError, match="the database is read-only"):
+        done(store.add, submission(job()))
+    assert done(store.finish, finish(new)) is True  # on a new connection
+
+
+# ---- Opening ---------------------------------------------------------------------------------------------------------
+
+
+def test_servers_that_start_at_once_make_the_tables_once(url: str) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        stores = list(pool.map(lambda n: PostgresStore(url, name=str(n)), range(6)))
+    assert sorted(store.node for store in stores) == list(range(6))
+    for store in stores:
+        store.close()
+    assert look(url, "SELECT version FROM astera_lite") == [(astera_lite_postgres.SCHEMA_VERSION,)]
+
+
+@pytest.mark.parametrize("kind", [PostgresStore, PostgresReader])
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("CREATE TABLE theirs (a int)", "is a database of another program: set `database` to another one"),
+        (
+            "CREATE TABLE astera_lite (version int); INSERT INTO astera_lite VALUES (99)",
+            r"was made by a newer version \(99\): use that one; nothing was changed",
+        ),
+    ],
+)
+def test_a_database_that_is_not_ours_is_refused_unchanged(url: str, sql: str, message: str, kind: Any) -> None:
+    look(url, sql)
+    with pytest.raises(StoreError, match=message):
+        kind(url)
+    assert look(url, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == [(1,)]
+
+
+def test_an_older_database_is_upgraded_and_one_that_cannot_be_is_left(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(PostgresStore(url)) as store:
+        new = add(store)
+    now = astera_lite_postgres.SCHEMA_VERSION
+    monkeypatch.setattr(astera_lite_postgres, "SCHEMA_VERSION", now + 2)
+    good = {now: "ALTER TABLE jobs ADD colour text", now + 1: "UPDATE jobs SET colour = 'red'"}
+    for upgrades in ({**good, now + 1: "DROP TABLE nowhere"}, good):
+        monkeypatch.setattr(astera_lite_postgres, "UPGRADES", upgrades)
+        if upgrades is not good:
+            with pytest.raises(StoreError, match="nowhere"):
+                PostgresStore(url)
+            assert look(url, "SELECT version FROM astera_lite") == [(now,)]
+            assert look(url, "SELECT 1 FROM pg_attribute WHERE attname = 'colour'") == []
+        else:
+            with closing(PostgresStore(url)) as store:
+                assert store.get(new.key) == new
+            assert look(url, "SELECT colour FROM jobs") == [("red",)]
+
+
+def test_what_cannot_be_opened_is_said_in_a_sentence_without_secrets(
+    cluster: Cluster, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look(url, "CREATE ROLE nobody LOGIN; REVOKE ALL ON SCHEMA public FROM PUBLIC")
+    secret = "hunter2secret"
+    host = f"?host={cluster.folder}&port={cluster.port}"
+    database = url.partition("@/")[2].partition("?")[0]
+    for wrong, message in {
+        f"postgresql://astera:{secret}@/absent{host}": 'PostgreSQL .*/absent: .*database "absent" does not exist',
+        f"postgresql://absent:{secret}@/{database}{host}": 'role "absent" does not exist',
+        f"postgresql://nobody:{secret}@/{database}{host}": "permission denied|no schema has been selected",
+        f"postgresql://astera:{secret}@127.0.0.1:1/x": "PostgreSQL 127.0.0.1/x: .*Connection refused",
+    }.items():
+        with pytest.raises(StoreError, match=message) as caught:
+            PostgresStore(wrong)
+        assert secret not in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(astera_lite_postgres.ConfigError, match="is no address of a PostgreSQL database") as refused:
+        PostgresStore(f"postgresql://astera:{secret}@[::/x?{secret}")
+    assert secret not in str(refused.value)
+    monkeypatch.setattr(astera_lite_postgres, "psycopg", None)
+    with pytest.raises(astera_lite_postgres.ConfigError, match="psycopg 3, which is not installed: pip install"):
+        PostgresStore(url)
+
+
+@pytest.mark.parametrize(("durability", "level"), [("full", "on"), ("normal", "off")])
+def test_durability_is_that_of_the_setting(open_store: Open, durability: str, level: str) -> None:
+    store = open_store(durability=durability)
+    add(store)
+    assert store._db.execute("SHOW synchronous_commit").fetchone() == (level,)
+    store._db.rollback()
+
+
+# ---- Writes together -------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_larger_than_the_buffer_of_a_socket_is_written(store: PostgresStore) -> None:
+    jobs = [job() for _ in range(40)]
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for new in jobs:
+        store.add(submission(new, b"x" * (PIECE - 1)), lambda result, error: answers.put(error))
+    store.add(submission(job(), b"y" * (9 * PIECE)), lambda result, error: answers.put(error))
+    store.flush()
+    assert [answers.get(timeout=30) for _ in range(41)] == [None] * 41
+    found = store.request(jobs[7].key)
+    assert found is not None and found[1] == PIECE - 1
+
+
+def test_all_that_becomes_of_a_job_may_be_one_batch(store: PostgresStore) -> None:
+    new, answers = add(store), list[Any]()
+    one_batch = [
+        astera_lite_postgres._Write(run=lambda db: None, done=lambda *told: answers.append("first")),
+    ]
+    assert len(astera_lite_postgres._grouped(one_batch)) == 1
+    took: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    keep = lambda result, error: took.put((result, error))  # noqa: E731
+    store.start(new.key, 1, T, keep)
+    store.save_step(new.key, 1, "a", "1", keep)
+    store.save_step(new.key, 1, "a", "2", keep)
+    store.save_step(new.key, 1, "b", "3", keep)
+    store.finish(finish(new), keep)
+    store.save_step(new.key, 1, "c", "4", keep)
+    assert [took.get(timeout=10) for _ in range(6)] == [(True, None)] * 5 + [(False, None)]
+    found = store.get(new.key)
+    assert found is not None and found.status is Status.COMPLETED
+
+
+# ---- Schema ----------------------------------------------------------------------------------------------------------
+
+
+def columns_of(text: str) -> dict[str, set[str]]:
+    tables = re.findall(r"CREATE TABLE (\w+) \((.*?)\n\)", text, re.DOTALL)
+    return {name: set(re.findall(r"^    ([a-z_]+) ", body, re.MULTILINE)) for name, body in tables}
+
+
+def test_the_schema_is_that_of_one_server_and_what_several_need(store: PostgresStore, url: str) -> None:
+    ours = (ROOT / "schema_postgres.sql").read_text("utf-8")
+    of_one = columns_of((ROOT / "schema.sql").read_text("utf-8"))
+    assert of_one.pop("clock")
+    assert f"version {astera_lite_postgres.SCHEMA_VERSION} of the schema" in ours
+    for table, columns in of_one.items():
+        assert columns <= columns_of(ours)[table], table
+    lines = ours.splitlines()
+    for n, line in enumerate(lines):
+        if line.startswith("CREATE"):
+            assert re.match("-- [A-Z].*[.]$", lines[n - 1]), line
+    uncommented = look(
+        url,
+        "SELECT relname, attname FROM pg_class c JOIN pg_attribute a ON attrelid = c.oid WHERE relkind = 'r'"
+        " AND relnamespace = 'public'::regnamespace AND attnum > 0 AND col_description(c.oid, attnum) IS NULL",
+    )
+    assert uncommented == []
