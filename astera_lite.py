@@ -1689,10 +1689,6 @@ _OTHER_MARK = re.compile(r"(?<!\$)(?:\{\{?|\$\(|#\{|<%=?)\s*+(([A-Za-z]\w*+)[.\[
 _BRACKET = re.compile(QUOTED + r"|[\[({]|[\])}]")
 
 
-class _Refused(Exception):
-    """An expression is not in the language; the message says why."""
-
-
 def _closing_brace(text: str, at: int) -> int:
     depth = 0
     for token in _BRACKET.finditer(text, at):
@@ -1726,7 +1722,7 @@ def _check_arguments(name: str, count: int, words: list[str]) -> None:
         nothing = eval(f"lambda {signature[len(name) + 1 : -1]}: None", dict(_JSON_NAMES))  # noqa: S307
         nothing(*[None] * count, **dict.fromkeys(words))
     except TypeError:
-        raise _Refused(f"{name}() is called as {signature.replace(', /', '')}") from None
+        raise ValueError(f"{name}() is called as {signature.replace(', /', '')}") from None
 
 
 class _Compiler(ast.NodeTransformer):
@@ -1781,15 +1777,15 @@ class _Compiler(ast.NodeTransformer):
         self.bound, self.schemas, self.depth = frozenset(), self.outer_schemas, 0
         try:
             if not source:
-                raise _Refused("there is nothing inside ${}")
+                raise ValueError("there is nothing inside ${}")
             if len(source) > MAX_EXPRESSION:
-                raise _Refused(f"it is longer than {MAX_EXPRESSION} characters: split it over several steps")
+                raise ValueError(f"it is longer than {MAX_EXPRESSION} characters: split it over several steps")
             lines_before = "\n" * (len(self.sources) - 1)
             node = ast.parse(f"{lines_before}({source})", mode="eval").body
             self.schema = self.declared(node)
             checked: ast.expr = self.visit(node)
             return checked
-        except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
             message = str(error) or "it is nested too deeply"
             if isinstance(error, SyntaxError):
                 message = optional("astera_lite_advice:on_syntax", source) or error.msg
@@ -1800,10 +1796,10 @@ class _Compiler(ast.NodeTransformer):
         name = type(node).__name__
         if name not in _PLAIN_NODES and not hasattr(self, f"visit_{name}"):
             words = optional("astera_lite_advice:on_word", name)
-            raise _Refused(words or f"{name} is not part of the language")
+            raise ValueError(words or f"{name} is not part of the language")
         self.depth += 1
         if self.depth > MAX_NESTING:
-            raise _Refused(f"it is nested deeper than {MAX_NESTING} levels: split it over several steps")
+            raise ValueError(f"it is nested deeper than {MAX_NESTING} levels: split it over several steps")
         result = ast.copy_location(super().visit(node), node)
         self.depth -= 1
         return result
@@ -1830,9 +1826,9 @@ class _Compiler(ast.NodeTransformer):
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         if node.value is not None and type(node.value) not in (bool, int, float, str):
-            raise _Refused(f"a literal of type {type(node.value).__name__} is not part of the language")
+            raise ValueError(f"a literal of type {type(node.value).__name__} is not part of the language")
         if type(node.value) is int and node.value.bit_length() > MAX_INT_BITS:
-            raise _Refused("the number is too large")
+            raise ValueError("the number is too large")
         return node
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
@@ -1845,16 +1841,16 @@ class _Compiler(ast.NodeTransformer):
         if name in _JSON_NAMES:
             return ast.Constant(_JSON_NAMES[name])
         if name in self.hints:
-            raise _Refused(self.hints[name])
+            raise ValueError(self.hints[name])
         if name in FUNCTIONS:
-            raise _Refused(f"{name} is a function: write {name}(…)")
-        raise _Refused(f'there is nothing named "{name}"{suggest(name, [*self.names, *FUNCTIONS, *self.bound])}')
+            raise ValueError(f"{name} is a function: write {name}(…)")
+        raise ValueError(f'there is nothing named "{name}"{suggest(name, [*self.names, *FUNCTIONS, *self.bound])}')
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         value = node.value
         known = self.names.get(value.id) if isinstance(value, ast.Name) and value.id not in self.bound else None
         if known is not None and node.attr not in known:
-            raise _Refused(f'there is no "{ast.unparse(value)}.{node.attr}"{suggest(node.attr, known)}')
+            raise ValueError(f'there is no "{ast.unparse(value)}.{node.attr}"{suggest(node.attr, known)}')
         return self.visit_Subscript(ast.Subscript(value, ast.Constant(node.attr), ast.Load()))
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
@@ -1874,7 +1870,7 @@ class _Compiler(ast.NodeTransformer):
         args = [self.visit(arg) for arg in node.args]
         for word in node.keywords:
             if word.arg is None or word.arg.startswith("_"):
-                raise _Refused("an argument is either a value or name=value")
+                raise ValueError("an argument is either a value or name=value")
             word.value = self.visit(word.value)
         if isinstance(node.func, ast.Attribute):
             name, target, table = node.func.attr, f"_m_{node.func.attr}", _METHOD_NAMES
@@ -1884,10 +1880,10 @@ class _Compiler(ast.NodeTransformer):
             name, target, table = node.func.id, f"_f_{node.func.id}", FUNCTIONS.keys() - self.bound - self.names.keys()
             shape = f"function {name}()"
         else:
-            raise _Refused("only functions and methods can be called, by their names")
+            raise ValueError("only functions and methods can be called, by their names")
         if name not in table:
             words = optional("astera_lite_advice:on_word", name)
-            raise _Refused(f"there is no {shape}" + (f": write {words}" if words else suggest(name, table)))
+            raise ValueError(f"there is no {shape}" + (f": write {words}" if words else suggest(name, table)))
         if table is not _METHOD_NAMES:
             self.volatile = self.volatile or name in VOLATILE
             _check_arguments(name, len(args), [word.arg or "" for word in node.keywords])
@@ -1907,7 +1903,7 @@ class _Compiler(ast.NodeTransformer):
         left, *others = [self.visit(side) for side in (node.left, *node.comparators)]
         if any(isinstance(operation, ast.In | ast.NotIn) for operation in node.ops):
             if len(node.ops) > 1:
-                raise _Refused("`in` cannot be chained with another comparison: join them with `and`")
+                raise ValueError("`in` cannot be chained with another comparison: join them with `and`")
             inside = self.paid("contains", left, others[0])
             return inside if isinstance(node.ops[0], ast.In) else ast.UnaryOp(ast.Not(), inside)
         if len(others) > 1 or not any(isinstance(side, ast.Constant) for side in (left, *others)):
@@ -1916,7 +1912,7 @@ class _Compiler(ast.NodeTransformer):
 
     def visit_Dict(self, node: ast.Dict) -> ast.expr:
         if None in node.keys:
-            raise _Refused("there is no `**`: use merge(a, b)")
+            raise ValueError("there is no `**`: use merge(a, b)")
         return ast.Dict([self.key(key) for key in node.keys if key], [self.visit(value) for value in node.values])
 
     def visit_ListComp(self, node: ast.ListComp | ast.GeneratorExp | ast.DictComp) -> ast.expr:
@@ -1939,12 +1935,12 @@ class _Compiler(ast.NodeTransformer):
     def loop(self, loop: ast.comprehension, price: int) -> None:
         """Check one `for … in … if …` and bind its variables."""
         if loop.is_async:
-            raise _Refused("there is no async")
+            raise ValueError("there is no async")
         pairs = isinstance(loop.target, ast.Tuple)
         targets = loop.target.elts if isinstance(loop.target, ast.Tuple) else [loop.target]
         names = [part.id for part in targets if isinstance(part, ast.Name) and not part.id.startswith("_")]
         if len(names) < len(targets):
-            raise _Refused("a loop binds plain names that do not begin with an underscore")
+            raise ValueError("a loop binds plain names that do not begin with an underscore")
         schema = None if pairs else self.declared(loop.iter)
         values = self.paid("each", self.visit(loop.iter), ast.Constant(price), ast.Constant(pairs))
         loop.iter = ast.copy_location(values, loop.iter)
@@ -3666,18 +3662,14 @@ def make_answer(
     """A flow's values as a response to a method; ExpressionError or ValueError if they are none."""
     if type(status) is not int or not 200 <= status <= 599:
         raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
-    pairs: Pairs = ()
-    if headers:
-        pairs = tuple(
-            (name, _field_value(name, as_text(value))) for name, value in headers.items() if value is not None
-        )
+    pairs = tuple((name, _field_value(name, as_text(text))) for name, text in headers.items() if text is not None)
     try:
         pairs = with_owed(status, pairs, method)
     except ValueError as error:
         raise ExpressionError(f"/response/status: {error}") from None
     if empty or status in _WITHOUT_BODY:
         return Answer(status, pairs)
-    content_type = (header_value(pairs, "content-type") or "") if pairs else ""
+    content_type = header_value(pairs, "content-type") or ""
     media = content_type.partition(";")[0].strip().lower()
     if type(body) is bytes:
         data, default = body, CONTENT_TYPES["binary"]
@@ -3690,7 +3682,7 @@ def make_answer(
         data, default = json_body(body), CONTENT_TYPES["json"]
     if len(data) > max_bytes:
         raise ExpressionError(f"/response/body: it is larger than max_result ({show_size(max_bytes)})")
-    others = [pair for pair in pairs if pair[0].lower() != "content-type"] if pairs else []
+    others = [pair for pair in pairs if pair[0].lower() != "content-type"]
     return Answer(status, (*others, ("Content-Type", content_type if media else default)), data)
 
 
@@ -4730,10 +4722,8 @@ _PARAMETER: dict[str, Member] = {
 
 
 def _make_parameter(build: Build, given: dict[str, Any], place: str) -> Parameter:
-    kind, where, items = given["type"], given["in"], given.get("items")
-    if items is None:
-        items = Schema()
-        items.types = ("string",)
+    kind, where = given["type"], given["in"]
+    items = given.get("items") or _make_schema(build, {"type": ["string"]}, place)
     schema = _make_schema(build, given | {"type": [kind], "items": items, "required": ()}, place)
     item_kind = (items.types or ("string",))[0] if kind == "array" else kind
     if item_kind not in PARAMETER_TYPES:
