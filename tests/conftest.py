@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -66,9 +68,18 @@ def cluster() -> Iterator[Cluster]:
     if postgres_bin() is None:
         pytest.skip(CURE)
     pytest.importorskip("psycopg", reason="the driver is missing: pip install psycopg[binary]")
+    import psycopg
+
+    def execute(connection: Any, *arguments: Any, **keywords: Any) -> Any:
+        """A database that takes its time must not hold up other connections of the server."""
+        assert threading.current_thread().name != "astera-loop", "the loop asks the database"
+        return usual(connection, *arguments, **keywords)
+
+    usual, psycopg.Connection.execute = psycopg.Connection.execute, execute
     made = Cluster.made()
     yield made
     made.remove()
+    psycopg.Connection.execute = usual
 
 
 @pytest.fixture(autouse=True)
