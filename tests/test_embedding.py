@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
 import pytest
-from support import ROOT, until
+from support import ROOT, database_in, until
 
 import astera_lite
 from astera_lite import (
@@ -38,9 +38,11 @@ from astera_lite import (
     StoreError,
 )
 
+pytestmark = pytest.mark.both_stores
+
 
 def application(folder: Path, **settings: Any) -> AsteraLite:
-    app = AsteraLite(**{"database": str(folder / "jobs.db"), "workers": 4, "shutdown_timeout": 0.2, **settings})
+    app = AsteraLite(**{"database": database_in(folder), "workers": 4, "shutdown_timeout": 0.2, **settings})
     gates = dict[str, threading.Event]()
 
     @app.flow("GET /double/{n}")
