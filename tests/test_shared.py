@@ -174,6 +174,30 @@ def test_a_flow_that_is_full_refuses_on_all_servers(two: Two) -> None:
     assert b.get("/api/publishingAsync/full").status_code == 202
 
 
+def test_a_job_of_a_limited_flow_leaves_its_place_while_it_waits(two: Two) -> None:
+    nap = get_flow("/nap", steps=[{"name": "w", "wait": 2}, {"name": "s", "set": 1}], concurrency=1)
+    for app in two.apps:
+        app.deploy("nap", nap)
+    a, b = two.clients
+    accepted = [client.get("/api/publishingAsync/nap") for client in (a, b, a)]
+    for one in accepted:
+        key = JobKey.parse(one.json()["id"])
+        assert key is not None
+        until(lambda key=key: (job := two.apps[0].store.get(key)) is not None and job.due is not None)
+    assert [app.engine.queue.counts()["waiting"] for app in two.apps] == [0, 0]  # they wait in the database
+    assert {b.finished(one)["status"] for one in accepted} == {"Completed"}
+
+
+def test_what_waits_in_the_database_counts_for_the_queue_of_each_server(url: str, tmp_path: Path) -> None:
+    gate = Gate()
+    with ExitStack() as stack:
+        found = [serving(stack, url, name, gate, tmp_path / name, workers=1, max_queue=10) for name in ("a", "b")]
+        stack.callback(lambda: [gate.open.release() for _ in range(100)])
+        for _, client in found:
+            until(lambda client=client: client.get("/api/publishingAsync/gate").status_code == 503)
+        assert int(found[0][1].get("/api/publishingAsync/gate").headers["Retry-After"]) >= 1
+
+
 def test_a_deployment_reaches_all_servers_and_wins_over_a_file(two: Two) -> None:
     a, b = two.clients
     assert a("PUT", "/api/deployments/hello", json=HELLO).status_code == 201
