@@ -19,7 +19,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -80,6 +80,7 @@ _LIMIT_LOCK = 0x41535432  # with the hash of a flow's name: one server at a time
 #: the buffer of the socket.
 _PIPELINE_BYTES = 8 << 10
 _BATCH = 512  # writes committed together at the most
+_PATIENCE_S = 10.0  # for an answer of the database, at the least: what nobody answers does not always end
 _RETRY_S = 0.5  # between attempts to reach a database
 _READERS = 8  # connections that read, at the most
 _TRIES = 4  # of a transaction that another one got in the way of
@@ -242,12 +243,30 @@ class _LostConnection(StoreError):
     """A connection that was there is lost."""
 
 
+def _wait(db: Any, wait: Callable[..., Any], seconds: float, answer: Any, *more: Any, **named: Any) -> Any:
+    """Wait for an answer of the database, so long at the most; then the connection is closed, as if it were lost."""
+
+    def within() -> Generator[Any, Any, Any]:
+        end = time.monotonic() + seconds
+        try:
+            wanted = next(answer)
+            while (came := (yield wanted)) or time.monotonic() < end:
+                wanted = answer.send(came)
+        except StopIteration as stop:
+            return stop.value
+        db.close()
+        raise psycopg.OperationalError(f"no answer within {seconds:g}s")
+
+    return wait(within(), *more, **named)
+
+
 class _Address:
     """Where the database is, and how it is connected to."""
 
     def __init__(self, url: str, lease: float = 15.0, durability: str = "full", writes: bool = True) -> None:
         given = _parameters(url)
         self.place = _place(given)
+        self._patience = max(lease, _PATIENCE_S)
         idle = max(1, int(lease / 3))  # a peer that is gone without a word is noticed within a lease
         self._url, self._more = (
             url,
@@ -277,6 +296,7 @@ class _Address:
     def connect(self, autocommit: bool = True) -> Any:
         """A new connection; raises psycopg.Error."""
         db = psycopg.connect(self._url, autocommit=True, **self._more)
+        db.wait = partial(_wait, db, db.wait, self._patience)
         try:
             db.execute(self._set)
             db.autocommit = autocommit
@@ -343,6 +363,7 @@ class PostgresReader:
             except psycopg.Error as error:
                 if db is None or not db.closed:
                     raise _store_error(error) from None
+                PostgresReader.close(self)  # nor are the others of use that lay idle
                 raise _LostConnection(str(_store_error(error))) from None
             finally:
                 if db is not None and not db.closed:
@@ -720,8 +741,8 @@ class PostgresStore(PostgresReader):
             waiting = self._take(_RETRY_S if self._kept or self.fault or self._stopping else None)
             # the new jobs first, for what waits may want to find them
             batch, self._kept = [*self._kept, *self._take_new(), *waiting], []
-            if not batch and self.fault:  # a write that does no harm tells whether the database is well again
-                batch = [_Write(run=self._probe)]
+            if self.fault:  # a write that does no harm tells whether all is well again
+                batch.append(_Write(run=self._probe))
             try:
                 self._commit(batch)
             except Exception:  # none is foreseen, but all writes depend on this thread
@@ -736,7 +757,9 @@ class PostgresStore(PostgresReader):
             self._db.close()
 
     def _probe(self, db: Any) -> None:
-        db.execute("UPDATE nodes SET name = name WHERE start = %s", (self._start,))
+        """Fail as a write does whose owner is gone, if another server has deleted the row of this one."""
+        if not db.execute("UPDATE nodes SET name = name WHERE start = %s RETURNING 1", (self._start,)).fetchall():
+            raise psycopg.errors.ForeignKeyViolation("its lease has run out")
 
     def _commit(self, batch: list[_Write]) -> None:
         """Commit a batch, or do what can be done still if that fails."""
