@@ -205,7 +205,8 @@ def _progress(what: str) -> Callable[[int, int], None]:
 def check(args: argparse.Namespace, settings: Settings) -> int:
     """check: validate flows and settings, a line for each fault."""
     app = AsteraLite(settings)  # its faults are ConfigErrors
-    check_exposure(settings, settings.host, any(token.digest for token in _tokens_of(settings.database)))
+    if not check_exposure(settings, settings.host, True) and settings.token is None:  # else no token need be there
+        check_exposure(settings, settings.host, any(token.digest for token in _tokens_of(settings.database)))
     wanted = {os.path.realpath(name): name for name in args.file}
     folders = sorted({os.path.dirname(path) for path in wanted}) or [settings.flows]
     faults, good = [], 0
@@ -244,8 +245,7 @@ def _openable(fault: Fault, folder: str, path: str | None = None) -> Fault:
 
 def _reader(database: str) -> SqliteReader:
     """A database, opened for reading."""
-    reader: type[SqliteReader] = wing("astera_lite_postgres:PostgresReader") if is_postgres(database) else SqliteReader
-    return reader(database)
+    return wing("astera_lite_postgres:PostgresReader")(database) if is_postgres(database) else SqliteReader(database)
 
 
 def _tokens_of(database: str) -> list[Token]:
