@@ -1,4 +1,4 @@
-"""What messages tell authors beyond the fault: what to write instead, and where in their files it is.
+"""What error messages add for authors: what to write instead, and the place in their files.
 
 A wing of astera_lite, which loads this file for the first message of this kind; a message does without it.
 """
@@ -89,12 +89,12 @@ _SYNTAX = {
 
 
 def on_word(word: str) -> str:
-    """What to write instead of a function, a method, or a node of Python's syntax; "" if nothing is known of it."""
+    """What to write instead of a function, a method, or a node of Python's syntax; "" if there is no advice."""
     return _WORDS.get(word, "")
 
 
 def on_syntax(source: str) -> str:
-    """What is wrong with an expression that Python's parser refuses; "" if nothing is known of it."""
+    """What is wrong with an expression that Python's parser refuses; "" if there is no advice."""
     if word := re.search(rf"\.({'|'.join(keyword.kwlist)})\b", source):
         return f'{word[1]} is a word of the language: write ["{word[1]}"] for the field of that name'
     bare = re.sub(QUOTED, "''", source)
@@ -102,7 +102,7 @@ def on_syntax(source: str) -> str:
 
 
 def on_no_members(kind: str, part: str) -> str:
-    """What to write instead of a part of an expression that asks a list, text or binary data for a member."""
+    """What to write instead of an expression for a member of a list, text or binary data."""
     before, _, name = part.rstrip().rpartition(".")
     if name == "length":
         return ": len(…) is the length"
@@ -113,7 +113,7 @@ def on_no_members(kind: str, part: str) -> str:
 
 
 def on_json(error: json.JSONDecodeError) -> str:
-    """What is wrong with a file that Python's parser of JSON refuses; "" if nothing is known of it."""
+    """What is wrong with a file that Python's JSON parser refuses; "" if there is no advice."""
     before, at = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
     if not error.doc.strip():
         return ": the file is empty; `new NAME` writes a first flow"
@@ -131,7 +131,7 @@ def on_json(error: json.JSONDecodeError) -> str:
 
 
 def on_member(name: str) -> str:
-    """Where in a flow file a member belongs that stands in a wrong object; "" if nothing is known of it."""
+    """Where in a flow file a misplaced member belongs; "" if there is no advice."""
     if name in ("when", "retry", "onError"):
         return f": it belongs to the step, beside its kind: {name}"
     if name in ("contentTypes", "strict"):
@@ -167,7 +167,7 @@ def on_stray(folder: str | os.PathLike[str], name: str) -> str:
     """Why an entry of the flows folder that looks like a flow is not read; "" for any other entry."""
     if name[0] == ".":
         return ""
-    with contextlib.suppress(OSError):  # no folder
+    with contextlib.suppress(OSError):  # there is no folder
         inside = os.listdir(os.path.join(folder, name))
         of_flows = any(map(is_flow_file, inside)) and not any(file.endswith(".py") for file in inside)
         return "flows in a folder inside are not read: move them one up" if of_flows else ""
@@ -178,11 +178,11 @@ def on_stray(folder: str | os.PathLike[str], name: str) -> str:
 
 # --- failures: where it is ---
 
-_MAX_BODY = 500  # bytes of what an API answered
+_MAX_BODY = 500  # bytes of an API's response
 
 
 def explain(failure: dict[str, Any], error: BaseException, run: Run, step: Step) -> None:
-    """Add to a failure of a step what its author wants to know of it beside its message."""
+    """Add details for the flow's author to the failure of a step."""
     outside, kind = run.outside, failure["kind"]
     if isinstance(error, StepError):
         if error.answer is not None:
@@ -197,7 +197,7 @@ def explain(failure: dict[str, Any], error: BaseException, run: Run, step: Step)
     elif kind == "error" and step.traits.code:
         failure["source"] = source_of(error)
     elif kind == "expression" and failure["message"].startswith(step.place.rpartition("/")[0] + "/"):
-        failure["pointer"], _, failure["message"] = failure["message"].partition(": ")  # else of connections.json
+        failure["pointer"], _, failure["message"] = failure["message"].partition(": ")  # else in connections.json
     path = os.path.join(outside.folder, failure["file"]) if outside.folder else ""
     failure["line"] = line_of(path, failure["pointer"], run.flow.text)
 
@@ -217,7 +217,7 @@ def pointer_lines(text: str) -> dict[str, int]:
     """The line on which each value of a well-formed JSON text begins, by its JSON Pointer without the first slash."""
     lines: dict[str, int] = {}
     line = 1
-    names: list[str | int] = []  # the way to the value that comes next
+    names: list[str | int] = []  # the path to the next value
     expects_name = False
     for match in _JSON_TOKEN.finditer(text):
         mark = match[0]
@@ -247,7 +247,7 @@ def _lines_of_file(path: str, changed: int, text: str | None) -> Mapping[str, in
 
 
 def line_of(path: str, place: str, text: str | None = None) -> int | None:
-    """The line of a JSON file to which a JSON Pointer leads, or the nearest place around it that is there.
+    """The line of a JSON file to which a JSON Pointer leads, or of the nearest existing place around it.
 
     None where the file has no such place, is no JSON, or does not say `text` (JSON) any more.
     """

@@ -1,4 +1,4 @@
-"""What a server does as one of several that share a database: news of the others, and what is done with them.
+"""The work of a server that shares its database with others: news of the others, and what follows from the news.
 
 A wing of astera_lite, which loads this file where `database` is the address of a PostgreSQL database.
 """
@@ -30,11 +30,11 @@ from astera_lite import (
     timestamp,
 )
 
-_PAUSE_S = 0.01  # between two looks at the news: what comes meanwhile is one look
+_PAUSE_S = 0.01  # pause between two looks at the news, which collects news that arrive together
 
 
 class DatabaseClock(Clock):
-    """The time of the database, which is the same for all servers. It does not leap with a server's own clock."""
+    """The time of the database, the same for all servers. It does not jump with a server's own clock."""
 
     source: Callable[[], int] | None = None  # milliseconds since the epoch; None: the store is not open yet
 
@@ -43,14 +43,14 @@ class DatabaseClock(Clock):
         return super().now() if self.source is None else self.source()
 
     def wall(self) -> int:
-        """The same: it is what everybody is told."""
+        """The time of the database, which people and other machines see, too."""
         return self.now()
 
     def begin(self, seen: int) -> None:
-        """Nothing is to be done: the database has the time already."""
+        """Do nothing: the time comes from the database."""
 
     def look(self) -> int:
-        """There is no leap."""
+        """Return 0: there is no jump."""
         return 0
 
 
@@ -59,11 +59,11 @@ class Node:
 
     def __init__(self, app: AsteraLite) -> None:
         self.app = app
-        self._store = cast(Any, app.store)  # with what only a store has that is shared
-        self.rows: dict[str, str] = dict(self._store.deployed())  # text by name of the flows that servers share
-        self.members: list[NodeInfo] = []  # the servers that are heard of, as of the last second
-        self.size = 0  # bytes of the database, as of then
-        #: What is done once a second, for news may be lost.
+        self._store = cast(Any, app.store)  # with the methods that only a shared store has
+        self.rows: dict[str, str] = dict(self._store.deployed())  # text of the shared flows, by name
+        self.members: list[NodeInfo] = []  # servers with a valid lease, as of the last second
+        self.size = 0  # bytes of the database, as of the last second
+        #: Work of once a second, because news may be lost.
         self.chores = (self.read_flows, self.cancel_asked, self.read_members)
         self._may_be_free = True  # jobs that no server owns
         self._news: deque[str] = deque()
@@ -75,14 +75,14 @@ class Node:
             app.clock.source = self._store.now
 
     def start(self) -> None:
-        """Be one of the servers: tell them of this one, and hear of them."""
+        """Join the servers: announce this one, and listen to the others."""
         self.app.jobs.offer = partial(self.tell, "jobs")
         self._thread.start()
         self._store.open(self.tell, self.progress)
         self.read_members()
 
     def stop(self, timeout_s: float) -> None:
-        """Follow no more news."""
+        """Stop following the news."""
         self._stopping = True
         self._woken.set()
         self._thread.join(timeout_s)
@@ -90,12 +90,12 @@ class Node:
     # --- news ---
 
     def tell(self, word: str) -> None:
-        """Have a word followed soon: jobs, ends, cancel, flows, tokens or lost. Any thread may call."""
+        """Let the thread act soon on a kind of news: jobs, ends, cancel, flows, tokens or lost. Any thread may call."""
         self._news.append(word)
         self._woken.set()
 
     def _follow(self) -> None:
-        """The thread."""
+        """The loop of the thread."""
         follow: dict[str, Callable[[], object]] = {
             "lost": self.abandon,
             "cancel": self.cancel_asked,
@@ -112,16 +112,16 @@ class Node:
                 try:
                     if word in words and not self._stopping:
                         follow[word]()
-                except StoreError as error:  # a chore does it again
+                except StoreError as error:  # the chore of each second tries again
                     log.debug("news of other servers (%s): %s", word, error)
-                except Exception:  # the door of the news: a fault of ours must not end the thread
+                except Exception:  # a fault of this program must not end the thread
                     log.exception("news of other servers (%s)", word)
             time.sleep(_PAUSE_S)
 
     # --- jobs ---
 
     def claim(self) -> list[Claimed]:
-        """Take free jobs of the flows in service here, as many as the engine has room for."""
+        """Take free jobs of flows that this server publishes, as many as the engine has room for."""
         queue, flows = self.app.engine.queue, self.app.deployments.by_name.values()
         room = 0 if queue.stopping else 2 * queue.workers - queue.queued
         if room <= 0:
@@ -139,19 +139,19 @@ class Node:
         self.app.take_up()
 
     def has_room(self) -> None:
-        """A run has ended: look for jobs that wait, if there may be some."""
+        """After the end of a run: look for waiting jobs, if there may be some."""
         queue = self.app.engine.queue
         if self._may_be_free and queue.queued < queue.workers and "jobs" not in self._news:
             self.tell("jobs")
 
     def cancel(self, job: Job) -> bool:
-        """Have a job cancelled that is not in this engine, wherever it is; True, for its end may be near."""
+        """Let the owner of a job that is not in this engine cancel the job; True, because it may end soon."""
         await_write(partial(self._store.ask_cancel, job.key))
-        self.cancel_asked()  # nobody may have had it: then it is this server's by now
+        self.cancel_asked()  # if no server owned the job, this server owns it now
         return True
 
     def cancel_asked(self) -> None:
-        """Cancel the jobs of this server that another one was asked to cancel."""
+        """Cancel jobs of this server whose cancellation was requested on another server."""
         for job in self._store.cancelled():
             self.app.engine.cancel(job)
 
@@ -170,14 +170,14 @@ class Node:
         self._look_for_jobs()
 
     def progress(self) -> dict[int, Progress]:
-        """How far the runs of jobs are, by `seq`."""
+        """The progress of running jobs, by `seq`."""
         running = [(entry.number, entry.run) for entry in self.app.engine.queue.running() if entry.number >= 0]
         return {seq: run.progress for seq, run in running if run is not None and run.progress is not None}
 
     # --- flows ---
 
     def read_flows(self) -> None:
-        """Put the flows into service that were deployed on another server."""
+        """Publish flows that were deployed on another server."""
         rows = dict(self._store.deployed())
         if rows != self.rows:
             self.rows = rows
@@ -185,7 +185,7 @@ class Node:
             log.info("read the flows again: %d published", len(self.app.deployments.by_name))
 
     def flows(self) -> tuple[list[Flow], list[Fault]]:
-        """The flows that servers share, and their faults; a flow stays in service whose new text is faulty."""
+        """The shared flows, and their faults; a flow whose new text is faulty stays in service."""
         deployer, flows, faults = self.app.deployer, list[Flow](), list[Fault]()
         for name, text in self.rows.items():
             file = f"{name}.json"
@@ -198,18 +198,18 @@ class Node:
         return flows, faults
 
     def deploy(self, name: str, text: str | None) -> None:
-        """Deploy a flow on all servers, or with None take it out of service there; raises StoreError."""
+        """Deploy a flow on all servers, or remove it there if the text is None; raises StoreError."""
         await_write(partial(self._store.deploy, name, text))
         self.read_flows()
 
     # --- what people see ---
 
     def read_members(self) -> None:
-        """See which servers there are, and how large the database is."""
+        """Read the list of servers and the size of the database."""
         self.members, self.size = self._store.members(), self._store.size()
 
     def documents(self) -> list[dict[str, Any]]:
-        """The servers that are heard of, as /health and the console show them."""
+        """The servers with a valid lease, for /health and the console."""
         return [
             {
                 "name": node.name,

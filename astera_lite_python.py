@@ -66,7 +66,7 @@ from astera_lite import (
 
 
 class Context:
-    """What the function of a step gets first: what the run knows, and ways to report and to wait."""
+    """The first argument of a step's function: the data of the run, and methods to report progress and to wait."""
 
     def __init__(self, run: Run, scope: Scope, path: str) -> None:
         self._run, self._path = run, path
@@ -79,15 +79,15 @@ class Context:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the run should stop; a long function checks this now and then."""
+        """Whether the run should stop; a long function should check this from time to time."""
         return self._run.cancel.is_set or self._run.outside.clock.monotonic() >= self._run.step_deadline
 
     def progress(self, done: int, total: int) -> None:
-        """Show in the status document how far the step is."""
+        """Show the progress of the step in the status document."""
         self._run.progress = Progress(self._path, done, total)
 
     def sleep(self, seconds: float) -> None:
-        """Wait; raises an exception when the run is cancelled or over its time."""
+        """Wait so many seconds; raises an exception when the run is cancelled or exceeds its time limit."""
         self._run.sleep(seconds)
 
 
@@ -117,7 +117,7 @@ def _module(folder: str | None, name: str) -> types.ModuleType:
     if not os.path.isfile(path):
         return importlib.import_module(name)
     key = (path, os.stat(path).st_mtime_ns)
-    if key not in _modules:  # by its place, so that it can be loaded anew, and two servers do not mix theirs
+    if key not in _modules:  # by path, so that a changed file is loaded again, and two servers keep their modules apart
         spec = importlib.util.spec_from_file_location(f"astera_flow_{name}_{len(_modules)}", path)
         if spec is None or spec.loader is None:
             raise ModuleNotFoundError(name=name)
@@ -128,7 +128,7 @@ def _module(folder: str | None, name: str) -> types.ModuleType:
 
 
 def as_json(value: Any, name: str) -> Any:
-    """What a function returned, as it will be when it is read back: tuples are lists, names of members are text."""
+    """The value of a function as it will be read back later: tuples are lists, names of members are text."""
     if isinstance(value, bytes):
         return value
     try:
@@ -138,7 +138,7 @@ def as_json(value: Any, name: str) -> Any:
 
 
 class _FunctionName(Text):
-    """The function of a `python` step, by its name or, in an embedding program, itself: compiles to both."""
+    """The function of a `python` step: its name, or in an embedding program the function; compiles to both."""
 
     def read(self, build: Build, value: Any, place: str) -> tuple[str, Callable[..., Any] | None]:
         try:
@@ -157,7 +157,7 @@ def _refuse_async(build: Build, function: Any, place: str) -> None:
 
 
 def _make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
-    """What calls a function, in a process of its own if it is to be isolated."""
+    """The runner that calls a function, in a separate process if it is to be isolated."""
     (name, function), args = given["call"], given["args"]
     if not given["isolate"]:
         return partial(_call, function, args)
@@ -194,8 +194,8 @@ def _call_isolated(name: str, args: Mapping[str, Template], run: Run, scope: Sco
 
 
 def own_kind(function: Callable[..., Any]) -> StepKind:
-    """The kind of step that an embedding program adds by a function: its members are the function's arguments."""
-    arguments = list(inspect.signature(function).parameters.values())[1:]  # behind the context
+    """The kind of step that an embedding program adds: its members are the arguments of the function."""
+    arguments = list(inspect.signature(function).parameters.values())[1:]  # after the context
     named = {it.name: Value(required=it.default is it.empty) for it in arguments if it.kind != it.VAR_KEYWORD}
     members = Table(named, more=None if len(named) == len(arguments) else Value())
 
@@ -216,7 +216,7 @@ class Isolated:
         self._closed = False
 
     def call(self, run: Run, function: str, context: Context, args: Mapping[str, Any], path: str) -> Any:
-        """The function's value; a StepError if it raised, or its process ended."""
+        """The function's value; raises StepError if the function raised, or its process ended."""
         task = {"function": function, "folder": self._folder, "args": args, "params": context.params}
         task |= {"request": context.request, "steps": context.steps, "secrets": context.secrets}
         while not self._turns.acquire(timeout=min(run.left(), 0.1)):
@@ -254,7 +254,7 @@ class Isolated:
         return Child([sys.executable, "-c", code], child_environment(outside), own_stderr=False)
 
     def _talk(self, run: Run, child: Child, task: bytes, path: str) -> dict[str, Any]:
-        """Hand over a task; the message that ends it, with its value or error."""
+        """Send a task to a process; return the message that ends the task, with its value or error."""
         process, answers = child.process, queue.SimpleQueue[bytes]()
         assert process.stdin is not None and process.stdout is not None
         stdin, stdout = process.stdin, process.stdout
@@ -291,14 +291,14 @@ class Isolated:
                     return message
 
     def close(self) -> None:
-        """End the processes that are idle; those at work end with their step."""
+        """End idle processes; busy ones end with their step."""
         self._closed = True
         while self._idle:
             self._idle.pop().close()
 
 
 class _IsolatedContext:
-    """The context of a function in a process of its own; it says what it has to say on the pipe."""
+    """The context of a function in a separate process; it reports over the pipe."""
 
     cancelled = False  # its process is killed instead
 
@@ -315,12 +315,12 @@ class _IsolatedContext:
 
 
 def isolated_main() -> None:
-    """What a child process does: one task a line on its standard input, until that is closed."""
+    """The main loop of a child process: one task for each line of its standard input, until the input is closed."""
     if hasattr(os, "nice"):
-        os.nice(10)  # the server's own threads go first
+        os.nice(10)  # the server's own threads have priority
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     pipe = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a function prints must not get between the lines
+    os.dup2(2, 1)  # output of a function must not get between the lines of the protocol
 
     def say(message: dict[str, Any]) -> None:
         pipe.write(to_saved(message).encode() + b"\n")
@@ -349,10 +349,10 @@ _ANNOTATIONS = "str, int, float, bool, a list of one of these, or one of them | 
 
 
 def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[Any, bool]:
-    """The type that an annotation means, without `| None`, and whether that was there."""
+    """The type of an annotation without `| None`, and whether it had `| None`."""
 
     def alone() -> None:
-        """Carries one annotation: the function's others need not be known at run time."""
+        """Holds one annotation: the others of the function may be undefined at run time."""
 
     alone.__annotations__ = {"it": annotation}
     hint = typing.get_type_hints(alone, getattr(inspect.unwrap(function), "__globals__", {}))["it"]
@@ -378,7 +378,7 @@ def _schema_of(hint: Any, in_body: bool) -> dict[str, Any] | None:
 def _argument_spec(
     function: Callable[..., Any], item: inspect.Parameter, where: str, described: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a flow says of an argument in the path, query or body; raises ValueError for what no request can give."""
+    """The declaration of an argument in path, query or body; raises ValueError if no request can provide it."""
     if item.kind not in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY):
         raise ValueError("cannot be given by name, as each argument is: write the arguments one by one")
     annotation = Any if item.annotation is item.empty else item.annotation
@@ -473,7 +473,7 @@ def _function_flow(
 
 
 _PIPE_BYTES = 1 << 16
-_LAST_WORDS_S = 0.5  # time for what an ended program has written to arrive
+_LAST_WORDS_S = 0.5  # time in which the last output of an ended program arrives
 _STDERR_BYTES = 64 << 10
 
 
@@ -490,7 +490,7 @@ class Child:
 
         pipe, group = subprocess.PIPE, 0x200 if os.name == "nt" else 0  # CREATE_NEW_PROCESS_GROUP
         streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": pipe if own_stderr else None}
-        self.process = subprocess.Popen(  # noqa: S603 (what runs is the flow author's choice)
+        self.process = subprocess.Popen(  # noqa: S603 (the flow's author chooses the program)
             command, **streams, env=env, cwd=cwd, creationflags=group, start_new_session=os.name != "nt"
         )
         self.events: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
@@ -499,7 +499,7 @@ class Child:
         CHILDREN.add(self)
 
     def follow(self, given: bytes) -> None:
-        """Write its input, and put its output and its end into `events`."""
+        """Write the input of the program, and put its output and its end into `events`."""
         assert self.process.stdout is not None and self.process.stderr is not None
         for target, *args in (
             (self._feed, given),
@@ -512,7 +512,7 @@ class Child:
 
     def _feed(self, given: bytes) -> None:
         assert self.process.stdin is not None
-        with contextlib.suppress(OSError), self.process.stdin as pipe:  # it need not read all of it
+        with contextlib.suppress(OSError), self.process.stdin as pipe:  # the program need not read all input
             pipe.write(given)
 
     def _read(self, name: str, pipe: Any) -> None:
@@ -526,7 +526,7 @@ class Child:
         self.events.put(("exit", b""))
 
     def left_others(self) -> bool:
-        """Whether children of it run on, now that it has ended; Windows does not tell."""
+        """Whether children of the ended program still run; unknown on Windows."""
         try:
             os.killpg(self.process.pid, 0)
         except (AttributeError, OSError):
@@ -534,8 +534,8 @@ class Child:
         return True
 
     def kill(self) -> None:
-        """End it and its children, those too that it left behind."""
-        if self._killed:  # its group's number may be another's by now
+        """Kill the program and its children, including those that it left behind."""
+        if self._killed:  # another group may have its number by now
             return
         self._killed = True
         CHILDREN.discard(self)
@@ -550,15 +550,15 @@ class Child:
         self.process.wait()
 
     def close(self) -> None:
-        """Kill what is left of it, and wait for the threads that follow it."""
+        """Kill the remaining processes, and wait for the threads that read their output."""
         self.kill()
         for thread in self._threads:
             thread.join(_LAST_WORDS_S)
         if any(thread.is_alive() for thread in self._threads):
-            return  # the pipes are a stranger's now; the thread that reads them closes them
+            return  # a process outside the group has the pipes; the thread that reads them closes them
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # what was not written to it
+                with contextlib.suppress(OSError):  # input that was not written
                     pipe.close()
 
 
@@ -627,7 +627,7 @@ def _run_program(run: Run, arguments: list[str], given: bytes, limit: int | None
                 try:
                     name, data = child.events.get(timeout=min(run.left(), _LAST_WORDS_S) if ended else run.left())
                 except queue.Empty:
-                    if ended:  # a child that left the group keeps the pipes open: nothing more is waited for
+                    if ended:  # a child that left the group keeps the pipes open: do not wait for it
                         break
                     continue  # `left` says what that means
                 run.check()
@@ -637,7 +637,7 @@ def _run_program(run: Run, arguments: list[str], given: bytes, limit: int | None
                         if child.left_others():
                             words = "flow %s: %s ended and left processes behind, which are killed"
                             log.warning(words, run.flow.name, shown(arguments[0], 200), extra=run.about)
-                        child.kill()  # those it left behind would keep the pipes open
+                        child.kill()  # processes that it left behind would keep the pipes open
                 elif name == "stdout":
                     out += data
                 else:

@@ -1,4 +1,4 @@
-"""What few flows want of requests.
+"""Features of requests and responses that few flows use.
 
 Of those that come in: patterns; pages, filters and an order of a response's rows. Of those that go out: connections
 with their credentials; pages, until; answers in gzip or deflate. Also the request that calls a flow with given
@@ -79,7 +79,7 @@ from astera_lite import (
     with_query,
 )
 
-# Python's white space is not ECMA's, its `$` also holds before a last line feed, and its `.` takes more line ends.
+# Python's white space differs from ECMA's, its `$` also matches before a last line feed, and its `.` more line ends.
 _SPACES = "\\t-\\r \\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000\\ufeff"
 _TRANSLATED = {".": r"[^\n\r\u2028\u2029]", r"\s": f"[{_SPACES}]", r"\S": f"[^{_SPACES}]"}
 _ATOM = r"\\[dDwWnrtfv]|\\x[0-9A-Fa-f]{2}|\\u[0-9A-Fa-f]{4}|\\[!-/:-@\[-`{-~]"
@@ -87,22 +87,22 @@ _PATTERN_TOKEN = re.compile(
     rf"\[\^?+(?!\])(?:{_ATOM}|\\s|[^\\\[\]&~|-]|-(?!-)|&(?!&)|~(?!~)|\|(?!\|))++\]|{_ATOM}|\\[bBsS]"
     r"|\((?:\?:)?(?!\?)|[)|^$.]|(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})\??(?![*+?{])|[^\\()\[\]{}|^$.*+?]"
 )
-#: Whether a position matches: by whether a character of a word is before it (None: nothing is), the character behind it
-#: (empty: nothing is), and whether that is one of a word.
+#: Whether a position matches, by: whether a word character is before it (None: no character), the character after it
+#: (empty: none), and whether that is a word character.
 _POSITIONS: dict[str, Callable[[bool | None, str, bool], bool]] = {
     "^": lambda before, after, word: before is None,
     "$": lambda before, after, word: after == "",
     r"\b": lambda before, after, word: bool(before) != word,
     r"\B": lambda before, after, word: bool(before) == word,
 }
-_MAX_PROGRAM = 2800  # instructions: a character repeated as often as a text may be long fits in
+_MAX_PROGRAM = 2800  # instructions: enough to repeat one character for the whole length of a text
 _MAX_MATCHED = 16 << 10  # characters
 _MAX_MATCHING = 4 << 20  # characters times instructions
 _MAX_REMEMBERED = 1 << 14  # places in a program, for each pattern
 
 
 class Pattern:
-    """A regular expression as JSON Schema has them (ECMA 262), less look-around and back references.
+    """A regular expression of JSON Schema (ECMA 262), without look-around and back references.
 
     A search takes time by the length of the text, because it follows all ways through a program at once. An
     instruction is the `match` of a regular expression, which takes one character; the name of a position; or a tuple
@@ -110,7 +110,7 @@ class Pattern:
     """
 
     def __init__(self, text: str) -> None:
-        with warnings.catch_warnings():  # of what is refused below
+        with warnings.catch_warnings():  # about patterns that are refused below
             warnings.simplefilter("ignore")
             re.compile(text)  # finds most faults
         tokens, at = [], 0
@@ -133,7 +133,7 @@ class Pattern:
         return self.text
 
     def _compiled(self, tokens: list[str]) -> list[Any]:
-        """The program of what stands before the next `)`; its tokens are taken off the end of the list."""
+        """The program of the part before the next `)`; its tokens are removed from the end of the list."""
         program: list[Any] = []
         while tokens and tokens[-1] != ")":
             token = tokens.pop()
@@ -167,7 +167,7 @@ class Pattern:
             raise ValueError("is too long: write it shorter, and a large number of repeats as maxLength")
 
     def _step(self, places: frozenset[int], before: bool | None, after: str) -> tuple[frozenset[int], bool]:
-        """Where in the program a search is behind the character `after`, and the next `before`; its end is a match."""
+        """The places of a search after the character `after`, and the next `before`; the last place is a match."""
         end, word = len(self._program), after.isascii() and (after.isalnum() or after == "_")
         todo, found = [*places, 0], set()  # a match may begin anywhere
         seen = set(todo)
@@ -188,7 +188,7 @@ class Pattern:
         return frozenset(found), word
 
     def search(self, text: str) -> bool:
-        """Whether it matches somewhere in the text, which may have `longest` characters."""
+        """Whether the pattern matches anywhere in the text, which may have `longest` characters."""
         if len(text) > self.longest:
             return False
         places: frozenset[int] = frozenset()
@@ -202,21 +202,21 @@ _MAX_PAGE = 10_000  # rows
 
 
 class Selection(NamedTuple):
-    """What a caller may ask of a response's rows: the next page, some rows by a field's value, an order."""
+    """What a caller may request of the rows of a response: the next page, rows by the value of a field, an order."""
 
     page: bool
     filters: frozenset[str]
     sort: bool | frozenset[str]  # True: by any field
-    items: Template | None = None  # the rows that are given a page at a time
+    items: Template | None = None  # the rows that are returned page by page
     size: Template | None = None
 
     @property
     def names(self) -> list[str]:
-        """The query parameters that say so."""
+        """The query parameters for these requests."""
         return ["cursor"] * self.page + ["sort_by"] * bool(self.sort) + sorted(self.filters)
 
     def scope(self, selected: Selected, scope: Scope) -> Scope:
-        """The names that the response sees: `page`, too, if it has pages."""
+        """The names that expressions of the response can use: with `page` if the response has pages."""
         if self.items is None or self.size is None:
             return scope
         return {**scope, "page": selected.page(self.items(scope), self.size(scope))}
@@ -232,7 +232,7 @@ class Selection(NamedTuple):
 
 
 def make_selection(build: Build, given: Mapping[str, Any], place: str) -> Selection:
-    """What callers may ask of a response with these members."""
+    """The selections that callers may request of a response with these members."""
     page, sort = given.get("page"), given.get("sort", False)
     if page is None and given.get("body") is None:
         build.fault(place, "has filter or sort, but no rows: give a body that is a list, or a page")
@@ -242,7 +242,7 @@ def make_selection(build: Build, given: Mapping[str, Any], place: str) -> Select
 
 
 class Selected(NamedTuple):
-    """What a request asks of the rows."""
+    """The rows that a request wants."""
 
     offset: int = 0
     sort: Sequence[str] = ()  # fields, a leading "-" for descending
@@ -250,11 +250,11 @@ class Selected(NamedTuple):
     stamp: str = ""  # ties a cursor to the request
 
     def cursor(self, offset: int) -> str:
-        """What asks for the rows from here on."""
+        """The cursor for the rows from here on."""
         return f"{offset}.{self.stamp}"
 
     def rows(self, given: Any, place: str) -> list[Any]:
-        """The rows that were asked for, in the order that was asked for: rows without a value come last."""
+        """The requested rows in the requested order: rows without a value come last."""
         if type(given) not in (list, tuple) or not all(type(row) is dict for row in given):
             raise ExpressionError(f"{place}: filter and sort need a list of objects")
         rows = list(given)
@@ -269,13 +269,13 @@ class Selected(NamedTuple):
             known = [row for row in rows if row.get(name) is not None]
             try:
                 known.sort(key=operator.itemgetter(name), reverse=descending)
-            except TypeError:  # values of several kinds
+            except TypeError:  # values of different types
                 known.sort(key=lambda row, name=name: as_text(row[name]), reverse=descending)  # type: ignore[misc]
             rows = known + [row for row in rows if row.get(name) is None]
         return rows
 
     def page(self, rows: Any, size: Any) -> dict[str, Any]:
-        """What expressions see as `page`: its items, the cursor of the next one, and the number of rows in all."""
+        """The value of `page` in expressions: its items, the cursor of the next page, and the number of all rows."""
         if type(size) is not int or not 1 <= size <= _MAX_PAGE:
             raise ExpressionError(f"/response/page/size: {shown(size)} is not a number from 1 to {_MAX_PAGE}")
         if self.filters or self.sort:
@@ -292,7 +292,7 @@ def _is_selected(value: Any, texts: Sequence[str], numbers: Collection[float]) -
 
 
 def read_selection(selection: Selection, path: str, query: Mapping[str, list[str]], errors: InputErrors) -> Selected:
-    """What a request asks for; faults are added to `errors`."""
+    """The rows that a request wants; faults are added to `errors`."""
     for name in {"cursor", "sort_by"} & {*selection.names}:
         if len(query.get(name, ())) > 1:
             errors.add("query", name, "must be given once")
@@ -315,7 +315,7 @@ def read_selection(selection: Selection, path: str, query: Mapping[str, list[str
     return Selected(int(match[1]) if match else 0, sort, filters, stamp)
 
 
-_MAX_PAGES = 10_000  # unless the flow's author wrote another limit: an API whose pages have no end fails the step
+_MAX_PAGES = 10_000  # unless the flow has `maxPages`: a step fails if an API returns pages without end
 _STYLES = ("next", "link", "cursor", "offset", "page")
 
 
@@ -333,7 +333,7 @@ class _Pages:
                 build.fault(f"{place}/{name}", f"belongs to {styles}, not to {self.style}")
         if self.style == "cursor" and "parameter" not in given:
             build.fault(place, 'needs "parameter": the query parameter that takes the cursor')
-        self.items, self.total = given["items"], given.get("total")  # total: how many items there are in all
+        self.items, self.total = given["items"], given.get("total")  # total: the number of all items
         self.next = given[self.style] if self.style in ("next", "cursor") else None
         self.start: int = given.get("start", 1)
         self.first: dict[str, Any] = {}  # query of the first page
@@ -341,13 +341,13 @@ class _Pages:
             self.first = {given["offset"]: 0, given.get("limit", "limit"): given.get("size", 100)}
         elif self.style == "page":
             self.first = {given["page"]: self.start}
-        #: The query parameter that asks for the next page.
+        #: The query parameter that requests the next page.
         self.parameter: str = next(iter(self.first), given.get("parameter", ""))
         self.max_pages: int | None = given.get("maxPages")
         self.max_items: int = given.get("maxItems", sys.maxsize)
 
     def following(self, output: dict[str, Any], scope: Scope, count: int, got: int, pages: int) -> Any:
-        """What asks for the page behind this one: an address, or a value of the parameter; None at the end.
+        """The request for the next page: an address, or a value of the parameter; None at the end.
 
         A page that is shorter than asked for is not the last one: servers have limits of their own.
         """
@@ -403,7 +403,7 @@ PAGES = Table(
 
 
 def all_pages(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: Scope, path: str) -> Any:
-    """Call until there is no further page, or a limit is reached; all items together.
+    """Call until there is no further page, or a limit is reached, and return all items.
 
     What is there is kept in `run.reached`, so that a further attempt goes on with the page that failed.
     """
@@ -444,7 +444,7 @@ _LONGEST_PAUSE_S = 3600.0
 
 
 def poll(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: Scope, path: str) -> dict[str, Any]:
-    """Repeat a call until its answer is as wanted."""
+    """Repeat a call until its answer meets the condition `until`."""
     run.wait_until(run.journal.waits.get(path, 0), path)
     while True:
         output, _ = call.send(run, call.request(run, scope), call.limit(run))
@@ -456,7 +456,7 @@ def poll(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: 
 
 
 class Connection(NamedTuple):
-    """A row of connections.json: what all calls to one API share. `timeout` is in seconds."""
+    """A row of connections.json, which all calls to one API share. `timeout` is in seconds."""
 
     url: Address
     headers: Mapping[str, Template]
@@ -465,7 +465,7 @@ class Connection(NamedTuple):
 
 
 class Auth:
-    """How a connection proves who calls."""
+    """How a connection authenticates the caller."""
 
     def __init__(self, kind: str, values: Mapping[str, Template]) -> None:
         self.kind, self.values = kind, values
@@ -488,7 +488,7 @@ class Auth:
             request.headers[values["name"]] = values["value"]
 
     def forget(self) -> bool:
-        """Drop what was refused; whether another credential can be had."""
+        """Drop refused credentials; return whether other credentials can be obtained."""
         return False
 
 
@@ -496,7 +496,7 @@ _TOKEN_LIFE_S = 3600.0
 
 
 class _ClientCredentials(Auth):
-    """Tokens of the client credentials grant (RFC 6749, section 4.4), each kept until shortly before its end."""
+    """Tokens of the client credentials grant (RFC 6749, section 4.4), each kept until shortly before it expires."""
 
     def __init__(self, build: Build, values: Mapping[str, Template], place: str) -> None:
         super().__init__("oauth2", values)
@@ -518,12 +518,12 @@ class _ClientCredentials(Auth):
             self._lock.release()
 
     def forget(self) -> bool:
-        """Drop the token that was refused, for another one can be had."""
+        """Drop the refused token: another one can be obtained."""
         self._until = 0.0
         return True
 
     def _fetch(self, run: Run) -> tuple[str, float]:
-        """A token, and its life in seconds."""
+        """A new token, and its lifetime in seconds."""
         outside = run.outside
         values = evaluated(self.values, {"env": outside.env, "secrets": outside.secrets})
         client, secret = as_text(values["clientId"]), as_text(values["clientSecret"])
@@ -545,7 +545,7 @@ class _ClientCredentials(Auth):
             token = given["access_token"]
             if not isinstance(token, str) or not token:
                 raise ValueError
-            told = str(given.get("expires_in"))  # in whatever form; what makes no sense stands for an hour
+            told = str(given.get("expires_in"))  # in any form; an invalid value counts as an hour
             return token, float(told) if re.fullmatch(r"[1-9][0-9]{0,8}(\.[0-9]+)?", told) else _TOKEN_LIFE_S
         except OutboundError as error:
             run.check()
@@ -608,7 +608,7 @@ def read_connections(tree: Any) -> dict[str, Connection]:
 
 
 class _ConnectionName(Text):
-    """The name of a connection: compiles to what makes a request one of that connection."""
+    """The name of a connection: compiles to a function that completes a request with that connection."""
 
     def read(self, build: Build, value: Any, place: str) -> Callable[[Run, OutgoingRequest], None]:
         name = super().read(build, value, place)
@@ -622,7 +622,7 @@ def _connect(name: str, run: Run, request: OutgoingRequest) -> None:
     outside = run.outside
     connection = outside.connections.get(name)
     if connection is None:
-        raise StepError(500, "its connection is gone", f'connection "{name}"', {"missing"})
+        raise StepError(500, "its connection does not exist any more", f'connection "{name}"', {"missing"})
     scope = {"env": outside.env, "secrets": outside.secrets}
     request.connection, request.fixed = connection, True
     request.url = connection.url(scope)[0].rstrip("/") + request.url
@@ -633,7 +633,7 @@ CONNECTION = _ConnectionName("the name of a connection")
 
 
 class _Page(Table):
-    """The `page` of a response, which expressions of the response see under this name."""
+    """The `page` of a response, which expressions of the response use under this name."""
 
     def read(self, build: Build, value: Any, place: str) -> Any:
         if "page" in build.names:
@@ -647,7 +647,7 @@ PAGE = _Page({"items": Value(required=True), "size": Computed(Number(1, _MAX_PAG
 
 
 def join_selections(build: Build, each: Sequence[Selection], parameters: Sequence[Parameter]) -> Selection:
-    """What callers may ask of any response; a parameter of that name would not reach the flow."""
+    """The selections that callers may request of any response. A parameter with one of their names is a fault."""
     sorts = [one.sort for one in each if one.sort]
     sort = True if True in sorts else frozenset().union(*(one for one in sorts if isinstance(one, frozenset))) or False
     selection = Selection(any(one.page for one in each), frozenset().union(*(one.filters for one in each)), sort)
@@ -658,13 +658,13 @@ def join_selections(build: Build, each: Sequence[Selection], parameters: Sequenc
 
 
 def decoded(data: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
-    """A body without gzip and deflate, down to the first coding that is unknown; raises OutboundError."""
+    """A body decoded from gzip and deflate, up to the first unknown coding; raises OutboundError."""
     for coding in itertools.takewhile(KNOWN_CODINGS.__contains__, reversed(codings)):
         try:
             if coding == "gzip":
                 data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(max_bytes + 1)
             else:
-                wrapped = data[0] & 15 == 8 and int.from_bytes(data[:2]) % 31 == 0  # RFC 1950; some servers do without
+                wrapped = data[0] & 15 == 8 and int.from_bytes(data[:2]) % 31 == 0  # RFC 1950; some omit it
                 inflating = zlib.decompressobj(15 if wrapped else -15)
                 data = inflating.decompress(data, max_bytes + 1)
                 if not inflating.eof and len(data) <= max_bytes:
@@ -677,7 +677,7 @@ def decoded(data: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
 
 
 def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
-    """The request that a client would send to call a flow with these parameters; InputError if none can say them."""
+    """The request of a client that calls a flow with these parameters; InputError if no request can express them."""
     known = {item.name: item for item in flow.parameters}
     errors = InputErrors()
     path, query, headers = flow.resource, [], {}
@@ -716,7 +716,7 @@ def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> Stor
 
 
 def _sent(value: Any, where: str, name: str, write: Callable[[Any], str]) -> str:
-    """A value as a request has it; raises InputError with the member that JSON or UTF-8 cannot say."""
+    """A value as in a request; raises InputError with the member that JSON or UTF-8 cannot express."""
     try:
         text = write(value)
         text.encode()
