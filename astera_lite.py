@@ -4985,51 +4985,50 @@ class Deployments:
         """`previous` are the flows in service so far: one of them stays where its new text cannot take its place."""
         self.faults = list(faults)
         self.documents: dict[Any, bytes] = {}  # made of these flows, and kept as long as they are in service
-        self.by_name = self._agreeing({flow.name: flow for flow in flows}, dict(previous or {}))
-        self.by_version = {flow.version: flow for flow in self.by_name.values()}
+        self.by_name: dict[str, Flow] = {}
         self._routes: dict[str | None, Any] = {}  # a tree by segments; under None stand the flows by method
-        for flow in self.by_name.values():
-            node = self._routes
-            for segment in _shape(flow):
-                node = node.setdefault(segment, {})
-            node.setdefault(None, {})[flow.method] = flow
-
-    def _agreeing(self, flows: dict[str, Flow], previous: dict[str, Flow]) -> dict[str, Flow]:
-        """The flows but for those that cannot be in service beside the others, each of which is a fault."""
-        flows = dict(sorted(flows.items(), key=lambda item: previous.get(item[0]) is not item[1]))
-        while found := next(_disagreeing(flows), None):
+        before, named = dict(previous or {}), {flow.name: flow for flow in flows}
+        for flow in sorted(named.values(), key=lambda flow: before.get(flow.name) is not flow):
+            self._put(flow, before)
+        while any(flow.calls for flow in self.by_name.values()):
+            found = next(wing("astera_lite_steps:faulty_calls")(self.by_name), None)
+            if found is None:
+                break
             flow, place, message = found
-            self.faults.append(Fault(flow.source, place, message))
-            older = previous.pop(flow.name, None)
-            if older is None or older is flow:
-                del flows[flow.name]
-            else:
-                flows[flow.name] = older
-        return flows
+            del self.by_name[flow.name], self._methods(flow)[flow.method]
+            self._refuse(flow, place, message, before)
+        self.by_version = {flow.version: flow for flow in self.by_name.values()}
+
+    def _methods(self, flow: Flow) -> dict[str, Flow]:
+        """The flows of a flow's resource, by method."""
+        node = self._routes
+        for segment in flow.segments:
+            node = node.setdefault("" if segment[0] == "{" else segment, {})  # no segment of a path is empty
+        methods: dict[str, Flow] = node.setdefault(None, {})
+        return methods
+
+    def _put(self, flow: Flow, previous: dict[str, Flow]) -> None:
+        """Put a flow into service, unless another one has its method and resource."""
+        other = self._methods(flow).setdefault(flow.method, flow)
+        if other is flow:
+            self.by_name[flow.name] = flow
+        else:
+            message = f'{flow.method} {flow.resource} is claimed by "{other.name}" ({other.source}) too: change one'
+            self._refuse(flow, "/request/resource", message, previous)
+
+    def _refuse(self, flow: Flow, place: str, message: str, previous: dict[str, Flow]) -> None:
+        """Note a fault; the flow that had the name before, if there is one, takes the place."""
+        self.faults.append(Fault(flow.source, place, message))
+        older = previous.pop(flow.name, None)
+        if older is not None and older is not flow:
+            self._put(older, previous)
 
     def match(self, path: str) -> list[dict[str, Flow]]:
         """Flows by method for every resource that a raw path matches: a literal beats a parameter, from the left."""
         nodes = [self._routes]
         for part in path.split("/")[1:]:
             nodes = [node[key] for node in nodes for key in ((part, "") if part else ()) if key in node]
-        return [node[None] for node in nodes if None in node]
-
-
-def _shape(flow: Flow) -> tuple[str, ...]:
-    """The segments of a flow's resource; a parameter is empty, which no segment of a path is."""
-    return tuple("" if segment[0] == "{" else segment for segment in flow.segments)
-
-
-def _disagreeing(flows: Mapping[str, Flow]) -> Iterator[tuple[Flow, str, str]]:
-    """Flows that cannot be in service beside the others: the flow, the place in it, and the fault."""
-    claims: dict[tuple[str, tuple[str, ...]], Flow] = {}
-    for flow in flows.values():
-        other = claims.setdefault((flow.method, _shape(flow)), flow)
-        if other is not flow:
-            message = f'{flow.method} {flow.resource} is claimed by "{other.name}" ({other.source}) too: change one'
-            yield flow, "/request/resource", message
-    if any(flow.calls for flow in flows.values()):
-        yield from wing("astera_lite_steps:faulty_calls")(flows)
+        return [node[None] for node in nodes if node.get(None)]
 
 
 def path_values(flow: Flow, path: str) -> dict[str, str]:
