@@ -7750,7 +7750,7 @@ class Jobs:
         job = job or self._store.get(key)
         if job is None or not (caller.admin or job.token == caller.name):
             return None
-        if progress is None and self._store.shared and job.status is Status.RUNNING:
+        if progress is None and self._store.shared and job.status is Status.RUNNING and key.seq not in self._engine:
             progress = cast(Any, self._store).progress(key)  # it may run elsewhere
         return (job, progress) if job.expires is None or job.expires > self._clock.now() else None
 

@@ -5,6 +5,7 @@ A wing of astera_lite, which loads this file where `database` is the address of 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -31,6 +32,7 @@ from astera_lite import (
 )
 
 _PAUSE_S = 0.01  # pause between two looks at the news, which collects news that arrive together
+_SIZE_EVERY_S = 60.0  # PostgreSQL adds up the sizes of all files: a millisecond
 
 
 class DatabaseClock(Clock):
@@ -62,7 +64,8 @@ class Node:
         self._store = cast(Any, app.store)  # with the methods that only a shared store has
         self.rows: dict[str, str] = dict(self._store.deployed())  # text of the shared flows, by name
         self.members: list[NodeInfo] = []  # servers with a valid lease, as of the last second
-        self.size = 0  # bytes of the database, as of the last second
+        self.size = 0  # bytes of the database, as of the last minute
+        self._size_at = -math.inf  # when that was, monotonic
         #: Work of once a second, because news may be lost.
         self.chores = (self.read_flows, self.cancel_asked, self.read_members)
         self._may_be_free = True  # jobs that no server owns
@@ -206,7 +209,9 @@ class Node:
 
     def read_members(self) -> None:
         """Read the list of servers and the size of the database."""
-        self.members, self.size = self._store.members(), self._store.size()
+        self.members, now = self._store.members(), time.monotonic()
+        if now >= self._size_at + _SIZE_EVERY_S:
+            self.size, self._size_at = self._store.size(), now
 
     def documents(self) -> list[dict[str, Any]]:
         """The servers with a valid lease, for /health and the console."""
