@@ -19,6 +19,8 @@ from support import Api, Client, Running, Sink, get_flow, process
 import astera_lite
 from astera_lite import AsteraLite, Server, main
 
+pytestmark = pytest.mark.both_stores
+
 MODULE = """
 import json
 

@@ -23,6 +23,8 @@ import astera_lite
 from astera_lite import Flow, from_json, parse_prefer, unquote
 from astera_lite_requests import Pattern
 
+pytestmark = pytest.mark.both_stores
+
 SYNC, ASYNC = "/api/publishing", "/api/publishingAsync"
 JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}

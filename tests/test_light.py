@@ -14,6 +14,8 @@ from support import FakeClock, Running, Sink, get_flow, running, until
 
 from astera_lite import Engine, build_flow
 
+pytestmark = pytest.mark.both_stores
+
 HEAVY = "${sum([a * b for a in range(200) for b in range(200)])}"  # 40,000 rounds
 FLOWS = {
     "echo": {
@@ -180,6 +182,7 @@ def test_a_key_that_comes_again_brings_the_same_job_and_result(tmp_path: Path) -
         assert post(run, "y", **{"Idempotency-Key": "k"}).status_code == 422
 
 
+@pytest.mark.sqlite  # its writer is what fails
 def test_what_cannot_be_stored_is_not_accepted(tmp_path: Path) -> None:
     with running(tmp_path, FLOWS) as run:
         with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)) as other:
