@@ -87,6 +87,8 @@ _TRIES = 4  # of a transaction that another one got in the way of
 _LOOK_S = 1.0  # between looks at what a notification may not have told
 _STRANGE_S = 3600.0  # after which a job is taken whose flow nobody seems to have
 _ORPHAN_S = 30.0  # between looks for jobs that are this server's, and that it does not know of
+_FREE_S = 10.0  # between looks for free jobs that are older than those found lately
+_LATE = 5000 << 12  # in `seq`, what a job may be stored later than one whose id is younger
 _USED_S = 600.0  # between marks that the text of a flow is in use
 _PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
 
@@ -547,6 +549,10 @@ class PostgresStore(PostgresReader):
         self._strange: dict[int, float] = {}  # by `seq` of a free job of an unknown flow: when it was seen, monotonic
         self._orphans: set[int] = set()  # jobs of this server that it did not know of, at the last look
         self._orphans_at = 0.0
+        self._free_from, self._free_at = (
+            0,
+            0.0,
+        )  # `seq` below which no job is free, and until when that is taken for true
         self._alone = True  # no other server's lease runs
         self._renew_at = 0.0  # when the lease is renewed, monotonic
         self._offset = 0.0  # milliseconds from the monotonic clock to that of the database
@@ -590,7 +596,7 @@ class PostgresStore(PostgresReader):
         with contextlib.suppress(StoreError), self._reading() as db:
             db.execute("DELETE FROM nodes WHERE start = %s", (self._start,))
             if not self._alone:
-                db.execute("SELECT pg_notify(%s, 'jobs')", (CHANNEL,))
+                db.execute("SELECT pg_notify(%s, 'freed jobs')", (CHANNEL,))
         super().close()
 
     # --- the server as one of several ---
@@ -647,7 +653,10 @@ class PostgresStore(PostgresReader):
                     if told.pid != self._pid:
                         self._alone = False  # until the next renewal
                         for word in told.payload.split():
-                            self._news(word)
+                            if word == "freed":
+                                self._free_from, self._free_at = 0, 0.0
+                            else:
+                                self._news(word)
             except Exception as error:  # whatever it is, the lease depends on this thread
                 if db is not None:
                     db.close()
@@ -669,16 +678,25 @@ class PostgresStore(PostgresReader):
 
     def _bury(self, db: Any) -> set[str]:
         """Free the jobs of servers whose lease has run out; what is new."""
-        self.queued = db.execute(f"SELECT count(*) FROM jobs WHERE {_FREE} NULL").fetchone()[0]
+        began = time.monotonic()
+        if began >= self._free_at:
+            self._free_from = 0
+        sql = f"SELECT count(*), min(seq), (SELECT max(seq) FROM jobs) FROM jobs WHERE {_FREE} NULL AND seq >= %s"
+        self.queued, first, last = db.execute(sql, (self._free_from,)).fetchone()
+        if not self._free_from:
+            self._free_at = began + max(_FREE_S, 20 * (time.monotonic() - began))
+        self._free_from = max(0, (first or last or 0) - _LATE)
         gone = db.execute(
             "DELETE FROM nodes WHERE start IN (SELECT start FROM nodes WHERE lease_until < now() AND start <> %s"
             " FOR UPDATE SKIP LOCKED) RETURNING name",
             (self._start,),
         ).fetchall()
+        if gone:
+            self._free_from, self._free_at = 0, 0.0
         for (name,) in gone:
             log.warning("the server %s is not heard of any more: its jobs are free", name)
         if gone:
-            db.execute("SELECT pg_notify(%s, 'jobs')", (CHANNEL,))
+            db.execute("SELECT pg_notify(%s, 'freed jobs')", (CHANNEL,))
         return {"jobs"} if gone else set()
 
     def members(self) -> list[NodeInfo]:
@@ -946,9 +964,9 @@ class PostgresStore(PostgresReader):
         found: list[_ROW] = []
         with self._reading() as db:
             limited = sorted(flow for flow, most in flows.items() if most is not None)
-            sql = f"SELECT DISTINCT flow FROM jobs WHERE {_FREE} NULL AND flow = ANY(%s) UNION SELECT flow FROM jobs"
-            sql += f" WHERE {_FREE} NOT NULL AND due <= {_NOW} AND flow = ANY(%s)"
-            for (flow,) in db.execute(sql, (limited, limited)).fetchall() if limited else ():
+            sql = f"SELECT DISTINCT flow FROM jobs WHERE {_FREE} NULL AND flow = ANY(%s) AND seq >= %s"
+            sql += f" UNION SELECT flow FROM jobs WHERE {_FREE} NOT NULL AND due <= {_NOW} AND flow = ANY(%s)"
+            for (flow,) in db.execute(sql, (limited, self._free_from, limited)).fetchall() if limited else ():
                 with db.transaction():
                     db.execute("SELECT pg_advisory_xact_lock(%s, hashtext(%s))", (_LIMIT_LOCK, flow))
                     sql = "SELECT count(*) FROM nodes JOIN jobs ON owner = start WHERE flow = %s"
@@ -965,7 +983,9 @@ class PostgresStore(PostgresReader):
     def _claim(self, db: Any, flows: list[str], limit: int) -> list[_ROW]:
         if limit <= 0 or not flows:
             return []
-        rows: list[_ROW] = db.execute(_CLAIM, (flows, limit, flows, limit, self._start, limit)).fetchall()
+        rows: list[_ROW] = db.execute(
+            _CLAIM, (flows, limit, flows, self._free_from, limit, self._start, limit)
+        ).fetchall()
         return rows
 
     def _look_for_lost(self, db: Any, held: Container[int], now: float, flows: list[str]) -> list[_ROW]:
@@ -1007,7 +1027,7 @@ class PostgresStore(PostgresReader):
     def requeue(self, key: JobKey, attempt: int) -> None:
         """Record that an orderly stop broke a run off, and leave the job to any server."""
         done = self._letting_go(key, ignore_result)
-        self._put(_Write("requeue", key.seq, (attempt,), done=done, keep=True, word="jobs"))
+        self._put(_Write("requeue", key.seq, (attempt,), done=done, keep=True, word="freed jobs"))
 
     def finish(self, finish: Finish, done: Done) -> None:
         """End a job of this server; `done` gets whether it was Running, at this attempt if it is fenced."""
@@ -1155,7 +1175,7 @@ class PostgresStore(PostgresReader):
 _CLAIM = (
     f"WITH waited AS (SELECT seq FROM jobs WHERE {_FREE} NOT NULL AND due <= {_NOW} AND flow = ANY(%s)"
     " ORDER BY due LIMIT %s FOR UPDATE SKIP LOCKED),"
-    f" fresh AS (SELECT seq FROM jobs WHERE {_FREE} NULL AND flow = ANY(%s) ORDER BY seq LIMIT %s"
+    f" fresh AS (SELECT seq FROM jobs WHERE {_FREE} NULL AND flow = ANY(%s) AND seq >= %s ORDER BY seq LIMIT %s"
     " FOR UPDATE SKIP LOCKED)"
     " UPDATE jobs SET owner = %s WHERE seq IN (SELECT seq FROM waited UNION ALL SELECT seq FROM fresh LIMIT %s)"
     " RETURNING seq, due, flow, cancel"

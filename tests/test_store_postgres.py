@@ -569,3 +569,127 @@ def test_the_schema_is_that_of_one_server_and_what_several_need(store: PostgresS
         " AND relnamespace = 'public'::regnamespace AND attnum > 0 AND col_description(c.oid, attnum) IS NULL",
     )
     assert uncommented == []
+
+
+def test_a_transaction_that_is_held_open_does_not_make_claims_slower(store: PostgresStore, url: str) -> None:
+    """What was claimed since stays in the index: it is not to be looked at by each claim."""
+    import psycopg
+
+    told(store)
+    with psycopg.connect(url) as held:
+        held.execute("SELECT 1 FROM jobs").fetchall()
+        held.execute("SELECT txid_current()").fetchall()
+        for n in range(30):
+            for _ in range(100):
+                new = submission(job(created=T + n * 1000))._replace(owned=False)
+                store.add(new, lambda result, error: None)
+            store.flush()
+            done(store.find_key, "", "", "", 0)
+            assert len(claimed(store, 200)) == 100
+        until(lambda: store._free_from > T << 12)
+        add(store, owned=False, created=T + 31_000)
+        sql = astera_lite_postgres._CLAIM
+        values = (["f"], 1, ["f"], store._free_from, 1, store._start, 1)
+        plan = look(url, f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", *values)[0][0][0]["Plan"]
+        assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 700  # of 3,000 jobs
+    late = add(store, owned=False, created=T)
+    store._free_at = 0.0
+    until(lambda: claimed(store) == [late.key.seq])
+
+
+# ---- A million jobs --------------------------------------------------------------------------------------------------
+
+_MILLION = """
+INSERT INTO nodes (number, name, lease_until) SELECT n, 'n' || n, now() + '1 day' FROM generate_series(60, 62) n;
+INSERT INTO jobs (seq, salt, flow, version, status, created, token, base, attempt, started, finished, expires, code,
+    size, headers, request, request_body, result, idempotency_key, callback_url)
+SELECT ({t} + n) << 12, 1, 'f' || n % 3, 7, CASE WHEN n % 1000 = 0 THEN 'Error' ELSE 'Completed' END, {t} + n,
+    CASE WHEN n < 5 THEN 'ada' WHEN n % 2 = 0 THEN 'bob' ELSE '' END, 'http://x', 1, {t} + n, {t} + n, {t} + 10^9 + n,
+    200, 2, '[]', {request}, '', '',
+    CASE WHEN n % 10 = 0 THEN 'key' || n END, CASE WHEN n % 50 = 0 THEN 'http://r' END
+FROM generate_series(1, 1000000) n;
+INSERT INTO jobs (seq, salt, flow, version, status, created, token, base, request, owner, due, attempt)
+SELECT ({t} + n * 100) << 12 | 64, 1, 'f' || (n / 3) % 3, 7, 'Running', {t}, '', 'http://x', {request},
+    CASE WHEN n % 3 = 0 THEN (SELECT min(start) + n % 2 FROM nodes) END,
+    CASE WHEN n % 3 = 1 THEN {t} + 10^12 END, 0
+FROM generate_series(1, 9000) n;
+INSERT INTO callbacks (job, receiver, state, next, body)
+SELECT ({t} + n * 50) << 12, 'r:80', CASE WHEN n % 100 = 0 THEN 'pending' ELSE 'delivered' END,
+    CASE WHEN n % 100 = 0 THEN {t} + 10^8 END, '{{}}' FROM generate_series(1, 20000) n;
+INSERT INTO attempts SELECT job, 1, {t}, 5, 204, NULL FROM callbacks;
+INSERT INTO steps SELECT seq, 'a', NULL, '1' FROM jobs WHERE status = 'Running';
+INSERT INTO flows (version, name, text) SELECT n, 'f' || n % 3, '{{}}' FROM generate_series(7, 40) n;
+"""
+
+
+def scans(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for part in plan.get("Plans", ()):
+        yield from scans(part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("analyzed", [False, True])
+def test_no_hot_statement_looks_at_more_than_a_few_of_a_million_jobs(
+    open_store: Open, url: str, analyzed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psycopg
+
+    store = open_store(name="a")
+    told(store)
+    look(url, "ALTER TABLE jobs SET (autovacuum_enabled = off)")
+    look(url, _MILLION.format(t=T, request='\'{"method": "GET", "path": "/f"}\''))
+    if analyzed:
+        look(url, "VACUUM ANALYZE")
+    sent: list[tuple[str, Any]] = []
+    execute = psycopg.Connection.execute
+
+    def spy(self: Any, query: Any, values: Any = None, **more: Any) -> Any:
+        sent.append((query, values))
+        return execute(self, query, values, **more)
+
+    monkeypatch.setattr(psycopg.Connection, "execute", spy)
+    old = JobKey((T + 5) << 12, 1)
+    fresh, again = job(), job()
+    done(store.add, submission(fresh, key="new"))
+    done(store.add, submission(again, key="new"))
+    done(store.add, submission(job(), key="limited")._replace(limit=10**6))
+    done(store.start, fresh.key, 1, T)
+    done(store.save_step, fresh.key, 1, "a", "1")
+    store.get(old), store.result(old), store.request(old), store.load(fresh.key.seq), store.trace(old)
+    store.attempts(old), store.ended([old, fresh.key]), store.cancelled(), store.progress(fresh.key), store.members()
+    for flow, status, token in [
+        (None, None, None), ("f1", None, None), (None, Status.ERROR, None), (None, Status.RUNNING, None),
+        (None, None, "ada"), (None, None, "none"), ("none", None, None), (None, Status.COMPLETED, "bob"),
+    ]:  # fmt: skip
+        if analyzed:  # as PostgreSQL does by itself after a minute; nothing waits for a list
+            store.page(T, 50, None, flow, status, token)
+    assert len(store.claim((), 16, {"f0": None, "f1": 10**6})) == 16
+    assert len(store.claim_deliveries(T + 10**9, 16, 1000, held=(), busy=(), fresh=False)) == 16
+    store.next_delivery(T), store.last_seq(), store.flow_text(7)
+    done(store.ask_cancel, fresh.key)
+    waiting = fresh._replace(attempt=1, started=T, due=T + 5)
+    done(store.suspend, waiting, "w", T, "[]")
+    assert done(store.finish, finish(fresh, callback=("r:80", "{}"))) is True
+    done(store.record_delivery, fresh.key, Attempt(T, 1, 204), T + 10, "delivered", None)
+    done(store.resend, fresh.key, T)
+    done(store.find_key, "f0", "", "key30", T)
+    done(store.delete, old)
+    assert done(store.purge, T + 10**9 + 50, 20) == 20
+    monkeypatch.undo()
+
+    wrong = []
+    with closing(store._address.connect(autocommit=False)) as db:
+        for query, values in {query: (query, values) for query, values in sent}.values():
+            if re.match("SELECT|INSERT|UPDATE|DELETE|WITH", query) and "pg_" not in query:
+                [[[found]]] = db.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}", values).fetchall()
+                db.rollback()
+                blocks = found["Plan"]["Shared Hit Blocks"] + found["Plan"]["Shared Read Blocks"]
+                through = {
+                    part["Relation Name"]
+                    for part in scans(found["Plan"])
+                    if part["Node Type"] == "Seq Scan" and part["Relation Name"] not in ("nodes", "flows")
+                }
+                if blocks > 1500 or through:
+                    wrong.append((blocks, through, query))
+    assert wrong == []
