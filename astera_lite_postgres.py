@@ -189,6 +189,7 @@ _PASSING = {
     "08": "the database cannot be reached",
 }
 _UNREACHABLE = "the database cannot be reached: start it, or mend the way to it"
+_SILENT = "the database does not answer: look at its disk, its standby and the way to it"
 _ROW = tuple[Any, ...]
 
 
@@ -198,7 +199,8 @@ def _passing(error: Exception) -> str | None:
         return "there is not enough memory" if isinstance(error, MemoryError) else None
     code = error.sqlstate
     if code is None:  # not of the database, but of the connection
-        return _UNREACHABLE if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) else None
+        lost = _SILENT if str(error) == _SILENT else _UNREACHABLE
+        return lost if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError) else None
     return next((words for start, words in _PASSING.items() if code.startswith(start)), None)
 
 
@@ -257,7 +259,7 @@ def _wait(db: Any, wait: Callable[..., Any], seconds: float, answer: Any, *more:
         except StopIteration as stop:
             return stop.value
         db.close()
-        raise psycopg.OperationalError(f"no answer within {seconds:g}s")
+        raise psycopg.OperationalError(_SILENT)
 
     return wait(within(), *more, **named)
 

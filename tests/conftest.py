@@ -28,6 +28,7 @@ SLOW = {
         "test_a_storm_of_kills_breaks_no_promise",
         "test_a_database_that_crashes_under_load_loses_nothing_that_was_accepted",
         "test_a_standby_takes_over_from_a_primary_that_is_lost",
+        "test_a_synchronous_standby_that_is_lost_stops_accepts_but_hangs_nothing",
         "test_a_node_that_cannot_reach_the_database_says_why_and_recovers",
     ),
     "test_openapi.py": (

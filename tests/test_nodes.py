@@ -532,6 +532,37 @@ def test_a_standby_takes_over_from_a_primary_that_is_lost(folder: Path) -> None:
         )
 
 
+def test_a_synchronous_standby_that_is_lost_stops_accepts_but_hangs_nothing(folder: Path) -> None:
+    with ExitStack() as stack:
+        primary = Cluster.made(tcp=True)
+        stack.callback(primary.remove)
+        standby = primary.standby()
+        stack.callback(standby.remove)
+        a, b = stack.enter_context(nodes(folder, primary.url(), ["a", "b"], *LEASE))
+        running = hold(a)
+        standby.stop("immediate")
+        lost = time.monotonic()
+        answers = [requests.get(f"{node.url}/api/publishingAsync/single?n=1", timeout=HANG_S) for node in (a, b)]
+        assert [answer.status_code for answer in answers] == [503, 503]
+        waited = time.monotonic() - lost
+        reasons = [unwell(node) for node in (a, b)]
+        assert all("standby" in reason for reason in reasons), reasons
+        (folder / "go").touch()  # its end is to be stored
+        standby.start()
+        back = time.monotonic()
+        for node in (a, b):
+            well(node)
+        healthy = time.monotonic() - back
+        b.api.finished(running)
+        assert done(folder, running).count("after") == 1
+        for node in (a, b):
+            assert node.api.finished(node.api.submit("/single", n=2))["attempt"] == 1
+        ended(a.api)
+        for document in documents(a.api).values():
+            assert document["status"] == "Completed", document
+    say("standby lost", slowest_503_s=round(waited, 2), well_after_s=round(healthy, 2), reasons=sorted(set(reasons)))
+
+
 @pytest.mark.parametrize("how", ["refuse", "silence"])
 def test_a_node_that_cannot_reach_the_database_says_why_and_recovers(
     folder: Path, cluster: Cluster, database: str, how: str
