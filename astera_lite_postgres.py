@@ -272,22 +272,15 @@ class _Address:
         self.place = _place(given)
         self._patience = max(lease, _PATIENCE_S)
         idle = max(1, int(lease / 3))  # a peer that is gone without a word is noticed within a lease
-        self._url, self._more = (
-            url,
-            {
-                name: value
-                for name, value in {
-                    "application_name": "astera-lite",
-                    "connect_timeout": max(2, int(lease / 3)),
-                    "keepalives_idle": idle,
-                    "keepalives_interval": max(1, idle // 3),
-                    "keepalives_count": 3,
-                    "tcp_user_timeout": int(lease * 1000),
-                    **({"target_session_attrs": "read-write"} if writes else {}),
-                }.items()
-                if name not in given
-            },
-        )
+        usual = {
+            "application_name": "astera-lite",
+            "connect_timeout": max(2, int(lease / 3)),
+            "keepalives_idle": idle,
+            "keepalives_interval": max(1, idle // 3),
+            "keepalives_count": 3,
+            "tcp_user_timeout": int(lease * 1000),
+        } | ({"target_session_attrs": "read-write"} if writes else {})
+        self._url, self._more = url, {name: value for name, value in usual.items() if name not in given}
         sync = "off" if durability != "full" else "on"
         self._set = (
             "SET idle_in_transaction_session_timeout = '10s';"
@@ -545,7 +538,6 @@ class PostgresStore(PostgresReader):
         self.node = 0
         self._news: Callable[[str], None] = lambda word: None
         self._progress: Callable[[], Mapping[int, Progress]] = dict
-        self._mine: dict[int, int] = {}  # by `seq` of a job in hand: the start that owns it
         self._limits: Mapping[str, int | None] = {}  # of the flows in service
         self._used: dict[int, float] = {}  # by version of a flow: when its text was marked as used, monotonic
         self._strange: dict[int, float] = {}  # by `seq` of a free job of an unknown flow: when it was seen, monotonic
@@ -855,7 +847,7 @@ class PostgresStore(PostgresReader):
             return lambda: [result]
         if first.kind == "add":
             return self._make_add(db, group)
-        rows = [(write.seq, self._mine.get(write.seq, self._start), *write.values) for write in group]
+        rows = [(write.seq, self._start, *write.values) for write in group]
         cursor = _many(db, first.kind, rows)
         if first.kind == "finish" and any(write.is_again or write.pieces or write.about.callback for write in group):
             changed = self._complete(db, group, {seq for (seq,) in cursor})
@@ -899,13 +891,8 @@ class PostgresStore(PostgresReader):
             answers[write.seq] = _add_limited(db, write, owner)
 
         def read() -> list[Any]:
-            results = [answers.get(write.seq) or Added(write.about.job, False) for write in group]
-            for write, result in zip(group, results, strict=True):
-                if isinstance(result, Added) and not result.replayed:
-                    self._used[write.about.job.version] = now
-                    if write.about.owned and not write.about.ended:
-                        self._mine[write.seq] = owner
-            return results
+            self._used.update(dict.fromkeys(unmarked, now))
+            return [answers.get(write.seq) or Added(write.about.job, False) for write in group]
 
         return read
 
@@ -965,6 +952,11 @@ class PostgresStore(PostgresReader):
         self._limits = flows
         found: list[_ROW] = []
         with self._reading() as db:
+
+            def take(flows: list[str], most: int) -> list[_ROW]:
+                values = (flows, max(0, most), flows, self._free_from, max(0, most), self._start, max(0, most))
+                return list(db.execute(_CLAIM, values))
+
             limited = sorted(flow for flow, most in flows.items() if most is not None)
             sql = f"SELECT DISTINCT flow FROM jobs WHERE {_FREE} NULL AND flow = ANY(%s) AND seq >= %s"
             sql += f" UNION SELECT flow FROM jobs WHERE {_FREE} NOT NULL AND due <= {_NOW} AND flow = ANY(%s)"
@@ -973,22 +965,13 @@ class PostgresStore(PostgresReader):
                     db.execute("SELECT pg_advisory_xact_lock(%s, hashtext(%s))", (_LIMIT_LOCK, flow))
                     sql = "SELECT count(*) FROM nodes JOIN jobs ON owner = start WHERE flow = %s"
                     room = (flows[flow] or 0) - db.execute(sql, (flow,)).fetchone()[0]
-                    found += self._claim(db, [flow], min(room, limit - len(found)))
-            found += self._claim(db, [flow for flow in flows if flow not in limited], limit - len(found))
+                    found += take([flow], min(room, limit - len(found)))
+            found += take([flow for flow in flows if flow not in limited], limit - len(found))
             now = time.monotonic()
             if now >= self._orphans_at and not self.fault:
                 self._orphans_at = now + _ORPHAN_S
                 found += self._look_for_lost(db, held, now, list(flows))
-        self._mine.update((row[0], self._start) for row in found)
         return [Claimed(*row) for row in sorted(found)]
-
-    def _claim(self, db: Any, flows: list[str], limit: int) -> list[_ROW]:
-        if limit <= 0 or not flows:
-            return []
-        rows: list[_ROW] = db.execute(
-            _CLAIM, (flows, limit, flows, self._free_from, limit, self._start, limit)
-        ).fetchall()
-        return rows
 
     def _look_for_lost(self, db: Any, held: Container[int], now: float, flows: list[str]) -> list[_ROW]:
         """Jobs that this server owns without knowing it, and free ones whose flow nobody seems to have."""
@@ -1024,39 +1007,23 @@ class PostgresStore(PostgresReader):
         """Record that a job waits until it is `due`. One of a flow with a limit is free from then on."""
         is_free = self._limits.get(job.flow) is not None
         values = (job.attempt, job.started, job.due, trace, is_free, path, until)
-        self._put(_Write("suspend", job.key.seq, values, done=self._letting_go(job.key, done, is_free), keep=True))
+        self._put(_Write("suspend", job.key.seq, values, done=done, keep=True))
 
     def requeue(self, key: JobKey, attempt: int) -> None:
         """Record that an orderly stop broke a run off, and leave the job to any server."""
-        done = self._letting_go(key, ignore_result)
-        self._put(_Write("requeue", key.seq, (attempt,), done=done, keep=True, word="freed jobs"))
+        self._put(_Write("requeue", key.seq, (attempt,), keep=True, word="freed jobs"))
 
     def finish(self, finish: Finish, done: Done) -> None:
         """End a job of this server; `done` gets whether it was Running, at this attempt if it is fenced."""
         key = finish.job.key
         cells = piece_rows(key, "result", finish.attempt, finish.outcome.answer.body)
-        values, done = (finish.fenced, *end_columns(finish)), self._letting_go(key, done)
+        values = (finish.fenced, *end_columns(finish))
         self._put(_Write("finish", key.seq, values, finish, cells, done=done, keep=True, word="ends"))
-
-    def _letting_go(self, key: JobKey, done: Done, is_free: bool = True) -> Done:
-        def let_go(result: Any, error: AsteraError | None) -> None:
-            if is_free:
-                self._mine.pop(key.seq, None)
-            done(result, error)
-
-        return let_go
 
     def ask_cancel(self, key: JobKey, done: Done) -> None:
         """Have a Running job cancelled by its owner, this server if it has none; `done` gets whether it is Running."""
         sql = f"UPDATE jobs SET cancel = true, owner = coalesce(owner, %s){_OF_KEY} AND status = 'Running'"
-
-        def run(db: Any) -> bool:
-            row = db.execute(f"{sql} RETURNING owner", (self._start, *key)).fetchone()
-            if row is not None and row[0] == self._start:
-                self._mine.setdefault(key.seq, self._start)
-            return row is not None
-
-        self._run(run, done, word="cancel")
+        self._run(lambda db: _did(db, sql, (self._start, *key)), done, word="cancel")
 
     def cancelled(self) -> list[Job]:
         """Jobs of this server that are to be cancelled."""
