@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from nodes import Cluster
 from support import PROGRAM, ROOT, Api, process
 
 from astera_lite import SHIPPED, WINGS, __version__
@@ -115,6 +116,24 @@ def test_each_form_of_it_serves(built: Built, work: Path, form: str) -> None:
         api.session.close()
         started.send_signal(signal.SIGTERM)
         assert started.wait(10) == 0
+
+
+def test_the_zipapp_serves_on_postgresql(built: Built, work: Path, cluster: Cluster) -> None:
+    arguments = ("--database", cluster.create("zipapp"))
+    with process(work, *arguments, program=(sys.executable, str(built.pyz))) as (started, url, _):
+        api = Api(url)
+        assert api.result(api.finished(api.submit("/primes", below=100))["id"]) == {"primes": 25}
+        api.session.close()
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(10) == 0
+
+
+@pytest.mark.parametrize("words", [["serve"], ["jobs"], ["token", "ada"]])
+def test_without_the_driver_of_postgresql_it_says_what_to_install(built: Built, work: Path, words: list[str]) -> None:
+    command = [built.bin / "astera-lite", *words, "--database", "postgresql://ada:s3cret@127.0.0.1/jobs"]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=60, check=False)
+    told = 'database: PostgreSQL needs psycopg 3, which is not installed: pip install "psycopg[binary]"\n'
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", told)
 
 
 @pytest.mark.parametrize("how", ["-I", "-P", "link", "linked module"])
