@@ -23,11 +23,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from astera_lite import (
-    BASE_NAMES,
     CHILDREN,
     LENIENT_DECODER,
     AsteraLite,
     Build,
+    Context,
     ExpressionError,
     Fault,
     Flag,
@@ -63,33 +63,6 @@ from astera_lite import (
     to_json,
     to_saved,
 )
-
-
-class Context:
-    """The first argument of a step's function: the data of the run, and methods to report progress and to wait."""
-
-    def __init__(self, run: Run, scope: Scope, path: str) -> None:
-        self._run, self._path = run, path
-        self.params: dict[str, Any] = scope["params"]
-        self.request: dict[str, Any] = scope["request"]
-        hidden = {*BASE_NAMES, "error"} if scope["error"] is None else {*BASE_NAMES}
-        self.steps: dict[str, Any] = {name: value for name, value in scope.items() if name not in hidden}
-        self.secrets: dict[str, str] = dict(run.outside.secrets)
-        self.log = logging.LoggerAdapter(log, run.about | {"step": path})
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the run should stop; a long function should check this from time to time."""
-        return self._run.cancel.is_set or self._run.outside.clock.monotonic() >= self._run.step_deadline
-
-    def progress(self, done: int, total: int) -> None:
-        """Show the progress of the step in the status document."""
-        self._run.progress = Progress(self._path, done, total)
-
-    def sleep(self, seconds: float) -> None:
-        """Wait so many seconds; raises an exception when the run is cancelled or exceeds its time limit."""
-        self._run.sleep(seconds)
-
 
 #: Modules of flow folders, by path and time of change.
 _modules: dict[tuple[str, int], types.ModuleType] = {}

@@ -43,13 +43,8 @@ LINES = {
 
 
 def imported(name: str) -> Iterator[tuple[str, str]]:
-    """Every import that a file runs, also inside functions: module, and the name taken from it if one is."""
-    tests = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.If)]
-    of_types = [test for test in tests if isinstance(test.test, ast.Name) and test.test.id == "TYPE_CHECKING"]
-    unused = {id(node) for each in of_types for node in ast.walk(each)}
+    """Every import in a file, also inside functions: module, and the name taken from it if one is."""
     for node in ast.walk(TREES[name]):
-        if id(node) in unused:
-            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

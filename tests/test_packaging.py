@@ -262,7 +262,8 @@ def test_the_zipapp_has_bytecode_for_this_python_and_source_for_others(
 def test_a_program_that_embeds_it_is_type_checked(built: Built, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "from astera_lite import AsteraLite, Server\n\n"
+        "from astera_lite import AsteraLite, Context, Server\n\n"
+        "def late(context: Context) -> None:\n    context.sleep('1')\n\n"
         "with AsteraLite(database='jobs.db') as app, Server(app, port=0) as server:\n"
         "    job = app.submit('hello', {'name': 'Ada'})\n"
         "    reveal_type((server.url, app.wait(job.id).status, app.result(job.id).status_code))\n"
@@ -272,4 +273,5 @@ def test_a_program_that_embeds_it_is_type_checked(built: Built, tmp_path: Path) 
     said = run(*mypy, program, folder=tmp_path, code=1)
     assert 'Revealed type is "tuple[str, astera_lite.Status, int]"' in said
     assert 'Argument 1 to "wait" of "AsteraLite" has incompatible type "int"; expected "str | Job"' in said
-    assert "Found 1 error" in said
+    assert 'Argument 1 to "sleep" of "Context" has incompatible type "str"; expected "float"' in said
+    assert "Found 2 errors" in said
