@@ -3203,7 +3203,6 @@ class Surroundings(NamedTuple):
     max_step_response: int  # bytes
     connections: dict[str, Any]  # as they are now: a reload replaces them
     masked: Mask  # of the secrets, and of credentials
-    helpers: threading.Semaphore  # a thread that helps with the items of an `each` holds one of them
     kept: dict[str, Any]  # what kinds of steps keep between runs, by their names; each has a method `close`
     flow_named: Callable[[str], Flow | None] = lambda name: None  # for `call`
     data: str = "data"  # folder that sql steps may reach
@@ -3216,7 +3215,6 @@ class Surroundings(NamedTuple):
             self.kept.popitem()[1].close()
 
 
-_EACH_HELPERS = 64  # threads in all that help with the items of `each`
 _UNBOUND = contextlib.nullcontext()
 _WORTH_SUSPENDING_MS = 250  # a shorter wait costs less than two commits
 
@@ -3397,7 +3395,7 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
 
 
 def _known_failure(error: BaseException | None) -> dict[str, Any] | None:
-    """What `_failure` said of an error, or of the one that it came of."""
+    """What `_add_failure` said of an error, or of the one that it came of."""
     while error is not None and not hasattr(error, "failure"):
         error = error.__context__
     return getattr(error, "failure", None)
@@ -7893,7 +7891,6 @@ class AsteraLite:
             settings.max_step_response,
             connections={},
             masked=Mask(secrets.values()),
-            helpers=threading.Semaphore(_EACH_HELPERS),
             flow_named=lambda name: self.deployments.by_name.get(name),
             data=settings.data,
             own_database=os.path.realpath(settings.database),

@@ -112,6 +112,9 @@ EACH = Table(
 )
 
 
+_helpers = threading.Semaphore(64)  # threads in all that help with items
+
+
 def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: int) -> list[Any]:
     """The values of `one` for 0, 1, 2 …, in this order; the first error stops the rest.
 
@@ -134,11 +137,11 @@ def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: i
         try:
             work()
         finally:
-            run.outside.helpers.release()
+            _helpers.release()
 
     helpers: list[threading.Thread] = []
     with run.cancel.calling(stop.set):
-        while len(helpers) < min(width, count) - 1 and run.outside.helpers.acquire(blocking=False):
+        while len(helpers) < min(width, count) - 1 and _helpers.acquire(blocking=False):
             helpers.append(threading.Thread(target=help_out, name="astera-helper", daemon=True))
             helpers[-1].start()
         work()

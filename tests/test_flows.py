@@ -46,7 +46,7 @@ def surroundings(**more: Any) -> Surroundings:
     values: dict[str, Any] = {
         "clock": FakeClock(), "outbound": Outbound(), "policy": AddressPolicy("none"), "env": {}, "secrets": {},
         "max_result": 1 << 20, "max_step_response": 1 << 20, "kept": {},
-        "connections": {}, "masked": Mask(more.get("secrets", {}).values()), "helpers": threading.Semaphore(64),
+        "connections": {}, "masked": Mask(more.get("secrets", {}).values()),
     }  # fmt: skip
     return Surroundings(**values | more)
 
