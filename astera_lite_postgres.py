@@ -1114,7 +1114,8 @@ class PostgresStore(PostgresReader):
             "DELETE FROM flows WHERE used < now() - %s * interval '1 second' AND NOT EXISTS"
             " (SELECT 1 FROM jobs WHERE flow = flows.name AND jobs.version = flows.version)"
         )
-        self._run(lambda db: db.execute(sql, (3 * _USED_S,)))
+        with self._reading() as db:  # no write is to wait for it
+            db.execute(sql, (3 * _USED_S,))
 
     def last_seq(self) -> int:
         """The greatest `seq` stored; 0 if there is none."""

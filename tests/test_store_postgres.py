@@ -544,6 +544,15 @@ def test_all_that_becomes_of_a_job_may_be_one_batch(store: PostgresStore) -> Non
     assert found is not None and found.status is Status.COMPLETED
 
 
+def test_the_start_of_a_run_changes_no_index(url: str) -> None:
+    with closing(PostgresStore(url)) as store:
+        jobs = [add(store).key for _ in range(100)]
+        for key in jobs:
+            assert done(store.start, key, 1, T) is True
+    hot = "SELECT n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'jobs'"
+    until(lambda: look(url, hot) == [(100,)])  # PostgreSQL counts them a little later
+
+
 # ---- Schema ----------------------------------------------------------------------------------------------------------
 
 
