@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import math
 import queue
 import re
@@ -67,6 +68,7 @@ from astera_lite import (
 psycopg: Any = None  # loaded with this file; None where it is not installed
 with contextlib.suppress(ImportError):
     psycopg = importlib.import_module("psycopg")
+logging.getLogger("psycopg").addHandler(logging.NullHandler())  # what it warns of is told by `fault`
 
 SCHEMA_VERSION = 1
 #: Scripts that lead from a version of the schema to the next one, by the version they start from.
@@ -358,6 +360,8 @@ class PostgresReader:
                 db = self._idle.pop() if self._idle else self._address.connect()
                 yield db
             except psycopg.Error as error:
+                if db is not None and error.sqlstate == "25006":  # the primary is another host by now
+                    db.close()
                 if db is None or not db.closed:
                     raise _store_error(error) from None
                 PostgresReader.close(self)  # nor are the others of use that lay idle

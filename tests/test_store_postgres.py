@@ -425,6 +425,12 @@ def test_a_read_only_database_keeps_ends_and_refuses_jobs(store: PostgresStore, 
     with pytest.raises(StoreError, match="the database is read-only"):
         done(store.add, submission(job()))
     assert done(store.finish, finish(new)) is True  # on a new connection
+    free = add(store, owned=False)
+    with store._reading() as db:
+        db.execute("SET default_transaction_read_only = on")
+    with pytest.raises(StoreError, match="the database is read-only"):
+        claimed(store)
+    assert claimed(store) == [free.key.seq]
 
 
 # ---- Opening ---------------------------------------------------------------------------------------------------------
