@@ -1771,8 +1771,7 @@ class _Compiler(ast.NodeTransformer):
                 raise ValueError("there is nothing inside ${}")
             if len(source) > MAX_EXPRESSION:
                 raise ValueError(f"it is longer than {MAX_EXPRESSION} characters: split it over several steps")
-            lines_before = "\n" * (len(self.sources) - 1)
-            node = ast.parse(f"{lines_before}({source})", mode="eval").body
+            node = ast.parse(f"({source})", mode="eval").body
             self.schema = self.declared(node)
             checked: ast.expr = self.visit(node)
             return checked
@@ -1791,6 +1790,8 @@ class _Compiler(ast.NodeTransformer):
         self.depth += 1
         if self.depth > MAX_NESTING:
             raise ValueError(f"it is nested deeper than {MAX_NESTING} levels: split it over several steps")
+        if isinstance(node, ast.expr):
+            node.lineno = node.end_lineno = len(self.sources)
         result = ast.copy_location(super().visit(node), node)
         self.depth -= 1
         return result
@@ -1929,6 +1930,8 @@ class _Compiler(ast.NodeTransformer):
             raise ValueError("there is no async")
         pairs = isinstance(loop.target, ast.Tuple)
         targets = loop.target.elts if isinstance(loop.target, ast.Tuple) else [loop.target]
+        for part in (loop.target, *targets):
+            part.lineno = part.end_lineno = len(self.sources)
         names = [part.id for part in targets if isinstance(part, ast.Name) and not part.id.startswith("_")]
         if len(names) < len(targets):
             raise ValueError("a loop binds plain names that do not begin with an underscore")

@@ -660,3 +660,11 @@ def test_what_a_loop_makes_is_paid_for() -> None:
     assert len(value("${[{'a': i, 'b': [i]} for i in range(100000)]}")) == 100_000
     with pytest.raises(ExpressionError, match="too much work"):
         value("${[{'a': i, 'b': [i]} for i in range(900000)]}")
+
+
+def test_a_failure_names_the_expression_and_the_part_of_it() -> None:
+    template = compile_template(["${1}", "${[p for p, q in x]}", "${x[0][1]\r\n+ y.z}"], ["x", "y"], "/p")
+    for x, words in (([[1, 2, 3]], "/p/1: p, q: too many values to unpack"), ([[1, 2]], '/p/2: y.z: there is no "z"')):
+        with pytest.raises(ExpressionError) as caught:
+            template({"x": x, "y": {}})
+        assert str(caught.value).startswith(words)
