@@ -25,6 +25,7 @@ SLOW = {
         "test_what_the_server_takes_for_a_request_an_honest_parser_takes_for_the_same",
     ),
     "test_nodes.py": (
+        "test_a_storm_of_all_that_can_happen_breaks_no_promise",
         "test_a_storm_of_kills_breaks_no_promise",
         "test_a_database_that_crashes_under_load_loses_nothing_that_was_accepted",
         "test_a_standby_takes_over_from_a_primary_that_is_lost",

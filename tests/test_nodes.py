@@ -419,6 +419,60 @@ def test_a_callback_on_its_way_when_its_node_dies_is_sent_by_another(folder: Pat
     say("callback sent by another node", after_s=round(again, 2))
 
 
+def test_a_storm_of_all_that_can_happen_breaks_no_promise(folder: Path, seed: int = 20261129) -> None:
+    chance = random.Random(seed)
+    happened: Counter[str] = Counter()
+    with ExitStack() as stack:
+        cluster = Cluster.made()
+        stack.callback(cluster.remove)
+        peer = stack.enter_context(Peer())
+        proxies = [stack.enter_context(Proxy(cluster.address)) for _ in range(3)]
+        members = [
+            stack.enter_context(Node(folder, name, database_url([("127.0.0.1", proxy.port)]), *LEASE))
+            for name, proxy in zip("abc", proxies, strict=True)
+        ]
+        for node in members:
+            node.begin()
+        for node in members:
+            node.ready()
+        with Load(members, f"{peer.url}/hook") as load:
+            for _ in range(20):
+                which = chance.randrange(3)
+                node, proxy = members[which], proxies[which]
+                what = chance.choice(["killed", "paused", "refuse", "silence", "database"])
+                happened[what] += 1
+                seconds = chance.uniform(0.2, LEASE_S + 2)
+                if what == "killed":
+                    node.kill()
+                    node.begin()
+                    node.ready()
+                elif what == "paused":
+                    node.pause()
+                    time.sleep(seconds)  # the length of what happens is what is tried
+                    node.resume()
+                elif what == "database":
+                    cluster.stop("immediate")
+                    cluster.start()
+                else:
+                    proxy.cut(what)
+                    time.sleep(seconds)
+                    proxy.mend()
+                for other in members:
+                    well(other)
+        found = load.check(members[0].api, folder, peer)
+        for node in members:
+            assert "Traceback" not in node.said(), node.said()
+            assert node.stop() == 0
+        assert cluster.query("SELECT count(*) FROM steps") == [(0,)]
+    say(
+        "storm of all that can happen",
+        happened=dict(happened),
+        **load.figures(),
+        attempts=dict(Counter(found[job_id]["attempt"] for job_id in load.accepted)),
+        callbacks=dict(Counter(len(peer.callbacks()[job]) for job, sent in load.accepted.items() if sent.callback)),
+    )
+
+
 def remember(node: Node, folder: Path, seen: dict[str, tuple[Any, int]]) -> None:
     """Keep some finished jobs as they are now."""
     try:
