@@ -7990,6 +7990,8 @@ class AsteraLite:
         if not self._running:
             return 0
         self._running = False
+        if self.node is not None:
+            self.node.hand_over()
         deadline = time.monotonic() + self.settings.shutdown_timeout
         left = self.engine.stop(self.settings.shutdown_timeout)
         if left:

@@ -90,6 +90,18 @@ class Node:
         self._woken.set()
         self._thread.join(timeout_s)
 
+    def hand_over(self) -> None:
+        """Begin to stop: begin no job any more, and leave those without a thread to the other servers."""
+        queue = self.app.engine.queue
+        with queue.changed:
+            queue.stopping = True
+            without = (State.READY, State.HELD, State.WAITING)
+            jobs = [entry for entry in queue.entries.values() if entry.number >= 0 and entry.state in without]
+            for entry in jobs:
+                queue.move(entry, State.GONE)
+        if jobs:
+            self._store.release([entry.number for entry in jobs])
+
     # --- news ---
 
     def tell(self, word: str) -> None:

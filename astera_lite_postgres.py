@@ -357,7 +357,9 @@ class PostgresReader:
         with self._room:
             db = None
             try:
-                db = self._idle.pop() if self._idle else self._address.connect()
+                with contextlib.suppress(IndexError):  # another thread may have taken the last one
+                    db = self._idle.pop()
+                db = db or self._address.connect()
                 yield db
             except psycopg.Error as error:
                 if db is not None and error.sqlstate == "25006":  # the primary is another host by now
@@ -1016,6 +1018,11 @@ class PostgresStore(PostgresReader):
     def requeue(self, key: JobKey, attempt: int) -> None:
         """Record that an orderly stop broke a run off, and leave the job to any server."""
         self._put(_Write("requeue", key.seq, (attempt,), keep=True, word="freed jobs"))
+
+    def release(self, seqs: list[int]) -> None:
+        """Leave jobs of this server that no thread runs to any server."""
+        sql = "UPDATE jobs SET owner = NULL WHERE seq = ANY(%s) AND owner = %s AND status = 'Running'"
+        self._run(lambda db: db.execute(sql, (seqs, self._start)), keep=True, word="jobs")
 
     def finish(self, finish: Finish, done: Done) -> None:
         """End a job of this server; `done` gets whether it was Running, at this attempt if it is fenced."""

@@ -45,6 +45,16 @@ class Two(NamedTuple):
     gate: Gate
 
 
+def ended(client: Client, accepted: Any) -> dict[str, Any]:
+    """The status document of a finished job, by polls of this client's server, whichever accepted the job."""
+    for _ in range(4):
+        path = f"/api/jobs/{accepted.json()['id']}/status"
+        document: dict[str, Any] = client.get(path, headers={"Prefer": "wait=10"}).json()
+        if document["status"] != "Running":
+            return document
+    raise AssertionError("the job does not finish")
+
+
 _count = iter(range(1 << 30))
 
 
@@ -95,7 +105,7 @@ def test_a_job_is_polled_and_fetched_through_another_server(two: Two) -> None:
     again = b.post(f"{path}/rerun")
     assert again.status_code == 202 and two.gate.begun.acquire(timeout=10)
     two.gate.open.release()
-    assert a.finished(again)["status"] == "Completed"
+    assert ended(a, again)["status"] == "Completed"
     assert b("DELETE", path).status_code == 204
     assert a.get(f"{path}/status").status_code == 404
 
@@ -145,9 +155,28 @@ def test_jobs_that_one_server_has_no_room_for_are_run_by_the_others(two: Two) ->
     assert two.apps[0].engine.queue.busy == two.apps[1].engine.queue.busy == 4
     for _ in accepted:
         two.gate.open.release()
-    assert {b.finished(one)["status"] for one in accepted} == {"Completed"}
+    assert {ended(b, one)["status"] for one in accepted} == {"Completed"}
     ids = [JobKey.parse(one.json()["id"]) for one in accepted]
     assert {key.seq % 64 for key in ids if key} == {two.apps[0].store.node}
+
+
+def test_a_server_that_stops_leaves_at_once_what_it_has_not_begun(two: Two) -> None:
+    a, b = two.clients
+    accepted = [a.get("/api/publishingAsync/gate") for _ in range(8)]
+    for _ in range(4):  # the others wait for a thread of the same server
+        assert two.gate.begun.acquire(timeout=10)
+    assert two.apps[0].engine.queue.queued == 4
+    stopping = threading.Thread(target=two.apps[0].stop)
+    stopping.start()
+    for _ in range(4):
+        assert two.gate.begun.acquire(timeout=10)
+    assert two.apps[0].engine.queue.busy == two.apps[1].engine.queue.busy == 4
+    for _ in accepted:
+        two.gate.open.release()
+    stopping.join(20)
+    assert {(document["status"], document["attempt"]) for document in (ended(b, one) for one in accepted)} == {
+        ("Completed", 1)
+    }
 
 
 def test_a_limit_of_a_flow_counts_the_jobs_of_all_servers(two: Two) -> None:
@@ -158,7 +187,7 @@ def test_a_limit_of_a_flow_counts_the_jobs_of_all_servers(two: Two) -> None:
         assert sum(app.engine.queue.counts()["running"] for app in two.apps) == 1
         assert not two.gate.begun.acquire(timeout=0.1)
         two.gate.open.release()
-    assert {b.finished(one)["status"] for one in accepted} == {"Completed"}
+    assert {ended(b, one)["status"] for one in accepted} == {"Completed"}
 
 
 def test_a_flow_that_is_full_refuses_on_all_servers(two: Two) -> None:
@@ -170,7 +199,7 @@ def test_a_flow_that_is_full_refuses_on_all_servers(two: Two) -> None:
         assert refused.status_code == 429, refused.text
         assert int(refused.headers["Retry-After"]) >= 1
     two.gate.open.release()
-    assert b.finished(accepted)["status"] == "Completed"
+    assert ended(b, accepted)["status"] == "Completed"
     assert b.get("/api/publishingAsync/full").status_code == 202
 
 
@@ -185,7 +214,7 @@ def test_a_job_of_a_limited_flow_leaves_its_place_while_it_waits(two: Two) -> No
         assert key is not None
         until(lambda key=key: (job := two.apps[0].store.get(key)) is not None and job.due is not None)
     assert [app.engine.queue.counts()["waiting"] for app in two.apps] == [0, 0]  # they wait in the database
-    assert {b.finished(one)["status"] for one in accepted} == {"Completed"}
+    assert {ended(b, one)["status"] for one in accepted} == {"Completed"}
 
 
 def test_what_waits_in_the_database_counts_for_the_queue_of_each_server(url: str, tmp_path: Path) -> None:
@@ -269,7 +298,7 @@ def test_a_server_that_was_buried_leaves_its_jobs_to_the_others(two: Two, cluste
     two.apps[0].node.tell("lost")  # as the store tells once it sees it
     assert two.gate.begun.acquire(timeout=20)  # its second run, on either server
     two.gate.open.release()
-    assert b.finished(job)["attempt"] == 2
+    assert ended(b, job)["attempt"] == 2
 
 
 def test_the_time_is_that_of_the_database(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
