@@ -2,7 +2,7 @@
 
 Of those that come in: patterns; pages, filters and an order of a response's rows. Of those that go out: connections
 with their credentials; pages, until; answers in gzip or deflate. Also the request that calls a flow with given
-parameters, and the line of a place in a JSON file.
+parameters.
 
 A wing of astera_lite, which loads this file for the first flow or answer that needs it.
 """

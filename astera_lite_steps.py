@@ -1,4 +1,4 @@
-"""The steps each, call and sql; the tests that flows have; advice on faulty flows.
+"""The steps each, call and sql; the tests that flows have.
 
 A wing of astera_lite, which loads this file when one of them is first wanted.
 """
