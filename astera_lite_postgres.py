@@ -677,13 +677,15 @@ class PostgresStore(PostgresReader):
         return {"lost"}
 
     def _bury(self, db: Any) -> set[str]:
-        """Free the jobs of servers whose lease has run out; what is new."""
+        """Free the jobs of servers whose lease has run out, and count jobs; what is new."""
         began = time.monotonic()
         if began >= self._free_at:
             self._free_from = 0
         sql = f"SELECT count(*), min(seq), (SELECT max(seq) FROM jobs) FROM jobs WHERE {_FREE} NULL AND seq >= %s"
         self.queued, first, last = db.execute(sql, (self._free_from,)).fetchone()
         if not self._free_from:
+            sql = "UPDATE nodes SET jobs = (SELECT count(*) FROM jobs WHERE owner = start) WHERE start = %s"
+            db.execute(sql, (self._start,))
             self._free_at = began + max(_FREE_S, 20 * (time.monotonic() - began))
         self._free_from = max(0, (first or last or 0) - _LATE)
         gone = db.execute(
@@ -700,11 +702,11 @@ class PostgresStore(PostgresReader):
         return {"jobs"} if gone else set()
 
     def members(self) -> list[NodeInfo]:
-        """The servers that use the database."""
+        """The servers that use the database, with their jobs as of some seconds ago."""
         rows = self._all(
             "SELECT name, number, (extract(epoch FROM since) * 1000)::bigint,"
             " (extract(epoch FROM lease_until - clock_timestamp()) * 1000)::bigint,"
-            " (SELECT count(*) FROM jobs WHERE owner = start), start = %s FROM nodes ORDER BY number",
+            " jobs, start = %s FROM nodes ORDER BY number",
             (self._start,),
         )
         return [NodeInfo(*row) for row in rows]
