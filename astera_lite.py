@@ -7994,16 +7994,18 @@ class AsteraLite:
             self.node.hand_over()
         deadline = time.monotonic() + self.settings.shutdown_timeout
         left = self.engine.stop(self.settings.shutdown_timeout)
+        successor = "another server" if self.node else "the next start"
         if left:
             log.warning(
-                "still running after %gs: %d jobs or calls; the next start resumes the jobs",
+                "still running after %gs: %d jobs or calls; %s resumes the jobs",
                 self.settings.shutdown_timeout,
                 left,
+                successor,
             )
         self.outside.close()
         undelivered = self.courier.stop(deadline - time.monotonic())
         if undelivered:
-            log.warning("%d callbacks were still in progress; the next start sends them again", undelivered)
+            log.warning("%d callbacks were still in progress; %s sends them again", undelivered, successor)
         self.housekeeper.stop(5.0)
         if self.node is not None:
             self.node.stop(5.0)
@@ -10366,7 +10368,8 @@ def _log_stopping(app: AsteraLite, again: str) -> None:
         flows = shown(", ".join(sorted({*jobs, *requests})), 200)[1:-1]
         wait = app.settings.shutdown_timeout
         what = f": waiting up to {wait:g} s for {what} ({flows}); {again} stops at once"
-        what += "; unfinished jobs run again at the next start" if jobs else ""
+        where = "on another server" if app.node else "at the next start"
+        what += f"; unfinished jobs run again {where}" if jobs else ""
     log.info("stopping%s", what)
 
 
