@@ -6301,6 +6301,10 @@ class SqliteStore(SqliteReader):
 
         self._put(run, keep=False)
 
+    def leased(self) -> bool:
+        """Whether this server's lease runs, so that its jobs are no other's; where none share the database, always."""
+        return True
+
     def last_seq(self) -> int:
         """The greatest `seq` stored; 0 if there is none."""
         return self._first("SELECT max(seq) FROM jobs")[0] or 0
@@ -6613,12 +6617,19 @@ class JobJournal(Journal):
         """Wait until the beginning of this attempt, and all outputs so far, are on disk."""
         with self._changed:
             self.begin()
-            if not self._changed.wait_for(lambda: not self._unwritten, self._deadline - self._clock.monotonic()):
-                raise _TimedOut
-            if self._error is not None:
-                raise self._error
-            if self.superseded:
-                raise Cancelled
+            self._await()
+            if not self._store.leased():  # what was written then says nothing about whose the job is now
+                self._begun = False
+                self.begin()
+                self._await()
+
+    def _await(self) -> None:
+        if not self._changed.wait_for(lambda: not self._unwritten, self._deadline - self._clock.monotonic()):
+            raise _TimedOut
+        if self._error is not None:
+            raise self._error
+        if self.superseded:
+            raise Cancelled
 
     def begin(self) -> None:
         """Put the attempt on record, before the first output: whoever finds it knows that this run began."""

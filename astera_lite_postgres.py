@@ -603,6 +603,7 @@ class PostgresStore(PostgresReader):
 
     def _take_number(self, db: Any) -> None:
         """Become one of the servers, with the smallest number that is free."""
+        began = time.monotonic()
         with db.transaction():
             db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
             db.execute("DELETE FROM nodes WHERE lease_until < now()")
@@ -615,6 +616,7 @@ class PostgresStore(PostgresReader):
         if row is None:
             raise StoreError(f"{NODES} servers use this database, which is as many as can: stop one")
         self._start, self.node = row
+        self._leased_until = began + self._lease
         db.execute("SELECT pg_notify(%s, 'jobs')", (CHANNEL,))  # who was alone hears that it is no longer
         self._keep_time(db)
 
@@ -623,6 +625,10 @@ class PostgresStore(PostgresReader):
         now, others = db.execute(f"SELECT {_NOW}, count(*) FROM nodes WHERE start <> %s", (self._start,)).fetchone()
         self._offset = now - (before + time.monotonic()) * 500
         self._alone = not others
+
+    def leased(self) -> bool:
+        """Whether the lease runs, so that the jobs of this server are no other's."""
+        return time.monotonic() < self._leased_until
 
     def now(self) -> int:
         """Milliseconds since the epoch by the clock of the database, as of the last renewal of the lease."""
@@ -670,7 +676,9 @@ class PostgresStore(PostgresReader):
         """Renew the lease, and tell how far the runs are; what is new."""
         progress = to_json({str(seq): list(far) for seq, far in self._progress().items()})
         sql = "UPDATE nodes SET lease_until = now() + %s * interval '1 second', progress = %s WHERE start = %s"
+        began = time.monotonic()
         if db.execute(sql, (self._lease, progress, self._start)).rowcount:
+            self._leased_until = began + self._lease
             self._keep_time(db)
             return set()
         self._take_number(db)
