@@ -811,6 +811,8 @@ class PostgresStore(PostgresReader):
                     for write in batch:
                         self._commit([write])
                     return
+                elif code == "23505" and batch[0].kind == "add":  # this server lost its lease: another has its number
+                    failure = Busy("The server did not renew its lease in time and starts anew: try again.", 1)
                 else:
                     log.error("a write failed: %s", error, exc_info=None if isinstance(error, AsteraError) else error)
                 self._tell([write for write in batch if not (words and write.keep)], None, failure)

@@ -181,6 +181,15 @@ def test_numbers_are_the_smallest_that_are_free(open_store: Open) -> None:
     assert [open_store().node for _ in range(2)] == [1, 3]
 
 
+def test_an_id_that_another_server_has_made_is_refused_for_a_moment(open_store: Open) -> None:
+    # by a server that makes ids with a number that it has lost with its lease
+    stores, new = [open_store(name=name) for name in "ab"], job()
+    assert done(stores[0].add, submission(new)) == Added(new, False)
+    with pytest.raises(Busy, match="try again"):
+        done(stores[1].add, submission(new))
+    assert stores[1].fault is None
+
+
 def test_more_servers_than_numbers_are_refused(store: PostgresStore, url: str) -> None:
     look(url, "INSERT INTO nodes (number, name, lease_until) SELECT n, '', now() + '1h' FROM generate_series(1, 63) n")
     with pytest.raises(StoreError, match="64 servers use this database, which is as many as can: stop one"):
