@@ -35,7 +35,9 @@ whole server.
     astera_lite_advice     remedies and places that messages about faulty flows add
     astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files
     astera_lite_admin      all routes except submit, poll and fetch: lists of jobs, deployments, metrics, console
+    astera_lite_postgres   a second store, on PostgreSQL, which several servers may share
     astera_lite_nodes      the work of a server that shares its database with other servers
+    astera_lite_import     the command import: from a SQLite database to PostgreSQL
     astera_lite_tools      the commands: check, try, test, new, jobs, job, token, backup, zipapp and more; --help
 """
 
@@ -1012,6 +1014,7 @@ Settings.__new__.__defaults__ = tuple(item.default for item in SETTING_FIELDS.va
 # ======================================================================================================================
 # 3 Records
 # To add a field of a job: a field here, a column in schema.sql, a row in the store's table of columns (room 7).
+# What differs from job to job in the status document of a new job belongs to status_body, too.
 # ======================================================================================================================
 
 

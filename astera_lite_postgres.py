@@ -17,6 +17,7 @@ import logging
 import math
 import queue
 import re
+import sys
 import threading
 import time
 from collections import deque
@@ -218,9 +219,9 @@ def _store_error(error: Exception) -> StoreError:
 
 def _parameters(url: str) -> dict[str, Any]:
     """What libpq makes of an address; raises ConfigError, which does not repeat it, for it may hold a password."""
-    if psycopg is None:
-        cure = 'pip install "psycopg[binary]"'
-        raise ConfigError([Fault("database", "", f"PostgreSQL needs psycopg 3, which is not installed: {cure}")])
+    if psycopg is None or tuple(map(int, psycopg.__version__.split(".")[:2])) < (3, 2):
+        need = f"PostgreSQL needs psycopg 3.2 or newer, which is not installed for {sys.executable}"
+        raise ConfigError([Fault("database", "", f'{need}: pip install "psycopg[binary]"')])
     try:
         return dict(psycopg.conninfo.conninfo_to_dict(url))
     except psycopg.Error:

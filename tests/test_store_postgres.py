@@ -512,7 +512,7 @@ def test_what_cannot_be_opened_is_said_in_a_sentence_without_secrets(
         PostgresStore(f"postgresql://astera:{secret}@[::/x?{secret}")
     assert secret not in str(refused.value)
     monkeypatch.setattr(astera_lite_postgres, "psycopg", None)
-    with pytest.raises(astera_lite_postgres.ConfigError, match="psycopg 3, which is not installed: pip install"):
+    with pytest.raises(astera_lite_postgres.ConfigError, match=r"psycopg 3\.2 or newer, which is not installed"):
         PostgresStore(url)
 
 
