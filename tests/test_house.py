@@ -25,8 +25,8 @@ from astera_lite_documents import flow_schema
 
 FILES = ("astera_lite.py", *WINGS)
 TREES = {name: ast.parse((ROOT / name).read_text("utf-8")) for name in FILES}
-#: Lines that a file may have (wc -l). Where one is full, move what a server seldom needs to another wing, or to a new one.
-#: The core is to fall further: the plan allows it 7,500.
+#: Lines that a file may have (wc -l). Where one is full, move what a server seldom needs to another wing, or to a new
+#: one. The core is to fall further: the plan allows it 7,500.
 LINES = {
     "astera_lite.py": 10_600,
     "astera_lite_admin.py": 800,
