@@ -542,7 +542,7 @@ class PostgresStore(PostgresReader):
         self._begin()
         self.fault: str | None = None
         self.queued = 0  # jobs that no server has in hand and that do not wait, as of the last second
-        self.node = 0
+        self.node = self._start = 0
         self._news: Callable[[str], None] = lambda word: None
         self._progress: Callable[[], Mapping[int, Progress]] = dict
         self._limits: Mapping[str, int | None] = {}  # of the flows in service
@@ -550,10 +550,9 @@ class PostgresStore(PostgresReader):
         self._strange: dict[int, float] = {}  # by `seq` of a free job of an unknown flow: when it was seen, monotonic
         self._orphans: set[int] = set()  # jobs of this server that it did not know of, at the last look
         self._orphans_at = 0.0
-        self._free_from, self._free_at = (
-            0,
-            0.0,
-        )  # `seq` below which no job is free, and until when that is taken for true
+        self._mine: dict[int, int] = {}  # by `seq` of a job taken and not left since: the start that took it
+        self._free_from = 0  # `seq` below which no job is free
+        self._free_at = 0.0  # until when that is taken for true
         self._alone = True  # no other server's lease runs
         self._renew_at = 0.0  # when the lease is renewed, monotonic
         self._offset = 0.0  # milliseconds from the monotonic clock to that of the database
@@ -616,6 +615,7 @@ class PostgresStore(PostgresReader):
             ).fetchone()
         if row is None:
             raise StoreError(f"{NODES} servers use this database, which is as many as can: stop one")
+        self._mine = {}
         self._start, self.node = row
         self._leased_until = began + self._lease
         db.execute("SELECT pg_notify(%s, 'jobs')", (CHANNEL,))  # who was alone hears that it is no longer
@@ -630,6 +630,10 @@ class PostgresStore(PostgresReader):
     def leased(self) -> bool:
         """Whether the lease runs, so that the jobs of this server are no other's."""
         return time.monotonic() < self._leased_until
+
+    def owns(self, seq: int) -> bool:
+        """Whether a job in hand was taken since this server got its present number, so that it is not lost."""
+        return self._mine.get(seq) == self._start
 
     def now(self) -> int:
         """Milliseconds since the epoch by the clock of the database, as of the last renewal of the lease."""
@@ -911,7 +915,11 @@ class PostgresStore(PostgresReader):
 
         def read() -> list[Any]:
             self._used.update(dict.fromkeys(unmarked, now))
-            return [answers.get(write.seq) or Added(write.about.job, False) for write in group]
+            results = [answers.get(write.seq) or Added(write.about.job, False) for write in group]
+            for write, result in zip(group, results, strict=True):
+                if isinstance(result, Added) and not result.replayed and write.about.owned and not write.about.ended:
+                    self._mine[write.seq] = owner
+            return results
 
         return read
 
@@ -970,10 +978,11 @@ class PostgresStore(PostgresReader):
         """
         self._limits = flows
         found: list[_ROW] = []
+        start = self._start
         with self._reading() as db:
 
             def take(flows: list[str], most: int) -> list[_ROW]:
-                values = (flows, max(0, most), flows, self._free_from, max(0, most), self._start, max(0, most))
+                values = (flows, max(0, most), flows, self._free_from, max(0, most), start, max(0, most))
                 return list(db.execute(_CLAIM, values))
 
             limited = sorted(flow for flow, most in flows.items() if most is not None)
@@ -990,6 +999,7 @@ class PostgresStore(PostgresReader):
             if now >= self._orphans_at and not self.fault:
                 self._orphans_at = now + _ORPHAN_S
                 found += self._look_for_lost(db, held, now, list(flows))
+        self._mine |= {row[0]: start for row in found if row[0] not in held}
         return [Claimed(*row) for row in sorted(found)]
 
     def _look_for_lost(self, db: Any, held: Container[int], now: float, flows: list[str]) -> list[_ROW]:
@@ -1025,21 +1035,27 @@ class PostgresStore(PostgresReader):
     def suspend(self, job: Job, path: str, until: int, trace: str, done: Done) -> None:
         """Record that a job waits until it is `due`. One of a flow with a limit is free from then on."""
         is_free = self._limits.get(job.flow) is not None
+        if is_free:
+            self._mine.pop(job.key.seq, None)
         values = (job.attempt, job.started, job.due, trace, is_free, path, until)
         self._put(_Write("suspend", job.key.seq, values, done=done, keep=True))
 
     def requeue(self, key: JobKey, attempt: int) -> None:
         """Record that an orderly stop broke a run off, and leave the job to any server."""
+        self._mine.pop(key.seq, None)
         self._put(_Write("requeue", key.seq, (attempt,), keep=True, word="freed jobs"))
 
     def release(self, seqs: list[int]) -> None:
         """Leave jobs of this server that no thread runs to any server."""
+        for seq in seqs:
+            self._mine.pop(seq, None)
         sql = "UPDATE jobs SET owner = NULL WHERE seq = ANY(%s) AND owner = %s AND status = 'Running'"
         self._run(lambda db: db.execute(sql, (seqs, self._start)), keep=True, word="jobs")
 
     def finish(self, finish: Finish, done: Done) -> None:
         """End a job of this server; `done` gets whether it was Running, at this attempt if it is fenced."""
         key = finish.job.key
+        self._mine.pop(key.seq, None)
         cells = piece_rows(key, "result", finish.attempt, finish.outcome.answer.body)
         values = (finish.fenced, *end_columns(finish))
         self._put(_Write("finish", key.seq, values, finish, cells, done=done, keep=True, word="ends"))

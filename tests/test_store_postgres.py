@@ -150,6 +150,22 @@ def test_a_job_that_is_claimed_again_after_a_loss_is_not_written_by_the_run_befo
     assert done(store.finish, finish(new)) is True
 
 
+def test_what_is_taken_after_a_loss_is_told_from_what_was_lost(open_store: Open, url: str) -> None:
+    store = open_store(name="a")
+    old, words = add(store), told(store)
+    assert store.owns(old.key.seq)
+    bury(url, store)
+    store._renew_at = 0.0
+    while words.get(timeout=10) != "lost":
+        pass
+    new, free = add(store), add(store, owned=False)
+    assert claimed(store, held={old.key.seq}) == [old.key.seq, free.key.seq]
+    assert [store.owns(each.key.seq) for each in (old, new, free)] == [False, True, True]  # the first run goes on
+    for each in (new, free):
+        assert done(store.finish, finish(each)) is True
+    assert store._mine == {}
+
+
 def test_a_lease_that_runs_out_frees_the_jobs_and_others_hear_of_it(open_store: Open, url: str) -> None:
     one, other = open_store(name="a"), open_store(name="b")
     new, words = add(one), told(other)
