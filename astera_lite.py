@@ -755,10 +755,19 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
         _check_depth(text, MAX_JSON_CONTAINERS if decoder is _decoder else max(MAX_JSON_CONTAINERS, len(text) // 20))
     try:
-        value = decoder.decode(text)
+        try:
+            value, end = decoder.raw_decode(text)  # `decode` looks for blanks first
+        except json.JSONDecodeError:
+            end = -1
+        if end < 0 or text[end:].strip(" \t\r\n"):
+            value = decoder.decode(text)  # blanks before the value, or a fault that it names
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    if ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    if (
+        "\\u" in text
+        and ("\\ud" in text or "\\uD" in text)
+        and _SURROGATE.search(json.dumps(value, ensure_ascii=False))
+    ):
         if decoder is _decoder:
             raise ValueError("a string has half of a surrogate pair")
         return _mapped(value, lambda text: _SURROGATE.sub("\ufffd", text))
@@ -2908,13 +2917,9 @@ def _has_long_number(text: bytes) -> bool:
     return len(text.translate(None, _NO_DIGITS)) >= 19 and _LONG_NUMBER.search(text) is not None
 
 
-def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
-    """The value of a request's body; InputError (415) if it is of another type than the flow takes."""
-    if not request.body:
-        if flow.body_required:
-            errors.add("body", "", "is missing: send " + flow.content_types[0])
-        return None
-    content_type, accepts = request.headers.get("content-type", ""), flow.content_types
+@lru_cache(maxsize=16)
+def _media_type(content_type: str, accepts: tuple[str, ...]) -> str:
+    """The media type of a request's body; InputError (415) if a flow that takes some types takes others."""
     media = content_type.partition(";")[0].strip().lower()
     if not media and CONTENT_TYPES["binary"] in accepts:  # RFC 9110, section 8.3
         media = CONTENT_TYPES["binary"]
@@ -2927,6 +2932,17 @@ def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
         message = "the charset must be utf-8"
     if message:
         raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
+    return media
+
+
+def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
+    """The value of a request's body; raises InputError (415) for a type that the flow does not take."""
+    if not request.body:
+        if flow.body_required:
+            errors.add("body", "", "is missing: send " + flow.content_types[0])
+        return None
+    media = _media_type(request.headers.get("content-type", ""), flow.content_types)
+    is_json = is_json_type(media)
     try:
         value = _read_body(request.body, media)
     except ValueError as error:
@@ -3657,14 +3673,16 @@ def make_answer(
     """A flow's values as a response to a method; ExpressionError or ValueError if they are none."""
     if type(status) is not int or not 200 <= status <= 599:
         raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
-    pairs = tuple((name, _field_value(name, as_text(text))) for name, text in headers.items() if text is not None)
+    pairs: Pairs = ()
+    if headers:
+        pairs = tuple((name, _field_value(name, as_text(text))) for name, text in headers.items() if text is not None)
     try:
         pairs = with_owed(status, pairs, method)
     except ValueError as error:
         raise ExpressionError(f"/response/status: {error}") from None
     if empty or status in _WITHOUT_BODY:
         return Answer(status, pairs)
-    content_type = header_value(pairs, "content-type") or ""
+    content_type = (header_value(pairs, "content-type") or "") if pairs else ""
     media = content_type.partition(";")[0].strip().lower()
     if type(body) is bytes:
         data, default = body, CONTENT_TYPES["binary"]
@@ -3677,7 +3695,7 @@ def make_answer(
         data, default = json_body(body), CONTENT_TYPES["json"]
     if len(data) > max_bytes:
         raise ExpressionError(f"/response/body: it is larger than max_result ({show_size(max_bytes)})")
-    others = [pair for pair in pairs if pair[0].lower() != "content-type"]
+    others = [pair for pair in pairs if pair[0].lower() != "content-type"] if pairs else ()
     return Answer(status, (*others, ("Content-Type", content_type if media else default)), data)
 
 
@@ -5669,6 +5687,9 @@ def piece_rows(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple
     return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(starts)]
 
 
+_headers_column = lru_cache(maxsize=64)(to_json)  # a flow's headers are mostly the same
+
+
 def end_columns(finish: Finish | None) -> tuple[Any, ...]:
     """status, attempt, started, finished, expires, code, size, headers, error, trace, result."""
     if finish is None:
@@ -5676,7 +5697,7 @@ def end_columns(finish: Finish | None) -> tuple[Any, ...]:
     answer, error = finish.outcome.answer, finish.outcome.error
     return (
         str(finish.outcome.status), finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
-        len(answer.body), to_json(answer.headers), error and to_json(error), finish.trace,
+        len(answer.body), _headers_column(answer.headers), error and to_json(error), finish.trace,
         None if len(answer.body) > PIECE else answer.body,
     )  # fmt: skip
 
@@ -8842,12 +8863,22 @@ class Exchange:
     answered = False
     on_close: Callable[[], None] | None = None  # called if the client goes before it is answered
 
-    def __init__(self, app: AsteraLite, head: Head, request_id: str, base: str, origin: str, handler: Handler) -> None:
-        """`origin` is how the request names the server, `base` how URLs in answers begin."""
-        self.app, self.head, self.request_id, self.base, self.origin = app, head, request_id, base, origin
+    def __init__(self, app: AsteraLite, head: Head, request_id: str, handler: Handler) -> None:
+        self.app, self.head, self.request_id = app, head, request_id
         self.values: dict[str, str] = {}  # of the path's placeholders
         self.began = time.monotonic()
         self._handler = handler
+
+    @property
+    def origin(self) -> str:
+        """The server's origin, as the request names it."""
+        server = self._handler.server
+        return f"{server.scheme}://{self.head.headers.get('host') or server.url.partition('//')[2]}"
+
+    @property
+    def base(self) -> str:
+        """How URLs in answers begin."""
+        return self._handler.server.base or self.origin
 
     # Methods, and no callables of its own: an exchange that refers to itself would be left to the garbage collector.
 
@@ -9249,16 +9280,16 @@ def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable
 
 def status_response(x: Exchange, seen: Seen, code: int = 200, more: Iterable[tuple[str, str]] = ()) -> Reply:
     """A status document; with its Location where the answer is another resource's."""
-    job, progress = seen
+    (job, progress), base = seen, x.base
     headers = [JSON_TYPE, ("Job-Status", job.status), NO_STORE]
     if code == 202:
-        headers.append(("Location", f"{x.base}/api/jobs/{job.id}/status"))
+        headers.append(("Location", f"{base}/api/jobs/{job.id}/status"))
     headers += more
     if job.status is Status.RUNNING:
         headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
-    body = status_body(job, x.base, progress, x.app.clock.offset)
+    body = status_body(job, base, progress, x.app.clock.offset)
     if job.status is not Status.RUNNING and code == 200:
-        headers.append(("Location", f"{x.base}/api/jobs/{job.id}/result"))
+        headers.append(("Location", f"{base}/api/jobs/{job.id}/result"))
         if x.head.method in READING:
             headers[2:3] = REVALIDATED, ("ETag", entity_tag(body))
     return Reply(code, headers, body)
@@ -10144,8 +10175,7 @@ class Server(ThreadingHTTPServer):
 
     def exchange(self, handler: Handler, head: Head) -> Exchange:
         """A new exchange on a connection."""
-        origin = f"{self.scheme}://{head.headers.get('host') or self.url.partition('//')[2]}"
-        return Exchange(self.app, head, self._next_request_id(), self.base or origin, origin, handler)
+        return Exchange(self.app, head, self._next_request_id(), handler)
 
     def route(self, x: Exchange) -> None:
         """Authorise a request and find its route; raises the error that refuses it before its body is read.
