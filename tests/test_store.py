@@ -30,6 +30,7 @@ from astera_lite import (
     Answer,
     AsteraLite,
     Attempt,
+    Busy,
     Conflict,
     Delivery,
     Finish,
@@ -717,7 +718,7 @@ def test_a_row_that_cannot_be_written_does_not_fail_its_neighbours(store: Sqlite
         ends = [Written(store.finish, finish(new)) for new in jobs]
     assert [write.get() for write in before + after] == [Added(new, False) for new in jobs]
     assert [write.get() for write in ends] == [True] * 9
-    with pytest.raises(StoreError):
+    with pytest.raises((StoreError, Busy)):  # Busy: the number of a server that another has by now
         wrong.get()
     assert store.fault is None
     assert [store.get(new.key).status for new in jobs] == [Status.COMPLETED] * 9  # type: ignore[union-attr]
