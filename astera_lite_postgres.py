@@ -105,6 +105,8 @@ _FROM_JOBS = " FROM jobs j LEFT JOIN callbacks c ON c.job = seq"
 _SELECT_JOB = f"SELECT {_JOB_COLUMNS}{_FROM_JOBS}"
 _OF_KEY = " WHERE seq = %s AND salt = %s"
 _FREE = "status = 'Running' AND owner IS NULL AND due IS"
+#: Of a server that is gone. Where the database was away, all leases have run out, and those who live come back soon.
+_GONE = "lease_until < now() AND pg_postmaster_start_time() < now() - %s * interval '1 second'"
 _IN_PIECES = "(SELECT string_agg(data, '' ORDER BY n) FROM pieces WHERE job = seq AND part = '{}')"
 
 
@@ -555,6 +557,7 @@ class PostgresStore(PostgresReader):
         self._free_at = 0.0  # until when that is taken for true
         self._alone = True  # no other server's lease runs
         self._renew_at = 0.0  # when the lease is renewed, monotonic
+        self._bury_at = 0.0  # until when others may be cut off that live, for this server was, too; monotonic
         self._offset = 0.0  # milliseconds from the monotonic clock to that of the database
         db = self._address.first()
         try:
@@ -606,7 +609,8 @@ class PostgresStore(PostgresReader):
         began = time.monotonic()
         with db.transaction():
             db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-            db.execute("DELETE FROM nodes WHERE lease_until < now()")
+            if began >= self._bury_at:
+                db.execute(f"DELETE FROM nodes WHERE {_GONE}", (self._lease,))
             row = db.execute(
                 "INSERT INTO nodes (number, name, lease_until) SELECT min(n), %s, now() + %s * interval '1 second'"
                 " FROM generate_series(0, %s) n WHERE n NOT IN (SELECT number FROM nodes) HAVING min(n) IS NOT NULL"
@@ -618,6 +622,7 @@ class PostgresStore(PostgresReader):
         self._mine = {}
         self._start, self.node = row
         self._leased_until = began + self._lease
+        self._news("lost")  # at once, for what follows may fail
         db.execute("SELECT pg_notify(%s, 'jobs')", (CHANNEL,))  # who was alone hears that it is no longer
         self._keep_time(db)
 
@@ -641,19 +646,22 @@ class PostgresStore(PostgresReader):
 
     def _follow(self) -> None:
         """The thread that renews the lease and hears of other servers."""
-        db, look_at = None, 0.0
+        db, look_at, was_cut = None, 0.0, False
         while not self._end.is_set():
             words = set[str]()
             try:
                 if db is None or db.closed:
                     db = self._address.connect()
-                    db.execute(f"LISTEN {CHANNEL}")
+                    # no lock on jobs is to cost the lease
+                    db.execute(f"SET lock_timeout = {int(self._lease * 200)}; LISTEN {CHANNEL}")
                     words = {"jobs", "ends", "cancel", "flows", "tokens"}  # what was told meanwhile
                     self._renew_at = 0.0
                 now = time.monotonic()
                 if now >= self._renew_at:
+                    if was_cut or not self.leased():
+                        self._bury_at, was_cut = now + self._lease, False
                     self._renew_at = now + self._lease / 3
-                    words |= self._renew(db)
+                    self._renew(db)
                 if now >= look_at:
                     look_at = now + _LOOK_S
                     words |= self._bury(db)
@@ -668,26 +676,28 @@ class PostgresStore(PostgresReader):
                                 self._free_from, self._free_at = 0, 0.0
                             else:
                                 self._news(word)
+            except psycopg.errors.LockNotAvailable:
+                self._renew_at = 0.0
             except Exception as error:  # whatever it is, the lease depends on this thread
                 if db is not None:
                     db.close()
+                was_cut = True
                 level = log.debug if isinstance(error, psycopg.Error) else log.exception
                 level("the lease: %s", error)
                 self._end.wait(_RETRY_S)
         if db is not None:
             db.close()
 
-    def _renew(self, db: Any) -> set[str]:
-        """Renew the lease, and tell how far the runs are; what is new."""
+    def _renew(self, db: Any) -> None:
+        """Renew the lease, and tell how far the runs are."""
         progress = to_json({str(seq): list(far) for seq, far in self._progress().items()})
         sql = "UPDATE nodes SET lease_until = now() + %s * interval '1 second', progress = %s WHERE start = %s"
         began = time.monotonic()
         if db.execute(sql, (self._lease, progress, self._start)).rowcount:
             self._leased_until = began + self._lease
             self._keep_time(db)
-            return set()
-        self._take_number(db)
-        return {"lost"}
+        else:
+            self._take_number(db)
 
     def _bury(self, db: Any) -> set[str]:
         """Free the jobs of servers whose lease has run out, and count jobs; what is new."""
@@ -701,16 +711,17 @@ class PostgresStore(PostgresReader):
             db.execute(sql, (self._start,))
             self._free_at = began + max(_FREE_S, 20 * (time.monotonic() - began))
         self._free_from = max(0, (first or last or 0) - _LATE)
-        gone = db.execute(
-            "DELETE FROM nodes WHERE start IN (SELECT start FROM nodes WHERE lease_until < now() AND start <> %s"
-            " FOR UPDATE SKIP LOCKED) RETURNING name",
-            (self._start,),
-        ).fetchall()
-        if gone:
-            self._free_from, self._free_at = 0, 0.0
+        if began < self._bury_at:
+            return set()
+        sql = (
+            f"DELETE FROM nodes WHERE start IN (SELECT start FROM nodes WHERE {_GONE} AND start <> %s"
+            " FOR UPDATE SKIP LOCKED) RETURNING name"
+        )
+        gone = db.execute(sql, (self._lease, self._start)).fetchall()
         for (name,) in gone:
             log.warning("the server %s is not heard of any more: its jobs are free", name)
         if gone:
+            self._free_from, self._free_at = 0, 0.0
             db.execute("SELECT pg_notify(%s, 'freed jobs')", (CHANNEL,))
         return {"jobs"} if gone else set()
 

@@ -167,7 +167,7 @@ def test_what_is_taken_after_a_loss_is_told_from_what_was_lost(open_store: Open,
 
 
 def test_a_lease_that_runs_out_frees_the_jobs_and_others_hear_of_it(open_store: Open, url: str) -> None:
-    one, other = open_store(name="a"), open_store(name="b")
+    one, other = open_store(name="a"), open_store(name="b", lease=1)
     new, words = add(one), told(other)
     one._end.set()  # its thread renews no more
     one._threads[1].join()
@@ -211,7 +211,9 @@ def test_more_servers_than_numbers_are_refused(store: PostgresStore, url: str) -
     with pytest.raises(StoreError, match="64 servers use this database, which is as many as can: stop one"):
         PostgresStore(url)
     look(url, "UPDATE nodes SET lease_until = now() - interval '1s' WHERE number > 0")
-    PostgresStore(url).close()
+    with pytest.raises(StoreError, match="64 servers"):  # the database started less than a lease ago
+        PostgresStore(url, lease=10**6)
+    PostgresStore(url, lease=1).close()
 
 
 def test_a_server_that_was_alone_tells_one_that_came_later(cluster: Cluster) -> None:
@@ -391,6 +393,72 @@ def test_tokens_are_made_once_and_revoked_once(url: str) -> None:
 
 
 # ---- The database is away --------------------------------------------------------------------------------------------
+
+_GONE = "INSERT INTO nodes (number, name, lease_until) VALUES (9, 'gone', now() - interval '1s')"
+_CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> %s"
+
+
+def looked(store: PostgresStore) -> None:
+    """Wait for a whole look at what is free and who is gone."""
+    for _ in range(2):  # the first may be under way
+        store._free_at = 0.0
+        until(lambda: store._free_at > 0)
+
+
+def test_who_was_cut_off_does_not_bury_others_before_they_can_be_back(open_store: Open, url: str) -> None:
+    import psycopg
+
+    store = open_store(name="a", lease=1)
+    words = told(store)
+    for _ in range(5):  # it is connected
+        words.get(timeout=10)
+    store._lease = 100  # of which the database is older: see below
+    with psycopg.connect(url) as held:
+        held.execute(_GONE)
+        held.execute(_CUT, (held.info.backend_pid,))
+    for _ in range(5):  # it is connected again
+        words.get(timeout=10)
+    store._lease = 1
+    looked(store)
+    assert look(url, "SELECT name FROM nodes ORDER BY name") == [("a",), ("gone",)]
+    store._bury_at = 0.0
+    until(lambda: look(url, "SELECT name FROM nodes") == [("a",)])
+
+
+def test_a_lock_on_jobs_does_not_cost_the_lease(open_store: Open, url: str) -> None:
+    import psycopg
+
+    store = open_store(name="a", lease=3)
+    told(store)
+    with psycopg.connect(url) as held:
+        held.execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+        (began,) = held.execute("SELECT now()").fetchone() or ()
+
+        def is_over() -> bool:
+            sql = "SELECT lease_until > now(), now() > %s + interval '5 s' FROM nodes WHERE start = %s"
+            [(lives, over)] = look(url, sql, began, store._start)
+            assert lives
+            return bool(over)
+
+        until(is_over)
+
+
+def test_a_loss_is_told_although_what_follows_it_fails(
+    store: PostgresStore, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, keep_time, start = told(store), store._keep_time, store._start
+
+    def cut_off(db: Any) -> None:
+        if store._start != start:
+            monkeypatch.setattr(store, "_keep_time", keep_time)
+            raise StoreError("cut off")
+        keep_time(db)
+
+    monkeypatch.setattr(store, "_keep_time", cut_off)
+    bury(url, store)
+    store._renew_at = 0.0
+    while words.get(timeout=10) != "lost":
+        pass
 
 
 def test_a_lost_connection_is_made_again_and_ends_are_kept(open_store: Open, url: str, cluster: Cluster) -> None:
