@@ -144,7 +144,7 @@ _GROUPS = {
     "suspend": (
         f"{_RUN}, started bigint, due bigint, trace text, free bool, path text, until bigint",
         "WITH waiting AS (UPDATE jobs j SET attempt = v.attempt, started = v.started, due = v.due, trace = v.trace,"
-        f" owner = CASE WHEN free THEN NULL ELSE v.owner END FROM v WHERE {_FENCE} RETURNING j.seq, path, until)"
+        f" owner = CASE WHEN NOT free OR j.cancel THEN v.owner END FROM v WHERE {_FENCE} RETURNING j.seq, path, until)"
         " INSERT INTO steps (job, path, until) SELECT seq, path, until FROM waiting"
         " ON CONFLICT (job, path) DO UPDATE SET until = excluded.until, output = NULL RETURNING job",
     ),
@@ -543,7 +543,7 @@ class PostgresStore(PostgresReader):
         self._lease, self._name = lease, name
         self._begin()
         self.fault: str | None = None
-        self.queued = 0  # jobs that no server has in hand and that do not wait, as of the last second
+        self.queued = 0  # jobs that no server has in hand and that do not wait, as of the last second, and own since
         self.node = self._start = 0
         self._news: Callable[[str], None] = lambda word: None
         self._progress: Callable[[], Mapping[int, Progress]] = dict
@@ -646,9 +646,8 @@ class PostgresStore(PostgresReader):
 
     def _follow(self) -> None:
         """The thread that renews the lease and hears of other servers."""
-        db, look_at, was_cut = None, 0.0, False
+        db, look_at, was_cut, words = None, 0.0, False, set[str]()
         while not self._end.is_set():
-            words = set[str]()
             try:
                 if db is None or db.closed:
                     db = self._address.connect()
@@ -664,9 +663,9 @@ class PostgresStore(PostgresReader):
                     self._renew(db)
                 if now >= look_at:
                     look_at = now + _LOOK_S
-                    words |= self._bury(db)
-                for word in words:
-                    self._news(word)
+                    self._bury(db)
+                while words:
+                    self._news(words.pop())
                 wait = max(0.0, min(self._renew_at, look_at) - time.monotonic())
                 for told in db.notifies(timeout=min(wait, 0.2), stop_after=1):
                     if told.pid != self._pid:
@@ -691,16 +690,16 @@ class PostgresStore(PostgresReader):
     def _renew(self, db: Any) -> None:
         """Renew the lease, and tell how far the runs are."""
         progress = to_json({str(seq): list(far) for seq, far in self._progress().items()})
-        sql = "UPDATE nodes SET lease_until = now() + %s * interval '1 second', progress = %s WHERE start = %s"
+        sql = "UPDATE nodes SET lease_until = now() + %s * interval '1s', progress = %s, flows = %s WHERE start = %s"
         began = time.monotonic()
-        if db.execute(sql, (self._lease, progress, self._start)).rowcount:
+        if db.execute(sql, (self._lease, progress, to_json(sorted(self._limits)), self._start)).rowcount:
             self._leased_until = began + self._lease
             self._keep_time(db)
         else:
             self._take_number(db)
 
-    def _bury(self, db: Any) -> set[str]:
-        """Free the jobs of servers whose lease has run out, and count jobs; what is new."""
+    def _bury(self, db: Any) -> None:
+        """Free the jobs of servers whose lease has run out, and count jobs."""
         began = time.monotonic()
         if began >= self._free_at:
             self._free_from = 0
@@ -712,7 +711,7 @@ class PostgresStore(PostgresReader):
             self._free_at = began + max(_FREE_S, 20 * (time.monotonic() - began))
         self._free_from = max(0, (first or last or 0) - _LATE)
         if began < self._bury_at:
-            return set()
+            return
         sql = (
             f"DELETE FROM nodes WHERE start IN (SELECT start FROM nodes WHERE {_GONE} AND start <> %s"
             " FOR UPDATE SKIP LOCKED) RETURNING name"
@@ -720,10 +719,8 @@ class PostgresStore(PostgresReader):
         gone = db.execute(sql, (self._lease, self._start)).fetchall()
         for (name,) in gone:
             log.warning("the server %s is not heard of any more: its jobs are free", name)
-        if gone:
-            self._free_from, self._free_at = 0, 0.0
+        if gone:  # this server hears of it, too
             db.execute("SELECT pg_notify(%s, 'freed jobs')", (CHANNEL,))
-        return {"jobs"} if gone else set()
 
     def members(self) -> list[NodeInfo]:
         """The servers that use the database, with their jobs as of some seconds ago."""
@@ -928,8 +925,11 @@ class PostgresStore(PostgresReader):
             self._used.update(dict.fromkeys(unmarked, now))
             results = [answers.get(write.seq) or Added(write.about.job, False) for write in group]
             for write, result in zip(group, results, strict=True):
-                if isinstance(result, Added) and not result.replayed and write.about.owned and not write.about.ended:
-                    self._mine[write.seq] = owner
+                if isinstance(result, Added) and not result.replayed and not write.about.ended:
+                    if write.about.owned:
+                        self._mine[write.seq] = owner
+                    else:
+                        self.queued += 1
             return results
 
         return read
@@ -985,7 +985,7 @@ class PostgresStore(PostgresReader):
         """Take jobs of these flows that no server has in hand, at most `limit`, the oldest first.
 
         A flow with a limit gives as many as the limit allows on all servers together. What is this server's and not in
-        `held` at two looks is brought, too; and after an hour what nobody else has taken, whatever its flow.
+        `held` at two looks is brought, too; and what no server has had a flow for in an hour.
         """
         self._limits = flows
         found: list[_ROW] = []
@@ -1019,11 +1019,17 @@ class PostgresStore(PostgresReader):
         mine = [row for row in db.execute(sql, (self._start,)).fetchall() if row[0] not in held]
         found = [row for row in mine if row[0] in self._orphans]
         self._orphans = {row[0] for row in mine}
-        sql = f"SELECT seq FROM jobs WHERE {_FREE} NULL AND flow <> ALL(%s) ORDER BY seq LIMIT 1000"
-        self._strange = {seq: self._strange.get(seq, now) for (seq,) in db.execute(sql, (flows,)).fetchall()}
+        sql = "SELECT json_array_elements_text(flows::json) FROM nodes WHERE lease_until > now() AND start <> %s"
+        flows = [*flows, *(flow for (flow,) in db.execute(sql, (self._start,)))]
+        sql = (
+            f"(SELECT seq FROM jobs WHERE {_FREE} NULL AND flow <> ALL(%s) ORDER BY seq LIMIT 1000) UNION ALL"
+            f" (SELECT seq FROM jobs WHERE {_FREE} NOT NULL AND due <= {_NOW} AND flow <> ALL(%s) LIMIT 1000)"
+        )
+        self._strange = {seq: self._strange.get(seq, now) for (seq,) in db.execute(sql, (flows, flows))}
         old = [seq for seq, since in self._strange.items() if since <= now - _STRANGE_S]
         if old:
-            sql = f"UPDATE jobs SET owner = %s WHERE seq = ANY(%s) AND {_FREE} NULL RETURNING seq, due, flow, cancel"
+            sql = "UPDATE jobs SET owner = %s WHERE seq = ANY(%s) AND status = 'Running' AND owner IS NULL"
+            sql += " RETURNING seq, due, flow, cancel"
             found += db.execute(sql, (self._start, old)).fetchall()
         return found
 
@@ -1053,13 +1059,10 @@ class PostgresStore(PostgresReader):
 
     def requeue(self, key: JobKey, attempt: int) -> None:
         """Record that an orderly stop broke a run off, and leave the job to any server."""
-        self._mine.pop(key.seq, None)
         self._put(_Write("requeue", key.seq, (attempt,), keep=True, word="freed jobs"))
 
     def release(self, seqs: list[int]) -> None:
         """Leave jobs of this server that no thread runs to any server."""
-        for seq in seqs:
-            self._mine.pop(seq, None)
         sql = "UPDATE jobs SET owner = NULL WHERE seq = ANY(%s) AND owner = %s AND status = 'Running'"
         self._run(lambda db: db.execute(sql, (seqs, self._start)), keep=True, word="jobs")
 
@@ -1077,7 +1080,9 @@ class PostgresStore(PostgresReader):
         self._run(lambda db: _did(db, sql, (self._start, *key)), done, word="cancel")
 
     def cancelled(self) -> list[Job]:
-        """Jobs of this server that are to be cancelled."""
+        """Jobs of this server that are to be cancelled, and those of no server, which are this one's from now on."""
+        sql = "UPDATE jobs SET owner = %s WHERE owner IS NULL AND cancel AND status = 'Running' RETURNING seq"
+        self._all(sql, (self._start,))
         sql = f"{_SELECT_JOB} WHERE j.owner = %s AND cancel AND status = 'Running' ORDER BY seq"
         return [read_job(row) for row in self._all(sql, (self._start,))]
 

@@ -20,6 +20,7 @@ CREATE TABLE nodes (
     since       timestamptz NOT NULL DEFAULT now(), -- when it started
     lease_until timestamptz NOT NULL, -- after that others take its jobs
     jobs        bigint      NOT NULL DEFAULT 0, -- unfinished jobs that it has in hand, as of some seconds ago
+    flows       text        NOT NULL DEFAULT '[]', -- names of the flows it serves: JSON list
     progress    text        NOT NULL DEFAULT '{}' -- how far its runs are: JSON, by `seq` [step, done, total]
 );
 

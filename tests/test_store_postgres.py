@@ -294,6 +294,26 @@ def test_a_job_of_a_flow_that_nobody_has_is_taken_after_an_hour(
     assert claimed(store) == [strange.key.seq]
 
 
+def test_a_job_whose_time_has_come_and_whose_flow_nobody_has_is_taken_after_an_hour(
+    store: PostgresStore, url: str
+) -> None:
+    waiting, later = add(store, owned=False, flow="strange"), add(store, owned=False, flow="strange")
+    for each, due in ((waiting, T), (later, 1 << 50)):
+        look(url, "UPDATE jobs SET due = %s WHERE seq = %s", due, each.key.seq)
+    assert claimed(store) == []
+    store._orphans_at, store._strange = 0.0, {seq: since - 3601 for seq, since in store._strange.items()}
+    assert claimed(store) == [waiting.key.seq]
+
+
+def test_a_job_is_left_to_a_living_server_that_serves_its_flow(open_store: Open, url: str) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    add(one, owned=False, flow="rare")
+    assert claimed(other, limit=0, flows={"rare": 1}) == []
+    other._renew_at = 0.0
+    until(lambda: look(url, "SELECT flows FROM nodes WHERE name = 'b'") == [('["rare"]',)])
+    assert (claimed(one), one._strange) == ([], {})
+
+
 def test_a_cancel_reaches_the_owner(open_store: Open) -> None:
     one, other = open_store(name="a"), open_store(name="b")
     owned, free, ended = add(one), add(one, owned=False), add(one)
@@ -307,6 +327,30 @@ def test_a_cancel_reaches_the_owner(open_store: Open) -> None:
     assert [each.key for each in other.cancelled()] == [free.key]
     assert done(one.finish, finish(owned)) is True
     assert one.cancelled() == []
+
+
+def test_a_cancel_of_a_job_that_becomes_free_reaches_whoever_looks(open_store: Open, url: str) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    add(one, flow="limited", owned=False), add(one)
+    [seq] = claimed(one, flows={"limited": 1})
+    limited = next(each for each in one.page(T, 9, None, None, None, None) if each.key.seq == seq)
+    died = add(other)
+    for each in (limited, died):
+        assert done(one.ask_cancel, each.key) is True
+    assert done(one.suspend, limited._replace(attempt=1, started=T, due=T + 5), "w", T + 5, "[]") is True
+    assert [each.key for each in one.cancelled()] == [limited.key]  # it was not set free
+    look(url, "UPDATE jobs SET owner = NULL WHERE seq = %s", died.key.seq)  # as if its owner had died
+    assert [each.key for each in one.cancelled()] == [limited.key, died.key]
+
+
+def test_what_was_left_to_any_server_since_the_last_look_is_counted(store: PostgresStore) -> None:
+    store._end.set()  # no look any more
+    store._threads[1].join()
+    store.queued = 0
+    add(store)
+    for n in range(1, 4):
+        add(store, owned=False)
+        assert store.queued == n
 
 
 def test_progress_is_seen_on_another_server(open_store: Open) -> None:
