@@ -58,10 +58,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests marked `both_stores` run on SQLite and on PostgreSQL, if they have a folder and are not marked `sqlite`."""
+    """Tests marked `both_stores` run on SQLite and on PostgreSQL, if they have a folder and are not marked `sqlite`.
+
+    On PostgreSQL they run once, among the slow ones; the contract of the store runs with every Python.
+    """
     marks = {mark.name for mark in metafunc.definition.iter_markers()}
     if "both_stores" in marks and "sqlite" not in marks and "tmp_path" in metafunc.fixturenames:
-        metafunc.parametrize("_database", ["sqlite", "postgresql"], indirect=True)
+        marks_of_postgresql = [] if metafunc.definition.path.name == "test_store.py" else [pytest.mark.slow]
+        second = pytest.param("postgresql", marks=marks_of_postgresql)
+        metafunc.parametrize("_database", ["sqlite", second], indirect=True)
 
 
 @pytest.fixture(scope="session")
