@@ -7382,10 +7382,11 @@ class Housekeeper:
         self, store: Store, engine: Engine, courier: Courier, clock: Clock, chores: Sequence[Callable[[], object]] = ()
     ) -> None:
         self._store, self._engine, self._courier, self._clock = store, engine, courier, clock
-        self.chores = [engine.overdue, *chores]  # each once a second, until one fails
+        self.chores = [engine.overdue, *chores]  # each once a second
         self._wake = threading.Event()
         self._stopping = False
-        self._purge_at = self._chores_at = self._forget_at = 0
+        self._purge_at = self._chores_at = self._forget_at = 0  # over a period ahead: the database's clock went back
+        self._faults: dict[Callable[..., Any], str] = {}  # of the database, by what met them last
         self._thread = threading.Thread(target=self.run, name="astera-housekeeper", daemon=True)
 
     def start(self) -> None:
@@ -7405,34 +7406,41 @@ class Housekeeper:
 
     def run(self) -> None:
         """Tick until stopped."""
-        fault = ""
         while not self._stopping:
             self._wake.clear()
             now = self._clock.now()
-            next_at = now + _CHORES_EVERY_MS
-            try:
-                next_at, fault = self.tick(now), ""
-            except StoreError as error:
-                if str(error) != fault:  # else it is the same each second
-                    fault = str(error)
-                    log.error("housekeeping: %s", fault)
-            except Exception:  # the door of a chore: a fault of ours must not end the thread
-                log.exception("housekeeping")
-            self._wake.wait(max(next_at - now, 0) / 1000)
+            self._wake.wait(max(self.tick(now) - now, 0) / 1000)
 
     def tick(self, now: int) -> int:
         """Do what is due at `now` (milliseconds since the epoch); when to come again at the latest."""
-        self.look_at_clock()
-        if now >= self._chores_at:  # first, for what is overdue is to end also while the database cannot be read
+        self._unreachable = False
+        self._try(self.look_at_clock)
+        if not now < self._chores_at <= now + _CHORES_EVERY_MS:
             self._chores_at = now + _CHORES_EVERY_MS
             for chore in self.chores:
-                chore()
-        if now >= self._forget_at:
-            self._store.forget_flows()
+                self._try(chore)
+        if not now < self._forget_at <= now + _FORGET_EVERY_MS:
             self._forget_at = now + _FORGET_EVERY_MS
-        self._purge(now)
-        moments = (self._forget_at, self._engine.release(now), self._courier.send_due(now, self.wake))
-        return min(now + _CHORES_EVERY_MS, *(moment for moment in moments if moment is not None))
+            self._try(self._store.forget_flows)
+        self._try(self._purge, now)
+        moments = (self._try(self._engine.release, now), self._try(self._courier.send_due, now, self.wake))
+        return int(min([now + _CHORES_EVERY_MS, *filter(None, moments)]))
+
+    def _try(self, do: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns, or None if it fails, which keeps nothing else from being done."""
+        if self._unreachable:
+            return None
+        began, fault = self._clock.monotonic(), self._faults.pop(do, "")
+        try:
+            return do(*arguments)
+        except StoreError as error:
+            self._unreachable = self._clock.monotonic() >= began + 1  # the rest of the tick would take as long each
+            if str(error) not in (fault, *self._faults.values()):  # else it is the same each second
+                log.error("housekeeping: %s", error)
+            self._faults[do] = str(error)
+        except Exception:  # the door of a chore: a fault of ours must not end the thread
+            log.exception("housekeeping")
+        return None
 
     def look_at_clock(self) -> None:
         """See whether the system's clock leapt."""
@@ -7445,7 +7453,7 @@ class Housekeeper:
             self._engine.release(sys.maxsize)  # some wait for a moment of the calendar; the others go on waiting
 
     def _purge(self, now: int) -> None:
-        if now < self._purge_at:
+        if now < self._purge_at <= now + _CHORES_EVERY_MS:
             return
         self._purge_at = now + _CHORES_EVERY_MS
 

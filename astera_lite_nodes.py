@@ -146,7 +146,7 @@ class Node:
         # a flow that runs as often as it may leaves jobs for which there is room at the next end
         self._may_be_free = bool(found) or any(limits.values())
         if any(claimed.cancelled for claimed in found):
-            self.cancel_asked()
+            self.tell("cancel")  # not here: if it failed, the other jobs would be lost
         return [claimed for claimed in found if not claimed.cancelled]
 
     def _look_for_jobs(self) -> None:
@@ -171,10 +171,11 @@ class Node:
             self.app.engine.cancel(job)
 
     def abandon(self) -> None:
-        """Drop all jobs in hand, for they may be another server's by now; nothing of their runs is written any more."""
+        """Drop the jobs in hand that may be another server's by now; nothing of their runs is written any more."""
         queue = self.app.engine.queue
         with queue.changed:
-            jobs = [e for e in queue.entries.values() if e.number >= 0 and e.state is not State.NEW]
+            held = [entry for entry in queue.entries.values() if entry.number >= 0 and entry.state is not State.NEW]
+            jobs = [entry for entry in held if not self._store.owns(entry.number)]  # others were taken since
             for entry in jobs:
                 if entry.cancel is not None:
                     entry.cancel.set()
@@ -195,8 +196,12 @@ class Node:
         """Publish flows that were deployed on another server."""
         rows = dict(self._store.deployed())
         if rows != self.rows:
-            self.rows = rows
-            self.app.deployer.reload()
+            before, self.rows = self.rows, rows
+            try:
+                self.app.deployer.reload()
+            except BaseException:  # the next look is to try again
+                self.rows = before
+                raise
             log.info("read the flows again: %d published", len(self.app.deployments.by_name))
 
     def flows(self) -> tuple[list[Flow], list[Fault]]:

@@ -134,6 +134,64 @@ def test_texts_of_flows_are_looked_at_every_hour(tmp_path: Path) -> None:
     assert looked == [began, began + 3_600_000]
 
 
+def test_a_clock_that_went_back_stops_nothing(tmp_path: Path) -> None:
+    """The clock of a shared database does, where a standby whose clock is behind takes over."""
+    clock, did = FakeClock(), list[str]()
+    with serving(tmp_path, clock) as app:
+        app.housekeeper.chores.append(lambda: did.append("chores"))
+        app.store.forget_flows = lambda: did.append("forget")  # type: ignore[method-assign]
+        app.store.purge = lambda now, limit, end: did.append("purge")  # type: ignore[method-assign]
+        for seconds in (0, 0.5, -3600, 0.5, 0.5):
+            tick(app, clock.tick(seconds))
+            did.append("-")
+    every = ["chores", "forget", "purge", "-"]
+    assert did == [*every, "-", *every, "-", "chores", "purge", "-"]
+
+
+def test_what_fails_keeps_nothing_else_from_being_done(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clock, did = FakeClock(), list[str]()
+
+    def fail(error: Exception) -> Any:
+        raise error
+
+    with serving(tmp_path, clock) as app:
+        app.housekeeper.chores += [
+            lambda: fail(StoreError("damaged")),
+            lambda: fail(StoreError("damaged")),
+            lambda: fail(KeyError("a fault of ours")),
+            lambda: did.append("chore"),
+        ]
+        app.store.forget_flows = lambda: fail(StoreError("full"))  # type: ignore[method-assign]
+        app.store.purge = lambda now, limit, end: did.append("purge")  # type: ignore[method-assign]
+        app.engine.release = lambda now: fail(StoreError("full"))  # type: ignore[method-assign]
+        app.courier.send_due = lambda now, wake: did.append("deliver")  # type: ignore[method-assign,assignment,func-returns-value]
+        for _ in range(2):
+            assert tick(app, clock.tick(1)) == clock.now() + 1000
+    assert did == ["chore", "purge", "deliver"] * 2
+    said = [record.message for record in caplog.records if record.message.startswith("housekeeping")]
+    assert sorted(said) == ["housekeeping", "housekeeping", "housekeeping: damaged", "housekeeping: full"]
+
+
+def test_a_database_that_does_not_answer_is_asked_once_in_a_tick(tmp_path: Path) -> None:
+    """Else a tick would take many timeouts, and a service manager that hears of each tick would end the server."""
+    clock, did = FakeClock(), list[str]()
+
+    def fail() -> None:
+        did.append("asked")
+        clock.tick(5)
+        raise StoreError("timeout")
+
+    with serving(tmp_path, clock) as app:
+        app.housekeeper.chores += [fail, fail]
+        app.store.purge = lambda now, limit, end: did.append("purge")  # type: ignore[method-assign]
+        for _ in range(2):
+            tick(app, clock.tick(1))
+        assert did == ["asked", "asked"]
+        del app.housekeeper.chores[-2:]
+        tick(app, clock.tick(1))
+        assert did == ["asked", "asked", "purge"]
+
+
 def test_due_waits_are_released_and_the_next_one_is_announced(tmp_path: Path) -> None:
     clock = FakeClock()
     with serving(tmp_path, clock, retention="10h") as app:
