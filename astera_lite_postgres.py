@@ -224,11 +224,13 @@ def _parameters(url: str) -> dict[str, Any]:
     if psycopg is None or tuple(map(int, psycopg.__version__.split(".")[:2])) < (3, 2):
         need = f"PostgreSQL needs psycopg 3.2 or newer, which is not installed for {sys.executable}"
         raise ConfigError([Fault("database", "", f'{need}: pip install "psycopg[binary]"')])
-    try:
-        return dict(psycopg.conninfo.conninfo_to_dict(url))
-    except psycopg.Error:
-        shape = "postgresql://USER:PASSWORD@HOST:PORT/NAME"
-        raise ConfigError([Fault("database", "", f"is no address of a PostgreSQL database: write {shape}")]) from None
+    with contextlib.suppress(psycopg.Error):
+        given = dict(psycopg.conninfo.conninfo_to_dict(url))
+        # what has an @ is a part of a password; only the name of a socket may begin with one
+        if not any("@" in str(given.get(name, ""))[1:] for name in ("host", "port", "dbname")):
+            return given
+    cure = "write postgresql://USER:PASSWORD@HOST:PORT/NAME, with %40 for an @ in the password, and %2F for a /"
+    raise ConfigError([Fault("database", "", f"is no address of a PostgreSQL database: {cure}")])
 
 
 def _place(parameters: Mapping[str, Any]) -> str:
@@ -240,6 +242,9 @@ def _format(db: Any, place: str) -> int:
     """The version of the schema, 0 where there are no tables; StoreError if they are not ours, or too new."""
     sql = "SELECT relname FROM pg_class WHERE relkind IN ('r', 'p') AND relnamespace = current_schema()::regnamespace"
     tables = {name for (name,) in db.execute(sql)}
+    if (encoding := db.info.parameter_status("server_encoding")) != "UTF8":
+        cure = "make one with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+        raise StoreError(f"{place} has the encoding {encoding}, and not UTF8: {cure}")
     if tables and "astera_lite" not in tables:
         raise StoreError(f"{place} is a database of another program: set `database` to another one")
     version: int = db.execute("SELECT version FROM astera_lite").fetchone()[0] if tables else 0
@@ -286,6 +291,7 @@ class _Address:
             "tcp_user_timeout": int(lease * 1000),
         } | ({"target_session_attrs": "read-write"} if writes else {})
         self._url, self._more = url, {name: value for name, value in usual.items() if name not in given}
+        self._more["client_encoding"] = "UTF8"
         sync = "off" if durability != "full" else "on"
         self._set = (
             "SET idle_in_transaction_session_timeout = '10s';"
@@ -388,8 +394,7 @@ class PostgresReader:
                     raise
 
     def _first(self, sql: str, values: Sequence[Any] = ()) -> Any:
-        rows = self._all(sql, values)
-        return rows[0] if rows else None
+        return next(iter(self._all(sql, values)), None)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Let go of the database."""
@@ -988,28 +993,32 @@ class PostgresStore(PostgresReader):
         `held` at two looks is brought, too; and what no server has had a flow for in an hour.
         """
         self._limits = flows
-        found: list[_ROW] = []
-        start = self._start
-        with self._reading() as db:
+        found, start = list[_ROW](), self._start
+        try:
+            with self._reading() as db:
 
-            def take(flows: list[str], most: int) -> list[_ROW]:
-                values = (flows, max(0, most), flows, self._free_from, max(0, most), start, max(0, most))
-                return list(db.execute(_CLAIM, values))
+                def take(flows: list[str], most: int) -> list[_ROW]:
+                    values = (flows, max(0, most), flows, self._free_from, max(0, most), start, max(0, most))
+                    return list(db.execute(_CLAIM, values))
 
-            limited = sorted(flow for flow, most in flows.items() if most is not None)
-            sql = f"SELECT DISTINCT flow FROM jobs WHERE {_FREE} NULL AND flow = ANY(%s) AND seq >= %s"
-            sql += f" UNION SELECT flow FROM jobs WHERE {_FREE} NOT NULL AND due <= {_NOW} AND flow = ANY(%s)"
-            for (flow,) in db.execute(sql, (limited, self._free_from, limited)).fetchall() if limited else ():
-                with db.transaction():
-                    db.execute("SELECT pg_advisory_xact_lock(%s, hashtext(%s))", (_LIMIT_LOCK, flow))
-                    sql = "SELECT count(*) FROM nodes JOIN jobs ON owner = start WHERE flow = %s"
-                    room = (flows[flow] or 0) - db.execute(sql, (flow,)).fetchone()[0]
-                    found += take([flow], min(room, limit - len(found)))
-            found += take([flow for flow in flows if flow not in limited], limit - len(found))
-            now = time.monotonic()
-            if now >= self._orphans_at and not self.fault:
-                self._orphans_at = now + _ORPHAN_S
-                found += self._look_for_lost(db, held, now, list(flows))
+                limited = sorted(flow for flow, most in flows.items() if most is not None)
+                sql = f"SELECT DISTINCT flow FROM jobs WHERE {_FREE} NULL AND flow = ANY(%s) AND seq >= %s"
+                sql += f" UNION SELECT flow FROM jobs WHERE {_FREE} NOT NULL AND due <= {_NOW} AND flow = ANY(%s)"
+                for (flow,) in db.execute(sql, (limited, self._free_from, limited)).fetchall() if limited else ():
+                    with db.transaction():
+                        db.execute("SELECT pg_advisory_xact_lock(%s, hashtext(%s))", (_LIMIT_LOCK, flow))
+                        sql = "SELECT count(*) FROM nodes JOIN jobs ON owner = start WHERE flow = %s"
+                        room = (flows[flow] or 0) - db.execute(sql, (flow,)).fetchone()[0]
+                        taken = take([flow], min(room, limit - len(found)))
+                    found += taken
+                found += take([flow for flow in flows if flow not in limited], limit - len(found))
+                now = time.monotonic()
+                if now >= self._orphans_at and not self.fault:
+                    self._orphans_at = now + _ORPHAN_S
+                    found += self._look_for_lost(db, held, now, list(flows))
+        except StoreError:  # what was taken is to be run
+            if not found:
+                raise
         self._mine |= {row[0]: start for row in found if row[0] not in held}
         return [Claimed(*row) for row in sorted(found)]
 
@@ -1027,11 +1036,8 @@ class PostgresStore(PostgresReader):
         )
         self._strange = {seq: self._strange.get(seq, now) for (seq,) in db.execute(sql, (flows, flows))}
         old = [seq for seq, since in self._strange.items() if since <= now - _STRANGE_S]
-        if old:
-            sql = "UPDATE jobs SET owner = %s WHERE seq = ANY(%s) AND status = 'Running' AND owner IS NULL"
-            sql += " RETURNING seq, due, flow, cancel"
-            found += db.execute(sql, (self._start, old)).fetchall()
-        return found
+        sql = "UPDATE jobs SET owner = %s WHERE seq = ANY(%s) AND status = 'Running' AND owner IS NULL"
+        return [*found, *db.execute(f"{sql} RETURNING seq, due, flow, cancel", (self._start, old))]
 
     def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
         """Those of some jobs that are not Running any more, or gone."""
@@ -1119,31 +1125,27 @@ class PostgresStore(PostgresReader):
     def next_delivery(self, now: int) -> int | None:
         """When the next callback will be due that is not due yet."""
         sql = "SELECT min(next) FROM callbacks WHERE state = 'pending' AND next > %s"
-        found: int | None = self._first(sql, (now,))[0]
-        return found
+        return self._first(sql, (now,))[0] or None
 
     def record_delivery(
         self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
     ) -> None:
         """Keep an attempt to deliver a callback, and the callback's new state, unless it was asked for anew."""
         at, duration, status, error = attempt
-
-        def run(db: Any) -> bool:
-            db.execute(
-                "INSERT INTO attempts SELECT job, (SELECT coalesce(max(n), 0) FROM attempts WHERE job = c.job) + 1,"
-                " %s, %s, %s, %s FROM callbacks c WHERE job = %s",
-                (at, duration, status, error and error.replace("\0", ""), key.seq),
-            )
-            is_same = "next IS NOT DISTINCT FROM %s::bigint"
-            return _did(
-                db,
-                "UPDATE callbacks SET attempts = attempts + 1, last_status = %s, owner = NULL,"
-                f" state = CASE WHEN {is_same} THEN %s ELSE state END,"
-                f" next = CASE WHEN {is_same} THEN %s::bigint ELSE next END WHERE job = %s AND state = 'pending'",
-                (status, seen, state, seen, next_at, key.seq),
-            )
-
-        self._run(run, done, keep=True)
+        error = error and error.replace("\0", "")
+        is_same = "next IS NOT DISTINCT FROM %s::bigint"
+        sql = (
+            "WITH made AS (INSERT INTO attempts"
+            " SELECT job, (SELECT coalesce(max(n), 0) FROM attempts WHERE job = c.job) + 1, %s, %s, %s, %s"
+            " FROM callbacks c WHERE job = %s AND NOT EXISTS"  # it may have been committed before
+            " (SELECT 1 FROM attempts a WHERE a.job = c.job AND a.at = %s) RETURNING job)"
+            " UPDATE callbacks c SET attempts = attempts + 1, last_status = %s, owner = NULL,"
+            f" state = CASE WHEN {is_same} THEN %s ELSE state END,"
+            f" next = CASE WHEN {is_same} THEN %s::bigint ELSE next END"
+            " FROM made WHERE c.job = made.job AND state = 'pending'"
+        )
+        values = (at, duration, status, error, key.seq, at, status, seen, state, seen, next_at)
+        self._run(lambda db: _did(db, sql, values), done, keep=True)
 
     # --- what is due for all ---
 

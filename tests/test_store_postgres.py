@@ -382,6 +382,31 @@ def test_a_callback_is_delivered_by_one_server_and_by_another_when_that_is_gone(
     assert other.attempts(new.key) == [Attempt(T, 1, 500, "ab")]
 
 
+def test_a_delivery_that_is_recorded_twice_counts_once(store: PostgresStore) -> None:
+    new = add(store, callback="http://r/x")
+    done(store.finish, finish(new, callback=("r:80", "the body"), expires=T + 10**6))
+    for _ in range(2):  # the answer to the first commit was lost
+        done(store.record_delivery, new.key, Attempt(T, 1, 500), T + 10, "pending", T + 11)
+    assert store.attempts(new.key) == [Attempt(T, 1, 500)]
+    found = store.get(new.key)
+    assert found is not None and found.callback is not None
+    assert (found.callback.attempts, found.callback.next_at) == (1, T + 11)
+
+
+def test_a_claim_that_breaks_off_brings_what_it_took(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = add(store, owned=False, flow="limited")
+    monkeypatch.setattr(astera_lite_postgres, "_ORPHAN_S", 3600)
+
+    def broken(*arguments: Any) -> Any:
+        raise StoreError("cut off")
+
+    monkeypatch.setattr(store, "_look_for_lost", broken)
+    assert claimed(store, flows={"limited": 1}) == [taken.key.seq]
+    store._orphans_at = 0.0
+    with pytest.raises(StoreError, match="cut off"):
+        claimed(store)
+
+
 # ---- Keys, texts, deployments, tokens --------------------------------------------------------------------------------
 
 
@@ -599,6 +624,21 @@ def test_a_database_that_is_not_ours_is_refused_unchanged(url: str, sql: str, me
     assert look(url, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == [(1,)]
 
 
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_whose_encoding_has_not_all_characters_is_refused(cluster: Cluster, url: str, encoding: str) -> None:
+    name = f"in_{encoding.lower()}"
+    look(url, f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+    with pytest.raises(StoreError, match=f"has the encoding {encoding}, and not UTF8: make one with CREATE DATABASE"):
+        PostgresStore(cluster.url(name))
+
+
+def test_the_encoding_of_the_system_does_not_matter(open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    store = open_store()
+    assert done(store.deploy, "f", '{"a": "中€"}') is True
+    assert store.deployed() == [("f", '{"a": "中€"}')]
+
+
 def test_an_older_database_is_upgraded_and_one_that_cannot_be_is_left(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -639,6 +679,10 @@ def test_what_cannot_be_opened_is_said_in_a_sentence_without_secrets(
     with pytest.raises(astera_lite_postgres.ConfigError, match="is no address of a PostgreSQL database") as refused:
         PostgresStore(f"postgresql://astera:{secret}@[::/x?{secret}")
     assert secret not in str(refused.value)
+    for password in (f"p@{secret}", f"p/{secret}", f"p@{secret}:1"):
+        with pytest.raises(astera_lite_postgres.ConfigError, match="with %40 for an @ in the password") as refused:
+            PostgresStore(f"postgresql://astera:{password}@127.0.0.1:1/x")
+        assert secret not in str(refused.value)
     monkeypatch.setattr(astera_lite_postgres, "psycopg", None)
     with pytest.raises(astera_lite_postgres.ConfigError, match=r"psycopg 3\.2 or newer, which is not installed"):
         PostgresStore(url)
