@@ -1138,13 +1138,15 @@ class PostgresStore(PostgresReader):
             "WITH made AS (INSERT INTO attempts"
             " SELECT job, (SELECT coalesce(max(n), 0) FROM attempts WHERE job = c.job) + 1, %s, %s, %s, %s"
             " FROM callbacks c WHERE job = %s AND NOT EXISTS"  # it may have been committed before
-            " (SELECT 1 FROM attempts a WHERE a.job = c.job AND a.at = %s) RETURNING job)"
+            " (SELECT 1 FROM attempts a WHERE a.job = c.job AND (a.at, a.duration) = (%s, %s)"
+            " AND (a.status, a.error) IS NOT DISTINCT FROM (%s::int, %s::text)) RETURNING job)"
             " UPDATE callbacks c SET attempts = attempts + 1, last_status = %s, owner = NULL,"
             f" state = CASE WHEN {is_same} THEN %s ELSE state END,"
             f" next = CASE WHEN {is_same} THEN %s::bigint ELSE next END"
             " FROM made WHERE c.job = made.job AND state = 'pending'"
         )
-        values = (at, duration, status, error, key.seq, at, status, seen, state, seen, next_at)
+        made = (at, duration, status, error)
+        values = (*made, key.seq, *made, status, seen, state, seen, next_at)
         self._run(lambda db: _did(db, sql, values), done, keep=True)
 
     # --- what is due for all ---
