@@ -10196,7 +10196,8 @@ class Server(ThreadingHTTPServer):
             vars(x).update(known[3])
             return
         route_request(x, self.access)
-        if x.flow is not None and _CONDITIONS.isdisjoint(head.headers):
+        size = len(head.path) + len(head.query) + sum(map(len, head.headers.values()))
+        if x.flow is not None and size <= 1024 and _CONDITIONS.isdisjoint(head.headers):  # longer heads are parsed anew
             if len(self._routed) >= 512:
                 self._routed.clear()
             found = {name: getattr(x, name) for name in ("route", "values", "caller", "cors_origin", "flow", "path")}

@@ -176,6 +176,13 @@ def test_the_same_call_again_meets_what_changed_meanwhile(tokens: Tokens, capsys
         assert call()[0] == 401
 
 
+def test_long_heads_are_not_kept_for_calls_to_come(tokens: Tokens) -> None:
+    """512 of them would hold as much memory as an idle server has."""
+    for at in range(3):
+        assert tokens("ada", "GET", "/api/publishing/hello", headers={"X-Long": str(at) * 60_000}).status_code == 200
+    assert not [head for head, *_ in tokens.server._routed.values() if len(head.headers.get("x-long", "")) > 1024]
+
+
 def test_a_revoked_name_does_not_hand_its_jobs_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ada = make(tmp_path, capsys, "ada")
     with running(tmp_path, FLOWS) as run:
