@@ -6559,6 +6559,12 @@ class Queue:
                 entry.prepared = None
         return True
 
+    def dismiss(self, number: int) -> None:
+        """Forget a job or call that has ended."""
+        entry = self.entries.get(number)
+        if entry is not None:
+            self.move(entry, State.GONE)
+
     def release(self, now: int) -> int | None:
         """Make jobs ready that are due; when the next one will be."""
         while self._due and self._due[0][0] <= now:
@@ -6684,6 +6690,7 @@ _MEASURING = MeasuringJournal()
 _STOPPED = Outcome.failed("interrupted", 503, "The server is stopping.")
 _CANCELLED = Outcome.failed("cancelled", 409, "The job was cancelled.")
 _NO_ROOM = Outcome.failed("timeout", 504, "The call waited too long to start.", "no thread, or its limit")
+_NOT_STORED = Outcome.failed("failed", 500, "The job's end could not be stored.")
 _NEVER = Cancel()  # of a run that nobody can cancel, because it holds the thread that would be told
 
 
@@ -6709,12 +6716,83 @@ def log_outcome(what: str, flow: Flow, given: Input, outcome: Outcome) -> None:
         log.log(level, "%s %s: flow %s %s", what, its_id, flow.name, words, extra=this)
 
 
+class Ends:
+    """Gives the ends of jobs to the store, and tells the others of those that are on disk (see Engine)."""
+
+    def __init__(
+        self,
+        store: Store,
+        queue: Queue,
+        clock: Clock,
+        metrics: Metrics,
+        retention: float,
+        job_changed: Callable[[JobKey, bool], None],
+    ) -> None:
+        self._store, self._queue, self._clock, self._metrics = store, queue, clock, metrics
+        self._retention_ms, self._job_changed = round(retention * 1000), job_changed
+        self._unwritten = 0  # bytes of outcomes on their way to the disk; the queue's lock guards them
+
+    def make(self, job: Job, outcome: Outcome, trace: Sequence[dict[str, Any]], started: int | None = None) -> Finish:
+        """The end of a job, which began at `job.started` or at `started`, and the callback that the server owes."""
+        attempt, started, now, callback = max(job.attempt, 1), started or job.started, self._clock.now(), None
+        expires = now + self._retention_ms
+        if job.callback is not None:
+            after = job._replace(
+                status=outcome.status,
+                attempt=attempt,
+                started=started,
+                finished=now,
+                expires=expires,
+                due=None,
+                error=outcome.error,
+            )
+            document = status_document(after, job.base, offset=self._clock.offset, with_callback=False)
+            callback = (parse_target(job.callback.url).receiver, to_json(document))
+        return Finish(job, attempt, outcome, started, now, expires, to_json(trace) if trace else None, callback)
+
+    def record(self, finish: Finish) -> None:
+        """Give an end to the store. One that cannot be stored is replaced by a small one."""
+        job, size = finish.job, len(finish.outcome.answer.body) + _MIN_UNWRITTEN
+
+        def written(moved: Any, error: AsteraError | None) -> None:
+            with self._queue.changed:
+                self._unwritten -= size
+                self._queue.changed.notify_all()
+            if error is not None:
+                this = about("job", job.id, job.flow, None)
+                log.error("the end of job %s could not be recorded: %s", job.id, error, extra=this)
+                if finish.outcome is not _NOT_STORED and not self._queue.stopping:
+                    self.record(self.make(job, _NOT_STORED, ())._replace(fenced=finish.fenced))
+                    return
+            with self._queue.changed:  # first: a client that sees the end may call the flow at once
+                self._queue.dismiss(job.key.seq)
+            if moved:
+                self._metrics.ended[job.flow, finish.outcome.end] += 1
+            self._job_changed(job.key, job.callback is not None)
+
+        self._store.finish(finish, written)
+        with self._queue.changed:
+            self._unwritten += size
+
+    def recorded(self, finish: Finish) -> None:
+        """Count an end that was stored together with its job, and tell the others."""
+        self._metrics.ended[finish.job.flow, finish.outcome.end] += 1
+        self._job_changed(finish.job.key, finish.callback is not None)
+
+    def await_room(self) -> None:
+        """Wait for the disk if too many outcomes are on their way to it."""
+        if self._unwritten > _MAX_UNWRITTEN:
+            with self._queue.changed:
+                self._queue.changed.wait_for(lambda: self._unwritten <= _MAX_UNWRITTEN)
+
+
 class Engine:
     """Runs jobs and synchronous calls on a pool of threads, and records how the jobs ended.
 
-    `prepare(seq)` reads a stored job and makes it ready to run; None if it has ended. `finished(key, more)` is called
-    on the store's thread when a job's end or wait is committed; `more`: something becomes due. At most `workers`
-    threads run jobs; a quarter more are for calls, which slow jobs would starve otherwise. Durations are seconds.
+    `prepare(seq)` reads a stored job and makes it ready to run; None if it has ended. `job_changed(key, is_due)` is
+    called on the store's thread when a job's end or wait is committed; `is_due`: the housekeeper has work. At most
+    `workers` threads run jobs; a quarter more are for calls, which slow jobs would starve otherwise. Durations are in
+    seconds.
     """
 
     def __init__(
@@ -6726,17 +6804,16 @@ class Engine:
         retention: float,
         job_timeout: float,
         prepare: Callable[[int], Prepared | None],
-        finished: Callable[[JobKey, bool], None],
+        job_changed: Callable[[JobKey, bool], None],
         metrics: Metrics,
     ) -> None:
         self._store, self._outside, self._clock, self._metrics = store, outside, outside.clock, metrics
-        self._prepare, self._tell = prepare, finished
-        self._retention_ms, self._job_timeout = round(retention * 1000), job_timeout
+        self._prepare, self._job_changed, self._job_timeout = prepare, job_changed, job_timeout
         self._threads = workers + max(1, workers // 4)
         self._pool = ThreadPoolExecutor(self._threads, "astera-worker")
         self.queue = Queue(workers)
+        self.ends = Ends(store, self.queue, self._clock, metrics, retention, job_changed)
         self._changed = self.queue.changed  # guards what follows
-        self._unwritten = 0  # bytes of outcomes on their way to the disk
         self._call_numbers = itertools.count(-(1 << 62))
         self._draining = 0  # threads at work
         self._calling = False  # a thread was called, and is not at work yet
@@ -6788,9 +6865,7 @@ class Engine:
     def dismiss(self, seq: int) -> None:
         """Forget a job that has ended, or was not stored."""
         with self._changed:
-            entry = self.queue.entries.get(seq)
-            if entry is not None:
-                self.queue.move(entry, State.GONE)
+            self.queue.dismiss(seq)
 
     def release(self, now: int) -> int | None:
         """Run the jobs that are due; when the next one will be."""
@@ -6984,50 +7059,21 @@ class Engine:
             elif cancelled:
                 self.end(job, _CANCELLED)
             else:
-                self._tell(job.key, True)
+                self._job_changed(job.key, True)
 
         self._store.suspend(job, path, until, to_json(run.trace or []), suspended)
 
     def _record(self, job: Job, ran: Prepared | Run, outcome: Outcome) -> None:
-        """Record the end of a job that ran; waits for the disk if too many outcomes are on their way to it."""
+        """Record the end of a job that ran."""
         log_outcome("job", ran.flow, ran.input, outcome)
-        finish = self._finish(job, job.attempt, job.started, outcome, list(ran.trace or ()))
-        if self._unwritten < _MAX_UNWRITTEN:
-            self._hand_over(finish)
-        else:
-            with contextlib.suppress(AsteraError):  # it is logged
-                await_write(partial(self._hand_over, finish))
+        self.ends.record(self.ends.make(job, outcome, list(ran.trace or ())))
+        self.ends.await_room()
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """End a job that no thread runs."""
         with self._changed:
             self.queue.move(self.queue.enter(job.key.seq, job.flow), State.ENDING)
-        self._hand_over(self._finish(job, job.attempt, job.started, outcome, ())._replace(fenced=False))
-
-    def _hand_over(self, finish: Finish, done: Done = ignore_result, is_substitute: bool = False) -> None:
-        """Give a job's end to the store; one that cannot be stored is replaced by a small one, once."""
-        job, size = finish.job, len(finish.outcome.answer.body) + _MIN_UNWRITTEN
-
-        def written(moved: Any, error: AsteraError | None) -> None:
-            with self._changed:
-                self._unwritten -= size
-            if error is not None:
-                this = about("job", job.id, job.flow, None)
-                log.error("the end of job %s could not be recorded: %s", job.id, error, extra=this)
-                if not is_substitute and not self.queue.stopping:
-                    instead = Outcome.failed("failed", 500, "The job's end could not be stored.")
-                    end = self._finish(job, finish.attempt, finish.started, instead, ())
-                    self._hand_over(end._replace(fenced=finish.fenced), done, is_substitute=True)
-                    return
-            self.dismiss(job.key.seq)  # first: a client that sees the end may call the flow at once
-            if moved:
-                self._metrics.ended[job.flow, finish.outcome.end] += 1
-            self._tell(job.key, job.callback is not None)
-            done(moved, error)
-
-        self._store.finish(finish, written)
-        with self._changed:
-            self._unwritten += size
+        self.ends.record(self.ends.make(job, outcome, ())._replace(fenced=False))
 
     def ended_at_once(self, job: Job, flow: Flow, given: Input) -> Finish | None:
         """Run a job that is not stored yet, if its flow is light; how it ended, None if it is to be queued."""
@@ -7035,27 +7081,7 @@ class Engine:
         outcome = self.run_at_once(flow, given, trace)
         if outcome is None or len(outcome.answer.body) > PIECE:
             return None
-        return self._finish(job, 1, job.created, outcome, trace)
-
-    def _finish(
-        self, job: Job, attempt: int, started: int | None, outcome: Outcome, trace: Sequence[dict[str, Any]]
-    ) -> Finish:
-        now, offset, callback = self._clock.now(), self._clock.offset, None
-        expires = now + self._retention_ms
-        if job.callback is not None:
-            after = job._replace(
-                status=outcome.status,
-                attempt=attempt,
-                started=started,
-                finished=now,
-                expires=expires,
-                due=None,
-                error=outcome.error,
-            )
-            document = status_document(after, job.base, offset=offset, with_callback=False)
-            callback = (parse_target(job.callback.url).receiver, to_json(document))
-        steps = to_json(trace) if trace else None
-        return Finish(job, max(attempt, 1), outcome, started, now, expires, steps, callback)
+        return self.ends.make(job, outcome, trace, job.created)
 
     def _measure(self, flow: Flow, seconds: float, waited: float = 0.0) -> None:
         """Note how long a run held its thread, and how long the job had been under way before."""
@@ -7702,13 +7728,11 @@ class Jobs:
         store: Store,
         engine: Engine,
         metrics: Metrics,
-        wake: Callable[[], None],
     ) -> None:
-        """`wake` tells the housekeeper that a callback is due."""
         self._max_queue, self._max_database = settings.max_queue, None if store.shared else settings.max_database
         self._retention_ms = round(settings.retention * 1000)
         self._clock, self._store, self._engine = clock, store, engine
-        self._metrics, self._wake = metrics, wake
+        self._metrics = metrics
         self.offer: Callable[[], None] = lambda: None  # a job was stored that any server may run
         self._keys = JobKeys(store.last_seq(), store.node, store.nodes)
         self._size_at, self._size = -1.0, 0  # of the database: when it was measured, and bytes
@@ -7789,10 +7813,8 @@ class Jobs:
             else:
                 self._engine.dismiss(job.key.seq)
         elif added:
-            self._metrics.ended[job.flow, ended.outcome.end] += 1
             log_outcome("job", ready.flow, ready.input, ended.outcome)
-            if ended.callback is not None:
-                self._wake()
+            self._engine.ends.recorded(ended)
         done(result, error)
 
     def _replay(self, fingerprint: bytes, full: Busy, done: Done, known: Any, error: AsteraError | None) -> None:
@@ -7994,7 +8016,7 @@ class AsteraLite:
             retention=settings.retention,
             job_timeout=settings.job_timeout,
             prepare=self._prepare,
-            finished=self._finished,
+            job_changed=self._job_changed,
             metrics=self.metrics,
         )
         self.courier = Courier(
@@ -8016,7 +8038,7 @@ class AsteraLite:
                 datetime.timedelta(seconds=-self.clock.offset // 1000),
             )
             self.store.keep_clock_offset(self.clock.offset)
-        self.jobs = Jobs(settings, self.clock, self.store, self.engine, self.metrics, self.housekeeper.wake)
+        self.jobs = Jobs(settings, self.clock, self.store, self.engine, self.metrics)
         if self.node is not None:
             self.node.start()
         left = sum(iter(self.take_up, 0))  # whole before the first one runs: the database may be damaged
@@ -8172,11 +8194,11 @@ class AsteraLite:
         saved = {path: from_saved(text, self.outside.secrets) for path, text in loaded.saved.items()}
         return Prepared(job, flow, given, saved, loaded.waits, loaded.trace, interrupted, True)
 
-    def _finished(self, key: JobKey, more: bool) -> None:
+    def _job_changed(self, key: JobKey, is_due: bool) -> None:
         self.watchers.tell(key)
         if self.node is not None:
             self.node.has_room()
-        if more:
+        if is_due:
             self.housekeeper.wake()
 
     def health(self, whole: bool = True) -> dict[str, Any]:
