@@ -2513,6 +2513,9 @@ def parse_retry_after(value: str | None, now: int) -> float:
 # To add a type of parameters and bodies: a row in VALUE_TYPES.
 # ======================================================================================================================
 
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
 Scope = dict[str, Any]
 Runner = Callable[["Run", Scope, str], Any]  # (run, scope, path of the step) -> the step's value
 
@@ -2704,6 +2707,149 @@ class Schema:
         return result
 
 
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+#: Short names of content types in a flow file.
+CONTENT_TYPES = {
+    "json": "application/json",
+    "form": "application/x-www-form-urlencoded",
+    "text": "text/plain",
+    "binary": "application/octet-stream",
+}
+_CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*+"?+(?!(?:utf-?8|us-ascii)[ \t]*"?[ \t]*(?:;|$))', re.IGNORECASE)
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
+_NO_DIGITS = bytes(set(range(256)) - set(b"0123456789"))
+_ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*+\\u0000")
+_MAX_FIELDS = 10_000  # of a form; half a million of them took seconds
+_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
+
+
+def is_json_type(media: str) -> bool:
+    """Whether a media type (without parameters, in lower case) is JSON: RFC 6839 has the suffix."""
+    return media == "application/json" or media.endswith("+json")
+
+
+def unquote(text: str, plus: bool = False) -> str:
+    """Percent-decode once, strictly; ValueError for a stray %, invalid UTF-8 or a NUL."""
+    if plus:
+        text = text.replace("+", " ")
+    if "%" not in text:
+        return text
+    if _PERCENT.search(text):
+        raise ValueError("a % is not followed by two hexadecimal digits")
+    try:
+        text = urllib.parse.unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError("its percent-encoded bytes are not UTF-8") from None
+    if "\0" in text:
+        raise ValueError("it has a NUL character")
+    return text
+
+
+def parse_query(query: str) -> dict[str, list[str]]:
+    """Names and values of a query; raises InputError for what does not decode."""
+    result: dict[str, list[str]] = {}
+    encoded = "%" in query or "+" in query
+    for pair in query.split("&"):
+        if pair:
+            name, _, value = pair.partition("=")
+            if encoded:
+                try:
+                    name, value = unquote(name, plus=True), unquote(value, plus=True)
+                except ValueError as error:
+                    raise InputError([{"in": "query", "name": name[:MAX_NAME], "message": str(error)}]) from None
+            result.setdefault(name, []).append(value)
+    return result
+
+
+def _plain(query: Mapping[str, list[str]]) -> dict[str, str | list[str]]:
+    """A query as expressions see it: a list only where a name was given several times."""
+    return {name: values[0] if len(values) == 1 else values for name, values in query.items()}
+
+
+def members_of(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Names and members of an object, positions and items of a list; nothing of any other value."""
+    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+
+
+def _refuse_large(value: Any, place: str, errors: InputErrors) -> None:
+    """Note a fault for every integer beyond 64 bits: other programs, SQLite too, cannot hold it."""
+    if type(value) is int and value not in INT64:
+        errors.add("body", place, "must be within 64 bits: send a larger number as text")
+    for key, item in members_of(value):
+        if not errors.full:
+            _refuse_large(item, f"{place}/{pointer(str(key))}", errors)
+
+
+def _has_long_number(text: bytes) -> bool:
+    """Whether there are 19 digits in a row; most texts have fewer in all, which is found sooner."""
+    return len(text.translate(None, _NO_DIGITS)) >= 19 and _LONG_NUMBER.search(text) is not None
+
+
+@lru_cache(maxsize=16)
+def _media_type(content_type: str, accepts: tuple[str, ...]) -> str:
+    """The media type of a request's body; InputError (415) if a flow that takes some types takes others."""
+    media = content_type.partition(";")[0].strip().lower()
+    if not media and CONTENT_TYPES["binary"] in accepts:  # RFC 9110, section 8.3
+        media = CONTENT_TYPES["binary"]
+    is_json = is_json_type(media)
+    is_text = is_json or media.startswith("text/") or media == CONTENT_TYPES["form"]
+    message = ""
+    if accepts and media not in accepts and not (is_json and CONTENT_TYPES["json"] in accepts):
+        message = f"must be {' or '.join(accepts)}, and the Content-Type must say so"
+    elif is_text and _CHARSET.search(content_type):
+        message = "the charset must be utf-8"
+    if message:
+        raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
+    return media
+
+
+def _read_body(body: bytes, media: str) -> Any:
+    """A body as a value; ValueError says what is wrong with it."""
+    if is_json_type(media):
+        value = from_json(body)
+        if b"\\u0000" in body and _ESCAPED_NUL.search(body.decode()):
+            raise ValueError("a string has a NUL character")
+        return value
+    if media != CONTENT_TYPES["form"] and not media.startswith("text/"):
+        return body
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not valid UTF-8") from None
+    if "\0" in text:
+        raise ValueError("it has a NUL character")
+    if media.startswith("text/"):
+        return text
+    if text.count("&") >= _MAX_FIELDS:
+        raise ValueError(f"it has more than {_MAX_FIELDS:,} fields")
+    try:
+        return _plain(parse_query(text))
+    except InputError as error:
+        raise ValueError(error.errors[0]["name"] + ": " + error.errors[0]["message"]) from None
+
+
+def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
+    """The value of a request's body; raises InputError (415) for a type that the flow does not take."""
+    if not request.body:
+        if flow.body_required:
+            errors.add("body", "", "is missing: send " + flow.content_types[0])
+        return None
+    media = _media_type(request.headers.get("content-type", ""), flow.content_types)
+    is_json = is_json_type(media)
+    try:
+        value = _read_body(request.body, media)
+    except ValueError as error:
+        cure = optional("astera_lite_advice:on_body", request.body) if is_json else ""
+        errors.add("body", "", f"is not valid {media or 'JSON'}: {error}{cure}")
+        return None
+    before = len(errors)
+    checked = flow.body.check(value, "", errors) if flow.body else value
+    if is_json and len(errors) == before and _has_long_number(request.body):
+        _refuse_large(value, "", errors)
+    return checked
+
+
 class Parameter(NamedTuple):
     """A declared parameter. `parse` reads one text; of an array, one item."""
 
@@ -2756,956 +2902,15 @@ class Input(NamedTuple):
     trace: Trace | None = None
 
 
-class Retry(NamedTuple):
-    """When and how often a step is tried again. Times are seconds."""
-
-    attempts: int = 1
-    delay: float = 1.0
-    backoff: float = 2.0
-    max_delay: float = 30.0
-    on: frozenset[str] | None = None  # None: whatever is safe
-
-    def pause(self, failed: int) -> float:
-        """Seconds to wait after the n-th failure (from 1): exponential, always with jitter."""
-        longest = min(self.delay * self.backoff ** (failed - 1), self.max_delay)
-        return longest * (0.5 + random.random() / 2)  # noqa: S311 (spreads load, guards nothing)
-
-
-class Step(NamedTuple):
-    """One compiled step. `save`: its output is kept with the job."""
-
-    name: str
-    kind: str
-    traits: StepKind
-    run: Runner
-    save: bool
-    when: Template | None = None
-    timeout: float | None = None  # seconds
-    retry: Retry = Retry()
-    on_error: Template | None = None
-    place: str = ""  # in the flow file
-
-
-class Response(NamedTuple):
-    """One of a flow's responses: the first whose `when` holds answers."""
-
-    when: Template | None
-    status: Template
-    headers: Mapping[str, Template]
-    body: Template | None
-    selection: Any = None  # a Selection of astera_lite_requests: what a caller may ask of the rows
-
-
-_SCALARS = (str, int, float, bool, type(None))  # which nobody can change
-_MAX_BOUND = 128  # queries that a flow keeps bound, and characters of each
-
-
-class Flow(NamedTuple):
-    """A deployed flow, compiled. `tree` is what its author wrote, `version` the hash that pins jobs to it."""
-
-    name: str
-    description: str
-    method: str
-    resource: str
-    modes: frozenset[str]  # synchronous, asynchronous
-    strict: bool
-    parameters: tuple[Parameter, ...]
-    body: Schema | None
-    content_types: tuple[str, ...]
-    body_required: bool
-    steps: tuple[Step, ...]
-    responses: tuple[Response, ...]
-    selection: Any  # of all responses together, as of Response
-    timeout: float | None  # seconds
-    restart: str  # resume, rerun or fail
-    limit: int | None  # runs at one time
-    when_full: str  # queue or refuse
-    calls: tuple[tuple[str, str], ...]  # flows that it calls, and the place where it does
-    tests: Sequence[dict[str, Any]]  # as the table _TEST has them
-    tree: dict[str, Any]
-    text: str
-    version: int
-    source: str  # the file's name, for people
-    bound: dict[str, tuple[dict[str, Any], dict[str, Any]]]  # what queries came to that may come again
-    header_names: tuple[str, ...] = ()  # of a request, in lower case: those that matter to the flow
-    light: bool = False  # computes only, and is short: it may be run where a thread must not be held for long
-
-    @property
-    def segments(self) -> list[str]:
-        """The resource's raw path segments."""
-        return self.resource.split("/")[1:]
-
-    @property
-    def selecting(self) -> list[str]:
-        """The query parameters that select rows of its responses."""
-        return self.selection.names if self.selection else []
-
-    def bind(self, request: StoredRequest, segments: Mapping[str, str], request_id: str = "") -> Input:
-        """Check a request against the declaration; raises InputError with every fault at once."""
-        errors = InputErrors()
-        known = self.bound.get(request.query)
-        if known is None:
-            params, query, selected = self._bind_query(request, segments, errors)
-        else:
-            params, query, selected = known[0].copy(), known[1].copy(), None
-        seen = {
-            "method": request.method,
-            "path": request.path,
-            "query": query,
-            "headers": request.headers,
-            "body": _bind_body(self, request, errors),
-            "id": request_id,
-        }
-        if errors:
-            raise InputError(errors)
-        return Input(params, seen, selected, len(request.body) + len(request.query), request.trace)
-
-    def _bind_query(
-        self, request: StoredRequest, segments: Mapping[str, str], errors: InputErrors
-    ) -> tuple[dict[str, Any], dict[str, Any], Any]:
-        """The parameters, the query as expressions see it, and what it selects."""
-        query, params = parse_query(request.query), {}
-        for item in self.parameters:
-            if item.where == "query":
-                given: Sequence[str] = query.get(item.name, ())
-            elif item.where == "path":
-                given = (segments[item.name],)
-            else:
-                given = [value for name, value in request.headers.items() if name == item.name.lower()]
-            params[item.name] = item.read(given, errors)
-        if self.strict:
-            known = [item.name for item in self.parameters if item.where == "query"] + self.selecting
-            for name in query:
-                if name not in known and not errors.full:
-                    errors.add("query", name, "is not declared" + suggest(name, known))
-        plain, selected = _plain(query), None
-        if self.selection:
-            selected = wing("astera_lite_requests:read_selection")(self.selection, request.path, query, errors)
-        elif (
-            not errors
-            and len(request.query) <= _MAX_BOUND
-            and all(item.where == "query" for item in self.parameters)
-            and all(type(value) in _SCALARS for value in (*params.values(), *plain.values()))
-        ):
-            if len(self.bound) >= _MAX_BOUND:
-                self.bound.clear()
-            self.bound[request.query] = params.copy(), plain.copy()
-        return params, plain, selected
-
-
-#: Short names of content types in a flow file.
-CONTENT_TYPES = {
-    "json": "application/json",
-    "form": "application/x-www-form-urlencoded",
-    "text": "text/plain",
-    "binary": "application/octet-stream",
-}
-_CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*+"?+(?!(?:utf-?8|us-ascii)[ \t]*"?[ \t]*(?:;|$))', re.IGNORECASE)
-_LONG_NUMBER = re.compile(rb"[0-9]{19}")
-_NO_DIGITS = bytes(set(range(256)) - set(b"0123456789"))
-_ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*+\\u0000")
-_MAX_FIELDS = 10_000  # of a form; half a million of them took seconds
-
-
-def is_json_type(media: str) -> bool:
-    """Whether a media type (without parameters, in lower case) is JSON: RFC 6839 has the suffix."""
-    return media == "application/json" or media.endswith("+json")
-
-
-def _has_long_number(text: bytes) -> bool:
-    """Whether there are 19 digits in a row; most texts have fewer in all, which is found sooner."""
-    return len(text.translate(None, _NO_DIGITS)) >= 19 and _LONG_NUMBER.search(text) is not None
-
-
-@lru_cache(maxsize=16)
-def _media_type(content_type: str, accepts: tuple[str, ...]) -> str:
-    """The media type of a request's body; InputError (415) if a flow that takes some types takes others."""
-    media = content_type.partition(";")[0].strip().lower()
-    if not media and CONTENT_TYPES["binary"] in accepts:  # RFC 9110, section 8.3
-        media = CONTENT_TYPES["binary"]
-    is_json = is_json_type(media)
-    is_text = is_json or media.startswith("text/") or media == CONTENT_TYPES["form"]
-    message = ""
-    if accepts and media not in accepts and not (is_json and CONTENT_TYPES["json"] in accepts):
-        message = f"must be {' or '.join(accepts)}, and the Content-Type must say so"
-    elif is_text and _CHARSET.search(content_type):
-        message = "the charset must be utf-8"
-    if message:
-        raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
-    return media
-
-
-def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
-    """The value of a request's body; raises InputError (415) for a type that the flow does not take."""
-    if not request.body:
-        if flow.body_required:
-            errors.add("body", "", "is missing: send " + flow.content_types[0])
-        return None
-    media = _media_type(request.headers.get("content-type", ""), flow.content_types)
-    is_json = is_json_type(media)
-    try:
-        value = _read_body(request.body, media)
-    except ValueError as error:
-        cure = optional("astera_lite_advice:on_body", request.body) if is_json else ""
-        errors.add("body", "", f"is not valid {media or 'JSON'}: {error}{cure}")
-        return None
-    before = len(errors)
-    checked = flow.body.check(value, "", errors) if flow.body else value
-    if is_json and len(errors) == before and _has_long_number(request.body):
-        _refuse_large(value, "", errors)
-    return checked
-
-
-def _refuse_large(value: Any, place: str, errors: InputErrors) -> None:
-    """Note a fault for every integer beyond 64 bits: other programs, SQLite too, cannot hold it."""
-    if type(value) is int and value not in INT64:
-        errors.add("body", place, "must be within 64 bits: send a larger number as text")
-    for key, item in members_of(value):
-        if not errors.full:
-            _refuse_large(item, f"{place}/{pointer(str(key))}", errors)
-
-
-def members_of(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Names and members of an object, positions and items of a list; nothing of any other value."""
-    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-
-
-def _read_body(body: bytes, media: str) -> Any:
-    """A body as a value; ValueError says what is wrong with it."""
-    if is_json_type(media):
-        value = from_json(body)
-        if b"\\u0000" in body and _ESCAPED_NUL.search(body.decode()):
-            raise ValueError("a string has a NUL character")
-        return value
-    if media != CONTENT_TYPES["form"] and not media.startswith("text/"):
-        return body
-    try:
-        text = body.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is not valid UTF-8") from None
-    if "\0" in text:
-        raise ValueError("it has a NUL character")
-    if media.startswith("text/"):
-        return text
-    if text.count("&") >= _MAX_FIELDS:
-        raise ValueError(f"it has more than {_MAX_FIELDS:,} fields")
-    try:
-        return _plain(parse_query(text))
-    except InputError as error:
-        raise ValueError(error.errors[0]["name"] + ": " + error.errors[0]["message"]) from None
-
-
-def _plain(query: Mapping[str, list[str]]) -> dict[str, str | list[str]]:
-    """A query as expressions see it: a list only where a name was given several times."""
-    return {name: values[0] if len(values) == 1 else values for name, values in query.items()}
-
-
-def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
-    """The request that a client would send to call a flow with these parameters; InputError if none can say them."""
-    request: StoredRequest = wing("astera_lite_requests:request_for")(flow, params, body)
-    return request
-
-
-_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
-
-
-def unquote(text: str, plus: bool = False) -> str:
-    """Percent-decode once, strictly; ValueError for a stray %, invalid UTF-8 or a NUL."""
-    if plus:
-        text = text.replace("+", " ")
-    if "%" not in text:
-        return text
-    if _PERCENT.search(text):
-        raise ValueError("a % is not followed by two hexadecimal digits")
-    try:
-        text = urllib.parse.unquote(text, errors="strict")
-    except UnicodeDecodeError:
-        raise ValueError("its percent-encoded bytes are not UTF-8") from None
-    if "\0" in text:
-        raise ValueError("it has a NUL character")
-    return text
-
-
-def parse_query(query: str) -> dict[str, list[str]]:
-    """Names and values of a query; raises InputError for what does not decode."""
-    result: dict[str, list[str]] = {}
-    encoded = "%" in query or "+" in query
-    for pair in query.split("&"):
-        if pair:
-            name, _, value = pair.partition("=")
-            if encoded:
-                try:
-                    name, value = unquote(name, plus=True), unquote(value, plus=True)
-                except ValueError as error:
-                    raise InputError([{"in": "query", "name": name[:MAX_NAME], "message": str(error)}]) from None
-            result.setdefault(name, []).append(value)
-    return result
-
-
-# --- running --------------------------------------------------------------------------------------------------------
-
-
-class _Signal(Exception):
-    """Ends a run. It is no failure of a step: nothing tries again, and `onError` does not catch it."""
-
-
-class Answered(_Signal):
-    """A `respond` step answers with this."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.answer = answer
-
-
-class _Suspend(_Signal):
-    def __init__(self, until: int) -> None:
-        self.until = until  # milliseconds since the epoch
-
-
-class Cancelled(_Signal):
-    """The run is to stop: its job was cancelled."""
-
-
-class _TimedOut(_Signal):
-    """The run took longer than it may; the message is for the flow's author, `detail` for the client."""
-
-    kind, status, detail, headers = "timeout", 504, "The flow exceeded its time limit.", ()
-
-    def __init__(self, message: str = "the flow exceeded its time limit") -> None:
-        super().__init__(message)
-
-
-class FlowFailure(_Signal):
-    """What a `fail` step says."""
-
-    kind = "fail"
-
-    def __init__(self, status: int, detail: str, headers: Pairs = ()) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
-
-
-class StepError(AsteraError):
-    """A step failed. `detail` may be told to the client; `status` is the response's code, `kinds` are for retry.
-
-    `reason` is for the flow's author; `answer` is what the API, or the called flow, answered, if it did.
-    """
-
-    headers = ()
-    source: dict[str, Any] | None = None  # file and line of the exception, where it came from another process
-
-    def __init__(
-        self, status: int, detail: str, reason: str, kinds: Collection[str] = (), answer: Fetched | None = None
-    ) -> None:
-        super().__init__(reason)
-        self.status, self.detail, self.kinds, self.answer = status, detail, frozenset(kinds), answer
-
-    @property
-    def kind(self) -> str:
-        """The one word for what happened."""
-        word = min(self.kinds - {"unsafe"}, default="error")
-        return "status" if word[0].isdigit() else _KINDS_FOR_PEOPLE.get(word, word)
-
-
-_KINDS_FOR_PEOPLE = {"too_large": "size"} | dict.fromkeys(("invalid", "next", "redirect", "refused"), "address")
-
-
-def _kind_and_message(error: BaseException) -> tuple[str, str]:
-    """What happened, in one word and in the words for the flow's author."""
-    if isinstance(error, StepError | _TimedOut | FlowFailure):
-        return error.kind, str(error)
-    if isinstance(error, ExpressionError):
-        return "expression", str(error)
-    return "error", f"{type(error).__name__}: {error}"
-
-
-#: What expressions see as `error`, behind a step that failed and went on.
-_ERROR_MEMBERS = ("status", "headers", "body", "message", "kind")
-
-
-def _error_value(error: Exception, masked: Mask) -> dict[str, Any]:
-    """A failure as expressions see it; what an API answered with it is read as far as it can be."""
-    kind, message = _kind_and_message(error)
-    status, headers, body = None, {}, None
-    answer = error.answer if isinstance(error, StepError) else None
-    if answer is not None:
-        status, headers = answer.status, joined_headers(answer.headers)
-        try:
-            body = read_answer(answer)
-        except ValueError:
-            body = answer.body.decode("utf-8", "replace")
-    return dict(zip(_ERROR_MEMBERS, (status, headers, body, masked(message), kind), strict=True))
-
-
-class Suspended(NamedTuple):
-    """A run that waits until a time (milliseconds since the epoch) without holding a thread."""
-
-    until: int
-
-
-class Cancel:
-    """A request to stop, set by any thread and seen by one run."""
-
-    __slots__ = ("_listeners", "is_set")
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self._listeners: list[Callable[[], None]] = []
-
-    def set(self) -> None:
-        self.is_set = True
-        for listener in list(self._listeners):
-            listener()
-
-    @contextlib.contextmanager
-    def calling(self, listener: Callable[[], None]) -> Iterator[None]:
-        """Have `listener` called, perhaps twice, by the thread that sets this; at once if it is set already."""
-        self._listeners.append(listener)
-        try:
-            if self.is_set:
-                listener()
-            yield
-        finally:
-            self._listeners.remove(listener)
-
-    def wait(self, seconds: float) -> bool:
-        """Sleep for so long, or until set; whether it is set."""
-        changed = threading.Event()
-        with self.calling(changed.set):
-            changed.wait(seconds)
-        return self.is_set
-
-
-class Journal:
-    """What outlives a run's thread: saved outputs and begun waits, by step path. This one keeps nothing."""
-
-    suspendable = False
-
-    def __init__(self) -> None:
-        self.saved: Mapping[str, Any] = {}  # also under the keys of `journal_key`
-        self.waits: Mapping[str, int] = {}
-
-    def record(self, path: str, value: Any) -> int | None:
-        """Save a finished step's output; the size in bytes of what was saved."""
-        return None
-
-    def begin_wait(self, path: str, until: int) -> None:
-        """Remember until when (milliseconds since the epoch) a step waits."""
-
-    def barrier(self) -> None:
-        """Return when all that was recorded is committed; called before each side effect."""
-
-
-#: What a journal keeps of a step beside its output, so that a resumed run does not work it out again: the suffix of the
-#: step's path under which it does. Databases in the field have them.
-_JOURNAL_SUFFIXES = {
-    "when": "?",  # whether it held
-    "error": "!",  # of a step that failed and went on, as expressions see it
-    "began": "<",  # when the first attempt began, milliseconds since the epoch
-    "deadline": "@",  # of the attempt that was suspended, milliseconds since the epoch
-    "time": "=",  # that a `wait` waits for
-    "items": "/of",  # of an `each`
-    "flow deadline": "/@",  # of a flow that is called
-}
-
-
-def journal_key(path: str, what: str) -> str:
-    """The key under which a journal keeps something of a step (see _JOURNAL_SUFFIXES)."""
-    return path + _JOURNAL_SUFFIXES[what]
-
-
-class Surroundings(NamedTuple):
-    """What every run needs of the outside."""
-
-    clock: Clock
-    outbound: Outbound
-    policy: AddressPolicy
-    env: dict[str, str]
-    secrets: dict[str, str]
-    max_result: int  # bytes
-    max_step_response: int  # bytes
-    connections: dict[str, Any]  # as they are now: a reload replaces them
-    masked: Mask  # of the secrets, and of credentials
-    kept: dict[str, Any]  # what kinds of steps keep between runs, by their names; each has a method `close`
-    flow_named: Callable[[str], Flow | None] = lambda name: None  # for `call`
-    data: str = "data"  # folder that sql steps may reach
-    own_database: str = "\0"  # path that they may not
-    folder: str | None = None  # of the flows; programs run there
-
-    def close(self) -> None:
-        """Give back what runs keep between them."""
-        while self.kept:
-            self.kept.popitem()[1].close()
-
-
-_UNBOUND = contextlib.nullcontext()
-_WORTH_SUSPENDING_MS = 250  # a shorter wait costs less than two commits
-
-
-class Run:
-    """One run of a flow: its input, what it knows, and when it must end."""
-
-    def __init__(
-        self,
-        flow: Flow,
-        given: Input,
-        outside: Surroundings,
-        deadline: float,
-        journal: Journal | None = None,
-        trace: list[dict[str, Any]] | None = None,
-        cancel: Cancel | None = None,
-    ) -> None:
-        self.flow, self.input, self.outside = flow, given, outside
-        self.deadline = self.step_deadline = deadline  # on the monotonic clock, seconds
-        self.journal = journal or Journal()
-        self.trace = trace
-        self.cancel = cancel or Cancel()
-        self.progress = Progress(None, 0, len(flow.steps))
-        self.canned: Any = None  # of a test: stands in for steps by its method `output(step, path)`
-        self.held = False  # waits with its thread, for it shares its run with others
-        self.budget: Budget | None = None  # of all evaluations together
-        self.reached: dict[str, Any] = {}  # how far a step came, for its next attempt, by path
-
-    def scope(self) -> Scope:
-        """The names that expressions see before the first step."""
-        given, outside = self.input, self.outside
-        env, secrets = dict(outside.env), dict(outside.secrets)  # which a Python step may change
-        names: Scope = {"params": given.params, "request": given.request, "env": env, "secrets": secrets, "error": None}
-        return names if self.budget is None else {**names, BUDGET: self.budget}
-
-    @property
-    def about(self) -> dict[str, str]:
-        """What its lines of the log are about."""
-        its_id = str(self.input.request["id"])
-        return about("job" if JobKey.parse(its_id) else "request", its_id, self.flow.name, self.input.trace)
-
-    def branch(self, **changes: Any) -> Run:
-        """A run of a part of this one, under the same deadlines; `changes` are its attributes that differ."""
-        part = copy.copy(self)
-        vars(part).update(changes)
-        return part
-
-    def evaluated_once(self, template: Template, scope: Scope, key: str) -> Any:
-        """The template's value; one that may turn out otherwise the next time is saved, for a resumed run."""
-        if template.volatile and key in self.journal.saved:
-            return self.journal.saved[key]
-        value = template(scope)
-        if template.volatile:
-            self.journal.record(key, value)
-        return value
-
-    def check(self) -> None:
-        """Raise if the run was cancelled or is over its time."""
-        if self.cancel.is_set:
-            raise Cancelled
-        if self.outside.clock.monotonic() >= self.deadline:
-            raise _TimedOut
-
-    def left(self) -> float:
-        """Seconds until the step or the run must end; raises _TimedOut or StepError if there are none."""
-        left = self.step_deadline - self.outside.clock.monotonic()
-        if left <= 0:
-            self.check()
-            raise StepError(504, "a step exceeded its timeout", "it exceeded its timeout", {"timeout"})
-        return left
-
-    def sleep(self, seconds: float) -> None:
-        """Hold the thread for so long; ends early, with an error, at the deadline or on cancel."""
-        left = self.left()
-        if self.cancel.wait(min(seconds, left)):
-            raise Cancelled
-        if seconds > left:
-            self.left()
-
-    def wait_until(self, until: int, path: str) -> None:
-        """Wait until a time (milliseconds since the epoch), without the thread where the run can be suspended."""
-        clock = self.outside.clock
-        wait_ms = until - clock.now()
-        if wait_ms <= 0:
-            return
-        if wait_ms <= _WORTH_SUSPENDING_MS or self.held or not self.journal.suspendable:
-            self.sleep(wait_ms / 1000)
-            return
-        self.journal.begin_wait(path, min(until, INT64.stop - 1))  # what the database can keep
-        raise _Suspend(min(until, clock.now() + math.ceil(self.left() * 1000)))
-
-    @contextlib.contextmanager
-    def within(self, timeout: float, key: str, resumed: bool = True) -> Iterator[None]:
-        """Bound what is done inside to so many seconds; the bound outlives a suspension, saved under `key`."""
-        clock, outer = self.outside.clock, self.step_deadline
-        until = self.journal.saved.get(key) if resumed else None
-        seconds = timeout if until is None else (until - clock.now()) / 1000
-        self.step_deadline = min(outer, clock.monotonic() + seconds)
-        try:
-            yield
-        except _Suspend:
-            self.journal.record(key, clock.now() + round((self.step_deadline - clock.monotonic()) * 1000))
-            raise
-        finally:
-            self.step_deadline = outer
-
-
-def run_flow(run: Run) -> Outcome | Suspended:
-    """Run a flow to its outcome, or until it waits. The door behind which everything is caught.
-
-    Raises BudgetExceeded if the run has a budget, and nothing else.
-    """
-    flow = run.flow
-    scope = run.scope()
-    try:
-        value = run_steps(flow.steps, run, scope, "")
-        if flow.steps:
-            run.progress = Progress(None, len(flow.steps), len(flow.steps))
-        return Outcome(response_of(flow, run, scope, value, ""))
-    except Answered as answered:
-        return Outcome(answered.answer)
-    except _Suspend as suspend:
-        return Suspended(suspend.until)
-    except Cancelled:
-        return Outcome.failed("cancelled", 409, "The job was cancelled.")
-    except BudgetExceeded:
-        raise
-    except BaseException as error:  # sys.exit(), or a cancelled future, ends the run and not a thread of the pool
-        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-            raise
-        return _failed(run, error)
-
-
-def _failed(run: Run, error: BaseException) -> Outcome:
-    """How a run ended that failed; what the client may be told, and the reason for the log."""
-    reason = failure_text(_known_failure(error) or blame(run, error))
-    if isinstance(error, StepError | _TimedOut | FlowFailure):
-        code = "timeout" if error.status == 504 and not isinstance(error, FlowFailure) else "failed"
-        return Outcome.failed(code, error.status, run.outside.masked(error.detail), reason, error.headers)
-    if not isinstance(error, AsteraError):
-        log.debug("flow %s", run.flow.name, exc_info=error, extra=run.about)
-    detail = "The flow failed. The server's log has the reason under this id."
-    return Outcome.failed("failed", 500, detail, reason, requestId=run.input.request["id"])
-
-
-def blame(run: Run, error: BaseException) -> dict[str, Any]:
-    """Put a failure into the trace that came between steps, as that of the step which was about to begin."""
-    name = (run.progress.step or "").partition("/")[0]
-    step = next((step for step in run.flow.steps if step.name == name), _RESPONDING)
-    return _StepRun(run, step, step.name).fail(error)
-
-
-def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any:
-    """Run steps in order, each result going into the scope; the value of the last one that was not skipped."""
-    value, saved = None, run.journal.saved
-    for position, step in enumerate(steps):
-        path = prefix + step.name
-        if not prefix:
-            run.progress = Progress(step.name, position, len(steps))
-        this = _StepRun(run, step, path)
-        if path in saved:
-            value = scope[step.name] = saved[path]
-            scope["error"] = saved.get(journal_key(path, "error"), scope["error"])
-            this.note("resumed", value=value)
-            continue
-        run.check()
-        try:
-            skipped = step.when is not None and not run.evaluated_once(step.when, scope, journal_key(path, "when"))
-        except ExpressionError as error:
-            this.fail(error)
-            raise
-        if skipped:
-            scope[step.name] = None
-            this.note("skipped")
-        else:
-            value = scope[step.name] = this.value(scope)
-    return value
-
-
-def _known_failure(error: BaseException | None) -> dict[str, Any] | None:
-    """What `_add_failure` said of an error, or of the one that it came of."""
-    while error is not None and not hasattr(error, "failure"):
-        error = error.__context__
-    return getattr(error, "failure", None)
-
-
-def failure_of(job: Job, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Why a job failed, by the trace of its steps; None if none of them is to blame."""
-    if job.error is None or job.error["code"] not in ("failed", "timeout"):
-        return None
-    last: Mapping[str, Any] = next((step for step in reversed(steps) if "/" not in step["path"]), {})
-    return last.get("error")
-
-
-def failure_text(failure: Mapping[str, Any]) -> str:
-    """A failure in one line."""
-    source, body = failure.get("source"), failure.get("body")
-    at = f"{failure['file']}:{failure['line']}" if failure["line"] else f"{failure['file']}: {failure['pointer']}"
-    text = f"{at}: step {failure['step']}: {failure['message']}"
-    text += f" ({source['file']}:{source['line']})" if source else ""
-    text += f": {body.strip()}" if body else ""
-    return text + (f" (attempt {failure['attempt']} of {failure['attempts']})" if failure["attempts"] > 1 else "")
-
-
-def _outline(value: Any, masked: Callable[[str], str], depth: int = 3) -> Any:
-    """The beginning of a value, so that a preview costs the same for a large one; secrets go before the cut."""
-    if isinstance(value, str):
-        return masked(value[:8192])[:200]
-    if isinstance(value, bytes):
-        return f"<{len(value)} bytes>"
-    if isinstance(value, dict):
-        beginning = itertools.islice(value.items(), 8)
-        return {masked(key): _outline(item, masked, depth - 1) if depth else "…" for key, item in beginning}
-    if isinstance(value, list | tuple):
-        return [_outline(item, masked, depth - 1) if depth else "…" for item in value[:5]]
-    return value
-
-
-_MAX_FAILURE_MESSAGE = 2000  # characters
-_MAX_TRACE = 500  # lines, above which steps inside steps are left out
-_MAX_DETAILED_TRACE = 100  # lines, above which failures of steps inside steps are cut short
-_MAX_RETRIES_NOTED = 10  # failed attempts of a step, besides the last one
-
-
-class _StepRun:
-    """One step of a run: its attempts, their failures, and its line in the trace."""
-
-    def __init__(self, run: Run, step: Step, path: str) -> None:
-        self.run, self.step, self.path = run, step, path
-        self.began = run.outside.clock.wall()  # milliseconds since the epoch
-        self.failures: list[dict[str, Any]] = []  # of each attempt
-
-    def value(self, scope: Scope) -> Any:
-        """The step's value; the trace says how it ended."""
-        run, step = self.run, self.step
-        began_key = journal_key(self.path, "began")
-        self.began = run.journal.saved.get(began_key, self.began)
-        try:
-            canned, value = run.canned.output(step, self.path) if run.canned is not None else (False, None)
-            if not canned:
-                value = self._attempts(scope)
-        except _Suspend:
-            if began_key not in run.journal.saved and run.trace is not None:
-                run.journal.record(began_key, self.began)
-            raise
-        except (Answered, Cancelled) as signal:
-            self.note("answered" if isinstance(signal, Answered) else "cancelled")
-            raise
-        except Exception as error:
-            if not self.failures or isinstance(error, _Signal):
-                self._add_failure(error, len(self.failures) + 1)
-            try:
-                if step.on_error is not None and not isinstance(error, _Signal):
-                    return self._go_on(step.on_error, error, scope)
-                if isinstance(error, StepError):
-                    error.detail, error.args = f'step "{step.name}": {error.detail}', (f"step {self.path}: {error}",)
-                raise
-            finally:
-                self.note("failed")
-        self.note("finished", run.journal.record(self.path, value) if step.save else None, value)
-        return value
-
-    def _attempts(self, scope: Scope) -> Any:
-        """The step's value, perhaps at a further attempt; attempts count anew where the step came further meanwhile."""
-        run, step, path, retry = self.run, self.step, self.path, self.step.retry
-        run.reached.pop(path, None)  # from an earlier attempt of a step around this one
-        attempt, resumed, before = 0, True, None
-        while True:
-            attempt += 1
-            try:
-                with run.within(step.timeout, journal_key(path, "deadline"), resumed) if step.timeout else _UNBOUND:
-                    if step.traits.effect:
-                        run.journal.barrier()
-                    return step.run(run, scope, path)
-            except _Signal:
-                raise
-            except Exception as error:
-                if run.reached.get(path) is not before:
-                    attempt, before = 1, run.reached[path]
-                self._add_failure(error, attempt)
-                kinds = error.kinds if isinstance(error, StepError) else {"error"}
-                wanted = "unsafe" not in kinds if retry.on is None else retry.on & set(kinds)
-                if attempt >= retry.attempts or not wanted:
-                    raise
-                run.check()
-                answer = error.answer if isinstance(error, StepError) else None
-                asked = header_value(answer.headers, "retry-after") if answer else None  # RFC 9110, section 10.2.3
-                pause = max(retry.pause(attempt), parse_retry_after(asked, run.outside.clock.wall()))
-                if pause > run.left():
-                    raise  # better this failure now than a timeout later
-            resumed = False
-            run.sleep(pause)
-
-    def _go_on(self, on_error: Template, error: Exception, scope: Scope) -> Any:
-        """What stands for the value of a step that failed; it is saved, or a resumed run would fail, and act, again."""
-        run = self.run
-        words = "flow %s: continues after a failure: %s"
-        log.info(words, run.flow.name, failure_text(self.failures[-1]), extra=run.about)
-        scope["error"] = _error_value(error, run.outside.masked)
-        try:
-            value = on_error(scope)
-        except ExpressionError as second:
-            self._add_failure(second, len(self.failures))
-            raise
-        run.journal.record(journal_key(self.path, "error"), scope["error"])
-        run.journal.record(self.path, value)
-        return value
-
-    def fail(self, error: BaseException) -> dict[str, Any]:
-        """Put a failure into the trace that was none of an attempt."""
-        failure = self._add_failure(error, 1)
-        self.note("failed")
-        return failure
-
-    def _add_failure(self, error: BaseException, attempt: int) -> dict[str, Any]:
-        """Why the step failed, for its author: what, in which attempt, and where.
-
-        The failure of a step inside it stands for the step around it.
-        """
-        run, step = self.run, self.step
-        failure = _known_failure(error) if step.traits.nests else None
-        if failure is None:
-            kind, message = _kind_and_message(error)
-            failure = {
-                "message": run.outside.masked(message)[:_MAX_FAILURE_MESSAGE],
-                "kind": kind,
-                "step": self.path,
-                "file": run.flow.source,
-                "pointer": step.place,
-                "line": None,
-                "attempt": attempt,
-                "attempts": step.retry.attempts,
-            }
-            optional("astera_lite_advice:explain", failure, error, run, step)
-            error.failure = failure  # type: ignore[attr-defined]
-        self.failures.append(failure)
-        return failure
-
-    def note(self, state: str, size: int | None = None, value: Any = None) -> None:
-        """Put a line into the trace, which is what people see of the steps."""
-        run, step, trace, inside = self.run, self.step, self.run.trace, "/" in self.path
-        if trace is None or (inside and len(trace) >= _MAX_TRACE):
-            return
-        if (run.journal.saved or run.journal.waits) and any(line["path"] == self.path for line in trace):
-            return  # from before the run was suspended
-        masked = run.outside.masked
-        # Its headers would fill the preview. What `onError` gave may be anything, also when it is read back.
-        answers = step.traits.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
-        preview = value.get("items", value["body"]) if answers else value
-        line: dict[str, Any] = {
-            "path": self.path,
-            "name": step.name,
-            "kind": step.kind,
-            "state": state,
-            "startedAt": timestamp(self.began),
-            "finishedAt": timestamp(run.outside.clock.wall()),
-            "size": size,
-            "preview": None if preview is None else masked(shown(_outline(preview, masked), 200)),
-        }
-        if answers:
-            line["status"] = value["status"]
-        brief, retries = inside and len(trace) >= _MAX_DETAILED_TRACE, self.failures
-        if state == "failed":
-            *retries, last = self.failures
-            short = {name: last[name] for name in last if name != "body"} | {"message": last["message"][:200]}
-            line["error"] = short if brief else last
-        if retries and not brief:
-            line["retries"] = retries[-_MAX_RETRIES_NOTED:]
-        trace.append(line)
-
-
-# --- responses ------------------------------------------------------------------------------------------------------
-
-
-def response_of(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> Answer:
-    """The answer of the first response whose `when` holds; a flow without responses answers with `value`."""
-    try:
-        if not flow.responses:
-            return make_answer(200, {}, value, run.outside.max_result)
-        for response in flow.responses:
-            if response.when is None or response.when(scope):
-                return evaluate_response(response, run, scope)
-        raise ExpressionError("/response: no `when` was true: add a last response without `when`")
-    except Exception as error:
-        _StepRun(run, _RESPONDING, f"{prefix}response").fail(error)
-        raise
-
-
-def evaluated(values: Mapping[str, Any], scope: Scope) -> dict[str, Any]:
-    """The values of templates by their names; what is no template stays as it is."""
-    return {name: value(scope) if isinstance(value, Template) else value for name, value in values.items()}
-
-
-def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
-    """The answer that a response gives in a scope."""
-    selection, selected = response.selection, run.input.selected
-    if selection:
-        scope = selection.scope(selected, scope)
-    status, headers = response.status(scope), evaluated(response.headers, scope)
-    if selection:
-        body = selection.body(response.body, selected, scope)
-    else:
-        body = response.body(scope) if response.body else None
-    empty = not (selection or response.body)
-    return make_answer(status, headers, body, run.outside.max_result, empty=empty, method=run.flow.method)
-
-
-#: Headers that the server alone sets: framing (RFC 9112), hop-by-hop ones, and our own.
-RESERVED_HEADERS = frozenset(
-    (
-        "connection content-length date keep-alive proxy-authenticate te trailer transfer-encoding "
-        "upgrade job-status x-request-id content-security-policy x-content-type-options"
-    ).split()
-)
-_UNSENDABLE = re.compile(r"[^\t\x20-\x7e\x80-\xff]+")
-_NO_URL = re.compile(r"[^\t\x20-\x7e]+")
-ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
-_WITHOUT_BODY = (204, 205, 304)
-
-
-def _field_value(name: str, text: str) -> str:
-    """A text as the value of a header: what none may have (RFC 9110, section 5.5) is percent-encoded, as in a URL.
-
-    It may be what a client sent: that must neither split the answer nor make it a 5xx.
-    """
-    unsendable = _NO_URL if name.lower() in ("location", "content-location") else _UNSENDABLE
-    value = unsendable.sub(lambda match: urllib.parse.quote(match[0], safe="", errors="replace"), text).strip(" \t")
-    return f'"{urllib.parse.quote(value)}"' if name.lower() == "etag" and not ENTITY_TAG.fullmatch(value) else value
-
-
-def make_answer(
-    status: Any, headers: Mapping[str, Any], body: Any, max_bytes: int, *, empty: bool = False, method: str = "GET"
-) -> Answer:
-    """A flow's values as a response to a method; ExpressionError or ValueError if they are none."""
-    if type(status) is not int or not 200 <= status <= 599:
-        raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
-    pairs: Pairs = ()
-    if headers:
-        pairs = tuple((name, _field_value(name, as_text(text))) for name, text in headers.items() if text is not None)
-    try:
-        pairs = with_owed(status, pairs, method)
-    except ValueError as error:
-        raise ExpressionError(f"/response/status: {error}") from None
-    if empty or status in _WITHOUT_BODY:
-        return Answer(status, pairs)
-    content_type = (header_value(pairs, "content-type") or "") if pairs else ""
-    media = content_type.partition(";")[0].strip().lower()
-    if type(body) is bytes:
-        data, default = body, CONTENT_TYPES["binary"]
-    elif media and not is_json_type(media):
-        data, default = as_text(body).encode(), ""
-        if media.startswith("text/") and content_type.lower() == media:
-            content_type += "; charset=utf-8"
-    else:
-        check_written(body, max_bytes)
-        data, default = json_body(body), CONTENT_TYPES["json"]
-    if len(data) > max_bytes:
-        raise ExpressionError(f"/response/body: it is larger than max_result ({show_size(max_bytes)})")
-    others = [pair for pair in pairs if pair[0].lower() != "content-type"] if pairs else ()
-    return Answer(status, (*others, ("Content-Type", content_type if media else default)), data)
-
-
-# --- members --------------------------------------------------------------------------------------------------------
+# --- members ----------------------------------------------------------------------------------------------------------
 # An object of a flow file is a table of members. One walk over it checks what an author wrote, fills in defaults,
 # compiles expressions and names the place of each fault. The JSON Schema of flow files, the members that a message
 # lists, and the tables of docs/flows.md follow from the same table.
 
 _BASE_NAMES = ("params", "request", "env", "secrets")
 _REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
+#: What expressions see as `error`, behind a step that failed and went on.
+_ERROR_MEMBERS = ("status", "headers", "body", "message", "kind")
 MODES = ("synchronous", "asynchronous")
 FLOW_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 FLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -3715,10 +2920,9 @@ STEP_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 class Build:
     """What is known while a flow is compiled: the faults found so far, and the names that expressions may use."""
 
-    def __init__(
-        self, where: str, kinds: Mapping[str, StepKind], folder: str | None = None, connections: Collection[str] = ()
-    ) -> None:
-        self.where, self.kinds, self.folder, self.connections = where, kinds, folder, connections
+    def __init__(self, where: str, step: Member, folder: str | None = None, connections: Collection[str] = ()) -> None:
+        self.where, self.folder, self.connections = where, folder, connections
+        self.step = step  # compiles a step
         self.faults: list[Fault] = []
         self.names: Mapping[str, Collection[str] | None] = {}
         self.hints: dict[str, str] = {}  # messages for names that are not known
@@ -3729,7 +2933,6 @@ class Build:
         self.step_names: set[str] = set()  # of all steps, those inside other steps included
         self.method = "GET"  # of the flow
         self.light = True  # whether all steps so far only compute
-        self.step = step_table(kinds)
 
     def fault(self, place: str, message: str) -> None:
         """Report a fault and its cure."""
@@ -4026,7 +3229,7 @@ class Steps(ListOf):
 
 
 class StepKind(Member):
-    """A kind of step, as the member that is named after it: compiles to its runner, and whether its value is saved.
+    """A kind of step, as the member of that name: compiles to itself, its runner, and whether its value is saved.
 
     `make(build, values, place)` gets what `members` compile to, unless there are faults; None: that is the runner.
     """
@@ -4043,16 +3246,867 @@ class StepKind(Member):
     def __init__(self, members: Member, make: Any, word: str, **traits: Any) -> None:
         super().__init__(members=members, make=make, word=word, **traits)
 
-    def read(self, build: Build, value: Any, place: str) -> tuple[Any, bool]:
+    def read(self, build: Build, value: Any, place: str) -> tuple[StepKind, Any, bool]:
         before, volatile, build.volatile = len(build.faults), build.volatile, False
         run = self.members.read(build, value, place)
         if self.make is not None and len(build.faults) == before:
             run = self.make(build, run, place)
         save, build.volatile = self.effect or build.volatile, volatile
-        return run, save
+        return self, run, save
 
 
-# --- step kinds -----------------------------------------------------------------------------------------------------
+# --- flows ------------------------------------------------------------------------------------------------------------
+
+
+class Retry(NamedTuple):
+    """When and how often a step is tried again. Times are seconds."""
+
+    attempts: int = 1
+    delay: float = 1.0
+    backoff: float = 2.0
+    max_delay: float = 30.0
+    on: frozenset[str] | None = None  # None: whatever is safe
+
+    def pause(self, failed: int) -> float:
+        """Seconds to wait after the n-th failure (from 1): exponential, always with jitter."""
+        longest = min(self.delay * self.backoff ** (failed - 1), self.max_delay)
+        return longest * (0.5 + random.random() / 2)  # noqa: S311 (spreads load, guards nothing)
+
+
+class Step(NamedTuple):
+    """One compiled step. `save`: its output is kept with the job."""
+
+    name: str
+    kind: str
+    traits: StepKind
+    run: Runner
+    save: bool
+    when: Template | None = None
+    timeout: float | None = None  # seconds
+    retry: Retry = Retry()
+    on_error: Template | None = None
+    place: str = ""  # in the flow file
+
+
+class Response(NamedTuple):
+    """One of a flow's responses: the first whose `when` holds answers."""
+
+    when: Template | None
+    status: Template
+    headers: Mapping[str, Template]
+    body: Template | None
+    selection: Any = None  # a Selection of astera_lite_requests: what a caller may ask of the rows
+
+
+_SCALARS = (str, int, float, bool, type(None))  # which nobody can change
+_MAX_BOUND = 128  # queries that a flow keeps bound, and characters of each
+
+
+class Flow(NamedTuple):
+    """A deployed flow, compiled. `tree` is what its author wrote, `version` the hash that pins jobs to it."""
+
+    name: str
+    description: str
+    method: str
+    resource: str
+    modes: frozenset[str]  # synchronous, asynchronous
+    strict: bool
+    parameters: tuple[Parameter, ...]
+    body: Schema | None
+    content_types: tuple[str, ...]
+    body_required: bool
+    steps: tuple[Step, ...]
+    responses: tuple[Response, ...]
+    selection: Any  # of all responses together, as of Response
+    timeout: float | None  # seconds
+    restart: str  # resume, rerun or fail
+    limit: int | None  # runs at one time
+    when_full: str  # queue or refuse
+    calls: tuple[tuple[str, str], ...]  # flows that it calls, and the place where it does
+    tests: Sequence[dict[str, Any]]  # as the table _TEST has them
+    tree: dict[str, Any]
+    text: str
+    version: int
+    source: str  # the file's name, for people
+    bound: dict[str, tuple[dict[str, Any], dict[str, Any]]]  # what queries came to that may come again
+    header_names: tuple[str, ...] = ()  # of a request, in lower case: those that matter to the flow
+    light: bool = False  # computes only, and is short: it may be run where a thread must not be held for long
+
+    @property
+    def segments(self) -> list[str]:
+        """The resource's raw path segments."""
+        return self.resource.split("/")[1:]
+
+    @property
+    def selecting(self) -> list[str]:
+        """The query parameters that select rows of its responses."""
+        return self.selection.names if self.selection else []
+
+    def bind(self, request: StoredRequest, segments: Mapping[str, str], request_id: str = "") -> Input:
+        """Check a request against the declaration; raises InputError with every fault at once."""
+        errors = InputErrors()
+        known = self.bound.get(request.query)
+        if known is None:
+            params, query, selected = self._bind_query(request, segments, errors)
+        else:
+            params, query, selected = known[0].copy(), known[1].copy(), None
+        seen = {
+            "method": request.method,
+            "path": request.path,
+            "query": query,
+            "headers": request.headers,
+            "body": _bind_body(self, request, errors),
+            "id": request_id,
+        }
+        if errors:
+            raise InputError(errors)
+        return Input(params, seen, selected, len(request.body) + len(request.query), request.trace)
+
+    def _bind_query(
+        self, request: StoredRequest, segments: Mapping[str, str], errors: InputErrors
+    ) -> tuple[dict[str, Any], dict[str, Any], Any]:
+        """The parameters, the query as expressions see it, and what it selects."""
+        query, params = parse_query(request.query), {}
+        for item in self.parameters:
+            if item.where == "query":
+                given: Sequence[str] = query.get(item.name, ())
+            elif item.where == "path":
+                given = (segments[item.name],)
+            else:
+                given = [value for name, value in request.headers.items() if name == item.name.lower()]
+            params[item.name] = item.read(given, errors)
+        if self.strict:
+            known = [item.name for item in self.parameters if item.where == "query"] + self.selecting
+            for name in query:
+                if name not in known and not errors.full:
+                    errors.add("query", name, "is not declared" + suggest(name, known))
+        plain, selected = _plain(query), None
+        if self.selection:
+            selected = wing("astera_lite_requests:read_selection")(self.selection, request.path, query, errors)
+        elif (
+            not errors
+            and len(request.query) <= _MAX_BOUND
+            and all(item.where == "query" for item in self.parameters)
+            and all(type(value) in _SCALARS for value in (*params.values(), *plain.values()))
+        ):
+            if len(self.bound) >= _MAX_BOUND:
+                self.bound.clear()
+            self.bound[request.query] = params.copy(), plain.copy()
+        return params, plain, selected
+
+
+def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
+    """The request that a client would send to call a flow with these parameters; InputError if none can say them."""
+    request: StoredRequest = wing("astera_lite_requests:request_for")(flow, params, body)
+    return request
+
+
+def path_values(flow: Flow, path: str) -> dict[str, str]:
+    """The path parameters of a raw path that matches the flow's resource, decoded once; raises InputError."""
+    values: dict[str, str] = {}
+    if "{" not in flow.resource:
+        return values
+    for want, got in zip(flow.segments, path.split("/")[1:], strict=True):
+        if want[0] == "{":
+            try:
+                values[want[1:-1]] = unquote(got)
+            except ValueError as error:
+                raise InputError([{"in": "path", "name": want[1:-1], "message": str(error)}]) from None
+    return values
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+#: Headers that the server alone sets: framing (RFC 9112), hop-by-hop ones, and our own.
+RESERVED_HEADERS = frozenset(
+    (
+        "connection content-length date keep-alive proxy-authenticate te trailer transfer-encoding "
+        "upgrade job-status x-request-id content-security-policy x-content-type-options"
+    ).split()
+)
+_UNSENDABLE = re.compile(r"[^\t\x20-\x7e\x80-\xff]+")
+_NO_URL = re.compile(r"[^\t\x20-\x7e]+")
+ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
+_WITHOUT_BODY = (204, 205, 304)
+
+
+def _field_value(name: str, text: str) -> str:
+    """A text as the value of a header: what none may have (RFC 9110, section 5.5) is percent-encoded, as in a URL.
+
+    It may be what a client sent: that must neither split the answer nor make it a 5xx.
+    """
+    unsendable = _NO_URL if name.lower() in ("location", "content-location") else _UNSENDABLE
+    value = unsendable.sub(lambda match: urllib.parse.quote(match[0], safe="", errors="replace"), text).strip(" \t")
+    return f'"{urllib.parse.quote(value)}"' if name.lower() == "etag" and not ENTITY_TAG.fullmatch(value) else value
+
+
+def make_answer(
+    status: Any, headers: Mapping[str, Any], body: Any, max_bytes: int, *, empty: bool = False, method: str = "GET"
+) -> Answer:
+    """A flow's values as a response to a method; ExpressionError or ValueError if they are none."""
+    if type(status) is not int or not 200 <= status <= 599:
+        raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
+    pairs: Pairs = ()
+    if headers:
+        pairs = tuple((name, _field_value(name, as_text(text))) for name, text in headers.items() if text is not None)
+    try:
+        pairs = with_owed(status, pairs, method)
+    except ValueError as error:
+        raise ExpressionError(f"/response/status: {error}") from None
+    if empty or status in _WITHOUT_BODY:
+        return Answer(status, pairs)
+    content_type = (header_value(pairs, "content-type") or "") if pairs else ""
+    media = content_type.partition(";")[0].strip().lower()
+    if type(body) is bytes:
+        data, default = body, CONTENT_TYPES["binary"]
+    elif media and not is_json_type(media):
+        data, default = as_text(body).encode(), ""
+        if media.startswith("text/") and content_type.lower() == media:
+            content_type += "; charset=utf-8"
+    else:
+        check_written(body, max_bytes)
+        data, default = json_body(body), CONTENT_TYPES["json"]
+    if len(data) > max_bytes:
+        raise ExpressionError(f"/response/body: it is larger than max_result ({show_size(max_bytes)})")
+    others = [pair for pair in pairs if pair[0].lower() != "content-type"] if pairs else ()
+    return Answer(status, (*others, ("Content-Type", content_type if media else default)), data)
+
+
+# What Python calls an encoding too; the first takes time with the square of the size.
+_NO_CHARSETS = frozenset({"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"})
+
+
+def read_answer(answer: Fetched) -> Any:
+    """The body as its content type says: JSON, text or bytes; None if it is empty. Raises ValueError."""
+    if not answer.body:
+        return None
+    content_type = (header_value(answer.headers, "content-type") or "").lower()
+    media = content_type.partition(";")[0].strip()
+    named = re.search(r"charset=\"?([\w-]+)", content_type)
+    is_json = is_json_type(media)
+    if not (is_json or named or media.startswith("text/") or media.endswith(("+xml", "/xml"))):
+        return answer.body
+    try:
+        charset = codecs.lookup(named[1] if named else "utf-8").name.replace("_", "-")
+        if charset in _NO_CHARSETS:
+            raise LookupError
+        text = answer.body.decode(charset).removeprefix("\ufeff")
+    except LookupError:
+        text = answer.body.decode("utf-8" if is_json else "latin-1", "replace")
+    except UnicodeDecodeError as error:
+        if is_json:
+            raise ValueError(f"with invalid JSON: byte {error.start} is not valid {charset.upper()}") from None
+        text = answer.body.decode("latin-1")
+    if not is_json:
+        return text
+    try:
+        return from_json(text, LENIENT_DECODER)
+    except ValueError as error:
+        raise ValueError(f"with invalid JSON: {error}") from None
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+class _Signal(Exception):
+    """Ends a run. It is no failure of a step: nothing tries again, and `onError` does not catch it."""
+
+
+class Answered(_Signal):
+    """A `respond` step answers with this."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+
+class _Suspend(_Signal):
+    def __init__(self, until: int) -> None:
+        self.until = until  # milliseconds since the epoch
+
+
+class Cancelled(_Signal):
+    """The run is to stop: its job was cancelled."""
+
+
+class _TimedOut(_Signal):
+    """The run took longer than it may; the message is for the flow's author, `detail` for the client."""
+
+    kind, status, detail, headers = "timeout", 504, "The flow exceeded its time limit.", ()
+
+    def __init__(self, message: str = "the flow exceeded its time limit") -> None:
+        super().__init__(message)
+
+
+class FlowFailure(_Signal):
+    """What a `fail` step says."""
+
+    kind = "fail"
+
+    def __init__(self, status: int, detail: str, headers: Pairs = ()) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, headers
+
+
+_KINDS_FOR_PEOPLE = {"too_large": "size"} | dict.fromkeys(("invalid", "next", "redirect", "refused"), "address")
+
+
+class StepError(AsteraError):
+    """A step failed. `detail` may be told to the client; `status` is the response's code, `kinds` are for retry.
+
+    `reason` is for the flow's author; `answer` is what the API, or the called flow, answered, if it did.
+    """
+
+    headers = ()
+    source: dict[str, Any] | None = None  # file and line of the exception, where it came from another process
+
+    def __init__(
+        self, status: int, detail: str, reason: str, kinds: Collection[str] = (), answer: Fetched | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.status, self.detail, self.kinds, self.answer = status, detail, frozenset(kinds), answer
+
+    @property
+    def kind(self) -> str:
+        """The one word for what happened."""
+        word = min(self.kinds - {"unsafe"}, default="error")
+        return "status" if word[0].isdigit() else _KINDS_FOR_PEOPLE.get(word, word)
+
+
+def _kind_and_message(error: BaseException) -> tuple[str, str]:
+    """What happened, in one word and in the words for the flow's author."""
+    if isinstance(error, StepError | _TimedOut | FlowFailure):
+        return error.kind, str(error)
+    if isinstance(error, ExpressionError):
+        return "expression", str(error)
+    return "error", f"{type(error).__name__}: {error}"
+
+
+def _error_value(error: Exception, masked: Mask) -> dict[str, Any]:
+    """A failure as expressions see it; what an API answered with it is read as far as it can be."""
+    kind, message = _kind_and_message(error)
+    status, headers, body = None, {}, None
+    answer = error.answer if isinstance(error, StepError) else None
+    if answer is not None:
+        status, headers = answer.status, joined_headers(answer.headers)
+        try:
+            body = read_answer(answer)
+        except ValueError:
+            body = answer.body.decode("utf-8", "replace")
+    return dict(zip(_ERROR_MEMBERS, (status, headers, body, masked(message), kind), strict=True))
+
+
+class Suspended(NamedTuple):
+    """A run that waits until a time (milliseconds since the epoch) without holding a thread."""
+
+    until: int
+
+
+class Cancel:
+    """A request to stop, set by any thread and seen by one run."""
+
+    __slots__ = ("_listeners", "is_set")
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._listeners: list[Callable[[], None]] = []
+
+    def set(self) -> None:
+        self.is_set = True
+        for listener in list(self._listeners):
+            listener()
+
+    @contextlib.contextmanager
+    def calling(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Have `listener` called, perhaps twice, by the thread that sets this; at once if it is set already."""
+        self._listeners.append(listener)
+        try:
+            if self.is_set:
+                listener()
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for so long, or until set; whether it is set."""
+        changed = threading.Event()
+        with self.calling(changed.set):
+            changed.wait(seconds)
+        return self.is_set
+
+
+class Journal:
+    """What outlives a run's thread: saved outputs and begun waits, by step path. This one keeps nothing."""
+
+    suspendable = False
+
+    def __init__(self) -> None:
+        self.saved: Mapping[str, Any] = {}  # also under the keys of `journal_key`
+        self.waits: Mapping[str, int] = {}
+
+    def record(self, path: str, value: Any) -> int | None:
+        """Save a finished step's output; the size in bytes of what was saved."""
+        return None
+
+    def begin_wait(self, path: str, until: int) -> None:
+        """Remember until when (milliseconds since the epoch) a step waits."""
+
+    def barrier(self) -> None:
+        """Return when all that was recorded is committed; called before each side effect."""
+
+
+#: What a journal keeps of a step beside its output, so that a resumed run does not work it out again: the suffix of the
+#: step's path under which it does. Databases in the field have them.
+_JOURNAL_SUFFIXES = {
+    "when": "?",  # whether it held
+    "error": "!",  # of a step that failed and went on, as expressions see it
+    "began": "<",  # when the first attempt began, milliseconds since the epoch
+    "deadline": "@",  # of the attempt that was suspended, milliseconds since the epoch
+    "time": "=",  # that a `wait` waits for
+    "items": "/of",  # of an `each`
+    "flow deadline": "/@",  # of a flow that is called
+}
+
+
+def journal_key(path: str, what: str) -> str:
+    """The key under which a journal keeps something of a step (see _JOURNAL_SUFFIXES)."""
+    return path + _JOURNAL_SUFFIXES[what]
+
+
+class Surroundings(NamedTuple):
+    """What every run needs of the outside."""
+
+    clock: Clock
+    outbound: Outbound
+    policy: AddressPolicy
+    env: dict[str, str]
+    secrets: dict[str, str]
+    max_result: int  # bytes
+    max_step_response: int  # bytes
+    connections: dict[str, Any]  # as they are now: a reload replaces them
+    masked: Mask  # of the secrets, and of credentials
+    kept: dict[str, Any]  # what kinds of steps keep between runs, by their names; each has a method `close`
+    flow_named: Callable[[str], Flow | None] = lambda name: None  # for `call`
+    data: str = "data"  # folder that sql steps may reach
+    own_database: str = "\0"  # path that they may not
+    folder: str | None = None  # of the flows; programs run there
+
+    def close(self) -> None:
+        """Give back what runs keep between them."""
+        while self.kept:
+            self.kept.popitem()[1].close()
+
+
+_UNBOUND = contextlib.nullcontext()
+_WORTH_SUSPENDING_MS = 250  # a shorter wait costs less than two commits
+
+
+class Run:
+    """One run of a flow: its input, what it knows, and when it must end."""
+
+    def __init__(
+        self,
+        flow: Flow,
+        given: Input,
+        outside: Surroundings,
+        deadline: float,
+        journal: Journal | None = None,
+        trace: list[dict[str, Any]] | None = None,
+        cancel: Cancel | None = None,
+    ) -> None:
+        self.flow, self.input, self.outside = flow, given, outside
+        self.deadline = self.step_deadline = deadline  # on the monotonic clock, seconds
+        self.journal = journal or Journal()
+        self.trace = trace
+        self.cancel = cancel or Cancel()
+        self.progress = Progress(None, 0, len(flow.steps))
+        self.canned: Any = None  # of a test: stands in for steps by its method `output(step, path)`
+        self.held = False  # waits with its thread, for it shares its run with others
+        self.budget: Budget | None = None  # of all evaluations together
+        self.reached: dict[str, Any] = {}  # how far a step came, for its next attempt, by path
+
+    def scope(self) -> Scope:
+        """The names that expressions see before the first step."""
+        given, outside = self.input, self.outside
+        env, secrets = dict(outside.env), dict(outside.secrets)  # which a Python step may change
+        names: Scope = {"params": given.params, "request": given.request, "env": env, "secrets": secrets, "error": None}
+        return names if self.budget is None else {**names, BUDGET: self.budget}
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What its lines of the log are about."""
+        its_id = str(self.input.request["id"])
+        return about("job" if JobKey.parse(its_id) else "request", its_id, self.flow.name, self.input.trace)
+
+    def branch(self, **changes: Any) -> Run:
+        """A run of a part of this one, under the same deadlines; `changes` are its attributes that differ."""
+        part = copy.copy(self)
+        vars(part).update(changes)
+        return part
+
+    def evaluated_once(self, template: Template, scope: Scope, key: str) -> Any:
+        """The template's value; one that may turn out otherwise the next time is saved, for a resumed run."""
+        if template.volatile and key in self.journal.saved:
+            return self.journal.saved[key]
+        value = template(scope)
+        if template.volatile:
+            self.journal.record(key, value)
+        return value
+
+    def check(self) -> None:
+        """Raise if the run was cancelled or is over its time."""
+        if self.cancel.is_set:
+            raise Cancelled
+        if self.outside.clock.monotonic() >= self.deadline:
+            raise _TimedOut
+
+    def left(self) -> float:
+        """Seconds until the step or the run must end; raises _TimedOut or StepError if there are none."""
+        left = self.step_deadline - self.outside.clock.monotonic()
+        if left <= 0:
+            self.check()
+            raise StepError(504, "a step exceeded its timeout", "it exceeded its timeout", {"timeout"})
+        return left
+
+    def sleep(self, seconds: float) -> None:
+        """Hold the thread for so long; ends early, with an error, at the deadline or on cancel."""
+        left = self.left()
+        if self.cancel.wait(min(seconds, left)):
+            raise Cancelled
+        if seconds > left:
+            self.left()
+
+    def wait_until(self, until: int, path: str) -> None:
+        """Wait until a time (milliseconds since the epoch), without the thread where the run can be suspended."""
+        clock = self.outside.clock
+        wait_ms = until - clock.now()
+        if wait_ms <= 0:
+            return
+        if wait_ms <= _WORTH_SUSPENDING_MS or self.held or not self.journal.suspendable:
+            self.sleep(wait_ms / 1000)
+            return
+        self.journal.begin_wait(path, min(until, INT64.stop - 1))  # what the database can keep
+        raise _Suspend(min(until, clock.now() + math.ceil(self.left() * 1000)))
+
+    @contextlib.contextmanager
+    def within(self, timeout: float, key: str, resumed: bool = True) -> Iterator[None]:
+        """Bound what is done inside to so many seconds; the bound outlives a suspension, saved under `key`."""
+        clock, outer = self.outside.clock, self.step_deadline
+        until = self.journal.saved.get(key) if resumed else None
+        seconds = timeout if until is None else (until - clock.now()) / 1000
+        self.step_deadline = min(outer, clock.monotonic() + seconds)
+        try:
+            yield
+        except _Suspend:
+            self.journal.record(key, clock.now() + round((self.step_deadline - clock.monotonic()) * 1000))
+            raise
+        finally:
+            self.step_deadline = outer
+
+
+def evaluated(values: Mapping[str, Any], scope: Scope) -> dict[str, Any]:
+    """The values of templates by their names; what is no template stays as it is."""
+    return {name: value(scope) if isinstance(value, Template) else value for name, value in values.items()}
+
+
+def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
+    """The answer that a response gives in a scope."""
+    selection, selected = response.selection, run.input.selected
+    if selection:
+        scope = selection.scope(selected, scope)
+    status, headers = response.status(scope), evaluated(response.headers, scope)
+    if selection:
+        body = selection.body(response.body, selected, scope)
+    else:
+        body = response.body(scope) if response.body else None
+    empty = not (selection or response.body)
+    return make_answer(status, headers, body, run.outside.max_result, empty=empty, method=run.flow.method)
+
+
+def _known_failure(error: BaseException | None) -> dict[str, Any] | None:
+    """What `_add_failure` said of an error, or of the one that it came of."""
+    while error is not None and not hasattr(error, "failure"):
+        error = error.__context__
+    return getattr(error, "failure", None)
+
+
+def failure_of(job: Job, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Why a job failed, by the trace of its steps; None if none of them is to blame."""
+    if job.error is None or job.error["code"] not in ("failed", "timeout"):
+        return None
+    last: Mapping[str, Any] = next((step for step in reversed(steps) if "/" not in step["path"]), {})
+    return last.get("error")
+
+
+def failure_text(failure: Mapping[str, Any]) -> str:
+    """A failure in one line."""
+    source, body = failure.get("source"), failure.get("body")
+    at = f"{failure['file']}:{failure['line']}" if failure["line"] else f"{failure['file']}: {failure['pointer']}"
+    text = f"{at}: step {failure['step']}: {failure['message']}"
+    text += f" ({source['file']}:{source['line']})" if source else ""
+    text += f": {body.strip()}" if body else ""
+    return text + (f" (attempt {failure['attempt']} of {failure['attempts']})" if failure["attempts"] > 1 else "")
+
+
+_MAX_FAILURE_MESSAGE = 2000  # characters
+_MAX_TRACE = 500  # lines, above which steps inside steps are left out
+_MAX_DETAILED_TRACE = 100  # lines, above which failures of steps inside steps are cut short
+_MAX_RETRIES_NOTED = 10  # failed attempts of a step, besides the last one
+
+
+def _outline(value: Any, masked: Callable[[str], str], depth: int = 3) -> Any:
+    """The beginning of a value, so that a preview costs the same for a large one; secrets go before the cut."""
+    if isinstance(value, str):
+        return masked(value[:8192])[:200]
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, dict):
+        beginning = itertools.islice(value.items(), 8)
+        return {masked(key): _outline(item, masked, depth - 1) if depth else "…" for key, item in beginning}
+    if isinstance(value, list | tuple):
+        return [_outline(item, masked, depth - 1) if depth else "…" for item in value[:5]]
+    return value
+
+
+class _StepRun:
+    """One step of a run: its attempts, their failures, and its line in the trace."""
+
+    def __init__(self, run: Run, step: Step, path: str) -> None:
+        self.run, self.step, self.path = run, step, path
+        self.began = run.outside.clock.wall()  # milliseconds since the epoch
+        self.failures: list[dict[str, Any]] = []  # of each attempt
+
+    def value(self, scope: Scope) -> Any:
+        """The step's value; the trace says how it ended."""
+        run, step = self.run, self.step
+        began_key = journal_key(self.path, "began")
+        self.began = run.journal.saved.get(began_key, self.began)
+        try:
+            canned, value = run.canned.output(step, self.path) if run.canned is not None else (False, None)
+            if not canned:
+                value = self._attempts(scope)
+        except _Suspend:
+            if began_key not in run.journal.saved and run.trace is not None:
+                run.journal.record(began_key, self.began)
+            raise
+        except (Answered, Cancelled) as signal:
+            self.note("answered" if isinstance(signal, Answered) else "cancelled")
+            raise
+        except Exception as error:
+            if not self.failures or isinstance(error, _Signal):
+                self._add_failure(error, len(self.failures) + 1)
+            try:
+                if step.on_error is not None and not isinstance(error, _Signal):
+                    return self._go_on(step.on_error, error, scope)
+                if isinstance(error, StepError):
+                    error.detail, error.args = f'step "{step.name}": {error.detail}', (f"step {self.path}: {error}",)
+                raise
+            finally:
+                self.note("failed")
+        self.note("finished", run.journal.record(self.path, value) if step.save else None, value)
+        return value
+
+    def _attempts(self, scope: Scope) -> Any:
+        """The step's value, perhaps at a further attempt; attempts count anew where the step came further meanwhile."""
+        run, step, path, retry = self.run, self.step, self.path, self.step.retry
+        run.reached.pop(path, None)  # from an earlier attempt of a step around this one
+        attempt, resumed, before = 0, True, None
+        while True:
+            attempt += 1
+            try:
+                with run.within(step.timeout, journal_key(path, "deadline"), resumed) if step.timeout else _UNBOUND:
+                    if step.traits.effect:
+                        run.journal.barrier()
+                    return step.run(run, scope, path)
+            except _Signal:
+                raise
+            except Exception as error:
+                if run.reached.get(path) is not before:
+                    attempt, before = 1, run.reached[path]
+                self._add_failure(error, attempt)
+                kinds = error.kinds if isinstance(error, StepError) else {"error"}
+                wanted = "unsafe" not in kinds if retry.on is None else retry.on & set(kinds)
+                if attempt >= retry.attempts or not wanted:
+                    raise
+                run.check()
+                answer = error.answer if isinstance(error, StepError) else None
+                asked = header_value(answer.headers, "retry-after") if answer else None  # RFC 9110, section 10.2.3
+                pause = max(retry.pause(attempt), parse_retry_after(asked, run.outside.clock.wall()))
+                if pause > run.left():
+                    raise  # better this failure now than a timeout later
+            resumed = False
+            run.sleep(pause)
+
+    def _go_on(self, on_error: Template, error: Exception, scope: Scope) -> Any:
+        """What stands for the value of a step that failed; it is saved, or a resumed run would fail, and act, again."""
+        run = self.run
+        words = "flow %s: continues after a failure: %s"
+        log.info(words, run.flow.name, failure_text(self.failures[-1]), extra=run.about)
+        scope["error"] = _error_value(error, run.outside.masked)
+        try:
+            value = on_error(scope)
+        except ExpressionError as second:
+            self._add_failure(second, len(self.failures))
+            raise
+        run.journal.record(journal_key(self.path, "error"), scope["error"])
+        run.journal.record(self.path, value)
+        return value
+
+    def fail(self, error: BaseException) -> dict[str, Any]:
+        """Put a failure into the trace that was none of an attempt."""
+        failure = self._add_failure(error, 1)
+        self.note("failed")
+        return failure
+
+    def _add_failure(self, error: BaseException, attempt: int) -> dict[str, Any]:
+        """Why the step failed, for its author: what, in which attempt, and where.
+
+        The failure of a step inside it stands for the step around it.
+        """
+        run, step = self.run, self.step
+        failure = _known_failure(error) if step.traits.nests else None
+        if failure is None:
+            kind, message = _kind_and_message(error)
+            failure = {
+                "message": run.outside.masked(message)[:_MAX_FAILURE_MESSAGE],
+                "kind": kind,
+                "step": self.path,
+                "file": run.flow.source,
+                "pointer": step.place,
+                "line": None,
+                "attempt": attempt,
+                "attempts": step.retry.attempts,
+            }
+            optional("astera_lite_advice:explain", failure, error, run, step)
+            error.failure = failure  # type: ignore[attr-defined]
+        self.failures.append(failure)
+        return failure
+
+    def note(self, state: str, size: int | None = None, value: Any = None) -> None:
+        """Put a line into the trace, which is what people see of the steps."""
+        run, step, trace, inside = self.run, self.step, self.run.trace, "/" in self.path
+        if trace is None or (inside and len(trace) >= _MAX_TRACE):
+            return
+        if (run.journal.saved or run.journal.waits) and any(line["path"] == self.path for line in trace):
+            return  # from before the run was suspended
+        masked = run.outside.masked
+        # Its headers would fill the preview. What `onError` gave may be anything, also when it is read back.
+        answers = step.traits.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
+        preview = value.get("items", value["body"]) if answers else value
+        line: dict[str, Any] = {
+            "path": self.path,
+            "name": step.name,
+            "kind": step.kind,
+            "state": state,
+            "startedAt": timestamp(self.began),
+            "finishedAt": timestamp(run.outside.clock.wall()),
+            "size": size,
+            "preview": None if preview is None else masked(shown(_outline(preview, masked), 200)),
+        }
+        if answers:
+            line["status"] = value["status"]
+        brief, retries = inside and len(trace) >= _MAX_DETAILED_TRACE, self.failures
+        if state == "failed":
+            *retries, last = self.failures
+            short = {name: last[name] for name in last if name != "body"} | {"message": last["message"][:200]}
+            line["error"] = short if brief else last
+        if retries and not brief:
+            line["retries"] = retries[-_MAX_RETRIES_NOTED:]
+        trace.append(line)
+
+
+def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any:
+    """Run steps in order, each result going into the scope; the value of the last one that was not skipped."""
+    value, saved = None, run.journal.saved
+    for position, step in enumerate(steps):
+        path = prefix + step.name
+        if not prefix:
+            run.progress = Progress(step.name, position, len(steps))
+        this = _StepRun(run, step, path)
+        if path in saved:
+            value = scope[step.name] = saved[path]
+            scope["error"] = saved.get(journal_key(path, "error"), scope["error"])
+            this.note("resumed", value=value)
+            continue
+        run.check()
+        try:
+            skipped = step.when is not None and not run.evaluated_once(step.when, scope, journal_key(path, "when"))
+        except ExpressionError as error:
+            this.fail(error)
+            raise
+        if skipped:
+            scope[step.name] = None
+            this.note("skipped")
+        else:
+            value = scope[step.name] = this.value(scope)
+    return value
+
+
+#: What stands in a trace for the making of the response.
+_RESPONDING = Step(
+    "response", "response", StepKind(Value(), None, ""), lambda run, scope, path: None, False, place="/response"
+)
+
+
+def response_of(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> Answer:
+    """The answer of the first response whose `when` holds; a flow without responses answers with `value`."""
+    try:
+        if not flow.responses:
+            return make_answer(200, {}, value, run.outside.max_result)
+        for response in flow.responses:
+            if response.when is None or response.when(scope):
+                return evaluate_response(response, run, scope)
+        raise ExpressionError("/response: no `when` was true: add a last response without `when`")
+    except Exception as error:
+        _StepRun(run, _RESPONDING, f"{prefix}response").fail(error)
+        raise
+
+
+def blame(run: Run, error: BaseException) -> dict[str, Any]:
+    """Put a failure into the trace that came between steps, as that of the step which was about to begin."""
+    name = (run.progress.step or "").partition("/")[0]
+    step = next((step for step in run.flow.steps if step.name == name), _RESPONDING)
+    return _StepRun(run, step, step.name).fail(error)
+
+
+def _failed(run: Run, error: BaseException) -> Outcome:
+    """How a run ended that failed; what the client may be told, and the reason for the log."""
+    reason = failure_text(_known_failure(error) or blame(run, error))
+    if isinstance(error, StepError | _TimedOut | FlowFailure):
+        code = "timeout" if error.status == 504 and not isinstance(error, FlowFailure) else "failed"
+        return Outcome.failed(code, error.status, run.outside.masked(error.detail), reason, error.headers)
+    if not isinstance(error, AsteraError):
+        log.debug("flow %s", run.flow.name, exc_info=error, extra=run.about)
+    detail = "The flow failed. The server's log has the reason under this id."
+    return Outcome.failed("failed", 500, detail, reason, requestId=run.input.request["id"])
+
+
+def run_flow(run: Run) -> Outcome | Suspended:
+    """Run a flow to its outcome, or until it waits. The door behind which everything is caught.
+
+    Raises BudgetExceeded if the run has a budget, and nothing else.
+    """
+    flow = run.flow
+    scope = run.scope()
+    try:
+        value = run_steps(flow.steps, run, scope, "")
+        if flow.steps:
+            run.progress = Progress(None, len(flow.steps), len(flow.steps))
+        return Outcome(response_of(flow, run, scope, value, ""))
+    except Answered as answered:
+        return Outcome(answered.answer)
+    except _Suspend as suspend:
+        return Suspended(suspend.until)
+    except Cancelled:
+        return Outcome.failed("cancelled", 409, "The job was cancelled.")
+    except BudgetExceeded:
+        raise
+    except BaseException as error:  # sys.exit(), or a cancelled future, ends the run and not a thread of the pool
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        return _failed(run, error)
+
+
+# --- step kinds -------------------------------------------------------------------------------------------------------
 
 
 def _is_last(build: Build, whens: Sequence[Template | None], place: str) -> None:
@@ -4205,6 +4259,93 @@ _AUTHORITY = re.compile(r"https?://[^/?#]+[/?#]", re.IGNORECASE)
 #: What ends behind the host, in the text of a URL in which NUL stands for each expression; the first may be a scheme.
 _BEHIND_HOST = re.compile(r"(?:https?://|\0://)[^/?#]+[/?#]|\0(?!://)[^/?#]*[/?#]", re.IGNORECASE)
 
+_IN_URLS = "".join(map(chr, range(0x21, 0x7F)))
+
+
+def encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plus) -> str:
+    """An object as a query or a form: lists repeat their name, null is left out. Raises ExpressionError."""
+    if type(values) is not dict:
+        raise ExpressionError("query and form are objects")
+    pairs = []
+    for name, value in values.items():
+        items = value if type(value) in (list, tuple) else [value]
+        pairs += [(name, as_text(item)) for item in items if item is not None]
+    return urllib.parse.urlencode(pairs, quote_via=quote)
+
+
+def with_query(url: str, values: Any) -> str:
+    """The URL with an object added to its query."""
+    query = encode_query(values, urllib.parse.quote)  # a plus is a blank in forms only; to some servers it is a plus
+    return f"{url}{'&' if '?' in url else '?'}{query}" if query else url
+
+
+def _encoded_address(text: str) -> str:
+    """An address with what no URL may have percent-encoded, as browsers do.
+
+    It may come from a header, whose bytes are read as Latin-1 although most servers mean UTF-8.
+    """
+    with contextlib.suppress(UnicodeError):
+        text = text.encode("latin-1").decode()
+    return urllib.parse.quote(text.strip(), safe=_IN_URLS, errors="replace")
+
+
+class OutgoingRequest:
+    """A request that an `http` step makes; `fixed`: its address is the flow author's choice, and is not judged."""
+
+    def __init__(self, method: str, url: str, fixed: bool) -> None:
+        self.method, self.url, self.fixed = method, url, fixed
+        self.headers: dict[str, str] = {}
+        self.body: bytes | None = None
+        self.connection: Any = None  # a Connection of astera_lite_requests
+
+    def add_headers(self, values: Mapping[str, Any]) -> None:
+        """Set headers, instead of those of the same names in whatever case; a value that is null sets none."""
+        headers = {name: as_text(value) for name, value in values.items() if value is not None}
+        names = {name.lower() for name in headers}
+        self.headers = {name: text for name, text in self.headers.items() if name.lower() not in names} | headers
+
+    def go_to(self, url: str) -> None:
+        """Turn to another address, which may be relative to this one. Credentials do not go to another origin.
+
+        A body, which may hold some, goes to another origin only from http to https. Raises ValueError.
+        """
+        url = urllib.parse.urldefrag(urllib.parse.urljoin(self.url, url)).url
+        here, there = urllib.parse.urlsplit(self.url), urllib.parse.urlsplit(url)
+        if here[:2] != there[:2]:
+            if self.body is not None and (here.hostname, "https") != (there.hostname, there.scheme):
+                raise ValueError("another server must not get the body")
+            self.fixed, self.connection = False, None
+            kept = ("accept", "user-agent", "content-type")
+            self.headers = {name: value for name, value in self.headers.items() if name.lower() in kept}
+        self.url = url
+
+    def set_body(self, kind: str, value: Any) -> None:
+        """Send a value as the member `json`, `form` or `body` of the step says."""
+        if kind == "json":
+            check_written(value)
+            self.body, media = to_json(value).encode(), CONTENT_TYPES["json"]
+        elif kind == "form":
+            self.body, media = encode_query(value).encode(), CONTENT_TYPES["form"]
+        else:
+            self.body = as_bytes(value)
+            media = CONTENT_TYPES["binary"] if type(value) is bytes else "text/plain; charset=utf-8"
+        self.headers["Content-Type"] = media
+
+
+def _http_failure(
+    method: str, status: int, detail: str, *kinds: str, answer: Fetched | None = None, more: str = ""
+) -> StepError:
+    """A failure of an `http` step; `more` is for the flow's author only. A POST stays unsafe behind its redirect."""
+    found = {*kinds, *(f"{kind[0]}xx" for kind in kinds if kind.isdigit())}
+    if method not in _IDEMPOTENT or not found & _WORTH_RETRYING:
+        found.add("unsafe")  # is repeated only where `retry.on` asks for it
+    return StepError(status, detail, detail + more, found, answer)
+
+
+def unexpected_answer(method: str, answer: Fetched) -> StepError:
+    """The failure of an `http` step whose API answers with a status that is not expected."""
+    return _http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
+
 
 class Address(NamedTuple):
     """The URL of an `http` step, or a path behind that of a connection: texts and templates in turn."""
@@ -4257,52 +4398,6 @@ class Url(Text):
             except ValueError as error:
                 raise ValueError(f"the URL {error}") from None
         return parts
-
-
-def _framing_header(build: Build, name: str, names: Collection[str]) -> str:
-    framing = name.lower() in ("connection", "content-length", "transfer-encoding")
-    return "follows from the body: leave it out" if framing else ""
-
-
-_HTTP = {
-    "method": OneOf(*HTTP_METHODS),
-    "url": Url("an http or https URL"),
-    "connection": Elsewhere("astera_lite_requests:CONNECTION"),
-    "path": Url("a path such as /v1/cities", behind=True),
-    "query": MapOf(Value(), default={}),
-    "headers": MapOf(Value(), default={}, check=_framing_header),
-    "json": Value(),
-    "form": Value(),
-    "body": Value(),
-    "timeout": Duration(),
-    "expect": ListOf(_STATUS_WORD, default=["2xx"], least=1, lone=True),
-    "follow": Flag(),
-    "maxResponse": Size(),
-    "pages": Elsewhere("astera_lite_requests:PAGES"),
-    "until": Condition(names=("answer",)),
-    "every": Duration(),
-}
-
-
-def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
-    for names in (("json", "form", "body"), ("pages", "until")):
-        if len(both := [name for name in names if name in given]) > 1:
-            build.fault(place, f"has {' and '.join(both)}: a step has one of {', '.join(names)}")
-    if "path" in given and "connection" not in given:
-        build.fault(f"{place}/path", "needs a connection: name one, or write the whole address as url")
-    if "every" in given and "until" not in given:
-        build.fault(f"{place}/every", "sets how often `until` is checked, but there is no `until`")
-    if given.get("every", 1) < 0.01:
-        build.fault(f"{place}/every", "must be at least 10ms")
-    call = HttpCall(given, place)
-    for name, runner in (("pages", "astera_lite_requests:all_pages"), ("until", "astera_lite_requests:poll")):
-        if name in given:  # a missing wing is told before the flow is in service
-            return partial(wing(runner), call, given, place)
-
-    def once(run: Run, scope: Scope, path: str) -> dict[str, Any]:
-        return call.send(run, call.request(run, scope), call.limit(run))[0]
-
-    return once
 
 
 class HttpCall:
@@ -4410,125 +4505,50 @@ class HttpCall:
             raise _http_failure(self.method, status, detail, error.kind, more=colon + more) from None
 
 
-def _http_failure(
-    method: str, status: int, detail: str, *kinds: str, answer: Fetched | None = None, more: str = ""
-) -> StepError:
-    """A failure of an `http` step; `more` is for the flow's author only. A POST stays unsafe behind its redirect."""
-    found = {*kinds, *(f"{kind[0]}xx" for kind in kinds if kind.isdigit())}
-    if method not in _IDEMPOTENT or not found & _WORTH_RETRYING:
-        found.add("unsafe")  # is repeated only where `retry.on` asks for it
-    return StepError(status, detail, detail + more, found, answer)
+def _framing_header(build: Build, name: str, names: Collection[str]) -> str:
+    framing = name.lower() in ("connection", "content-length", "transfer-encoding")
+    return "follows from the body: leave it out" if framing else ""
 
 
-def unexpected_answer(method: str, answer: Fetched) -> StepError:
-    """The failure of an `http` step whose API answers with a status that is not expected."""
-    return _http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
+_HTTP = {
+    "method": OneOf(*HTTP_METHODS),
+    "url": Url("an http or https URL"),
+    "connection": Elsewhere("astera_lite_requests:CONNECTION"),
+    "path": Url("a path such as /v1/cities", behind=True),
+    "query": MapOf(Value(), default={}),
+    "headers": MapOf(Value(), default={}, check=_framing_header),
+    "json": Value(),
+    "form": Value(),
+    "body": Value(),
+    "timeout": Duration(),
+    "expect": ListOf(_STATUS_WORD, default=["2xx"], least=1, lone=True),
+    "follow": Flag(),
+    "maxResponse": Size(),
+    "pages": Elsewhere("astera_lite_requests:PAGES"),
+    "until": Condition(names=("answer",)),
+    "every": Duration(),
+}
 
 
-class OutgoingRequest:
-    """A request that an `http` step makes; `fixed`: its address is the flow author's choice, and is not judged."""
+def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
+    for names in (("json", "form", "body"), ("pages", "until")):
+        if len(both := [name for name in names if name in given]) > 1:
+            build.fault(place, f"has {' and '.join(both)}: a step has one of {', '.join(names)}")
+    if "path" in given and "connection" not in given:
+        build.fault(f"{place}/path", "needs a connection: name one, or write the whole address as url")
+    if "every" in given and "until" not in given:
+        build.fault(f"{place}/every", "sets how often `until` is checked, but there is no `until`")
+    if given.get("every", 1) < 0.01:
+        build.fault(f"{place}/every", "must be at least 10ms")
+    call = HttpCall(given, place)
+    for name, runner in (("pages", "astera_lite_requests:all_pages"), ("until", "astera_lite_requests:poll")):
+        if name in given:  # a missing wing is told before the flow is in service
+            return partial(wing(runner), call, given, place)
 
-    def __init__(self, method: str, url: str, fixed: bool) -> None:
-        self.method, self.url, self.fixed = method, url, fixed
-        self.headers: dict[str, str] = {}
-        self.body: bytes | None = None
-        self.connection: Any = None  # a Connection of astera_lite_requests
+    def once(run: Run, scope: Scope, path: str) -> dict[str, Any]:
+        return call.send(run, call.request(run, scope), call.limit(run))[0]
 
-    def add_headers(self, values: Mapping[str, Any]) -> None:
-        """Set headers, instead of those of the same names in whatever case; a value that is null sets none."""
-        headers = {name: as_text(value) for name, value in values.items() if value is not None}
-        names = {name.lower() for name in headers}
-        self.headers = {name: text for name, text in self.headers.items() if name.lower() not in names} | headers
-
-    def go_to(self, url: str) -> None:
-        """Turn to another address, which may be relative to this one. Credentials do not go to another origin.
-
-        A body, which may hold some, goes to another origin only from http to https. Raises ValueError.
-        """
-        url = urllib.parse.urldefrag(urllib.parse.urljoin(self.url, url)).url
-        here, there = urllib.parse.urlsplit(self.url), urllib.parse.urlsplit(url)
-        if here[:2] != there[:2]:
-            if self.body is not None and (here.hostname, "https") != (there.hostname, there.scheme):
-                raise ValueError("another server must not get the body")
-            self.fixed, self.connection = False, None
-            kept = ("accept", "user-agent", "content-type")
-            self.headers = {name: value for name, value in self.headers.items() if name.lower() in kept}
-        self.url = url
-
-    def set_body(self, kind: str, value: Any) -> None:
-        """Send a value as the member `json`, `form` or `body` of the step says."""
-        if kind == "json":
-            check_written(value)
-            self.body, media = to_json(value).encode(), CONTENT_TYPES["json"]
-        elif kind == "form":
-            self.body, media = encode_query(value).encode(), CONTENT_TYPES["form"]
-        else:
-            self.body = as_bytes(value)
-            media = CONTENT_TYPES["binary"] if type(value) is bytes else "text/plain; charset=utf-8"
-        self.headers["Content-Type"] = media
-
-
-def encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plus) -> str:
-    """An object as a query or a form: lists repeat their name, null is left out. Raises ExpressionError."""
-    if type(values) is not dict:
-        raise ExpressionError("query and form are objects")
-    pairs = []
-    for name, value in values.items():
-        items = value if type(value) in (list, tuple) else [value]
-        pairs += [(name, as_text(item)) for item in items if item is not None]
-    return urllib.parse.urlencode(pairs, quote_via=quote)
-
-
-def with_query(url: str, values: Any) -> str:
-    """The URL with an object added to its query."""
-    query = encode_query(values, urllib.parse.quote)  # a plus is a blank in forms only; to some servers it is a plus
-    return f"{url}{'&' if '?' in url else '?'}{query}" if query else url
-
-
-_IN_URLS = "".join(map(chr, range(0x21, 0x7F)))
-
-
-def _encoded_address(text: str) -> str:
-    """An address with what no URL may have percent-encoded, as browsers do.
-
-    It may come from a header, whose bytes are read as Latin-1 although most servers mean UTF-8.
-    """
-    with contextlib.suppress(UnicodeError):
-        text = text.encode("latin-1").decode()
-    return urllib.parse.quote(text.strip(), safe=_IN_URLS, errors="replace")
-
-
-# What Python calls an encoding too; the first takes time with the square of the size.
-_NO_CHARSETS = frozenset({"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"})
-
-
-def read_answer(answer: Fetched) -> Any:
-    """The body as its content type says: JSON, text or bytes; None if it is empty. Raises ValueError."""
-    if not answer.body:
-        return None
-    content_type = (header_value(answer.headers, "content-type") or "").lower()
-    media = content_type.partition(";")[0].strip()
-    named = re.search(r"charset=\"?([\w-]+)", content_type)
-    is_json = is_json_type(media)
-    if not (is_json or named or media.startswith("text/") or media.endswith(("+xml", "/xml"))):
-        return answer.body
-    try:
-        charset = codecs.lookup(named[1] if named else "utf-8").name.replace("_", "-")
-        if charset in _NO_CHARSETS:
-            raise LookupError
-        text = answer.body.decode(charset).removeprefix("\ufeff")
-    except LookupError:
-        text = answer.body.decode("utf-8" if is_json else "latin-1", "replace")
-    except UnicodeDecodeError as error:
-        if is_json:
-            raise ValueError(f"with invalid JSON: byte {error.start} is not valid {charset.upper()}") from None
-        text = answer.body.decode("latin-1")
-    if not is_json:
-        return text
-    try:
-        return from_json(text, LENIENT_DECODER)
-    except ValueError as error:
-        raise ValueError(f"with invalid JSON: {error}") from None
+    return once
 
 
 #: Processes that steps have started and that may run still; each has a method `kill`.
@@ -4627,63 +4647,7 @@ STEP_KINDS: dict[str, StepKind] = {
 }
 
 
-#: What stands in a trace for the making of the response.
-_RESPONDING = Step("response", "response", STEP_KINDS["set"], lambda run, scope, path: None, False, place="/response")
-
-
-# --- flow files -----------------------------------------------------------------------------------------------------
-
-
-def parse_flow_text(text: str, file_name: str) -> Any:
-    """The tree of a flow file, JSON or TOML by its name; FlowError with line and column for a slip of grammar."""
-    try:
-        if not file_name.endswith(".toml"):
-            return from_json(text)
-        import tomllib  # noqa: PLC0415 (most flows are JSON)
-
-        return _toml_as_json(tomllib.loads(text), "")
-    except json.JSONDecodeError as error:
-        place, message = f"line {error.lineno}, column {error.colno}", f"is not JSON: {error.msg}"
-        message += optional("astera_lite_advice:on_json", error)
-    except RecursionError:
-        place, message = "", f"it is nested deeper than {MAX_JSON_DEPTH} levels"
-    except ValueError as error:  # TOMLDecodeError is one; it names line and column itself
-        message, _, place = str(error).removesuffix(")").partition(" (at ")
-        if file_name.endswith(".toml"):
-            cure = ": text stands in quotes there" if "Invalid value" in message else ""
-            message = f"is not TOML: {message}{cure}"
-    raise FlowError([Fault(file_name, place, message)])
-
-
-def _toml_as_json(value: Any, place: str) -> Any:
-    """A TOML value as JSON: dates become text. Raises ValueError for numbers that JSON lacks."""
-    if place.count("/") > MAX_JSON_DEPTH:
-        raise RecursionError
-    if isinstance(value, dict):
-        return {name: _toml_as_json(item, f"{place}/{pointer(name)}") for name, item in value.items()}
-    if isinstance(value, list):
-        return [_toml_as_json(item, f"{place}/{at}") for at, item in enumerate(value)]
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{place}: {value} is not a JSON number")
-    return value
-
-
-@contextlib.contextmanager
-def _faults_of(where: str) -> Iterator[None]:
-    """Turn whatever goes wrong with one file into a fault of that file: the other files are still read."""
-    try:
-        yield
-    except FlowError:
-        raise
-    except Exception as error:
-        log.debug("%s", where, exc_info=True)
-        reason = str(error) if isinstance(error, MissingFile) else f"{type(error).__name__}: {error}"
-        raise FlowError([Fault(where, "", f"cannot be deployed: {reason}")]) from error
-
-
-# --- flows ----------------------------------------------------------------------------------------------------------
+# --- flow files -------------------------------------------------------------------------------------------------------
 
 _SEGMENT = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+")
 _PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z][A-Za-z0-9_-]*)\}")
@@ -4891,8 +4855,7 @@ STEP_OPTIONS = tuple(_OPTIONS)
 
 
 def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
-    [name] = [name for name in build.kinds if name in given]
-    kind, (run, save) = build.kinds[name], given[name]
+    [(name, (kind, run, save))] = [item for item in given.items() if item[0] not in _OPTIONS]
     build.light = build.light and kind.light and not given.keys() & {"timeout", "retry"}
     return Step(
         name=given["name"],
@@ -4948,6 +4911,10 @@ _LIGHT_TEXT = 16 << 10  # characters of a light flow at the most, with all the c
 _LIGHT_STEPS = 32
 
 
+def _function_name(value: Any) -> str:
+    return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', repr(type(value)))}"
+
+
 def build_flow(
     tree: Any,
     name: str,
@@ -4962,7 +4929,7 @@ def build_flow(
     `folder` is that of the flow files, where Python functions are looked for first.
     """
     where = source or name
-    build = Build(where, kinds, folder, connections)
+    build = Build(where, step_table(kinds), folder, connections)
     if not FLOW_NAME.fullmatch(name):
         cure = ", 64 at most" if len(name) > 64 else ""
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _{cure}")
@@ -5007,11 +4974,7 @@ def build_flow(
     )
 
 
-def _function_name(value: Any) -> str:
-    return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', repr(type(value)))}"
-
-
-# --- deployments ----------------------------------------------------------------------------------------------------
+# --- deployments ------------------------------------------------------------------------------------------------------
 
 
 class Deployments:
@@ -5069,26 +5032,61 @@ class Deployments:
         return [node[None] for node in nodes if node.get(None)]
 
 
-def path_values(flow: Flow, path: str) -> dict[str, str]:
-    """The path parameters of a raw path that matches the flow's resource, decoded once; raises InputError."""
-    values: dict[str, str] = {}
-    if "{" not in flow.resource:
-        return values
-    for want, got in zip(flow.segments, path.split("/")[1:], strict=True):
-        if want[0] == "{":
-            try:
-                values[want[1:-1]] = unquote(got)
-            except ValueError as error:
-                raise InputError([{"in": "path", "name": want[1:-1], "message": str(error)}]) from None
-    return values
-
-
 CONNECTIONS_FILE = "connections.json"
 
 
 def is_flow_file(name: str) -> bool:
     """Whether a file of this name is read as a flow; names with a leading dot belong to editors and the system."""
     return name.endswith((".json", ".toml")) and name[0] != "." and name != CONNECTIONS_FILE
+
+
+def _toml_as_json(value: Any, place: str) -> Any:
+    """A TOML value as JSON: dates become text. Raises ValueError for numbers that JSON lacks."""
+    if place.count("/") > MAX_JSON_DEPTH:
+        raise RecursionError
+    if isinstance(value, dict):
+        return {name: _toml_as_json(item, f"{place}/{pointer(name)}") for name, item in value.items()}
+    if isinstance(value, list):
+        return [_toml_as_json(item, f"{place}/{at}") for at, item in enumerate(value)]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place}: {value} is not a JSON number")
+    return value
+
+
+def parse_flow_text(text: str, file_name: str) -> Any:
+    """The tree of a flow file, JSON or TOML by its name; FlowError with line and column for a slip of grammar."""
+    try:
+        if not file_name.endswith(".toml"):
+            return from_json(text)
+        import tomllib  # noqa: PLC0415 (most flows are JSON)
+
+        return _toml_as_json(tomllib.loads(text), "")
+    except json.JSONDecodeError as error:
+        place, message = f"line {error.lineno}, column {error.colno}", f"is not JSON: {error.msg}"
+        message += optional("astera_lite_advice:on_json", error)
+    except RecursionError:
+        place, message = "", f"it is nested deeper than {MAX_JSON_DEPTH} levels"
+    except ValueError as error:  # TOMLDecodeError is one; it names line and column itself
+        message, _, place = str(error).removesuffix(")").partition(" (at ")
+        if file_name.endswith(".toml"):
+            cure = ": text stands in quotes there" if "Invalid value" in message else ""
+            message = f"is not TOML: {message}{cure}"
+    raise FlowError([Fault(file_name, place, message)])
+
+
+@contextlib.contextmanager
+def _faults_of(where: str) -> Iterator[None]:
+    """Turn whatever goes wrong with one file into a fault of that file: the other files are still read."""
+    try:
+        yield
+    except FlowError:
+        raise
+    except Exception as error:
+        log.debug("%s", where, exc_info=True)
+        reason = str(error) if isinstance(error, MissingFile) else f"{type(error).__name__}: {error}"
+        raise FlowError([Fault(where, "", f"cannot be deployed: {reason}")]) from error
 
 
 def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:

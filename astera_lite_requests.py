@@ -599,7 +599,7 @@ CONNECTIONS = MapOf(Table(_CONNECTION, _make_connection))
 
 def read_connections(tree: Any) -> dict[str, Connection]:
     """The connections of connections.json; raises FlowError."""
-    build = Build(CONNECTIONS_FILE, {})
+    build = Build(CONNECTIONS_FILE, Member())
     build.names = dict.fromkeys(("env", "secrets"))
     connections: dict[str, Connection] = CONNECTIONS.read(build, tree, "")
     if build.faults:

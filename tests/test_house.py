@@ -86,7 +86,7 @@ def test_a_file_is_no_longer_than_it_may_be(name: str) -> None:
 
 
 #: Rooms in which functions, too, use only what stands above them.
-POINT_BACKWARDS = (*range(1, 6), *range(7, 15), 16, 17)
+POINT_BACKWARDS = (*range(1, 15), 16, 17)
 
 
 def instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
