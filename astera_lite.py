@@ -6921,7 +6921,8 @@ class Engine:
     def run_at_once(self, flow: Flow, given: Input, trace: list[dict[str, Any]] | None = None) -> Outcome | None:
         """Run a light flow on the calling thread, for a few milliseconds at most.
 
-        None if the flow is not light, cost more than that once, or came with a large body: it needs a thread.
+        None if the flow is not light, cost more than that once, or came with a large body: it needs a thread. `trace`
+        gets the steps of a job, whose end is logged once it is on disk.
         """
         if not flow.light or flow.version in self._dear or given.size > _LIGHT_BODY:
             return None
@@ -6935,6 +6936,8 @@ class Engine:
             return None
         assert isinstance(outcome, Outcome)
         self._measure(flow, self._clock.monotonic() - began)
+        if trace is None:
+            log_outcome("request", flow, given, outcome)
         return outcome
 
     def run_sync(self, run: Run, done: Callable[[Outcome], None]) -> None:
@@ -7839,23 +7842,9 @@ class Jobs:
         return key is not None and key.time_ms < self._clock.now() - self._retention_ms
 
 
-_CALLBACKS = 16  # of futures, called at one time
 CANCEL_ELSEWHERE_S = 2  # that a cancel waits for the server that runs the job
 _MAX_CLAIMED = 2000  # jobs looked at in a second, whether anybody has them in hand: some milliseconds
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-class _JobFuture(Future[Job]):
-    """Its callbacks are handed over: the thread that completes it is the one that they wait for when they submit."""
-
-    def __init__(self, hand_over: Callable[[Callable[[], None]], None]) -> None:
-        super().__init__()
-        self._hand_over = hand_over
-
-    def add_done_callback(self, function: Callable[[Future[Job]], Any]) -> None:
-        """Have `function(future)` called when the job is finished."""
-        call = partial(super().add_done_callback, function)  # which is at once by then, and logs what is raised
-        super().add_done_callback(lambda _: self._hand_over(call))
 
 
 def _key_of(job: str | Job) -> JobKey | None:
@@ -7967,11 +7956,9 @@ class AsteraLite:
         self.deployer = Deployer(settings.flows or None, self.outside.connections)
         self.watchers = Watchers()
         self.tokens: list[Token] = []
-        self._running = False
         self._open = False  # from start to the very end of stop
         self.metrics = Metrics()
         self.started_at = 0  # milliseconds since the epoch, by the system's clock
-        self._callbacks = ThreadPoolExecutor(_CALLBACKS, "astera-callback")  # of futures; made anew by a start
 
     # --- life ---
 
@@ -8043,16 +8030,14 @@ class AsteraLite:
         if left:
             log.info("resumed %d jobs that were not finished when the server stopped", left)
         self.engine.start()
-        self._callbacks = ThreadPoolExecutor(_CALLBACKS, "astera-callback")
         self.housekeeper.start()
         self.started_at = self.clock.wall()
-        self._running = self._open = True
+        self._open = True
 
     def stop(self) -> int:
         """Finish what runs, within `shutdown_timeout`, and close; how many jobs and calls still ran."""
-        if not self._running:
+        if not self._open or self.engine.queue.stopping:
             return 0
-        self._running = False
         if self.node is not None:
             self.node.hand_over()
         deadline = time.monotonic() + self.settings.shutdown_timeout
@@ -8075,7 +8060,6 @@ class AsteraLite:
         self.housekeeper.look_at_clock()  # for the last time: what is stored is to be understood by the next start
         self.store.close(10.0)
         self._open = False
-        self._callbacks.shutdown(wait=False)
         self.watchers.close()
         if not left:
             for logger in (log, _warnings_log):
@@ -8148,20 +8132,13 @@ class AsteraLite:
 
         def add(function: _Function) -> _Function:
             self.deployer.kinds[name] = wing("astera_lite_python:own_kind")(function)
-            if self._running:
+            if self._open:
                 self.deployer.reload()  # a file may have waited for it
             return function
 
         return add
 
     # --- running ---
-
-    def run_at_once(self, flow: Flow, given: Input) -> Outcome | None:
-        """Run a flow that only computes, on the calling thread; None if it wants one of its own."""
-        outcome = self.engine.run_at_once(flow, given)
-        if outcome is not None:
-            log_outcome("request", flow, given, outcome)
-        return outcome
 
     def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:
         """Run a flow for a caller who waits; `done` gets the outcome on the thread that ran it."""
@@ -8198,23 +8175,6 @@ class AsteraLite:
             self.node.has_room()
         if is_due:
             self.housekeeper.wake()
-
-    def health(self, whole: bool = True) -> dict[str, Any]:
-        """What /health says; `status` is ok, or why not. Without `whole`, what anybody may know."""
-        fault = self.store.fault
-        document: dict[str, Any] = {
-            "status": "ok" if fault is None and self._running else "unavailable",
-            "reason": fault or (None if self._running else "the server is stopping"),
-            "version": __version__,
-            "jobs": self.engine.queue.counts(),
-            "database": {"bytes": self.node.size if self.node else self.store.size()},
-            "deployments": {"published": len(self.deployments.by_name), "faults": len(self.deployments.faults)},
-        }
-        if whole:
-            finished = sum(list(self.metrics.ended.values()))
-            document |= {"workers": self.settings.workers, "finished": finished}
-            document |= {"node": self.node_name} if self.node else {}
-        return document
 
     # --- for an embedding program: the same, waiting ---
 
@@ -8276,8 +8236,7 @@ class AsteraLite:
 
         Raises NotFound, and StoreError if the application stops meanwhile.
         """
-        self.check_open()
-        future = self.future(job_id)
+        future = self._future(job_id, lambda look: look())
         with contextlib.suppress(TimeoutError):
             return future.result(timeout)
         future.cancel()  # it watches no more
@@ -8286,37 +8245,44 @@ class AsteraLite:
     def future(self, job_id: str | Job) -> Future[Job]:
         """A future that gets the job when it is finished, or the error that `wait` raises; it holds no thread.
 
-        In a coroutine: `job = await asyncio.wrap_future(app.future(job.id))`. What is added by add_done_callback is
-        called on a thread of the application that is there for this, and may use the application.
+        In a coroutine: `job = await asyncio.wrap_future(app.future(job.id))`. The future is completed on a thread of
+        its own, so what is added by add_done_callback may use the application.
         """
-        key, future = _key_of(job_id), _JobFuture(self._hand_over)
+
+        def on_a_thread(look: Callable[[], None]) -> None:
+            threading.Thread(target=look, name="astera-future", daemon=True).start()
+
+        return self._future(job_id, on_a_thread)
+
+    def _future(self, job_id: str | Job, call: Callable[[Callable[[], None]], None]) -> Future[Job]:
+        """A future; when the job changes, on a thread of the store, `call` gets the function that completes it."""
+        key, future = _key_of(job_id), Future[Job]()
 
         def look() -> None:
-            if key is not None:
-                self.watchers.add(key, look)  # before the look: or a job that ends in between would not be seen
+            if key is not None and not future.done():
+                self.watchers.add(key, changed)  # before the look: or a job that ends in between would not be seen
             with contextlib.suppress(InvalidStateError):  # cancelled, or another thread has just seen the end, too
                 try:
-                    self.check_open()
-                    found = self.jobs.look(key, ANYBODY) if key is not None else None
-                except StoreError as error:
+                    job = self._job(job_id)
+                except (StoreError, NotFound) as error:
                     future.set_exception(error)
-                    return
-                if found is None:
-                    future.set_exception(_no_job(job_id))
-                elif found[0].status is not Status.RUNNING:
-                    future.set_result(found[0])
+                else:
+                    if job.status is not Status.RUNNING:
+                        future.set_result(job)
+
+        def changed() -> None:
+            try:
+                call(look)
+            except RuntimeError:  # no thread can be had
+                if self._open:
+                    self.watchers.add(cast(JobKey, key), changed)  # the housekeeper tells again
+                else:
+                    look()
 
         look()
         if key is not None:
-            Future.add_done_callback(future, lambda _: self.watchers.remove(key, look))
+            future.add_done_callback(lambda _: self.watchers.remove(key, changed))
         return future
-
-    def _hand_over(self, call: Callable[[], None]) -> None:
-        try:
-            self._callbacks.submit(call)
-        except RuntimeError:  # after the stop nobody waits for this thread; before, one of the pool's takes the call
-            if not self._open:
-                call()
 
     def result(self, job_id: str | Job) -> Result:
         """The response of a finished job. Raises NotFound, and Conflict while it runs."""
@@ -9142,7 +9108,7 @@ def publish(mode: str, x: Exchange) -> Reply | None:
         raise InputError([{"in": "header", "name": "Idempotency-Key", "message": message}])
     request = _stored_request(x, flow, x.head.query)
     given = flow.bind(request, path_values(flow, x.path), x.request_id)
-    outcome = x.app.run_at_once(flow, given)
+    outcome = x.app.engine.run_at_once(flow, given)
     if outcome is not None:
         return _flow_response(outcome.answer)
     limit = min(flow.timeout or x.app.settings.sync_timeout, x.app.settings.sync_timeout)
@@ -9396,9 +9362,26 @@ def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> 
 # --- the rest ---
 
 
+def health_document(app: AsteraLite) -> dict[str, Any]:
+    """What /health tells anybody; `status` is ok or unavailable, and `reason` says why."""
+    reason = app.store.fault or ("the server is stopping" if app.engine.queue.stopping else None)
+    return {
+        "status": "ok" if reason is None else "unavailable",
+        "reason": reason,
+        "version": __version__,
+        "jobs": app.engine.queue.counts(),
+        "database": {"bytes": app.node.size if app.node else app.store.size()},
+        "deployments": {"published": len(app.deployments.by_name), "faults": len(app.deployments.faults)},
+    }
+
+
 def health(x: Exchange) -> Reply:
     """GET /health"""
-    document = x.app.health(whole=x.caller != NOBODY)
+    document = health_document(x.app)
+    if x.caller != NOBODY:
+        finished = sum(list(x.app.metrics.ended.values()))
+        document |= {"workers": x.app.settings.workers, "finished": finished}
+        document |= {"node": x.app.node_name} if x.app.node else {}
     if x.app.node is not None and x.caller.admin:
         document["nodes"] = x.app.node.documents()
     is_ok = document["status"] == "ok"

@@ -72,6 +72,7 @@ from astera_lite import (
     failure_of,
     find_job,
     find_routes,
+    health_document,
     http_date,
     is_json_type,
     is_loopback,
@@ -672,11 +673,11 @@ _METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
     ("astera_connections", "gauge", "Open connections.", lambda app: sum(map(len, app.metrics.connections))),
     (
         "astera_database_bytes", "gauge", "The database with its write-ahead log.",
-        lambda app: int(app.health()["database"]["bytes"]),
+        lambda app: int(health_document(app)["database"]["bytes"]),
     ),
     (
         "astera_healthy", "gauge", "1 if the server is healthy, otherwise 0: /health has the reason.",
-        lambda app: float(app.health()["status"] == "ok"),
+        lambda app: float(health_document(app)["status"] == "ok"),
     ),
     ("astera_flows", "gauge", "Published flows.", lambda app: len(app.deployments.by_name)),
     (

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from support import ROOT, Client, FakeClock, database_in, get_flow
 
-from astera_lite import STEP_KINDS, AsteraLite, ConfigError, FlowError, Server, Status, build_flow
+from astera_lite import STEP_KINDS, AsteraLite, ConfigError, FlowError, Server, Status, build_flow, health_document
 from astera_lite_documents import flow_schema
 from astera_lite_steps import run_test
 
@@ -124,7 +124,7 @@ def test_a_file_that_became_faulty_keeps_its_flow_and_is_logged_once(
         assert app.run("hello").json() == "one"
         assert [fault.where for fault in app.deployments.faults] == ["hello.json"]
         assert caplog.text.count("hello.json: line 1") == 1
-        assert app.health()["deployments"] == {"published": 1, "faults": 1}
+        assert health_document(app)["deployments"] == {"published": 1, "faults": 1}
         write(tmp_path, "hello.json", HELLO)
         look(app, clock)
         assert app.deployments.faults == []
