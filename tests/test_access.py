@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ECHO, ROOT, Running, get_flow, running, talk
+from support import ECHO, PROGRAM, Running, get_flow, running, talk
 
 from astera_lite import AsteraLite, ConfigError, Server
 
@@ -499,7 +498,7 @@ def test_the_command_refuses_exposure_with_one_line_and_exit_code_1(
     tmp_path: Path, flags: list[str], environ: dict[str, str]
 ) -> None:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ASTERA_")}
-    command = [sys.executable, str(ROOT / "astera_lite.py"), "--port", "0", *flags]
+    command = [*PROGRAM, "--port", "0", *flags]
     ended = subprocess.run(command, cwd=tmp_path, env=clean | environ, capture_output=True, text=True, timeout=5)
     assert ended.returncode == 1
     assert "token" in ended.stderr.lower()

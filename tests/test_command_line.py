@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,12 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import requests
-from support import ROOT, Sink, get_flow, process
+from support import PROGRAM, ROOT, SCRIPT, Sink, get_flow, process
 
 import astera_lite
 from astera_lite import ADMIN_TOKEN, SETTING_FIELDS, AsteraLite, __version__, log, main
 from astera_lite_tools import COMMANDS, command_parser, starter_flow
 
-PROGRAM = str(ROOT / "astera_lite.py")
 HELLO = get_flow("/hello", response={"body": {"hello": "world"}})
 POST = {
     "request": {"method": "POST", "resource": "/sum/{a}", "parameters": {"a": {"in": "path", "type": "integer"}}},
@@ -45,9 +45,9 @@ def environment(more: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def run(
-    folder: Path, *arguments: str, env: dict[str, str] | None = None, program: str = PROGRAM
+    folder: Path, *arguments: str, env: dict[str, str] | None = None, program: Sequence[str] = PROGRAM
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, program, *arguments]
+    command = [*program, *arguments]
     more: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 30, "stdin": subprocess.DEVNULL}
     done = subprocess.run(command, cwd=folder, env=environment(env), check=False, **more)
     assert "Traceback" not in done.stderr, done.stderr
@@ -183,9 +183,9 @@ sys.exit(astera_lite.main(["--port", "0"]))
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/cmdline"), reason="/proc tells how a process was started: Linux")
 def test_the_list_of_processes_shows_what_was_typed(tmp_path: Path) -> None:
-    with process(tmp_path, "--workers", "2") as (started, _, _):
+    with process(tmp_path, "--workers", "2", program=(sys.executable, SCRIPT)) as (started, _, _):
         words = Path(f"/proc/{started.pid}/cmdline").read_text().split("\0")
-    assert words[0] == sys.executable and words[-6:] == [PROGRAM, "--port", "0", "--workers", "2", ""]
+    assert words[0] == sys.executable and words[-6:] == [SCRIPT, "--port", "0", "--workers", "2", ""]
     assert not any(" " in word or "\n" in word for word in words)
 
 
@@ -506,13 +506,13 @@ def test_to_look_at_an_unusable_database_is_4(here: Here, unusable: None, comman
 
 
 def test_a_missing_schema_says_what_to_do(tmp_path: Path) -> None:
-    shutil.copy(PROGRAM, tmp_path / "astera_lite.py")
-    done = run(tmp_path, "--port", "0", program="astera_lite.py")
+    shutil.copy(SCRIPT, tmp_path / "astera_lite.py")
+    done = run(tmp_path, "--port", "0", program=(sys.executable, "astera_lite.py"))
     assert done.returncode == 1
     assert "schema.sql" in done.stderr
     assert "beside astera_lite.py" in done.stderr
     (tmp_path / "schema.sql").mkdir()
-    done = run(tmp_path, "--port", "0", program="astera_lite.py")
+    done = run(tmp_path, "--port", "0", program=(sys.executable, "astera_lite.py"))
     assert (done.returncode, done.stderr) == (1, f"{tmp_path / 'schema.sql'}: cannot be read: Is a directory\n")
 
 
@@ -988,7 +988,7 @@ def test_a_reader_that_goes_away_is_no_fault(tmp_path: Path, command: list[str])
     os.close(read)  # as `head` that has had enough
     try:
         done = subprocess.run(
-            [sys.executable, PROGRAM, *command], cwd=tmp_path, env=environment(), stdout=wrote, stderr=subprocess.PIPE,
+            [*PROGRAM, *command], cwd=tmp_path, env=environment(), stdout=wrote, stderr=subprocess.PIPE,
             text=True, timeout=30, check=False,
         )  # fmt: skip
     finally:
@@ -1009,7 +1009,7 @@ def test_commands_work_whatever_stdout_and_stderr_are(tmp_path: Path, command: s
 
     def command_with(streams: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            f'"{sys.executable}" "{PROGRAM}" {command} {streams}', cwd=tmp_path, env=environment(env), shell=True,
+            f'{shlex.join(PROGRAM)} {command} {streams}', cwd=tmp_path, env=environment(env), shell=True,
             capture_output=True, text=True, timeout=30, check=False,
         )  # fmt: skip
 
@@ -1047,7 +1047,7 @@ def serving_with(folder: Path, streams: str, *arguments: str, stderr: int | None
     """A server whose standard streams are as the shell is told: its URL and process id. It must stop when told to."""
     ports = iter(lambda: random.randrange(15_000, 32_000), 0)  # of those that the system gives to nobody by itself
     port = next(port for port in ports if refuses(port))
-    words = f'exec "{sys.executable}" "{PROGRAM}" --port {port} {" ".join(arguments)} {streams}'
+    words = f"exec {shlex.join(PROGRAM)} --port {port} {' '.join(arguments)} {streams}"
     with subprocess.Popen(words, cwd=folder, env=environment(), shell=True, stderr=stderr) as server:
         try:
             until(lambda: server.poll() is not None or not refuses(port), "it does not start")

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import requests
-from support import ROOT, Api, Sink, get_flow, process, until
+from support import PROGRAM, ROOT, Api, Sink, get_flow, process, until
 
 from astera_lite import SqliteStore
 
@@ -296,7 +296,7 @@ def test_a_second_server_on_the_database_exits_4_and_the_first_is_unharmed(folde
         api = Api(url)
         held = api.submit("/held")
         until(lambda: marks(folder)[7] == 1)
-        command = [sys.executable, str(ROOT / "astera_lite.py"), "--port", "0"]
+        command = [*PROGRAM, "--port", "0"]
         second = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=False)
         assert second.returncode == 4
         assert "another server uses" in second.stderr

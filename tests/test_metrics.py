@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support import ROOT, Api, Client, Sink, get_flow, process, running, until
+from support import PROGRAM, Api, Client, Sink, get_flow, process, running, until
 
 import astera_lite
 import astera_lite_admin
@@ -243,7 +243,7 @@ def test_only_deployed_flows_are_told_of(tmp_path: Path) -> None:
 
 
 def test_who_may_read_them(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "astera_lite.py"), "token"]
+    command = [*PROGRAM, "token"]
     with process(tmp_path):
         made = {
             name: subprocess.run([*command, name, *more], capture_output=True, text=True, cwd=tmp_path, check=True)

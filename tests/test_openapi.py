@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from support import EVERYTHING, NPM, ROOT, Client, Running, Sink, get_flow, process, running
+from support import EVERYTHING, NPM, PROGRAM, ROOT, Client, Running, Sink, get_flow, process, running
 
 import astera_lite
 from astera_lite import Deployments, build_flow
@@ -57,7 +57,7 @@ def test_the_document_is_valid(secured: bool) -> None:
 
 def test_the_flows_of_the_repository_have_a_valid_document() -> None:
     for folder in ("flows", "examples/flows"):
-        command = [sys.executable, str(ROOT / "astera_lite.py"), "openapi", "--flows", str(ROOT / folder)]
+        command = [*PROGRAM, "openapi", "--flows", str(ROOT / folder)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
         OpenAPIV31SpecValidator(json.loads(done.stdout)).validate()
@@ -66,7 +66,7 @@ def test_the_flows_of_the_repository_have_a_valid_document() -> None:
 def test_the_command_says_what_is_not_in_the_document(tmp_path: Path) -> None:
     (tmp_path / "good.json").write_text(json.dumps(get_flow("/good", response={"body": 1})))
     (tmp_path / "bad.json").write_text('{"request": {"method": "GTE", "resource": "/bad"}}')
-    command = [sys.executable, str(ROOT / "astera_lite.py"), "openapi", "--flows", str(tmp_path)]
+    command = [*PROGRAM, "openapi", "--flows", str(tmp_path)]
     done = subprocess.run([*command, "--port", "80"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "GTE" in done.stderr

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from nodes import Cluster
-from support import PROGRAM, ROOT, Api, process
+from support import PROGRAM, ROOT, SCRIPT, Api, process
 
 from astera_lite import SHIPPED, WINGS, __version__
 
@@ -103,7 +103,7 @@ def test_the_sdist_makes_the_same_wheel(built: Built, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["script", "zipapp", "module", "command"])
 def test_each_form_of_it_serves(built: Built, work: Path, form: str) -> None:
     program, shown = {
-        "script": (PROGRAM, "python astera_lite.py"),
+        "script": ((sys.executable, SCRIPT), "python astera_lite.py"),
         "zipapp": ((sys.executable, str(built.pyz)), "python one.pyz"),
         "module": ((str(built.bin / "python"), "-m", "astera_lite"), "python -m astera_lite"),
         "command": ((str(built.bin / "astera-lite"),), "astera-lite"),
@@ -140,12 +140,12 @@ def test_without_the_driver_of_postgresql_it_says_what_to_install(built: Built, 
 @pytest.mark.parametrize("how", ["-I", "-P", "link", "linked module"])
 def test_a_script_serves_however_it_is_found(work: Path, how: str) -> None:
     """With an isolated child, which has to find the module, too."""
-    script = Path(PROGRAM[1])
+    script = Path(SCRIPT)
     if how == "link":
         script = work / "serve-flows"
-        script.symlink_to(PROGRAM[1])
+        script.symlink_to(SCRIPT)
     elif how == "linked module":
-        (work / "astera_lite.py").symlink_to(PROGRAM[1])
+        (work / "astera_lite.py").symlink_to(SCRIPT)
     found = ["-m", "astera_lite"] if how == "linked module" else [str(script)]
     python = os.path.realpath(sys.executable)  # without this environment, which has the module, too
     program = (python, *([how] if how.startswith("-") else []), *found)
@@ -191,7 +191,7 @@ def test_an_older_python_is_told_which_one_is_needed(built: Built, tmp_path: Pat
     say = "import sys; print('this is %d.%d.%d (%s)' % (*sys.version_info[:3], sys.executable))"
     minor = int(Path(python).name.removeprefix("python3."))
     this = subprocess.run([python, "-c", say], capture_output=True, text=True, timeout=60, check=False).stdout
-    for program in (PROGRAM[1], built.pyz):
+    for program in (SCRIPT, built.pyz):
         done = subprocess.run([python, program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 1
         if minor >= 8 or program == built.pyz:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from support import EVERYTHING, NPM, ROOT, get_flow, process, running
+from support import EVERYTHING, NPM, PROGRAM, ROOT, get_flow, process, running
 
 import astera_lite
 from astera_lite import Deployments, build_flow
@@ -155,7 +155,7 @@ def test_values_that_do_not_suffice_are_told() -> None:
 def test_the_command_prints_what_the_route_gives(tmp_path: Path) -> None:
     with process(tmp_path, "--flows", str(ROOT / "flows")) as (_, url, _):
         port = url.rpartition(":")[2]
-        command = [sys.executable, str(ROOT / "astera_lite.py"), "postman", "--flows", str(ROOT / "flows")]
+        command = [*PROGRAM, "postman", "--flows", str(ROOT / "flows")]
         done = subprocess.run([*command, "--port", port], capture_output=True, text=True, timeout=60, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         answer = astera_lite.Outbound().fetch("GET", f"{url}/postman.json", {}, None, timeout=10, max_bytes=1 << 20)
@@ -187,7 +187,7 @@ def test_the_collection_of_the_repository_runs_green(tmp_path: Path) -> None:
 
 @needs(NEWMAN, "newman")
 def test_the_collection_runs_green_where_a_token_is_wanted(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "astera_lite.py"), "token", "ada", "--flows", "hello,order"]
+    command = [*PROGRAM, "token", "ada", "--flows", "hello,order"]
     with process(tmp_path) as _:
         made = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=True)
     token = made.stdout.strip()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, process
+from support import PROGRAM, process
 
 from astera_lite import (
     AsteraLite,
@@ -197,7 +196,7 @@ def test_the_table_of_help_has_every_setting_and_reads_back() -> None:
 
 
 def _command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "astera_lite.py"), *arguments]
+    command = [*PROGRAM, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=20)
 
 

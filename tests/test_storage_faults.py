@@ -19,11 +19,10 @@ from typing import Any
 
 import pytest
 import requests
-from support import ROOT, Api, get_flow, process, until
+from support import PROGRAM, ROOT, Api, get_flow, process, until
 
 from astera_lite import AsteraLite, SqliteReader, StoreError
 
-PROGRAM = str(ROOT / "astera_lite.py")
 PROMPT = 0.7  # seconds in which /health answers, whatever the disk does
 HELD = '''
 import os, time
@@ -157,7 +156,7 @@ def refused_at_last(api: Faulty, size: int = 100_000) -> str:
 
 def serve(folder: Path, *arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
     """A server that is not to start."""
-    command = [sys.executable, PROGRAM, "--port", "0", *arguments]
+    command = [*PROGRAM, "--port", "0", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=False, **more)
 
 
@@ -695,7 +694,7 @@ def test_a_second_server_touches_nothing(folder: Path) -> None:
 
 
 def backup(folder: Path, copy: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, PROGRAM, "backup", copy]
+    command = [*PROGRAM, "backup", copy]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import requests
-from support import ROOT, Api, get_flow, process, until
+from support import PROGRAM, Api, get_flow, process, until
 
 ROUNDS = 25  # kills; each kind in turn
 JOBS = 2000  # acknowledged at the least
@@ -269,7 +269,7 @@ class Storm:
                 thread.join(20)
 
     def kill_at_the_start(self) -> None:
-        command = [sys.executable, str(ROOT / "astera_lite.py"), "--port", "0", "--workers", "8"]
+        command = [*PROGRAM, "--port", "0", "--workers", "8"]
         with subprocess.Popen(command, cwd=self.folder, stderr=subprocess.DEVNULL) as server:
             time.sleep(self.random.uniform(0, 0.6))
             server.kill()

@@ -7,19 +7,17 @@ import os
 import re
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support import ROOT, Api, get_flow, process, until
+from support import PROGRAM, Api, get_flow, process, until
 
 fcntl = pytest.importorskip("fcntl", reason="there are no pseudo-terminals here")
 import pty  # noqa: E402
 import termios  # noqa: E402
 
-PROGRAM = str(ROOT / "astera_lite.py")
 COLOUR = re.compile(r"\x1b\[[0-9]+m")
 WIDE = "文字" * 60
 EVIL = "\x1b[2J\nevil\u202e"
@@ -35,7 +33,7 @@ def on_terminal(folder: Path, *arguments: str, columns: int = 80, code: int = 0,
     """What a command writes to a terminal of so many columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    command = [sys.executable, PROGRAM, *arguments]
+    command = [*PROGRAM, *arguments]
     with subprocess.Popen(command, cwd=folder, stdout=theirs, stderr=theirs, env=environment(**env)) as started:
         os.close(theirs)
         written = b""
@@ -53,7 +51,7 @@ def on_terminal(folder: Path, *arguments: str, columns: int = 80, code: int = 0,
 
 
 def elsewhere(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, PROGRAM, *arguments]
+    command = [*PROGRAM, *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, env=environment())
 
 
@@ -144,9 +142,7 @@ def test_json_and_bodies_do_not_command_the_terminal(tmp_path: Path) -> None:
         written += [on_terminal(tmp_path, "try", name, f"m={nasty}", code=name == "fail", NO_COLOR="1") for name in ids]
     for text in written:
         assert all(char.isprintable() or char in "\t\n" for char in text), text
-    raw = subprocess.run(
-        [sys.executable, PROGRAM, "try", "text", f"m={nasty}"], cwd=tmp_path, capture_output=True, env=environment()
-    )
+    raw = subprocess.run([*PROGRAM, "try", "text", f"m={nasty}"], cwd=tmp_path, capture_output=True, env=environment())
     assert raw.stdout == nasty.encode()
 
 

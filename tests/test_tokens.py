@@ -7,14 +7,13 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from support import ROOT, Client, Running, get_flow, process, running, until
+from support import PROGRAM, ROOT, Client, Running, get_flow, process, running, until
 
 from astera_lite import ConfigError, Server, main
 
@@ -226,7 +225,7 @@ def test_the_exposure_rule_looks_at_tokens(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
 def test_a_real_server_reads_tokens_again(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "astera_lite.py"), "token"]
+    command = [*PROGRAM, "token"]
     env = {key: value for key, value in os.environ.items() if not key.startswith("ASTERA_")}
 
     def run(*arguments: str) -> str:
