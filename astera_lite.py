@@ -7372,7 +7372,8 @@ class Courier:
 
 # ======================================================================================================================
 # 10 Housekeeper
-# To add a chore: a method that does one piece of it and says when it wants to be called again, and a row in `tick`.
+# To add a chore: a method that does one piece of work, and a call in `tick`; if it is not due once a second, the method
+# returns when it wants to be called again.
 # ======================================================================================================================
 
 _PURGE_BATCH = 128
@@ -7390,8 +7391,8 @@ class Housekeeper:
         self.chores = [engine.overdue, *chores]  # each once a second
         self._wake = threading.Event()
         self._stopping = False
-        self._purge_at = self._chores_at = self._forget_at = 0  # over a period ahead: the database's clock went back
-        self._faults: dict[Callable[..., Any], str] = {}  # of the database, by what met them last
+        self._next: dict[str, int] = {}  # when groups of chores are due again
+        self._faults: dict[Callable[..., Any], str] = {}  # last fault of the database, by the chore that met it
         self._thread = threading.Thread(target=self.run, name="astera-housekeeper", daemon=True)
 
     def start(self) -> None:
@@ -7417,30 +7418,42 @@ class Housekeeper:
             self._wake.wait(max(self.tick(now) - now, 0) / 1000)
 
     def tick(self, now: int) -> int:
-        """Do what is due at `now` (milliseconds since the epoch); when to come again at the latest."""
+        """Do what is due at `now` (milliseconds since the epoch); return the latest time of the next tick."""
         self._unreachable = False
         self._try(self.look_at_clock)
-        if not now < self._chores_at <= now + _CHORES_EVERY_MS:
-            self._chores_at = now + _CHORES_EVERY_MS
+        if self._is_due("chores", now):
             for chore in self.chores:
                 self._try(chore)
-        if not now < self._forget_at <= now + _FORGET_EVERY_MS:
-            self._forget_at = now + _FORGET_EVERY_MS
+        if self._is_due("forget", now, _FORGET_EVERY_MS):
             self._try(self._store.forget_flows)
-        self._try(self._purge, now)
+        if self._is_due("purge", now):
+            self._try(self._store.purge, now, _PURGE_BATCH, self._purged)
         moments = (self._try(self._engine.release, now), self._try(self._courier.send_due, now, self.wake))
         return int(min([now + _CHORES_EVERY_MS, *filter(None, moments)]))
 
+    def _is_due(self, chores: str, now: int, every_ms: int = _CHORES_EVERY_MS) -> bool:
+        """Whether chores are due; if so, they are due again in `every_ms`."""
+        if now < self._next.get(chores, 0) <= now + every_ms:  # later than that only if the database's clock went back
+            return False
+        self._next[chores] = now + every_ms
+        return True
+
+    def _purged(self, count: Any, error: AsteraError | None) -> None:
+        if count:  # there may be more, which are purged after the writes that came meanwhile
+            log.debug("purged %d jobs", count)
+            self._next.pop("purge", None)
+            self.wake()
+
     def _try(self, do: Callable[..., Any], *arguments: Any) -> Any:
-        """What the function returns, or None if it fails, which keeps nothing else from being done."""
+        """The result of the function; None if the function fails, so that the rest of the tick goes on."""
         if self._unreachable:
             return None
         began, fault = self._clock.monotonic(), self._faults.pop(do, "")
         try:
             return do(*arguments)
         except StoreError as error:
-            self._unreachable = self._clock.monotonic() >= began + 1  # the rest of the tick would take as long each
-            if str(error) not in (fault, *self._faults.values()):  # else it is the same each second
+            self._unreachable = self._clock.monotonic() >= began + 1  # each other call would take as long
+            if str(error) not in (fault, *self._faults.values()):  # else the log would repeat it each second
                 log.error("housekeeping: %s", error)
             self._faults[do] = str(error)
         except Exception:  # the door of a chore: a fault of ours must not end the thread
@@ -7448,27 +7461,14 @@ class Housekeeper:
         return None
 
     def look_at_clock(self) -> None:
-        """See whether the system's clock leapt."""
+        """Find out whether the system's clock jumped."""
         leap = self._clock.look()
         if leap:
             way = "ahead" if leap > 0 else "back"
             message = "the system's clock jumped %s by %s: results and waits use the server's own time"
             log.warning(message, way, datetime.timedelta(seconds=abs(leap) // 1000))
             self._store.keep_clock_offset(self._clock.offset)
-            self._engine.release(sys.maxsize)  # some wait for a moment of the calendar; the others go on waiting
-
-    def _purge(self, now: int) -> None:
-        if now < self._purge_at <= now + _CHORES_EVERY_MS:
-            return
-        self._purge_at = now + _CHORES_EVERY_MS
-
-        def purged(count: Any, error: AsteraError | None) -> None:
-            if count:  # there may be more: the writes that came meanwhile go first
-                log.debug("purged %d jobs", count)
-                self._purge_at = 0
-                self.wake()
-
-        self._store.purge(now, _PURGE_BATCH, purged)
+            self._engine.release(sys.maxsize)  # jobs that wait for a date look at the clock again; others wait on
 
 
 # ======================================================================================================================
@@ -7713,24 +7713,16 @@ class Jobs:
         self._clock, self._store, self._engine = clock, store, engine
         self._metrics = metrics
         self.offer: Callable[[], None] = lambda: None  # a job was stored that any server may run
-        self._keys = JobKeys(store.last_seq(), store.node, store.nodes)
+        self.keys = JobKeys(store.last_seq(), store.node, store.nodes)
         self._size_at, self._size = -1.0, 0  # of the database: when it was measured, and bytes
 
     # --- accepting ---
-
-    def renumber(self) -> None:
-        """Make keys with the number that the store has by now."""
-        self._keys = JobKeys(self._keys.last, self._store.node, self._store.nodes)
-
-    def new_key(self) -> JobKey:
-        """A key for a job that is created now."""
-        return self._keys.new(self._clock.now())
 
     def new(self, flow: Flow, base: str, token: str, callback_url: str | None = None) -> Job:
         """A job that is not stored yet; `base` begins the URLs in its callback."""
         now = self._clock.now()
         callback = Delivery(callback_url) if callback_url else None
-        return Job(self._keys.new(now), flow.name, flow.version, Status.RUNNING, now, base, token, callback=callback)
+        return Job(self.keys.new(now), flow.name, flow.version, Status.RUNNING, now, base, token, callback=callback)
 
     def accept(self, ready: Prepared, request: StoredRequest, idempotency_key: str | None, done: Done) -> None:
         """Store a job; `done` gets Added or Conflict once it is on disk; then it runs (see Store for the thread).
@@ -7827,10 +7819,6 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def _key_of(job: str | Job) -> JobKey | None:
     return job.key if isinstance(job, Job) else JobKey.parse(str(job))
-
-
-def _no_job(job: str | Job) -> NotFound:
-    return NotFound(f"there is no job {shown(job.id if isinstance(job, Job) else job)}")
 
 
 def already_finished(job: Job) -> Conflict:
@@ -7992,7 +7980,8 @@ class AsteraLite:
             timeout=settings.callback_timeout,
             retries=settings.callback_retries,
         )
-        chores = [self.look_around, self.take_up, self.tell_watchers, *(self.node.chores if self.node else ())]
+        chores = [self.deployer.look, self.read_tokens, self.take_up, self.tell_watchers]
+        chores += self.node.chores if self.node else ()
         self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, chores)
         self.clock.begin(self.store.last_seen())
         if self.clock.offset:
@@ -8066,11 +8055,6 @@ class AsteraLite:
     def deployments(self) -> Deployments:
         """The flows in service."""
         return self.deployer.deployments
-
-    def look_around(self) -> None:
-        """See what others have changed: the flow files, and the tokens."""
-        self.deployer.look()
-        self.read_tokens()
 
     def read_tokens(self) -> None:
         """Read the tokens again; while the database cannot be read, those known go on to count."""
@@ -8198,8 +8182,7 @@ class AsteraLite:
         It runs on the thread that calls. Raises NotFound, InputError, Busy, StoreError.
         """
         target, request, values = self._request(flow, params, body)
-        key = self.jobs.new_key()
-        given = target.bind(request, values, str(key))
+        given = target.bind(request, values, str(self.jobs.keys.new(self.clock.now())))
         return Result(self.engine.run_here(self._call(target, given)).answer)
 
     def status(self, job_id: str | Job) -> Job | None:
@@ -8296,7 +8279,7 @@ class AsteraLite:
     def _job(self, job_id: str | Job) -> Job:
         job = self.status(job_id)
         if job is None:
-            raise _no_job(job_id)
+            raise NotFound(f"there is no job {shown(job_id.id if isinstance(job_id, Job) else job_id)}")
         return job
 
     def _request(
@@ -8327,7 +8310,6 @@ class AccessError(AsteraError):
             self.headers = (("WWW-Authenticate", f'Bearer realm="astera-lite"{more}'),)
 
 
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]++|%[0-9A-Fa-f]{2})+)(?::([0-9]{1,5}))?")
 ADMIN_TOKEN = "token"  # noqa: S105 (the name of the token in the settings)
 
 
@@ -8466,6 +8448,7 @@ _QUOTED = r'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+
 _EXTENSION = rf"[ \t]*+;[ \t]*+{_NAME}(?:[ \t]*+=[ \t]*+(?:{_NAME}|{_QUOTED}))?+"
 _CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,15}})(?:{_EXTENSION})*+\r\n".encode("latin-1"))
 _MAX_CHUNK_LINE = 4096  # bytes
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]++|%[0-9A-Fa-f]{2})+)(?::([0-9]{1,5}))?")
 
 
 def _is_host(text: str) -> bool:

@@ -21,6 +21,7 @@ from astera_lite import (
     Flow,
     FlowError,
     Job,
+    JobKeys,
     NodeInfo,
     Progress,
     State,
@@ -182,7 +183,8 @@ class Node:
                 queue.move(entry, State.GONE)
         words = "this server did not renew its lease in time: %d jobs are left to the other servers"
         log.warning(words, len(jobs))
-        self.app.jobs.renumber()  # it is another start, with another number
+        keys = JobKeys(self.app.jobs.keys.last, self._store.node, self._store.nodes)
+        self.app.jobs.keys = keys  # it is another start, with another number
         self._look_for_jobs()
 
     def progress(self) -> dict[int, Progress]:
