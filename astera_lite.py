@@ -115,7 +115,7 @@ import time
 import types
 import urllib.parse
 import warnings
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from enum import IntEnum, StrEnum, auto
@@ -5599,7 +5599,8 @@ class _Recent:
 
     def __init__(self, limit: int = _RECENT_BYTES) -> None:
         self._limit, self._held = limit, 0
-        self._rows: dict[int, tuple[Any, ...]] = {}  # by seq: what read_job and read_result take in turn
+        # By seq: what read_job and read_result take in turn. A plain dict searches for its first key past all deleted ones.
+        self._rows: OrderedDict[int, tuple[Any, ...]] = OrderedDict()
         self._lock = threading.Lock()  # guards the sum, and the order
 
     def put(self, job: Job, end: Sequence[Any]) -> None:
