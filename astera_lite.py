@@ -126,6 +126,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TextIO, TypeV
 
 if TYPE_CHECKING:
     import ssl
+    import urllib.request
 
 __all__ = [
     "AsteraError",
@@ -2087,7 +2088,6 @@ class OutboundError(AsteraError):
         self.kind = kind
 
 
-_PORTS = {"http": 80, "https": 443}
 TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _NUMBERED = re.compile(r"(?:.*\.)?[0-9]+\.?")  # 10.0.0.256: no name ends in a number, so this is a wrong address
@@ -2188,7 +2188,7 @@ def parse_target(url: str) -> Target:
     if match is None:
         raise ValueError("must not have a fragment" if "#" in url else "must be one absolute http or https URL")
     scheme, host = match["scheme"].lower(), match["host"].lower()
-    port = int(match["port"] or _PORTS[scheme])
+    port = int(match["port"] or {"http": 80, "https": 443}[scheme])
     if not 0 < port < 65536:
         raise ValueError("has a port that does not exist")
     if host.startswith("["):
@@ -2346,6 +2346,29 @@ class _FinalAnswer(http.client.HTTPResponse):
             super().begin()
 
 
+@lru_cache(maxsize=1)
+def _opener() -> urllib.request.OpenerDirector:
+    """The opener of all requests, with one handler: no proxies, redirects, cookies or other schemes.
+
+    Every request has the stream of an open connection in its attribute `stream`.
+    """
+    import urllib.request  # noqa: PLC0415 (1 MB that a server without outgoing requests never needs)
+
+    class Handler(urllib.request.AbstractHTTPHandler):
+        def http_open(self, request: Any) -> http.client.HTTPResponse:
+            connection = http.client.HTTPConnection(request.host)
+            connection.response_class, connection.sock = _FinalAnswer, request.stream
+            return self.do_open(lambda *_, **__: connection, request)
+
+        https_open = http_open
+        http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    opener = urllib.request.OpenerDirector()
+    opener.addheaders = []
+    opener.add_handler(Handler())
+    return opener
+
+
 KNOWN_CODINGS = ("gzip", "deflate")
 
 
@@ -2379,13 +2402,15 @@ def _read_answer_whole(response: http.client.HTTPResponse, stream: _BoundedStrea
 
 
 def _outbound_error(error: Exception, timeout: float) -> OutboundError:
-    if isinstance(error, TimeoutError):
+    cause = getattr(error, "reason", None)  # of urllib's URLError
+    cause = cause if isinstance(cause, Exception) else error
+    if isinstance(cause, TimeoutError):
         return OutboundError("timeout", f"no answer within {show_duration(round(timeout, 3))}")
-    if isinstance(error, http.client.IncompleteRead):
+    if isinstance(cause, http.client.IncompleteRead):
         return OutboundError("transport", "the answer was cut short")
-    if isinstance(error, OSError):  # RemoteDisconnected and SSLCertVerificationError are OSErrors, too
-        return OutboundError("transport", f"the connection failed: {reason_of(error)}")
-    return OutboundError("transport", f"the answer is not HTTP ({type(error).__name__})")
+    if isinstance(cause, OSError):  # RemoteDisconnected and SSLCertVerificationError are OSErrors, too
+        return OutboundError("transport", f"the connection failed: {reason_of(cause)}")
+    return OutboundError("transport", f"the answer is not HTTP ({type(cause).__name__})")
 
 
 class Outbound:
@@ -2420,16 +2445,13 @@ class Outbound:
         for name, value in headers.items():
             if not TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
                 raise OutboundError("invalid", f"the header {shown(name)} has characters that no header may have")
-        deadline = time.monotonic() + timeout
-        connection = http.client.HTTPConnection(target.host, target.port)
-        connection.default_port = _PORTS[target.scheme]  # the header Host does not name it
-        connection.response_class = _FinalAnswer
+        deadline, opener = time.monotonic() + timeout, _opener()
         try:
             with _connect(target, policy, deadline) as plain, self._secured(plain, target, deadline) as sock:
-                connection.sock = stream = _BoundedStream(sock, deadline, max_bytes)
-                connection.request(method, target.path, body, {**headers, "Connection": "close"})
-                with connection.getresponse() as response:
-                    return _read_answer_whole(response, stream, max_bytes)
+                request: Any = urllib.request.Request(url, body, dict(headers), method=method)  # noqa: S310
+                request.stream = _BoundedStream(sock, deadline, max_bytes)
+                with opener.open(request) as response:
+                    return _read_answer_whole(response, request.stream, max_bytes)
         except MissingFile as error:
             raise OutboundError("transport", str(error)) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -5599,7 +5621,7 @@ class _Recent:
 
     def __init__(self, limit: int = _RECENT_BYTES) -> None:
         self._limit, self._held = limit, 0
-        # By seq: what read_job and read_result take in turn. A plain dict searches for its first key past all deleted ones.
+        # By seq: what read_job and read_result take in turn. A dict would look for its first key past all deleted ones.
         self._rows: OrderedDict[int, tuple[Any, ...]] = OrderedDict()
         self._lock = threading.Lock()  # guards the sum, and the order
 

@@ -479,13 +479,13 @@ class Auth:
         if self.kind == "basic":
             proof = base64.b64encode(f"{values['user']}:{values['password']}".encode()).decode()
             outside.masked.hide([proof])
-            request.add_headers({"Authorization": f"Basic {proof}"})
+            request.headers["Authorization"] = f"Basic {proof}"
         elif self.kind == "bearer":
-            request.add_headers({"Authorization": f"Bearer {values['token']}"})
+            request.headers["Authorization"] = f"Bearer {values['token']}"
         elif values["in"] == "query":
             request.url = with_query(request.url, {values["name"]: values["value"]})
         else:
-            request.add_headers({values["name"]: values["value"]})
+            request.headers[values["name"]] = values["value"]
 
     def forget(self) -> bool:
         """Drop refused credentials; return whether other credentials can be obtained."""
@@ -513,7 +513,7 @@ class _ClientCredentials(Auth):
                 self._token, life = self._fetch(run)
                 self._until = clock.monotonic() + life - min(30.0, life / 10)
                 run.outside.masked.hide([self._token])
-            request.add_headers({"Authorization": f"Bearer {self._token}"})
+            request.headers["Authorization"] = f"Bearer {self._token}"
         finally:
             self._lock.release()
 
