@@ -319,6 +319,15 @@ def read_bytes(path: str) -> bytes:
         return file.read()
 
 
+def named(error: BaseException) -> str:
+    """The type and the text of an exception of somebody else's code, which need not have a text that can be sent."""
+    try:
+        text = f": {error}"
+    except Exception:
+        text = ""
+    return type(error).__name__ + text.encode(errors="replace").decode()
+
+
 def reason_of(error: Exception) -> str:
     """The system's reason, without the path, which the caller names anyway."""
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
@@ -3578,7 +3587,7 @@ def _kind_and_message(error: BaseException) -> tuple[str, str]:
         return error.kind, str(error)
     if isinstance(error, ExpressionError):
         return "expression", str(error)
-    return "error", f"{type(error).__name__}: {error}"
+    return "error", named(error)
 
 
 def _error_value(error: Exception, masked: Mask) -> dict[str, Any]:
@@ -3977,7 +3986,7 @@ class _StepRun:
                 "attempts": step.retry.attempts,
             }
             optional("astera_lite_advice:explain", failure, error, run, step)
-            error.failure = failure  # type: ignore[attr-defined]
+            vars(error)["failure"] = failure  # whatever it thinks of new attributes
         self.failures.append(failure)
         return failure
 
@@ -4984,7 +4993,7 @@ class Deployments:
         self, flows: Iterable[Flow] = (), faults: Sequence[Fault] = (), previous: Mapping[str, Flow] | None = None
     ) -> None:
         """`previous` are the flows in service so far: one of them stays where its new text cannot take its place."""
-        self.faults = list(faults)
+        self.faults = FlowError(faults).faults  # whose texts can be sent
         self.documents: dict[Any, bytes] = {}  # made of these flows, and kept as long as they are in service
         self.by_name: dict[str, Flow] = {}
         self._routes: dict[str | None, Any] = {}  # a tree by segments; under None stand the flows by method
@@ -5085,13 +5094,15 @@ def _faults_of(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         log.debug("%s", where, exc_info=True)
-        reason = str(error) if isinstance(error, MissingFile) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, MissingFile) else named(error)
         raise FlowError([Fault(where, "", f"cannot be deployed: {reason}")]) from error
 
 
 def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
     path = os.path.join(folder, name)
     try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # a pipe would be waited for
+            raise OSError("it is not a regular file")
         return parse_flow_text(read_text(path), name)
     except FileNotFoundError:
         if not os.path.islink(path):
@@ -5597,7 +5608,7 @@ class _Writer:
         """On a thread of its own: most is folded beside the commits; they wait for the rest, or it would never end."""
         with contextlib.suppress(sqlite3.Error, _Moved):  # it is tried again
             self._file.check()
-            name = f"file:{urllib.parse.quote(self._file.path)}?mode=rw"  # never makes a file
+            name = f"file:{urllib.parse.quote(os.fsencode(self._file.path))}?mode=rw"  # never makes a file
             with contextlib.closing(sqlite3.connect(name, uri=True, isolation_level=None)) as beside:
                 beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             with self._lock:
@@ -5857,7 +5868,7 @@ class SqliteReader:
 
     def _connect(self) -> sqlite3.Connection:
         self._file.check()  # or some answers would come from another database than the others
-        name = f"file:{urllib.parse.quote(self.path)}?mode=ro"
+        name = f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=ro"
         db = sqlite3.connect(name, uri=True, timeout=1, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA query_only = ON")
         return db
@@ -7140,6 +7151,8 @@ class Engine:
         with self._changed:
             if entry.state not in (State.READY, State.HELD) or not self.queue.move(entry, State.GONE):
                 return
+            self.queue.let_in(entry.flow)  # it may have been the one that was let in
+            self._call_thread()
         if entry.done is not None:
             entry.done(outcome)
 

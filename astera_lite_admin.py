@@ -41,6 +41,7 @@ from astera_lite import (
     AccessError,
     AsteraError,
     AsteraLite,
+    Busy,
     ConfigError,
     Conflict,
     Exchange,
@@ -183,11 +184,24 @@ def _write_atomically(path: str, text: str) -> None:
     folder, name = os.path.split(path)
     part = os.path.join(folder, f".{name}.part")
     os.makedirs(folder, exist_ok=True)
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+
+
+@contextlib.contextmanager
+def _changing(path: str) -> Iterator[None]:
+    """Have a fault of the disk answered with 503, like one of the database."""
+    try:
+        yield
+    except OSError as error:
+        raise Busy(f"The file {os.path.basename(path)} cannot be changed: {reason_of(error)}.", 5) from error
 
 
 def deploy(x: Exchange) -> Reply:
@@ -216,7 +230,8 @@ def deploy(x: Exchange) -> Reply:
         if x.app.node is not None:
             x.app.node.deploy(name, text)
         else:
-            _write_atomically(path, text)
+            with _changing(path):
+                _write_atomically(path, text)
             deployer.deployments = deployments
     log.info("deployed %s", name)
     headers = [JSON_TYPE, NO_STORE] + [("Location", f"{x.base}/api/deployments/{name}")] * (known is None)
@@ -241,7 +256,7 @@ def undeploy(x: Exchange) -> Reply:
         if node is not None:
             node.deploy(name, None)
         else:
-            with contextlib.suppress(FileNotFoundError):
+            with _changing(path), contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             deployer.deployments = deployer.replaced(name)
     log.info("deleted the deployment %s", name)
@@ -354,6 +369,8 @@ def read_secrets(setting: str, environ: Mapping[str, str]) -> dict[str, str]:
         values = {name: environ.get(name) for name in filter(None, map(str.strip, setting.split(",")))}
         missing = [name for name, value in values.items() if value is None]
         faults = [Fault("secrets", "", f"there is no environment variable {name}") for name in missing]
+        odd = [name for name, value in values.items() if value and value.encode(errors="ignore").decode() != value]
+        faults += [Fault("secrets", "", f"the environment variable {name} is not UTF-8") for name in odd]
     else:
         try:
             if os.name == "posix" and os.stat(setting).st_mode & 0o077:
@@ -524,7 +541,10 @@ def job_rerun(x: Exchange) -> None:
         raise Conflict(f'The flow "{job.flow}" is published synchronously only now.', job=job.status)
     new = app.jobs.new(flow, x.base, x.caller.name, job.callback.url if job.callback else None)
     given = flow.bind(request, path_values(flow, request.path), new.id)
-    app.jobs.accept(Prepared(new, flow, given), request, None, partial(x.post, answer_submitted, x, None, ()))
+    done = partial(x.post, answer_submitted, x, None, ())
+    x.post(
+        app.jobs.accept, Prepared(new, flow, given), request, None, done
+    )  # on the loop, which flushes what it stores
 
 
 def job_callback(x: Exchange) -> None:

@@ -56,6 +56,7 @@ from astera_lite import (
     kind_of,
     log,
     log_message,
+    named,
     optional,
     show_size,
     shown,
@@ -77,7 +78,7 @@ def load_function(folder: str | None, name: str) -> Callable[..., Any]:
         cure = f"put {error.name}.py into the flows folder, or install it"
         raise ValueError(f'there is no module "{error.name}": {cure}') from None
     except (Exception, SystemExit) as error:
-        raise ValueError(f'the module "{module_name}" cannot be loaded: {type(error).__name__}: {error}') from error
+        raise ValueError(f'the module "{module_name}" cannot be loaded: {named(error)}') from error
     function = getattr(module, function_name, None)
     if not callable(function):
         near = suggest(function_name, [n for n, v in vars(module).items() if callable(v)])
@@ -313,7 +314,7 @@ def isolated_main() -> None:
             say({"value": as_json(value, task["function"])})
         except (Exception, SystemExit) as error:
             source = optional("astera_lite_advice:source_of", error)
-            say({"error": f"{type(error).__name__}: {error}", "source": source})
+            say({"error": named(error), "source": source})
 
 
 _ARGUMENT_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}

@@ -239,7 +239,7 @@ def _openable(fault: Fault, folder: str, path: str | None = None) -> Fault:
     grammar = re.fullmatch(r"line ([0-9]+), column ([0-9]+)", fault.place)
     if grammar:
         return Fault(f"{path}:{grammar[1]}:{grammar[2]}", "", fault.message)
-    line = optional("astera_lite_advice:line_of", path, fault.place)
+    line = fault.place and optional("astera_lite_advice:line_of", path, fault.place)  # else it may be no file
     return fault._replace(where=f"{path}:{line}" if line else path)
 
 

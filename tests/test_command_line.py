@@ -838,6 +838,31 @@ def test_what_is_not_read_is_told(here: Here, tmp_path: Path) -> None:
         assert [line.partition(": ")[0].split()[-1] for line in lines if " error " in line] == ["more", "y.yaml"]
 
 
+def test_what_is_no_file_is_told_and_holds_nothing_up(tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO)
+    os.mkfifo(tmp_path / "flows" / "pipe.json")
+    (tmp_path / "flows" / "zero.json").symlink_to("/dev/zero")
+    done = run(tmp_path, "check")
+    assert (done.returncode, done.stdout.splitlines()) == (
+        1,
+        [f"flows/{name}.json: cannot be read: it is not a regular file" for name in ("pipe", "zero")],
+    )
+
+
+def test_a_database_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9 %.db")
+    try:
+        (tmp_path / name).touch()
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    write(tmp_path, hello=HELLO)
+    with process(tmp_path, "--database", name) as (_, url, _):
+        answer = requests.get(f"{url}/api/publishingAsync/hello", timeout=20)
+        assert requests.get(answer.json()["statusUrl"], timeout=20).status_code == 200
+    done = run(tmp_path, "jobs", "--database", name)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 2)
+
+
 def test_check_without_a_folder_names_the_cure(here: Here, tmp_path: Path) -> None:
     done = here("check")
     assert done.returncode == 1

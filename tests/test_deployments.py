@@ -140,6 +140,7 @@ def test_one_bad_file_leaves_the_others_in_service(tmp_path: Path) -> None:
             write(tmp_path, f"{name}.json", text)
         with contextlib.suppress(OSError):  # a name that not every system takes
             Path(os.fsdecode(os.fsencode(tmp_path) + b"/flows/\xff.json")).write_text("{}")
+            Path(os.fsdecode(os.fsencode(tmp_path) + b"/flows/\xff.yaml")).write_text("{}")
         write(tmp_path, "new.json", get_flow("/new", response={"body": "new"}))
         look(app, clock)
         assert client.get("/api/publishing/new").json() == "new"
@@ -152,6 +153,22 @@ def test_one_bad_file_leaves_the_others_in_service(tmp_path: Path) -> None:
         for refused in (bad, python, [bad], 1.5, "x"):
             assert client("PUT", "/api/deployments/put", json=refused).status_code == 400, refused
         assert client("PUT", "/api/deployments/put", json=HELLO | get_flow("/put")).status_code == 201
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    with serving(tmp_path, None, TOKEN, hello=HELLO) as app, calling(app) as client:
+        if app.node is not None:
+            pytest.skip("servers that share a database keep deployments there")
+        for name in ("new", "hello"):
+            path = tmp_path / "flows" / f"{name}.json"
+            path.unlink(missing_ok=True)
+            path.mkdir()
+            for method, more in (("PUT", {"json": HELLO | get_flow("/new")}), ("DELETE", {})):
+                answer = client(method, f"/api/deployments/{name}", **more)
+                assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+                assert answer.json()["detail"] == f"The file {name}.json cannot be changed: Is a directory."
+        assert sorted(path.name for path in (tmp_path / "flows").iterdir()) == ["hello.json", "new.json"]
+        assert client.get("/api/publishing/hello").json() == "one"
 
 
 def test_a_changed_python_module_is_loaded_anew(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -187,8 +188,31 @@ def leave(context: Context) -> None:
     raise SystemExit(3)
 
 
+class Unsayable(Exception):
+    def __str__(self) -> str:
+        raise Unsayable
+
+
+@dataclass(frozen=True)
+class Frozen(Exception):
+    why: str
+
+
+def raising(error: Exception) -> dict[str, Any]:
+    def step(context: Context) -> None:
+        raise error
+
+    return python(step)
+
+
+RAISED = {
+    "a surrogate": (ValueError("bad \ud800"), "ValueError: bad ?"),
+    "an exception without a text": (Unsayable(), "Unsayable"),
+    "an exception that takes no attribute": (Frozen("broken"), "Frozen: broken"),
+}
 ODD = {
     "leaves": [python(leave)],
+    **{f"raises {name}": [raising(error)] for name, (error, _) in RAISED.items()},
     "fails with a surrogate": [python(lambda context: "\ud800"), {"name": "x", "fail": {"message": "${p}"}}],
     "answers a surrogate": [python(lambda context: "\ud800")],
     "answers what is no JSON": [python(lambda context: object())],
@@ -250,6 +274,29 @@ def test_a_call_that_finds_no_thread_ends_at_its_deadline(tmp_path: Path, gate: 
         assert ended.get(timeout=10).answer.code == 504
         gate.open.set()
     assert gate.runs == 2
+
+
+def test_a_call_that_was_let_in_and_ends_at_its_deadline_gives_its_place_on(tmp_path: Path, gate: Gate) -> None:
+    clock, ended, busy = FakeClock(), queue.SimpleQueue[Outcome](), Gate()
+    flows = {"one": get_flow("/one", steps=[python(gate)], concurrency=1), "f": get_flow("/f", steps=[python(busy)])}
+    with serving(tmp_path, flows, clock, workers=1) as app, ThreadPoolExecutor(1) as pool:
+        one, f = (app.deployments.by_name[name] for name in ("one", "f"))
+        first = pool.submit(app.run, "one")  # on a thread that is not the engine's
+        gate.entered()
+        app.run_sync(one, one.bind(StoredRequest("GET", "/one", "", {}, b""), {}, "id"), ended.put)
+        until(lambda: held(app) == 1)
+        job = app.submit("one")
+        until(lambda: held(app) == 2)
+        for _ in range(2):  # which takes both threads
+            app.run_sync(f, f.bind(StoredRequest("GET", "/f", "", {}, b""), {}, "id"), lambda outcome: None)
+            busy.entered()
+        gate.open.set()
+        first.result(10)  # the call is let in, and there is no thread for it
+        clock.tick(app.settings.sync_timeout)
+        app.housekeeper.tick(clock.now())
+        assert ended.get(timeout=10).answer.code == 504
+        busy.open.set()
+        assert finished(app, job).status is Status.COMPLETED
 
 
 @pytest.mark.parametrize("limit", [{}, {"concurrency": 1}])
@@ -325,6 +372,16 @@ def test_a_synchronous_caller_gets_an_answer_whatever_the_step_does(tmp_path: Pa
         caller.start()
         caller.join(1)
         assert [answer.status_code for answer in answers] == [500]
+
+
+@pytest.mark.parametrize("case", RAISED)
+def test_the_author_is_told_of_whatever_is_raised(tmp_path: Path, case: str) -> None:
+    error, said = RAISED[case]
+    with serving(tmp_path, {"odd": get_flow("/odd", steps=[raising(error)])}, shutdown_timeout=0.1) as app:
+        assert app.run("odd").status_code == 500
+        job = finished(app, app.submit("odd"))
+        [step] = app.store.trace(job.key)
+        assert (step["path"], step["state"], step["error"]["message"]) == ("p", "failed", said)
 
 
 # ---- Lost wake-ups ---------------------------------------------------------------------------------------------------

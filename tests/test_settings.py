@@ -260,3 +260,5 @@ def test_secrets_and_env_by_name() -> None:
         "B",
     }
     assert AsteraLite(env_allow="", environ=environ).outside.env == {}
+    with pytest.raises(ConfigError, match="the environment variable C is not UTF-8"):
+        AsteraLite(secrets="C", environ={"C": "key \udcff"})
