@@ -1032,7 +1032,6 @@ Settings.__new__.__defaults__ = tuple(item.default for item in SETTING_FIELDS.va
 # ======================================================================================================================
 # 3 Records
 # To add a field of a job: a field here, a column in schema.sql, a row in the store's table of columns (room 7).
-# What differs from job to job in the status document of a new job belongs to status_body, too.
 # ======================================================================================================================
 
 
@@ -1249,24 +1248,6 @@ def status_document(
             "nextAttemptAt": timestamp(job.callback.next_at, offset),
         }
     return document
-
-
-_SAMPLE = JobKey(0, int.from_bytes(os.urandom(8), "big") >> 2)  # random, so that no text of a client contains it
-
-
-@lru_cache(maxsize=64)
-def _sample_body(flow: str, base: str) -> str:
-    """The status document of an accepted job as JSON, with the id and the time of creation of a sample."""
-    return to_json(status_document(Job(_SAMPLE, flow, 0, Status.RUNNING, 0, base), base)) + "\n"
-
-
-def status_body(job: Job, base: str, progress: Progress | None, offset: int) -> bytes:
-    """The status document as JSON. For a job that has not begun, a sample is filled in: it saves 4 % of an accept."""
-    if job.status is Status.RUNNING and not (progress or job.started or job.callback or job.attempt):
-        created = cast(str, timestamp(job.created, offset))
-        text = _sample_body(job.flow, base).replace(str(_SAMPLE), job.id)
-        return text.replace("1970-01-01T00:00:00.000Z", created).encode()
-    return json_body(status_document(job, base, progress, offset=offset))
 
 
 def attempt_documents(attempts: Sequence[Attempt], offset: int) -> list[dict[str, Any]]:
@@ -8834,108 +8815,12 @@ JSON_TYPE = ("Content-Type", "application/json")
 PROBLEM_TYPE = ("Content-Type", "application/problem+json")
 _VARY = (("Vary", "Prefer"),)
 _FLOW_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Content-Security-Policy", "sandbox"))
+READING = frozenset({"GET", "HEAD"})
+#: The headers of preconditions, which astera_lite_admin evaluates.
+_CONDITIONS = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"})
+_STATUS_PATH = "/api/jobs/{id}/status"
 
-Seen = tuple[Job, Progress | None]  #: a job, and how far it is
-
-
-class Exchange:
-    """One request and the way to its answer.
-
-    A route returns its reply, or None and gives the reply to `answer` later. `answer` belongs to the loop: other
-    threads hand their calls over by `post`.
-    """
-
-    body = b""
-    caller = ANYBODY
-    cors_origin: str | None = None
-    route: Route | None = None
-    flow: Flow | None = None
-    path = ""  # raw, behind the prefix of a publishing route
-    answered = False
-    on_close: Callable[[], None] | None = None  # called if the client goes before it is answered
-
-    def __init__(self, app: AsteraLite, head: Head, request_id: str, handler: Handler) -> None:
-        self.app, self.head, self.request_id = app, head, request_id
-        self.values: dict[str, str] = {}  # of the path's placeholders
-        self.began = time.monotonic()
-        self._handler = handler
-
-    @property
-    def origin(self) -> str:
-        """The server's origin, as the request names it."""
-        server = self._handler.server
-        return f"{server.scheme}://{self.head.headers.get('host') or server.url.partition('//')[2]}"
-
-    @property
-    def base(self) -> str:
-        """How URLs in answers begin."""
-        return self._handler.server.base or self.origin
-
-    # Methods, and no callables of its own: an exchange that refers to itself would be left to the garbage collector.
-
-    def answer(self, reply: Reply) -> None:
-        """Give the answer; on the loop."""
-        if not _CONDITIONS.isdisjoint(self.head.headers) and self.head.method in READING:
-            reply = optional("astera_lite_admin:conditional", self, reply) or reply
-        self._handler.answer(self, reply)
-
-    def fail(self, error: Exception) -> None:
-        """Answer with an error; on the loop."""
-        self.answer(error_response(self, error))
-
-    def post(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function on the loop: at once on the loop's own thread, else soon."""
-        self._handler.post(self._call, function, *arguments)
-
-    def read(self, function: Callable[[], None]) -> None:
-        """Call a function that reads the store: on the loop, or on a thread that may wait where servers share it."""
-        if self.app.store.shared:
-            with contextlib.suppress(RuntimeError):  # after the end nobody waits for it
-                self._handler.server.pool.submit(self._read, function)
-        else:
-            self.post(function)
-
-    def _read(self, function: Callable[[], None]) -> None:
-        try:
-            function()
-        except Exception as error:  # the same door
-            self.post(self.fail, error)
-
-    def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
-        """Call a function on the loop after so many seconds, unless the answer was given by then.
-
-        An `early` one is called at once when the server stops.
-        """
-        self._handler.post(self._later, seconds, function, early)
-
-    def _later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
-        if not self.answered:
-            self._handler.later(seconds, partial(self._call, function), early)
-
-    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        try:
-            function(*arguments)
-        except Exception as error:  # the door of a request, for what other threads hand over
-            self.fail(error)
-
-    def about(self) -> dict[str, Any]:
-        """What a line of the log says about the request."""
-        trace = parse_trace(self.head.headers)
-        job = JobKey.parse(self.values.get("id", ""))
-        this = {"request": self.request_id, "method": self.head.method, "path": self.head.path}
-        more = {"flow": self.flow and self.flow.name, "job": job and str(job), "trace": trace and trace.id}
-        return this | {name: value for name, value in more.items() if value}
-
-
-class Route(NamedTuple):
-    """A row of ROUTES. `{name}` in the path matches one segment, `*` at its end whatever follows."""
-
-    method: str
-    path: str
-    handle: Callable[[Exchange], Reply | None]
-    is_open: bool = False  # needs no token
-    check: Callable[[Exchange], None] | None = None  # raises what refuses the request before its body is read
-    slow: bool = False  # takes longer than a look-up, and so runs on another thread than the loop's
+Seen = tuple[Job, Progress | None]  #: a job and its progress
 
 
 # --- errors ---
@@ -8953,7 +8838,7 @@ class MethodNotAllowed(AsteraError):
 
 
 class UnknownJob(NotFound):
-    """No such job, another token's, or one whose result has expired."""
+    """No such job, the job of another token, or a job whose result has expired."""
 
     headers = (("Job-Status", Status.UNKNOWN.value),)
 
@@ -8964,7 +8849,7 @@ class UnknownJob(NotFound):
 
 
 def error_response(x: Exchange, error: Exception) -> Reply:
-    """The problem document (RFC 9457) for an error; an unforeseen one is a 500 that tells nothing of our inside."""
+    """The problem document (RFC 9457) for an error; an unforeseen error is a 500 that reveals nothing internal."""
     headers = [PROBLEM_TYPE, NO_STORE]
     if x.head.path.startswith(tuple(PREFIXES.values())):
         headers += _VARY
@@ -8975,7 +8860,7 @@ def error_response(x: Exchange, error: Exception) -> Reply:
         return Reply(500, headers, json_body(problem(500, detail, requestId=x.request_id)))
     headers += error.headers
     detail = str(error)
-    if isinstance(error, UnknownJob) and x.route is not None and x.route.handle is job_status:
+    if isinstance(error, UnknownJob) and x.route is not None and x.route.path == _STATUS_PATH:
         document = {"id": error.id, "status": Status.UNKNOWN.value, "reason": error.reason, "detail": detail}
         return Reply(error.status, [JSON_TYPE, *headers[1:]], json_body(document))
     if isinstance(error, StoreError):
@@ -8988,19 +8873,107 @@ def error_response(x: Exchange, error: Exception) -> Reply:
     return Reply(error.status, headers, json_body(problem(error.status, detail, **error.members)))
 
 
-READING = frozenset({"GET", "HEAD"})
-#: Where one of these headers is sent, the wing of admin says what it comes to.
-_CONDITIONS = frozenset({"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"})
+# --- requests ---
 
 
-def entity_tag(body: bytes) -> str:
-    """A strong ETag of a document. Python's own hash costs next to nothing; a restart makes new ones."""
-    return f'"{hash(body) & (1 << 64) - 1:x}"'
+class Route(NamedTuple):
+    """A row of ROUTES. `{name}` in the path matches one segment, `*` at its end whatever follows."""
+
+    method: str
+    path: str
+    handle: Callable[[Exchange], Reply | None]
+    is_open: bool = False  # needs no token
+    check: Callable[[Exchange], None] | None = None  # raises the error that refuses the request before its body is read
+    slow: bool = False  # takes longer than a look-up, and so runs on another thread than the loop's
 
 
-# --- publishing ---
+class Exchange:
+    """One request, and the way to its response.
 
-_PREFERENCES = {"wait": '[0-9]+|"[0-9]+"', "respond-async": '(?:"")?'}  # with the values they may have
+    A route returns the reply, or it returns None and the reply is given to `answer` later. `answer` and `fail` run on
+    the loop's thread; other threads pass their calls to `post`.
+    """
+
+    body = b""
+    caller = ANYBODY
+    cors_origin: str | None = None
+    route: Route | None = None
+    flow: Flow | None = None
+    path = ""  # raw, behind the prefix of a publishing route
+    answered = False
+    on_close: Callable[[], None] | None = None  # called if the client closes the connection before the answer
+
+    def __init__(self, handler: Handler, head: Head) -> None:
+        self.app, self.request_id = handler.server.app, handler.server.next_request_id()
+        self.head = head
+        self.values: dict[str, str] = {}  # of the path's placeholders
+        self.began = time.monotonic()
+        self._handler, self._server = handler, handler.server
+
+    @property
+    def origin(self) -> str:
+        """The server's origin, as the request names it."""
+        return f"{self._server.scheme}://{self.head.headers.get('host') or self._server.url.partition('//')[2]}"
+
+    @property
+    def base(self) -> str:
+        """The base of URLs in responses."""
+        return self._server.base or self.origin
+
+    # Methods, not attributes that hold functions: an exchange that refers to itself would need the garbage collector.
+
+    def answer(self, reply: Reply) -> None:
+        """Give the reply."""
+        if not _CONDITIONS.isdisjoint(self.head.headers) and self.head.method in READING:
+            reply = optional("astera_lite_admin:conditional", self, reply) or reply
+        self._handler.answer(self, reply)
+
+    def fail(self, error: Exception) -> None:
+        """Reply with an error."""
+        self.answer(error_response(self, error))
+
+    def post(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function on the loop's thread: at once if this is the thread, otherwise soon. See `call`."""
+        self._server.on_loop(self.call, function, *arguments)
+
+    def read(self, function: Callable[[], None]) -> None:
+        """Call a function that reads the store: on the loop's thread, or if servers share the store, on another."""
+        if not self.app.store.shared:
+            self.post(function)
+            return
+        with contextlib.suppress(RuntimeError):  # the server has stopped
+            self._server.pool.submit(self.call, function)
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function; an exception becomes the reply."""
+        try:
+            function(*arguments)
+        except Exception as error:
+            self._server.on_loop(self.fail, error)
+
+    def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
+        """Call a function on the loop's thread after so many seconds, unless the request is answered by then.
+
+        If `early`, it is called at once when the server stops or the client has sent its last byte.
+        """
+        self._server.on_loop(self._handler.later, self, seconds, function, early)
+
+    def respond(self) -> None:
+        """Call the route."""
+        reply = cast(Route, self.route).handle(self)
+        if reply is not None:
+            self.post(self.answer, reply)
+
+    def about(self) -> dict[str, Any]:
+        """What a line of the log says about the request."""
+        trace = parse_trace(self.head.headers)
+        job = JobKey.parse(self.values.get("id", ""))
+        this = {"request": self.request_id, "method": self.head.method, "path": self.head.path}
+        more = {"flow": self.flow and self.flow.name, "job": job and str(job), "trace": trace and trace.id}
+        return this | {name: value for name, value in more.items() if value}
+
+
+_PREFERENCES = {"wait": '[0-9]+|"[0-9]+"', "respond-async": '(?:"")?'}  # with patterns of their values
 _LIST_ITEM = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*+"?)++')  # a comma in quotes separates nothing
 
 
@@ -9020,43 +8993,26 @@ def _wait_of(x: Exchange, preferences: Mapping[str, str]) -> int | None:
     return None if text is None else int(min(float(text), x.app.settings.max_wait))
 
 
-def find_flow(mode: str, x: Exchange) -> None:
-    """Find the flow that is called, and the raw path behind the prefix; raises NotFound, MethodNotAllowed."""
-    path = x.head.path[len(PREFIXES[mode]) :]
-    matches = x.app.deployments.match(path)
-    if not matches:
-        raise NotFound(f"No flow publishes {shown(path, 200)}. The endpoints are listed at /api/deployments.")
-    method = "GET" if x.head.method == "HEAD" and mode == "synchronous" else x.head.method
-    flow = None
-    for methods in matches:  # the most literal first
-        flow = flow or methods.get(method)
-    if flow is None:
-        raise MethodNotAllowed(allowed_methods(matches, mode))
-    if mode not in flow.modes:
-        (other,) = flow.modes
-        raise NotFound(f"This flow is published {other}ly only: call {PREFIXES[other]}{flow.resource}")
-    check_may_call(x, flow.name)
-    # a flow that has one of these headers as a parameter heeds them itself
-    if method != "GET" and _CONDITIONS.isdisjoint(flow.header_names) and not _CONDITIONS.isdisjoint(x.head.headers):
-        wing("astera_lite_admin:check_conditions")(x)
-    x.flow, x.path = flow, path
-
-
 def check_may_call(x: Exchange, flow: str) -> None:
     """Raise AccessError unless the caller may call this flow."""
     if not x.caller.may_call(flow):
         raise AccessError(403, f"The token {x.caller.name} may not call the flow {flow}.", "insufficient_scope")
 
 
-def allowed_methods(matches: list[dict[str, Flow]], mode: str) -> set[str]:
-    """The methods of a resource in a mode."""
-    names = {name for methods in matches for name, flow in methods.items() if mode in flow.modes}
-    return with_head(names) if mode == "synchronous" else {*names, "OPTIONS"}
+def check_coding(x: Exchange) -> None:
+    """Raise InputError for a body that is compressed (RFC 9110, section 15.5.16)."""
+    coding = x.head.headers.get("content-encoding", "identity")
+    if x.body and coding.strip().lower() not in ("", "identity"):
+        message = "must be identity: send the body as it is"
+        raise InputError([{"in": "header", "name": "Content-Encoding", "message": message}], status=415)
 
 
-def with_head(names: Iterable[str]) -> set[str]:
-    """The methods of a path, given those of its routes."""
-    return {*names, "OPTIONS"} | ({"HEAD"} if "GET" in names else set())
+# --- responses ---
+
+
+def entity_tag(body: bytes) -> str:
+    """A strong ETag of a document: Python's own hash, which is cheap, and different after a restart."""
+    return f'"{hash(body) & (1 << 64) - 1:x}"'
 
 
 def one_line_each(headers: Iterable[tuple[str, str]]) -> Pairs:
@@ -9070,207 +9026,20 @@ def one_line_each(headers: Iterable[tuple[str, str]]) -> Pairs:
     return tuple(lines.values())
 
 
-@lru_cache(maxsize=64)  # a flow's headers are mostly the same
-def _with_policy(headers: Pairs) -> Pairs:
-    """The headers of a flow's response, and those that keep browsers and caches safe from it."""
+def flow_response(answer: Answer, more: Pairs = _VARY) -> Reply:
+    """A flow's response with further headers, and with those that protect browsers and caches from it."""
+    headers = answer.headers + more
     names = {name.lower() for name, _ in headers}
     if len(names) < len(headers):
         headers = one_line_each(headers)
     if "cache-control" not in names:
         usual = REVALIDATED if "etag" in names else ("Cache-Control", "private, no-store")
         headers += (NO_STORE if headers[:1] == (PROBLEM_TYPE,) else usual,)
-    return headers + _FLOW_HEADERS
-
-
-def _flow_response(answer: Answer, more: Pairs = _VARY) -> Reply:
-    return Reply(answer.code, _with_policy(answer.headers + more), answer.body)
-
-
-def publish(mode: str, x: Exchange) -> Reply | None:
-    """METHOD /api/publishing{resource}, METHOD /api/publishingAsync{resource}"""
-    flow = cast(Flow, x.flow)
-    preferences = parse_prefer(x.head.headers["prefer"]) if "prefer" in x.head.headers else {}
-    prefers = "respond-async" in preferences and "asynchronous" in flow.modes and x.head.method != "HEAD"
-    if mode == "asynchronous" or prefers:
-        _submit(x, flow, preferences, ["respond-async"] if mode == "synchronous" else [])
-        return None
-    if _split_callback(x)[0]:
-        message = "is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async"
-        raise InputError([{"in": "query", "name": "callbackUrl", "message": message}])
-    if "idempotency-key" in x.head.headers and "idempotency-key" not in flow.header_names:
-        cure = "leave it out, or publish the flow asynchronously too"
-        if "asynchronous" in flow.modes:
-            cure = f"call {PREFIXES['asynchronous']}{flow.resource} with Prefer: wait=60"
-        message = f"is for asynchronous requests, which are stored: {cure}"
-        raise InputError([{"in": "header", "name": "Idempotency-Key", "message": message}])
-    request = _stored_request(x, flow, x.head.query)
-    given = flow.bind(request, path_values(flow, x.path), x.request_id)
-    outcome = x.app.engine.run_at_once(flow, given)
-    if outcome is not None:
-        return _flow_response(outcome.answer)
-    limit = min(flow.timeout or x.app.settings.sync_timeout, x.app.settings.sync_timeout)
-    late = Outcome.failed("timeout", 504, "The flow exceeded its time limit.")
-    x.later(limit + 0.25, lambda: x.answer(_flow_response(late.answer)), False)
-    x.app.run_sync(flow, given, lambda outcome: x.post(lambda: x.answer(_flow_response(outcome.answer))))
-    return None
-
-
-def check_coding(x: Exchange) -> None:
-    """Raise InputError for a body that is compressed (RFC 9110, section 15.5.16)."""
-    coding = x.head.headers.get("content-encoding", "identity")
-    if x.body and coding.strip().lower() not in ("", "identity"):
-        message = "must be identity: send the body as it is"
-        raise InputError([{"in": "header", "name": "Content-Encoding", "message": message}], status=415)
-
-
-def _stored_request(x: Exchange, flow: Flow, query: str) -> StoredRequest:
-    check_coding(x)
-    sent = x.head.headers
-    declared = {name: sent[name] for name in flow.header_names if name in sent}
-    trace = parse_trace(sent) if "traceparent" in sent else None
-    return StoredRequest(flow.method, x.path, query, declared, x.body, trace)
-
-
-def _declared(flow: Flow | None) -> list[str]:
-    """The names of a flow's query parameters."""
-    return [*(item.name for item in flow.parameters if item.where == "query"), *flow.selecting] if flow else []
-
-
-def _split_callback(x: Exchange) -> tuple[list[str], str]:
-    """The values of callbackUrl in the raw query, and the query without them.
-
-    Raises InputError for a callbackUrl under another name, which would be ignored.
-    """
-    query = x.head.query
-    if "%" not in query and "callback" not in query.lower():
-        return [], query
-    urls, rest = [], []
-    for part in query.split("&"):
-        name, _, value = part.partition("=")
-        with contextlib.suppress(ValueError):  # binding refuses what does not decode
-            name = unquote(name, plus=True)
-        if name == "callbackUrl":
-            urls.append(value)
-            continue
-        if re.fullmatch("callback[_-]?url", name, re.IGNORECASE) and name not in _declared(x.flow):
-            raise InputError([{"in": "query", "name": name, "message": "is not known here: write callbackUrl"}])
-        rest.append(part)
-    return urls, "&".join(rest)
-
-
-def _callback_url(x: Exchange, urls: list[str]) -> str | None:
-    """The URL of the callback, judged as far as a look-up is not needed; raises InputError."""
-    if not urls:
-        return None
-    try:
-        if len(urls) > 1:
-            raise ValueError("must be given once")
-        url = unquote(urls[0], plus=False)
-        behind = x.head.query.partition("callbackUrl=")[2].split("&")[1:] if "?" in urls[0] else []
-        cut = [part for part in behind if part.partition("=")[0] not in _declared(x.flow)]
-        if cut:
-            whole = urllib.parse.quote("&".join([url, *cut]), safe="")
-            raise ValueError(f"ends at its first &, because it is not percent-encoded: write callbackUrl={whole}")
-    except ValueError as error:
-        raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
-    check_callback(url, x.app.policy)
-    return url
-
-
-def _idempotency_key(x: Exchange) -> str | None:
-    value = x.head.headers.get("idempotency-key")
-    if value is None:
-        return None
-    match = re.fullmatch(r'"([!-~]{1,255})"|([!#-~][!-~]{0,254})', value)
-    if match is None:
-        message = "must be 1 to 255 visible ASCII characters, quoted or bare"
-        raise InputError([{"in": "header", "name": "Idempotency-Key", "message": message}])
-    return match[1] or match[2]
-
-
-def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: list[str]) -> None:
-    """Accept a job, or refuse the request with all its faults at once."""
-    refusals: list[InputError] = []
-
-    def checked(function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except InputError as error:
-            return refusals.append(error)
-
-    urls, query = checked(_split_callback, x) or ([], x.head.query)
-    callback_url = checked(_callback_url, x, urls)
-    idempotency_key = checked(_idempotency_key, x)
-    request = _stored_request(x, flow, query)
-    job = x.app.jobs.new(flow, x.base, x.caller.name, callback_url)
-    given = checked(lambda: flow.bind(request, path_values(flow, x.path), job.id))
-    if refusals:
-        raise InputError([fault for refusal in refusals for fault in refusal.errors], status=refusals[-1].status)
-    wait_s = _wait_of(x, preferences)
-    if wait_s is not None:
-        applied = [*applied, f"wait={wait_s}"]
-    headers = (*_VARY, ("Preference-Applied", ", ".join(applied))) if applied else _VARY
-    done = partial(x.post, answer_submitted, x, wait_s, headers)
-    x.app.jobs.accept(Prepared(job, flow, given), request, idempotency_key, done)
-
-
-def answer_submitted(
-    x: Exchange, wait_s: int | None, headers: Sequence[tuple[str, str]], result: Any, error: AsteraError | None
-) -> None:
-    """On the loop, once the job is on disk: 202, or the result if the client waits for it."""
-    refusal = error or (result if isinstance(result, Conflict) else None)
-    if refusal is not None:
-        raise refusal
-    job, replayed = result
-    if replayed:
-        headers = [*headers, ("Idempotency-Replayed", "true")]
-
-    def answer(seen: Seen) -> Reply:
-        if wait_s is not None and seen[0].status is not Status.RUNNING:
-            where = ("Content-Location", f"{x.base}/api/jobs/{job.id}/result")
-            return _result_response(x, seen[0], [where, *headers])
-        return status_response(x, seen, 202, headers)
-
-    if wait_s:
-        answer_when_finished(x, job, wait_s, answer)
-    elif replayed:
-        x.read(lambda: x.post(x.answer, answer(x.app.jobs.look(job.key, x.caller) or (job, None))))
-    else:
-        x.answer(answer((job, None)))
-
-
-def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable[[Seen], Reply]) -> None:
-    """Answer when a job is finished, or after so many seconds with its state by then."""
-    has_gone = False
-
-    def changed() -> None:
-        x.read(look)
-
-    def look(final: bool = False) -> None:
-        if x.answered or has_gone:
-            return
-        if not final:
-            x.app.watchers.add(job.key, changed)  # first watch, then look: nothing can happen unseen in between
-        seen = x.app.jobs.look(job.key, x.caller)
-        if final or seen is None or seen[0].status is not Status.RUNNING:
-            x.app.watchers.remove(job.key, changed)
-            x.post(x.answer, answer(seen or find_job(x, job.id)))
-
-    def gone() -> None:
-        nonlocal has_gone
-        has_gone = True  # a look may be on its way
-        x.app.watchers.remove(job.key, changed)
-
-    x.on_close = gone
-    x.later(seconds, lambda: x.read(partial(look, True)), True)
-    x.read(look)
-
-
-# --- jobs ---
+    return Reply(answer.code, headers + _FLOW_HEADERS, answer.body)
 
 
 def status_response(x: Exchange, seen: Seen, code: int = 200, more: Iterable[tuple[str, str]] = ()) -> Reply:
-    """A status document; with its Location where the answer is another resource's."""
+    """A status document. A 202 has the Location of the status; the status of a finished job, that of the result."""
     (job, progress), base = seen, x.base
     headers = [JSON_TYPE, ("Job-Status", job.status), NO_STORE]
     if code == 202:
@@ -9278,12 +9047,39 @@ def status_response(x: Exchange, seen: Seen, code: int = 200, more: Iterable[tup
     headers += more
     if job.status is Status.RUNNING:
         headers.append(("Retry-After", str(x.app.engine.retry_after(job.flow))))
-    body = status_body(job, base, progress, x.app.clock.offset)
+    body = json_body(status_document(job, base, progress, offset=x.app.clock.offset))
     if job.status is not Status.RUNNING and code == 200:
         headers.append(("Location", f"{base}/api/jobs/{job.id}/result"))
         if x.head.method in READING:
             headers[2:3] = REVALIDATED, ("ETag", entity_tag(body))
     return Reply(code, headers, body)
+
+
+_RANGED = 1 << 20  # bytes; a client may request a part of a result of this size or more
+
+
+def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> Reply:
+    """The result of a finished job, with the headers of a job and `more`."""
+    stored = x.app.store.result(job.key)
+    if stored is None:
+        raise UnknownJob(job.id, x.app.jobs.expired(job.key))
+    own, tag = tuple(stored.headers), []
+    names = {name.lower() for name, _ in own}
+    if stored.code < 300:  # a result never changes, and no other has its id
+        own += () if "cache-control" in names else (REVALIDATED,)
+        tag = [] if "etag" in names else [("ETag", f'"{job.id}"')]
+    response = flow_response(Answer(stored.code, own, stored.body or b""), (("Job-Status", job.status.value),))
+    headers = one_line_each([*response.headers, *more]) if more else response.headers
+    response = response._replace(headers=[*headers, *tag])
+    if stored.body is None:
+        pieces = x.app.store.result_pieces(job.key, stored.attempt)
+        response = response._replace(stream=pieces, length=stored.size)
+    if stored.size >= _RANGED and stored.code == 200 and x.flow is None and "accept-ranges" not in names:
+        response = optional("astera_lite_admin:with_ranges", x, job, stored, response) or response
+    return response
+
+
+# --- jobs ---
 
 
 def find_job(x: Exchange, job_id: str) -> Seen:
@@ -9293,6 +9089,33 @@ def find_job(x: Exchange, job_id: str) -> Seen:
     if seen is None:
         raise UnknownJob(job_id, x.app.jobs.expired(key))
     return seen
+
+
+def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable[[Seen], Reply]) -> None:
+    """Answer when the job is finished, or after so many seconds with its state at that time."""
+    has_gone = False
+
+    def changed() -> None:
+        x.read(look)
+
+    def look(final: bool = False) -> None:
+        if x.answered or has_gone:
+            return
+        if not final:
+            x.app.watchers.add(job.key, changed)  # before the look: a change in between is not missed
+        seen = x.app.jobs.look(job.key, x.caller)
+        if final or seen is None or seen[0].status is not Status.RUNNING:
+            x.app.watchers.remove(job.key, changed)
+            x.post(x.answer, answer(seen or find_job(x, job.id)))
+
+    def gone() -> None:
+        nonlocal has_gone
+        has_gone = True  # another thread may be looking
+        x.app.watchers.remove(job.key, changed)
+
+    x.on_close = gone
+    x.later(seconds, lambda: x.read(partial(look, True)), True)
+    x.read(look)
 
 
 def _answer_when_asked(x: Exchange, answer: Callable[[Seen, Pairs], Reply]) -> Reply | None:
@@ -9322,38 +9145,191 @@ def job_result(x: Exchange) -> Reply | None:
     return _answer_when_asked(x, answer)
 
 
-_RANGED = 1 << 20  # bytes; a result as large is sent in parts where the client asks for one
+# --- publishing ---
 
 
-def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> Reply:
-    stored = x.app.store.result(job.key)
-    if stored is None:
-        raise UnknownJob(job.id, x.app.jobs.expired(job.key))
-    own, tag = tuple(stored.headers), []
-    names = {name.lower() for name, _ in own}
-    if stored.code < 300:  # a result never changes, and no other has its id
-        own += () if "cache-control" in names else (REVALIDATED,)
-        tag = [] if "etag" in names else [("ETag", f'"{job.id}"')]
-    response = _flow_response(Answer(stored.code, own, stored.body or b""), (("Job-Status", job.status.value),))
-    headers = one_line_each([*response.headers, *more]) if more else response.headers
-    response = response._replace(headers=[*headers, *tag])  # a list: none that is worth keeping
-    body, attempt = stored.body, stored.attempt
-    if body is not None and stored.size < _RANGED:
-        return response
+def with_head(names: Iterable[str]) -> set[str]:
+    """The methods of a path, given those of its routes."""
+    return {*names, "OPTIONS"} | ({"HEAD"} if "GET" in names else set())
 
-    def pieces(start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
-        if body is not None:  # a store that is shared brings the whole
-            return iter([body[start:stop]])
-        return x.app.store.result_pieces(job.key, attempt, start, stop)
 
-    response = response._replace(body=b"", stream=pieces(), length=stored.size)
-    is_fetch = x.route is not None and x.route.handle is job_result
-    if stored.size < _RANGED or stored.code != 200 or not is_fetch or "accept-ranges" in names:  # the flow knows better
-        return response
-    response = response._replace(headers=[*response.headers, ("Accept-Ranges", "bytes")])
-    if "range" in x.head.headers:
-        response = optional("astera_lite_admin:in_part", x, response, pieces) or response
-    return response
+def allowed_methods(matches: list[dict[str, Flow]], mode: str) -> set[str]:
+    """The methods of a resource in a mode."""
+    names = {name for methods in matches for name, flow in methods.items() if mode in flow.modes}
+    return with_head(names) if mode == "synchronous" else {*names, "OPTIONS"}
+
+
+def find_flow(mode: str, x: Exchange) -> None:
+    """Find the flow that is called, and the raw path behind the prefix; raises NotFound, MethodNotAllowed."""
+    path = x.head.path[len(PREFIXES[mode]) :]
+    matches = x.app.deployments.match(path)
+    if not matches:
+        raise NotFound(f"No flow publishes {shown(path, 200)}. The endpoints are listed at /api/deployments.")
+    method = "GET" if x.head.method == "HEAD" and mode == "synchronous" else x.head.method
+    flow = next((methods[method] for methods in matches if method in methods), None)  # the most literal is first
+    if flow is None:
+        raise MethodNotAllowed(allowed_methods(matches, mode))
+    if mode not in flow.modes:
+        (other,) = flow.modes
+        raise NotFound(f"This flow is published {other}ly only: call {PREFIXES[other]}{flow.resource}")
+    check_may_call(x, flow.name)
+    # a flow that has one of these headers as a parameter evaluates them itself
+    if method != "GET" and _CONDITIONS.isdisjoint(flow.header_names) and not _CONDITIONS.isdisjoint(x.head.headers):
+        wing("astera_lite_admin:check_conditions")(x)
+    x.flow, x.path = flow, path
+
+
+def _stored_request(x: Exchange, flow: Flow, query: str) -> StoredRequest:
+    check_coding(x)
+    sent = x.head.headers
+    declared = {name: sent[name] for name in flow.header_names if name in sent}
+    trace = parse_trace(sent) if "traceparent" in sent else None
+    return StoredRequest(flow.method, x.path, query, declared, x.body, trace)
+
+
+def _query_names(flow: Flow) -> list[str]:
+    return [*(item.name for item in flow.parameters if item.where == "query"), *flow.selecting]
+
+
+def _split_callback(x: Exchange, flow: Flow) -> tuple[list[str], str]:
+    """The values of callbackUrl in the raw query, and the query without them.
+
+    Raises InputError for a misspelt callbackUrl, which would be ignored.
+    """
+    query = x.head.query
+    if "%" not in query and "callback" not in query.lower():
+        return [], query
+    urls, rest = [], []
+    for part in query.split("&"):
+        name, _, value = part.partition("=")
+        with contextlib.suppress(ValueError):  # binding refuses what does not decode
+            name = unquote(name, plus=True)
+        if name == "callbackUrl":
+            urls.append(value)
+            continue
+        if re.fullmatch("callback[_-]?url", name, re.IGNORECASE) and name not in _query_names(flow):
+            raise InputError([{"in": "query", "name": name, "message": "is not known here: write callbackUrl"}])
+        rest.append(part)
+    return urls, "&".join(rest)
+
+
+def _callback_url(x: Exchange, flow: Flow, urls: list[str]) -> str | None:
+    """The URL of the callback, checked without a look-up of its host; raises InputError."""
+    if not urls:
+        return None
+    try:
+        if len(urls) > 1:
+            raise ValueError("must be given once")
+        url = unquote(urls[0], plus=False)
+        behind = x.head.query.partition("callbackUrl=")[2].split("&")[1:] if "?" in urls[0] else []
+        cut = [part for part in behind if part.partition("=")[0] not in _query_names(flow)]
+        if cut:
+            whole = urllib.parse.quote("&".join([url, *cut]), safe="")
+            raise ValueError(f"ends at its first &, because it is not percent-encoded: write callbackUrl={whole}")
+    except ValueError as error:
+        raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
+    check_callback(url, x.app.policy)
+    return url
+
+
+def _idempotency_key(x: Exchange) -> str | None:
+    value = x.head.headers.get("idempotency-key")
+    if value is None:
+        return None
+    match = re.fullmatch(r'"([!-~]{1,255})"|([!#-~][!-~]{0,254})', value)
+    if match is None:
+        message = "must be 1 to 255 visible ASCII characters, quoted or bare"
+        raise InputError([{"in": "header", "name": "Idempotency-Key", "message": message}])
+    return match[1] or match[2]
+
+
+def answer_submitted(
+    x: Exchange, wait_s: int | None, headers: Sequence[tuple[str, str]], result: Any, error: AsteraError | None
+) -> None:
+    """On the loop's thread, once the job is on disk: 202, or the result if the client waits for it."""
+    refusal = error or (result if isinstance(result, Conflict) else None)
+    if refusal is not None:
+        raise refusal
+    job, replayed = result
+    if replayed:
+        headers = [*headers, ("Idempotency-Replayed", "true")]
+
+    def answer(seen: Seen) -> Reply:
+        if wait_s is not None and seen[0].status is not Status.RUNNING:
+            where = ("Content-Location", f"{x.base}/api/jobs/{job.id}/result")
+            return _result_response(x, seen[0], [where, *headers])
+        return status_response(x, seen, 202, headers)
+
+    if wait_s:
+        answer_when_finished(x, job, wait_s, answer)
+    elif replayed:
+        x.read(lambda: x.post(x.answer, answer(x.app.jobs.look(job.key, x.caller) or (job, None))))
+    else:
+        x.answer(answer((job, None)))
+
+
+def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: list[str]) -> None:
+    """Accept a job, or refuse the request with all its faults at once."""
+    refusals: list[InputError] = []
+
+    def checked(function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except InputError as error:
+            return refusals.append(error)
+
+    urls, query = checked(_split_callback, x, flow) or ([], x.head.query)
+    callback_url = checked(_callback_url, x, flow, urls)
+    idempotency_key = checked(_idempotency_key, x)
+    request = _stored_request(x, flow, query)
+    job = x.app.jobs.new(flow, x.base, x.caller.name, callback_url)
+    given = checked(flow.bind, request, path_values(flow, x.path), job.id)
+    if refusals:
+        raise InputError([fault for refusal in refusals for fault in refusal.errors], status=refusals[-1].status)
+    wait_s = _wait_of(x, preferences)
+    if wait_s is not None:
+        applied = [*applied, f"wait={wait_s}"]
+    headers = (*_VARY, ("Preference-Applied", ", ".join(applied))) if applied else _VARY
+    done = partial(x.post, answer_submitted, x, wait_s, headers)
+    x.app.jobs.accept(Prepared(job, flow, given), request, idempotency_key, done)
+
+
+def _call_flow(x: Exchange, flow: Flow) -> Reply | None:
+    """Run a flow synchronously."""
+    if _split_callback(x, flow)[0]:
+        message = "is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async"
+        raise InputError([{"in": "query", "name": "callbackUrl", "message": message}])
+    if "idempotency-key" in x.head.headers and "idempotency-key" not in flow.header_names:
+        cure = "leave it out, or publish the flow asynchronously too"
+        if "asynchronous" in flow.modes:
+            cure = f"call {PREFIXES['asynchronous']}{flow.resource} with Prefer: wait=60"
+        message = f"is for asynchronous requests, which are stored: {cure}"
+        raise InputError([{"in": "header", "name": "Idempotency-Key", "message": message}])
+    request = _stored_request(x, flow, x.head.query)
+    given = flow.bind(request, path_values(flow, x.path), x.request_id)
+    outcome = x.app.engine.run_at_once(flow, given)
+    if outcome is not None:
+        return flow_response(outcome.answer)
+
+    def answer(outcome: Outcome) -> None:
+        x.answer(flow_response(outcome.answer))
+
+    limit = min(flow.timeout or x.app.settings.sync_timeout, x.app.settings.sync_timeout)
+    late = Outcome.failed("timeout", 504, "The flow exceeded its time limit.")
+    x.later(limit + 0.25, partial(answer, late), False)
+    x.app.run_sync(flow, given, partial(x.post, answer))
+    return None
+
+
+def publish(mode: str, x: Exchange) -> Reply | None:
+    """METHOD /api/publishing{resource}, METHOD /api/publishingAsync{resource}"""
+    flow = cast(Flow, x.flow)
+    preferences = parse_prefer(x.head.headers["prefer"]) if "prefer" in x.head.headers else {}
+    prefers = "respond-async" in preferences and "asynchronous" in flow.modes and x.head.method != "HEAD"
+    if mode == "synchronous" and not prefers:
+        return _call_flow(x, flow)
+    _submit(x, flow, preferences, ["respond-async"] if mode == "synchronous" else [])
+    return None
 
 
 # --- the rest ---
@@ -9389,7 +9365,7 @@ def health(x: Exchange) -> Reply:
 _MAY_DEPLOY = late("astera_lite_admin:check_may_deploy")
 ROUTES = [
     *(Route("*", f"{PREFIXES[mode]}/*", partial(publish, mode), check=partial(find_flow, mode)) for mode in MODES),
-    Route("GET", "/api/jobs/{id}/status", job_status),
+    Route("GET", _STATUS_PATH, job_status),
     Route("GET", "/api/jobs/{id}/result", job_result),
     Route("GET", "/api/jobs/{id}", late("astera_lite_admin:job_details"), slow=True),
     Route("DELETE", "/api/jobs/{id}", late("astera_lite_admin:job_delete")),
@@ -9617,7 +9593,7 @@ class Handler(BaseRequestHandler):
         head = self.parser.head()
         if head is None:
             return None
-        x = self.exchange = self.server.exchange(self, head)
+        x = self.exchange = Exchange(self, head)
         self.refusal = None
         try:
             self.server.route(x)
@@ -9636,7 +9612,7 @@ class Handler(BaseRequestHandler):
         """Answer a request that is not read any further, and close."""
         x = self.exchange
         if x is None:
-            x = self.exchange = self.server.exchange(self, _NO_HEAD)
+            x = self.exchange = Exchange(self, _NO_HEAD)
             x.cors_origin = self.server.access.named_origin(self.parser.origin())
         self.closing = True
         x.fail(error)
@@ -9645,22 +9621,22 @@ class Handler(BaseRequestHandler):
         """Give the answer to a request, unless there was one: it is counted, logged, and sent when the loop goes on."""
         if x.answered:
             return
-        x.answered = True
         server, head = self.server, x.head
-        server.at_work.discard(x)
         if len(reply.body) > _AHEAD and server.buffered + len(reply.body) > _MAX_BUFFERED and head.method != "HEAD":
             reply = error_response(x, Busy("The responses in memory have reached their limit.", 5))
         if server.with_cors is not None:
             reply = server.with_cors(x, reply)
+        closing = self.closing or not head.keep_alive or server.stopping or reply.status == 405
+        has_length = reply.status != 405 or head.method != "HEAD"  # it would have to be that of a GET
+        data = response_head(reply, x.request_id, not closing, head.version, has_length)
+        x.answered = True
+        server.at_work.discard(x)
         server.requests[head.method, x.route.path if x.route else "", reply.status] += 1
         if log.isEnabledFor(server.access_level):
             self.log_access(x, reply)
         if x is not self.exchange:  # the client has gone
             return
-        if not head.keep_alive or server.stopping or reply.status == 405:
-            self.closing = True
-        has_length = reply.status != 405 or head.method != "HEAD"  # it would have to be that of a GET
-        data = response_head(reply, x.request_id, not self.closing, head.version, has_length)
+        self.closing = closing
         if head.method == "HEAD" or reply.status in (204, 304):
             self.out.append(data)
         elif reply.stream is not None:
@@ -9683,18 +9659,12 @@ class Handler(BaseRequestHandler):
         arguments = (x.request_id, x.head.method, x.head.path, reply.status, ms, caller)
         log.log(self.server.access_level, "%s %s %s %d %s ms, %s", *arguments, extra=extra)
 
-    def post(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function on the loop: at once if this is its thread, else soon."""
-        if threading.get_ident() == self.server.ident:
-            function(*arguments)
-        else:
-            self.server.post(partial(function, *arguments))
-
-    def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
-        """Call a function after so many seconds, unless the request is answered by then."""
-        self.at_deadline = (function, early)
-        self.deadline = time.monotonic() + (0 if early and (self.server.stopping or self.at_end) else seconds)
-        self.server.sweep_by(self.deadline)
+    def later(self, x: Exchange, seconds: float, function: Callable[[], None], early: bool) -> None:
+        """See Exchange.later."""
+        if x is self.exchange:  # else it is answered, or the client has gone
+            self.at_deadline = (partial(x.call, function), early)
+            self.deadline = time.monotonic() + (0 if early and (self.server.stopping or self.at_end) else seconds)
+            self.server.sweep_by(self.deadline)
 
     def call_deadline(self) -> None:
         """Call what `later` was given."""
@@ -9894,7 +9864,8 @@ class Server(ThreadingHTTPServer):
         self._request_prefix = os.urandom(5).hex()
         # for what takes longer than a look-up; a shared database is looked up there, too
         self.pool = ThreadPoolExecutor(8 if app.store.shared else 2, "astera-slow")
-        self._routed: dict[int, tuple[Head, Deployments, list[Token], dict[str, Any]]] = {}  # by the head's identity
+        self._routed: dict[int, tuple[Head, dict[str, Any]]] = {}  # by identity: heads, and what `route` found for them
+        self._routed_for: tuple[Any, Any] = (None, None)  # the deployments and tokens for which it was found
         self.at_work: set[Exchange] = set()  # requests that its threads have, until they are answered
         # the loop
         self.ident = 0  # of the thread that serves
@@ -9992,6 +9963,13 @@ class Server(ThreadingHTTPServer):
             self._wake_out.close()
 
     # --- the loop ---
+
+    def on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function on the loop's thread: at once if this is the thread, otherwise soon."""
+        if threading.get_ident() == self.ident:
+            function(*arguments)
+        else:
+            self.post(partial(function, *arguments))
 
     def post(self, function: Callable[[], None]) -> None:
         """Call a function on the loop's thread, soon. May be called from any thread."""
@@ -10174,26 +10152,25 @@ class Server(ThreadingHTTPServer):
         self.requests["", "", 503] += 1
         body = json_body(problem(503, "The server has reached its limit of connections."))
         reply = Reply(503, [PROBLEM_TYPE, NO_STORE, ("Retry-After", "5")], body)
-        return response_head(reply, self._next_request_id(), False) + reply.body
+        return response_head(reply, self.next_request_id(), False) + reply.body
 
     # --- requests ---
 
-    def _next_request_id(self) -> str:
+    def next_request_id(self) -> str:
+        """An id that no other request of this server has, and few of other servers."""
         return f"{self._request_prefix}{next(self._request_count):06x}"
-
-    def exchange(self, handler: Handler, head: Head) -> Exchange:
-        """A new exchange on a connection."""
-        return Exchange(self.app, head, self._next_request_id(), handler)
 
     def route(self, x: Exchange) -> None:
         """Authorise a request and find its route; raises the error that refuses it before its body is read.
 
-        A call of a flow goes the way of the last one with the same head: that saves a twelfth of a synchronous call.
+        A call of a flow is routed like the last one with the same head: this saves a tenth of a synchronous call.
         """
-        head, app = x.head, self.app
+        head, now = x.head, (self.app.deployments, self.app.tokens)
+        if now != self._routed_for:
+            self._routed, self._routed_for = {}, now
         known = self._routed.get(id(head))
-        if known is not None and known[0] is head and known[1] is app.deployments and known[2] is app.tokens:
-            vars(x).update(known[3])
+        if known is not None:
+            vars(x).update(known[1])
             return
         route_request(x, self.access)
         size = len(head.path) + len(head.query) + sum(map(len, head.headers.values()))
@@ -10201,29 +10178,17 @@ class Server(ThreadingHTTPServer):
             if len(self._routed) >= 512:
                 self._routed.clear()
             found = {name: getattr(x, name) for name in ("route", "values", "caller", "cors_origin", "flow", "path")}
-            self._routed[id(head)] = head, app.deployments, app.tokens, found
+            self._routed[id(head)] = head, found  # the head is kept, so no other can have its identity
 
     def handle(self, x: Exchange) -> None:
-        """Have a request handled: by the loop itself, or on another thread if that may take long."""
+        """Have a request handled: on the loop's thread, or on another if it may take long."""
         assert x.route is not None
         is_read = x.flow is None and self.app.store.shared and not x.route.is_open
         if x.route.slow or is_read or (len(x.body) > _LARGE_BODY and x.flow is not None):
             self.at_work.add(x)
-            self.pool.submit(self._handle, x, x.route)
+            self.pool.submit(x.call, x.respond)
         else:
-            self._handle(x, x.route)
-
-    def _handle(self, x: Exchange, route: Route) -> None:
-        """Call the route; its errors become problem documents here."""
-        try:
-            reply = route.handle(x)
-        except Exception as error:  # the door of a request
-            x.post(x.fail, error)
-            return
-        if reply is not None and threading.get_ident() == self.ident:
-            x.answer(reply)
-        elif reply is not None:
-            x.post(x.answer, reply)
+            x.call(x.respond)
 
 
 # ======================================================================================================================

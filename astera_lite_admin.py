@@ -58,6 +58,7 @@ from astera_lite import (
     Seen,
     Settings,
     Status,
+    StoredResult,
     UnknownJob,
     __version__,
     allowed_methods,
@@ -313,10 +314,11 @@ def conditional(x: Exchange, reply: Reply) -> Reply:
 _RANGE = re.compile("bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))", re.IGNORECASE)
 
 
-def in_part(x: Exchange, whole: Reply, pieces: Callable[[int, int], Iterator[bytes]]) -> Reply:
-    """The requested part of a result (RFC 9110, section 14); the whole result if several parts are requested."""
-    own, sent, size = {name.lower(): value for name, value in whole.headers}, x.head.headers, whole.length
-    wanted, tag = _RANGE.fullmatch(sent["range"]), own.get("etag", "")
+def with_ranges(x: Exchange, job: Job, stored: StoredResult, whole: Reply) -> Reply:
+    """A large result, or the part of it that is requested (RFC 9110, section 14). Of several parts, the whole."""
+    whole = whole._replace(headers=[*whole.headers, ("Accept-Ranges", "bytes")])
+    own, sent, size = {name.lower(): value for name, value in whole.headers}, x.head.headers, stored.size
+    wanted, tag = _RANGE.fullmatch(sent.get("range", "")), own.get("etag", "")
     changed = "if-range" in sent and (sent["if-range"] != tag or tag[:1] != '"')
     if wanted is None or changed or x.head.method != "GET" or conditional(x, whole) is not whole:
         return whole
@@ -327,8 +329,11 @@ def in_part(x: Exchange, whole: Reply, pieces: Callable[[int, int], Iterator[byt
     if first >= size:
         headers = [PROBLEM_TYPE, NO_STORE, ("Content-Range", f"bytes */{size}"), ("Job-Status", own["job-status"])]
         return Reply(416, headers, json_body(problem(416, f"The result has {size} bytes.")))
-    headers = [*whole.headers, ("Content-Range", f"bytes {first}-{last}/{size}")]
-    return Reply(206, headers, stream=pieces(first, last + 1), length=last + 1 - first)
+    part = Reply(206, [*whole.headers, ("Content-Range", f"bytes {first}-{last}/{size}")])
+    if stored.body is not None:
+        return part._replace(body=stored.body[first : last + 1])
+    pieces = x.app.store.result_pieces(job.key, stored.attempt, first, last + 1)
+    return part._replace(stream=pieces, length=last + 1 - first)
 
 
 def check_conditions(x: Exchange, exists: bool = True, flow: Flow | None = None) -> None:

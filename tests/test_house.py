@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import bisect
 import dis
 import inspect
-import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +26,7 @@ TREES = {name: ast.parse((ROOT / name).read_text("utf-8")) for name in FILES}
 #: Lines that a file may have (wc -l). Where one is full, move what a server seldom needs to another wing, or to a new
 #: one. The core is to fall further: the plan allows it 7,500.
 LINES = {
-    "astera_lite.py": 10_600,
+    "astera_lite.py": 10_523,
     "astera_lite_admin.py": 800,
     "astera_lite_advice.py": 400,
     "astera_lite_documents.py": 800,
@@ -85,35 +83,25 @@ def test_a_file_is_no_longer_than_it_may_be(name: str) -> None:
     assert (ROOT / name).read_text("utf-8").count("\n") <= LINES[name]
 
 
-#: Rooms in which functions, too, use only what stands above them.
-POINT_BACKWARDS = (*range(1, 15), 16, 17)
-
-
-def instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
-    yield from dis.get_instructions(code)
+def instructions_of_functions(code: types.CodeType) -> Iterator[dis.Instruction]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from instructions(constant)
+            yield from dis.get_instructions(constant)
+            yield from instructions_of_functions(constant)
 
 
-def test_a_room_uses_only_what_stands_above_it() -> None:
-    """What runs at the import cannot do otherwise; this is about the bodies of functions."""
+def test_a_function_uses_only_what_stands_above_it() -> None:
     text = (ROOT / "astera_lite.py").read_text("utf-8")
     code = compile(text, "astera_lite.py", "exec", dont_inherit=True)
-    banners = [n for n, line in enumerate(text.split("\n"), 1) if re.match(r"# [0-9]+ [A-Z]", line)]
-    assert len(banners) == 17
 
     defined: dict[str, int] = {}
     for one in dis.get_instructions(code):
         if one.opname in ("STORE_NAME", "STORE_GLOBAL") and one.positions and one.positions.lineno:
             defined.setdefault(one.argval, one.positions.lineno)
     found = []
-    for one in instructions(code):
+    for one in instructions_of_functions(code):
         line = one.positions.lineno if one.positions else None
-        if one.opname not in ("LOAD_GLOBAL", "LOAD_NAME") or line is None or defined.get(one.argval, 0) <= line:
-            continue
-        room = bisect.bisect(banners, line)
-        if room in POINT_BACKWARDS or bisect.bisect(banners, defined[one.argval]) > room:
+        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and line is not None and defined.get(one.argval, 0) > line:
             found.append(f"line {line} uses {one.argval} of line {defined[one.argval]}")
     assert found == []
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sqlite3
 import subprocess
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,16 @@ def test_the_same_call_again_meets_what_changed_meanwhile(tokens: Tokens, capsys
         make(tokens.folder, capsys, "ada", "--revoke")
         tokens.app.read_tokens()
         assert call()[0] == 401
+
+
+def test_flows_that_were_replaced_are_let_go_with_the_next_call(tokens: Tokens) -> None:
+    for at in range(3):
+        assert tokens("ada", "GET", "/api/publishing/hello", headers={"X-At": str(at)}).status_code == 200
+    former = weakref.ref(tokens.app.deployments)
+    tokens.app.deploy("hello", get_flow("/hello", response={"body": "new"}))
+    assert tokens("ada", "GET", "/api/publishing/hello", headers={"X-At": "4"}).json() == "new"
+    gc.collect()
+    assert former() is None
 
 
 def test_long_heads_are_not_kept_for_calls_to_come(tokens: Tokens) -> None:
