@@ -24,12 +24,18 @@ sys.dont_write_bytecode = False
 #: What takes long by nature and does not depend on the version of Python: whole files, or tests by name. A plain run
 #: leaves them out; `pytest -m slow` runs them, as .ci/run does once.
 SLOW = {
+    "test_broken_flows.py": ("test_with_any_node_replaced_a_shipped_file_is_well_or_has_faults",),
     "test_console.py": (),
+    "test_crash.py": ("test_a_kill_while_the_database_is_made_leaves_what_the_next_start_takes",),
+    "test_deploy.py": ("test_two_servers_behind_nginx", "test_two_servers_through_pgbouncer_in_session_mode"),
     "test_docs.py": (),
+    "test_docs_embedding.py": ("test_the_programs_are_well_typed",),
+    "test_engine.py": ("test_waiting_jobs_take_memory_by_their_bytes_and_not_by_their_parsed_values",),
     "test_framing.py": (
         "test_the_same_requests_are_read_however_the_bytes_are_cut",
         "test_what_the_server_takes_for_a_request_an_honest_parser_takes_for_the_same",
     ),
+    "test_hostile_input.py": ("test_what_a_pattern_keeps_in_memory_is_bounded",),
     "test_nodes.py": (),
     "test_openapi.py": (
         "test_a_client_in_python_is_generated_checked_and_calls",
@@ -59,12 +65,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests marked `both_stores` run on SQLite and on PostgreSQL, if they have a folder and are not marked `sqlite`.
 
-    On PostgreSQL they run once, among the slow ones; the contract of the store runs with every Python.
+    On PostgreSQL they run once, among the slow ones; test_store_postgres.py and test_shared.py run with every Python.
     """
     marks = {mark.name for mark in metafunc.definition.iter_markers()}
     if "both_stores" in marks and "sqlite" not in marks and "tmp_path" in metafunc.fixturenames:
-        marks_of_postgresql = [] if metafunc.definition.path.name == "test_store.py" else [pytest.mark.slow]
-        second = pytest.param("postgresql", marks=marks_of_postgresql)
+        second = pytest.param("postgresql", marks=pytest.mark.slow)
         metafunc.parametrize("_database", ["sqlite", second], indirect=True)
 
 

@@ -642,8 +642,8 @@ def test_many_hanging_receivers_delay_nobody_else_nor_do_their_retries(
 ) -> None:
     monkeypatch.setattr(astera_lite, "_MAX_DELIVERIES", 50)
     monkeypatch.setattr(astera_lite, "_MAX_DOUBTFUL", 8)
-    retries: dict[str, Any] = {"callback_timeout": "3s", "callback_retries": "1s,1s,1s,1s,1s"}
-    with hanging(40) as urls, running(tmp_path, FLOWS, **retries) as (app, _, client), Sink() as later:
+    more: dict[str, Any] = {"callback_timeout": "3s", "callback_retries": "1s,1s,1s,1s,1s", "shutdown_timeout": 0.1}
+    with hanging(40) as urls, running(tmp_path, FLOWS, **more) as (app, _, client), Sink() as later:
         for url in urls:
             submitted(client, url)
         until(lambda: len(app.courier.under_way()) == 40)
@@ -777,7 +777,7 @@ def test_a_backlog_for_dead_receivers_delays_no_live_one_after_a_restart(tmp_pat
                 client.finished(client.get(f"/api/publishingAsync/hello?callbackUrl={quote(url, safe='')}"))
         with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)) as database:
             database.execute("UPDATE callbacks SET attempts = 1, next = 1")  # all were tried, and all are due
-        with running(tmp_path, FLOWS, callback_timeout="10s") as (app, _, client):
+        with running(tmp_path, FLOWS, callback_timeout="10s", shutdown_timeout=0.1) as (app, _, client):
             until(lambda: len(app.courier.under_way()) >= 40)
             job = submitted(client, sink.url)
             assert sink.next(timeout=5)[1]["id"] == job["id"]
@@ -798,7 +798,7 @@ def test_a_delivery_under_way_does_not_hold_up_the_stop(tmp_path: Path) -> None:
             until(lambda: app.courier.under_way())
             app.stop()
             assert app.courier.under_way(), "it has not timed out"
-        with running(tmp_path, FLOWS) as (_, _, client):  # the debt is still there
+        with running(tmp_path, FLOWS, shutdown_timeout=0.1) as (_, _, client):  # the debt is still there
             (job,) = client.get("/api/jobs").json()["jobs"]
             assert job["callback"]["state"] == "pending"
 

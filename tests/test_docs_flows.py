@@ -50,7 +50,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     import slow_api
 
     api = slow_api.Server(("127.0.0.1", 0), 0.0)
-    threading.Thread(target=api.serve_forever, daemon=True).start()
+    threading.Thread(target=api.serve_forever, args=(0.01,), daemon=True).start()
     folder = tmp_path_factory.mktemp("examples")
     (folder / "data").mkdir()
     env = {"ASTERA_FLOW_WEATHER_URL": f"http://127.0.0.1:{api.server_address[1]}"}

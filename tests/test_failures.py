@@ -464,7 +464,9 @@ def test_a_secret_stands_wherever_a_step_takes_an_expression(tmp_path: Path, mon
     assert [each for each in sorted(wanted) if not any(re.fullmatch(each, place) for place in compiled)] == []
 
 
-@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize(
+    "secret", [pytest.param(name, marks=() if name == "ODD" else pytest.mark.slow) for name in SECRETS]
+)
 def test_no_secret_leaves_but_in_an_answer_that_the_author_made_of_it(
     tmp_path: Path, secret: str, sink: Sink, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
