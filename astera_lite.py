@@ -29,9 +29,9 @@ Parts that a server needs only for some features are in wings, files beside this
 text (`"astera_lite_tools:run_command"`) and loads it on first use. Without wings, this file and `schema.sql` are a
 whole server.
 
-    astera_lite_steps      the steps each, call, sql; the tests that flows have
+    astera_lite_steps      the steps choose, each, call, sql; the tests that flows have
     astera_lite_python     the steps python and run; @app.flow, @app.step
-    astera_lite_requests   patterns; pages, filters and sort of responses; connections, pages and until of http
+    astera_lite_requests   patterns; pages, filters and sort of responses; connections, redirects, pages, until of http
     astera_lite_advice     remedies and places that messages about faulty flows add
     astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files
     astera_lite_admin      all routes except submit, poll and fetch: lists of jobs, deployments, metrics, console
@@ -1271,7 +1271,7 @@ MAX_EXPRESSION = 4000  # characters
 MAX_NESTING = 60  # of syntax inside one template
 MAX_WORK = 10_000_000  # units of one evaluation: an item looped over, four characters made, or an eighth of a call
 MAX_INT_BITS = 4096
-_SOURCE = "<flow expression>"
+EXPRESSION_FILE = "<flow expression>"  # what tracebacks call it
 _KINDS = {type(None): "null", bool: "a boolean", int: "an integer", float: "a number", str: "text", list: "a list"}
 _KINDS |= {dict: "an object", tuple: "a list", bytes: "bytes"}
 
@@ -1945,22 +1945,6 @@ class _Compiler(ast.NodeTransformer):
         loop.ifs = [self.visit(condition) for condition in loop.ifs]
 
 
-def _message_of(error: Exception, part: str) -> str:
-    """The message of an error that a part of an expression caused, in words of the language."""
-    message = str(error)
-    if isinstance(error, KeyError):
-        key = error.args[0]
-        return f'there is no "{key}"' + (f': .get("{key}") gives null instead' if isinstance(key, str) else "")
-    if isinstance(error, MemoryError | RecursionError):
-        return "it is too large or nested too deeply"
-    if isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:
-        return "null has no members"
-    if isinstance(error, TypeError) and "indices must be integers" in message:
-        kind = {"list": "a list", "tuple": "a list", "byte": "binary data"}.get(message.partition(" ")[0], "text")
-        return f"{kind} has no members{optional('astera_lite_advice:on_no_members', kind, part)}"
-    return message
-
-
 class Template:
     """A JSON tree with `${…}` in its strings, compiled. Call it with a scope to get the value.
 
@@ -1980,21 +1964,8 @@ class Template:
         try:
             return self._run(scope, scope.get(BUDGET) or Budget(MAX_WORK))
         except Exception as error:
-            raise ExpressionError(self._explain(error)) from None
-
-    def _explain(self, error: Exception) -> str:
-        place = part = ""
-        trace = error.__traceback__
-        while trace is not None:
-            code = trace.tb_frame.f_code
-            if code.co_filename == _SOURCE:
-                line, _, start, end = next(itertools.islice(code.co_positions(), trace.tb_lasti // 2, None))
-                if line and line <= len(self._sources) and start is not None and end is not None:
-                    place, source = self._sources[line - 1]
-                    part = f"({source})".encode()[start:end].decode(errors="replace") or source
-            trace = trace.tb_next
-        message = _message_of(error, part)
-        return f"{place}: {part}: {message}" if place else message
+            words = optional("astera_lite_advice:on_failure", error, self._sources)
+            raise ExpressionError(words or str(error)) from None
 
 
 def compile_template(
@@ -2021,7 +1992,7 @@ def compile_template(
     try:
         with warnings.catch_warnings():  # such as "perhaps you missed a comma": it is said when it is evaluated
             warnings.simplefilter("ignore")
-            run = eval(compile(tree, _SOURCE, "eval"), _GLOBALS)  # noqa: S307 (a checked tree, no builtins)
+            run = eval(compile(tree, EXPRESSION_FILE, "eval"), _GLOBALS)  # noqa: S307 (a checked tree, no builtins)
     except (RecursionError, MemoryError, ValueError):
         found.append(Fault(where, place, "is too large or nested too deeply"))
     if faults is not None:
@@ -4099,8 +4070,8 @@ def run_flow(run: Run) -> Outcome | Suspended:
 # --- step kinds -------------------------------------------------------------------------------------------------------
 
 
-def _is_last(build: Build, whens: Sequence[Template | None], place: str) -> None:
-    """Only the last of several ways may lack a condition."""
+def check_whens(build: Build, whens: Sequence[Template | None], place: str) -> None:
+    """Report a fault for each of several alternatives, except the last one, that has no condition."""
     for position, when in enumerate(whens[:-1]):
         if when is None:
             build.fault(f"{place}/{position}", "has no `when`, so nothing after it is ever reached: put it last")
@@ -4244,7 +4215,7 @@ HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, section 9.2.2
 _WORTH_RETRYING = frozenset({"transport", "timeout", "408", "429", "500", "502", "503", "504"})
 _TRUSTED = frozenset({"env", "secrets"})
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _AUTHORITY = re.compile(r"https?://[^/?#]+[/?#]", re.IGNORECASE)
 #: What ends behind the host, in the text of a URL in which NUL stands for each expression; the first may be a scheme.
 _BEHIND_HOST = re.compile(r"(?:https?://|\0://)[^/?#]+[/?#]|\0(?!://)[^/?#]*[/?#]", re.IGNORECASE)
@@ -4269,7 +4240,7 @@ def with_query(url: str, values: Any) -> str:
     return f"{url}{'&' if '?' in url else '?'}{query}" if query else url
 
 
-def _encoded_address(text: str) -> str:
+def encoded_address(text: str) -> str:
     """An address with what no URL may have percent-encoded, as browsers do.
 
     It may come from a header, whose bytes are read as Latin-1 although most servers mean UTF-8.
@@ -4294,21 +4265,6 @@ class OutgoingRequest:
         names = {name.lower() for name in headers}
         self.headers = {name: text for name, text in self.headers.items() if name.lower() not in names} | headers
 
-    def go_to(self, url: str) -> None:
-        """Turn to another address, which may be relative to this one. Credentials do not go to another origin.
-
-        A body, which may hold some, goes to another origin only from http to https. Raises ValueError.
-        """
-        url = urllib.parse.urldefrag(urllib.parse.urljoin(self.url, url)).url
-        here, there = urllib.parse.urlsplit(self.url), urllib.parse.urlsplit(url)
-        if here[:2] != there[:2]:
-            if self.body is not None and (here.hostname, "https") != (there.hostname, there.scheme):
-                raise ValueError("another server must not get the body")
-            self.fixed, self.connection = False, None
-            kept = ("accept", "user-agent", "content-type")
-            self.headers = {name: value for name, value in self.headers.items() if name.lower() in kept}
-        self.url = url
-
     def set_body(self, kind: str, value: Any) -> None:
         """Send a value as the member `json`, `form` or `body` of the step says."""
         if kind == "json":
@@ -4322,7 +4278,7 @@ class OutgoingRequest:
         self.headers["Content-Type"] = media
 
 
-def _http_failure(
+def http_failure(
     method: str, status: int, detail: str, *kinds: str, answer: Fetched | None = None, more: str = ""
 ) -> StepError:
     """A failure of an `http` step; `more` is for the flow's author only. A POST stays unsafe behind its redirect."""
@@ -4334,7 +4290,7 @@ def _http_failure(
 
 def unexpected_answer(method: str, answer: Fetched) -> StepError:
     """The failure of an `http` step whose API answers with a status that is not expected."""
-    return _http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
+    return http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
 
 
 class Address(NamedTuple):
@@ -4398,7 +4354,7 @@ class HttpCall:
         self._address: Address = given.get("url") or given.get("path") or Address()
         self._body = next((name for name in ("json", "form", "body") if name in given), "")
         self.method = given.get("method", "POST" if self._body else "GET")
-        self._follow = given.get("follow", self.method in ("GET", "HEAD"))
+        self.follow = given.get("follow", self.method in ("GET", "HEAD"))
 
     def limit(self, run: Run) -> int:
         """How many bytes the answers may have in all."""
@@ -4411,7 +4367,7 @@ class HttpCall:
         request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
         if "connection" in self._given:
             self._given["connection"](run, request)
-        request.url = with_query(_encoded_address(request.url), evaluated(self._given["query"], scope))
+        request.url = with_query(encoded_address(request.url), evaluated(self._given["query"], scope))
         if self._body:
             request.set_body(self._body, self._given[self._body](scope))
         request.add_headers(evaluated(self._given["headers"], scope))
@@ -4430,7 +4386,9 @@ class HttpCall:
         """One call, with its redirects: `.status .headers .body`, and the size of the body in bytes."""
         timeout = self._given.get("timeout") or (request.connection.timeout if request.connection else None)
         with run.within(timeout, "", resumed=False) if timeout else _UNBOUND:
-            answer = self._fetch(run, request, max_bytes)
+            answer = self.fetch(run, request, max_bytes)
+            if request.connection or (self.follow and answer.status in REDIRECTS):
+                answer = wing("astera_lite_requests:final_answer")(self, run, request, answer, max_bytes)
         if not {str(answer.status), f"{answer.status // 100}xx"} & set(map(str, self._given["expect"])):
             raise unexpected_answer(self.method, answer)
         unknown = [word for word in content_codings(answer.headers) if word not in KNOWN_CODINGS]
@@ -4440,35 +4398,11 @@ class HttpCall:
                 raise ValueError(f"in the Content-Encoding {shown(unknown[0])}: {known} are known here")
             body = read_answer(answer)
         except ValueError as error:
-            raise _http_failure(self.method, 502, f"the API it calls answered {error}", "body", answer=answer) from None
+            raise http_failure(self.method, 502, f"the API it calls answered {error}", "body", answer=answer) from None
         return {"status": answer.status, "headers": joined_headers(answer.headers), "body": body}, len(answer.body)
 
-    def go_to_next(self, request: OutgoingRequest, url: str) -> None:
-        """Make a request one for the address that the API's answer names."""
-        try:
-            request.go_to(_encoded_address(url))
-        except ValueError as error:
-            detail = f"the address that the API names next is refused: {error}"
-            raise _http_failure(self.method, 502, detail, "next") from None
-
-    def _fetch(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
-        """The answer behind all redirects; a credential that is refused is renewed once for each address."""
-        for _ in range(6):
-            answer = self._send_once(run, request, max_bytes)
-            auth = request.connection.auth if request.connection else None
-            if answer.status == 401 and auth is not None and auth.forget():
-                answer = self._send_once(run, request, max_bytes)
-            location = header_value(answer.headers, "location")
-            if not self._follow or answer.status not in _REDIRECTS or not location:
-                return answer
-            to_get = request.method != "HEAD" if answer.status == 303 else request.method == "POST"
-            if to_get and answer.status in (301, 302, 303):
-                request.method, request.body = "GET", None
-                request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
-            self.go_to_next(request, location)
-        raise _http_failure(self.method, 502, "the API it calls redirects without end", "redirect")
-
-    def _send_once(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
+    def fetch(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
+        """The response to one request; raises StepError if there is none."""
         outside, proven = run.outside, copy.copy(request)
         proven.headers = dict(request.headers)
         if request.connection and request.connection.auth:
@@ -4492,7 +4426,7 @@ class HttpCall:
             status = 504 if error.kind == "timeout" else 502
             said, colon, more = str(error).partition(": ")  # of the system, which may name hosts of the inner network
             detail = f"the API it calls gave no answer: {said}"
-            raise _http_failure(self.method, status, detail, error.kind, more=colon + more) from None
+            raise http_failure(self.method, status, detail, error.kind, more=colon + more) from None
 
 
 def _framing_header(build: Build, name: str, names: Collection[str]) -> str:
@@ -4551,20 +4485,6 @@ def kill_children() -> None:
         child.kill()
 
 
-BRANCH = {"steps": Steps(required=True), "result": Value()}
-
-
-def steps_runner(given: Mapping[str, Any]) -> Callable[[Run, Scope, str], Any]:
-    """What runs the `steps` of a step, and computes their `result`; it takes the prefix of their paths."""
-    steps, result = given["steps"], given.get("result")
-
-    def inside(run: Run, scope: Scope, prefix: str) -> Any:
-        value = run_steps(steps, run, scope, prefix)
-        return result(scope) if result else value
-
-    return inside
-
-
 class StepName(Text):
     """A name that later expressions use."""
 
@@ -4581,22 +4501,7 @@ class StepName(Text):
         return str(value)
 
 
-def _make_choose(build: Build, branches: list[dict[str, Any]], place: str) -> Runner:
-    whens = [branch.get("when") for branch in branches]
-    _is_last(build, whens, place)
-    ways = list(zip(whens, map(steps_runner, branches), strict=True))
-
-    def choose(run: Run, scope: Scope, path: str) -> Any:
-        for position, (when, inside) in enumerate(ways):
-            if when is None or run.evaluated_once(when, scope, journal_key(f"{path}/{position}", "when")):
-                return inside(run, dict(scope), f"{path}/{position}/")
-        return None
-
-    return choose
-
-
 _WAIT = Either(Computed(Duration()), Table({"until": Computed(_TIME, required=True)}))
-_WAYS = ListOf(Table({"when": Condition(), **BRANCH}), least=1)
 #: Every kind of step. To add one: its members, a function that makes the runner of what they compile to, and a row.
 STEP_KINDS: dict[str, StepKind] = {
     "http": StepKind(
@@ -4626,7 +4531,11 @@ STEP_KINDS: dict[str, StepKind] = {
     "set": StepKind(Value(), _make_set, "computes a value", light=True),
     "each": StepKind(Elsewhere("astera_lite_steps:EACH"), None, "runs steps for every item of a list", nests=True),
     "choose": StepKind(
-        _WAYS, _make_choose, "runs the steps of the first branch whose `when` is true", light=True, nests=True
+        Elsewhere("astera_lite_steps:CHOOSE"),
+        late("astera_lite_steps:make_choose"),
+        "runs the steps of the first branch whose `when` is true",
+        light=True,
+        nests=True,
     ),
     "call": StepKind(Elsewhere("astera_lite_steps:CALL"), None, "runs another flow", answers=True, nests=True),
     "wait": StepKind(_WAIT, _make_wait, "waits for a duration, or until a time"),
@@ -4928,7 +4837,7 @@ def build_flow(
     if build.faults:
         raise FlowError(build.faults)
     request, responses = given["request"], given["response"]
-    _is_last(build, [response.when for response in responses], "/response")
+    check_whens(build, [response.when for response in responses], "/response")
     selections = [response.selection for response in responses if response.selection]
     if selections:
         selections = [wing("astera_lite_requests:join_selections")(build, selections, request["parameters"])]

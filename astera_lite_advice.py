@@ -6,16 +6,18 @@ A wing of astera_lite, which loads this file for the first message of this kind;
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import keyword
 import os
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from astera_lite import (
+    EXPRESSION_FILE,
     QUOTED,
     WINGS,
     FlowFailure,
@@ -101,8 +103,41 @@ def on_syntax(source: str) -> str:
     return next((advice for pattern, advice in _SYNTAX.items() if re.search(pattern, bare)), "")
 
 
-def on_no_members(kind: str, part: str) -> str:
-    """What to write instead of an expression for a member of a list, text or binary data."""
+def on_failure(error: Exception, sources: Sequence[tuple[str, str]]) -> str:
+    """Why an expression failed: the place, the part, and the fault in words of the language.
+
+    `sources` are the places and texts of the expressions, by the line numbers that their code has.
+    """
+    place = part = ""
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_filename == EXPRESSION_FILE:
+            line, _, start, end = next(itertools.islice(code.co_positions(), trace.tb_lasti // 2, None))
+            if line and line <= len(sources) and start is not None and end is not None:
+                place, source = sources[line - 1]
+                part = f"({source})".encode()[start:end].decode(errors="replace") or source
+        trace = trace.tb_next
+    message = _message_of(error, part)
+    return f"{place}: {part}: {message}" if place else message
+
+
+def _message_of(error: Exception, part: str) -> str:
+    message = str(error)
+    if isinstance(error, KeyError):
+        key = error.args[0]
+        return f'there is no "{key}"' + (f': .get("{key}") gives null instead' if isinstance(key, str) else "")
+    if isinstance(error, MemoryError | RecursionError):
+        return "it is too large or nested too deeply"
+    if isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:
+        return "null has no members"
+    if isinstance(error, TypeError) and "indices must be integers" in message:
+        kind = {"list": "a list", "tuple": "a list", "byte": "binary data"}.get(message.partition(" ")[0], "text")
+        return f"{kind} has no members{_on_no_members(kind, part)}"
+    return message
+
+
+def _on_no_members(kind: str, part: str) -> str:
     before, _, name = part.rstrip().rpartition(".")
     if name == "length":
         return ": len(…) is the length"

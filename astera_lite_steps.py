@@ -1,4 +1,4 @@
-"""The steps each, call and sql; the tests that flows have.
+"""The steps choose, each, call and sql; the tests that flows have.
 
 A wing of astera_lite, which loads this file when one of them is first wanted.
 """
@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from astera_lite import (
-    BRANCH,
     FLOW_NAME,
     INT64,
     Answer,
@@ -25,6 +24,7 @@ from astera_lite import (
     Build,
     Cancel,
     Cancelled,
+    Condition,
     Either,
     ExpressionError,
     Fetched,
@@ -44,12 +44,14 @@ from astera_lite import (
     Step,
     StepError,
     StepName,
+    Steps,
     Surroundings,
     Table,
     Template,
     Text,
     Value,
     as_text,
+    check_whens,
     evaluated,
     joined_headers,
     journal_key,
@@ -63,10 +65,40 @@ from astera_lite import (
     run_flow,
     run_steps,
     shown,
-    steps_runner,
     suggest,
     unexpected_answer,
 )
+
+_BRANCH = {"steps": Steps(required=True), "result": Value()}
+
+
+def _steps_runner(given: Mapping[str, Any]) -> Callable[[Run, Scope, str], Any]:
+    """What runs the `steps` of a step, and computes their `result`; it takes the prefix of their paths."""
+    steps, result = given["steps"], given.get("result")
+
+    def inside(run: Run, scope: Scope, prefix: str) -> Any:
+        value = run_steps(steps, run, scope, prefix)
+        return result(scope) if result else value
+
+    return inside
+
+
+CHOOSE = ListOf(Table({"when": Condition(), **_BRANCH}), least=1)
+
+
+def make_choose(build: Build, branches: list[dict[str, Any]], place: str) -> Runner:
+    """The runner of a `choose`."""
+    whens = [branch.get("when") for branch in branches]
+    check_whens(build, whens, place)
+    ways = list(zip(whens, map(_steps_runner, branches), strict=True))
+
+    def choose(run: Run, scope: Scope, path: str) -> Any:
+        for position, (when, inside) in enumerate(ways):
+            if when is None or run.evaluated_once(when, scope, journal_key(f"{path}/{position}", "when")):
+                return inside(run, dict(scope), f"{path}/{position}/")
+        return None
+
+    return choose
 
 
 class _ItemName(StepName):
@@ -79,7 +111,7 @@ class _ItemName(StepName):
 
 
 def _make_each(build: Build, given: dict[str, Any], place: str) -> Runner:
-    of, name, width, inside = given["of"], given["as"], given["concurrency"], steps_runner(given)
+    of, name, width, inside = given["of"], given["as"], given["concurrency"], _steps_runner(given)
 
     def each(run: Run, scope: Scope, path: str) -> list[Any]:
         items = run.evaluated_once(of, scope, journal_key(path, "items"))
@@ -106,7 +138,7 @@ EACH = Table(
         "of": Value(required=True),
         "as": _ItemName("a name that expressions can use", default="item"),
         "concurrency": Number(1, 64, default=1),
-        **BRANCH,
+        **_BRANCH,
     },
     _make_each,
 )
