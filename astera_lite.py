@@ -6327,19 +6327,19 @@ def from_saved(text: str, secrets: Mapping[str, str] = types.MappingProxyType({}
 # ======================================================================================================================
 
 MAX_ATTEMPTS = 3  # a job interrupted this often is given up: it may be what crashes the server
-_KEEP_BYTES = 256 << 10  # a queued job's request stays in memory while its size times the jobs queued is below this
-_MIN_KEPT = 1 << 10  # bytes that any request counts for
-_MAX_UNWRITTEN = 32 << 20  # bytes of outcomes on their way to the disk, above which a worker waits for its own
+_KEEP_BYTES = 256 << 10  # bytes; a queued job's request stays in memory while its size times the queue's length is less
+_MIN_KEPT = 1 << 10  # bytes that a request counts for at least
+_MAX_UNWRITTEN = 32 << 20  # bytes of outcomes on their way to the disk; above that, workers wait for the disk
 _MIN_UNWRITTEN = 16 << 10  # bytes that an outcome counts for at least
 _LIGHT_BUDGET = 10_000  # units that a run on the calling thread may spend: a few milliseconds
 _LIGHT_BODY = 16 << 10  # bytes of the largest request that runs on the calling thread
 
 
 class Prepared(NamedTuple):
-    """A job that can run.
+    """A job that is ready to run.
 
-    `interrupted`: an earlier run of it began and was cut short by the end of its server. `stored`: it was read from the
-    store, as those of a server that died are.
+    `interrupted`: an earlier run began, and its server ended before the run did. `stored`: the job was read from the
+    store, like the jobs of a server that died.
     """
 
     job: Job
@@ -6380,7 +6380,7 @@ _UNBEGUN = frozenset({State.NEW, State.READY, State.HELD})  # accepted, and with
 
 
 class Entry:
-    """What the engine knows of a job that has not ended, or of a synchronous call, which has a negative number."""
+    """What the engine knows of an unfinished job, or of a synchronous call, whose number is negative."""
 
     __slots__ = ("cancel", "done", "due", "flow", "job", "number", "prepared", "progress", "run", "state")
 
@@ -6396,13 +6396,13 @@ class Entry:
 
 
 class Queue:
-    """The jobs and calls in hand, and which of them may run next. The caller holds `changed`, except to count or list.
+    """The jobs and calls in hand, and which of them may run next. Callers hold `changed`, except to count or to list.
 
-    The heaps hold numbers. A number whose entry is in another state when its turn comes is skipped.
+    The heaps hold numbers. If the entry of a number is in another state when its turn comes, the number is skipped.
     """
 
     def __init__(self, workers: int) -> None:
-        self.changed = threading.Condition(threading.Lock())  # a run has ended, or a thread has nothing more to do
+        self.changed = threading.Condition(threading.Lock())  # notified when a run or its write has ended
         self.entries: dict[int, Entry] = {}
         self.workers, self.busy = workers, 0  # threads that may run jobs, and that do
         self.stopping = True  # begins nothing: not started, or being stopped
@@ -6423,7 +6423,7 @@ class Queue:
         return [entry for entry in list(self.entries.values()) if entry.state is State.RUNNING]
 
     def is_full(self, flow: Flow) -> bool:
-        """Whether a flow refuses what comes now."""
+        """Whether a flow has reached its limit and refuses more."""
         return flow.limit is not None and flow.when_full == "refuse" and self._unfinished[flow.name] >= flow.limit
 
     def enter(self, number: int, flow: str) -> Entry:
@@ -6466,7 +6466,7 @@ class Queue:
             self.move(entry, State.GONE)
 
     def release(self, now: int) -> int | None:
-        """Make jobs ready that are due; when the next one will be."""
+        """Make the jobs ready that are due; return when the next one will be due."""
         while self._due and self._due[0][0] <= now:
             due, seq = heapq.heappop(self._due)
             entry = self.entries.get(seq)
@@ -6479,7 +6479,7 @@ class Queue:
         return bool(self._ready) and not self.stopping and (self._ready[0] < 0 or self.busy < self.workers)
 
     def next(self) -> Entry | None:
-        """What is to run now; it gets a thread."""
+        """The job or call that runs next, now in the state RUNNING; None if none may run."""
         while self.has_work():
             entry = self.entries.get(heapq.heappop(self._ready))
             if entry is not None and self.move(entry, State.RUNNING):
@@ -6498,14 +6498,14 @@ class Queue:
         return True
 
     def leave(self, flow: Flow) -> None:
-        """A run of a flow has ended: one that was held may begin."""
+        """A run of a flow has ended, so a held run may begin."""
         if flow.limit is not None:
             self._running[flow.name] -= 1
             self.let_in(flow.name)
         self.changed.notify_all()
 
     def let_in(self, flow: str) -> None:
-        """Make a held run ready; when it begins, it asks again whether there is room."""
+        """Make a held run ready. When it begins, it asks `begin` again."""
         held = self._held[flow]
         while held:
             entry = self.entries.get(heapq.heappop(held))
@@ -6515,7 +6515,7 @@ class Queue:
 
 
 class JobJournal(Journal):
-    """The journal of a run of `job`: outputs are saved, and a long wait gives its thread back."""
+    """The journal of a job's run: it saves outputs, and a run gives its thread back for a long wait."""
 
     suspendable = True
 
@@ -6531,7 +6531,7 @@ class JobJournal(Journal):
         self.waiting: tuple[str, int] = ("", 0)
 
     def record(self, path: str, value: Any) -> int:
-        """Save a step's output, without waiting for the disk; the bytes that were saved."""
+        """Save a step's output, without waiting for the disk; return the number of bytes."""
         text = to_saved(value, self._secrets)
         with self._changed:
             self.begin()
@@ -6540,7 +6540,7 @@ class JobJournal(Journal):
         return len(text)
 
     def begin_wait(self, path: str, until: int) -> None:
-        """Remember until when a step waits; the suspension of the job stores it."""
+        """Remember until when a step waits. `Store.suspend` stores it."""
         self.waiting = (path, until)
 
     def barrier(self) -> None:
@@ -6548,7 +6548,7 @@ class JobJournal(Journal):
         with self._changed:
             self.begin()
             self._await()
-            if not self._store.leased():  # what was written then says nothing about whose the job is now
+            if not self._store.leased():  # the job may be another server's by now: ask the store again
                 self._begun = False
                 self.begin()
                 self._await()
@@ -6562,7 +6562,7 @@ class JobJournal(Journal):
             raise Cancelled
 
     def begin(self) -> None:
-        """Put the attempt on record, before the first output: whoever finds it knows that this run began."""
+        """Put the attempt on record, before the first output: whoever finds the job knows that this run began."""
         with self._changed:
             if self._begun:
                 return
@@ -6579,10 +6579,10 @@ class JobJournal(Journal):
 
 
 class MeasuringJournal(Journal):
-    """Saves nothing and returns the sizes that a JobJournal would."""
+    """Saves nothing, and returns the sizes that a JobJournal returns."""
 
     def record(self, path: str, value: Any) -> int:
-        """The bytes that would be saved."""
+        """The number of bytes that would be saved."""
         return len(to_saved(value))
 
 
@@ -6591,7 +6591,7 @@ _STOPPED = Outcome.failed("interrupted", 503, "The server is stopping.")
 _CANCELLED = Outcome.failed("cancelled", 409, "The job was cancelled.")
 _NO_ROOM = Outcome.failed("timeout", 504, "The call waited too long to start.", "no thread, or its limit")
 _NOT_STORED = Outcome.failed("failed", 500, "The job's end could not be stored.")
-_NEVER = Cancel()  # of a run that nobody can cancel, because it holds the thread that would be told
+_NEVER = Cancel()  # of runs at once, which end before anybody could cancel them
 
 
 def await_write(write: Callable[[Done], None]) -> Any:
@@ -6664,19 +6664,18 @@ class Ends:
                 if finish.outcome is not _NOT_STORED and not self._queue.stopping:
                     self.record(self.make(job, _NOT_STORED, ())._replace(fenced=finish.fenced))
                     return
-            with self._queue.changed:  # first: a client that sees the end may call the flow at once
+            with self._queue.changed:  # first, because a client that sees the end may call the flow at once
                 self._queue.dismiss(job.key.seq)
-            if moved:
-                self._metrics.ended[job.flow, finish.outcome.end] += 1
-            self._job_changed(job.key, job.callback is not None)
+            self.announce(finish, moved)
 
         self._store.finish(finish, written)
         with self._queue.changed:
             self._unwritten += size
 
-    def recorded(self, finish: Finish) -> None:
-        """Count an end that was stored together with its job, and tell the others."""
-        self._metrics.ended[finish.job.flow, finish.outcome.end] += 1
+    def announce(self, finish: Finish, moved: Any = True) -> None:
+        """Count an end that is on disk, and tell the others. `moved`: the job was Running until then."""
+        if moved:
+            self._metrics.ended[finish.job.flow, finish.outcome.end] += 1
         self._job_changed(finish.job.key, finish.callback is not None)
 
     def await_room(self) -> None:
@@ -6715,10 +6714,10 @@ class Engine:
         self.ends = Ends(store, self.queue, self._clock, metrics, retention, job_changed)
         self._changed = self.queue.changed  # guards what follows
         self._call_numbers = itertools.count(-(1 << 62))
-        self._draining = 0  # threads at work
-        self._calling = False  # a thread was called, and is not at work yet
+        self._working = 0  # threads at work
+        self._calling = False  # a thread was called and is not at work yet
         self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
-        self._dear: set[int] = set()  # versions of light flows that once exceeded the budget
+        self._costly: set[int] = set()  # versions of light flows that once exceeded the budget
 
     def __contains__(self, seq: object) -> bool:
         """Whether the engine has a stored job in hand."""
@@ -6727,7 +6726,7 @@ class Engine:
 
     def threads(self) -> tuple[int, int]:
         """The size of the thread pool, and how many of its threads are busy."""
-        return self._threads, self._draining
+        return self._threads, self._working
 
     def at_work(self) -> tuple[list[str], list[str]]:
         """The flows of the jobs that run now, and of the synchronous calls."""
@@ -6768,7 +6767,7 @@ class Engine:
             self.queue.dismiss(seq)
 
     def release(self, now: int) -> int | None:
-        """Run the jobs that are due; when the next one will be."""
+        """Run the jobs that are due; return when the next one will be due."""
         with self._changed:
             next_at = self.queue.release(now)
             self._call_thread()
@@ -6777,20 +6776,20 @@ class Engine:
     # --- threads ---
 
     def _call_thread(self) -> None:
-        """With the lock held: have another thread drain the queue, if there is work for it.
+        """Let another thread work on the queue, if there is work for it. The caller holds the lock.
 
-        One is called at a time, and calls the next: many that begin together would only contend for the interpreter.
+        One thread is called at a time, and calls the next: threads that begin together compete for the interpreter.
         """
         if self.queue.has_work() and not self._calling:
             with contextlib.suppress(RuntimeError):  # no thread can be had: the pool keeps the task for the next one
-                self._pool.submit(self._drain)
+                self._pool.submit(self._work)
                 self._calling = True
 
-    def _drain(self) -> None:
-        """A task of the pool: run one entry after the other. A task for each would cost a third of the throughput."""
+    def _work(self) -> None:
+        """A task of the pool: run entry after entry. A task for each would cost a third of the throughput."""
         with self._changed:
             self._calling = False
-            self._draining += 1
+            self._working += 1
             while entry := self.queue.next():
                 self.queue.busy += entry.number >= 0
                 self._call_thread()
@@ -6802,7 +6801,7 @@ class Engine:
                 finally:
                     self._changed.acquire()
                     self.queue.busy -= entry.number >= 0
-            self._draining -= 1
+            self._working -= 1
             self._changed.notify_all()
 
     def _begin(self, entry: Entry, flow: Flow) -> bool:
@@ -6823,10 +6822,10 @@ class Engine:
     def run_at_once(self, flow: Flow, given: Input, trace: list[dict[str, Any]] | None = None) -> Outcome | None:
         """Run a light flow on the calling thread, for a few milliseconds at most.
 
-        None if the flow is not light, cost more than that once, or came with a large body: it needs a thread. `trace`
-        gets the steps of a job, whose end is logged once it is on disk.
+        None if the flow needs a thread: it is not light, once took longer, or has a large body. `trace` gets the steps
+        of a job, whose end is logged only once it is on disk.
         """
-        if not flow.light or flow.version in self._dear or given.size > _LIGHT_BODY:
+        if not flow.light or flow.version in self._costly or given.size > _LIGHT_BODY:
             return None
         began = self._clock.monotonic()
         run = Run(flow, given, self._outside, began + 1, _MEASURING, trace, _NEVER)
@@ -6834,7 +6833,7 @@ class Engine:
         try:
             outcome = run_flow(run)
         except BudgetExceeded:
-            self._dear.add(flow.version)
+            self._costly.add(flow.version)
             return None
         assert isinstance(outcome, Outcome)
         self._measure(flow, self._clock.monotonic() - began)
@@ -6851,7 +6850,7 @@ class Engine:
             self._call_thread()
 
     def run_here(self, run: Run) -> Outcome:
-        """Run a flow on the calling thread, which waits anyway and may be one of the pool's own; raises Busy."""
+        """Run a flow on the calling thread, which would wait anyway and may belong to the pool; raises Busy."""
         with self._changed:
             entry = self._enter_call(run)
             while not self.queue.begin(run.flow):
@@ -6907,7 +6906,7 @@ class Engine:
             with self._changed:
                 entry.due = self._clock.now() + 1000
                 self.queue.move(entry, State.WAITING)
-        except Exception:  # the door of a job's run: a fault of ours must not cost the thread
+        except Exception:  # a fault of this program must not end the thread
             log.exception("job %s", this, extra=entry.run.about if entry.run else {"job": str(this)})
             if entry.job is not None:
                 self.end(entry.job, Outcome.failed("failed", 500, "The server failed to run the job."))
@@ -6929,16 +6928,16 @@ class Engine:
         began, spent = self._clock.monotonic(), (now - started) / 1000
         deadline = began + (flow.timeout or self._job_timeout) - spent
         journal = JobJournal(self._store, self._outside, prepared, entry.job, deadline)
-        if prepared.stored:  # the attempt counts, also of a run that brings the server down before its first output
+        if prepared.stored:  # an attempt counts even if it brings the server down before its first output
             journal.begin()
         trace = list(prepared.trace)
         entry.run = run = Run(flow, prepared.input, self._outside, deadline, journal, trace, entry.cancel)
         outcome = run_flow(run)
         with self._changed:
             if not self.queue.move(entry, State.ENDING):
-                return  # it was ended at its deadline, or is left to the next start
+                return  # the job was ended at its deadline, or is left to the next start
         if journal.superseded:
-            log.warning("job %s is another server's by now: this run of it changes nothing", job.id, extra=run.about)
+            log.warning("another server has taken job %s: this run changes nothing", job.id, extra=run.about)
             self.dismiss(entry.number)
             return
         if isinstance(outcome, Suspended):
@@ -6987,15 +6986,15 @@ class Engine:
         return self.ends.make(job, outcome, trace, job.created)
 
     def _measure(self, flow: Flow, seconds: float, waited: float = 0.0) -> None:
-        """Note how long a run held its thread, and how long the job had been under way before."""
+        """Count a run: how long it held its thread, and how long the job had run before (both in seconds)."""
         mean = self._mean_s.get(flow.name, seconds)
         self._mean_s[flow.name] = mean + 0.2 * (seconds - mean)
         self._metrics.ran(flow.name, waited + seconds)
 
-    # --- what others ask ---
+    # --- questions and orders ---
 
     def peek(self, key: JobKey) -> tuple[Job | None, Progress | None]:
-        """A job that is in memory, and how far it is; None says nothing about the store."""
+        """A job that is in memory, and its progress; None if it is not, whatever the store has."""
         entry = self.queue.entries.get(key.seq)
         if entry is None or (entry.state is State.ENDING and self._store.shared):  # another server may see its end
             return None, None
@@ -7003,7 +7002,7 @@ class Engine:
         return job if job and job.key == key else None, entry.run.progress if entry.run else entry.progress
 
     def trace(self, key: JobKey) -> list[dict[str, Any]] | None:
-        """The steps so far of a job that runs."""
+        """The steps so far of a running job."""
         entry = self.queue.entries.get(key.seq)
         return list(entry.run.trace) if entry and entry.run and entry.run.trace else None
 
@@ -7013,7 +7012,7 @@ class Engine:
         return 1 if seconds <= 1 else min(math.ceil(seconds), 3600)
 
     def cancel(self, job: Job) -> bool:
-        """Cancel a Running job; True if it has no thread, and so is ended now, False if it stops at its next step."""
+        """Cancel a Running job: True if it has no thread and ends now, False if it stops at its next step."""
         with self._changed:
             entry = self.queue.enter(job.key.seq, job.flow)
             if entry.state is State.RUNNING or entry.run is not None:
@@ -7021,13 +7020,13 @@ class Engine:
                 entry.cancel.set()
                 return False
             self.queue.move(entry, State.ENDING)
-            self.queue.let_in(job.flow)  # it may have been the one that was let in
+            self.queue.let_in(job.flow)  # in its place, if it was the one that was let in
             self._call_thread()
         self.end(job, _CANCELLED)
         return True
 
     def overdue(self) -> None:
-        """End the runs that are over their time: calls without a thread, jobs whose thread does not come back."""
+        """End what has exceeded its time: calls without a thread, jobs whose thread does not come back."""
         now = self._clock.monotonic()
         for entry in list(self.queue.entries.values()):
             if entry.run is not None and entry.run.deadline <= now:
@@ -7058,14 +7057,14 @@ class Engine:
         self._record(job, run, Outcome.failed("timeout", 504, "The flow exceeded its time limit.", failure))
 
     def stop(self, timeout_s: float) -> int:
-        """Begin nothing more, give what runs so many seconds, leave the rest to the next start; how many those are."""
+        """Begin nothing more, and wait for what runs; return how many runs are left to the next start."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             self.queue.stopping = True
         for call in [entry for entry in list(self.queue.entries.values()) if entry.number < 0]:
             self._refuse(call, _STOPPED)
         with self._changed:
-            while self._draining or self.queue.running():
+            while self._working or self.queue.running():
                 seconds = min(deadline - time.monotonic(), 0.2)  # a signal just before a wait is seen only behind it
                 if seconds <= 0:
                     break
@@ -7082,23 +7081,23 @@ class Engine:
                 self._store.requeue(entry.job.key, entry.job.attempt)
             entry.cancel.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        return max(len(left), self._draining)
+        return max(len(left), self._working)
 
 
 # ======================================================================================================================
 # 9 Courier
 # ======================================================================================================================
 
-_MAX_DELIVERIES = 256  # at one time; each has a thread, which it holds for long only if its receiver is slow
-_MAX_PER_RECEIVER = 4  # of them, to one receiver; 1 to a doubtful one, whose last attempt got no answer or a late one
-_MAX_DOUBTFUL = 64  # of them, to doubtful receivers
-_MAX_DOUBTFUL_KNOWN = 4096  # receivers: SQLite allows 32766 parameters
-_LATE_MS = 2000
-_LEASE_S = 10.0  # beyond its timeout, in which the outcome of a delivery is to be on record
+_MAX_DELIVERIES = 256  # at one time, each on its own thread
+_MAX_PER_RECEIVER = 4  # deliveries at one time to one receiver
+_MAX_DOUBTFUL = 64  # deliveries at one time to all doubtful receivers (see Courier)
+_MAX_DOUBTFUL_KNOWN = 4096  # receivers; each is a parameter of a query, and SQLite allows 32766
+_LATE_MS = 2000  # a later response makes a receiver doubtful
+_LEASE_S = 10.0  # time after the timeout of a delivery in which its outcome is to be stored
 
 
 def signing_key(secret: str | None) -> bytes | None:
-    """The key in a Standard Webhooks secret (`whsec_` and base64); ConfigError if it is none."""
+    """The key in a Standard Webhooks secret (`whsec_` and base64); raises ConfigError."""
     if secret is None:
         return None
     try:
@@ -7113,7 +7112,7 @@ def signing_key(secret: str | None) -> bytes | None:
 
 def sign(key: bytes, message_id: str, timestamp_s: int, body: bytes) -> str:
     """A signature of Standard Webhooks 1.0: `v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`."""
-    import hmac  # noqa: PLC0415 (0.9 MB that callbacks without a secret do without)
+    import hmac  # noqa: PLC0415 (0.9 MB that only signatures need)
 
     signed = f"{message_id}.{timestamp_s}.".encode() + body
     return "v1," + base64.b64encode(hmac.digest(key, signed, "sha256")).decode()
@@ -7122,10 +7121,10 @@ def sign(key: bytes, message_id: str, timestamp_s: int, body: bytes) -> str:
 def next_try(
     attempt: Attempt, number: int, retry_after_s: float, retries: Sequence[float], now: int, expires: int
 ) -> tuple[str, int | None]:
-    """What follows from the n-th attempt (from 1): the callback's state, and when it is tried next (ms).
+    """The state of a callback after its attempt of this number (from 1), and when the next attempt is due (ms).
 
-    All attempts lie inside the life of the result. `Retry-After` is advice (RFC 9110, section 10.2.3): one that leaves
-    less than a tenth of that life to fetch the result in is cut down to that.
+    No attempt is made after the result expires. `Retry-After` is advice (RFC 9110, section 10.2.3): a longer time is
+    cut so that a tenth of the result's lifetime remains to fetch the result.
     """
     if attempt.status is not None and 200 <= attempt.status < 300:
         return "delivered", None
@@ -7140,10 +7139,10 @@ def next_try(
 
 
 class Courier:
-    """Delivers callbacks, each on a thread of its own, so that a slow or dead receiver delays nobody else.
+    """Delivers callbacks, each on its own thread, so that a slow or dead receiver does not delay the others.
 
-    A receiver gets few deliveries at one time. One that did not answer the last time, or took long, gets a single one,
-    and all such receivers together a quarter of the threads. Durations are seconds.
+    A receiver gets a few deliveries at one time. A doubtful receiver, whose last response was late or missing, gets
+    one, and all doubtful receivers together get a quarter of the threads. Durations are in seconds.
     """
 
     def __init__(
@@ -7163,32 +7162,32 @@ class Courier:
         self._lease_s = timeout + _LEASE_S
         self._changed = threading.Condition()  # guards what follows
         self._leases: dict[JobKey, tuple[str, float]] = {}  # receiver, and when the lease ends (monotonic)
-        self._doubtful: set[str] = set()  # receivers whose last attempt got no answer, or a late one
+        self._doubtful: set[str] = set()  # receivers
         self._stopped = False
 
     def under_way(self) -> list[JobKey]:
-        """Deliveries whose outcome is not on record."""
+        """The jobs whose callbacks are being delivered, until the outcome is stored."""
         with self._changed:
             return list(self._leases)
 
     def send_due(self, now: int, wake: Callable[[], None]) -> int | None:
-        """Begin the deliveries that are due; when the next one will be. `wake` is called when one is on record."""
+        """Begin the deliveries that are due; return when the next one will be due. `wake` is called after each one."""
         while True:
             room, busy, full = self._room()
             if room <= 0:
-                return None  # until one of those under way is on record
+                return None  # the end of a delivery wakes the housekeeper
             lease_ms = round(self._lease_s * 1000)
             due = self._store.claim_deliveries(now, room, lease_ms, held=self.under_way(), busy=busy, fresh=full)
             begun = [self._begin(job, delivery, wake) for job, delivery in due]
             if all(begun) or not any(begun):
-                return self._store.next_delivery(now)  # else the rest was for busy receivers: others may be behind
+                return self._store.next_delivery(now)  # else some receivers are busy by now: look past their callbacks
 
     def _room(self) -> tuple[int, set[str], bool]:
         """How many deliveries can begin, which receivers get none, and whether only new callbacks are sent."""
         with self._changed:
             now = self._clock.monotonic()
             for key in [key for key, (_, end) in self._leases.items() if end <= now]:
-                del self._leases[key]  # its outcome could not be recorded
+                del self._leases[key]  # the outcome could not be stored
             counts = Counter(receiver for receiver, _ in self._leases.values())
             full = sum(count for receiver, count in counts.items() if receiver in self._doubtful) >= _MAX_DOUBTFUL
             most = {receiver: 1 if receiver in self._doubtful else _MAX_PER_RECEIVER for receiver in counts}
@@ -7200,16 +7199,16 @@ class Courier:
         """Begin a delivery unless its receiver is busy."""
         try:
             receiver = parse_target(delivery.url).receiver
-        except ValueError:  # taken by an older version: the attempt says what is wrong, and holds up nobody else
+        except ValueError:  # an older version accepted the URL; the attempt will say what is wrong
             receiver = delivery.url
         with self._changed:
-            if delivery.tries and delivery.last_status is None:  # known from before a restart
+            if delivery.tries and delivery.last_status is None:  # also after a restart
                 self._doubtful.add(receiver)
             room, busy, _ = self._room()
             if room <= 0 or receiver in busy:
                 return False
             self._leases[job.key] = receiver, self._clock.monotonic() + self._lease_s
-        # A daemon, and none of a pool: a receiver that hangs must not hold up the end of the process.
+        # A daemon, because a receiver that hangs must not delay the end of the process, as a thread of a pool would.
         thread = threading.Thread(
             target=self._send, args=(job, delivery, receiver, wake), name="astera-courier", daemon=True
         )
@@ -7242,7 +7241,7 @@ class Courier:
         log.log(level, "callback of job %s: %s %s; it is %s", job.id, receiver, words, state, extra=this)
 
         def recorded(result: Any, error: AsteraError | None) -> None:
-            if error is None:  # else its lease runs on: a lasting fault must not be a storm of deliveries
+            if error is None:  # else the lease goes on, so that the callback is not sent again and again
                 self._metrics.callbacks[state] += 1
                 self._settle(job.key)
                 wake()
@@ -7250,7 +7249,7 @@ class Courier:
         self._store.record_delivery(job.key, attempt, delivery.next_at, state, next_at, recorded)
 
     def deliver(self, job: Job, delivery: Delivery) -> tuple[Attempt, float]:
-        """One attempt, now; with it the seconds that the receiver asked to be left alone."""
+        """Make one attempt now; return it, and the receiver's `Retry-After` in seconds."""
         body, began, sent_s = delivery.body.encode(), self._clock.now(), self._clock.wall() // 1000
         message_id = f"msg_{job.id}"
         headers = {
@@ -7278,15 +7277,15 @@ class Courier:
             error = "refused"
         except OutboundError as failed:
             error = str(failed)
-        except Exception as odd:  # the door of a delivery: whatever it is, the debt stays
+        except Exception as odd:  # a fault of this program must not lose the callback
             log.exception("callback of job %s", job.id, extra=this)
             error = type(odd).__name__
         return Attempt(began, round((self._clock.monotonic() - started) * 1000), status, error), retry_after_s
 
     def stop(self, timeout_s: float) -> int:
-        """Begin no more deliveries, and give those under way so many seconds to get on record; how many did not.
+        """Begin no more deliveries, and wait for those under way; return how many did not end in time.
 
-        Those are made again after the next start, so that their receivers get them twice.
+        Their receivers may get them twice, because the next start sends them again.
         """
         deadline = time.monotonic() + min(timeout_s, self._lease_s)
         with self._changed:
@@ -7403,9 +7402,9 @@ class Housekeeper:
 
 
 class Principal(NamedTuple):
-    """Who calls: the token's name, whether it is of role admin, and the flows it may call (None: all).
+    """The caller: name of the token, whether its role is admin, and the flows that it may call (None: all).
 
-    A token sees its own jobs, admin sees all.
+    A token sees its own jobs, an admin sees all jobs.
     """
 
     name: str = ""
@@ -7413,22 +7412,22 @@ class Principal(NamedTuple):
     flows: frozenset[str] | None = None
 
     def may_call(self, flow: str) -> bool:
-        """Whether a flow is among those it may call."""
+        """Whether the caller may call a flow."""
         return self.flows is None or flow in self.flows
 
 
-ANYBODY = Principal()  # where no token is needed
-NOBODY = Principal(admin=False, flows=frozenset())  # on a route that needs none, where others do
+ANYBODY = Principal()  # every caller of a server without tokens
+NOBODY = Principal(admin=False, flows=frozenset())  # a caller without a token, on a route that needs none
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a listener on this host is reached from this machine only."""
+    """Whether only this machine can reach a listener on this host."""
     addresses = literal_addresses(host)
     return bool(addresses) and all(address.is_loopback for address in addresses)
 
 
 def _all_checked(**makes: Callable[[], Any]) -> dict[str, Any]:
-    """What the functions of settings return, by the settings' names; raises ConfigError with the faults of all."""
+    """The results of functions, by the names of their settings; raises ConfigError with the faults of all of them."""
     made: dict[str, Any] = {}
     faults: list[Fault] = []
     for name, make in makes.items():
@@ -7457,7 +7456,7 @@ _Signature = tuple[tuple[str, int, int], ...]
 
 
 def _signature(folder: str | None) -> _Signature:
-    """Name, time and size of every file in a folder that flows are made of."""
+    """Name, time and size of every file in a folder that its flows depend on."""
     found = []
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder) if folder is not None else ():
@@ -7471,19 +7470,19 @@ def _signature(folder: str | None) -> _Signature:
 
 
 class Deployer:
-    """Puts flows into service: those of a folder's files, and those that the embedding program deploys.
+    """Puts flows into service: those of a folder, and those that the program deploys.
 
-    `deployments` is the set in service. A change replaces the set as a whole, so a reader needs no lock.
+    `deployments` is the set in service. A change replaces the whole set, so that readers need no lock.
     """
 
     def __init__(self, folder: str | None, connections: dict[str, Any]) -> None:
-        """`connections` is filled from the folder's connections.json, and emptied with it."""
+        """`connections` gets what the folder's connections.json has."""
         self.deployments = Deployments()
         self.kinds = dict(STEP_KINDS)
         self.folder, self._connections = folder, connections
         self.own: dict[str, Flow] = {}  # deployed by the program
-        self.shared: Callable[[], tuple[list[Flow], list[Fault]]] = lambda: ([], [])  # deployed on any server
-        self._by_version: dict[int, Flow] = {}  # flows not in service any more whose jobs still run
+        self.shared: Callable[[], tuple[list[Flow], list[Fault]]] = lambda: ([], [])  # deployed on all servers
+        self._by_version: dict[int, Flow] = {}  # flows that are replaced or removed, but still have jobs
         self.changing = threading.RLock()  # held while flows are read and put into service
         self._read = self._seen = _Signature()
 
@@ -7495,7 +7494,7 @@ class Deployer:
             )
 
     def reload(self) -> list[Fault]:
-        """Read the flow files again, and return their faults; new faults are logged. Running jobs keep their flow."""
+        """Read the flow files again, log new faults, and return all faults. Running jobs keep their flow."""
         with self.changing:
             known = set(self.deployments.faults)
             self._read = self._seen = _signature(self.folder)
@@ -7506,7 +7505,7 @@ class Deployer:
         return self.deployments.faults
 
     def read(self) -> Deployments:
-        """The program's flows, those of the files as they are now, those that servers share, and the faults."""
+        """The flows of the program, of the files as they are now and of all servers, and the faults."""
         flows, faults = list(self.own.values()), list[Fault]()
         if self.folder is not None and os.path.isdir(self.folder):
             connections, faults = load_connections(self.folder, self._connections)
@@ -7519,11 +7518,11 @@ class Deployer:
             what = "is no folder" if os.path.exists(self.folder) else "there is no such folder"
             cure = "start where it is, or name it (--flows); `new NAME` makes one with a first flow"
             faults = [Fault(self.folder, "", f"{what}: {cure}")]
-        shared, found = self.shared()  # which go before files of the same name
+        shared, found = self.shared()  # they replace files of the same name
         return Deployments([*flows, *shared], [*faults, *found], self.deployments.by_name)
 
-    def look(self, anyway: bool = False) -> None:
-        """Read the flow files again if they have changed and have been at rest since the last look, or `anyway`."""
+    def refresh(self, anyway: bool = False) -> None:
+        """Read the flow files again if they have changed, but not since the last call; or `anyway`."""
         before, self._seen = self._seen, _signature(self.folder)
         if anyway or (self._seen != self._read and self._seen == before):
             self.reload()
@@ -7531,7 +7530,7 @@ class Deployer:
             log.info("read the flows again: %d published, %d faults", count, len(self.deployments.faults))
 
     def deploy(self, name: str, tree: Any) -> Flow:
-        """Deploy a flow that is in no file, replacing one of the same name; raises FlowError."""
+        """Deploy a flow for the program; it replaces a flow of the same name. Raises FlowError."""
         with self.changing:
             flow = self.build(tree, name)
             self.deployments = self.replaced(name, flow)
@@ -7539,7 +7538,7 @@ class Deployer:
         return flow
 
     def replaced(self, name: str, *flow: Flow) -> Deployments:
-        """The deployments with this flow, or none, under a name; raises FlowError for what the flow brings."""
+        """The deployments with this flow under a name, or without one; raises FlowError for the flow's faults."""
         others = {other.name: other for other in self.deployments.by_name.values() if other.name != name}
         faults = [fault for fault in self.deployments.faults if fault.where != f"{name}.json"]
         deployments = Deployments([*others.values(), *flow], faults, others)
@@ -7548,7 +7547,7 @@ class Deployer:
         return deployments
 
     def flow_of(self, job: Job, stored: Callable[[int], tuple[str, str] | None]) -> Flow | None:
-        """The flow that a job was accepted with, or the one of that name; `stored` reads a version's name and text."""
+        """The flow that a job was accepted with, else the one of that name; `stored` reads the name and text."""
         flow = self.deployments.by_version.get(job.version) or self._by_version.get(job.version)
         if flow is None and (found := stored(job.version)) is not None:
             try:
@@ -7560,16 +7559,16 @@ class Deployer:
 
 
 class Watchers:
-    """Who waits for a job to change."""
+    """Functions to call when a job changes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards `by_job`
         self.by_job: dict[JobKey, list[Callable[[], None]]] = {}
 
     def add(self, key: JobKey, watcher: Callable[[], None]) -> None:
-        """Call `watcher` once, on a thread of the store's choice: when the job changes, or the application stops.
+        """Call `watcher` once, on any thread, when the job changes or the application stops.
 
-        Add the watcher first, then look at the job.
+        Add the watcher first, then look at the job: a change in between would not be seen otherwise.
         """
         with self._lock:
             self.by_job.setdefault(key, []).append(watcher)
@@ -7584,24 +7583,24 @@ class Watchers:
                     del self.by_job[key]
 
     def waited_for(self) -> list[JobKey]:
-        """The jobs that somebody waits for."""
+        """The jobs that have watchers."""
         return list(self.by_job)
 
     def tell(self, key: JobKey) -> None:
-        """Call those who wait for this job."""
+        """Call the watchers of a job."""
         with self._lock:
             watchers = self.by_job.pop(key, [])
         for watcher in watchers:
             watcher()
 
     def close(self) -> None:
-        """Call them all."""
+        """Call all watchers."""
         for key in self.waited_for():
             self.tell(key)
 
 
 def check_callback(url: str, policy: AddressPolicy) -> None:
-    """Raise InputError unless a callback may be sent to this URL, as far as can be said without a look-up."""
+    """Raise InputError if a callback may not be sent to this URL, as far as its text tells (names are not resolved)."""
     try:
         target = parse_target(url)
         for address in literal_addresses(target.host):
@@ -7613,7 +7612,7 @@ def check_callback(url: str, policy: AddressPolicy) -> None:
 
 
 def _fingerprint(request: StoredRequest, callback: Delivery | None) -> bytes:
-    """What makes two requests under one idempotency key the same."""
+    """A hash of a request: the same for the same request under one idempotency key."""
     import hashlib  # noqa: PLC0415 (for bodies of any size OpenSSL's code is worth its memory)
 
     query = [part.partition("=")[::2] for part in request.query.split("&") if part]
@@ -7624,7 +7623,7 @@ def _fingerprint(request: StoredRequest, callback: Delivery | None) -> bytes:
 
 
 class Jobs:
-    """Takes jobs in, and finds them for those who may see them."""
+    """Accepts jobs, and finds them for callers who may see them."""
 
     def __init__(
         self,
@@ -7638,9 +7637,9 @@ class Jobs:
         self._retention_ms = round(settings.retention * 1000)
         self._clock, self._store, self._engine = clock, store, engine
         self._metrics = metrics
-        self.offer: Callable[[], None] = lambda: None  # a job was stored that any server may run
+        self.offer: Callable[[], None] = lambda: None  # called when a job was stored that any server may run
         self.keys = JobKeys(store.last_seq(), store.node, store.nodes)
-        self._size_at, self._size = -1.0, 0  # of the database: when it was measured, and bytes
+        self._size_at, self._size = -1.0, 0  # when the size of the database was measured (monotonic), and bytes
 
     # --- accepting ---
 
@@ -7651,9 +7650,9 @@ class Jobs:
         return Job(self.keys.new(now), flow.name, flow.version, Status.RUNNING, now, base, token, callback=callback)
 
     def accept(self, ready: Prepared, request: StoredRequest, idempotency_key: str | None, done: Done) -> None:
-        """Store a job; `done` gets Added or Conflict once it is on disk; then it runs (see Store for the thread).
+        """Store a job, then run it. `done` gets Added or Conflict once the job is on disk (see Store for the thread).
 
-        Raises Busy when nothing more can be taken.
+        Raises Busy.
         """
         job, flow = ready.job, ready.flow
         fingerprint = b"" if idempotency_key is None else _fingerprint(request, job.callback)
@@ -7692,12 +7691,12 @@ class Jobs:
                 self._size_at, self._size = now, self._store.size()
             if self._size >= self._max_database:
                 raise Busy("The database has reached its maximum size: results that expire free space.", 60)
-        self._size += 2 * (size + _ROW_BYTES)  # in the log and in the file, until it is measured
+        self._size += 2 * (size + _ROW_BYTES)  # an estimate, until the next measurement: in the log and in the file
 
     def _accepted(
         self, ready: Prepared, submission: Submission, done: Done, result: Any, error: AsteraError | None
     ) -> None:
-        """Go on with a job that is on disk, or could not be put there."""
+        """After the write: run a job that is on disk, forget one that is not."""
         job, ended = ready.job, submission.ended
         added = isinstance(result, Added) and not result.replayed
         if added:
@@ -7711,7 +7710,7 @@ class Jobs:
                 self._engine.dismiss(job.key.seq)
         elif added:
             log_outcome("job", ready.flow, ready.input, ended.outcome)
-            self._engine.ends.recorded(ended)
+            self._engine.ends.announce(ended)
         done(result, error)
 
     def _replay(self, fingerprint: bytes, full: Busy, done: Done, known: Any, error: AsteraError | None) -> None:
@@ -7723,8 +7722,8 @@ class Jobs:
 
     # --- finding ---
 
-    def look(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
-        """A job, and how far it is; None if it is unknown, expired, or another token's."""
+    def find(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
+        """A job and its progress; None if the job is unknown or expired, or belongs to another token."""
         job, progress = self._engine.peek(key)
         job = job or self._store.get(key)
         if job is None or not (caller.admin or job.token == caller.name):
@@ -7734,12 +7733,12 @@ class Jobs:
         return (job, progress) if job.expires is None or job.expires > self._clock.now() else None
 
     def expired(self, key: JobKey | None) -> bool:
-        """Whether an unknown job's id is older than results are kept."""
+        """Whether the id of an unknown job is so old that the result would have expired."""
         return key is not None and key.time_ms < self._clock.now() - self._retention_ms
 
 
-CANCEL_ELSEWHERE_S = 2  # that a cancel waits for the server that runs the job
-_MAX_CLAIMED = 2000  # jobs looked at in a second, whether anybody has them in hand: some milliseconds
+CANCEL_ELSEWHERE_S = 2  # time that a cancel waits for another server, which runs the job
+_MAX_CLAIMED = 2000  # Running jobs that `take_up` looks at each time, for some milliseconds
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -7748,12 +7747,12 @@ def _key_of(job: str | Job) -> JobKey | None:
 
 
 def already_finished(job: Job) -> Conflict:
-    """The answer to a cancel that comes too late."""
+    """The error of a cancel that comes too late."""
     return Conflict(f"The job is finished: {job.status.value}.", job=job.status)
 
 
 def check_cancelled(job: Job) -> None:
-    """Raise Conflict if a finished job was not ended by a cancel: it ended by itself in that instant."""
+    """Raise Conflict if a finished job ended by itself, before the cancel could end it."""
     if job.error is None or job.error["code"] != "cancelled":
         raise already_finished(job)
 
@@ -7906,7 +7905,7 @@ class AsteraLite:
             timeout=settings.callback_timeout,
             retries=settings.callback_retries,
         )
-        chores = [self.deployer.look, self.read_tokens, self.take_up, self.tell_watchers]
+        chores = [self.deployer.refresh, self.read_tokens, self.take_up, self.tell_watchers]
         chores += self.node.chores if self.node else ()
         self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, chores)
         self.clock.begin(self.store.last_seen())
@@ -7960,10 +7959,10 @@ class AsteraLite:
         return left
 
     def take_up(self) -> int:
-        """Queue the jobs that nobody has in hand; how many.
+        """Queue the Running jobs that nobody has in hand; return how many.
 
-        They are those of a server that died, and those whose wake-up was lost or whose end could not be stored. Which
-        of them was interrupted is seen by `_prepare`; whether it runs again is decided by `Engine._run`.
+        They are the jobs of a server that died, those whose wake-up was lost, and those whose end could not be stored.
+        `_prepare` finds out which of them were interrupted, and `Engine._run` decides whether these run again.
         """
         found = self.node.claim() if self.node else self.store.claim(self.engine, _MAX_CLAIMED)
         for seq, due, flow, _ in found:
@@ -7971,7 +7970,7 @@ class AsteraLite:
         return len(found)
 
     def tell_watchers(self) -> None:
-        """Call those who wait for jobs whose end nobody told them."""
+        """Call the watchers of finished jobs whose end they were not told."""
         for key in self.store.ended([key for key in self.watchers.waited_for() if key.seq not in self.engine]):
             self.watchers.tell(key)
 
@@ -7983,7 +7982,7 @@ class AsteraLite:
         return self.deployer.deployments
 
     def read_tokens(self) -> None:
-        """Read the tokens again; while the database cannot be read, those known go on to count."""
+        """Read the tokens again; while the database cannot be read, the known ones stay valid."""
         before = self.tokens
         with contextlib.suppress(StoreError):
             self.tokens = self.store.tokens()
@@ -7991,7 +7990,7 @@ class AsteraLite:
             log.info("tokens: %s", ", ".join(token.name for token in self.tokens) or "none")
 
     def deploy(self, name: str, tree: dict[str, Any]) -> Flow:
-        """Deploy a flow that is in no file, replacing one of the same name; raises FlowError."""
+        """Deploy the content of a flow file; it replaces a flow of the same name. Raises FlowError."""
         return self.deployer.deploy(name, tree)
 
     def flow(
@@ -8038,7 +8037,7 @@ class AsteraLite:
         return Run(flow, given, self.outside, self.clock.monotonic() + limit)
 
     def _prepare(self, seq: int) -> Prepared | None:
-        """A stored job, ready to run; None if it has ended, or ends here because its flow is gone."""
+        """A stored job, ready to run; None if it has ended, or ends here because its flow is not deployed."""
         loaded = self.store.load(seq)
         if loaded is None:
             return None
@@ -8103,23 +8102,23 @@ class AsteraLite:
         return result.job  # type: ignore[no-any-return]
 
     def run(self, flow: str, params: Mapping[str, Any] | None = None, body: Any = None) -> Result:
-        """Run a flow and return its response, as a synchronous call gets it; an error of the flow is a response, too.
+        """Run a flow on the calling thread and return its response; an error of the flow is a response, too.
 
-        It runs on the thread that calls. Raises NotFound, InputError, Busy, StoreError.
+        Raises NotFound, InputError, Busy, StoreError.
         """
         target, request, values = self._request(flow, params, body)
         given = target.bind(request, values, str(self.jobs.keys.new(self.clock.now())))
         return Result(self.engine.run_here(self._call(target, given)).answer)
 
     def status(self, job_id: str | Job) -> Job | None:
-        """A job by its id, or as it was once known; None if it is unknown or expired."""
+        """The present state of a job; None if the job is unknown or expired."""
         self.check_open()
         key = _key_of(job_id)
-        found = self.jobs.look(key, ANYBODY) if key else None
+        found = self.jobs.find(key, ANYBODY) if key else None
         return found and found[0]
 
     def wait(self, job_id: str | Job, timeout: float | None = None) -> Job:
-        """Wait until a job is finished, `timeout` seconds at the most; the job as it then is, perhaps still Running.
+        """Wait until a job is finished, at most `timeout` seconds; return its state, which may still be Running.
 
         Raises NotFound, and StoreError if the application stops meanwhile.
         """
@@ -8195,9 +8194,9 @@ class AsteraLite:
         return after.status is not Status.RUNNING
 
     def ask_cancel(self, job: Job) -> bool:
-        """Cancel a Running job, wherever it is; True if its end is near, False if it stops at its next step.
+        """Cancel a Running job on any server: True if it ends soon, False if it stops at its next step.
 
-        The end of a job that another server runs is not to be waited for longer than CANCEL_ELSEWHERE_S.
+        Wait no longer than CANCEL_ELSEWHERE_S for the end of a job of another server.
         """
         here = self.node is None or job.key.seq in self.engine
         return self.engine.cancel(job) if here else bool(self.node.cancel(job))
@@ -8226,7 +8225,7 @@ class AsteraLite:
 
 
 class AccessError(AsteraError):
-    """The caller may not do this; `status` is 401, 403 or 421, `code` the error code of RFC 6750, or empty."""
+    """The caller may not do this. `status`: 401, 403 or 421; `code`: the error code of RFC 6750, or empty."""
 
     def __init__(self, status: int, detail: str, code: str = "") -> None:
         super().__init__(detail)
@@ -8240,7 +8239,7 @@ ADMIN_TOKEN = "token"  # noqa: S105 (the name of the token in the settings)
 
 
 def token_digest(token: str) -> bytes:
-    """The SHA-256 of a token, which is stored instead. It cannot be reversed, because a token is long and random."""
+    """The SHA-256 of a token, which is stored in its place: nobody can guess a long random token from it."""
     return sha256(token.encode("utf-8", "replace"))
 
 
@@ -8994,7 +8993,7 @@ def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> 
 def find_job(x: Exchange, job_id: str) -> Seen:
     """A job that the caller may see, by its id; raises UnknownJob."""
     key = JobKey.parse(job_id)
-    seen = x.app.jobs.look(key, x.caller) if key is not None else None
+    seen = x.app.jobs.find(key, x.caller) if key is not None else None
     if seen is None:
         raise UnknownJob(job_id, x.app.jobs.expired(key))
     return seen
@@ -9012,7 +9011,7 @@ def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable
             return
         if not final:
             x.app.watchers.add(job.key, changed)  # before the look: a change in between is not missed
-        seen = x.app.jobs.look(job.key, x.caller)
+        seen = x.app.jobs.find(job.key, x.caller)
         if final or seen is None or seen[0].status is not Status.RUNNING:
             x.app.watchers.remove(job.key, changed)
             x.post(x.answer, answer(seen or find_job(x, job.id)))
@@ -9172,7 +9171,7 @@ def answer_submitted(
     if wait_s:
         answer_when_finished(x, job, wait_s, answer)
     elif replayed:
-        x.read(lambda: x.post(x.answer, answer(x.app.jobs.look(job.key, x.caller) or (job, None))))
+        x.read(lambda: x.post(x.answer, answer(x.app.jobs.find(job.key, x.caller) or (job, None))))
     else:
         x.answer(answer((job, None)))
 
@@ -10304,7 +10303,7 @@ def _reload(app: AsteraLite) -> None:
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         app.read_tokens()
-        app.deployer.look(anyway=True)
+        app.deployer.refresh(anyway=True)
     finally:
         notify("READY=1")
 

@@ -151,7 +151,7 @@ def test_one_that_costs_too_much_gets_a_thread_and_is_not_tried_again(tmp_path: 
         job = run.client.finished(run.client.get("/api/publishingAsync/heavy"))
         assert run.client.get(job["resultUrl"]).json() == wanted
         assert spy.tried == [False, False]
-        assert len(run.app.engine._dear) == 1
+        assert len(run.app.engine._costly) == 1
 
 
 def test_a_large_body_gets_a_thread(tmp_path: Path, spy: Spy) -> None:
