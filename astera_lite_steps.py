@@ -174,8 +174,13 @@ def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: i
     helpers: list[threading.Thread] = []
     with run.cancel.calling(stop.set):
         while len(helpers) < min(width, count) - 1 and _helpers.acquire(blocking=False):
-            helpers.append(threading.Thread(target=help_out, name="astera-helper", daemon=True))
-            helpers[-1].start()
+            helper = threading.Thread(target=help_out, name="astera-helper", daemon=True)
+            try:
+                helper.start()
+            except RuntimeError:  # no thread can be had
+                _helpers.release()
+                break
+            helpers.append(helper)
         work()
         for helper in helpers:
             helper.join()

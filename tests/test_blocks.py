@@ -115,6 +115,28 @@ def test_items_are_worked_on_at_the_same_time_but_no_more_than_allowed(tmp_path:
     assert most == [2]
 
 
+def test_items_are_worked_on_where_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, both = threading.Thread.start, threading.Barrier(2)
+
+    def start_no_helper(thread: threading.Thread) -> None:
+        if thread.name == "astera-helper":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def meet(context: Any) -> None:
+        both.wait(5)
+
+    flows = {"few": steps(each([{"name": "s", "set": "${item}"}], concurrency=3))}
+    flows["both"] = get_flow(
+        "/both", steps=[{"name": "e", "each": {"of": [1, 2], "concurrency": 2, "steps": [python(meet)]}}]
+    )
+    with serving(tmp_path, flows) as app:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start_no_helper)
+            assert {app.run("few").text for _ in range(70)} == {"[1,2,3]\n"}
+        assert app.run("both").status_code == 200  # no helper was lost
+
+
 @pytest.mark.parametrize("width", [1, 4])
 def test_the_first_error_stops_the_rest(tmp_path: Path, width: int) -> None:
     ran: list[int] = []
