@@ -1031,7 +1031,7 @@ Settings.__new__.__defaults__ = tuple(item.default for item in SETTING_FIELDS.va
 
 # ======================================================================================================================
 # 3 Records
-# To add a field of a job: a field here, a column in schema.sql, a row in the store's table of columns (room 7).
+# To add a field of a job: a field of Job, and the column of that name (room 7).
 # ======================================================================================================================
 
 
@@ -5054,10 +5054,9 @@ def load_flows(
 
 # ======================================================================================================================
 # 7 Store
-# To add a column: schema.sql, a script in UPGRADES from the version before, _JOB_COLUMNS, _INSERT_JOB, the rows made by
-# SqliteStore.add and _Recent, the offsets in read_job(), and _MOVE_TIMES for a time. A look at a database that is not
-# upgraded yet must do without the column: SqliteReader knows the version.
-# All SQL of the module stands in this room. Rows do not leave it; records do.
+# To add a column of a job: a row in new_columns() or end_columns(), and in TIMES if it is a time; the column in both
+# schemas, and a script in UPGRADES of both stores. A field of Job is read from the column of its name.
+# All SQL stands in this room and in astera_lite_postgres. Rows do not leave them; records do.
 # ======================================================================================================================
 
 PIECE = 256 << 10  # bytes; a larger value is stored and read in pieces of this size
@@ -5082,8 +5081,7 @@ UPGRADES: dict[int, str] = {
 }
 
 Done = Callable[[Any, AsteraError | None], None]  # (result, error)
-
-
+Execute = Callable[[str, Sequence[Any]], Any]  # makes a statement, in which `?` stands for a value; the cursor
 Post = Callable[[Callable[[], None]], None]  # has a function called, by a certain thread
 
 
@@ -5142,6 +5140,42 @@ class StoredResult(NamedTuple):
     attempt: int
 
 
+class Finish(NamedTuple):
+    """The end of a run. `job` is as it was before; `callback` is the receiver and the body to post, if one is owed.
+
+    `fenced`: nothing changes if the attempt on record is another one. The end of a job that no thread runs is not.
+    """
+
+    job: Job
+    attempt: int
+    outcome: Outcome
+    started: int | None
+    finished: int
+    expires: int
+    trace: str | None = None
+    callback: tuple[str, str] | None = None
+    fenced: bool = True
+
+    @property
+    def ended(self) -> Job:
+        """The job as it is afterwards."""
+        return self.job._replace(
+            status=self.outcome.status,
+            attempt=self.attempt,
+            due=None,
+            started=self.started,
+            finished=self.finished,
+            expires=self.expires,
+            error=self.outcome.error,
+        )
+
+    @property
+    def stored(self) -> StoredResult:
+        """The result as it is read afterwards, if it is not in pieces."""
+        answer = self.outcome.answer
+        return StoredResult(answer.code, list(answer.headers), len(answer.body), answer.body, self.attempt)
+
+
 class Submission(NamedTuple):
     """A new job and what is stored with it.
 
@@ -5159,43 +5193,86 @@ class Submission(NamedTuple):
     limit: int | None = None
 
 
-class Finish(NamedTuple):
-    """The end of a run. `job` is as it was before; `callback` is the receiver and the body to post, if one is owed.
-
-    `fenced`: nothing changes if the attempt on record is another one. The end of a job that no thread runs is not.
-    """
-
-    job: Job
-    attempt: int
-    outcome: Outcome
-    started: int | None
-    finished: int
-    expires: int
-    trace: str | None = None
-    callback: tuple[str, str] | None = None
-    fenced: bool = True
+def piece_rows(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple[Any, ...]]:
+    """Rows of the table `pieces` for a value that is too large for its own column."""
+    starts = range(0, len(value), PIECE) if len(value) > PIECE else ()
+    return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(starts)]
 
 
-_JOB_COLUMNS = (
-    "seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, "
-    "callback_url, ifnull(c.state, 'pending'), (SELECT ifnull(max(n), 0) FROM attempts WHERE job = c.job), "
-    "c.last_status, c.next, ifnull(c.body, ''), ifnull(c.attempts, 0)"
+def _request_json(request: StoredRequest) -> str:
+    sent = {"method": request.method, "path": request.path, "query": request.query, "headers": request.headers}
+    return to_json(sent | {"trace": request.trace} if request.trace else sent)
+
+
+_headers_json = lru_cache(maxsize=64)(to_json)  # the headers of a flow's results are mostly the same
+
+
+def end_columns(end: Finish) -> dict[str, Any]:
+    """The columns of the table `jobs` that are written at the end of a job."""
+    answer, error = end.outcome.answer, end.outcome.error
+    return {
+        "status": end.outcome.status.value,
+        "attempt": end.attempt,
+        "started": end.started,
+        "finished": end.finished,
+        "expires": end.expires,
+        "code": answer.code,
+        "size": len(answer.body),
+        "headers": _headers_json(answer.headers),
+        "error": error and to_json(error),
+        "trace": end.trace,
+        "result": None if len(answer.body) > PIECE else answer.body,
+    }
+
+
+_SAMPLE_END = Finish(Job(JobKey(0, 0), "", 0, Status.RUNNING, 0, ""), 0, Outcome(Answer(200)), None, 0, 0)
+END_COLUMNS = tuple(end_columns(_SAMPLE_END))
+_NOT_ENDED = dict.fromkeys(END_COLUMNS) | {"status": "Running", "attempt": 0}
+
+
+def new_columns(new: Submission) -> dict[str, Any]:
+    """The columns of the table `jobs` that are written with a new job."""
+    job, body = new.job, new.request.body
+    return {
+        "seq": job.key.seq,
+        "salt": job.key.salt,
+        "flow": job.flow,
+        "version": job.version,
+        "created": job.created,
+        "token": job.token,
+        "base": job.base,
+        "callback_url": job.callback and job.callback.url,
+        "idempotency_key": new.idempotency_key,
+        "fingerprint": new.fingerprint,
+        "request": _request_json(new.request),
+        "request_body": None if len(body) > PIECE else body,
+        **(end_columns(new.ended) if new.ended else _NOT_ENDED),
+    }
+
+
+NEW_COLUMNS = tuple(new_columns(Submission(_SAMPLE_END.job, StoredRequest("", ""), "")))
+TIMES = ("created", "started", "due", "finished", "expires")
+_OF_JOB = ("salt", *Job._fields[1:-1], "callback_url")  # for the fields of Job, one for each
+_AT_STATUS, _AT_ERROR, _AT_CALLBACK = Job._fields.index("status"), Job._fields.index("error"), len(_OF_JOB)
+#: What `read_job` takes: `seq`, the above, and the fields of Delivery.
+JOB_COLUMNS = (
+    f"seq, {', '.join(_OF_JOB)}, coalesce(c.state, 'pending'), (SELECT coalesce(max(n), 0) FROM attempts"
+    " WHERE job = c.job), c.last_status, c.next, coalesce(c.body, ''), coalesce(c.attempts, 0)"
 )
-_FROM_JOBS = " FROM jobs LEFT JOIN callbacks c ON c.job = seq"
-_SELECT_JOB = f"SELECT {_JOB_COLUMNS}{_FROM_JOBS}"
-_OF_KEY = " WHERE seq = ? AND salt = ?"
+FROM_JOBS = " FROM jobs LEFT JOIN callbacks c ON c.job = seq"
+OF_KEY = " WHERE seq = ? AND salt = ?"
 _FENCE = " WHERE seq = ? AND status = 'Running' AND attempt IN (?, ?)"  # of an attempt, recorded or about to be
 _SAVE_STEP = f"INSERT OR REPLACE INTO steps (job, path, until, output) SELECT ?, ?, ?, ? FROM jobs{_FENCE}"
-_INSERT_JOB = (
-    "INSERT INTO jobs (seq, salt, flow, version, created, token, base, idempotency_key, fingerprint, callback_url,"
-    " request, request_body, status, attempt, started, finished, expires, code, size, headers, error, trace, result)"
-    " VALUES "
+_INSERT_JOB = f"INSERT INTO jobs ({', '.join(NEW_COLUMNS)}) VALUES "
+_JOB_MARKS = f"({','.join('?' * len(NEW_COLUMNS))})"
+_END_JOB = (
+    f"UPDATE jobs SET {', '.join(f'{column} = ?' for column in END_COLUMNS)}, due = NULL"
+    " WHERE seq = ? AND status = 'Running' AND (? OR attempt IN (?, ?))"
 )
-_INSERT_PIECE = "INSERT INTO pieces VALUES (?, ?, ?, ?, ?)"
+INSERT_PIECE = "INSERT INTO pieces VALUES (?, ?, ?, ?, ?)"
 _PROBE = "INSERT OR REPLACE INTO pieces VALUES (0, 'result', 0, 0, zeroblob(?))"  # tells whether there is room again
 _MOVE_TIMES = [
-    "UPDATE jobs SET created = created + :by, due = due + :by, started = started + :by, finished = finished + :by,"
-    " expires = expires + :by",
+    f"UPDATE jobs SET {', '.join(f'{column} = {column} + :by' for column in TIMES)}",
     "UPDATE steps SET until = until + :by WHERE until NOT NULL",
     "UPDATE steps SET output = CAST(output + :by AS TEXT) WHERE path LIKE '%@'",  # until when a step may take
     "UPDATE callbacks SET next = next + :by WHERE next NOT NULL",
@@ -5288,20 +5365,19 @@ class _Write(NamedTuple):
     run: Callable[[sqlite3.Connection], Any]
     done: Done = ignore_result
     keep: bool = False  # tried again when the disk is full or the database locked, instead of failed
-    row: Sequence[Any] | None = None  # of a new job: rows are inserted together, before anything is run
+    row: Collection[Any] | None = None  # of a new job: rows are inserted together, before anything is run
 
 
 def _marks(values: Collection[Any]) -> str:
     return ",".join("?" * len(values))
 
 
-def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
+def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Collection[Any]]) -> None:
     """Insert rows, many by one statement: for each, a thread gives the interpreter away and waits to have it back."""
     at = 0
     while at < len(rows):  # in powers of 2, which are few statements to keep; SQLite may take no more than 999 values
         some = rows[at : at + min(32, 1 << (len(rows) - at).bit_length() - 1)]
-        marks = ", ".join([f"({_marks(some[0])})"] * len(some))
-        db.execute(_INSERT_JOB + marks, list(itertools.chain.from_iterable(some)))
+        db.execute(_INSERT_JOB + ", ".join([_JOB_MARKS] * len(some)), list(itertools.chain.from_iterable(some)))
         at += len(some)
 
 
@@ -5517,34 +5593,29 @@ class _Recent:
     """Jobs that ended lately, in memory: polls for them and fetches of their results need not read the database.
 
     At most `limit` bytes or so; the first to come is the first to go. Jobs with a callback are left out, for that still
-    changes, as are results in pieces. A job is kept as plain columns, which the garbage collector need not look at.
+    changes, as are results in pieces.
     """
 
     def __init__(self, limit: int = _RECENT_BYTES) -> None:
         self._limit, self._held = limit, 0
-        # By seq: what read_job and read_result take in turn. A dict would look for its first key past all deleted ones.
-        self._rows: OrderedDict[int, tuple[Any, ...]] = OrderedDict()
+        # By seq. A dict would look for its first key past all deleted ones.
+        self._ends: OrderedDict[int, Finish] = OrderedDict()
         self._lock = threading.Lock()  # guards the sum, and the order
 
-    def put(self, job: Job, end: Sequence[Any]) -> None:
-        """Keep a job; `end` are the columns of its end."""
-        status, attempt, started, finished, expires, code, size, headers, error, _, body = end
-        if job.callback is not None or body is None:
+    def put(self, end: Finish) -> None:
+        """Keep the end of a job."""
+        if end.job.callback is not None or len(end.outcome.answer.body) > PIECE:
             return
-        row = (
-            *job.key, job.flow, job.version, status, job.created, job.base, job.token, attempt, None, started, finished,
-            expires, error, None, code, headers, size, body, attempt,
-        )  # fmt: skip
         with self._lock:
-            self._rows[job.key.seq] = row
-            self._held += size + _ROW_BYTES
+            self._ends[end.job.key.seq] = end
+            self._held += self._bytes(end)
             while self._held > self._limit:
-                self._drop(next(iter(self._rows)))
+                self._drop(next(iter(self._ends)))
 
-    def get(self, key: JobKey) -> tuple[Any, ...] | None:
-        """The columns of a job that is held."""
-        row = self._rows.get(key.seq)
-        return row if row is not None and row[1] == key.salt else None
+    def get(self, key: JobKey) -> Finish | None:
+        """The end of a job that is held."""
+        end = self._ends.get(key.seq)
+        return end if end is not None and end.job.key == key else None
 
     def forget(self, seqs: Iterable[int]) -> None:
         """Drop what is deleted."""
@@ -5553,67 +5624,108 @@ class _Recent:
                 self._drop(seq)
 
     def _drop(self, seq: int) -> None:
-        row = self._rows.pop(seq, None)
-        if row is not None:
-            self._held -= row[17] + _ROW_BYTES
+        end = self._ends.pop(seq, None)
+        if end is not None:
+            self._held -= self._bytes(end)
+
+    @staticmethod
+    def _bytes(end: Finish) -> int:
+        return _ROW_BYTES + len(end.outcome.answer.body) + len(end.trace or "")
 
 
 def read_job(row: Sequence[Any]) -> Job:
-    """The one place where a row becomes a record."""
-    error, callback = row[13] and json.loads(row[13]), None if row[14] is None else Delivery(*row[14:21])
-    return Job._make((JobKey(*row[:2]), *row[2:4], Status(row[4]), *row[5:13], error, callback))
+    """The one place where a row becomes a record; what stands behind JOB_COLUMNS is left."""
+    values = list(row[1 : _AT_CALLBACK + 1])
+    values[0] = JobKey(*row[:2])
+    values[_AT_STATUS] = Status(values[_AT_STATUS])
+    if values[_AT_ERROR] is not None:
+        values[_AT_ERROR] = json.loads(values[_AT_ERROR])
+    if values[-1] is not None:
+        values[-1] = Delivery(*row[_AT_CALLBACK : _AT_CALLBACK + 7])
+    return Job._make(values)
 
 
-def read_result(row: Sequence[Any]) -> StoredResult:
-    """The columns code, headers, size, result, attempt as a record."""
-    return StoredResult(row[0], [(name, value) for name, value in json.loads(row[1])], *row[2:])
-
-
-def read_request(sent: dict[str, Any], body: bytes) -> StoredRequest:
+def _read_request(text: str, body: bytes) -> StoredRequest:
     """The columns `request` and `request_body` as a record."""
+    sent = json.loads(text)
     trace = sent.pop("trace", None)
     return StoredRequest(**sent, body=body, trace=trace and Trace(*trace))
 
 
-def request_column(request: StoredRequest) -> str:
-    """The column `request`: JSON of all but the body."""
-    sent = {"method": request.method, "path": request.path, "query": request.query, "headers": request.headers}
-    return to_json(sent | {"trace": request.trace} if request.trace else sent)
+def read_deliveries(rows: Iterable[Sequence[Any]]) -> list[tuple[Job, Delivery]]:
+    """JOB_COLUMNS and `request` of jobs as the callbacks that these owe."""
+    jobs = [(read_job(row), _read_request(row[-1], b"").trace) for row in rows]
+    return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
 
 
-def piece_rows(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple[Any, ...]]:
-    """Rows of the table `pieces` for a value that is too large for its own column."""
-    starts = range(0, len(value), PIECE) if len(value) > PIECE else ()
-    return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(starts)]
-
-
-_headers_column = lru_cache(maxsize=64)(to_json)  # a flow's headers are mostly the same
-
-
-def end_columns(finish: Finish | None) -> tuple[Any, ...]:
-    """status, attempt, started, finished, expires, code, size, headers, error, trace, result."""
-    if finish is None:
-        return ("Running", 0, *(None,) * 9)
-    answer, error = finish.outcome.answer, finish.outcome.error
-    return (
-        str(finish.outcome.status), finish.attempt, finish.started, finish.finished, finish.expires, answer.code,
-        len(answer.body), _headers_column(answer.headers), error and to_json(error), finish.trace,
-        None if len(answer.body) > PIECE else answer.body,
-    )  # fmt: skip
-
-
-def _find_key(flow: str, token: str, key: str, now: int, db: sqlite3.Connection) -> tuple[Job, bytes] | None:
-    row = db.execute(
-        f"SELECT {_JOB_COLUMNS}, fingerprint{_FROM_JOBS}"
+def find_key(flow: str, token: str, key: str, now: int, execute: Execute) -> tuple[Job, bytes] | None:
+    """The job that an idempotency key belongs to, and its fingerprint."""
+    row = execute(
+        f"SELECT {JOB_COLUMNS}, fingerprint{FROM_JOBS}"
         " WHERE flow = ? AND token = ? AND idempotency_key = ? AND (expires IS NULL OR expires > ?)",
         (flow, token, key, now),
     ).fetchone()
     return row and (read_job(row), row[-1])
 
 
-def key_conflict() -> Conflict:
-    """The answer to an idempotency key that comes back with another request."""
+def replay(known: tuple[Job, bytes], fingerprint: bytes) -> Added | Conflict:
+    """What a submission gets whose key is known: the job, or Conflict if that was another request."""
+    if known[1] == fingerprint:
+        return Added(known[0], True)
     return Conflict("This Idempotency-Key was used with another request: use a new key for a new request.", 422)
+
+
+def _forget(execute: Execute, seqs: Collection[int]) -> None:
+    for key in ("pieces.job", "steps.job", "callbacks.job", "attempts.job", "jobs.seq"):
+        execute(f"DELETE FROM {key.partition('.')[0]} WHERE {key} IN ({','.join(map(str, seqs))})", ())
+
+
+def delete_job(execute: Execute, key: JobKey, lock: str = "") -> str:
+    """Forget a finished job; returns deleted, running, owed or absent. `lock` ends a SELECT whose rows are to stay."""
+    sql = f"SELECT status, (SELECT state FROM callbacks WHERE job = seq) FROM jobs{OF_KEY}{lock}"
+    row = execute(sql, key).fetchone()
+    if row is None:
+        return "absent"
+    if row[0] == Status.RUNNING:
+        return "running"
+    if row[1] == "pending":
+        return "owed"
+    _forget(execute, [key.seq])
+    return "deleted"
+
+
+def purge_jobs(execute: Execute, now: int, limit: int, spared: Collection[int] = (), lock: str = "") -> list[int]:
+    """Forget at most `limit` expired jobs, and _PURGE_BYTES of results or one more; returns their `seq`."""
+    others = f" AND seq NOT IN ({','.join(map(str, spared))})" if spared else ""
+    expired, total = [], 0
+    sql = f"SELECT seq, size FROM jobs WHERE expires <= ?{others} ORDER BY expires LIMIT ?{lock}"
+    for seq, size in execute(sql, (now, limit)).fetchall():
+        expired.append(seq)
+        total += size or 0
+        if total > _PURGE_BYTES:
+            break
+    if expired:
+        _forget(execute, expired)
+    return expired
+
+
+def change_tokens(execute: Execute, name: str, add: Token | None) -> None:
+    """Add a token of this name, or revoke the one that is there; raises Conflict or NotFound. See edit_tokens."""
+    names = dict(execute("SELECT name, hash FROM tokens", ()).fetchall())
+    if add is None:
+        if not names.get(name):
+            words = "was revoked before" if name in names else f"is not there{suggest(name, names)}"
+            raise NotFound(f"the token {name} {words}")
+        execute("UPDATE tokens SET hash = ? WHERE name = ?", (b"", name))
+        return
+    if names.get(name):
+        raise Conflict(f"there is a token {name} already: revoke it first, or choose another name")
+    if execute("SELECT 1 FROM jobs WHERE token <> '' AND token = ? LIMIT 1", (name,)).fetchone():
+        words = "are still kept, and would be the new one's: choose another name"
+        raise Conflict(f"jobs of an earlier token {name} {words}")
+    flows = None if add.flows is None else to_json(sorted(add.flows))
+    execute("DELETE FROM tokens WHERE name = ?", (name,))
+    execute("INSERT INTO tokens VALUES (?, ?, ?, ?, ?)", (name, add.digest, add.role, flows, add.created))
 
 
 def _owe(db: sqlite3.Connection, finish: Finish) -> None:
@@ -5621,12 +5733,6 @@ def _owe(db: sqlite3.Connection, finish: Finish) -> None:
     if finish.callback is not None:
         values = (finish.job.key.seq, finish.callback[0], finish.finished, finish.callback[1])
         db.execute("INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)", values)
-
-
-def _forget(db: sqlite3.Connection, seqs: Sequence[int]) -> None:
-    for table in ("pieces", "steps", "callbacks", "attempts", "jobs"):
-        column = "seq" if table == "jobs" else "job"
-        db.executemany(f"DELETE FROM {table} WHERE {column} = ?", [(seq,) for seq in seqs])
 
 
 def _own(path: str) -> sqlite3.Connection:
@@ -5721,11 +5827,108 @@ def whole_body(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
         raise StoreError("a part of it is missing, or belongs to another")
 
 
-class SqliteReader:
-    """A database that is read, perhaps beside the server that writes to it. Raises StoreError.
+class StoreReader:
+    """What is read from both databases by the same statements, with `?` for a value, which a subclass makes.
 
-    Times are milliseconds since the epoch. Reads may be called from any thread.
+    Raises StoreError. Times are milliseconds since the epoch. Reads may be called from any thread.
     """
+
+    _has_tokens = True  # False: the tables are older than tokens, or not there
+    _whole_result = "result"  # the body of a result; NULL if it is to be read in pieces
+
+    def _all(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        """The rows of a statement."""
+        raise NotImplementedError
+
+    def _first(self, sql: str, values: Sequence[Any] = ()) -> Any:
+        return next(iter(self._all(sql, values)), None)
+
+    def _jobs(self, rest: str, values: Sequence[Any]) -> list[Job]:
+        return [read_job(row) for row in self._all(f"SELECT {JOB_COLUMNS}{FROM_JOBS}{rest}", values)]
+
+    def get(self, key: JobKey) -> Job | None:
+        """A job."""
+        return next(iter(self._jobs(OF_KEY, key)), None)
+
+    def load(self, seq: int) -> Loaded | None:
+        """A Running job with all that a run of it needs."""
+        row = self._first(f"SELECT {JOB_COLUMNS}, trace{FROM_JOBS} WHERE seq = ? AND status = 'Running'", (seq,))
+        found = row and self.request(JobKey(*row[:2]))
+        if not found:
+            return None
+        steps = self._all("SELECT path, until, output FROM steps WHERE job = ?", (seq,))
+        saved = {path: output for path, until, output in steps if until is None}
+        waits = {path: until for path, until, _ in steps if until is not None}
+        return Loaded(read_job(row), found[0], saved, waits, json.loads(row[-1] or "[]"))
+
+    def request(self, key: JobKey, length: int = 1 << 30) -> tuple[StoredRequest, int] | None:
+        """What was sent, with `length` bytes of the body at the most, and the size of the whole body."""
+        row = self._first(
+            "SELECT request, substr(request_body, 1, ?), coalesce(length(request_body),"
+            f" (SELECT sum(length(data)) FROM pieces WHERE job = seq AND part = 'request_body')) FROM jobs{OF_KEY}",
+            (length, *key),
+        )
+        if row is None:
+            return None
+        text, body, size = row
+        if body is None:
+            sql = "SELECT data FROM pieces WHERE job = ? AND part = 'request_body' AND n <= ? ORDER BY n"
+            body = b"".join(data for (data,) in self._all(sql, (key.seq, length // PIECE)))[:length]
+        return _read_request(text, body), size or 0
+
+    def result(self, key: JobKey) -> StoredResult | None:
+        """The response of a finished job."""
+        columns = f"code, headers, size, {self._whole_result}, attempt"
+        row = self._first(f"SELECT {columns} FROM jobs{OF_KEY} AND status <> 'Running'", key)
+        return row and StoredResult(row[0], [(name, value) for name, value in json.loads(row[1])], *row[2:])
+
+    def trace(self, key: JobKey) -> list[dict[str, Any]]:
+        """The steps of a job that is finished or waits."""
+        row = self._first(f"SELECT trace FROM jobs{OF_KEY}", key)
+        return json.loads(row[0]) if row and row[0] else []
+
+    def attempts(self, key: JobKey) -> list[Attempt]:
+        """Every attempt to deliver a job's callback."""
+        rows = self._all("SELECT at, duration, status, error FROM attempts WHERE job = ? ORDER BY n", (key.seq,))
+        return [Attempt(*row) for row in rows]
+
+    def page(
+        self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
+    ) -> list[Job]:
+        """Unexpired jobs, newest first, of `seq` below `before`."""
+        of_flow, of_token = "flow = ?", "token <> '' AND token = ?" if token else "token = ?"  # for the index of tokens
+        if status in (Status.RUNNING, Status.ERROR):  # their own index has fewer rows than others: || rules those out
+            of_flow, of_token = "flow || '' = ?", "token || '' = ?"
+        wanted = [("(expires IS NULL OR expires > ?)", now), ("seq < ?", before), (of_flow, flow), (of_token, token)]
+        given = {condition: value for condition, value in wanted if value is not None}
+        written = [] if status is None else [f"status = '{status.value}'"]  # for the planner to see which index serves
+        rest = f" WHERE {' AND '.join((*given, *written))} ORDER BY seq DESC LIMIT ?"
+        return self._jobs(rest, (*given.values(), limit))
+
+    def flow_text(self, version: int) -> tuple[str, str] | None:
+        """Name and text of a flow that stored jobs were accepted with."""
+        return self._first("SELECT name, text FROM flows WHERE version = ?", (version,)) or None
+
+    def tokens(self) -> list[Token]:
+        """Every token, by name."""
+        rows = self._all("SELECT name, hash, role, flows, created FROM tokens") if self._has_tokens else []
+        return [
+            Token(name, digest, role, flows and frozenset(json.loads(flows)), at)
+            for name, digest, role, flows, at in sorted(rows)
+        ]
+
+    def next_delivery(self, now: int) -> int | None:
+        """When the next callback will be due that is not due yet."""
+        sql = "SELECT min(next) FROM callbacks WHERE state = 'pending' AND next > ?"
+        return self._first(sql, (now,))[0] or None
+
+    def last_seq(self) -> int:
+        """The greatest `seq` stored; 0 if there is none."""
+        return self._first("SELECT max(seq) FROM jobs")[0] or 0
+
+
+class SqliteReader(StoreReader):
+    """A database that is read, perhaps beside the server that writes to it."""
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)
@@ -5736,7 +5939,7 @@ class SqliteReader:
             raise StoreError(f"there is no database {self.path}: a server makes it when it starts")
         try:
             with self._reading() as db:
-                self._version = _format(db, self.path)
+                self._has_tokens = _format(db, self.path) > 1  # a look at an older database does not upgrade it
         except StoreError:
             SqliteReader.close(self)
             raise
@@ -5767,51 +5970,10 @@ class SqliteReader:
         with self._reading() as db:
             return db.execute(sql, values).fetchall()
 
-    def _first(self, sql: str, values: Sequence[Any] = ()) -> Any:
-        with self._reading() as db:
-            return db.execute(sql, values).fetchone()
-
     def close(self, timeout_s: float = 10.0) -> None:
         """Let go of the database."""
         while self._idle:
             self._idle.pop().close()
-
-    def get(self, key: JobKey) -> Job | None:
-        """A job."""
-        row = self._first(_SELECT_JOB + _OF_KEY, key)
-        return row and read_job(row)
-
-    def load(self, seq: int) -> Loaded | None:
-        """A Running job with all that a run of it needs."""
-        row = self._first(f"SELECT {_JOB_COLUMNS}, trace{_FROM_JOBS} WHERE seq = ? AND status = 'Running'", (seq,))
-        found = row and self.request(JobKey(*row[:2]))
-        if not found:
-            return None
-        steps = self._all("SELECT path, until, output FROM steps WHERE job = ?", (seq,))
-        saved = {path: output for path, until, output in steps if until is None}
-        waits = {path: until for path, until, _ in steps if until is not None}
-        return Loaded(read_job(row), found[0], saved, waits, json.loads(row[-1] or "[]"))
-
-    def request(self, key: JobKey, length: int = 1 << 30) -> tuple[StoredRequest, int] | None:
-        """What was sent, with `length` bytes of the body at the most, and the size of the whole body."""
-        row = self._first(
-            "SELECT request, substr(request_body, 1, ?), ifnull(length(request_body),"
-            f" (SELECT total(length(data)) FROM pieces WHERE job = seq AND part = 'request_body')) FROM jobs{_OF_KEY}",
-            (length, *key),
-        )
-        if row is None:
-            return None
-        sent, body, size = row
-        if body is None:
-            sql = "SELECT data FROM pieces WHERE job = ? AND part = 'request_body' AND n <= ? ORDER BY n"
-            body = b"".join(data for (data,) in self._all(sql, (key.seq, length // PIECE)))[:length]
-        return read_request(json.loads(sent), body), int(size)
-
-    def result(self, key: JobKey) -> StoredResult | None:
-        """The response of a finished job."""
-        columns = "code, headers, size, result, attempt"
-        row = self._first(f"SELECT {columns} FROM jobs{_OF_KEY} AND status <> 'Running'", key)
-        return row and read_result(row)
 
     def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
         """The body of a large result, or a part of it. The purge spares it meanwhile; a deletion ends it early."""
@@ -5833,49 +5995,9 @@ class SqliteReader:
         finally:  # also where nobody wants the rest
             self._being_read.discard(reading)
 
-    def trace(self, key: JobKey) -> list[dict[str, Any]]:
-        """The steps of a job that is finished or waits."""
-        row = self._first(f"SELECT trace FROM jobs{_OF_KEY}", key)
-        return json.loads(row[0]) if row and row[0] else []
-
-    def attempts(self, key: JobKey) -> list[Attempt]:
-        """Every attempt to deliver a job's callback."""
-        rows = self._all("SELECT at, duration, status, error FROM attempts WHERE job = ? ORDER BY n", (key.seq,))
-        return [Attempt(*row) for row in rows]
-
-    def page(
-        self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
-    ) -> list[Job]:
-        """Unexpired jobs, newest first, of `seq` below `before`."""
-        conditions: dict[str, Any] = {"(expires IS NULL OR expires > ?)": now}
-        of_flow, of_token = "flow = ?", "token <> '' AND token = ?" if token else "token = ?"  # for the index of tokens
-        if status in (Status.RUNNING, Status.ERROR):  # their own index has fewer rows than any other: + rules those out
-            of_flow, of_token = "+flow = ?", "+token = ?"
-        for condition, value in (("seq < ?", before), (of_flow, flow), (of_token, token)):
-            if value is not None:
-                conditions[condition] = value
-        if status is not None:  # written out, for the planner to see that a partial index serves
-            conditions[f"status = '{status.value}' AND ?"] = 1
-        sql = f"{_SELECT_JOB} WHERE {' AND '.join(conditions)} ORDER BY seq DESC LIMIT ?"
-        return [read_job(row) for row in self._all(sql, (*conditions.values(), limit))]
-
-    def flow_text(self, version: int) -> tuple[str, str] | None:
-        """Name and text of a flow that stored jobs were accepted with."""
-        found: tuple[str, str] | None = self._first("SELECT name, text FROM flows WHERE version = ?", (version,))
-        return found
-
-    def tokens(self) -> list[Token]:
-        """Every token, by name."""
-        sql = "SELECT name, hash, role, flows, created FROM tokens ORDER BY name"
-        rows = self._all(sql) if self._version > 1 else []  # a look at an older database does not upgrade it
-        return [
-            Token(name, digest, role, flows and frozenset(json.loads(flows)), at)
-            for name, digest, role, flows, at in rows
-        ]
-
     def clock_offset(self) -> int:
         """By how many milliseconds the stored times are behind the system's clock, because that leapt."""
-        row = self._first("SELECT offset FROM clock") if self._version > 1 else None
+        row = self._first("SELECT offset FROM clock") if self._has_tokens else None
         return row[0] if row else 0
 
     def size(self) -> int:
@@ -5977,49 +6099,37 @@ class SqliteStore(SqliteReader):
         if self._file.damaged:
             done(None, StoreError(self.fault or ""))
             return
-        job, request, ended = submission.job, submission.request, submission.ended
-        cells = piece_rows(job.key, "request_body", 0, request.body)
-        row = (
-            *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
-            submission.fingerprint, job.callback.url if job.callback else None,
-            request_column(request), None if cells else request.body,
-            *end_columns(ended),
-        )  # fmt: skip
+        job, ended = submission.job, submission.ended
 
         def added(result: Any, error: AsteraError | None) -> None:
             if isinstance(result, Added) and not result.replayed:
                 self._versions.add(job.version)
                 if ended is not None:
-                    self._recent.put(job, row[12:])
+                    self._recent.put(ended)
             done(result, error)
 
-        size = len(request.body) + (len(ended.outcome.answer.body) if ended else 0)
+        row = new_columns(submission).values()
+        size = len(submission.request.body) + (len(ended.outcome.answer.body) if ended else 0)
         if submission.idempotency_key is None and size <= _SMALL and (ended is None or ended.callback is None):
-            self._writer.new.append(_Write(partial(self._insert, submission, None, ()), added, row=row))
+            self._writer.new.append(_Write(partial(self._insert, submission, None), added, row=row))
         else:
-            self._put(partial(self._insert, submission, row, cells), added, keep=False)
+            self._put(partial(self._insert, submission, row), added, keep=False)
 
-    def _insert(
-        self,
-        submission: Submission,
-        row: Sequence[Any] | None,
-        cells: Sequence[tuple[Any, ...]],
-        db: sqlite3.Connection,
-    ) -> Added | Conflict:
+    def _insert(self, submission: Submission, row: Collection[Any] | None, db: sqlite3.Connection) -> Added | Conflict:
         """Store a new job, unless its key is known, and what belongs to it. Without `row`, its row is there already."""
         job = submission.job
         if submission.idempotency_key is not None:
             of_key = (job.flow, job.token, submission.idempotency_key)
-            known = _find_key(*of_key, job.created, db)
+            known = find_key(*of_key, job.created, db.execute)
             if known is not None:
-                return Added(known[0], True) if known[1] == submission.fingerprint else key_conflict()
+                return replay(known, submission.fingerprint)
             expired = "UPDATE jobs SET idempotency_key = NULL WHERE flow = ? AND token = ? AND idempotency_key = ?"
             db.execute(expired, of_key)
         if job.version not in self._versions:
             db.execute("INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text))
         if row is not None:
             _insert_jobs(db, [row])
-            db.executemany(_INSERT_PIECE, cells)
+            db.executemany(INSERT_PIECE, piece_rows(job.key, "request_body", 0, submission.request.body))
             if submission.ended is not None:
                 _owe(db, submission.ended)
         return Added(job, False)
@@ -6033,40 +6143,30 @@ class SqliteStore(SqliteReader):
 
     def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
         """Find the job that a key belongs to, after all earlier writes; `done` gets job and fingerprint, or None."""
-        self._put(partial(_find_key, flow, token, idempotency_key, now), done, keep=False)
+        self._put(lambda db: find_key(flow, token, idempotency_key, now, db.execute), done, keep=False)
 
     def get(self, key: JobKey) -> Job | None:
         """A job."""
-        row = self._recent.get(key)
-        return read_job(row) if row else super().get(key)
+        end = self._recent.get(key)
+        return end.ended if end else super().get(key)
 
     def result(self, key: JobKey) -> StoredResult | None:
         """The response of a finished job."""
-        row = self._recent.get(key)
-        return read_result(row[15:]) if row else super().result(key)
+        end = self._recent.get(key)
+        return end.stored if end else super().result(key)
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Forget a finished job; `done` gets deleted, running, owed or absent."""
 
         def run(db: sqlite3.Connection) -> str:
-            row = db.execute(f"SELECT status, c.state{_FROM_JOBS}{_OF_KEY}", key).fetchone()
-            if row is None:
-                return "absent"
-            if row[0] == "Running":
-                return "running"
-            if row[1] == "pending":
-                return "owed"
             self._recent.forget([key.seq])
-            _forget(db, [key.seq])
-            return "deleted"
+            return delete_job(db.execute, key)
 
         self._put(run, done, keep=False)
 
     # --- runs ---
 
-    def claim(
-        self, held: Container[int], limit: int, flows: Mapping[str, int | None] = types.MappingProxyType({})
-    ) -> list[Claimed]:
+    def claim(self, held: Container[int], limit: int, flows: Mapping[str, int | None] = {}) -> list[Claimed]:
         """Take Running jobs that nobody holds; `held` are the `seq` of the caller's own.
 
         A store that is shared takes those of `flows` only: the flows in service by name, with their limits.
@@ -6081,7 +6181,7 @@ class SqliteStore(SqliteReader):
 
     def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
         """Those of some jobs that are not Running any more, or gone."""
-        sql = f"SELECT 1 FROM jobs{_OF_KEY} AND status = 'Running'"
+        sql = f"SELECT 1 FROM jobs{OF_KEY} AND status = 'Running'"
         with self._reading() as db:
             return [key for key in keys if db.execute(sql, key).fetchone() is None]
 
@@ -6111,28 +6211,22 @@ class SqliteStore(SqliteReader):
     def finish(self, finish: Finish, done: Done) -> None:
         """End a Running job; `done` gets whether it was Running, at this attempt if it is fenced."""
         seq = finish.job.key.seq
-        cells = piece_rows(finish.job.key, "result", finish.attempt, finish.outcome.answer.body)
-        sql = (
-            "UPDATE jobs SET status = ?, attempt = ?, started = ?, due = NULL, finished = ?, expires = ?, code = ?,"
-            " size = ?, headers = ?, error = ?, trace = ?, result = ?"
-            " WHERE seq = ? AND status = 'Running' AND (? OR attempt IN (?, ?))"
-        )
-        end = end_columns(finish)
-        values = (*end, seq, not finish.fenced, finish.attempt - 1, finish.attempt)
+        pieces = piece_rows(finish.job.key, "result", finish.attempt, finish.outcome.answer.body)
+        values = (*end_columns(finish).values(), seq, not finish.fenced, finish.attempt - 1, finish.attempt)
 
         def run(db: sqlite3.Connection) -> bool:
-            moved = _execute(sql, values, db)
+            moved = _execute(_END_JOB, values, db)
             if moved:
                 db.execute("DELETE FROM steps WHERE job = ?", (seq,))
-                if cells:  # of a run that died there may be some: version 1.0 wrote them before its end
+                if pieces:  # of a run that died there may be some: version 1.0 wrote them before its end
                     db.execute("DELETE FROM pieces WHERE job = ? AND part = 'result'", (seq,))
-                    db.executemany(_INSERT_PIECE, cells)
+                    db.executemany(INSERT_PIECE, pieces)
                 _owe(db, finish)
             return moved
 
         def finished(moved: Any, error: AsteraError | None) -> None:
             if moved:
-                self._recent.put(finish.job, end)
+                self._recent.put(finish)
             done(moved, error)
 
         self._put(run, finished)
@@ -6153,19 +6247,12 @@ class SqliteStore(SqliteReader):
         """
         skip = {key.seq for key in held}
         rows = self._all(
-            f"SELECT {_JOB_COLUMNS}, request FROM jobs JOIN callbacks c ON c.job = seq"
+            f"SELECT {JOB_COLUMNS}, request FROM jobs JOIN callbacks c ON c.job = seq"
             f" WHERE c.state = 'pending' AND c.next <= ? AND expires > ? AND c.receiver NOT IN ({_marks(busy)})"
             f"{' AND c.attempts = 0' if fresh else ''} ORDER BY c.next LIMIT ?",
             (now, now, *busy, limit + len(skip)),
         )
-        jobs = [(read_job(row), read_request(json.loads(row[-1]), b"").trace) for row in rows if row[0] not in skip]
-        return [(job, job.callback._replace(trace=trace)) for job, trace in jobs[:limit] if job.callback]
-
-    def next_delivery(self, now: int) -> int | None:
-        """When the next callback will be due that is not due yet."""
-        sql = "SELECT min(next) FROM callbacks WHERE state = 'pending' AND next > ?"
-        found: int | None = self._first(sql, (now,))[0]
-        return found
+        return read_deliveries([row for row in rows if row[0] not in skip][:limit])
 
     def record_delivery(
         self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
@@ -6193,16 +6280,8 @@ class SqliteStore(SqliteReader):
         """Forget at most `limit` expired jobs and give back their space; `done` gets how many they were."""
 
         def run(db: sqlite3.Connection) -> int:
-            kept = ",".join(str(seq) for seq, _ in tuple(self._being_read))
-            sql = f"SELECT seq, size FROM jobs WHERE expires <= ? AND seq NOT IN ({kept}) ORDER BY expires LIMIT ?"
-            expired, total = [], 0
-            for seq, size in db.execute(sql, (now, limit)):
-                expired.append(seq)
-                total += size or 0
-                if total > _PURGE_BYTES:
-                    break
+            expired = purge_jobs(db.execute, now, limit, {seq for seq, _ in tuple(self._being_read)})
             self._recent.forget(expired)
-            _forget(db, expired)
             free = db.execute("PRAGMA freelist_count").fetchone()[0]
             for _ in range(min(free, _GIVE_BACK)):  # one by one: before CPython 3.13 only the first step is made
                 db.execute("PRAGMA incremental_vacuum(1)")
@@ -6229,10 +6308,6 @@ class SqliteStore(SqliteReader):
         """Whether this server's lease runs, so that its jobs are no other's; where none share the database, always."""
         return True
 
-    def last_seq(self) -> int:
-        """The greatest `seq` stored; 0 if there is none."""
-        return self._first("SELECT max(seq) FROM jobs")[0] or 0
-
     def last_seen(self) -> int:
         """The latest time on record; 0 if there is none."""
         created = "SELECT created FROM jobs ORDER BY seq DESC LIMIT 1"
@@ -6258,21 +6333,7 @@ def edit_tokens(path: str, name: str, add: Token | None = None) -> None:
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=10, isolation_level=None)) as db:
             db.execute("BEGIN IMMEDIATE")
-            names = dict(db.execute("SELECT name, hash FROM tokens"))
-            if add is None:
-                if not names.get(name):
-                    words = "was revoked before" if name in names else f"is not there{suggest(name, names)}"
-                    raise NotFound(f"the token {name} {words}")
-                db.execute("UPDATE tokens SET hash = x'' WHERE name = ?", (name,))
-            else:
-                if names.get(name):
-                    raise Conflict(f"there is a token {name} already: revoke it first, or choose another name")
-                if db.execute("SELECT 1 FROM jobs WHERE token = ? LIMIT 1", (name,)).fetchone():
-                    words = "are still kept, and would be the new one's: choose another name"
-                    raise Conflict(f"jobs of an earlier token {name} {words}")
-                flows = None if add.flows is None else to_json(sorted(add.flows))
-                values = (name, add.digest, add.role, flows, add.created)
-                db.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?, ?)", values)
+            change_tokens(db.execute, name, add)
             db.execute("COMMIT")
     except sqlite3.Error as error:
         raise StoreError(f"{path}: {_store_error(error)}") from None
@@ -6634,21 +6695,13 @@ class Ends:
 
     def make(self, job: Job, outcome: Outcome, trace: Sequence[dict[str, Any]], started: int | None = None) -> Finish:
         """The end of a job, which began at `job.started` or at `started`, and the callback that the server owes."""
-        attempt, started, now, callback = max(job.attempt, 1), started or job.started, self._clock.now(), None
-        expires = now + self._retention_ms
-        if job.callback is not None:
-            after = job._replace(
-                status=outcome.status,
-                attempt=attempt,
-                started=started,
-                finished=now,
-                expires=expires,
-                due=None,
-                error=outcome.error,
-            )
-            document = status_document(after, job.base, offset=self._clock.offset, with_callback=False)
-            callback = (parse_target(job.callback.url).receiver, to_json(document))
-        return Finish(job, attempt, outcome, started, now, expires, to_json(trace) if trace else None, callback)
+        now, steps = self._clock.now(), to_json(trace) if trace else None
+        started, expires = started or job.started, now + self._retention_ms
+        finish = Finish(job, max(job.attempt, 1), outcome, started, now, expires, steps)
+        if job.callback is None:
+            return finish
+        document = status_document(finish.ended, job.base, offset=self._clock.offset, with_callback=False)
+        return finish._replace(callback=(parse_target(job.callback.url).receiver, to_json(document)))
 
     def record(self, finish: Finish) -> None:
         """Give an end to the store. One that cannot be stored is replaced by a small one."""
@@ -7718,7 +7771,7 @@ class Jobs:
         if known is None:
             done(None, error or full)
         else:
-            done(Added(known[0], True) if known[1] == fingerprint else key_conflict(), None)
+            done(replay(known, fingerprint), None)
 
     # --- finding ---
 

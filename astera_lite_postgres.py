@@ -26,6 +26,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from astera_lite import (
+    END_COLUMNS,
+    FROM_JOBS,
+    INSERT_PIECE,
+    JOB_COLUMNS,
+    NEW_COLUMNS,
+    OF_KEY,
     PIECE,
     Added,
     AsteraError,
@@ -40,29 +46,26 @@ from astera_lite import (
     Finish,
     Job,
     JobKey,
-    Loaded,
     NodeInfo,
-    NotFound,
     Post,
     Progress,
-    Status,
-    StoredRequest,
-    StoredResult,
     StoreError,
+    StoreReader,
     Submission,
     Token,
+    change_tokens,
+    delete_job,
     end_columns,
+    find_key,
     ignore_result,
-    key_conflict,
     log,
+    new_columns,
     piece_rows,
-    read_job,
-    read_request,
-    read_result,
-    request_column,
+    purge_jobs,
+    read_deliveries,
+    replay,
     resource,
     show_duration,
-    suggest,
     to_json,
 )
 
@@ -93,90 +96,52 @@ _ORPHAN_S = 30.0  # between looks for jobs that are this server's, and that it d
 _FREE_S = 10.0  # between looks for free jobs that are older than those found lately
 _LATE = 5000 << 12  # in `seq`, what a job may be stored later than one whose id is younger
 _USED_S = 600.0  # between marks that the text of a flow is in use
-_PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
 
 _NOW = "(extract(epoch FROM now()) * 1000)::bigint"
-_JOB_COLUMNS = (
-    "seq, salt, flow, version, status, created, base, token, attempt, due, started, finished, expires, error, "
-    "callback_url, coalesce(c.state, 'pending'), (SELECT coalesce(max(n), 0) FROM attempts WHERE job = c.job), "
-    "c.last_status, c.next, coalesce(c.body, ''), coalesce(c.attempts, 0)"
-)
-_FROM_JOBS = " FROM jobs j LEFT JOIN callbacks c ON c.job = seq"
-_SELECT_JOB = f"SELECT {_JOB_COLUMNS}{_FROM_JOBS}"
-_OF_KEY = " WHERE seq = %s AND salt = %s"
 _FREE = "status = 'Running' AND owner IS NULL AND due IS"
 #: Of a server that is gone. Where the database was away, all leases have run out, and those who live come back soon.
 _GONE = "lease_until < now() AND pg_postmaster_start_time() < now() - %s * interval '1 second'"
-_IN_PIECES = "(SELECT string_agg(data, '' ORDER BY n) FROM pieces WHERE job = seq AND part = '{}')"
-
 
 #: Only the primary key can find these rows. Where the planner may choose, it takes a plan for few jobs, and keeps it.
 _HELD = "j.seq = ANY(%s) AND j.seq = v.seq AND j.owner + 0 = v.owner AND j.status || '' = 'Running'"
 _FENCE = f"{_HELD} AND j.attempt IN (v.attempt - 1, v.attempt)"  # of an attempt, recorded or about to be
-_TYPE = r" \w+(?=,|$)"  # in a list of columns with their types
+_ROWS = "FROM json_populate_recordset(NULL::jobs, %s) v"
 _RUN = "seq bigint, owner bigint, attempt int"
-_END = (
-    "status text, attempt int, started bigint, finished bigint, expires bigint, code int, size bigint, headers text,"
-    " error text, trace text, result bytea"
-)
-_ADDED = (
-    "seq bigint, salt bigint, flow text, version bigint, created bigint, token text, base text, idempotency_key text,"
-    f" fingerprint bytea, callback_url text, request text, request_body bytea, {_END}, owner bigint"
-)
-#: Writes are grouped, each kind by one statement about rows `v`, which go as JSON: any other way costs the driver four
-#: times as much. By kind: the columns of `v`, and the statement, which returns the `seq` of the jobs that it changed.
-_GROUPS = {
-    "add": (
-        _ADDED,
-        f"INSERT INTO jobs ({re.sub(_TYPE, '', _ADDED)}) SELECT * FROM v"
-        " ON CONFLICT (flow, token, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING RETURNING seq",
-    ),
-    "start": (
-        f"{_RUN}, started bigint",
-        f"UPDATE jobs j SET attempt = v.attempt, started = v.started, due = NULL FROM v WHERE {_FENCE} RETURNING j.seq",
-    ),
-    "save": (
-        f"{_RUN}, path text, output text",
-        f"INSERT INTO steps (job, path, output) SELECT v.seq, path, output FROM v JOIN jobs j ON {_HELD}"
-        " AND j.attempt = v.attempt FOR SHARE OF j"
-        " ON CONFLICT (job, path) DO UPDATE SET until = NULL, output = excluded.output RETURNING job",
-    ),
-    "suspend": (
-        f"{_RUN}, started bigint, due bigint, trace text, free bool, path text, until bigint",
-        "WITH waiting AS (UPDATE jobs j SET attempt = v.attempt, started = v.started, due = v.due, trace = v.trace,"
-        f" owner = CASE WHEN NOT free OR j.cancel THEN v.owner END FROM v WHERE {_FENCE} RETURNING j.seq, path, until)"
-        " INSERT INTO steps (job, path, until) SELECT seq, path, until FROM waiting"
-        " ON CONFLICT (job, path) DO UPDATE SET until = excluded.until, output = NULL RETURNING job",
-    ),
-    "requeue": (_RUN, f"UPDATE jobs j SET attempt = v.attempt - 1, owner = NULL FROM v WHERE {_FENCE} RETURNING j.seq"),
-    "finish": (
-        f"seq bigint, owner bigint, fenced bool, {_END}",
-        "WITH ended AS (UPDATE jobs j SET status = v.status, attempt = v.attempt, started = v.started, due = NULL,"
-        " finished = v.finished, expires = v.expires, code = v.code, size = v.size, headers = v.headers,"
-        " error = v.error, trace = v.trace, result = v.result, owner = NULL, cancel = false"
-        f" FROM v WHERE {_HELD} AND (NOT fenced OR j.attempt IN (v.attempt - 1, v.attempt)) RETURNING j.seq),"
-        " gone AS (DELETE FROM steps USING ended WHERE job = seq) SELECT seq FROM ended",
-    ),
-    "finished": (
-        "seq bigint, attempt int, finished bigint",
-        "SELECT j.seq FROM v JOIN jobs j ON j.seq = v.seq AND j.attempt = v.attempt AND j.finished = v.finished"
-        " WHERE j.seq = ANY(%s) AND j.status <> 'Running'",
-    ),
-    "text": (
-        "version bigint, name text, text text",
-        "INSERT INTO flows (version, name, text) SELECT * FROM v ON CONFLICT (version) DO UPDATE SET used = now()",
-    ),
-    "owe": (
-        "job bigint, receiver text, next bigint, body text",
-        "INSERT INTO callbacks (job, receiver, state, next, body) SELECT job, receiver, 'pending', next, body FROM v",
-    ),
-}
-_STATEMENTS = {
-    kind: (
-        re.sub(_TYPE, "", columns).split(", "),
-        sql.replace("FROM v", f"FROM json_to_recordset(%s) v ({columns})"),
+
+
+def _end(fence: str) -> str:
+    values = ", ".join(f"{column} = v.{column}" for column in END_COLUMNS)
+    return (
+        f"WITH ended AS (UPDATE jobs j SET {values}, due = NULL, owner = NULL, cancel = false {_ROWS} WHERE {fence}"
+        " RETURNING j.seq), gone AS (DELETE FROM steps USING ended WHERE job = seq) SELECT seq FROM ended"
     )
-    for kind, (columns, sql) in _GROUPS.items()
+
+
+#: Writes are grouped, each kind by one statement about rows `v`, which go as JSON: any other way costs the driver four
+#: times as much. A statement about jobs is given their `seq`, too, and returns those that it changed.
+_STATEMENTS = {
+    "add": f"INSERT INTO jobs ({', '.join(NEW_COLUMNS)}, owner) SELECT {', '.join(NEW_COLUMNS)}, owner {_ROWS}"
+    " ON CONFLICT (flow, token, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING RETURNING seq",
+    "start": "UPDATE jobs j SET attempt = v.attempt, started = v.started, due = NULL"
+    f" {_ROWS} WHERE {_FENCE} RETURNING j.seq",
+    "save": "INSERT INTO steps (job, path, output) SELECT v.seq, path, output"
+    f" FROM json_to_recordset(%s) v ({_RUN}, path text, output text) JOIN jobs j ON {_HELD}"
+    " AND j.attempt = v.attempt FOR SHARE OF j"
+    " ON CONFLICT (job, path) DO UPDATE SET until = NULL, output = excluded.output RETURNING job",
+    "suspend": "WITH waiting AS (UPDATE jobs j SET attempt = v.attempt, started = v.started, due = v.due,"
+    " trace = v.trace, owner = CASE WHEN NOT free OR j.cancel THEN v.owner END FROM json_to_recordset(%s) v"
+    f" ({_RUN}, started bigint, due bigint, trace text, free bool, path text, until bigint) WHERE {_FENCE}"
+    " RETURNING j.seq, path, until) INSERT INTO steps (job, path, until) SELECT seq, path, until FROM waiting"
+    " ON CONFLICT (job, path) DO UPDATE SET until = excluded.until, output = NULL RETURNING job",
+    "requeue": f"UPDATE jobs j SET attempt = v.attempt - 1, owner = NULL {_ROWS} WHERE {_FENCE} RETURNING j.seq",
+    "finish": _end(_FENCE),
+    "end": _end(_HELD),  # of a job that no thread runs
+    "finished": f"SELECT j.seq {_ROWS} JOIN jobs j ON j.seq = v.seq AND j.attempt = v.attempt"
+    " AND j.finished = v.finished WHERE j.seq = ANY(%s) AND j.status <> 'Running'",
+    "text": "INSERT INTO flows (version, name, text) SELECT version, name, text"
+    " FROM json_populate_recordset(NULL::flows, %s) ON CONFLICT (version) DO UPDATE SET used = now()",
+    "owe": "INSERT INTO callbacks (job, receiver, state, next, body) SELECT job, receiver, 'pending', next, body"
+    " FROM json_populate_recordset(NULL::callbacks, %s)",
 }
 #: Faults of the database, or of the way to it, by the beginning of SQLSTATE: the write is good, and is tried again.
 _PASSING = {
@@ -342,17 +307,19 @@ def _prepare(db: Any, place: str) -> None:
         raise StoreError(f"{place}: {str(error).splitlines()[0]}") from None
 
 
-class PostgresReader:
-    """A database that is read. Raises StoreError. Reads may be called from any thread."""
+class PostgresReader(StoreReader):
+    """A database that is read."""
 
-    _version = SCHEMA_VERSION  # of the tables; 0: there are none yet
+    _whole_result = (
+        "coalesce(result, (SELECT string_agg(data, '' ORDER BY n) FROM pieces WHERE job = seq AND part = 'result'), '')"
+    )
 
     def __init__(self, url: str) -> None:
         self._address = _Address(url, writes=False)
         self._begin()
         db = self._address.first()
         try:
-            self._version = _format(db, self._address.place)
+            self._has_tokens = _format(db, self._address.place) > 0
         finally:
             db.close()
 
@@ -387,97 +354,21 @@ class PostgresReader:
             was_idle = bool(self._idle)
             try:
                 with self._reading() as db:
-                    rows: list[Any] = db.execute(sql, values, binary=True).fetchall()
+                    rows: list[Any] = db.execute(sql.replace("?", "%s"), values, binary=True).fetchall()
                     return rows
             except _LostConnection:
                 if not was_idle:
                     raise
-
-    def _first(self, sql: str, values: Sequence[Any] = ()) -> Any:
-        return next(iter(self._all(sql, values)), None)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Let go of the database."""
         while self._idle:
             self._idle.pop().close()
 
-    def get(self, key: JobKey) -> Job | None:
-        """A job."""
-        row = self._first(_SELECT_JOB + _OF_KEY, key)
-        return row and read_job(row)
-
-    def load(self, seq: int) -> Loaded | None:
-        """A Running job with all that a run of it needs."""
-        row = self._first(f"SELECT {_JOB_COLUMNS}, trace{_FROM_JOBS} WHERE seq = %s AND status = 'Running'", (seq,))
-        found = row and self.request(JobKey(*row[:2]))
-        if not found:
-            return None
-        steps = self._all("SELECT path, until, output FROM steps WHERE job = %s", (seq,))
-        saved = {path: output for path, until, output in steps if until is None}
-        waits = {path: until for path, until, _ in steps if until is not None}
-        return Loaded(read_job(row), found[0], saved, waits, json.loads(row[-1] or "[]"))
-
-    def request(self, key: JobKey, length: int = 1 << 30) -> tuple[StoredRequest, int] | None:
-        """What was sent, with `length` bytes of the body at the most, and the size of the whole body."""
-        pieces = _IN_PIECES.format("request_body' AND n <= %s AND '' = '")
-        row = self._first(
-            f"SELECT request, substr(coalesce(request_body, {pieces}), 1, %s), coalesce(length(request_body),"
-            " (SELECT sum(length(data)) FROM pieces WHERE job = seq AND part = 'request_body'))::bigint"
-            f" FROM jobs{_OF_KEY}",
-            (length // PIECE, length, *key),
-        )
-        return row and (read_request(json.loads(row[0]), row[1] or b""), row[2] or 0)
-
-    def result(self, key: JobKey) -> StoredResult | None:
-        """The response of a finished job, whole."""
-        body = f"coalesce(result, {_IN_PIECES.format('result')}, '')"
-        row = self._first(
-            f"SELECT code, headers, size, {body}, attempt FROM jobs{_OF_KEY} AND status <> 'Running'", key
-        )
-        return row and read_result(row)
-
     def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = 1 << 62) -> Iterator[bytes]:
         """The body of a result, or a part of it."""
         found = self.result(key)
         return iter([found.body[start:stop]] if found and found.body and found.attempt == attempt else [])
-
-    def trace(self, key: JobKey) -> list[dict[str, Any]]:
-        """The steps of a job that is finished or waits."""
-        row = self._first(f"SELECT trace FROM jobs{_OF_KEY}", key)
-        return json.loads(row[0]) if row and row[0] else []
-
-    def attempts(self, key: JobKey) -> list[Attempt]:
-        """Every attempt to deliver a job's callback."""
-        rows = self._all("SELECT at, duration, status, error FROM attempts WHERE job = %s ORDER BY n", (key.seq,))
-        return [Attempt(*row) for row in rows]
-
-    def page(
-        self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
-    ) -> list[Job]:
-        """Unexpired jobs, newest first, of `seq` below `before`."""
-        conditions: dict[str, Any] = {"(expires IS NULL OR expires > %s)": now}
-        of_token = "token <> '' AND token = %s" if token else "token = %s"
-        for condition, value in (("seq < %s", before), ("flow = %s", flow), (of_token, token)):
-            if value is not None:
-                conditions[condition] = value
-        if status is not None:  # written out, for the planner to see that a partial index serves
-            conditions[f"status = '{status.value}' AND %s"] = True
-        sql = f"{_SELECT_JOB} WHERE {' AND '.join(conditions)} ORDER BY seq DESC LIMIT %s"
-        return [read_job(row) for row in self._all(sql, (*conditions.values(), limit))]
-
-    def flow_text(self, version: int) -> tuple[str, str] | None:
-        """Name and text of a flow that stored jobs were accepted with."""
-        found: tuple[str, str] | None = self._first("SELECT name, text FROM flows WHERE version = %s", (version,))
-        return found
-
-    def tokens(self) -> list[Token]:
-        """Every token, by name; none where there are no tables yet."""
-        sql = 'SELECT name, hash, role, flows, created FROM tokens ORDER BY name COLLATE "C"'
-        rows = self._all(sql) if self._version else []
-        return [
-            Token(name, digest, role, flows and frozenset(json.loads(flows)), at)
-            for name, digest, role, flows, at in rows
-        ]
 
     def clock_offset(self) -> int:
         """0: the times are those of the database."""
@@ -497,7 +388,7 @@ class _Write(NamedTuple):
 
     kind: str = ""
     seq: int = 0
-    values: _ROW = ()
+    values: Mapping[str, Any] = {}  # by column; `owner` is added
     about: Any = None  # the Submission or the Finish
     pieces: Sequence[_ROW] = ()  # of a body that is too large for its own column
     run: Callable[[Any], Any] | None = None
@@ -509,7 +400,7 @@ class _Write(NamedTuple):
 
 
 def _sized(write: _Write) -> _Write:
-    size = sum(len(value) for value in write.values if isinstance(value, str | bytes))
+    size = sum(len(value) for value in write.values.values() if isinstance(value, str | bytes))
     return write._replace(size=size + 300 + len(write.pieces) * PIECE)
 
 
@@ -739,7 +630,7 @@ class PostgresStore(PostgresReader):
 
     def progress(self, key: JobKey) -> Progress | None:
         """How far the run of a job is, on whichever server, as of the last renewal of its lease."""
-        sql = f"SELECT progress::jsonb ->> seq::text FROM jobs JOIN nodes ON start = owner{_OF_KEY}"
+        sql = f"SELECT progress::jsonb ->> seq::text FROM jobs JOIN nodes ON start = owner{OF_KEY}"
         row = self._first(sql, key)
         return Progress(*json.loads(row[0])) if row and row[0] else None
 
@@ -883,9 +774,10 @@ class PostgresStore(PostgresReader):
             return lambda: [result]
         if first.kind == "add":
             return self._make_add(db, group)
-        rows = [(write.seq, self._start, *write.values) for write in group]
+        rows = [{"seq": write.seq, "owner": self._start, **write.values} for write in group]
         cursor = _many(db, first.kind, rows)
-        if first.kind == "finish" and any(write.is_again or write.pieces or write.about.callback for write in group):
+        is_end = isinstance(first.about, Finish)
+        if is_end and any(write.is_again or write.pieces or write.about.callback for write in group):
             changed = self._complete(db, group, {seq for (seq,) in cursor})
             return lambda: [write.seq in changed for write in group]
         return partial(_changed, group, cursor)
@@ -895,7 +787,7 @@ class PostgresStore(PostgresReader):
         ends = [write for write in group if write.seq in changed]
         _store_belongings(db, ends)
         again = [
-            (write.seq, write.about.attempt, write.about.finished)
+            {"seq": write.seq, "attempt": write.about.attempt, "finished": write.about.finished}
             for write in group
             if write.is_again and write.seq not in changed
         ]
@@ -905,13 +797,13 @@ class PostgresStore(PostgresReader):
 
     def _make_add(self, db: Any, group: list[_Write]) -> Callable[[], list[Any]]:
         now, owner = time.monotonic(), self._start
-        unmarked = {
-            write.about.job.version: (write.about.job.version, write.about.job.flow, write.about.flow_text)
-            for write in group
-            if self._used.get(write.about.job.version, -math.inf) < now - _USED_S
+        texts = {
+            new.job.version: {"version": new.job.version, "name": new.job.flow, "text": new.flow_text}
+            for new in (write.about for write in group)
+            if self._used.get(new.job.version, -math.inf) < now - _USED_S
         }
-        if unmarked:
-            _many(db, "text", sorted(unmarked.values()))
+        if texts:
+            _many(db, "text", [texts[version] for version in sorted(texts)])
         answers: dict[int, Added | AsteraError] = {}
         plain = [write for write in group if write.about.limit is None]
         if plain:
@@ -927,7 +819,7 @@ class PostgresStore(PostgresReader):
             answers[write.seq] = _add_limited(db, write, owner)
 
         def read() -> list[Any]:
-            self._used.update(dict.fromkeys(unmarked, now))
+            self._used.update(dict.fromkeys(texts, now))
             results = [answers.get(write.seq) or Added(write.about.job, False) for write in group]
             for write, result in zip(group, results, strict=True):
                 if isinstance(result, Added) and not result.replayed and not write.about.ended:
@@ -953,36 +845,24 @@ class PostgresStore(PostgresReader):
 
     def add(self, submission: Submission, done: Done) -> None:
         """Queue a new job for `flush`; `done` gets Added, or Conflict if its key was used with another fingerprint."""
-        job, request, ended = submission.job, submission.request, submission.ended
-        cells = piece_rows(job.key, "request_body", 0, request.body)
-        values = (
-            *job.key, job.flow, job.version, job.created, job.token, job.base, submission.idempotency_key,
-            submission.fingerprint, job.callback.url if job.callback else None, request_column(request),
-            None if cells else request.body, *end_columns(ended),
-        )  # fmt: skip
+        job, ended = submission.job, submission.ended
+        pieces = piece_rows(job.key, "request_body", 0, submission.request.body)
         if ended is not None:
-            cells += piece_rows(job.key, "result", ended.attempt, ended.outcome.answer.body)
+            pieces += piece_rows(job.key, "result", ended.attempt, ended.outcome.answer.body)
         word = "" if submission.owned or ended else "jobs"
-        self._new.append(_sized(_Write("add", job.key.seq, values, submission, cells, done=done, word=word)))
+        write = _Write("add", job.key.seq, new_columns(submission), submission, pieces, done=done, word=word)
+        self._new.append(_sized(write))
         if self._closed:
             self._refuse()
 
     def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
         """Find the job that a key belongs to, after all earlier writes; `done` gets job and fingerprint, or None."""
-        self._run(partial(_find_key, flow, token, idempotency_key, now), done)
+        self._run(lambda db: find_key(flow, token, idempotency_key, now, partial(_execute, db)), done)
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Forget a finished job; `done` gets deleted, running, owed or absent."""
 
-        def run(db: Any) -> str:
-            sql = f"SELECT status, (SELECT state FROM callbacks WHERE job = seq) FROM jobs{_OF_KEY} FOR UPDATE"
-            row = db.execute(sql, key).fetchone()
-            if row is None or row[0] == "Running" or row[1] == "pending":
-                return "absent" if row is None else "running" if row[0] == "Running" else "owed"
-            _forget(db, [key.seq])
-            return "deleted"
-
-        self._run(run, done)
+        self._run(lambda db: delete_job(partial(_execute, db), key, " FOR UPDATE"), done)
 
     # --- runs ---
 
@@ -1049,23 +929,32 @@ class PostgresStore(PostgresReader):
 
     def start(self, key: JobKey, attempt: int, started: int, done: Done = ignore_result) -> None:
         """Record that a run began; `done` gets whether the job is this server's, at this attempt or the one before."""
-        self._put(_Write("start", key.seq, (attempt, started), done=done, keep=True))
+        self._put(_Write("start", key.seq, {"attempt": attempt, "started": started}, done=done, keep=True))
 
     def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = ignore_result) -> None:
         """Save the output (JSON) of a finished step; `done` gets whether the job is this server's, at this attempt."""
-        self._put(_Write("save", key.seq, (attempt, path, output), done=done, keep=True))
+        values = {"attempt": attempt, "path": path, "output": output}
+        self._put(_Write("save", key.seq, values, done=done, keep=True))
 
     def suspend(self, job: Job, path: str, until: int, trace: str, done: Done) -> None:
         """Record that a job waits until it is `due`. One of a flow with a limit is free from then on."""
         is_free = self._limits.get(job.flow) is not None
         if is_free:
             self._mine.pop(job.key.seq, None)
-        values = (job.attempt, job.started, job.due, trace, is_free, path, until)
+        values = {
+            "attempt": job.attempt,
+            "started": job.started,
+            "due": job.due,
+            "trace": trace,
+            "free": is_free,
+            "path": path,
+            "until": until,
+        }
         self._put(_Write("suspend", job.key.seq, values, done=done, keep=True))
 
     def requeue(self, key: JobKey, attempt: int) -> None:
         """Record that an orderly stop broke a run off, and leave the job to any server."""
-        self._put(_Write("requeue", key.seq, (attempt,), keep=True, word="freed jobs"))
+        self._put(_Write("requeue", key.seq, {"attempt": attempt}, keep=True, word="freed jobs"))
 
     def release(self, seqs: list[int]) -> None:
         """Leave jobs of this server that no thread runs to any server."""
@@ -1076,21 +965,20 @@ class PostgresStore(PostgresReader):
         """End a job of this server; `done` gets whether it was Running, at this attempt if it is fenced."""
         key = finish.job.key
         self._mine.pop(key.seq, None)
-        cells = piece_rows(key, "result", finish.attempt, finish.outcome.answer.body)
-        values = (finish.fenced, *end_columns(finish))
-        self._put(_Write("finish", key.seq, values, finish, cells, done=done, keep=True, word="ends"))
+        pieces = piece_rows(key, "result", finish.attempt, finish.outcome.answer.body)
+        kind, values = "finish" if finish.fenced else "end", end_columns(finish)
+        self._put(_Write(kind, key.seq, values, finish, pieces, done=done, keep=True, word="ends"))
 
     def ask_cancel(self, key: JobKey, done: Done) -> None:
         """Have a Running job cancelled by its owner, this server if it has none; `done` gets whether it is Running."""
-        sql = f"UPDATE jobs SET cancel = true, owner = coalesce(owner, %s){_OF_KEY} AND status = 'Running'"
+        sql = f"UPDATE jobs SET cancel = true, owner = coalesce(owner, %s){OF_KEY} AND status = 'Running'"
         self._run(lambda db: _did(db, sql, (self._start, *key)), done, word="cancel")
 
     def cancelled(self) -> list[Job]:
         """Jobs of this server that are to be cancelled, and those of no server, which are this one's from now on."""
         sql = "UPDATE jobs SET owner = %s WHERE owner IS NULL AND cancel AND status = 'Running' RETURNING seq"
         self._all(sql, (self._start,))
-        sql = f"{_SELECT_JOB} WHERE j.owner = %s AND cancel AND status = 'Running' ORDER BY seq"
-        return [read_job(row) for row in self._all(sql, (self._start,))]
+        return self._jobs(" WHERE jobs.owner = ? AND cancel AND status = 'Running' ORDER BY seq", (self._start,))
 
     # --- callbacks ---
 
@@ -1117,15 +1005,8 @@ class PostgresStore(PostgresReader):
             ids = db.execute(sql, values).fetchall()
         if not ids:
             return []
-        sql = f"SELECT {_JOB_COLUMNS}, request{_FROM_JOBS} WHERE seq = ANY(%s) ORDER BY c.next"
-        rows = self._all(sql, ([seq for (seq,) in ids],))
-        jobs = [(read_job(row), read_request(json.loads(row[-1]), b"").trace) for row in rows]
-        return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
-
-    def next_delivery(self, now: int) -> int | None:
-        """When the next callback will be due that is not due yet."""
-        sql = "SELECT min(next) FROM callbacks WHERE state = 'pending' AND next > %s"
-        return self._first(sql, (now,))[0] or None
+        sql = f"SELECT {JOB_COLUMNS}, request{FROM_JOBS} WHERE seq = ANY(?) ORDER BY c.next"
+        return read_deliveries(self._all(sql, ([seq for (seq,) in ids],)))
 
     def record_delivery(
         self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
@@ -1154,19 +1035,8 @@ class PostgresStore(PostgresReader):
     def purge(self, now: int, limit: int, done: Done) -> None:
         """Forget at most `limit` expired jobs that no other server forgets now; `done` gets how many they were."""
 
-        def run(db: Any) -> int:
-            sql = "SELECT seq, size FROM jobs WHERE expires <= %s ORDER BY expires LIMIT %s FOR UPDATE SKIP LOCKED"
-            expired, total = [], 0
-            for seq, size in db.execute(sql, (now, limit)).fetchall():
-                expired.append(seq)
-                total += size or 0
-                if total > _PURGE_BYTES:
-                    break
-            if expired:
-                _forget(db, expired)
-            return len(expired)
-
-        self._run(run, done)
+        lock = " FOR UPDATE SKIP LOCKED"
+        self._run(lambda db: len(purge_jobs(partial(_execute, db), now, limit, lock=lock)), done)
 
     def forget_flows(self) -> None:
         """Forget the texts of flows that no job refers to, and that no server has used for a while."""
@@ -1176,10 +1046,6 @@ class PostgresStore(PostgresReader):
         )
         with self._reading() as db:  # no write is to wait for it
             db.execute(sql, (3 * _USED_S,))
-
-    def last_seq(self) -> int:
-        """The greatest `seq` stored; 0 if there is none."""
-        return self._first("SELECT max(seq) FROM jobs")[0] or 0
 
     def last_seen(self) -> int:
         """0: the time is that of the database."""
@@ -1212,24 +1078,28 @@ _CLAIM = (
 )
 
 
+def _execute(db: Any, sql: str, values: Sequence[Any] = ()) -> Any:
+    """A statement that both databases understand."""
+    return db.execute(sql.replace("?", "%s"), values)
+
+
 def _did(db: Any, sql: str, values: _ROW) -> bool:
     """Whether a statement changed anything. In a pipeline only rows tell, not their number."""
-    return bool(db.execute(f"{sql} RETURNING 1", values).fetchall())
+    return bool(_execute(db, f"{sql} RETURNING 1", values).fetchall())
 
 
-def _many(db: Any, kind: str, rows: Sequence[_ROW]) -> Any:
+def _many(db: Any, kind: str, rows: Sequence[Mapping[str, Any]]) -> Any:
     """Execute the statement of a kind about all rows."""
-    names, sql = _STATEMENTS[kind]
     values = [
         {
-            name: value if value.__class__ is not bytes else f"\\x{value.hex()}"
-            for name, value in zip(names, row, strict=True)
+            column: value if value.__class__ is not bytes else f"\\x{value.hex()}"
+            for column, value in row.items()
             if value is not None
         }
         for row in rows
     ]
-    given = [to_json(values), f"{{{','.join(str(row[0]) for row in rows)}}}"]
-    return db.execute(sql, given[: sql.count("%s")])
+    sql, ids = _STATEMENTS[kind], f"{{{','.join(str(row.get('seq')) for row in rows)}}}"
+    return db.execute(sql, [to_json(values), ids][: sql.count("%s")])
 
 
 def _changed(group: list[_Write], cursor: Any) -> list[bool]:
@@ -1239,7 +1109,8 @@ def _changed(group: list[_Write], cursor: Any) -> list[bool]:
 
 
 def _insert(db: Any, writes: Sequence[_Write], owner: int) -> Any:
-    rows = [(*write.values, owner if write.about.owned and write.about.ended is None else None) for write in writes]
+    owners = [owner if write.about.owned and write.about.ended is None else None for write in writes]
+    rows = [{**write.values, "owner": owner} for write, owner in zip(writes, owners, strict=True)]
     return _many(db, "add", rows)
 
 
@@ -1248,21 +1119,13 @@ def _store_belongings(db: Any, writes: Iterable[_Write]) -> None:
     owed = []
     for write in writes:
         for piece in write.pieces:
-            db.execute("INSERT INTO pieces VALUES (%s, %s, %s, %s, %s)", piece)
+            _execute(db, INSERT_PIECE, piece)
         end = write.about.ended if write.kind == "add" else write.about
         if end is not None and end.callback is not None:
-            owed.append((write.seq, end.callback[0], end.finished, end.callback[1]))
+            receiver, body = end.callback
+            owed.append({"job": write.seq, "receiver": receiver, "next": end.finished, "body": body})
     if owed:
         _many(db, "owe", owed)
-
-
-def _find_key(flow: str, token: str, key: str, now: int, db: Any) -> tuple[Job, bytes] | None:
-    row = db.execute(
-        f"SELECT {_JOB_COLUMNS}, fingerprint{_FROM_JOBS}"
-        " WHERE flow = %s AND token = %s AND idempotency_key = %s AND (expires IS NULL OR expires > %s)",
-        (flow, token, key, now),
-    ).fetchone()
-    return row and (read_job(row), row[-1])
 
 
 def _replay(db: Any, write: _Write, owner: int) -> Added | AsteraError:
@@ -1270,9 +1133,9 @@ def _replay(db: Any, write: _Write, owner: int) -> Added | AsteraError:
     new = write.about
     of_key = (new.job.flow, new.job.token, new.idempotency_key)
     for _ in range(_TRIES):
-        known = _find_key(*of_key, new.job.created, db)
+        known = find_key(*of_key, new.job.created, partial(_execute, db))
         if known is not None:
-            return Added(known[0], True) if known[1] == new.fingerprint else key_conflict()
+            return replay(known, new.fingerprint)
         db.execute(
             "UPDATE jobs SET idempotency_key = NULL"
             " WHERE flow = %s AND token = %s AND idempotency_key = %s AND expires <= %s",
@@ -1287,7 +1150,7 @@ def _replay(db: Any, write: _Write, owner: int) -> Added | AsteraError:
 def _add_limited(db: Any, write: _Write, owner: int) -> Added | AsteraError:
     """Add a job of a flow that refuses when as many as its limit are Running, on all servers together."""
     new, key = write.about, write.about.idempotency_key
-    if key is not None and _find_key(new.job.flow, new.job.token, key, new.job.created, db):
+    if key is not None and find_key(new.job.flow, new.job.token, key, new.job.created, partial(_execute, db)):
         return _replay(db, write, owner)
     count = (
         "SELECT (SELECT count(*) FROM nodes JOIN jobs ON owner = start WHERE flow = %s)"
@@ -1302,11 +1165,6 @@ def _add_limited(db: Any, write: _Write, owner: int) -> Added | AsteraError:
     return _replay(db, write, owner)
 
 
-def _forget(db: Any, seqs: list[int]) -> None:
-    for table in ("pieces", "steps", "callbacks", "attempts", "jobs"):
-        db.execute(f"DELETE FROM {table} WHERE {'seq' if table == 'jobs' else 'job'} = ANY(%s)", (seqs,))
-
-
 def edit_tokens(url: str, name: str, add: Token | None = None) -> None:
     """Add a token of this name to a database, or revoke the one that is there; servers may be running on it.
 
@@ -1319,22 +1177,7 @@ def edit_tokens(url: str, name: str, add: Token | None = None) -> None:
         _prepare(db, address.place)
         with db.transaction():
             db.execute("LOCK TABLE tokens IN SHARE ROW EXCLUSIVE MODE")
-            names = dict(db.execute("SELECT name, hash FROM tokens").fetchall())
-            if add is None:
-                if not names.get(name):
-                    words = "was revoked before" if name in names else f"is not there{suggest(name, names)}"
-                    raise NotFound(f"the token {name} {words}")
-                db.execute("UPDATE tokens SET hash = '' WHERE name = %s", (name,))
-            else:
-                if names.get(name):
-                    raise Conflict(f"there is a token {name} already: revoke it first, or choose another name")
-                if db.execute("SELECT 1 FROM jobs WHERE token <> '' AND token = %s LIMIT 1", (name,)).fetchone():
-                    words = "are still kept, and would be the new one's: choose another name"
-                    raise Conflict(f"jobs of an earlier token {name} {words}")
-                flows = None if add.flows is None else to_json(sorted(add.flows))
-                db.execute("DELETE FROM tokens WHERE name = %s", (name,))
-                values = (name, add.digest, add.role, flows, add.created)
-                db.execute("INSERT INTO tokens VALUES (%s, %s, %s, %s, %s)", values)
+            change_tokens(partial(_execute, db), name, add)
             db.execute("SELECT pg_notify(%s, 'tokens')", (CHANNEL,))
     except psycopg.Error as error:
         raise StoreError(f"{address.place}: {_store_error(error)}") from None
