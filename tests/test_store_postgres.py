@@ -207,13 +207,15 @@ def test_an_id_that_another_server_has_made_is_refused_for_a_moment(open_store: 
 
 
 def test_more_servers_than_numbers_are_refused(store: PostgresStore, url: str) -> None:
+    store._end.set()  # it looks for servers that are gone no more
+    store._threads[1].join()
     look(url, "INSERT INTO nodes (number, name, lease_until) SELECT n, '', now() + '1h' FROM generate_series(1, 63) n")
     with pytest.raises(StoreError, match="64 servers use this database, which is as many as can: stop one"):
         PostgresStore(url)
     look(url, "UPDATE nodes SET lease_until = now() - interval '1s' WHERE number > 0")
     with pytest.raises(StoreError, match="64 servers"):  # the database started less than a lease ago
         PostgresStore(url, lease=10**6)
-    PostgresStore(url, lease=1).close()
+    PostgresStore(url, lease=0.1).close()
 
 
 def test_a_server_that_was_alone_tells_one_that_came_later(cluster: Cluster) -> None:
