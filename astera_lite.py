@@ -1262,14 +1262,14 @@ def attempt_documents(attempts: Sequence[Attempt], offset: int) -> list[dict[str
 # 4 Expressions
 # To add a function: a row in FUNCTIONS. To add a method: a name in METHODS. Neither may mutate, call back or escape.
 #
-# Python's own parser reads an expression. Every node must be in the language, and is rewritten so that no attribute is
-# ever read: `a.b` becomes `a["b"]`, `a.f(x)` a call of the table's function, a name an item of the scope. What then
-# runs is plain bytecode over JSON values. Loops, calls, comparisons and growth are paid for from a budget.
+# Python's own parser reads an expression. Each node must belong to the language, and is rewritten so that no attribute
+# is ever read: `a.b` becomes `a["b"]`, `a.f(x)` a call of a function of the table, a name an item of the scope. The
+# result is plain bytecode over JSON values. A budget pays for loops, calls, comparisons and growth.
 # ======================================================================================================================
 
 MAX_EXPRESSION = 4000  # characters
-MAX_NESTING = 60  # of syntax inside one template
-MAX_WORK = 10_000_000  # units of one evaluation: an item looped over, four characters made, or an eighth of a call
+MAX_NESTING = 60  # levels of syntax in one template
+MAX_WORK = 10_000_000  # units for one evaluation: an item of a loop costs 1, four new characters 1, a call 8
 MAX_INT_BITS = 4096
 EXPRESSION_FILE = "<flow expression>"  # what tracebacks call it
 _KINDS = {type(None): "null", bool: "a boolean", int: "an integer", float: "a number", str: "text", list: "a list"}
@@ -1277,20 +1277,20 @@ _KINDS |= {dict: "an object", tuple: "a list", bytes: "bytes"}
 
 
 class ExpressionError(AsteraError):
-    """An expression could not be evaluated; the message names the place and the part of it."""
+    """An expression cannot be evaluated. The message names the place and the part of the expression."""
 
 
 class BudgetExceeded(BaseException):
-    """A run costs more than the budget of the whole run. Not a failure of the flow, so no flow can handle it."""
+    """A run has spent the budget for the whole run. No flow can handle this, because the flow has not failed."""
 
 
 def kind_of(value: Any) -> str:
-    """What a message calls the type of a value: "a list", "an integer"."""
+    """The type of a value in the words of messages, such as "a list" or "an integer"."""
     return _KINDS.get(type(value), "a value")
 
 
 def as_text(value: Any) -> str:
-    """A value inside a text: text as it is, everything else as JSON."""
+    """A value inside a text: text as it is, other values as JSON. Raises ValueError, TypeError."""
     if type(value) is str:
         return value
     if type(value) in (list, tuple, dict):
@@ -1299,18 +1299,18 @@ def as_text(value: Any) -> str:
 
 
 def as_bytes(value: Any) -> bytes:
-    """Bytes as they are, everything else as its text in UTF-8."""
+    """Bytes as they are, other values as their text in UTF-8."""
     return value if type(value) is bytes else as_text(value).encode()
 
 
-BUDGET = ""  # the scope's name for the budget of a whole run; no flow can have this name
+BUDGET = ""  # the name of the budget for a whole run in a scope; no step can have this name
 
 
 class Budget:
-    """The units that are left to spend, and the operations that are paid for from them.
+    """The units that may still be spent, and the operations that cost some; compiled expressions call the methods.
 
-    An evaluation has a budget of its own, whose end is an ExpressionError; a run that must be short has one for all its
-    evaluations (`whole_run`), whose end is BudgetExceeded. Compiled expressions call the methods.
+    Each evaluation has a budget; when nothing is left, an ExpressionError is raised. A run that must be short has one
+    budget for all its evaluations (`whole_run`), and its end raises BudgetExceeded.
     """
 
     __slots__ = ("left", "whole_run")
@@ -1326,7 +1326,7 @@ class Budget:
             raise ExpressionError(f"it does too much work (more than {MAX_WORK:,} units)")
 
     def flat(self, value: Any, units: int = 0) -> Any:
-        """Pay for a value by its own size, and `units` more; the value."""
+        """Pay for the size of a value, without its members, and `units` more; return the value."""
         if type(value) in (list, tuple, dict):
             units += len(value)
         elif type(value) in (str, bytes):
@@ -1337,7 +1337,7 @@ class Budget:
         return value
 
     def deep(self, value: Any) -> Any:
-        """Pay for a value and everything in it as often as it occurs, as writing or comparing does; the value."""
+        """Pay for a value and all that is in it, each part as often as it occurs; return the value."""
         if type(value) not in (list, tuple, dict):
             if type(value) is str and len(value) > 64:
                 self.spend(len(value) >> 4)
@@ -1355,13 +1355,14 @@ class Budget:
         return value
 
     def search(self, item: Any, values: Any) -> None:
-        """Pay for the search for an item in a list, or for a text in a text, which is not always linear."""
+        """Pay for the search for an item in a list, or for a text in a text: the latter is not always linear."""
         if type(item) is str:
             self.spend(len(item) * len(values) >> 6)
         elif type(item) in (list, tuple, dict):
             self.deep(values)
 
     def each(self, values: Any, price: int, pairs: bool) -> Any:
+        """Pay for a loop; `pairs`: it binds several variables. Return the values."""
         if pairs and type(values) is dict:  # whose names might have as many letters as there are variables
             raise ExpressionError("an object is looped over by its names: write .items() for name and value")
         if type(values) not in (list, dict, tuple, str):
@@ -1373,7 +1374,7 @@ class Budget:
         return values[self.deep(key)]
 
     def optional(self, values: Any, name: str) -> Any:
-        """A member that the flow declares and that a request may omit."""
+        """A member that the flow declares and that a request may omit: null if it is absent."""
         return values.get(name) if type(values) is dict else values[name]
 
     def slice(self, values: Any, low: Any, high: Any, step: Any) -> Any:
@@ -1405,9 +1406,7 @@ class Budget:
         for sized, times in ((a, b), (b, a)):
             if type(sized) in (str, list, tuple, bytes) and type(times) is int:
                 self.spend(len(sized) * max(times, 0))
-        if type(a) is int and type(b) is int and a.bit_length() + b.bit_length() > MAX_INT_BITS:
-            raise ExpressionError("the number grows too large")
-        return a * b
+        return self.flat(a * b)
 
     def power(self, a: Any, b: Any) -> Any:
         self.spend(8)
@@ -1477,7 +1476,7 @@ def _field_of(rows: Any, name: str) -> list[Any]:
 
 
 def sort_by(rows: Any, *fields: str) -> list[Any]:
-    """Rows sorted by the named fields, a leading "-" for descending; rows whose field is null come last."""
+    """The rows sorted by these fields, descending after a leading "-"; rows whose field is null come last."""
     for name in reversed(fields):
         descending, name = name.startswith("-"), name.removeprefix("-")
         nulls = [row for row, value in zip(rows, _field_of(rows, name), strict=True) if value is None]
@@ -1491,7 +1490,7 @@ def sort_by(rows: Any, *fields: str) -> list[Any]:
 
 
 def group_by(rows: Any, name: str) -> dict[Any, list[Any]]:
-    """Object of lists: under each value of the field, the rows that have it."""
+    """An object of lists: the rows by the value of a field."""
     groups: dict[Any, list[Any]] = {}
     for value, row in zip(_field_of(rows, name), rows, strict=True):
         groups.setdefault(value, []).append(row)
@@ -1499,7 +1498,7 @@ def group_by(rows: Any, name: str) -> dict[Any, list[Any]]:
 
 
 def index_by(rows: Any, name: str) -> dict[Any, Any]:
-    """Object of rows by the value of the field; of rows that share a value, the last one."""
+    """An object of rows by the value of a field; of rows with the same value, the last one."""
     return dict(zip(_field_of(rows, name), rows, strict=True))
 
 
@@ -1535,7 +1534,7 @@ def _whole(*args: Any, **named: Any) -> Iterable[Any]:
 
 
 def field_values(rows: Any, *names: Any, **named: Any) -> list[Any]:
-    """The values by which rows are sorted, grouped or indexed."""
+    """The values of the fields by which rows are sorted, grouped or indexed."""
     if type(rows) not in (list, tuple):
         return []
     names = tuple(name.removeprefix("-") for name in (*names, *named.values()) if type(name) is str)
@@ -1545,9 +1544,9 @@ def field_values(rows: Any, *names: Any, **named: Any) -> list[Any]:
 class Function(NamedTuple):
     """A function of the language."""
 
-    signature: str  # in Python, which evaluates it to bind arguments; messages and docs/flows.md show it
+    signature: str  # Python syntax: Python binds the arguments; messages and docs/flows.md show it
     call: Callable[..., Any]
-    reads: Callable[..., Iterable[Any]] | None = lambda *_, **__: ()  # of the arguments, in depth; None: costs nothing
+    reads: Callable[..., Iterable[Any]] | None = lambda *_, **__: ()  # what it reads in depth; None: a call is free
 
 
 _FREE = None
@@ -1587,7 +1586,7 @@ FUNCTIONS = {
         Function("merge(*objects)", _merge, lambda *objects: map(list, objects)),
     )
 }
-#: Functions whose result differs each time: it is saved with the job, so that a resumed run sees the same.
+#: Functions whose results differ each time. Results are saved with the job, so that a resumed run sees the same.
 VOLATILE = frozenset({"now", "today", "uuid"})
 
 
@@ -1615,7 +1614,7 @@ _TEXT_METHODS = (
     "endswith find rfind index count removeprefix removesuffix isdigit isalpha isalnum isspace islower isupper "
     "ljust rjust center"
 )
-#: Methods of the language by the type of the value that they are called on, then by name.
+#: Methods of the language, by the type of their value and by name.
 METHODS: dict[type, dict[str, Callable[..., Any]]] = {
     str: {name: getattr(str, name) for name in _TEXT_METHODS.split()} | {"join": _join, "replace": _replace},
     list: {"index": list.index, "count": list.count},
@@ -1673,7 +1672,7 @@ _GLOBALS |= {f"_m_{name}": _paid_method(name) for name in _METHOD_NAMES}
 
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 _PAID_OPERATORS = {ast.Add: "add", ast.Mult: "multiply", ast.Mod: "modulo", ast.Pow: "power"}
-#: Nodes that need no rewriting, but for what is in them.
+#: Nodes that stay as they are, except for the nodes inside them.
 _PLAIN_NODES = frozenset("Load List Tuple IfExp BoolOp And Or UnaryOp Not UAdd USub".split())
 QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
 _MARK = re.compile(r"\$\$\{|\$\{")
@@ -1694,7 +1693,7 @@ def _closing_brace(text: str, at: int) -> int:
 
 
 def split_template(text: str) -> list[tuple[bool, str]]:
-    """Parts of a text: (False, literal) and (True, source of an expression). ValueError if a `${` is never closed."""
+    """The parts of a text: (False, literal) or (True, source of an expression). ValueError if a `${` is not closed."""
     parts: list[tuple[bool, str]] = []
     literal, at = "", 0
     while match := _MARK.search(text, at):
@@ -1719,7 +1718,7 @@ def _check_arguments(name: str, count: int, words: list[str]) -> None:
 
 
 class _Compiler(ast.NodeTransformer):
-    """Turns one tree into one syntax tree. The line number of a node tells in which expression it stands."""
+    """Compiles a JSON tree to one syntax tree. The line number of a node is the number of its expression."""
 
     def __init__(
         self,
@@ -1806,7 +1805,7 @@ class _Compiler(ast.NodeTransformer):
         return key if isinstance(key, ast.Constant) else self.paid("deep", key)
 
     def declared(self, node: ast.expr) -> Any:
-        """The schema of what an expression reads, if the flow declares it; else None."""
+        """The schema of the value that an expression reads, or None if the flow declares none."""
         if isinstance(node, ast.Name):
             return self.schemas.get(node.id)
         if not isinstance(node, ast.Attribute | ast.Subscript):
@@ -1887,9 +1886,9 @@ class _Compiler(ast.NodeTransformer):
         left, right = self.visit(node.left), self.visit(node.right)
         paid = _PAID_OPERATORS.get(type(node.op))
         if paid is None and not isinstance(node.op, ast.Sub | ast.Div | ast.FloorDiv):
-            self.visit(node.op)  # which is refused
+            self.visit(node.op)  # raises ValueError
         constants = [type(side.value) for side in (left, right) if isinstance(side, ast.Constant)]
-        if paid is None or (paid == "add" and (int in constants or float in constants)):  # these add a few bits at most
+        if paid is None or (paid == "add" and (int in constants or float in constants)):  # a few more bits at most
             return ast.BinOp(left, node.op, right)
         return self.paid(paid, left, right)
 
@@ -1910,7 +1909,7 @@ class _Compiler(ast.NodeTransformer):
         return ast.Dict([self.key(key) for key in node.keys if key], [self.visit(value) for value in node.values])
 
     def visit_ListComp(self, node: ast.ListComp | ast.GeneratorExp | ast.DictComp) -> ast.expr:
-        """A comprehension, whose innermost turn pays for the lists and objects that it makes."""
+        """A comprehension; its innermost loop pays for the lists and objects that each turn makes."""
         parts = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
         made = [type(part) for each in parts for part in ast.walk(each)]
         price = 1 + 10 * (len(parts) - 1) + 8 * made.count(ast.List) + 16 * made.count(ast.Dict)
@@ -1919,7 +1918,7 @@ class _Compiler(ast.NodeTransformer):
             self.loop(loop, price if loop is node.generators[-1] else 1)
         if isinstance(node, ast.DictComp):
             result: ast.expr = ast.DictComp(self.key(node.key), self.visit(node.value), node.generators)
-        else:  # a generator would keep a frame; a list has the same items
+        else:  # also for a generator, which would keep a frame
             result = ast.ListComp(self.visit(node.elt), node.generators)
         self.bound, self.schemas = outer
         return result
@@ -1927,7 +1926,7 @@ class _Compiler(ast.NodeTransformer):
     visit_GeneratorExp = visit_DictComp = visit_ListComp  # noqa: N815
 
     def loop(self, loop: ast.comprehension, price: int) -> None:
-        """Check one `for … in … if …` and bind its variables."""
+        """Check a `for … in … if …`, and bind its variables."""
         if loop.is_async:
             raise ValueError("there is no async")
         pairs = isinstance(loop.target, ast.Tuple)
@@ -1946,10 +1945,10 @@ class _Compiler(ast.NodeTransformer):
 
 
 class Template:
-    """A JSON tree with `${…}` in its strings, compiled. Call it with a scope to get the value.
+    """A compiled JSON tree with `${…}` in its strings. A call with a scope returns the value.
 
-    `constant`: it holds no expression. `volatile`: its value may differ each time. `names`: what it reads of the scope.
-    `schema`: that of the value where the flow declares it, else None.
+    `constant`: without expressions. `volatile`: the value may differ each time. `names`: those that it reads in a
+    scope. `schema`: of the value, or None if the flow declares none.
     """
 
     __slots__ = ("_run", "_sources", "constant", "names", "schema", "volatile")
@@ -1960,7 +1959,7 @@ class Template:
         self.constant = not compiler.sources
 
     def __call__(self, scope: Mapping[str, Any]) -> Any:
-        """The value; ExpressionError names the place and the part of the expression that failed."""
+        """The value; the message of an ExpressionError names the place and the part that failed."""
         try:
             return self._run(scope, scope.get(BUDGET) or Budget(MAX_WORK))
         except Exception as error:
@@ -1979,9 +1978,10 @@ def compile_template(
 ) -> Template:
     """Compile every `${…}` in a JSON tree.
 
-    `names` are those that a scope will hold (a mapping says which members each has, None if any), `hints` messages for
-    names that it will not, `schemas` those of what is declared: an optional member that is not there is null. Faults
-    are appended to `faults` (the template then gives null in their place); without a list they are raised as FlowError.
+    `names` are the names of the scope (a mapping has the members of each, or None for any members). `hints` are
+    messages for names that are not in the scope. `schemas` are those of declared values, whose optional members are
+    null if they are absent. Faults go to the list `faults`, and the template then has null in their place; without a
+    list they raise FlowError.
     """
     found: list[Fault] = []
     compiler = _Compiler(names, hints or {}, schemas or {}, lambda place, text: found.append(Fault(where, place, text)))
@@ -1990,7 +1990,7 @@ def compile_template(
     tree = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))
     run = None
     try:
-        with warnings.catch_warnings():  # such as "perhaps you missed a comma": it is said when it is evaluated
+        with warnings.catch_warnings():  # such as "perhaps you missed a comma": the evaluation reports it
             warnings.simplefilter("ignore")
             run = eval(compile(tree, EXPRESSION_FILE, "eval"), _GLOBALS)  # noqa: S307 (a checked tree, no builtins)
     except (RecursionError, MemoryError, ValueError):
@@ -2492,7 +2492,7 @@ def _read_integer(text: str) -> int | None:
 
 
 def read_number(text: str) -> int | float | None:
-    """The number that a text is, None if it is none; a whole number is an integer, because a float has 53 bits."""
+    """The number in a text, or None. A whole number becomes an integer, because a float has only 53 bits."""
     match = _NUMBER.fullmatch(text)
     return None if match is None else float(text) if match[1] or match[2] else int(text)
 
@@ -2506,7 +2506,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_moment(value: Any, form: re.Pattern[str]) -> bool:
-    """Whether a value is the text of a date, or of a date and time, that the calendar has."""
+    """Whether a value is text in this form for a date (with a time) that exists."""
     if type(value) is not str or not form.fullmatch(value):
         return False
     try:
@@ -2520,11 +2520,11 @@ class ValueType(NamedTuple):
     """A type of parameters and bodies."""
 
     words: str  # what a value must be
-    holds: Callable[[Any], bool]  # whether a JSON value is of this type (`true` is no integer, `1.0` is one)
-    read: Callable[[str], Any] | None = None  # the value that a parameter's text stands for, None for none
+    holds: Callable[[Any], bool]  # whether a JSON value has this type (`true` is no integer, `1.0` is one)
+    read: Callable[[str], Any] | None = None  # the value of a parameter's text, or None
 
     def parse(self, text: str) -> Any:
-        """The value of a parameter's text; ValueError says what it must be."""
+        """The value of a parameter's text; the message of a ValueError says what the text must be."""
         value = self.read(text) if self.read else None
         if value is None or not self.holds(value):
             raise ValueError(f"must be {self.words}")
@@ -2553,15 +2553,15 @@ def equal(one: Any, other: Any) -> bool:
 
 
 class Rule(NamedTuple):
-    """A rule of a schema: which values it bounds, and by what."""
+    """A rule of a schema that limits values."""
 
     limit_type: str  # of VALUE_TYPES
-    applies: Collection[type]  # to values of other types it says nothing; empty: to all
+    applies: Collection[type]  # types of the values that it limits; empty: all
     holds: Callable[[Any, Any], bool]  # (value, limit)
     words: str
 
     def fault(self, value: Any, limit: Any) -> str | None:
-        """What is wrong with a value, if anything is."""
+        """What is wrong with a value, or None."""
         if (self.applies and type(value) not in self.applies) or self.holds(value, limit):
             return None
         return self.words.format(", ".join(map(shown, limit)) if type(limit) is list else limit)
@@ -2588,15 +2588,15 @@ def pointer(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
-_MAX_ERRORS = 100  # that one answer lists
-MAX_NAME = 300  # characters of a name in it
+_MAX_ERRORS = 100  # in one response
+MAX_NAME = 300  # characters of the name in an error
 
 
 class InputErrors(list[dict[str, str]]):
-    """Faults of a request, as an InputError and its problem document list them."""
+    """The faults of a request, as in an InputError and in its problem document."""
 
     def add(self, where: str, name: str, message: str) -> None:
-        """Note a fault, unless there are too many; the last one then says so."""
+        """Add a fault, unless there are too many; the last one then says so."""
         if len(self) == _MAX_ERRORS:
             message = "has more faults than are listed"
         if not self.full:
@@ -2605,12 +2605,12 @@ class InputErrors(list[dict[str, str]]):
 
     @property
     def full(self) -> bool:
-        """Whether no more are noted."""
+        """Whether further faults are left out."""
         return len(self) > _MAX_ERRORS
 
 
 class Schema:
-    """A compiled schema: the subset of JSON Schema that parameters and bodies share."""
+    """A compiled schema of a parameter or a body: a subset of JSON Schema."""
 
     types: Sequence[str] = ()  # empty: any
     items: Schema | None = None
@@ -2624,7 +2624,7 @@ class Schema:
         self.properties: dict[str, Schema] = {}
 
     def check(self, value: Any, place: str, errors: InputErrors, where: str = "body") -> Any:
-        """The value with defaults filled in; faults are added to `errors` under the JSON Pointer `place`."""
+        """The value with defaults filled in. Faults are added to `errors`; `place` is the JSON Pointer of the value."""
         if errors.full:
             return value
         for name in self.types:
@@ -2650,7 +2650,7 @@ class Schema:
         result = dict(value)
         for name, item in value.items():
             schema = self.properties.get(name, self.additional)
-            if schema is True:  # hundreds of thousands may come, whose places nobody asks for
+            if schema is True:  # there may be hundreds of thousands: the pointers would take time for nothing
                 continue
             at = f"{place}/{pointer(name)}"
             if isinstance(schema, Schema):
@@ -2681,7 +2681,7 @@ _CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*+"?+(?!(?:utf-?8|us-ascii)[ \
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _NO_DIGITS = bytes(set(range(256)) - set(b"0123456789"))
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*+\\u0000")
-_MAX_FIELDS = 10_000  # of a form; half a million of them took seconds
+_MAX_FIELDS = 10_000  # of a form: half a million took seconds
 _PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 
 
@@ -2691,7 +2691,7 @@ def is_json_type(media: str) -> bool:
 
 
 def unquote(text: str, plus: bool = False) -> str:
-    """Percent-decode once, strictly; ValueError for a stray %, invalid UTF-8 or a NUL."""
+    """Percent-decode a text once; `plus` also turns + into a blank. ValueError for a stray %, invalid UTF-8, NUL."""
     if plus:
         text = text.replace("+", " ")
     if "%" not in text:
@@ -2708,7 +2708,7 @@ def unquote(text: str, plus: bool = False) -> str:
 
 
 def parse_query(query: str) -> dict[str, list[str]]:
-    """Names and values of a query; raises InputError for what does not decode."""
+    """The values of a query by their names; raises InputError if one cannot be decoded."""
     result: dict[str, list[str]] = {}
     encoded = "%" in query or "+" in query
     for pair in query.split("&"):
@@ -2724,17 +2724,17 @@ def parse_query(query: str) -> dict[str, list[str]]:
 
 
 def _plain(query: Mapping[str, list[str]]) -> dict[str, str | list[str]]:
-    """A query as expressions see it: a list only where a name was given several times."""
+    """A query as expressions see it: names that occur several times have lists."""
     return {name: values[0] if len(values) == 1 else values for name, values in query.items()}
 
 
 def members_of(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Names and members of an object, positions and items of a list; nothing of any other value."""
+    """Pairs of the name and the value of each member, or the position and the item; none of a plain value."""
     return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
 
 
 def _refuse_large(value: Any, place: str, errors: InputErrors) -> None:
-    """Note a fault for every integer beyond 64 bits: other programs, SQLite too, cannot hold it."""
+    """Add a fault for every integer beyond 64 bits, which other programs (also SQLite) cannot hold."""
     if type(value) is int and value not in INT64:
         errors.add("body", place, "must be within 64 bits: send a larger number as text")
     for key, item in members_of(value):
@@ -2743,13 +2743,13 @@ def _refuse_large(value: Any, place: str, errors: InputErrors) -> None:
 
 
 def _has_long_number(text: bytes) -> bool:
-    """Whether there are 19 digits in a row; most texts have fewer in all, which is found sooner."""
+    """Whether 19 digits stand in a row. Most texts have fewer digits in all, which is a faster check."""
     return len(text.translate(None, _NO_DIGITS)) >= 19 and _LONG_NUMBER.search(text) is not None
 
 
 @lru_cache(maxsize=16)
 def _media_type(content_type: str, accepts: tuple[str, ...]) -> str:
-    """The media type of a request's body; InputError (415) if a flow that takes some types takes others."""
+    """The media type of a request's body; raises InputError (415) for a type that the flow does not accept."""
     media = content_type.partition(";")[0].strip().lower()
     if not media and CONTENT_TYPES["binary"] in accepts:  # RFC 9110, section 8.3
         media = CONTENT_TYPES["binary"]
@@ -2766,7 +2766,7 @@ def _media_type(content_type: str, accepts: tuple[str, ...]) -> str:
 
 
 def _read_body(body: bytes, media: str) -> Any:
-    """A body as a value; ValueError says what is wrong with it."""
+    """The value of a body; the message of a ValueError says what is wrong."""
     if is_json_type(media):
         value = from_json(body)
         if b"\\u0000" in body and _ESCAPED_NUL.search(body.decode()):
@@ -2791,7 +2791,7 @@ def _read_body(body: bytes, media: str) -> Any:
 
 
 def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
-    """The value of a request's body; raises InputError (415) for a type that the flow does not take."""
+    """The value of a request's body; raises InputError (415) for a type that the flow does not accept."""
     if not request.body:
         if flow.body_required:
             errors.add("body", "", "is missing: send " + flow.content_types[0])
@@ -2812,7 +2812,7 @@ def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
 
 
 class Parameter(NamedTuple):
-    """A declared parameter. `parse` reads one text; of an array, one item."""
+    """A declared parameter. `parse` reads one text, which for an array is one item."""
 
     name: str
     where: str  # path, query or header
@@ -2822,7 +2822,7 @@ class Parameter(NamedTuple):
     schema: Schema
 
     def read(self, given: Sequence[str], errors: InputErrors) -> Any:
-        """The value of the texts that a request gives; faults are added to `errors`."""
+        """The value of the texts in a request; faults are added to `errors`."""
         if not given:
             if self.required:
                 errors.add(self.where, self.name, "is missing")
@@ -2830,7 +2830,7 @@ class Parameter(NamedTuple):
         before = len(errors)
         try:
             value = self._parsed(given) if self.array or len(given) > 1 else self.parse(given[0])
-            if self.array or self.schema.rules:  # else it was looked at when it was parsed
+            if self.array or self.schema.rules:  # otherwise `parse` has checked everything
                 value = self.schema.check(value, "", errors, self.where)
         except ValueError as error:
             errors.add(self.where, "", str(error))
@@ -2845,7 +2845,7 @@ class Parameter(NamedTuple):
     def _parsed(self, given: Sequence[str]) -> Any:
         if not self.array:
             raise ValueError("must be given once")
-        # One text is a list; of several each is an item, and an empty one is none.
+        # One text is a comma-separated list. Of several texts, each is an item, and empty ones are left out.
         texts = given[0].split(",") if len(given) == 1 and given[0] else [text for text in given if text]
         texts = [text.strip(" \t") for text in texts] if self.where == "header" else texts
         if "" in texts:
@@ -2854,23 +2854,23 @@ class Parameter(NamedTuple):
 
 
 class Input(NamedTuple):
-    """A request's input, checked: what expressions see as `params` and `request`."""
+    """The checked input of a request: `params` and `request` of expressions."""
 
     params: dict[str, Any]
     request: dict[str, Any]
     selected: Any = None  # a Selected of astera_lite_requests, where the flow has a selection
-    size: int = 0  # bytes of body and query as they came
+    size: int = 0  # bytes of body and query as received
     trace: Trace | None = None
 
 
 # --- members ----------------------------------------------------------------------------------------------------------
-# An object of a flow file is a table of members. One walk over it checks what an author wrote, fills in defaults,
-# compiles expressions and names the place of each fault. The JSON Schema of flow files, the members that a message
-# lists, and the tables of docs/flows.md follow from the same table.
+# A table of members describes an object in a flow file. One pass over the table checks what the author wrote, fills in
+# defaults, compiles expressions, and names the place of each fault. The same table gives the JSON Schema of flow files,
+# the members that messages list, and the tables of docs/flows.md.
 
 _BASE_NAMES = ("params", "request", "env", "secrets")
 _REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
-#: What expressions see as `error`, behind a step that failed and went on.
+#: The members of `error` in expressions, after a step that failed while the flow went on.
 _ERROR_MEMBERS = ("status", "headers", "body", "message", "kind")
 MODES = ("synchronous", "asynchronous")
 FLOW_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -2879,40 +2879,40 @@ STEP_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
 
 class Build:
-    """What is known while a flow is compiled: the faults found so far, and the names that expressions may use."""
+    """The state of the compilation of a flow: faults so far, and the names that expressions may use."""
 
     def __init__(self, where: str, step: Member, folder: str | None = None, connections: Collection[str] = ()) -> None:
         self.where, self.folder, self.connections = where, folder, connections
         self.step = step  # compiles a step
         self.faults: list[Fault] = []
         self.names: Mapping[str, Collection[str] | None] = {}
-        self.hints: dict[str, str] = {}  # messages for names that are not known
-        self.schemas: Mapping[str, Any] = {}  # of names that stand for parts of the body
-        self.given: dict[str, Any] = {}  # members read so far of the object that is being read
-        self.volatile = False  # whether a template compiled since this was cleared is
-        self.calls: list[tuple[str, str]] = []  # flows that are called, and the places of the calls
-        self.step_names: set[str] = set()  # of all steps, those inside other steps included
+        self.hints: dict[str, str] = {}  # messages for unknown names
+        self.schemas: Mapping[str, Any] = {}  # of names for parts of the body
+        self.given: dict[str, Any] = {}  # the compiled members so far of the object in progress
+        self.volatile = False  # whether a template of the step in progress is
+        self.calls: list[tuple[str, str]] = []  # the called flows, and the places of the calls
+        self.step_names: set[str] = set()  # of all steps, also those inside other steps
         self.method = "GET"  # of the flow
         self.light = True  # whether all steps so far only compute
 
     def fault(self, place: str, message: str) -> None:
-        """Report a fault and its cure."""
+        """Add a fault; the message also names the cure."""
         self.faults.append(Fault(self.where, place, message))
 
     def template(self, value: Any, place: str) -> Template:
-        """Compile a value that may hold expressions."""
+        """Compile a value that may have expressions."""
         template = compile_template(value, self.names, place, self.faults, self.where, self.hints, self.schemas)
         self.volatile = self.volatile or template.volatile
         return template
 
-    def know(self, name: str, schema: Any = None) -> None:
-        """Let expressions that are read from here on use a name, to the end of the block."""
+    def add_name(self, name: str, schema: Any = None) -> None:
+        """Add a name for the expressions that are compiled from here to the end of the block."""
         self.names = {**self.names, name: None}
         self.schemas = {**self.schemas, name: schema}
 
     @contextlib.contextmanager
     def block(self) -> Iterator[None]:
-        """Read a part of the flow; the names that it adds are unknown behind it."""
+        """Compile a part of the flow; the names that it adds are unknown after it."""
         outer = self.names, self.schemas, self.given
         self.given = {}
         yield
@@ -2922,30 +2922,30 @@ class Build:
 
 
 class Member:
-    """What may stand behind a name in a flow file, and what it compiles to; this one takes any JSON as it is.
+    """What an author may write as the value of a name in a flow file, and what it compiles to; here any JSON, as it is.
 
-    `traits` are attributes. `default` is what an author would write to the same effect; an absent member without one is
-    not among the values of its object. `word` is for messages and documentation, `json` a JSON Schema.
+    `traits` are attributes. `default` is what an author would write for the same effect; without a default, the values
+    of an object lack an absent member. `word` is for messages and documentation, `json` is a JSON Schema.
     """
 
     default: Any = None
     required = False
     word = "any value"
     json: Mapping[str, Any] = {}
-    holds: Callable[[Any], Any] = staticmethod(lambda value: True)  # whether a value may stand there
-    cure: Callable[[Any], str] = staticmethod(lambda value: "")  # what to do about one that may not
+    holds: Callable[[Any], Any] = staticmethod(lambda value: True)  # whether a value is allowed
+    cure: Callable[[Any], str] = staticmethod(lambda value: "")  # for a value that is not allowed
 
     def __init__(self, **traits: Any) -> None:
         vars(self).update(traits)
 
     def parse(self, value: Any) -> Any:
-        """Check and compile a value; ValueError says what is wrong with it and what would be right."""
+        """Check and compile a value; the message of a ValueError names the fault and the cure."""
         if self.holds(value):
             return value
         raise ValueError(f"{shown(value)} is not {self.word}{self.cure(value)}")
 
     def read(self, build: Build, value: Any, place: str) -> Any:
-        """Check and compile what stands at a place; `build` collects the faults."""
+        """Check and compile the value at a place; `build` collects the faults."""
         try:
             return self.parse(value)
         except ValueError as error:
@@ -2954,7 +2954,7 @@ class Member:
 
 
 class Text(Member):
-    """Text without expressions, which matches a pattern."""
+    """Text that matches a pattern, without expressions."""
 
     def __init__(self, word: str = "text", pattern: str = "(?s:.*)", **traits: Any) -> None:
         super().__init__(**{"word": word, "json": {"type": "string"}} | traits)
@@ -2963,7 +2963,7 @@ class Text(Member):
 
 
 class Number(Member):
-    """A number within bounds, by default a whole one."""
+    """A number within bounds, by default an integer."""
 
     types: Sequence[type] = (int,)
 
@@ -2977,7 +2977,7 @@ class Number(Member):
 
 
 class OneOf(Member):
-    """One of some words."""
+    """One of several words."""
 
     def __init__(self, *words: str, **traits: Any) -> None:
         super().__init__(word=f"one of {', '.join(words)}", json={"enum": list(words)}, **traits)
@@ -3009,19 +3009,19 @@ _STATUS_WORD = Member(holds=_is_status_word, word='a status such as 200 or "2xx"
 
 
 class Value(Member):
-    """Any JSON, in whose text there may be expressions, which may also use `names`; it compiles to a Template."""
+    """Any JSON, with expressions in its text, which may also use `names`; compiles to a Template."""
 
     names: Sequence[str] = ()
 
     def read(self, build: Build, value: Any, place: str) -> Template:
         with build.block():
             for name in self.names:
-                build.know(name)
+                build.add_name(name)
             return build.template(value, place)
 
 
 class Condition(Value):
-    """An expression that decides; any other text would always hold."""
+    """A condition: an expression, because any other text would always be true."""
 
     word = "a condition, `${…}`"
 
@@ -3032,7 +3032,7 @@ class Condition(Value):
 
 
 class Computed(Value):
-    """What a plain member takes, or an expression, whose value its user checks; it compiles to a Template."""
+    """A value of a plain member, or an expression, whose value is checked where it is used; compiles to a Template."""
 
     plain: Member
 
@@ -3050,7 +3050,7 @@ def _of_items(words: str, item: Member) -> str:
 
 
 class ListOf(Member):
-    """A list of at least so many items; with `lone`, what is no list stands for a list of it alone."""
+    """A list with at least `least` items; with `lone`, a single item may stand for a list."""
 
     item: Member
     least = 0
@@ -3071,7 +3071,7 @@ class ListOf(Member):
 
 
 class MapOf(Member):
-    """An object whose members have names of the author's choice; `check(build, name, names)` says what is wrong."""
+    """An object whose author chooses the names; `check(build, name, names)` returns what is wrong with one."""
 
     item: Member
     check: Callable[[Build, str, Collection[str]], str] = staticmethod(lambda build, name, names: "")
@@ -3090,7 +3090,7 @@ class MapOf(Member):
 
 
 class Either(Member):
-    """One member for lists and objects, another one for all else."""
+    """`structured` for lists and objects, `plain` for other values."""
 
     plain: Member
     structured: Member
@@ -3103,7 +3103,7 @@ class Either(Member):
 
 
 class Elsewhere(Member):
-    """A member that a wing has under a name such as `astera_lite_steps:SQL`, loaded when somebody first uses it."""
+    """A member of a wing, such as `astera_lite_steps:SQL`; the wing is loaded on first use."""
 
     name: str
 
@@ -3115,12 +3115,12 @@ class Elsewhere(Member):
 
 
 class Table(Member):
-    """An object with these members and no others, read in the order of the table.
+    """An object with these members and no others, compiled in the order of the table.
 
-    It compiles to a dict of the members that are given or have a default, or to what `make(build, values, place)` makes
-    of this dict if there are no faults. What is no object is the value of the member `short`. `choice` are members of
-    which exactly one must be there. `more` stands for members of other names; without it these are faults. `name` is
-    that of its definition in the JSON Schema.
+    It compiles to a dict of the members that are present or have a default. If there are no faults and there is a
+    function `make(build, values, place)`, it compiles to the result of this function. A value that is no object is
+    taken as the member `short`. Exactly one of the members `choice` must be present. `more` is for members of other
+    names, which are faults without it. `name` is the name of the definition in the JSON Schema.
     """
 
     members: Mapping[str, Member]
@@ -3165,13 +3165,13 @@ class Table(Member):
             if member.required and name not in value:
                 build.fault(place, f'needs a member "{name}": {member.word}')
         used = [name for name in self.choice if name in value]
-        if self.choice and len(used) != 1 and not (unknown and not used):  # the unknown one was to be it
+        if self.choice and len(used) != 1 and not (unknown and not used):  # probably the unknown one is misspelled
             found = f", not {' and '.join(used)}" if used else ""
             build.fault(place, f"needs exactly one of {', '.join(self.choice)}{found}")
 
 
 class Steps(ListOf):
-    """A list of steps; each sees the names of those before it."""
+    """A list of steps; expressions of a step may use the names of the steps before it."""
 
     def __init__(self, **traits: Any) -> None:
         super().__init__(Member(json={"$ref": "#/$defs/step"}), **{"least": 1, "word": "a list of steps"} | traits)
@@ -3183,24 +3183,25 @@ class Steps(ListOf):
         for position, spec in enumerate(super().read(build, value, place)):
             steps.append(build.step.read(build, spec, f"{place}/{position}"))
             if isinstance(spec, dict) and isinstance(name := spec.get("name"), str):
-                build.know(name)
+                build.add_name(name)
                 build.step_names.add(name)
         build.volatile = volatile  # each step counts for itself
         return steps
 
 
 class StepKind(Member):
-    """A kind of step, as the member of that name: compiles to itself, its runner, and whether its value is saved.
+    """A kind of step, as a member of steps: compiles to itself, its runner, and whether its value is saved.
 
-    `make(build, values, place)` gets what `members` compile to, unless there are faults; None: that is the runner.
+    If there are no faults, `make(build, values, place)` makes the runner of the values that `members` compile to;
+    without `make`, these values are the runner.
     """
 
     members: Member
     make: Callable[[Build, Any, str], Runner] | None
     effect = False  # it may act on the world outside
-    light = False  # it only computes, and no longer than its expressions do
-    answers = False  # its value is what an API or a flow answered
-    nests = False  # it runs steps that stand inside it
+    light = False  # it only computes, and takes no longer than its expressions
+    answers = False  # its value is the response of an API or a flow
+    nests = False  # it runs the steps inside it
     code = False  # it runs Python code of the flow's author
     failures: Sequence[str] = ()  # words for its failures, which `retry.on` may name
 
@@ -3220,22 +3221,22 @@ class StepKind(Member):
 
 
 class Retry(NamedTuple):
-    """When and how often a step is tried again. Times are seconds."""
+    """How often and when a failed step is repeated. Times are in seconds."""
 
     attempts: int = 1
     delay: float = 1.0
     backoff: float = 2.0
     max_delay: float = 30.0
-    on: frozenset[str] | None = None  # None: whatever is safe
+    on: frozenset[str] | None = None  # kinds of failures; None: all that are safe to repeat
 
     def pause(self, failed: int) -> float:
-        """Seconds to wait after the n-th failure (from 1): exponential, always with jitter."""
+        """Seconds to wait after the n-th failure (from 1): they grow exponentially, with jitter."""
         longest = min(self.delay * self.backoff ** (failed - 1), self.max_delay)
         return longest * (0.5 + random.random() / 2)  # noqa: S311 (spreads load, guards nothing)
 
 
 class Step(NamedTuple):
-    """One compiled step. `save`: its output is kept with the job."""
+    """A compiled step. `save`: its output is saved with the job."""
 
     name: str
     kind: str
@@ -3250,21 +3251,21 @@ class Step(NamedTuple):
 
 
 class Response(NamedTuple):
-    """One of a flow's responses: the first whose `when` holds answers."""
+    """One of the responses of a flow: the first one whose `when` is true is sent."""
 
     when: Template | None
     status: Template
     headers: Mapping[str, Template]
     body: Template | None
-    selection: Any = None  # a Selection of astera_lite_requests: what a caller may ask of the rows
+    selection: Any = None  # a Selection of astera_lite_requests: what a caller may request of the rows
 
 
-_SCALARS = (str, int, float, bool, type(None))  # which nobody can change
-_MAX_BOUND = 128  # queries that a flow keeps bound, and characters of each
+_IMMUTABLE = (str, int, float, bool, type(None))
+_MAX_BOUND = 128  # queries whose values a flow keeps, and characters of each query
 
 
 class Flow(NamedTuple):
-    """A deployed flow, compiled. `tree` is what its author wrote, `version` the hash that pins jobs to it."""
+    """A compiled flow. `tree` is what the author wrote; `version` is its hash, by which a job keeps its version."""
 
     name: str
     description: str
@@ -3278,33 +3279,33 @@ class Flow(NamedTuple):
     body_required: bool
     steps: tuple[Step, ...]
     responses: tuple[Response, ...]
-    selection: Any  # of all responses together, as of Response
+    selection: Any  # of all responses together
     timeout: float | None  # seconds
     restart: str  # resume, rerun or fail
-    limit: int | None  # runs at one time
+    limit: int | None  # simultaneous runs
     when_full: str  # queue or refuse
-    calls: tuple[tuple[str, str], ...]  # flows that it calls, and the place where it does
-    tests: Sequence[dict[str, Any]]  # as the table _TEST has them
+    calls: tuple[tuple[str, str], ...]  # the called flows, and the places of the calls
+    tests: Sequence[dict[str, Any]]  # with the members of the table _TEST
     tree: dict[str, Any]
     text: str
     version: int
-    source: str  # the file's name, for people
-    bound: dict[str, tuple[dict[str, Any], dict[str, Any]]]  # what queries came to that may come again
-    header_names: tuple[str, ...] = ()  # of a request, in lower case: those that matter to the flow
-    light: bool = False  # computes only, and is short: it may be run where a thread must not be held for long
+    source: str  # the name of the file, for messages
+    bound: dict[str, tuple[dict[str, Any], dict[str, Any]]]  # parameters and query values by query, for the next time
+    header_names: tuple[str, ...] = ()  # of the request headers that matter to the flow, in lower case
+    light: bool = False  # only computes, and is short: may run on a thread that must not be held for long
 
     @property
     def segments(self) -> list[str]:
-        """The resource's raw path segments."""
+        """The raw segments of the resource."""
         return self.resource.split("/")[1:]
 
     @property
     def selecting(self) -> list[str]:
-        """The query parameters that select rows of its responses."""
+        """The query parameters that select rows of responses."""
         return self.selection.names if self.selection else []
 
     def bind(self, request: StoredRequest, segments: Mapping[str, str], request_id: str = "") -> Input:
-        """Check a request against the declaration; raises InputError with every fault at once."""
+        """The checked input of a request; raises InputError with all faults."""
         errors = InputErrors()
         known = self.bound.get(request.query)
         if known is None:
@@ -3326,7 +3327,7 @@ class Flow(NamedTuple):
     def _bind_query(
         self, request: StoredRequest, segments: Mapping[str, str], errors: InputErrors
     ) -> tuple[dict[str, Any], dict[str, Any], Any]:
-        """The parameters, the query as expressions see it, and what it selects."""
+        """The parameters, the query as expressions see it, and the selection of rows."""
         query, params = parse_query(request.query), {}
         for item in self.parameters:
             if item.where == "query":
@@ -3348,7 +3349,7 @@ class Flow(NamedTuple):
             not errors
             and len(request.query) <= _MAX_BOUND
             and all(item.where == "query" for item in self.parameters)
-            and all(type(value) in _SCALARS for value in (*params.values(), *plain.values()))
+            and all(type(value) in _IMMUTABLE for value in (*params.values(), *plain.values()))
         ):
             if len(self.bound) >= _MAX_BOUND:
                 self.bound.clear()
@@ -3357,13 +3358,13 @@ class Flow(NamedTuple):
 
 
 def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
-    """The request that a client would send to call a flow with these parameters; InputError if none can say them."""
+    """The request of a client that calls a flow with these parameters; InputError if no request can express them."""
     request: StoredRequest = wing("astera_lite_requests:request_for")(flow, params, body)
     return request
 
 
 def path_values(flow: Flow, path: str) -> dict[str, str]:
-    """The path parameters of a raw path that matches the flow's resource, decoded once; raises InputError."""
+    """The decoded path parameters of a raw path that matches the flow's resource; raises InputError."""
     values: dict[str, str] = {}
     if "{" not in flow.resource:
         return values
@@ -3378,7 +3379,7 @@ def path_values(flow: Flow, path: str) -> dict[str, str]:
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 
-#: Headers that the server alone sets: framing (RFC 9112), hop-by-hop ones, and our own.
+#: Headers that only the server sets: framing (RFC 9112), hop-by-hop headers, and our own.
 RESERVED_HEADERS = frozenset(
     (
         "connection content-length date keep-alive proxy-authenticate te trailer transfer-encoding "
@@ -3392,9 +3393,9 @@ _WITHOUT_BODY = (204, 205, 304)
 
 
 def _field_value(name: str, text: str) -> str:
-    """A text as the value of a header: what none may have (RFC 9110, section 5.5) is percent-encoded, as in a URL.
+    """A text as the value of a header. Characters that no header may have (RFC 9110, section 5.5) are percent-encoded.
 
-    It may be what a client sent: that must neither split the answer nor make it a 5xx.
+    The text may come from a client, and must neither split the response nor turn it into a 5xx.
     """
     unsendable = _NO_URL if name.lower() in ("location", "content-location") else _UNSENDABLE
     value = unsendable.sub(lambda match: urllib.parse.quote(match[0], safe="", errors="replace"), text).strip(" \t")
@@ -3404,7 +3405,7 @@ def _field_value(name: str, text: str) -> str:
 def make_answer(
     status: Any, headers: Mapping[str, Any], body: Any, max_bytes: int, *, empty: bool = False, method: str = "GET"
 ) -> Answer:
-    """A flow's values as a response to a method; ExpressionError or ValueError if they are none."""
+    """The response to a method with a flow's values; raises ExpressionError or ValueError if they make none."""
     if type(status) is not int or not 200 <= status <= 599:
         raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
     pairs: Pairs = ()
@@ -3433,12 +3434,12 @@ def make_answer(
     return Answer(status, (*others, ("Content-Type", content_type if media else default)), data)
 
 
-# What Python calls an encoding too; the first takes time with the square of the size.
+# Encodings of Python that are no charsets of texts; the time for punycode grows with the square of the size.
 _NO_CHARSETS = frozenset({"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"})
 
 
 def read_answer(answer: Fetched) -> Any:
-    """The body as its content type says: JSON, text or bytes; None if it is empty. Raises ValueError."""
+    """The value of a response's body by its content type: JSON, text or bytes; None if empty. Raises ValueError."""
     if not answer.body:
         return None
     content_type = (header_value(answer.headers, "content-type") or "").lower()
@@ -3470,11 +3471,11 @@ def read_answer(answer: Fetched) -> Any:
 
 
 class _Signal(Exception):
-    """Ends a run. It is no failure of a step: nothing tries again, and `onError` does not catch it."""
+    """Ends a run, and is no failure of a step: `retry` and `onError` do not apply."""
 
 
 class Answered(_Signal):
-    """A `respond` step answers with this."""
+    """A `respond` step responds with `answer`."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -3486,11 +3487,11 @@ class _Suspend(_Signal):
 
 
 class Cancelled(_Signal):
-    """The run is to stop: its job was cancelled."""
+    """The run must stop: its job was cancelled."""
 
 
 class _TimedOut(_Signal):
-    """The run took longer than it may; the message is for the flow's author, `detail` for the client."""
+    """The run has exceeded its time limit. The message is for the flow's author, `detail` for the client."""
 
     kind, status, detail, headers = "timeout", 504, "The flow exceeded its time limit.", ()
 
@@ -3499,7 +3500,7 @@ class _TimedOut(_Signal):
 
 
 class FlowFailure(_Signal):
-    """What a `fail` step says."""
+    """A `fail` step has ended the run."""
 
     kind = "fail"
 
@@ -3512,13 +3513,13 @@ _KINDS_FOR_PEOPLE = {"too_large": "size"} | dict.fromkeys(("invalid", "next", "r
 
 
 class StepError(AsteraError):
-    """A step failed. `detail` may be told to the client; `status` is the response's code, `kinds` are for retry.
+    """A step has failed. The client may see `detail`; `status` is that of the response; `kinds` are words for `retry`.
 
-    `reason` is for the flow's author; `answer` is what the API, or the called flow, answered, if it did.
+    `reason` is for the flow's author. `answer` is the response of the API, or of the called flow, if there is one.
     """
 
     headers = ()
-    source: dict[str, Any] | None = None  # file and line of the exception, where it came from another process
+    source: dict[str, Any] | None = None  # file and line of the exception, if it came from another process
 
     def __init__(
         self, status: int, detail: str, reason: str, kinds: Collection[str] = (), answer: Fetched | None = None
@@ -3528,13 +3529,13 @@ class StepError(AsteraError):
 
     @property
     def kind(self) -> str:
-        """The one word for what happened."""
+        """The kind of the failure, in one word."""
         word = min(self.kinds - {"unsafe"}, default="error")
         return "status" if word[0].isdigit() else _KINDS_FOR_PEOPLE.get(word, word)
 
 
 def _kind_and_message(error: BaseException) -> tuple[str, str]:
-    """What happened, in one word and in the words for the flow's author."""
+    """The kind of a failure, and the message for the flow's author."""
     if isinstance(error, StepError | _TimedOut | FlowFailure):
         return error.kind, str(error)
     if isinstance(error, ExpressionError):
@@ -3543,7 +3544,7 @@ def _kind_and_message(error: BaseException) -> tuple[str, str]:
 
 
 def _error_value(error: Exception, masked: Mask) -> dict[str, Any]:
-    """A failure as expressions see it; what an API answered with it is read as far as it can be."""
+    """The value of `error` in expressions; a body that cannot be read is text."""
     kind, message = _kind_and_message(error)
     status, headers, body = None, {}, None
     answer = error.answer if isinstance(error, StepError) else None
@@ -3557,13 +3558,13 @@ def _error_value(error: Exception, masked: Mask) -> dict[str, Any]:
 
 
 class Suspended(NamedTuple):
-    """A run that waits until a time (milliseconds since the epoch) without holding a thread."""
+    """A run waits until a time (milliseconds since the epoch), without a thread."""
 
     until: int
 
 
 class Cancel:
-    """A request to stop, set by any thread and seen by one run."""
+    """A request to stop a run; any thread may set it."""
 
     __slots__ = ("_listeners", "is_set")
 
@@ -3578,7 +3579,7 @@ class Cancel:
 
     @contextlib.contextmanager
     def calling(self, listener: Callable[[], None]) -> Iterator[None]:
-        """Have `listener` called, perhaps twice, by the thread that sets this; at once if it is set already."""
+        """Have `listener` called (perhaps twice) by the thread that sets this, or at once if this is set already."""
         self._listeners.append(listener)
         try:
             if self.is_set:
@@ -3588,7 +3589,7 @@ class Cancel:
             self._listeners.remove(listener)
 
     def wait(self, seconds: float) -> bool:
-        """Sleep for so long, or until set; whether it is set."""
+        """Sleep so many seconds, or until this is set; return whether it is set."""
         changed = threading.Event()
         with self.calling(changed.set):
             changed.wait(seconds)
@@ -3596,45 +3597,45 @@ class Cancel:
 
 
 class Journal:
-    """What outlives a run's thread: saved outputs and begun waits, by step path. This one keeps nothing."""
+    """What a run saves to be resumed: outputs and begun waits, by the path of the step. This class saves nothing."""
 
     suspendable = False
 
     def __init__(self) -> None:
-        self.saved: Mapping[str, Any] = {}  # also under the keys of `journal_key`
+        self.saved: Mapping[str, Any] = {}  # also by the keys of `journal_key`
         self.waits: Mapping[str, int] = {}
 
     def record(self, path: str, value: Any) -> int | None:
-        """Save a finished step's output; the size in bytes of what was saved."""
+        """Save the output of a finished step; return its size in bytes."""
         return None
 
     def begin_wait(self, path: str, until: int) -> None:
-        """Remember until when (milliseconds since the epoch) a step waits."""
+        """Save the time until which a step waits, in milliseconds since the epoch."""
 
     def barrier(self) -> None:
-        """Return when all that was recorded is committed; called before each side effect."""
+        """Return when everything recorded is committed; called before each side effect."""
 
 
-#: What a journal keeps of a step beside its output, so that a resumed run does not work it out again: the suffix of the
-#: step's path under which it does. Databases in the field have them.
+#: What a journal saves of a step beside its output, so that a resumed run does not compute it again, with the suffix of
+#: its key (the key of the output is the step's path). Databases in use have these keys.
 _JOURNAL_SUFFIXES = {
-    "when": "?",  # whether it held
-    "error": "!",  # of a step that failed and went on, as expressions see it
-    "began": "<",  # when the first attempt began, milliseconds since the epoch
-    "deadline": "@",  # of the attempt that was suspended, milliseconds since the epoch
-    "time": "=",  # that a `wait` waits for
+    "when": "?",  # the value of the condition
+    "error": "!",  # the value of `error`, if the step failed and the flow went on
+    "began": "<",  # the begin of the first attempt, in milliseconds since the epoch
+    "deadline": "@",  # of the suspended attempt, in milliseconds since the epoch
+    "time": "=",  # the end of a `wait`
     "items": "/of",  # of an `each`
-    "flow deadline": "/@",  # of a flow that is called
+    "flow deadline": "/@",  # of a called flow
 }
 
 
 def journal_key(path: str, what: str) -> str:
-    """The key under which a journal keeps something of a step (see _JOURNAL_SUFFIXES)."""
+    """The key in a journal for something of a step (a name of _JOURNAL_SUFFIXES)."""
     return path + _JOURNAL_SUFFIXES[what]
 
 
 class Surroundings(NamedTuple):
-    """What every run needs of the outside."""
+    """What all runs need from outside."""
 
     clock: Clock
     outbound: Outbound
@@ -3643,16 +3644,16 @@ class Surroundings(NamedTuple):
     secrets: dict[str, str]
     max_result: int  # bytes
     max_step_response: int  # bytes
-    connections: dict[str, Any]  # as they are now: a reload replaces them
-    masked: Mask  # of the secrets, and of credentials
-    kept: dict[str, Any]  # what kinds of steps keep between runs, by their names; each has a method `close`
+    connections: dict[str, Any]  # a reload replaces them
+    masked: Mask  # of secrets and credentials
+    kept: dict[str, Any]  # objects that kinds of steps keep between runs, by name; each has a method `close`
     flow_named: Callable[[str], Flow | None] = lambda name: None  # for `call`
-    data: str = "data"  # folder that sql steps may reach
-    own_database: str = "\0"  # path that they may not
-    folder: str | None = None  # of the flows; programs run there
+    data: str = "data"  # the folder that sql steps may reach
+    own_database: str = "\0"  # the file that sql steps may not reach
+    folder: str | None = None  # of the flows; programs run in it
 
     def close(self) -> None:
-        """Give back what runs keep between them."""
+        """Close the objects that are kept between runs."""
         while self.kept:
             self.kept.popitem()[1].close()
 
@@ -3662,7 +3663,7 @@ _WORTH_SUSPENDING_MS = 250  # a shorter wait costs less than two commits
 
 
 class Run:
-    """One run of a flow: its input, what it knows, and when it must end."""
+    """One run of a flow: its input, its state and its deadlines."""
 
     def __init__(
         self,
@@ -3680,13 +3681,13 @@ class Run:
         self.trace = trace
         self.cancel = cancel or Cancel()
         self.progress = Progress(None, 0, len(flow.steps))
-        self.canned: Any = None  # of a test: stands in for steps by its method `output(step, path)`
-        self.held = False  # waits with its thread, for it shares its run with others
-        self.budget: Budget | None = None  # of all evaluations together
-        self.reached: dict[str, Any] = {}  # how far a step came, for its next attempt, by path
+        self.canned: Any = None  # in a test: its method `output(step, path)` stands in for steps
+        self.held = False  # waits keep the thread, because other threads share the run
+        self.budget: Budget | None = None  # for all evaluations together
+        self.reached: dict[str, Any] = {}  # how far steps have come, by path, for their next attempts
 
     def scope(self) -> Scope:
-        """The names that expressions see before the first step."""
+        """The names of expressions before the first step."""
         given, outside = self.input, self.outside
         env, secrets = dict(outside.env), dict(outside.secrets)  # which a Python step may change
         names: Scope = {"params": given.params, "request": given.request, "env": env, "secrets": secrets, "error": None}
@@ -3694,18 +3695,18 @@ class Run:
 
     @property
     def about(self) -> dict[str, str]:
-        """What its lines of the log are about."""
+        """The members of log records about this run."""
         its_id = str(self.input.request["id"])
         return about("job" if JobKey.parse(its_id) else "request", its_id, self.flow.name, self.input.trace)
 
     def branch(self, **changes: Any) -> Run:
-        """A run of a part of this one, under the same deadlines; `changes` are its attributes that differ."""
+        """A part of this run, with the same deadlines; `changes` are attributes that differ."""
         part = copy.copy(self)
         vars(part).update(changes)
         return part
 
     def evaluated_once(self, template: Template, scope: Scope, key: str) -> Any:
-        """The template's value; one that may turn out otherwise the next time is saved, for a resumed run."""
+        """The value of a template; if it may differ the next time, it is saved for a resumed run."""
         if template.volatile and key in self.journal.saved:
             return self.journal.saved[key]
         value = template(scope)
@@ -3714,14 +3715,14 @@ class Run:
         return value
 
     def check(self) -> None:
-        """Raise if the run was cancelled or is over its time."""
+        """Raise Cancelled or _TimedOut if the run must end."""
         if self.cancel.is_set:
             raise Cancelled
         if self.outside.clock.monotonic() >= self.deadline:
             raise _TimedOut
 
     def left(self) -> float:
-        """Seconds until the step or the run must end; raises _TimedOut or StepError if there are none."""
+        """Seconds until the step or the run must end; raises StepError, _TimedOut or Cancelled if it must end now."""
         left = self.step_deadline - self.outside.clock.monotonic()
         if left <= 0:
             self.check()
@@ -3729,7 +3730,7 @@ class Run:
         return left
 
     def sleep(self, seconds: float) -> None:
-        """Hold the thread for so long; ends early, with an error, at the deadline or on cancel."""
+        """Wait so many seconds on this thread; raises an exception at the deadline or on cancel."""
         left = self.left()
         if self.cancel.wait(min(seconds, left)):
             raise Cancelled
@@ -3737,7 +3738,7 @@ class Run:
             self.left()
 
     def wait_until(self, until: int, path: str) -> None:
-        """Wait until a time (milliseconds since the epoch), without the thread where the run can be suspended."""
+        """Wait until a time (milliseconds since the epoch), without a thread if the run can be suspended."""
         clock = self.outside.clock
         wait_ms = until - clock.now()
         if wait_ms <= 0:
@@ -3750,7 +3751,7 @@ class Run:
 
     @contextlib.contextmanager
     def within(self, timeout: float, key: str, resumed: bool = True) -> Iterator[None]:
-        """Bound what is done inside to so many seconds; the bound outlives a suspension, saved under `key`."""
+        """Limit the block to so many seconds; the deadline outlives a suspension, saved by `key`."""
         clock, outer = self.outside.clock, self.step_deadline
         until = self.journal.saved.get(key) if resumed else None
         seconds = timeout if until is None else (until - clock.now()) / 1000
@@ -3765,12 +3766,12 @@ class Run:
 
 
 def evaluated(values: Mapping[str, Any], scope: Scope) -> dict[str, Any]:
-    """The values of templates by their names; what is no template stays as it is."""
+    """The values of templates, by name; what is no template stays as it is."""
     return {name: value(scope) if isinstance(value, Template) else value for name, value in values.items()}
 
 
 def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
-    """The answer that a response gives in a scope."""
+    """The response with the values of its templates in a scope."""
     selection, selected = response.selection, run.input.selected
     if selection:
         scope = selection.scope(selected, scope)
@@ -3784,14 +3785,14 @@ def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
 
 
 def _known_failure(error: BaseException | None) -> dict[str, Any] | None:
-    """What `_add_failure` said of an error, or of the one that it came of."""
+    """What `_add_failure` has found about an error, or about its context."""
     while error is not None and not hasattr(error, "failure"):
         error = error.__context__
     return getattr(error, "failure", None)
 
 
 def failure_of(job: Job, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Why a job failed, by the trace of its steps; None if none of them is to blame."""
+    """Why a job failed, from the trace of its steps; None if no step failed."""
     if job.error is None or job.error["code"] not in ("failed", "timeout"):
         return None
     last: Mapping[str, Any] = next((step for step in reversed(steps) if "/" not in step["path"]), {})
@@ -3809,22 +3810,22 @@ def failure_text(failure: Mapping[str, Any]) -> str:
 
 
 _MAX_FAILURE_MESSAGE = 2000  # characters
-_MAX_TRACE = 500  # lines, above which steps inside steps are left out
-_MAX_DETAILED_TRACE = 100  # lines, above which failures of steps inside steps are cut short
-_MAX_RETRIES_NOTED = 10  # failed attempts of a step, besides the last one
+_MAX_TRACE = 500  # lines; after these, steps inside steps are left out
+_MAX_DETAILED_TRACE = 100  # lines; after these, failures of steps inside steps are shortened
+_MAX_TRACED_RETRIES = 10  # failed attempts of a step, except the last one
 
 
-def _outline(value: Any, masked: Callable[[str], str], depth: int = 3) -> Any:
-    """The beginning of a value, so that a preview costs the same for a large one; secrets go before the cut."""
+def _beginning(value: Any, masked: Callable[[str], str], depth: int = 3) -> Any:
+    """The beginning of a value, so that previews of large values are cheap; secrets are masked before the cut."""
     if isinstance(value, str):
         return masked(value[:8192])[:200]
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     if isinstance(value, dict):
         beginning = itertools.islice(value.items(), 8)
-        return {masked(key): _outline(item, masked, depth - 1) if depth else "…" for key, item in beginning}
+        return {masked(key): _beginning(item, masked, depth - 1) if depth else "…" for key, item in beginning}
     if isinstance(value, list | tuple):
-        return [_outline(item, masked, depth - 1) if depth else "…" for item in value[:5]]
+        return [_beginning(item, masked, depth - 1) if depth else "…" for item in value[:5]]
     return value
 
 
@@ -3837,7 +3838,7 @@ class _StepRun:
         self.failures: list[dict[str, Any]] = []  # of each attempt
 
     def value(self, scope: Scope) -> Any:
-        """The step's value; the trace says how it ended."""
+        """Run the step, and add its end to the trace; return its value."""
         run, step = self.run, self.step
         began_key = journal_key(self.path, "began")
         self.began = run.journal.saved.get(began_key, self.began)
@@ -3850,26 +3851,26 @@ class _StepRun:
                 run.journal.record(began_key, self.began)
             raise
         except (Answered, Cancelled) as signal:
-            self.note("answered" if isinstance(signal, Answered) else "cancelled")
+            self.add_line("answered" if isinstance(signal, Answered) else "cancelled")
             raise
         except Exception as error:
             if not self.failures or isinstance(error, _Signal):
                 self._add_failure(error, len(self.failures) + 1)
             try:
                 if step.on_error is not None and not isinstance(error, _Signal):
-                    return self._go_on(step.on_error, error, scope)
+                    return self._value_instead(step.on_error, error, scope)
                 if isinstance(error, StepError):
                     error.detail, error.args = f'step "{step.name}": {error.detail}', (f"step {self.path}: {error}",)
                 raise
             finally:
-                self.note("failed")
-        self.note("finished", run.journal.record(self.path, value) if step.save else None, value)
+                self.add_line("failed")
+        self.add_line("finished", run.journal.record(self.path, value) if step.save else None, value)
         return value
 
     def _attempts(self, scope: Scope) -> Any:
-        """The step's value, perhaps at a further attempt; attempts count anew where the step came further meanwhile."""
+        """The value of the first attempt that succeeds. An attempt that comes further than those before counts as 1."""
         run, step, path, retry = self.run, self.step, self.path, self.step.retry
-        run.reached.pop(path, None)  # from an earlier attempt of a step around this one
+        run.reached.pop(path, None)  # of an earlier attempt of a step around this one
         attempt, resumed, before = 0, True, None
         while True:
             attempt += 1
@@ -3893,12 +3894,12 @@ class _StepRun:
                 asked = header_value(answer.headers, "retry-after") if answer else None  # RFC 9110, section 10.2.3
                 pause = max(retry.pause(attempt), parse_retry_after(asked, run.outside.clock.wall()))
                 if pause > run.left():
-                    raise  # better this failure now than a timeout later
+                    raise  # this failure now says more than a timeout later
             resumed = False
             run.sleep(pause)
 
-    def _go_on(self, on_error: Template, error: Exception, scope: Scope) -> Any:
-        """What stands for the value of a step that failed; it is saved, or a resumed run would fail, and act, again."""
+    def _value_instead(self, on_error: Template, error: Exception, scope: Scope) -> Any:
+        """The value instead of that of a failed step. It is saved: a resumed run must not act and fail again."""
         run = self.run
         words = "flow %s: continues after a failure: %s"
         log.info(words, run.flow.name, failure_text(self.failures[-1]), extra=run.about)
@@ -3913,15 +3914,15 @@ class _StepRun:
         return value
 
     def fail(self, error: BaseException) -> dict[str, Any]:
-        """Put a failure into the trace that was none of an attempt."""
+        """Add a failure outside attempts to the trace, and return it."""
         failure = self._add_failure(error, 1)
-        self.note("failed")
+        self.add_line("failed")
         return failure
 
     def _add_failure(self, error: BaseException, attempt: int) -> dict[str, Any]:
-        """Why the step failed, for its author: what, in which attempt, and where.
+        """Add an attempt's failure, and return it for the flow's author: what failed, where, in which attempt.
 
-        The failure of a step inside it stands for the step around it.
+        The failure of a step inside this one is also the failure of this one.
         """
         run, step = self.run, self.step
         failure = _known_failure(error) if step.traits.nests else None
@@ -3942,15 +3943,15 @@ class _StepRun:
         self.failures.append(failure)
         return failure
 
-    def note(self, state: str, size: int | None = None, value: Any = None) -> None:
-        """Put a line into the trace, which is what people see of the steps."""
+    def add_line(self, state: str, size: int | None = None, value: Any = None) -> None:
+        """Add a line to the trace, which people see as the steps of a job."""
         run, step, trace, inside = self.run, self.step, self.run.trace, "/" in self.path
         if trace is None or (inside and len(trace) >= _MAX_TRACE):
             return
         if (run.journal.saved or run.journal.waits) and any(line["path"] == self.path for line in trace):
-            return  # from before the run was suspended
+            return  # added before the run was suspended
         masked = run.outside.masked
-        # Its headers would fill the preview. What `onError` gave may be anything, also when it is read back.
+        # Headers would fill the preview. A value from `onError` may be anything.
         answers = step.traits.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
         preview = value.get("items", value["body"]) if answers else value
         line: dict[str, Any] = {
@@ -3961,7 +3962,7 @@ class _StepRun:
             "startedAt": timestamp(self.began),
             "finishedAt": timestamp(run.outside.clock.wall()),
             "size": size,
-            "preview": None if preview is None else masked(shown(_outline(preview, masked), 200)),
+            "preview": None if preview is None else masked(shown(_beginning(preview, masked), 200)),
         }
         if answers:
             line["status"] = value["status"]
@@ -3971,12 +3972,12 @@ class _StepRun:
             short = {name: last[name] for name in last if name != "body"} | {"message": last["message"][:200]}
             line["error"] = short if brief else last
         if retries and not brief:
-            line["retries"] = retries[-_MAX_RETRIES_NOTED:]
+            line["retries"] = retries[-_MAX_TRACED_RETRIES:]
         trace.append(line)
 
 
 def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any:
-    """Run steps in order, each result going into the scope; the value of the last one that was not skipped."""
+    """Run steps in order, and put their values into the scope; return the value of the last one that ran."""
     value, saved = None, run.journal.saved
     for position, step in enumerate(steps):
         path = prefix + step.name
@@ -3986,7 +3987,7 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
         if path in saved:
             value = scope[step.name] = saved[path]
             scope["error"] = saved.get(journal_key(path, "error"), scope["error"])
-            this.note("resumed", value=value)
+            this.add_line("resumed", value=value)
             continue
         run.check()
         try:
@@ -3996,7 +3997,7 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
             raise
         if skipped:
             scope[step.name] = None
-            this.note("skipped")
+            this.add_line("skipped")
         else:
             value = scope[step.name] = this.value(scope)
     return value
@@ -4009,7 +4010,7 @@ _RESPONDING = Step(
 
 
 def response_of(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> Answer:
-    """The answer of the first response whose `when` holds; a flow without responses answers with `value`."""
+    """The first response whose `when` is true; a flow without responses responds with `value`."""
     try:
         if not flow.responses:
             return make_answer(200, {}, value, run.outside.max_result)
@@ -4022,16 +4023,16 @@ def response_of(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> 
         raise
 
 
-def blame(run: Run, error: BaseException) -> dict[str, Any]:
-    """Put a failure into the trace that came between steps, as that of the step which was about to begin."""
+def trace_failure(run: Run, error: BaseException) -> dict[str, Any]:
+    """Add a failure between steps to the trace, as the failure of the step that was about to begin."""
     name = (run.progress.step or "").partition("/")[0]
     step = next((step for step in run.flow.steps if step.name == name), _RESPONDING)
     return _StepRun(run, step, step.name).fail(error)
 
 
 def _failed(run: Run, error: BaseException) -> Outcome:
-    """How a run ended that failed; what the client may be told, and the reason for the log."""
-    reason = failure_text(_known_failure(error) or blame(run, error))
+    """The outcome of a failed run: what the client may see, and the reason for the log."""
+    reason = failure_text(_known_failure(error) or trace_failure(run, error))
     if isinstance(error, StepError | _TimedOut | FlowFailure):
         code = "timeout" if error.status == 504 and not isinstance(error, FlowFailure) else "failed"
         return Outcome.failed(code, error.status, run.outside.masked(error.detail), reason, error.headers)
@@ -4042,9 +4043,9 @@ def _failed(run: Run, error: BaseException) -> Outcome:
 
 
 def run_flow(run: Run) -> Outcome | Suspended:
-    """Run a flow to its outcome, or until it waits. The door behind which everything is caught.
+    """Run a flow to its outcome, or until it waits. All failures are caught here.
 
-    Raises BudgetExceeded if the run has a budget, and nothing else.
+    Raises BudgetExceeded if the run has a budget, and KeyboardInterrupt on the main thread.
     """
     flow = run.flow
     scope = run.scope()
@@ -4061,7 +4062,7 @@ def run_flow(run: Run) -> Outcome | Suspended:
         return Outcome.failed("cancelled", 409, "The job was cancelled.")
     except BudgetExceeded:
         raise
-    except BaseException as error:  # sys.exit(), or a cancelled future, ends the run and not a thread of the pool
+    except BaseException as error:  # sys.exit() in a step, or a cancelled future, must not end a thread of the pool
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
         return _failed(run, error)
@@ -4078,7 +4079,7 @@ def check_whens(build: Build, whens: Sequence[Template | None], place: str) -> N
 
 
 def _header_of_answer(build: Build, name: str, names: Collection[str]) -> str:
-    """What is wrong with the name of a header that a flow sets."""
+    """What is wrong with the name of a response header that a flow sets, or "" if nothing is."""
     first = next(each for each in names if each.lower() == name.lower())
     if not TOKEN_TEXT.fullmatch(name):
         return "is not the name of a header"
@@ -4093,8 +4094,8 @@ def _header_of_failure(build: Build, name: str, names: Collection[str]) -> str:
     return _header_of_answer(build, name, names)
 
 
-def _check_owed(build: Build, given: Mapping[str, Any], place: str) -> None:
-    """A constant status must come with the headers that it owes."""
+def _check_required_headers(build: Build, given: Mapping[str, Any], place: str) -> None:
+    """Report a fault if a constant status lacks a header that it requires."""
     if given["status"].constant:
         try:
             with_owed(given["status"]({}), tuple((name, "") for name in given["headers"]), build.method)
@@ -4104,7 +4105,7 @@ def _check_owed(build: Build, given: Mapping[str, Any], place: str) -> None:
 
 def _make_response(build: Build, given: dict[str, Any], place: str) -> Response:
     status, body = given["status"], given.get("body")
-    _check_owed(build, given, place)
+    _check_required_headers(build, given, place)
     bodiless = status.constant and status({}) in _WITHOUT_BODY
     if bodiless and body is not None and not (body.constant and body({}) is None):
         build.fault(f"{place}/body", f"a response of status {status({})} has no body: leave it out")
@@ -4152,7 +4153,7 @@ _FAIL = {
 
 
 def _make_fail(build: Build, given: dict[str, Any], place: str) -> Runner:
-    _check_owed(build, given, place)
+    _check_required_headers(build, given, place)
 
     def fail(run: Run, scope: Scope, path: str) -> NoReturn:
         text = as_text(given["message"](scope)).encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
@@ -4174,7 +4175,7 @@ def _make_wait(build: Build, given: Any, place: str) -> Runner:
     def wait(run: Run, scope: Scope, path: str) -> None:
         clock, end = run.outside.clock, run.journal.waits.get(path)
         try:
-            if until is not None:  # read anew each time, for the system's clock may have leapt meanwhile
+            if until is not None:  # computed again after a suspension, because the system's clock may have jumped
                 end = _parse_time(run.evaluated_once(until, scope, journal_key(path, "time"))) - clock.offset
             elif end is None:
                 end = clock.now() + round(parse_duration(given(scope)) * 1000)
@@ -4186,7 +4187,7 @@ def _make_wait(build: Build, given: Any, place: str) -> Runner:
 
 
 class Context:
-    """The first argument of a step's function: the data of the run, and methods to report progress and to wait."""
+    """The first argument of a step's function: data of the run, and methods that report progress and wait."""
 
     def __init__(self, run: Run, scope: Scope, path: str) -> None:
         self._run, self._path = run, path
@@ -4214,17 +4215,17 @@ class Context:
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, section 9.2.2
 _WORTH_RETRYING = frozenset({"transport", "timeout", "408", "429", "500", "502", "503", "504"})
-_TRUSTED = frozenset({"env", "secrets"})
+_TRUSTED = frozenset({"env", "secrets"})  # names whose values the operator chooses
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _AUTHORITY = re.compile(r"https?://[^/?#]+[/?#]", re.IGNORECASE)
-#: What ends behind the host, in the text of a URL in which NUL stands for each expression; the first may be a scheme.
+#: The beginning of a URL up to a character after its host. NUL stands for an expression; the first may be a scheme.
 _BEHIND_HOST = re.compile(r"(?:https?://|\0://)[^/?#]+[/?#]|\0(?!://)[^/?#]*[/?#]", re.IGNORECASE)
 
 _IN_URLS = "".join(map(chr, range(0x21, 0x7F)))
 
 
 def encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plus) -> str:
-    """An object as a query or a form: lists repeat their name, null is left out. Raises ExpressionError."""
+    """An object as a query or a form: lists repeat the name, null is left out. Raises ExpressionError."""
     if type(values) is not dict:
         raise ExpressionError("query and form are objects")
     pairs = []
@@ -4236,14 +4237,14 @@ def encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plu
 
 def with_query(url: str, values: Any) -> str:
     """The URL with an object added to its query."""
-    query = encode_query(values, urllib.parse.quote)  # a plus is a blank in forms only; to some servers it is a plus
+    query = encode_query(values, urllib.parse.quote)  # %20 for a blank: some servers take + for a plus
     return f"{url}{'&' if '?' in url else '?'}{query}" if query else url
 
 
 def encoded_address(text: str) -> str:
-    """An address with what no URL may have percent-encoded, as browsers do.
+    """An address, in which characters that no URL may have are percent-encoded, as by browsers.
 
-    It may come from a header, whose bytes are read as Latin-1 although most servers mean UTF-8.
+    If it comes from a header, it was read as Latin-1, although most servers send UTF-8.
     """
     with contextlib.suppress(UnicodeError):
         text = text.encode("latin-1").decode()
@@ -4251,7 +4252,7 @@ def encoded_address(text: str) -> str:
 
 
 class OutgoingRequest:
-    """A request that an `http` step makes; `fixed`: its address is the flow author's choice, and is not judged."""
+    """A request of an `http` step. `fixed`: the flow's author chose its address, to which no policy applies."""
 
     def __init__(self, method: str, url: str, fixed: bool) -> None:
         self.method, self.url, self.fixed = method, url, fixed
@@ -4260,13 +4261,13 @@ class OutgoingRequest:
         self.connection: Any = None  # a Connection of astera_lite_requests
 
     def add_headers(self, values: Mapping[str, Any]) -> None:
-        """Set headers, instead of those of the same names in whatever case; a value that is null sets none."""
+        """Set headers; they replace those of the same names in any case. Null leaves a header out."""
         headers = {name: as_text(value) for name, value in values.items() if value is not None}
         names = {name.lower() for name in headers}
         self.headers = {name: text for name, text in self.headers.items() if name.lower() not in names} | headers
 
     def set_body(self, kind: str, value: Any) -> None:
-        """Send a value as the member `json`, `form` or `body` of the step says."""
+        """Set the body and its Content-Type; `kind` is the member `json`, `form` or `body` of the step."""
         if kind == "json":
             check_written(value)
             self.body, media = to_json(value).encode(), CONTENT_TYPES["json"]
@@ -4281,25 +4282,25 @@ class OutgoingRequest:
 def http_failure(
     method: str, status: int, detail: str, *kinds: str, answer: Fetched | None = None, more: str = ""
 ) -> StepError:
-    """A failure of an `http` step; `more` is for the flow's author only. A POST stays unsafe behind its redirect."""
+    """A failure of an `http` step; `more` is only for the flow's author. `method` is that before any redirect."""
     found = {*kinds, *(f"{kind[0]}xx" for kind in kinds if kind.isdigit())}
     if method not in _IDEMPOTENT or not found & _WORTH_RETRYING:
-        found.add("unsafe")  # is repeated only where `retry.on` asks for it
+        found.add("unsafe")  # repeated only if `retry.on` names another kind of this failure
     return StepError(status, detail, detail + more, found, answer)
 
 
 def unexpected_answer(method: str, answer: Fetched) -> StepError:
-    """The failure of an `http` step whose API answers with a status that is not expected."""
+    """The failure of an `http` step whose API responds with an unexpected status."""
     return http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
 
 
 class Address(NamedTuple):
-    """The URL of an `http` step, or a path behind that of a connection: texts and templates in turn."""
+    """A compiled URL of an `http` step, or a path to append to the URL of a connection: texts and templates."""
 
-    parts: Sequence[tuple[str | Template, bool]] = ()  # a part, and whether its value is percent-encoded
+    parts: Sequence[tuple[str | Template, bool]] = ()  # each with whether its value is percent-encoded
 
     def __call__(self, scope: Scope) -> tuple[str, bool]:
-        """The URL, and whether its scheme, host and port are the flow author's choice."""
+        """The URL, and whether the flow's author chose its scheme, host and port."""
         url, fixed = "", True
         for part, encoded in self.parts:
             if isinstance(part, str):
@@ -4312,9 +4313,9 @@ class Address(NamedTuple):
 
 
 class Url(Text):
-    """A URL, or with `behind` a path behind the URL of a connection.
+    """A URL, or with `behind` a path to append to the URL of a connection.
 
-    An expression behind the host is percent-encoded, so that its value cannot leave its place.
+    Values after the host are percent-encoded, so that they cannot change other parts of the URL.
     """
 
     behind = False
@@ -4347,7 +4348,7 @@ class Url(Text):
 
 
 class HttpCall:
-    """A compiled `http` step: makes its requests and reads the answers."""
+    """A compiled `http` step, which makes requests and reads responses."""
 
     def __init__(self, given: Mapping[str, Any], place: str) -> None:
         self._given, self._place = given, place
@@ -4357,12 +4358,12 @@ class HttpCall:
         self.follow = given.get("follow", self.method in ("GET", "HEAD"))
 
     def limit(self, run: Run) -> int:
-        """How many bytes the answers may have in all."""
+        """The greatest number of bytes of all responses together."""
         most = run.outside.max_step_response
         return min(self._given.get("maxResponse") or most, most)
 
     def request(self, run: Run, scope: Scope) -> OutgoingRequest:
-        """The request that the step makes in a scope."""
+        """The request of the step in a scope."""
         request = OutgoingRequest(self.method, *self._address(scope))
         request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
         if "connection" in self._given:
@@ -4383,7 +4384,7 @@ class HttpCall:
         return request
 
     def send(self, run: Run, request: OutgoingRequest, max_bytes: int) -> tuple[dict[str, Any], int]:
-        """One call, with its redirects: `.status .headers .body`, and the size of the body in bytes."""
+        """Call the API; return an object of status, headers and body, and the size of the body in bytes."""
         timeout = self._given.get("timeout") or (request.connection.timeout if request.connection else None)
         with run.within(timeout, "", resumed=False) if timeout else _UNBOUND:
             answer = self.fetch(run, request, max_bytes)
@@ -4418,13 +4419,13 @@ class HttpCall:
                 policy=None if proven.fixed else outside.policy,
             )
         except AddressRefused as error:
-            # Which address a name of the inner network has is none of the client's business.
+            # The client must not learn the address of a name in the inner network.
             detail = "the API's address is refused: it is not a public one"
             raise StepError(502, detail, f"the API's address is refused: {error}", {"refused", "unsafe"}) from None
         except OutboundError as error:
             run.check()
             status = 504 if error.kind == "timeout" else 502
-            said, colon, more = str(error).partition(": ")  # of the system, which may name hosts of the inner network
+            said, colon, more = str(error).partition(": ")  # the system's own words may name hosts of the inner network
             detail = f"the API it calls gave no answer: {said}"
             raise http_failure(self.method, status, detail, error.kind, more=colon + more) from None
 
@@ -4475,12 +4476,12 @@ def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
     return once
 
 
-#: Processes that steps have started and that may run still; each has a method `kill`.
+#: Processes that steps have started and that may still run; each has a method `kill`.
 CHILDREN: set[Any] = set()
 
 
 def kill_children() -> None:
-    """Kill every child process: this process exits without waiting for the threads that would do so."""
+    """Kill every child process, because this process exits without its threads, which would do so."""
     for child in list(CHILDREN):
         child.kill()
 
@@ -4502,7 +4503,7 @@ class StepName(Text):
 
 
 _WAIT = Either(Computed(Duration()), Table({"until": Computed(_TIME, required=True)}))
-#: Every kind of step. To add one: its members, a function that makes the runner of what they compile to, and a row.
+#: All kinds of steps.
 STEP_KINDS: dict[str, StepKind] = {
     "http": StepKind(
         Table(_HTTP, short="url", choice=("url", "connection")),
@@ -4600,11 +4601,11 @@ _SCHEMA: dict[str, Member] = {
     **_RULES,
     **_NOTES,
 }
-VALUE_SCHEMA.members = _SCHEMA  # it has values inside
+VALUE_SCHEMA.members = _SCHEMA  # which refers to VALUE_SCHEMA
 
 
 def _make_body(build: Build, given: dict[str, Any], place: str) -> tuple[Schema, bool]:
-    """The schema of a request's body, and whether it must come; `required` says that, or which members must."""
+    """The schema of a request's body, and whether a request must have one; `required` may also list members."""
     required = given.pop("required", True)
     schema = _make_schema(build, given | ({"required": required} if isinstance(required, list) else {}), place)
     return schema, bool(required)
@@ -4734,7 +4735,7 @@ _RETRY = {
 
 
 class _OnError(Value):
-    """The value instead of that of a step that failed."""
+    """The value that stands for that of a failed step."""
 
     word = '"continue", or a value to use instead'
 
@@ -4771,7 +4772,7 @@ def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
 
 
 def step_table(kinds: Mapping[str, StepKind]) -> Table:
-    """The members of a step, where these kinds of steps are known."""
+    """The table of a step of one of these kinds."""
     return Table(_OPTIONS | dict(kinds), _make_step, choice=kinds, name="step")
 
 
@@ -4806,7 +4807,7 @@ FLOW = Table(
         "tests": ListOf(Table(_TEST), default=[]),
     }
 )
-_LIGHT_TEXT = 16 << 10  # characters of a light flow at the most, with all the constants that it answers with
+_LIGHT_TEXT = 16 << 10  # the most characters of a light flow, with the constants in its responses
 _LIGHT_STEPS = 32
 
 
@@ -4823,9 +4824,9 @@ def build_flow(
     folder: str | None = None,
     connections: Collection[str] = (),
 ) -> Flow:
-    """Check a flow's tree and compile it; raises FlowError with every fault, each with its place and cure.
+    """Check and compile the tree of a flow; raises FlowError with all faults, their places and cures.
 
-    `folder` is that of the flow files, where Python functions are looked for first.
+    `source` is the name of the file, for messages. Python functions are searched for in `folder` first.
     """
     where = source or name
     build = Build(where, step_table(kinds), folder, connections)
@@ -4845,7 +4846,7 @@ def build_flow(
         text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_function_name)
         if _SURROGATE.search(text):
             build.fault("", "a string has half of a surrogate pair")
-    except ValueError as error:  # what a program that embeds the server gives
+    except ValueError as error:  # in a flow of an embedding program
         build.fault("", f"is not JSON: {error}")
     if build.faults:
         raise FlowError(build.faults)
@@ -4877,16 +4878,16 @@ def build_flow(
 
 
 class Deployments:
-    """The flows in service: an immutable set, replaced as a whole. Routes by raw path segments."""
+    """The flows in service, an immutable set that is replaced as a whole, with their routes."""
 
     def __init__(
         self, flows: Iterable[Flow] = (), faults: Sequence[Fault] = (), previous: Mapping[str, Flow] | None = None
     ) -> None:
-        """`previous` are the flows in service so far: one of them stays where its new text cannot take its place."""
+        """`previous` are the flows in service so far: one of them stays if its new version cannot replace it."""
         self.faults = FlowError(faults).faults  # whose texts can be sent
-        self.documents: dict[Any, bytes] = {}  # made of these flows, and kept as long as they are in service
+        self.documents: dict[Any, bytes] = {}  # made of these flows
         self.by_name: dict[str, Flow] = {}
-        self._routes: dict[str | None, Any] = {}  # a tree by segments; under None stand the flows by method
+        self._routes: dict[str | None, Any] = {}  # a tree by raw segments; the value of None are the flows by method
         before, named = dict(previous or {}), {flow.name: flow for flow in flows}
         for flow in sorted(named.values(), key=lambda flow: before.get(flow.name) is not flow):
             self._put(flow, before)
@@ -4903,12 +4904,12 @@ class Deployments:
         """The flows of a flow's resource, by method."""
         node = self._routes
         for segment in flow.segments:
-            node = node.setdefault("" if segment[0] == "{" else segment, {})  # no segment of a path is empty
+            node = node.setdefault("" if segment[0] == "{" else segment, {})  # "" for a parameter
         methods: dict[str, Flow] = node.setdefault(None, {})
         return methods
 
     def _put(self, flow: Flow, previous: dict[str, Flow]) -> None:
-        """Put a flow into service, unless another one has its method and resource."""
+        """Put a flow into service, unless another one has the same method and resource."""
         other = self._methods(flow).setdefault(flow.method, flow)
         if other is flow:
             self.by_name[flow.name] = flow
@@ -4917,14 +4918,14 @@ class Deployments:
             self._refuse(flow, "/request/resource", message, previous)
 
     def _refuse(self, flow: Flow, place: str, message: str, previous: dict[str, Flow]) -> None:
-        """Note a fault; the flow that had the name before, if there is one, takes the place."""
+        """Add a fault, and put the previous flow of this name into service, if there is one."""
         self.faults.append(Fault(flow.source, place, message))
         older = previous.pop(flow.name, None)
         if older is not None and older is not flow:
             self._put(older, previous)
 
     def match(self, path: str) -> list[dict[str, Flow]]:
-        """Flows by method for every resource that a raw path matches: a literal beats a parameter, from the left."""
+        """The flows by method of each resource that a raw path matches; from the left, literals before parameters."""
         nodes = [self._routes]
         for part in path.split("/")[1:]:
             nodes = [node[key] for node in nodes for key in ((part, "") if part else ()) if key in node]
@@ -4935,12 +4936,12 @@ CONNECTIONS_FILE = "connections.json"
 
 
 def is_flow_file(name: str) -> bool:
-    """Whether a file of this name is read as a flow; names with a leading dot belong to editors and the system."""
+    """Whether a file of this name is a flow; names with a leading dot belong to editors and the system."""
     return name.endswith((".json", ".toml")) and name[0] != "." and name != CONNECTIONS_FILE
 
 
 def _toml_as_json(value: Any, place: str) -> Any:
-    """A TOML value as JSON: dates become text. Raises ValueError for numbers that JSON lacks."""
+    """A TOML value as JSON, with dates as text. Raises ValueError for numbers that JSON lacks."""
     if place.count("/") > MAX_JSON_DEPTH:
         raise RecursionError
     if isinstance(value, dict):
@@ -4955,7 +4956,7 @@ def _toml_as_json(value: Any, place: str) -> Any:
 
 
 def parse_flow_text(text: str, file_name: str) -> Any:
-    """The tree of a flow file, JSON or TOML by its name; FlowError with line and column for a slip of grammar."""
+    """The tree of a flow file, JSON or TOML by its name; FlowError names line and column of an error in the syntax."""
     try:
         if not file_name.endswith(".toml"):
             return from_json(text)
@@ -4977,7 +4978,7 @@ def parse_flow_text(text: str, file_name: str) -> Any:
 
 @contextlib.contextmanager
 def _faults_of(where: str) -> Iterator[None]:
-    """Turn whatever goes wrong with one file into a fault of that file: the other files are still read."""
+    """Turn every exception into a fault of a file, so that the other files are still read."""
     try:
         yield
     except FlowError:
@@ -5006,7 +5007,7 @@ def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
 
 
 def load_connections(folder: str | os.PathLike[str], previous: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
-    """The connections of a folder's connections.json; where it is faulty, those before stay in service."""
+    """The connections of a folder's connections.json; if the file is faulty, `previous` stay in service."""
     try:
         tree = _read_flow_file(folder, CONNECTIONS_FILE)
         with _faults_of(CONNECTIONS_FILE):
@@ -5020,9 +5021,9 @@ def load_connections(folder: str | os.PathLike[str], previous: dict[str, Any]) -
 def load_flows(
     folder: str | os.PathLike[str], build: Callable[[dict[str, Any], str, str], Flow], previous: Mapping[str, Flow]
 ) -> tuple[list[Flow], list[Fault]]:
-    """Flows of a folder and the faults of its files; for a faulty file the flow deployed before stays in service.
+    """The flows of a folder, and the faults of its files; instead of a faulty file, a `previous` flow stays in service.
 
-    `build(tree, name, file)` compiles one.
+    `build(tree, name, file)` compiles a flow.
     """
     flows: dict[str, Flow] = {}
     faults: list[Fault] = []
@@ -7106,7 +7107,9 @@ class Engine:
         assert job is not None
         run.cancel.set()
         self._measure(run.flow, (self._clock.now() - (job.started or 0)) / 1000)
-        failure = failure_text(blame(run, _TimedOut("the flow exceeded its time limit, and its thread does not end")))
+        failure = failure_text(
+            trace_failure(run, _TimedOut("the flow exceeded its time limit, and its thread does not end"))
+        )
         self._record(job, run, Outcome.failed("timeout", 504, "The flow exceeded its time limit.", failure))
 
     def stop(self, timeout_s: float) -> int:

@@ -688,7 +688,7 @@ class _Page(Table):
         if "page" in build.names:
             build.fault(place, 'is called `page` in expressions here: rename the step "page"')
         page = super().read(build, value, place)
-        build.know("page")
+        build.add_name("page")
         return page
 
 

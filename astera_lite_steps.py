@@ -106,7 +106,7 @@ class _ItemName(StepName):
 
     def read(self, build: Build, value: Any, place: str) -> str:
         name, of = super().read(build, value, place), build.given.get("of")
-        build.know(name, of and of.schema and of.schema.items)
+        build.add_name(name, of and of.schema and of.schema.items)
         return name
 
 
