@@ -4466,6 +4466,8 @@ def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
     if given.get("every", 1) < 0.01:
         build.fault(f"{place}/every", "must be at least 10ms")
     call = HttpCall(given, place)
+    if given.get("follow"):
+        wing("astera_lite_requests:final_answer")
     for name, runner in (("pages", "astera_lite_requests:all_pages"), ("until", "astera_lite_requests:poll")):
         if name in given:  # a missing wing is told before the flow is in service
             return partial(wing(runner), call, given, place)

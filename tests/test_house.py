@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PROGRAM, ROOT, Api, Sink, get_flow, process
+from support import PROGRAM, ROOT, Api, Sink, get_flow, process, until
 
 import astera_lite
 from astera_lite import WINGS, Number, StepKind, Table, Value
@@ -252,6 +252,7 @@ def test_a_wing_is_found_wherever_the_program_goes(tmp_path: Path) -> None:
         assert done.stdout == f"{name[:-3]}\n"
 
 
+MOVED = b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n"
 STEPS = {
     "sql": {"sql": {"database": "a.db", "query": "SELECT 1"}},
     "run": {"run": ["true"]},
@@ -259,6 +260,7 @@ STEPS = {
     "choose": {"choose": [{"steps": [{"name": "t", "set": 1}]}]},
     "each": {"each": {"of": [], "steps": [{"name": "t", "set": 1}]}},
     "call": {"call": "hello"},
+    "follow": {"http": {"url": "http://127.0.0.1/", "follow": True}},
     "pages": {"http": {"url": "http://127.0.0.1/", "pages": {"link": True}}},
     "until": {"http": {"url": "http://127.0.0.1/", "until": "${answer.body}"}},
 }
@@ -273,7 +275,7 @@ def test_a_flow_without_its_wing_is_a_fault_and_the_others_are_served(alone: Pat
     with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, _):
         found = Api(url).session.get(f"{url}/api/deployments", timeout=10).json()
         told = {fault["file"]: fault["message"] for fault in found["faults"]}
-        wings = dict.fromkeys(("pages", "until", "connections"), "requests")
+        wings = dict.fromkeys(("follow", "pages", "until", "connections"), "requests")
         wings |= dict.fromkeys(("python", "run"), "python")
         assert told == {
             f"{name}.json": f"cannot be deployed: astera_lite_{wing}.py is missing: copy it beside astera_lite.py"
@@ -281,6 +283,20 @@ def test_a_flow_without_its_wing_is_a_fault_and_the_others_are_served(alone: Pat
             for wing in [wings.get(name, "steps")]
         }
         assert {each["name"] for each in found["deployments"]} >= {"hello", "order", "slow", "weather"}
+
+
+def test_a_run_that_needs_a_missing_wing_names_it(alone: Path, sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GET follows redirects; of a failed expression, the log then lacks the place and the remedy."""
+    handler: Any = sink.server.RequestHandlerClass
+    monkeypatch.setattr(handler, "do_GET", lambda self: self.connection.sendall(MOVED), raising=False)
+    for name, step in (("moved", {"http": {"url": sink.url}}), ("sum", {"set": "${1 + request.path}"})):
+        flow = get_flow(f"/{name}", steps=[{"name": "s", **step}])
+        (alone / "flows" / f"{name}.json").write_text(astera_lite.to_json(flow))
+    with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, lines):
+        for name, reason in (("moved", "astera_lite_requests.py is missing"), ("sum", "unsupported operand type")):
+            answer = Api(url).session.get(f"{url}/api/publishing/{name}", timeout=10)
+            assert (answer.status_code, answer.json()["title"]) == (500, "Internal Server Error")
+            until(lambda reason=reason: any(reason in line for line in lines))
 
 
 def test_a_kind_of_step_is_a_function_and_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
