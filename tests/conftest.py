@@ -43,6 +43,7 @@ SLOW = {
         "test_the_server_does_what_the_document_says",
         "test_the_server_does_what_the_document_says_where_a_token_is_wanted",
     ),
+    "test_outages.py": (),
     "test_packaging.py": ("test_a_program_that_embeds_it_is_type_checked",),
     "test_postman.py": (
         "test_flows_of_every_kind_run_green",

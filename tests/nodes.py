@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-from support import PROGRAM, ROOT, Api
+from support import ROOT, Api
 
 CURE = "PostgreSQL is missing: apt-get install postgresql"
 _USER = "astera"
@@ -379,15 +379,17 @@ class Peer:
 
 
 #: Runs the program with a clock that is off by so many seconds: the server reads the time from the module `time` alone,
-#: and a wrong clock of a machine does not change what measures durations.
-_SHIFTED = """
+#: and a wrong clock of a machine does not change what measures durations. Jobs that a server owns without knowing it,
+#: for nobody told it whether their commit came through, are found by two looks, so many seconds apart.
+_ALTERED = """
 import sys, time
-shift, folder, sys.argv = float(sys.argv[1]), sys.argv[2], sys.argv[2:]
+shift, look_s, folder, sys.argv = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[3:]
 seconds, nanoseconds = time.time, time.time_ns
 time.time = lambda: seconds() + shift
 time.time_ns = lambda: nanoseconds() + int(shift * 1e9)
 sys.path.insert(0, folder)
-import astera_lite
+import astera_lite, astera_lite_postgres
+astera_lite_postgres._ORPHAN_S = look_s
 sys.exit(astera_lite.main())
 """
 
@@ -395,7 +397,8 @@ sys.exit(astera_lite.main())
 class Node:
     """A server process on a database of PostgreSQL, which can be started again and again; its port changes.
 
-    Its clock is off by `clock_s` seconds.
+    Its clock is off by `clock_s` seconds. It looks every `look_s` seconds, not every 30, for jobs that it owns without
+    knowing it.
     """
 
     def __init__(
@@ -405,10 +408,11 @@ class Node:
         database: str,
         *arguments: str,
         clock_s: float = 0,
+        look_s: float = 3,
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.name = folder, name
-        begin = [sys.executable, "-c", _SHIFTED, str(clock_s), str(ROOT)] if clock_s else PROGRAM
+        begin = [sys.executable, "-c", _ALTERED, str(clock_s), str(look_s), str(ROOT)]
         self._command = [*begin, "--port", "0", "--database", database, "--node", name, *arguments]
         self._env = {key: value for key, value in os.environ.items() if not key.startswith("ASTERA_")} | dict(env or {})
         self._process: subprocess.Popen[str] | None = None

@@ -1,0 +1,186 @@
+"""What several servers on one PostgreSQL do while it is away, and when it comes back: real processes, real outages."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import requests
+import test_nodes
+from nodes import Cluster, Node, Peer, Proxy, database_url, nodes, say
+from support import until
+from test_nodes import HANG_S, LEASE, Load, documents, done, ended, hold, marks, unwell, well
+
+pytestmark = test_nodes.pytestmark
+database, folder = test_nodes.database, test_nodes.folder
+
+
+def test_a_database_that_crashes_under_load_loses_nothing_that_was_accepted(folder: Path) -> None:
+    cluster = Cluster.made()
+    try:
+        with Peer() as peer, nodes(folder, cluster.url(), ["a", "b", "c"], *LEASE) as members:
+            windows = []
+            with Load(members, f"{peer.url}/hook") as load:
+                for _ in range(3):
+                    load.reach(100)
+                    crashed = time.monotonic()
+                    cluster.stop("immediate")
+                    reasons = [unwell(node) for node in members]
+                    cluster.start()
+                    back = time.monotonic()
+                    for node in members:
+                        well(node)
+                    load.reach(100)
+                    windows.append((back - crashed, load.refused(crashed)))
+            load.check(members[0].api, folder, peer)
+            for node in members:
+                assert "Traceback" not in node.said(), node.said()
+                assert node.stop() == 0
+        say(
+            "database crashed",
+            **load.figures(),
+            down_s=[round(down, 2) for down, _ in windows],
+            refused_s=[round(refused, 2) for _, refused in windows],
+            reasons=sorted(set(reasons)),
+        )
+    finally:
+        cluster.remove()
+
+
+def test_a_standby_takes_over_from_a_primary_that_is_lost(folder: Path) -> None:
+    with ExitStack() as stack:
+        primary = Cluster.made(tcp=True)
+        stack.callback(primary.remove)
+        standby = primary.standby()
+        stack.callback(standby.remove)
+        addresses = [("127.0.0.1", primary.port), ("127.0.0.1", standby.port)]
+        url = database_url(addresses, target_session_attrs="read-write")
+        peer = stack.enter_context(Peer())
+        members = stack.enter_context(nodes(folder, url, ["a", "b", "c"], *LEASE))
+        with Load(members, f"{peer.url}/hook") as load:
+            load.reach(300)
+            lost = time.monotonic()
+            primary.stop("immediate")
+            reasons = [unwell(node) for node in members]
+            standby.promote()
+            promoted = time.monotonic()
+            for node in members:
+                well(node)
+            healthy = time.monotonic()
+            load.reach(300)
+        load.check(members[0].api, folder, peer)
+        for node in members:
+            assert "Traceback" not in node.said(), node.said()
+            assert node.stop() == 0
+        say(
+            "standby promoted",
+            **load.figures(),
+            promoted_after_s=round(promoted - lost, 2),
+            healthy_after_promotion_s=round(healthy - promoted, 2),
+            refused_s=round(load.refused(lost), 2),
+            reasons=sorted(set(reasons)),
+        )
+
+
+def test_a_synchronous_standby_that_is_lost_stops_accepts_but_hangs_nothing(folder: Path) -> None:
+    with ExitStack() as stack:
+        primary = Cluster.made(tcp=True)
+        stack.callback(primary.remove)
+        standby = primary.standby()
+        stack.callback(standby.remove)
+        a, b = stack.enter_context(nodes(folder, primary.url(), ["a", "b"], *LEASE))
+        running = hold(a)
+        standby.stop("immediate")
+        lost = time.monotonic()
+        with ThreadPoolExecutor(2) as pool:
+            path = "api/publishingAsync/single?n=1"
+            answers = list(pool.map(lambda node: requests.get(f"{node.url}/{path}", timeout=HANG_S), (a, b)))
+        assert [answer.status_code for answer in answers] == [503, 503]
+        waited = time.monotonic() - lost
+        reasons = [unwell(node) for node in (a, b)]
+        assert all("standby" in reason for reason in reasons), reasons
+        (folder / "go").touch()  # its end is to be stored
+        standby.start()
+        back = time.monotonic()
+        for node in (a, b):
+            well(node)
+        healthy = time.monotonic() - back
+        b.api.finished(running)
+        assert done(folder, running).count("after") == 1
+        for node in (a, b):
+            assert node.api.finished(node.api.submit("/single", n=2))["attempt"] == 1
+        ended(a.api)
+        for document in documents(a.api).values():
+            assert document["status"] == "Completed", document
+    say("standby lost", slowest_503_s=round(waited, 2), well_after_s=round(healthy, 2), reasons=sorted(set(reasons)))
+
+
+@pytest.mark.parametrize("how", ["refuse", "silence"])
+def test_a_node_that_cannot_reach_the_database_says_why_and_recovers(
+    folder: Path, cluster: Cluster, database: str, how: str
+) -> None:
+    with ExitStack() as stack:
+        proxy = stack.enter_context(Proxy(cluster.address))
+        cut_off = database_url([("127.0.0.1", proxy.port)], database_name(database))
+        a = stack.enter_context(Node(folder, "a", cut_off, *LEASE))
+        b = stack.enter_context(Node(folder, "b", database, *LEASE))
+        a.begin()
+        b.start()
+        a.ready()
+        running = hold(a)
+        cut = time.monotonic()
+        proxy.cut(how)
+        answered = []
+        reasons: list[str] = []
+        # Its job is taken over; meanwhile it answers, and says what is wrong.
+        while not any(mark.pid == b.pid for mark in marks(folder)[running]):
+            began = time.monotonic()
+            assert began - cut < 60, "nobody takes the job over"
+            submitted = requests.get(f"{a.url}/api/publishingAsync/single?n=1", timeout=HANG_S)
+            assert submitted.status_code == 503, submitted.text
+            answered.append(time.monotonic() - began)
+            reasons.append(unwell(a))
+        taken = next(mark.at for mark in marks(folder)[running] if mark.pid == b.pid) - cut
+        assert a.api.job(running)["status"] == "Running"  # which it is: its own run, or the other one
+        assert requests.get(f"{a.url}/api/jobs", timeout=HANG_S).status_code == 503
+        assert b.api.job(running)["status"] == "Running"
+        (folder / "go").touch()
+        document = b.api.finished(running)
+        mended = time.monotonic()
+        proxy.mend()
+        well(a)
+        recovered = time.monotonic() - mended
+        assert a.api.finished(a.api.submit("/single", n=2))["attempt"] == 1
+        assert a.api.job(running)["finishedAt"] == document["finishedAt"]
+        assert a.api.job(running)["attempt"] == document["attempt"] == 2
+        assert done(folder, running).count("after") == 1
+        assert "Traceback" not in a.said(), a.said()
+        assert a.stop() == 0
+    say(
+        f"cut off ({how})",
+        slowest_503_s=round(max(answered), 2),
+        taken_over_after_s=round(taken, 2),
+        well_after_s=round(recovered, 2),
+        reason=reasons[-1],
+    )
+
+
+def database_name(url: str) -> str:
+    return url.partition("?")[0].rpartition("/")[2]
+
+
+def test_a_node_that_is_cut_off_for_less_than_its_lease_goes_on(folder: Path, cluster: Cluster, database: str) -> None:
+    with Proxy(cluster.address) as proxy:
+        url = database_url([("127.0.0.1", proxy.port)], database_name(database))
+        with nodes(folder, url, ["a"], "--lease", "1h") as (a,):
+            running = hold(a)
+            proxy.cut("refuse")
+            assert requests.get(f"{a.url}/api/publishingAsync/single?n=1", timeout=HANG_S).status_code == 503
+            (folder / "go").touch()
+            until(lambda: "through" in done(folder, running))  # what it brought is yet to be stored
+            proxy.mend()
+            assert a.api.finished(running)["attempt"] == 1
+            assert done(folder, running) == ["held", "through", "after"]
