@@ -203,10 +203,15 @@ def _place(parameters: Mapping[str, Any]) -> str:
     return f"PostgreSQL {parameters.get('host') or 'here'}/{parameters.get('dbname') or parameters.get('user') or ''}"
 
 
+_OLDEST = 14  #: version of PostgreSQL; 13 cannot take the largest batches of writes
+
+
 def _format(db: Any, place: str) -> int:
     """The version of the schema, 0 where there are no tables; StoreError if they are not ours, or too new."""
     sql = "SELECT relname FROM pg_class WHERE relkind IN ('r', 'p') AND relnamespace = current_schema()::regnamespace"
     tables = {name for (name,) in db.execute(sql)}
+    if db.info.server_version < _OLDEST * 10_000:
+        raise StoreError(f"{place} is PostgreSQL {db.info.server_version // 10_000}: {_OLDEST} or newer is needed")
     if (encoding := db.info.parameter_status("server_encoding")) != "UTF8":
         cure = "make one with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
         raise StoreError(f"{place} has the encoding {encoding}, and not UTF8: {cure}")

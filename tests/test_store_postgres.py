@@ -626,6 +626,12 @@ def test_a_database_that_is_not_ours_is_refused_unchanged(url: str, sql: str, me
     assert look(url, "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == [(1,)]
 
 
+def test_a_postgresql_that_is_too_old_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(astera_lite_postgres, "_OLDEST", 99)
+    with pytest.raises(StoreError, match=r"is PostgreSQL \d\d: 99 or newer is needed$"):
+        PostgresStore(url)
+
+
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 def test_a_database_whose_encoding_has_not_all_characters_is_refused(cluster: Cluster, url: str, encoding: str) -> None:
     name = f"in_{encoding.lower()}"
