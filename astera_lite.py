@@ -27,18 +27,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
 
 Parts that a server needs only for some features are in wings, files beside this one. This file names a wing only as
 text (`"astera_lite_tools:run_command"`) and loads it on first use. Without wings, this file and `schema.sql` are a
-whole server.
-
-    astera_lite_steps      the steps choose, each, call, sql; the tests that flows have
-    astera_lite_python     the steps python and run; @app.flow, @app.step
-    astera_lite_requests   patterns; pages, filters and sort of responses; connections, redirects, pages, until of http
-    astera_lite_advice     remedies and places that messages about faulty flows add
-    astera_lite_documents  OpenAPI, Postman, JSON Schema of flow files
-    astera_lite_admin      all routes except submit, poll and fetch: lists of jobs, deployments, metrics, console
-    astera_lite_postgres   a second store, on PostgreSQL, which several servers may share
-    astera_lite_nodes      the work of a server that shares its database with other servers
-    astera_lite_import     the command import: from a SQLite database to PostgreSQL
-    astera_lite_tools      the commands: check, try, test, new, jobs, job, token, backup, zipapp and more; --help
+whole server. The docstring of each wing says what it holds.
 """
 
 from __future__ import annotations
@@ -450,16 +439,13 @@ class JobKeys:
 
     def __init__(self, last: int = 0, node: int = 0, nodes: int = 1) -> None:
         self.last, self._node, self._nodes = last - last % nodes + node, node, nodes
-        self._salts: list[int] = []
         self._lock = threading.Lock()
 
     def new(self, now_ms: int) -> JobKey:
         """A key for a job created at `now_ms`."""
         with self._lock:
-            if not self._salts:  # drawn in advance: a system call costs more than the rest of a key
-                self._salts = [number >> 2 for number in memoryview(os.urandom(1024)).cast("Q")]
             self.last = max(self.last + self._nodes, (now_ms << 12) + self._node)
-            return JobKey(self.last, self._salts.pop())
+            return JobKey(self.last, int.from_bytes(os.urandom(8), "big") >> 2)
 
 
 #: Upper bounds of the histogram of run times, in seconds.
@@ -839,8 +825,18 @@ class _SettingKind(NamedTuple):
     show: Callable[[Any], str] = str
 
 
+def _one_of(*choices: str) -> _SettingKind:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"{shown(value)} is not one of {', '.join(choices)}")
+        return str(value)
+
+    return _SettingKind("|".join(choices), parse)
+
+
 SETTING_KINDS = {
     "bool": _SettingKind("true|false", _parse_bool, lambda value: "true" if value else "false"),
+    "durability": _one_of("full", "normal"),
     "duration": _SettingKind("TIME", parse_duration, show_duration),
     "durations": _SettingKind("TIME,…", _parse_durations, lambda value: ",".join(map(show_duration, value))),
     "file": _SettingKind("FILE"),
@@ -848,6 +844,9 @@ SETTING_KINDS = {
     "host": _SettingKind("HOST"),
     "int": _SettingKind("N", _parse_int),
     "list": _SettingKind("ITEM,…"),
+    "log": _one_of("text", "json", "off"),
+    "log_level": _one_of("debug", "info", "warning", "error"),
+    "page_size": _one_of("1KiB", "4KiB", "16KiB"),
     "size": _SettingKind("SIZE", parse_size, show_size),
     "text": _SettingKind("TEXT"),
     "url": _SettingKind("URL"),
@@ -862,7 +861,6 @@ class _Setting(NamedTuple):
     help: str
     low: float | None = None
     high: float | None = None
-    choices: tuple[str, ...] = ()
     secret: bool = False  # no flag: it would show in `ps`
 
     def show(self, value: Any) -> str:
@@ -876,8 +874,6 @@ class _Setting(NamedTuple):
         parsed = SETTING_KINDS[self.kind].parse(value)
         if self.secret and (not parsed or parsed != parsed.strip()):
             raise ValueError("is empty, or has blanks around it")
-        if self.choices and parsed not in self.choices:
-            raise ValueError(f"{shown(parsed)} is not one of {', '.join(self.choices)}")
         if self.low is not None and parsed < self.low:
             raise ValueError(f"must be at least {self.show(self.low)}")
         if self.high is not None and parsed > self.high:
@@ -975,20 +971,16 @@ class Settings(NamedTuple):
     tls_cert: str | None = _setting("file", None, "certificate chain (PEM) to serve https with")
     tls_key: str | None = _setting("file", None, "private key (PEM) of tls_cert, unless it is in the same file")
     durability: str = _setting(
-        "text",
-        "full",
-        "full: an accepted job survives a power cut; normal: it survives a killed process",
-        choices=("full", "normal"),
+        "durability", "full", "full: an accepted job survives a power cut; normal: it survives a killed process"
     )
     page_size: str = _setting(
-        "text",
+        "page_size",
         "4KiB",
         "page size of a new database; with 1KiB small jobs write half as much, which spares SD cards",
-        choices=("1KiB", "4KiB", "16KiB"),
     )
     max_database: int | None = _setting("size", None, "database size at which new jobs are refused (503)", 1 << 20)
-    log: str = _setting("text", "text", "form of the log on stderr", choices=("text", "json", "off"))
-    log_level: str = _setting("text", "info", "lowest level logged", choices=("debug", "info", "warning", "error"))
+    log: str = _setting("log", "text", "form of the log on stderr")
+    log_level: str = _setting("log_level", "info", "lowest level logged")
     access_log: bool = _setting("bool", False, "log each request at level info instead of debug")
 
     @classmethod
@@ -8421,7 +8413,7 @@ _METHODS = frozenset(  # of IANA's registry: 405 if a path does not serve them; 
         " REBIND REPORT SEARCH TRACE UNBIND UNCHECKOUT UNLINK UNLOCK UPDATE UPDATEREDIRECTREF VERSION-CONTROL"
     ).split()
 )
-_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # possessive, like most patterns here: no backtracking on a hostile line
+_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # possessive, like most patterns here: a hostile line causes no backtracking
 _TARGET = r'(?:(?i:https?)://([!-"$-.0->A-~]++))?+(/[!-"$->@-~]*+)?+(?:\?([!-"$-~]*+))?+(?= )|[!-~]++'
 _REQUEST_LINE = re.compile(rf"({_NAME}) ({_TARGET}) HTTP/([0-9])\.([0-9])")
 _FIELDS = re.compile(rf"(?:{_NAME}:[\t\x20-\x7e\x80-\xff]*+\r\n)*+".encode("latin-1"))
@@ -8479,7 +8471,9 @@ def _parse_fields(block: bytes, version: int) -> tuple[dict[str, str], int, bool
     return headers, size, coding is not None, expect is not None and version == 11, keep_alive
 
 
-_known_fields = lru_cache(maxsize=512)(_parse_fields)  # most requests of a client have the same headers
+_known_fields = lru_cache(maxsize=512)(
+    _parse_fields
+)  # most requests of a client have the same headers: saves a tenth of a poll
 
 
 def _request_line(line: bytes) -> Sequence[Any]:
@@ -8493,7 +8487,7 @@ def _request_line(line: bytes) -> Sequence[Any]:
 def parse_head(block: bytes, max_url: int) -> Head:
     """The head of a request, without the empty line that ends it; raises WireError.
 
-    A malformed head is 400 whatever else is wrong, so that the status does not depend on the packets of the head.
+    A malformed head is 400 whatever else is wrong with it: the status must not depend on how it is cut into packets.
     """
     line, _, rest = block.partition(b"\r\n")
     method, target, host, path, query, major, minor = _request_line(line)
@@ -8516,11 +8510,11 @@ def parse_head(block: bytes, max_url: int) -> Head:
     return Head(method, path, query or "", version, *fields)
 
 
-_known_head = lru_cache(maxsize=512)(parse_head)  # for a repeated call: a tenth of the time of a synchronous call
+_known_head = lru_cache(maxsize=512)(parse_head)  # saves a quarter of a synchronous call that is repeated
 
 
 class RequestParser:
-    """Cuts the bytes of a connection into requests, however the bytes are divided into packets.
+    """Splits the bytes of a connection into requests, however they are cut into packets.
 
     Call `feed` with bytes, then `head()`, then `body()`; each of the two returns None until head or body is complete.
     After a WireError, the caller must not read from the connection any more.
@@ -8566,7 +8560,7 @@ class RequestParser:
             line = buffer.find(b"\r\n", 0, stop)
             if _STRAY.search(buffer, max(self._seen - 1, 0), stop):
                 raise WireError(400, "Lines end with CR LF.")
-            if line >= max(self._seen - 1, 0):  # new since the last call; a TLS client, for instance, may send no more
+            if line >= max(self._seen - 1, 0):  # it has just arrived; a TLS client, for instance, sends no more
                 _request_line(bytes(buffer[:line]))
             if len(buffer) >= stop:
                 self._refuse_long(line)
@@ -8583,7 +8577,7 @@ class RequestParser:
         return head
 
     def _refuse_long(self, line: int) -> NoReturn:
-        """Refuse a head that is too long; `line` is the length of its request line, negative if that is incomplete."""
+        """Refuse a head that is too long; `line` is the length of the request line, negative if it is incomplete."""
         if 0 <= line <= self._max_url + 128:
             raise WireError(431, f"The header block is longer than {show_size(self._max_header)}.")
         raise WireError(414, f"The URL is longer than {show_size(self._max_url)}.")
@@ -8594,7 +8588,7 @@ class RequestParser:
         return {"origin": match[1].decode()} if match else {}
 
     def body(self) -> bytes | None:
-        """The body of the request whose head was returned last; empty if there is none. Then call `head()` again."""
+        """The complete body of the request whose head was returned last; may be empty. Call `head()` next."""
         head = self._head
         assert head is not None
         if head.chunked:
@@ -8695,7 +8689,7 @@ PREFIXES = {"synchronous": "/api/publishing", "asynchronous": "/api/publishingAs
 
 
 def as_texts(value: Any) -> list[str]:
-    """The texts of a parameter: those of each item of a list, or its own."""
+    """The value of a parameter as texts: one for each item of a list, otherwise one."""
     return [as_text(item) for item in value] if isinstance(value, list) else [as_text(value)]
 
 
@@ -8703,7 +8697,7 @@ _SAMPLES = {"boolean": True, "null": None, "date": "2026-01-31", "date-time": "2
 
 
 def sample_value(spec: Mapping[str, Any], name: str) -> Any:
-    """A value for a flow file's schema: its example, its default, or one made up, which a pattern may still refuse."""
+    """A value for a schema of a flow file: the example, the default, or an invented one, which a pattern may refuse."""
     for given in ("example", "default"):
         if given in spec:
             return spec[given]
@@ -8726,7 +8720,7 @@ def sample_value(spec: Mapping[str, Any], name: str) -> Any:
 
 
 def example_request(flow: Flow) -> dict[str, Any]:
-    """A request to start from: the path with its query, the headers that are needed, the body as a JSON value."""
+    """An example of a request: the path with its query, the required headers, the body as a JSON value."""
     request = flow.tree["request"]
     texts: dict[str, dict[str, list[str]]] = {"path": {}, "query": {}, "header": {}}
     for item in flow.parameters:
@@ -8747,9 +8741,10 @@ def example_request(flow: Flow) -> dict[str, Any]:
 
 
 def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
-    """Every published endpoint with its mode, ready to paste behind curl."""
+    """A line for each published endpoint: the flow, the mode, and arguments for curl."""
 
-    def word(text: str) -> str:  # of a shell
+    def word(text: str) -> str:
+        """A word of a shell, always in quotes."""
         return "'" + text.replace("'", r"'\''") + "'"
 
     rows = []
@@ -9400,74 +9395,74 @@ def route_request(x: Exchange, access: Access) -> None:
 
 # ======================================================================================================================
 # 16 Loop
-# One thread serves every socket. Other threads hand their answers over by `Server.post`, which wakes the selector.
+# One thread serves every socket. Other threads pass their responses to it by `Server.post`, which wakes the selector.
 # ======================================================================================================================
 
-_READ = 64 << 10  # bytes taken from a socket at once
-_READ_CHUNKED = 16 << 10  # the same for a chunked body: chunks of one byte take the parser 3 ms
-_AHEAD = 256 << 10  # bytes of further requests that are buffered while one is answered
-_LINGER_S = 2.0  # for a client to read the last answer before its connection is reset under it
-_MAX_LEAVING = 128  # connections that may linger at the same time
-_UNSENT = 256 << 10  # bytes the system takes beyond what it can send; with more it would hide how slow a reader is
-# Bytes a second that a client must take of an answer, on the average of each request_timeout. Half of what is promised
-# (64 KiB/s), because the system passes on in lumps what the client takes.
+_READ = 64 << 10  # most bytes that are read from a socket at once
+_READ_CHUNKED = 16 << 10  # the same for a chunked body: so much in chunks of one byte takes the parser 3 ms
+_AHEAD = 256 << 10  # bytes of further requests that are buffered while one is handled
+_LINGER_S = 2.0  # for a client to read the last response: closing at once could reset the connection first
+_MAX_LEAVING = 128  # connections that linger at the same time
+_UNSENT = 256 << 10  # bytes that the system buffers before it sends them; more would hide how slow a client reads
+# Bytes of a response that a client must read in a second, on average over each request_timeout. Half of the documented
+# rate (64 KiB/s), because the system reports in steps what the client has read.
 _SLOWEST_READER = 32 << 10
-_MAX_BUFFERED = 256 << 20  # bytes of requests and answers in all connections together
-_LARGE_BODY = 64 << 10  # a larger one is parsed and checked on another thread
+_MAX_BUFFERED = 256 << 20  # bytes of requests and responses, of all connections together
+_LARGE_BODY = 64 << 10  # bytes; a larger body is parsed and checked on another thread
 _ACCEPTS_A_TURN = 64
-_GRACE_S = 0.01  # a client that connected or was answered more recently is about to ask, and does not give way
-_SWEEP_S = 0.02  # least seconds between two looks at the deadlines
+_GRACE_S = 0.01  # a client that connected or was answered more recently is about to send a request
+_SWEEP_S = 0.02  # least time between two sweeps
 _NO_HEAD = Head("", "", "", 11, {}, 0, False, False, False)
 
 
 class ConnectionState(StrEnum):
-    """What a connection is doing, and what may follow."""
+    """What a connection is doing -> the states that may follow."""
 
-    HANDSHAKE = "handshake"  # of TLS -> RECEIVING, or SENDING where it is turned away
-    RECEIVING = "receiving"  # idle, or a part of a request is there -> HANDLING, SENDING
-    QUEUED = "queued"  # more bytes are there; it takes its turn among the others -> RECEIVING, HANDLING, SENDING
-    HANDLING = "handling"  # a request is being worked on -> SENDING
-    SENDING = "sending"  # an answer -> RECEIVING, QUEUED, LINGERING
-    LINGERING = "lingering"  # the last answer is sent, and the client may still be sending -> CLOSED
-    CLOSED = "closed"  # which may follow any other
+    HANDSHAKE = "handshake"  # of TLS -> RECEIVING; SENDING if it is turned away
+    RECEIVING = "receiving"  # idle, or a request is incomplete -> HANDLING, SENDING
+    QUEUED = "queued"  # further bytes are buffered, and other connections go first -> RECEIVING, HANDLING, SENDING
+    HANDLING = "handling"  # a request is with its route -> SENDING
+    SENDING = "sending"  # a response -> RECEIVING, QUEUED, LINGERING
+    LINGERING = "lingering"  # the last response is sent, and the client may still send -> CLOSED
+    CLOSED = "closed"  # may follow any state
 
 
 _HANDSHAKE, _RECEIVING, _QUEUED, _HANDLING, _SENDING, _LINGERING, _CLOSED = ConnectionState
 
 
 class Handler(BaseRequestHandler):
-    """One connection: its bytes in and out, and the one request that is being answered. Lives on the loop's thread.
+    """One connection: its bytes in and out, and the request that is being handled. Only the loop's thread uses it.
 
     The loop calls `on_events` when the selector reports the socket, `proceed` when the connection is in `Server.ready`,
-    and `overdue` when `deadline` has passed. `receive`, `take_request`, `answer` and `send` each do one thing and
-    change `state`; only `proceed` calls one after the other.
+    and `overdue` after `deadline`. `receive`, `take_request`, `answer` and `send` each do one thing and change `state`;
+    only `proceed` calls one after the other.
     """
 
     server: Server
 
     def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
-        # not the base class's, which would serve the connection to its end here and now
+        # without the base class's, which would serve the connection to its end
         self.request, self.client_address, self.server = request, client_address, server
         settings = server.settings
         self.state = _HANDSHAKE if server.tls is not None else _RECEIVING
         self.parser = RequestParser(settings.max_header, settings.max_url, settings.max_body)
-        self.exchange: Exchange | None = None  # the request whose head is there
-        self.refusal: AsteraError | None = None  # answers that request once its body has been read
+        self.exchange: Exchange | None = None  # the request whose head has arrived
+        self.refusal: AsteraError | None = None  # the reply to that request, once its body has been read
         self.out: deque[bytes | memoryview | Iterator[bytes]] = deque()
-        self.at_end = False  # the client sends nothing more
-        self.closing = False  # after the answer that is being sent
-        self.taken = 0  # bytes of the answer that the client took since its deadline was set
-        self.counted = 0  # bytes buffered, as the server counts them
+        self.at_end = False  # the client has sent its last byte
+        self.closing = False  # after the response that is being sent
+        self.taken = 0  # bytes of the response that the client has read since the deadline was set
+        self.counted = 0  # bytes that this connection contributes to `Server.buffered`
         self.events = selectors.EVENT_READ  # what the selector reports
-        self.tls_wants = 0  # an event that TLS waits for before it can go on reading
-        self.since = time.monotonic()  # when the client connected, or had its last answer
+        self.tls_wants = 0  # an event that TLS needs before it can read on
+        self.since = time.monotonic()  # when the client connected, or its last response was sent
         self.deadline = self.since + (settings.idle_timeout if server.tls is None else settings.request_timeout)
-        self.at_deadline: tuple[Callable[[], None], bool] | None = None  # of the request being handled; may it be early
+        self.at_deadline: tuple[Callable[[], None], bool] | None = None  # see `later`
         server.handlers[self] = None
         server.selector.register(request, self.events, self)
 
     def on_events(self, mask: int) -> None:
-        """Go on after the selector has reported the socket."""
+        """Continue after the selector has reported the socket."""
         if self.state is _HANDSHAKE:
             self.shake_hands()
         elif mask & selectors.EVENT_READ or self.tls_wants:
@@ -9475,7 +9470,7 @@ class Handler(BaseRequestHandler):
         self.proceed()
 
     def proceed(self) -> None:
-        """Take one request if it is complete, send what there is to send, then wait."""
+        """Take one request if it is complete, send what is to be sent, then wait for events."""
         if self.state is _RECEIVING or self.state is _QUEUED:
             self.take_request()
         if self.out and self.state is not _HANDSHAKE:
@@ -9488,7 +9483,7 @@ class Handler(BaseRequestHandler):
     # --- reading ---
 
     def shake_hands(self) -> None:
-        """Go on with the handshake of TLS."""
+        """Continue the handshake of TLS."""
         self.tls_wants = 0
         try:
             self.request.do_handshake()
@@ -9502,13 +9497,13 @@ class Handler(BaseRequestHandler):
             self.deadline = time.monotonic() + self.server.settings.idle_timeout
 
     def receive(self) -> None:
-        """Take what the client sent."""
+        """Read what the client has sent."""
         x = self.exchange
         self.tls_wants = 0
         try:
             data = self.request.recv(_READ if x is None or not x.head.chunked else _READ_CHUNKED)
             while self.server.tls is not None and (left := self.request.pending()):
-                data += self.request.recv(left)  # it is decrypted, so the selector does not report it
+                data += self.request.recv(left)  # decrypted already, so the selector does not report it
         except OSError as error:
             self.not_ready(error)
             return
@@ -9522,10 +9517,10 @@ class Handler(BaseRequestHandler):
         else:
             self.at_end = True
             if self.at_deadline is not None and self.at_deadline[1]:
-                self.call_deadline()  # the client may have gone: it does not wait, and holds no place
+                self.call_deadline()  # the client may have gone: no long poll for it
 
     def not_ready(self, error: OSError) -> None:
-        """Note what the socket waits for; where it is the connection that fails, close it."""
+        """Note what the socket waits for; close it if the connection has failed."""
         event = self.server.waits_for.get(type(error))
         if event is None:
             self.close()
@@ -9533,7 +9528,7 @@ class Handler(BaseRequestHandler):
             self.tls_wants = event
 
     def take_request(self) -> None:
-        """Have the next request handled if all of it is there; refuse what cannot become one."""
+        """Have the next request handled if it is complete; refuse what cannot become a request."""
         self.state = _RECEIVING
         try:
             x = self.exchange or self.take_head()
@@ -9543,7 +9538,7 @@ class Handler(BaseRequestHandler):
             return
         if x is None or body is None:
             if self.at_end and self.state is _RECEIVING:
-                self.close()  # the rest will never come
+                self.close()  # the rest will never arrive
             return
         x.body = body
         self.deadline = math.inf
@@ -9551,11 +9546,11 @@ class Handler(BaseRequestHandler):
             x.fail(self.refusal)
         else:
             self.server.handle(x)
-        if self.state is _RECEIVING:  # the answer comes later
+        if self.state is _RECEIVING:  # the reply comes later
             self.state = _HANDLING
 
     def take_head(self) -> Exchange | None:
-        """Begin the next request if its head is there. One that waits for 100 Continue is asked for its body."""
+        """Begin the next request if its head has arrived; ask for its body if the client waits for 100 Continue."""
         head = self.parser.head()
         if head is None:
             return None
@@ -9566,7 +9561,7 @@ class Handler(BaseRequestHandler):
         except AsteraError as error:
             self.refusal = error
         if head.expects_continue and (head.length or head.chunked) and not self.parser.buffered:
-            if self.refusal is not None:  # the body is not sent, or if it is, not read
+            if self.refusal is not None:  # the client does not send the body, or we do not read it
                 self.refuse(self.refusal)
                 return None
             self.out.append(_CONTINUE)
@@ -9575,7 +9570,7 @@ class Handler(BaseRequestHandler):
     # --- answering ---
 
     def refuse(self, error: AsteraError) -> None:
-        """Answer a request that is not read any further, and close."""
+        """Answer a request without reading the rest of it, and close."""
         x = self.exchange
         if x is None:
             x = self.exchange = Exchange(self, _NO_HEAD)
@@ -9584,7 +9579,7 @@ class Handler(BaseRequestHandler):
         x.fail(error)
 
     def answer(self, x: Exchange, reply: Reply) -> None:
-        """Give the answer to a request, unless there was one: it is counted, logged, and sent when the loop goes on."""
+        """Count, log and queue the reply to a request, unless it has been answered. `proceed` sends it."""
         if x.answered:
             return
         server, head = self.server, x.head
@@ -9617,7 +9612,7 @@ class Handler(BaseRequestHandler):
         server.ready[self] = None
 
     def log_access(self, x: Exchange, reply: Reply) -> None:
-        """Log a request. Its query is left out: it may hold what nobody is to read."""
+        """Log a request, without its query, which may contain secrets."""
         ms = round((time.monotonic() - x.began) * 1000, 1)
         client = str(self.client_address[0])
         extra = x.about() | {"status": reply.status, "ms": ms, "client": client, "token": x.caller.name or None}
@@ -9633,7 +9628,7 @@ class Handler(BaseRequestHandler):
             self.server.sweep_by(self.deadline)
 
     def call_deadline(self) -> None:
-        """Call what `later` was given."""
+        """Call the function that `later` got."""
         if self.at_deadline is not None:
             function, self.at_deadline, self.deadline = self.at_deadline[0], None, math.inf
             function()
@@ -9641,7 +9636,7 @@ class Handler(BaseRequestHandler):
     # --- writing ---
 
     def send(self) -> None:
-        """Send as much as the client takes; a long body is fetched piece by piece as it goes."""
+        """Send as much as the socket takes; a long body is read from the store piece by piece."""
         try:
             while self.out:
                 first = self.out[0]
@@ -9662,12 +9657,12 @@ class Handler(BaseRequestHandler):
             self.not_ready(error)
             if self.deadline == math.inf:
                 self.deadline = time.monotonic() + self.server.settings.request_timeout
-        except StoreError as error:  # a piece of a result cannot be read: a short answer is better than a wrong one
+        except StoreError as error:  # a piece of a result cannot be read: rather an incomplete body than a wrong one
             log.error("a result could not be read to its end: %s", error)
             self.close()
 
     def answer_sent(self) -> None:
-        """Expect the next request, which may be there already; after the last answer, close."""
+        """Expect the next request, which may have arrived already; close after the last response."""
         if self.closing:
             self.linger()
             return
@@ -9677,12 +9672,12 @@ class Handler(BaseRequestHandler):
         self.since = time.monotonic()
         self.deadline = self.since + (settings.request_timeout if begun else settings.idle_timeout)
         self.state = _RECEIVING
-        if begun or self.at_end:  # other connections have their turn first
+        if begun or self.at_end:  # other connections go first
             self.state = _QUEUED
             self.server.ready[self] = None
 
     def wait(self) -> None:
-        """Count the bytes held, and tell the selector what this connection waits for."""
+        """Count the bytes in buffers, and tell the selector which events this connection waits for."""
         held = self.parser.buffered
         if self.exchange is not None:
             held += len(self.exchange.body)
@@ -9709,11 +9704,11 @@ class Handler(BaseRequestHandler):
     # --- closing ---
 
     def gives_way(self) -> bool:
-        """Whether it may be closed for a newcomer: it is idle, its request is not complete, or its client has gone."""
+        """Whether it may be closed for a newcomer: it is idle, its request is incomplete, or its client has gone."""
         return self.state in (_HANDSHAKE, _RECEIVING) or (self.state is _HANDLING and self.at_end)
 
     def overdue(self) -> None:
-        """Go on after the deadline has passed: an incomplete request is refused, a reader that is too slow is cut."""
+        """Act after the deadline: refuse an incomplete request, close for a client that reads too slowly."""
         enough = _SLOWEST_READER * self.server.settings.request_timeout
         if self.at_deadline is not None:
             self.call_deadline()
@@ -9725,7 +9720,7 @@ class Handler(BaseRequestHandler):
             self.close()
 
     def turn_away(self, data: bytes) -> None:
-        """Send the answer that there is no room for this connection, and close."""
+        """Send a response that says that there is no room for this connection, and close."""
         self.closing = True
         self.out.append(data)
         self.leave()
@@ -9734,21 +9729,21 @@ class Handler(BaseRequestHandler):
             self.server.ready[self] = None
 
     def leave(self) -> None:
-        """Make room for another connection: this one ends soon."""
+        """Give the place of this connection to another: it ends soon."""
         self.server.handlers.pop(self, None)
         self.server.leaving.add(self)
         self.deadline = time.monotonic() + _LINGER_S
 
     def linger(self) -> None:
-        """Close, but not under a client that still sends and has not read its answer."""
+        """Close, but let a client that still sends read its response first."""
         if self.at_end or len(self.server.leaving) > _MAX_LEAVING:
             self.close()
             return
         try:
             if self.server.tls is not None:
-                with contextlib.suppress(OSError):  # our close_notify is sent; the client's is not waited for
+                with contextlib.suppress(OSError):  # sends our close_notify; the client's is not waited for
                     self.request.unwrap()
-            self.request.shutdown(socket.SHUT_WR)  # after which bytes are read as they come, and not decrypted
+            self.request.shutdown(socket.SHUT_WR)  # from now on bytes are read as they are, without decrypting them
         except OSError:
             self.close()
             return
@@ -9756,7 +9751,7 @@ class Handler(BaseRequestHandler):
         self.state = _LINGERING
 
     def close(self) -> None:
-        """Let go of the socket; an answer that comes later goes nowhere."""
+        """Close the socket; a later reply to the request is dropped."""
         if self.state is _CLOSED:
             return
         self.state = _CLOSED
@@ -9777,9 +9772,9 @@ def _deadline(event: tuple[Handler, int]) -> float:
 
 
 def check_exposure(settings: Settings, host: str, has_tokens: bool) -> bool:
-    """Whether nobody needs a token as long as there is none.
+    """Whether everybody may call while there is no token.
 
-    Raises ConfigError for a server that anybody could reach and that has no token.
+    Raises ConfigError for a server without a token that other machines can reach.
     """
     loopback = is_loopback(host)
     may_be_open = settings.insecure_open or (loopback and settings.public_url is None)
@@ -9793,17 +9788,18 @@ def check_exposure(settings: Settings, host: str, has_tokens: bool) -> bool:
 
 
 class Server(ThreadingHTTPServer):
-    """Puts an AsteraLite on a socket: http.server's class and hooks, served by one selector loop.
+    """Serves an AsteraLite over HTTP: the class and the hooks of http.server, with one selector loop.
 
-    `with Server(app) as server:` serves in a thread of its own until the block ends, as `start` and `stop` do;
-    `serve_forever` serves in the calling thread or, inside such a block, waits. `host` and `port` are the settings'
-    unless given; `url` is the address once the constructor returns. Subclasses may override `verify_request`,
-    `process_request`, `finish_request`, `handle_error` and `service_actions`, which are called on the loop's thread.
-    Raises OSError if it cannot listen, ConfigError if settings forbid it, StoreError if the application is not running.
+    `with Server(app) as server:` serves on a separate thread until the block ends, like `start` and `stop`.
+    `serve_forever` serves on the calling thread; inside such a block, it waits for the other. `host` and `port` replace
+    those of the settings. `url` is the address, known when the constructor returns. Subclasses may override
+    `verify_request`, `process_request`, `finish_request`, `handle_error` and `service_actions`, which the loop's thread
+    calls. Raises OSError if it cannot listen, ConfigError if settings forbid it, StoreError if the application is not
+    running.
     """
 
     request_queue_size = 1024
-    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers share a port
+    allow_reuse_address = os.name == "posix"  # on Windows two servers could share a port
 
     def __init__(self, app: AsteraLite, *, host: str | None = None, port: int | None = None) -> None:
         self.app, self.settings = app, app.settings
@@ -9818,9 +9814,9 @@ class Server(ThreadingHTTPServer):
             self.waits_for |= wants
         app.check_open()
         # connections
-        self.handlers: dict[Handler, None] = {}  # who came or was answered longest ago first
-        self.leaving: set[Handler] = set()  # they have their last answer, or only that there is no room
-        self.ready: dict[Handler, None] = {}  # they have something to do, in this order
+        self.handlers: dict[Handler, None] = {}  # in order of `since`
+        self.leaving: set[Handler] = set()  # connections that linger or are turned away
+        self.ready: dict[Handler, None] = {}  # connections whose turn it is, in this order
         self.buffered = 0
         # requests
         self.requests = app.metrics.requests
@@ -9828,19 +9824,19 @@ class Server(ThreadingHTTPServer):
         self.access_level = logging.INFO if self.settings.access_log else logging.DEBUG
         self._request_count = itertools.count(1)
         self._request_prefix = os.urandom(5).hex()
-        # for what takes longer than a look-up; a shared database is looked up there, too
+        # for requests that take longer than a look-up, and for reads of a shared database
         self.pool = ThreadPoolExecutor(8 if app.store.shared else 2, "astera-slow")
         self._routed: dict[int, tuple[Head, dict[str, Any]]] = {}  # by identity: heads, and what `route` found for them
         self._routed_for: tuple[Any, Any] = (None, None)  # the deployments and tokens for which it was found
-        self.at_work: set[Exchange] = set()  # requests that its threads have, until they are answered
+        self.at_work: set[Exchange] = set()  # requests on its threads, until they are answered
         # the loop
         self.ident = 0  # of the thread that serves
-        self.fault: Exception | None = None  # that ended the loop
+        self.fault: Exception | None = None  # the exception that has ended the loop
         self.stopping = False
         self._stop_at = self._sweep_at = 0.0
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
-        self._ended.set()  # it has not begun
+        self._ended.set()  # the loop has not begun
         self.selector = selectors.DefaultSelector()
         self._inbox: deque[Callable[[], None]] = deque()
         self._awake = False
@@ -9853,19 +9849,19 @@ class Server(ThreadingHTTPServer):
         self.scheme = "http" if self.tls is None else "https"
         self.url = f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
         self.base = (self.settings.public_url or "").rstrip("/") or None
-        app.base = self.base or self.url  # for jobs that the embedding program submits
+        app.base = self.base or self.url  # of jobs that the embedding program submits
 
     def _access(self, host: str) -> Access:
         app, settings, loopback = self.app, self.settings, is_loopback(host)
         is_open = check_exposure(settings, host, any(token.digest for token in app.tokens))
         if not loopback and settings.callback_allow.strip().lower() == "auto":
-            app.policy.hosts.clear()  # the courier and the http steps share it
+            app.policy.hosts.clear()  # courier and http steps have the same policy
             app.policy.networks.clear()
         return Access(settings.token, loopback, settings.public_url, app.origins, host, lambda: app.tokens, is_open)
 
     def server_bind(self) -> None:
-        """Bind, without the look-up of our own name that http.server makes, which can wait for DNS."""
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # connections inherit it
+        """Bind, without the look-up of the host's name that http.server does, which can wait for DNS."""
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # inherited by connections
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
@@ -9873,8 +9869,8 @@ class Server(ThreadingHTTPServer):
     # --- start and stop ---
 
     def start(self) -> Self:
-        """Serve in a thread of its own."""
-        self._ended.clear()  # here, or a stop that comes at once would not wait for the thread
+        """Serve on a separate thread."""
+        self._ended.clear()  # here, because a stop may come before the thread has begun
         self._thread = threading.Thread(target=self._serve, name="astera-loop", daemon=True)
         self._thread.start()
         return self
@@ -9898,15 +9894,15 @@ class Server(ThreadingHTTPServer):
         raise NotImplementedError("Server cannot handle a single request: call serve_forever(), or start() and stop()")
 
     def request_stop(self) -> None:
-        """Begin to stop: no new connection, open requests are answered. May be called by a signal handler."""
+        """Begin to stop: accept no connection, answer open requests. May be called by a signal handler."""
         self.post(self._stop_accepting)
 
     def ended(self, timeout_s: float) -> bool:
-        """Whether the loop has ended; waits up to `timeout_s` seconds for that."""
+        """Whether the loop has ended; waits for it, up to `timeout_s` seconds."""
         return self._ended.wait(timeout_s)
 
     def shutdown(self) -> None:
-        """Stop serving, and wait until the loop has ended."""
+        """Stop serving, and wait until the loop has ended (http.server's method)."""
         self.request_stop()
         self.ended(self.settings.shutdown_timeout + 5)
 
@@ -9918,12 +9914,12 @@ class Server(ThreadingHTTPServer):
         self.server_close()
 
     def server_close(self) -> None:
-        """Close the listener and what the loop waits on; http.server's hook, called too where it cannot listen."""
+        """Close the listener, the pool and the selector; http.server's hook, called also if it cannot listen."""
         super().server_close()
-        self.pool.shutdown(wait=not self.at_work, cancel_futures=True)  # a disk that hangs must not hold up the stop
+        self.pool.shutdown(wait=not self.at_work, cancel_futures=True)  # a disk that hangs must not delay the stop
         connections = self.app.metrics.connections
         connections[:] = [those for those in connections if those is not self.handlers]
-        if self._ended.is_set():  # else the loop hangs, and still uses them
+        if self._ended.is_set():  # otherwise the loop hangs, and uses them
             self.selector.close()
             self._wake_in.close()
             self._wake_out.close()
@@ -9941,14 +9937,14 @@ class Server(ThreadingHTTPServer):
         """Call a function on the loop's thread, soon. May be called from any thread."""
         self._inbox.append(function)
         if self.stopping and self._ended.is_set():
-            self._run_posted()  # or it would wait for ever
+            self._run_posted()  # the loop does not run it any more
         elif not self._awake:
             self._awake = True
             with contextlib.suppress(OSError):  # full: it is awake; closed: it has ended
                 self._wake_out.send(b"\0")
 
     def serve_forever(self, poll_interval: float = 1.0) -> None:
-        """Serve in this thread until stopped; where another thread serves, wait for that.
+        """Serve on this thread until stopped; if another thread serves, wait until it has ended.
 
         `poll_interval` is the longest time in seconds between two calls of `service_actions`.
         """
@@ -9974,16 +9970,16 @@ class Server(ThreadingHTTPServer):
             self._run_posted()
 
     def _turn(self, longest: float) -> None:
-        """Wait until a connection or another thread has something to do, and do it."""
+        """Wait for events and for posted functions, and process them."""
         flush = partial(self.app.store.flush, self.post)
         busy = self._inbox or self.ready
         events = self.selector.select(0 if busy else max(min(self._sweep_at - time.monotonic(), longest), 0))
-        self._awake = True  # what is posted from here on is seen below
+        self._awake = True  # functions posted from here on are run below
         connections = [(key.data, mask) for key, mask in events if key.data is not None]
-        connections.sort(key=_deadline)  # who was answered longest ago first: epoll has an order of its own
+        connections.sort(key=_deadline)  # the longest-waiting client first: the order of epoll is arbitrary
         for handler, mask in connections:
             self._guarded(handler, handler.on_events, mask)
-        for key, _ in events:  # newcomers come last: what a client has sent is read before it gives way to one
+        for key, _ in events:  # newcomers last: a client that has sent a request is not closed for one
             if key.fileobj is self.socket:
                 self._accept()
             elif key.fileobj is self._wake_in:
@@ -10001,7 +9997,7 @@ class Server(ThreadingHTTPServer):
         for _ in range(len(self._inbox)):
             try:
                 function = self._inbox.popleft()
-            except IndexError:  # after the end other threads run it too
+            except IndexError:  # after the end, other threads run them, too
                 return
             try:
                 function()
@@ -10009,14 +10005,14 @@ class Server(ThreadingHTTPServer):
                 log.exception("a function posted to the loop failed")
 
     def _run_ready(self) -> None:
-        """Let each connection that has something to do take its turn: at most one request of each."""
+        """Let each connection in `ready` proceed: at most one request of each."""
         ready, self.ready = self.ready, {}
         for handler in ready:
-            if handler.state is _SENDING or handler.state is _QUEUED:  # else it had its turn
+            if handler.state is _SENDING or handler.state is _QUEUED:  # otherwise it has proceeded already
                 self._guarded(handler, handler.proceed)
 
     def _guarded(self, handler: Handler, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function of a connection: what fails in it ends that connection only."""
+        """Call a function of a connection; an exception ends this connection only."""
         try:
             function(*arguments)
         except Exception:
@@ -10033,7 +10029,7 @@ class Server(ThreadingHTTPServer):
                 pass
 
     def _sweep(self) -> None:
-        """See to connections whose deadline has passed: once a second, or when one waits for less."""
+        """Act on deadlines that have passed: once a second, or earlier if a request needs it."""
         now = time.monotonic()
         for handler in [handler for handler in (*self.handlers, *self.leaving) if handler.deadline <= now]:
             self._guarded(handler, handler.overdue)
@@ -10042,7 +10038,7 @@ class Server(ThreadingHTTPServer):
         self._listen()
 
     def sweep_by(self, moment: float) -> None:
-        """Sweep no later than at a moment on the monotonic clock."""
+        """Sweep no later than at this time of the monotonic clock."""
         self._sweep_at = min(self._sweep_at, max(moment, time.monotonic() + _SWEEP_S))
 
     # --- connections ---
@@ -10061,19 +10057,19 @@ class Server(ThreadingHTTPServer):
         self.socket.close()
         for handler in list(self.handlers):
             if handler.at_deadline is not None and handler.at_deadline[1]:
-                handler.call_deadline()  # who waits for a job gets its state as it is
+                handler.call_deadline()  # a long poll is answered with the present state
             elif handler.state in (_HANDSHAKE, _RECEIVING) and not handler.parser.begun:
                 handler.close()
 
     def _accept(self) -> None:
-        if self.stopping:  # since the selector said so
+        if self.stopping:  # after the selector reported a newcomer
             return
         for _ in range(_ACCEPTS_A_TURN):
             try:
                 request, client_address = self.get_request()
             except (BlockingIOError, ConnectionError):
                 return
-            except OSError as error:  # out of descriptors: leave the listener alone until some are back
+            except OSError as error:  # out of descriptors: pause the listener
                 log.error("connections cannot be accepted at the moment: %s", reason_of(error))
                 self.selector.unregister(self.socket)
                 self.sweep_by(time.monotonic() + 0.5)
@@ -10084,7 +10080,7 @@ class Server(ThreadingHTTPServer):
                 else:
                     self.shutdown_request(request)
             except Exception as error:
-                if not isinstance(error, OSError):  # else the client has gone
+                if not isinstance(error, OSError):  # otherwise the client has gone
                     self.handle_error(request, client_address)
                 self.shutdown_request(request)
 
@@ -10106,7 +10102,7 @@ class Server(ThreadingHTTPServer):
             self.finish_request(request, client_address)  # makes a Handler
 
     def _make_room(self) -> bool:
-        """Close the connection whose client has kept it waiting longest; False where all are at work, or fresh."""
+        """Close the connection that has been idle longest; False if all are busy, or recent."""
         fresh_from = time.monotonic() - _GRACE_S
         oldest = next((each for each in self.handlers if each.gives_way() or each.since >= fresh_from), None)
         if oldest is None or oldest.since >= fresh_from:
@@ -10159,11 +10155,11 @@ class Server(ThreadingHTTPServer):
 
 # ======================================================================================================================
 # 17 Command line
-# This room reads the settings of `serve`. All other command lines, and --help, belong to astera_lite_tools.
-# To add a command: a function and a row of COMMANDS there.
+# This room has the command `serve`. All other commands, and --help, are in astera_lite_tools.
+# To add a command: a function and a row in COMMANDS there.
 # ======================================================================================================================
 
-#: Functions of the wing of documents, which make the documents that commands print.
+#: Functions that make the documents that commands print.
 DOCUMENTS = {
     "openapi": late("astera_lite_documents:openapi_document"),
     "postman": late("astera_lite_documents:postman_document"),
@@ -10172,9 +10168,9 @@ DOCUMENTS = {
 
 
 class Stderr:
-    """stderr for the whole process. It raises no errors, and after `detach` no writer waits."""
+    """stderr of the process. Writing raises no errors and, after `detach`, never waits."""
 
-    _MOST = 5000  # waiting texts; further ones are dropped
+    _MOST = 5000  # texts that wait; further ones are dropped
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -10185,7 +10181,7 @@ class Stderr:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write a text, now or on the thread of `detach`."""
+        """Write a text: now, or after `detach` on its thread."""
         if self._texts is None:
             self._write(text)
         elif self._texts.qsize() < self._MOST:
@@ -10195,15 +10191,15 @@ class Stderr:
         return len(text)
 
     def flush(self) -> None:
-        """Do nothing: `write` flushes each text."""
+        """Do nothing: each text is flushed when it is written."""
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # stderr is full or closed, or nobody reads it
+        with contextlib.suppress(OSError, ValueError):  # stderr is closed, or its disk is full
             self._stream.write(text)
             self._stream.flush()
 
     def detach(self) -> None:
-        """Write on a separate thread from now on: a slow disk, or a reader that stops, delays only that thread."""
+        """Write on a separate thread from now on, which alone waits for a slow disk or reader."""
         self._texts = queue.SimpleQueue()
         threading.Thread(target=self._write_all, args=[self._texts], name="astera-stderr", daemon=True).start()
 
@@ -10219,7 +10215,7 @@ class Stderr:
                 log.warning("%d lines of the log are lost: what reads stderr was too slow", lost)
 
     def written(self) -> bool:
-        """Wait up to a second until all texts are written; return whether they are."""
+        """Wait until all texts are written, up to a second; return whether they are."""
         if self._texts is None:
             return True
         done = threading.Event()
@@ -10228,12 +10224,12 @@ class Stderr:
 
 
 def one_line(text: str) -> str:
-    """The text with other than printable characters escaped: it can begin no line and control no terminal."""
+    """The text with unprintable characters escaped: it cannot begin a line or control a terminal."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object for each line; `about` and Exchange.about give further members."""
+    """One JSON object on each line; further members come from `about` and `Exchange.about`."""
 
     _MEMBERS = ("request", "method", "path", "status", "ms", "client", "token", "job", "flow", "step", "trace")
 
@@ -10244,11 +10240,11 @@ class _JsonLines(logging.Formatter):
         entry |= {name: it if isinstance(it, str | int | float) else shown(it) for name, it in given.items()}
         if record.exc_info:
             entry["exception"] = record.exc_text or self.formatException(record.exc_info)
-        return json.dumps(entry)  # in ASCII: other characters may end or reverse a line for a reader
+        return json.dumps(entry)  # in ASCII: other characters may break or reverse a line
 
 
 class _TextLines(logging.Formatter):
-    """Time, level and message; text from outside cannot begin a new line."""
+    """Time, level and message. Text from outside cannot begin a new line."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = f"{timestamp(int(record.created * 1000))} {record.levelname.lower():<7} {one_line(log_message(record))}"
@@ -10281,7 +10277,7 @@ def load_settings(flags: Mapping[str, str]) -> Settings:
     default = "astera_lite.toml" if os.path.exists("astera_lite.toml") else None
     flags = dict(flags)
     early: list[logging.LogRecord] = []
-    keep = cast(Callable[[logging.LogRecord], bool], early.append)  # a filter that returns None stops each record
+    keep = cast(Callable[[logging.LogRecord], bool], early.append)  # returns None, so the filter stops the record
     log.addFilter(keep)
     settings = Settings()
     try:
@@ -10308,11 +10304,11 @@ def notify(state: str) -> None:
 
 
 def _set_up_process(settings: Settings) -> None:
-    """Set up log, switch interval and limit of descriptors, which belong to the whole process."""
+    """Set up the log, the switch interval and the limit of descriptors, which the whole process shares."""
     set_up_logging(settings)
     logging.captureWarnings(True)
     _warnings_log.addHandler(log.handlers[-1])
-    sys.setswitchinterval(0.00005)  # with the default, each busy thread delays the loop by 5 ms, often in a request
+    sys.setswitchinterval(0.00005)  # with the default, a busy thread delays the loop by 5 ms at a time
     try:
         import resource as rlimits  # noqa: PLC0415 (not on Windows)
     except ImportError:
@@ -10332,7 +10328,7 @@ def _announce(server: Server, stderr: Stderr) -> None:
     try:
         for name in ("console.html", "astera_lite_admin.py"):
             resource(name)
-    except ConfigError:  # a copy of the module without the console
+    except ConfigError:  # they were not copied
         console_line = []
     if server.settings.log == "json":
         for line in [*(f"published: {' '.join(line.split())}" for line in published), *console_line]:
@@ -10340,7 +10336,7 @@ def _announce(server: Server, stderr: Stderr) -> None:
     else:
         head = "published:" if published else "published: no flow; `new NAME` writes a first flow"
         stderr.write("\n".join([head, *published, *console_line, ""]))
-    stderr.write(f"listening on {server.url}\n")  # in one piece, so that no line of the log gets into it
+    stderr.write(f"listening on {server.url}\n")  # one write, so that no line of the log gets into it
     notify(f"READY=1\nSTATUS=listening on {server.url}")
 
 
@@ -10367,7 +10363,7 @@ def _reload(app: AsteraLite) -> None:
 
 
 def _install_signals(app: AsteraLite, server: Server) -> Callable[[], bool]:
-    """Let signals stop the server, or reload flows and tokens; returns a function: whether a stop is overdue."""
+    """Let signals stop the server, or reload flows and tokens; return a function that tells if a stop is overdue."""
     stop_by = math.inf
 
     def stop(number: int, frame: object) -> None:
@@ -10392,15 +10388,15 @@ def _install_signals(app: AsteraLite, server: Server) -> Callable[[], bool]:
 
 def _settle() -> None:
     """Tell the garbage collector that all objects loaded so far stay."""
-    import gc  # noqa: PLC0415 (an embedding program decides itself)
+    import gc  # noqa: PLC0415 (an embedding program decides this itself)
 
     gc.freeze()
     gc.enable()
-    gc.set_threshold(10_000, 20, 50)  # requests make many objects, but no cycles: collecting at 700 is too often
+    gc.set_threshold(10_000, 20, 50)  # the default is too often: requests make many objects, but no cycles
 
 
 def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code."""
+    """Serve until SIGTERM or SIGINT; return the exit code."""
     stderr = cast(Stderr, sys.stderr)
     stderr.detach()
     _set_up_process(settings)
@@ -10419,21 +10415,21 @@ def serve(settings: Settings) -> int:
     _settle()
     _announce(server, stderr)
     if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-        # through the housekeeper and the loop: both are alive
+        # by way of the housekeeper and the loop, which proves that both are alive
         app.housekeeper.chores.insert(0, partial(server.post, partial(notify, "WATCHDOG=1")))
-    server.start()  # on a separate thread: this one is free for signals
+    server.start()  # this thread handles signals
     while not server.ended(1.0) and not overdue():
         pass
     stuck = not server.ended(0)
     if not stuck:
         server.server_close()
-    # Not 1, which means faulty settings: a service manager need not start the server again in that case.
+    # not 1, which means faulty settings: after those, a service manager should not start the server again
     code = 5 if server.fault is not None else 0
     left = app.stop()
     if not code:
         log.info("stopped")
     logging.shutdown()
-    if left or stuck or server.at_work:  # the interpreter would wait for threads that do not end
+    if left or stuck or server.at_work:  # the interpreter would wait for their threads
         stderr.written()
         kill_children()
         os._exit(code)
@@ -10446,7 +10442,7 @@ def serve(settings: Settings) -> int:
 def serve_flags(words: Sequence[str]) -> dict[str, str] | None:
     """The settings of a command line that serves, each with a value; None for any other command line.
 
-    Most starts then do without the parser of astera_lite_tools, which reads these lines, too: 6 ms and 0.5 MB.
+    So most starts do not load the parser of astera_lite_tools, which reads these lines, too: 6 ms and 0.5 MB.
     """
     names = {f"--{name.replace('_', '-')}": name for name, item in SETTING_FIELDS.items() if not item.secret}
     names["--config"] = "config"
@@ -10460,9 +10456,9 @@ def serve_flags(words: Sequence[str]) -> dict[str, str] | None:
 
 
 def _set_up_streams() -> Stderr:
-    """Make sure that the standard streams can be written to, however the program was started."""
+    """Make the standard streams usable, however the program was started."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed: the database could get its descriptor number, and its output
+        if getattr(sys, name) is None:  # closed: a database could get its descriptor, and then its output
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may be ASCII
@@ -10476,7 +10472,7 @@ def _run(words: Sequence[str]) -> int:
     try:
         flags = serve_flags(words)
         code = serve(load_settings(flags)) if flags is not None else wing("astera_lite_tools:run_command")(words)
-        sys.stdout.flush()  # here, where a failure can be caught
+        sys.stdout.flush()  # here, where an error is caught
     except AsteraError as error:
         print(error, file=sys.stderr)
         return 4 if isinstance(error, StoreError) else 1
@@ -10486,12 +10482,12 @@ def _run(words: Sequence[str]) -> int:
         if not isinstance(error, BrokenPipeError):  # a reader such as `head` has closed the pipe
             print(f"the output cannot be written: {reason_of(error)}", file=sys.stderr)
             code = 1
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (the interpreter flushes it at its end)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (the interpreter flushes it at exit)
     return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (of this process unless given), and return the exit code."""
+    """Run a command line, by default that of this process; return the exit code."""
     stderr = _set_up_streams()
     code = _run([*(sys.argv[1:] if argv is None else argv)])
     if not stderr.written():  # the interpreter would wait for its thread

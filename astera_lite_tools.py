@@ -764,7 +764,7 @@ def _add_settings(parser: argparse.ArgumentParser, to_show: Collection[str], tak
         item, flag = SETTING_FIELDS[name], "--" + name.replace("_", "-")
         if item.secret or flag in taken:
             continue
-        more = {"metavar": "|".join(item.choices) or SETTING_KINDS[item.kind].metavar, "dest": f"set_{name}"}
+        more = {"metavar": SETTING_KINDS[item.kind].metavar, "dest": f"set_{name}"}
         more["help"] = f"{text.replace('%', '%%')} (default: {default})" if name in to_show else argparse.SUPPRESS
         more |= {"nargs": "?", "const": "true"} if item.kind == "bool" else {}
         group.add_argument(flag, default=argparse.SUPPRESS, **more)
