@@ -807,8 +807,8 @@ INSERT INTO nodes (number, name, lease_until) SELECT n, 'n' || n, now() + '1 day
 INSERT INTO jobs (seq, salt, flow, version, status, created, token, base, attempt, started, finished, expires, code,
     size, headers, request, request_body, result, idempotency_key, callback_url)
 SELECT ({t} + n) << 12, 1, 'f' || n % 3, 7, CASE WHEN n % 1000 = 0 THEN 'Error' ELSE 'Completed' END, {t} + n,
-    CASE WHEN n < 5 THEN 'ada' WHEN n % 2 = 0 THEN 'bob' ELSE '' END, 'http://x', 1, {t} + n, {t} + n, {t} + 10^9 + n,
-    200, 2, '[]', {request}, '', '',
+    CASE WHEN n BETWEEN 60 AND 64 THEN 'ada' WHEN n % 2 = 0 THEN 'bob' ELSE '' END,
+    'http://x', 1, {t} + n, {t} + n, {t} + 10^9 + n, 200, 2, '[]', {request}, '', '',
     CASE WHEN n % 10 = 0 THEN 'key' || n END, CASE WHEN n % 50 = 0 THEN 'http://r' END
 FROM generate_series(1, 1000000) n;
 INSERT INTO jobs (seq, salt, flow, version, status, created, token, base, request, owner, due, attempt)
@@ -831,42 +831,17 @@ def scans(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from scans(part)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("analyzed", [False, True])
-def test_no_hot_statement_looks_at_more_than_a_few_of_a_million_jobs(
-    open_store: Open, url: str, analyzed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import psycopg
-
-    store = open_store(name="a")
-    told(store)
-    look(url, "ALTER TABLE jobs SET (autovacuum_enabled = off)")
-    look(url, _MILLION.format(t=T, request='\'{"method": "GET", "path": "/f"}\''))
-    if analyzed:
-        look(url, "VACUUM ANALYZE")
-    sent: list[tuple[str, Any]] = []
-    execute = psycopg.Connection.execute
-
-    def spy(self: Any, query: Any, values: Any = None, **more: Any) -> Any:
-        sent.append((query, values))
-        return execute(self, query, values, **more)
-
-    monkeypatch.setattr(psycopg.Connection, "execute", spy)
-    old = JobKey((T + 5) << 12, 1)
+def hot(store: PostgresStore, nth: int) -> None:
+    """Have the store send its hot statements, the first or a second time."""
+    old, name = JobKey((T + 45 + nth) << 12, 1), f"new{nth}"
     fresh, again = job(), job()
-    done(store.add, submission(fresh, key="new"))
-    done(store.add, submission(again, key="new"))
-    done(store.add, submission(job(), key="limited")._replace(limit=10**6))
+    done(store.add, submission(fresh, key=name))
+    done(store.add, submission(again, key=name))
+    done(store.add, submission(job(), key=f"limited{nth}")._replace(limit=10**6))
     done(store.start, fresh.key, 1, T)
     done(store.save_step, fresh.key, 1, "a", "1")
     store.get(old), store.result(old), store.request(old), store.load(fresh.key.seq), store.trace(old)
     store.attempts(old), store.ended([old, fresh.key]), store.cancelled(), store.progress(fresh.key), store.members()
-    for flow, status, token in [
-        (None, None, None), ("f1", None, None), (None, Status.ERROR, None), (None, Status.RUNNING, None),
-        (None, None, "ada"), (None, None, "none"), ("none", None, None), (None, Status.COMPLETED, "bob"),
-    ]:  # fmt: skip
-        if analyzed:  # as PostgreSQL does by itself after a minute; nothing waits for a list
-            store.page(T, 50, None, flow, status, token)
     assert len(store.claim((), 16, {"f0": None, "f1": 10**6})) == 16
     assert len(store.claim_deliveries(T + 10**9, 16, 1000, held=(), busy=(), fresh=False)) == 16
     store.next_delivery(T), store.last_seq(), store.flow_text(7)
@@ -879,20 +854,58 @@ def test_no_hot_statement_looks_at_more_than_a_few_of_a_million_jobs(
     done(store.find_key, "f0", "", "key30", T)
     done(store.delete, old)
     assert done(store.purge, T + 10**9 + 50, 20) == 20
-    monkeypatch.undo()
 
-    wrong = []
-    with closing(store._address.connect(autocommit=False)) as db:
-        for query, values in {query: (query, values) for query, values in sent}.values():
-            if re.match("SELECT|INSERT|UPDATE|DELETE|WITH", query) and "pg_" not in query:
-                [[[found]]] = db.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}", values).fetchall()
-                db.rollback()
-                blocks = found["Plan"]["Shared Hit Blocks"] + found["Plan"]["Shared Read Blocks"]
-                through = {
-                    part["Relation Name"]
-                    for part in scans(found["Plan"])
-                    if part["Node Type"] == "Seq Scan" and part["Relation Name"] not in ("nodes", "flows")
-                }
-                if blocks > 1500 or through:
-                    wrong.append((blocks, through, query))
-    assert wrong == []
+
+def lists(store: PostgresStore) -> None:
+    for flow, status, token in [
+        (None, None, None), ("f1", None, None), (None, Status.ERROR, None), (None, Status.RUNNING, None),
+        (None, None, "ada"), (None, None, "none"), ("none", None, None), (None, Status.COMPLETED, "bob"),
+    ]:  # fmt: skip
+        store.page(T, 50, None, flow, status, token)
+
+
+@pytest.mark.slow
+def test_no_hot_statement_looks_at_more_than_a_few_of_a_million_jobs(
+    open_store: Open, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psycopg
+
+    store = open_store(name="a")
+    told(store)
+    look(url, "ALTER TABLE jobs SET (autovacuum_enabled = off)")
+    look(url, _MILLION.format(t=T, request='\'{"method": "GET", "path": "/f"}\''))
+    sent: list[tuple[str, Any]] = []
+    execute = psycopg.Connection.execute
+
+    def spy(self: Any, query: Any, values: Any = None, **more: Any) -> Any:
+        sent.append((query, values))
+        return execute(self, query, values, **more)
+
+    def costly() -> list[Any]:
+        wrong = []
+        with closing(store._address.connect(autocommit=False)) as db:
+            for query, values in {query: (query, values) for query, values in sent}.values():
+                if re.match("SELECT|INSERT|UPDATE|DELETE|WITH", query) and "pg_" not in query:
+                    [[[found]]] = db.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {query}", values).fetchall()
+                    db.rollback()
+                    blocks = found["Plan"]["Shared Hit Blocks"] + found["Plan"]["Shared Read Blocks"]
+                    through = {
+                        part["Relation Name"]
+                        for part in scans(found["Plan"])
+                        if part["Node Type"] == "Seq Scan" and part["Relation Name"] not in ("nodes", "flows")
+                    }
+                    if blocks > 1500 or through:
+                        wrong.append((blocks, through, query))
+        return wrong
+
+    with monkeypatch.context() as patched:
+        patched.setattr(psycopg.Connection, "execute", spy)
+        hot(store, 0)
+    assert costly() == []
+    look(url, "VACUUM ANALYZE")  # as PostgreSQL does by itself after a minute; nothing waits for a list
+    sent.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(psycopg.Connection, "execute", spy)
+        hot(store, 1)
+        lists(store)
+    assert costly() == []
