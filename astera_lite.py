@@ -3231,8 +3231,8 @@ class Step(NamedTuple):
     """A compiled step. `save`: its output is saved with the job."""
 
     name: str
-    kind: str
-    traits: StepKind
+    kind_name: str
+    kind: StepKind
     run: Runner
     save: bool
     when: Template | None = None
@@ -3868,7 +3868,7 @@ class _StepRun:
             attempt += 1
             try:
                 with run.within(step.timeout, journal_key(path, "deadline"), resumed) if step.timeout else _UNBOUND:
-                    if step.traits.effect:
+                    if step.kind.effect:
                         run.journal.barrier()
                     return step.run(run, scope, path)
             except _Signal:
@@ -3917,7 +3917,7 @@ class _StepRun:
         The failure of a step inside this one is also the failure of this one.
         """
         run, step = self.run, self.step
-        failure = _known_failure(error) if step.traits.nests else None
+        failure = _known_failure(error) if step.kind.nests else None
         if failure is None:
             kind, message = _kind_and_message(error)
             failure = {
@@ -3944,12 +3944,12 @@ class _StepRun:
             return  # added before the run was suspended
         masked = run.outside.masked
         # Headers would fill the preview. A value from `onError` may be anything.
-        answers = step.traits.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
+        answers = step.kind.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
         preview = value.get("items", value["body"]) if answers else value
         line: dict[str, Any] = {
             "path": self.path,
             "name": step.name,
-            "kind": step.kind,
+            "kind": step.kind_name,
             "state": state,
             "startedAt": timestamp(self.began),
             "finishedAt": timestamp(run.outside.clock.wall()),
@@ -4753,8 +4753,8 @@ def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
     build.light = build.light and kind.light and not given.keys() & {"timeout", "retry"}
     return Step(
         name=given["name"],
-        kind=name,
-        traits=kind,
+        kind_name=name,
+        kind=kind,
         run=run,
         save=save,
         when=given.get("when"),

@@ -229,7 +229,7 @@ def explain(failure: dict[str, Any], error: BaseException, run: Run, step: Step)
             failure["source"] = error.source
     elif isinstance(error, FlowFailure):
         failure["status"] = error.status
-    elif kind == "error" and step.traits.code:
+    elif kind == "error" and step.kind.code:
         failure["source"] = source_of(error)
     elif kind == "expression" and failure["message"].startswith(step.place.rpartition("/")[0] + "/"):
         failure["pointer"], _, failure["message"] = failure["message"].partition(": ")  # else in connections.json

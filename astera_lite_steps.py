@@ -52,6 +52,7 @@ from astera_lite import (
     Value,
     as_text,
     check_whens,
+    equal,
     evaluated,
     joined_headers,
     journal_key,
@@ -450,10 +451,10 @@ class _Canned:
         if name in steps:
             self.used += 1
             return True, copy.deepcopy(steps[name])
-        if step.traits.effect:
+        if step.kind.effect:
             self.missing = path
             raise Cancelled
-        return step.kind == "wait", None
+        return step.kind_name == "wait", None
 
 
 def run_test(flow: Flow, test: Mapping[str, Any], outside: Surroundings) -> tuple[list[str], int]:
@@ -497,7 +498,7 @@ def _unlike(expected: Any, found: Any, place: str) -> list[str]:
         pairs: list[Any] = [(name, expected.get(name, _NOTHING), found.get(name, _NOTHING)) for name in names]
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         pairs = list(zip(itertools.count(), expected, found))
-    elif expected == found and (type(expected) is bool) == (type(found) is bool):
+    elif equal(expected, found):
         return []
     else:
         want, got = ("nothing" if side is _NOTHING else shown(side, 200) for side in (expected, found))
