@@ -8683,6 +8683,7 @@ SELECTING = {
     "cursor": "the next page, as the last answer gave it",
     "sort_by": "fields to sort by, comma-separated, - for descending",
 }
+MAX_SORTED = 8  # fields of `sort_by`, where any field may be one
 FILTERING = "only rows whose field of this name has this value"
 #: Where each mode of a flow is published.
 PREFIXES = {"synchronous": "/api/publishing", "asynchronous": "/api/publishingAsync"}

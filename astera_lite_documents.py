@@ -20,6 +20,7 @@ from astera_lite import (
     FLOW,
     INT64,
     JSON_TYPE,
+    MAX_SORTED,
     MODES,
     PREFIXES,
     REVALIDATED,
@@ -293,6 +294,7 @@ def _flow_parameters(flow: Flow, renamed: Mapping[str, str]) -> list[dict[str, A
         if name == "sort_by" and flow.selection.sort:
             known = {"enum": [sign + each for each in fields for sign in ("", "-")]} if fields else _TEXT
             schema, more = {"type": "array", "items": known}, {"style": "form", "explode": False}
+            schema |= {} if fields else {"maxItems": MAX_SORTED}
         elif name in flow.selection.filters:
             schema, more = {"type": "array", "items": _TEXT}, {"style": "form", "explode": True}
         found.append(_parameter(name, "query", words, schema, **more))

@@ -32,6 +32,7 @@ from astera_lite import (
     KNOWN_CODINGS,
     LENIENT_DECODER,
     MAX_NAME,
+    MAX_SORTED,
     MAX_WORK,
     REDIRECTS,
     Address,
@@ -251,7 +252,7 @@ class Selected(NamedTuple):
 
     offset: int = 0
     sort: Sequence[str] = ()  # fields, a leading "-" for descending
-    filters: Mapping[str, Sequence[str]] = types.MappingProxyType({})  # the texts that each field may have
+    filters: Mapping[str, Collection[str]] = types.MappingProxyType({})  # the texts that each field may have
     stamp: str = ""  # ties a cursor to the request
 
     def cursor(self, offset: int) -> str:
@@ -292,7 +293,7 @@ class Selected(NamedTuple):
         return {"items": rows[self.offset : end], "cursor": cursor, "total": len(rows)}
 
 
-def _is_selected(value: Any, texts: Sequence[str], numbers: Collection[float]) -> bool:
+def _is_selected(value: Any, texts: Collection[str], numbers: Collection[float]) -> bool:
     return value in numbers if type(value) in (int, float) else value is not None and as_text(value) in texts
 
 
@@ -301,23 +302,25 @@ def read_selection(selection: Selection, path: str, query: Mapping[str, list[str
     for name in {"cursor", "sort_by"} & {*selection.names}:
         if len(query.get(name, ())) > 1:
             errors.add("query", name, "must be given once")
-    sort = tuple(filter(None, query.get("sort_by", [""])[0].split(","))) if selection.sort else ()
-    known = (
-        selection.sort if isinstance(selection.sort, frozenset) else {part.removeprefix("-") for part in sort} - {""}
-    )
-    for name in [part.removeprefix("-") for part in sort]:
-        if name not in known:
+    sort: dict[str, str] = {}  # by field, each of which counts once
+    for part in filter(None, query.get("sort_by", [""])[0].split(",") if selection.sort else ()):
+        sort.setdefault(part.removeprefix("-"), part)
+    known = selection.sort if isinstance(selection.sort, frozenset) else sort.keys() - {""}
+    for name in sort:
+        if name not in known and not errors.full:
             errors.add("query", "sort_by", f"knows no field {shown(name)}{suggest(name, known)}")
-    filters = {name: query[name] for name in selection.filters if name in query}
+    if known is not selection.sort and len(sort) > MAX_SORTED:
+        errors.add("query", "sort_by", f"has more than {MAX_SORTED} fields")
+    filters = {name: frozenset(query[name]) for name in selection.filters if name in query}
     if not selection.page:
-        return Selected(0, sort, filters)
+        return Selected(0, tuple(sort.values()), filters)
     rest = sorted(item for item in query.items() if item[0] != "cursor")
     stamp = sha256(to_json([path, rest]).encode()).hex()[:16]
     cursor = query.get("cursor", [""])[0]
     match = re.fullmatch(rf"([1-9][0-9]{{0,14}})\.{stamp}", cursor)
     if cursor and not match:
         errors.add("query", "cursor", "is not from a response to this request: start again without it")
-    return Selected(int(match[1]) if match else 0, sort, filters, stamp)
+    return Selected(int(match[1]) if match else 0, tuple(sort.values()), filters, stamp)
 
 
 _MAX_REDIRECTS = 5
@@ -718,7 +721,7 @@ def decoded(data: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
                 data = inflating.decompress(data, max_bytes + 1)
                 if not inflating.eof and len(data) <= max_bytes:
                     raise EOFError
-        except (EOFError, OSError, zlib.error):
+        except (EOFError, IndexError, OSError, zlib.error):
             raise OutboundError("transport", f"the answer is not whole {coding}, although its headers say so") from None
         if len(data) > max_bytes:
             raise answer_too_large(max_bytes)

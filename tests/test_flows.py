@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -766,6 +767,35 @@ def test_rows_that_would_take_for_ever_to_sort_or_filter_are_a_500(tmp_path: Pat
         for query in ("sort_by=k", "k=x"):
             answer = client.get(f"/api/publishing/rows?{query}")
             assert answer.status_code == 500 and "log has the reason" in answer.json()["detail"]
+
+
+def test_what_a_client_selects_costs_no_more_than_the_rows(tmp_path: Path) -> None:
+    rows = "${[{'a': i % 7, 'b': 'x' + str(i)} for i in range(20000)]}"
+    flows = {
+        name: get_flow(
+            f"/{name}",
+            steps=[{"name": "rows", "set": rows}],
+            response={"body": "${rows}", "sort": sort, "filter": ["b"]},
+        )
+        for name, sort in (("any", True), ("some", ["a", "b"]))
+    }
+    with running(tmp_path, flows) as (_, _, client):
+        first = client.get("/api/publishing/some?sort_by=-a,b").json()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for name in flows:
+            answer = client.get(f"/api/publishing/{name}?sort_by=-a,b,{'a,-b,' * 2500}")  # a field counts once
+            assert answer.json() == first
+        many = client.get("/api/publishing/any?sort_by=" + ",".join(f"f{n}" for n in range(2500)))
+        assert (many.status_code, many.json()["errors"][0]["message"]) == (400, "has more than 8 fields")
+        unknown = client.get("/api/publishing/some?sort_by=" + ",".join(f"f{n}" for n in range(2500)))
+        assert unknown.status_code == 400
+        spent = []
+        for count in (1, 1800):
+            began = time.process_time()
+            assert len(client.get("/api/publishing/some?" + "&".join(f"b=x{n}" for n in range(count))).json()) == count
+            spent.append(time.process_time() - began)
+        assert spent[1] < 3 * spent[0]
+        assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10 < 150  # MB
 
 
 def test_a_result_over_the_limit_is_a_500() -> None:

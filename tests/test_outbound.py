@@ -389,8 +389,9 @@ def test_codings_are_undone_within_the_limit(serving: Serving, coding: str, body
         ("gzip", TEXT),
         ("deflate", zlib.compress(TEXT)[:-9]),
         ("deflate", b"\x78\x9cno"),
+        ("deflate, gzip", gzip.compress(b"")),
     ],
-    ids=["cut gzip", "no gzip", "cut deflate", "no deflate"],
+    ids=["cut gzip", "no gzip", "cut deflate", "no deflate", "nothing to inflate"],
 )
 def test_a_damaged_coding_is_a_transport_error(serving: Serving, coding: str, body: bytes) -> None:
     assert failure(serving(coded(coding, body)).url).kind == "transport"
