@@ -17,7 +17,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
      8 Engine              the thread pool that runs jobs and synchronous flows
      9 Courier             one callback delivery: signature, outcome, next try
     10 Housekeeper         the background thread: purge, callbacks due, jobs due, changed flow files
-    11 Service             AsteraLite, the application without HTTP; Deployer and Jobs, its parts
+    11 Service             Application: the server without HTTP; Deployer and Jobs, its parts
     12 Access              tokens, Host and Origin rules
     13 Wire                bytes <-> requests and responses, strict, without sockets
     14 Documents           an example request to each flow, and the lines that a server prints at its start
@@ -106,12 +106,12 @@ import urllib.parse
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from enum import IntEnum, StrEnum, auto
 from functools import cached_property, lru_cache, partial
 from http.server import ThreadingHTTPServer
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TextIO, cast
 
 if TYPE_CHECKING:
     import ssl
@@ -323,7 +323,9 @@ def reason_of(error: Exception) -> str:
 
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql", "schema_postgres.sql")  # files that the module needs beside it
-_WINGS = ("admin", "advice", "documents", "import", "nodes", "postgres", "python", "requests", "steps", "tools")
+_WINGS = (
+    "admin", "advice", "documents", "embedding", "import", "nodes", "postgres", "python", "requests", "steps", "tools",
+)  # fmt: skip
 #: The wings: files of the module that a server loads on first use.
 WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS)
 #: The folder of this file, as given and with links resolved. Kept, because a program may change its working folder.
@@ -7789,11 +7791,6 @@ class Jobs:
 
 CANCEL_ELSEWHERE_S = 2  # time that a cancel waits for another server, which runs the job
 _MAX_CLAIMED = 2000  # Running jobs that `take_up` looks at each time, for some milliseconds
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _key_of(job: str | Job) -> JobKey | None:
-    return job.key if isinstance(job, Job) else JobKey.parse(str(job))
 
 
 def already_finished(job: Job) -> Conflict:
@@ -7807,42 +7804,12 @@ def check_cancelled(job: Job) -> None:
         raise already_finished(job)
 
 
-class Result:
-    """A flow's response, for an embedding program."""
-
-    status_code: int  #: 200 to 599
-    headers: dict[str, str]  #: those that the flow gives, and Content-Type
-    content: bytes  #: the body
-
-    def __init__(self, answer: Answer) -> None:
-        self.status_code = answer.code
-        self.headers = dict(answer.headers)
-        self.content = answer.body
-
-    @property
-    def text(self) -> str:
-        """The body as text."""
-        return self.content.decode(errors="replace")
-
-    def json(self) -> Any:
-        """The body as a JSON value. Raises ValueError if it is none."""
-        return json.loads(self.content)
-
-
-class AsteraLite:
+class Application:
     """The application without HTTP: flows, jobs, results, callbacks. `Server(app)` puts it on a socket.
 
-    A context manager; nothing starts before it is entered (or `start` is called), and all of it ends with it. Keywords
-    are settings, by their names in `Settings`: AsteraLite(workers=4, retention="1h"); flow files are read only where
-    `flows` names a folder. Raises ConfigError at once, StoreError on entering.
-
-        with AsteraLite(database="jobs.db") as app:
-            job = app.submit("hello", {"name": "Ada"})
-            print(app.wait(job.id).status, app.result(job.id).json())
-
-    For an embedding program: `flow`, `step` and `deploy` publish; `run` calls; `submit`, `status`, `wait`, `future`,
-    `result` and `cancel` deal with jobs; all of them from any thread, and several applications may live in one process,
-    each with a database of its own. The other methods are for the server. docs/embedding.md has examples.
+    Nothing starts before `start`, and `stop` ends all of it. Keywords are settings, by their names in `Settings`; flow
+    files are read only where `flows` names a folder. Raises ConfigError at once, StoreError on start. Programs use the
+    class AsteraLite of astera_lite_embedding, which has the methods that they call.
     """
 
     def __init__(
@@ -7897,18 +7864,11 @@ class AsteraLite:
         self.deployer = Deployer(settings.flows or None, self.outside.connections)
         self.watchers = Watchers()
         self.tokens: list[Token] = []
-        self._open = False  # from start to the very end of stop
+        self.is_open = False  # from start to the very end of stop
         self.metrics = Metrics()
         self.started_at = 0  # milliseconds since the epoch, by the system's clock
 
     # --- life ---
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
 
     def start(self) -> None:
         """Open the database, load the flows, take up what was left, and start the threads."""
@@ -7974,11 +7934,11 @@ class AsteraLite:
         self.engine.start()
         self.housekeeper.start()
         self.started_at = self.clock.wall()
-        self._open = True
+        self.is_open = True
 
     def stop(self) -> int:
         """Finish what runs, within `shutdown_timeout`, and close; how many jobs and calls still ran."""
-        if not self._open or self.engine.queue.stopping:
+        if not self.is_open or self.engine.queue.stopping:
             return 0
         if self.node is not None:
             self.node.hand_over()
@@ -8001,7 +7961,7 @@ class AsteraLite:
             self.node.stop(5.0)
         self.housekeeper.look_at_clock()  # for the last time: what is stored is to be understood by the next start
         self.store.close(10.0)
-        self._open = False
+        self.is_open = False
         self.watchers.close()
         if not left:
             for logger in (log, _warnings_log):
@@ -8039,50 +7999,14 @@ class AsteraLite:
         if self.tokens != before:
             log.info("tokens: %s", ", ".join(token.name for token in self.tokens) or "none")
 
-    def deploy(self, name: str, tree: dict[str, Any]) -> Flow:
-        """Deploy the content of a flow file; it replaces a flow of the same name. Raises FlowError."""
-        return self.deployer.deploy(name, tree)
-
-    def flow(
-        self, route: str, *, name: str = "", processing: Sequence[str] = MODES, **options: Any
-    ) -> Callable[[_Function], _Function]:
-        """Publish a Python function as a flow: `@app.flow("GET /greet/{name}")`.
-
-        The function gets a Context and, by name, the parameters of its signature: those named in the resource from the
-        path, the rest from the query, typed by their annotation (str, int, float, bool, a list of these), optional if
-        they have a default or may be None. But for GET, an argument `body` gets the JSON body. It returns a JSON value.
-        `options` are members of a flow file: description, timeout, response, `parameters` to describe parameters
-        further, `body` for a schema of the body. The flow's name is `name`, or the function's with - for _. Raises
-        FlowError, also for an argument that no request could give.
-        """
-        decorate = wing("astera_lite_python:flow_decorator")
-        return cast(Callable[[_Function], _Function], decorate(self, route, name, processing, options))
-
-    def step(self, name: str) -> Callable[[_Function], _Function]:
-        """Add a kind of step: `@app.step("greet")` above `def greet(context, name: str, times: int = 1)`.
-
-        Flows then write `{"greet": {"name": "${params.name}"}}`: the function gets a Context and these arguments, each
-        of which may be an expression, and returns a JSON value. Raises ConfigError for a name that is taken.
-        """
-        if name in STEP_KINDS or name in STEP_OPTIONS or not STEP_NAME.fullmatch(name):
-            raise ConfigError([Fault("step", name, "is not a new word of letters, digits and _: choose another name")])
-
-        def add(function: _Function) -> _Function:
-            self.deployer.kinds[name] = wing("astera_lite_python:own_kind")(function)
-            if self._open:
-                self.deployer.reload()  # a file may have waited for it
-            return function
-
-        return add
-
     # --- running ---
 
     def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:
         """Run a flow for a caller who waits; `done` gets the outcome on the thread that ran it."""
-        self.engine.run_sync(self._call(flow, given), done)
+        self.engine.run_sync(self.new_run(flow, given), done)
 
-    def _call(self, flow: Flow, given: Input) -> Run:
-        """A synchronous run, not begun."""
+    def new_run(self, flow: Flow, given: Input) -> Run:
+        """A synchronous run that has not begun."""
         limit = min(flow.timeout or self.settings.sync_timeout, self.settings.sync_timeout)
         return Run(flow, given, self.outside, self.clock.monotonic() + limit)
 
@@ -8113,135 +8037,10 @@ class AsteraLite:
         if is_due:
             self.housekeeper.wake()
 
-    # --- for an embedding program: the same, waiting ---
-
     def check_open(self) -> None:
         """Raise StoreError unless the application was started, and has not stopped."""
-        if not self._open:
+        if not self.is_open:
             raise StoreError("The application is not running: enter it with `with app:`, or call app.start().")
-
-    def submit(
-        self,
-        flow: str,
-        params: Mapping[str, Any] | None = None,
-        body: Any = None,
-        *,
-        callback_url: str | None = None,
-        idempotency_key: str | None = None,
-        base: str = "",
-    ) -> Job:
-        """Submit a job and return once it is on disk.
-
-        `flow` is the name of a flow, `params` its parameters by name, `body` a JSON value (or bytes, as they are). The
-        same `idempotency_key` again brings the same job. `base` begins the URLs in callbacks; the server's if left out.
-        Raises NotFound, InputError, Conflict (the key had another input), Busy (the queue is full), StoreError.
-        """
-        target, request, values = self._request(flow, params, body)
-        if callback_url is not None:
-            check_callback(callback_url, self.policy)
-        job = self.jobs.new(target, base or self.base, ANYBODY.name, callback_url)
-        ready = Prepared(job, target, target.bind(request, values, job.id))
-
-        def write(done: Done) -> None:
-            self.jobs.accept(ready, request, idempotency_key, done)
-            self.store.flush()
-
-        result = await_write(write)
-        if isinstance(result, Conflict):
-            raise result
-        return result.job  # type: ignore[no-any-return]
-
-    def run(self, flow: str, params: Mapping[str, Any] | None = None, body: Any = None) -> Result:
-        """Run a flow on the calling thread and return its response; an error of the flow is a response, too.
-
-        Raises NotFound, InputError, Busy, StoreError.
-        """
-        target, request, values = self._request(flow, params, body)
-        given = target.bind(request, values, str(self.jobs.keys.new(self.clock.now())))
-        return Result(self.engine.run_here(self._call(target, given)).answer)
-
-    def status(self, job_id: str | Job) -> Job | None:
-        """The present state of a job; None if the job is unknown or expired."""
-        self.check_open()
-        key = _key_of(job_id)
-        found = self.jobs.find(key, ANYBODY) if key else None
-        return found and found[0]
-
-    def wait(self, job_id: str | Job, timeout: float | None = None) -> Job:
-        """Wait until a job is finished, at most `timeout` seconds; return its state, which may still be Running.
-
-        Raises NotFound, and StoreError if the application stops meanwhile.
-        """
-        future = self._future(job_id, lambda look: look())
-        with contextlib.suppress(TimeoutError):
-            return future.result(timeout)
-        future.cancel()  # it watches no more
-        return self._job(job_id)
-
-    def future(self, job_id: str | Job) -> Future[Job]:
-        """A future that gets the job when it is finished, or the error that `wait` raises; it holds no thread.
-
-        In a coroutine: `job = await asyncio.wrap_future(app.future(job.id))`. The future is completed on a thread of
-        its own, so what is added by add_done_callback may use the application.
-        """
-
-        def on_a_thread(look: Callable[[], None]) -> None:
-            threading.Thread(target=look, name="astera-future", daemon=True).start()
-
-        return self._future(job_id, on_a_thread)
-
-    def _future(self, job_id: str | Job, call: Callable[[Callable[[], None]], None]) -> Future[Job]:
-        """A future; when the job changes, on a thread of the store, `call` gets the function that completes it."""
-        key, future = _key_of(job_id), Future[Job]()
-
-        def look() -> None:
-            if key is not None and not future.done():
-                self.watchers.add(key, changed)  # before the look: or a job that ends in between would not be seen
-            with contextlib.suppress(InvalidStateError):  # cancelled, or another thread has just seen the end, too
-                try:
-                    job = self._job(job_id)
-                except (StoreError, NotFound) as error:
-                    future.set_exception(error)
-                else:
-                    if job.status is not Status.RUNNING:
-                        future.set_result(job)
-
-        def changed() -> None:
-            try:
-                call(look)
-            except RuntimeError:  # no thread can be had
-                if self._open:
-                    self.watchers.add(cast(JobKey, key), changed)  # the housekeeper tells again
-                else:
-                    look()
-
-        look()
-        if key is not None:
-            future.add_done_callback(lambda _: self.watchers.remove(key, changed))
-        return future
-
-    def result(self, job_id: str | Job) -> Result:
-        """The response of a finished job. Raises NotFound, and Conflict while it runs."""
-        job = self._job(job_id)
-        stored = self.store.result(job.key)
-        if stored is None:
-            raise Conflict("The job is not finished.")
-        body = stored.body
-        if body is None:
-            body = b"".join(whole_body(self.store.result_pieces(job.key, stored.attempt), stored.size))
-        return Result(Answer(stored.code, tuple(stored.headers), body))
-
-    def cancel(self, job_id: str | Job) -> bool:
-        """Cancel a job; True if it ends now, False if it stops at its next step. Raises NotFound, Conflict."""
-        job = self._job(job_id)
-        if job.status is not Status.RUNNING:
-            raise already_finished(job)
-        if not self.ask_cancel(job):
-            return False
-        after = self.wait(job_id, self.node and CANCEL_ELSEWHERE_S)
-        if after.status is not Status.RUNNING:
-            check_cancelled(after)
-        return after.status is not Status.RUNNING
 
     def ask_cancel(self, job: Job) -> bool:
         """Cancel a Running job on any server: True if it ends soon, False if it stops at its next step.
@@ -8251,22 +8050,17 @@ class AsteraLite:
         here = self.node is None or job.key.seq in self.engine
         return self.engine.cancel(job) if here else bool(self.node.cancel(job))
 
-    def _job(self, job_id: str | Job) -> Job:
-        job = self.status(job_id)
-        if job is None:
-            raise NotFound(f"there is no job {shown(job_id.id if isinstance(job_id, Job) else job_id)}")
-        return job
 
-    def _request(
-        self, name: str, params: Mapping[str, Any] | None, body: Any
-    ) -> tuple[Flow, StoredRequest, dict[str, str]]:
-        self.check_open()
-        flow = self.deployments.by_name.get(name)
-        if flow is None:
-            raise NotFound(f'there is no flow "{name}"{suggest(str(name), self.deployments.by_name)}')
-        given = {name: value for name, value in (params or {}).items() if value is not None}
-        request = request_for(flow, given, body)
-        return flow, request, path_values(flow, request.path)
+if TYPE_CHECKING:
+    from astera_lite_embedding import AsteraLite, Result
+else:
+
+    def __getattr__(name: str) -> Any:
+        """The names that only a program uses, which are in a wing."""
+        known = {"AsteraLite": "astera_lite_embedding:AsteraLite", "Result": "astera_lite_embedding:Result"}
+        if name not in known:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return wing(known[name])
 
 
 # ======================================================================================================================
@@ -9297,7 +9091,7 @@ def publish(mode: str, x: Exchange) -> Reply | None:
 # --- the rest ---
 
 
-def health_document(app: AsteraLite) -> dict[str, Any]:
+def health_document(app: Application) -> dict[str, Any]:
     """What /health tells anybody; `status` is ok or unavailable, and `reason` says why."""
     reason = app.store.fault or ("the server is stopping" if app.engine.queue.stopping else None)
     return {
@@ -9789,7 +9583,7 @@ def check_exposure(settings: Settings, host: str, has_tokens: bool) -> bool:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves an AsteraLite over HTTP: the class and the hooks of http.server, with one selector loop.
+    """Serves an Application over HTTP: the class and the hooks of http.server, with one selector loop.
 
     `with Server(app) as server:` serves on a separate thread until the block ends, like `start` and `stop`.
     `serve_forever` serves on the calling thread; inside such a block, it waits for the other. `host` and `port` replace
@@ -9802,7 +9596,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 1024
     allow_reuse_address = os.name == "posix"  # on Windows two servers could share a port
 
-    def __init__(self, app: AsteraLite, *, host: str | None = None, port: int | None = None) -> None:
+    def __init__(self, app: Application, *, host: str | None = None, port: int | None = None) -> None:
         self.app, self.settings = app, app.settings
         host = self.settings.host if host is None else host
         port = self.settings.port if port is None else port
@@ -10341,7 +10135,7 @@ def _announce(server: Server, stderr: Stderr) -> None:
     notify(f"READY=1\nSTATUS=listening on {server.url}")
 
 
-def _log_stopping(app: AsteraLite, again: str) -> None:
+def _log_stopping(app: Application, again: str) -> None:
     jobs, requests = app.engine.at_work()
     counts = [(len(jobs), "job"), (len(requests), "request")]
     what = " and ".join(f"{count} {noun}{'s' * (count > 1)}" for count, noun in counts if count)
@@ -10354,7 +10148,7 @@ def _log_stopping(app: AsteraLite, again: str) -> None:
     log.info("stopping%s", what)
 
 
-def _reload(app: AsteraLite) -> None:
+def _reload(app: Application) -> None:
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         app.read_tokens()
@@ -10363,7 +10157,7 @@ def _reload(app: AsteraLite) -> None:
         notify("READY=1")
 
 
-def _install_signals(app: AsteraLite, server: Server) -> Callable[[], bool]:
+def _install_signals(app: Application, server: Server) -> Callable[[], bool]:
     """Let signals stop the server, or reload flows and tokens; return a function that tells if a stop is overdue."""
     stop_by = math.inf
 
@@ -10401,7 +10195,7 @@ def serve(settings: Settings) -> int:
     stderr = cast(Stderr, sys.stderr)
     stderr.detach()
     _set_up_process(settings)
-    app = AsteraLite(settings)
+    app = Application(settings)
     app.start()
     try:
         server = Server(app)

@@ -39,8 +39,8 @@ from astera_lite import (
     SELECTING,
     TOKEN_TEXT,
     AccessError,
+    Application,
     AsteraError,
-    AsteraLite,
     Busy,
     ConfigError,
     Conflict,
@@ -164,7 +164,7 @@ def check_may_deploy(x: Exchange) -> None:
     raise AccessError(403, detail)
 
 
-def _file_of(app: AsteraLite, name: str) -> str:
+def _file_of(app: Application, name: str) -> str:
     """The path of a deployment's file, or only its name where servers share the text; raises NotFound, Conflict."""
     deployer = app.deployer
     if not FLOW_NAME.fullmatch(name):
@@ -462,7 +462,7 @@ DEFAULT_LIST, MAX_LIST = 50, 1000  # jobs on a page
 
 
 def page_of_jobs(
-    app: AsteraLite, caller: Principal, flow: str | None, status: Status | None, limit: int, before: int | None
+    app: Application, caller: Principal, flow: str | None, status: Status | None, limit: int, before: int | None
 ) -> tuple[list[Job], int | None]:
     """Jobs that the caller may see, newest first, and the `before` of the next page."""
     token = None if caller.admin else caller.name
@@ -600,7 +600,7 @@ def job_details(x: Exchange) -> Reply:
     return Reply(200, [JSON_TYPE, ("Job-Status", job.status), NO_STORE], json_body(document))
 
 
-def _request_document(app: AsteraLite, job: Job) -> dict[str, Any] | None:
+def _request_document(app: Application, job: Job) -> dict[str, Any] | None:
     """The stored request with secrets masked; of a long body only the beginning."""
     masked = app.outside.masked
     request, size = app.store.request(job.key, 4096 + masked.longest) or (None, 0)
@@ -630,7 +630,7 @@ def _labels(**labels: Any) -> str:
     return "{" + ",".join(f'{name}="{str(value).translate(_IN_LABEL)}"' for name, value in labels.items()) + "}"
 
 
-def _run_times(app: AsteraLite) -> Iterator[tuple[str, float]]:
+def _run_times(app: Application) -> Iterator[tuple[str, float]]:
     for flow in sorted(app.deployments.by_name):
         counts = list(app.metrics.runs.get(flow, [0] * (len(RUN_TIMES) + 1)))
         for bound, count in zip([*RUN_TIMES, "+Inf"], itertools.accumulate(counts), strict=True):
@@ -639,7 +639,7 @@ def _run_times(app: AsteraLite) -> Iterator[tuple[str, float]]:
         yield "_count" + _labels(flow=flow), sum(counts)
 
 
-def _resident_bytes(app: AsteraLite) -> _Samples:
+def _resident_bytes(app: Application) -> _Samples:
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -651,7 +651,7 @@ _ENDS = ("completed", "failed", "timeout", "cancelled", "interrupted")  # Outcom
 
 
 #: The metrics: name, type, help, and a function that gives the samples. Only flows that are deployed now have samples.
-_METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
+_METRICS: list[tuple[str, str, str, Callable[[Application], _Samples]]] = [
     (
         "astera_jobs_accepted_total", "counter", "Jobs that were accepted.",
         lambda app: [(_labels(flow=f), app.metrics.accepted.get(f, 0)) for f in sorted(app.deployments.by_name)],
@@ -727,7 +727,7 @@ _METRICS: list[tuple[str, str, str, Callable[[AsteraLite], _Samples]]] = [
 ]  # fmt: skip
 
 
-def metrics_text(app: AsteraLite) -> str:
+def metrics_text(app: Application) -> str:
     """The text format of Prometheus, version 0.0.4."""
     lines = []
     for name, kind, words, samples in _METRICS:

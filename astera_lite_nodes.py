@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, cast
 
 from astera_lite import (
-    AsteraLite,
+    Application,
     Claimed,
     Clock,
     Fault,
@@ -60,7 +60,7 @@ class DatabaseClock(Clock):
 class Node:
     """This server as one of several. `start` it when the application is built, and `stop` it before the store."""
 
-    def __init__(self, app: AsteraLite) -> None:
+    def __init__(self, app: Application) -> None:
         self.app = app
         self._store = cast(Any, app.store)  # with the methods that only a shared store has
         self.rows: dict[str, str] = dict(self._store.deployed())  # text of the shared flows, by name

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from astera_lite import (
     CHILDREN,
     LENIENT_DECODER,
-    AsteraLite,
+    Application,
     Build,
     Context,
     ExpressionError,
@@ -383,7 +383,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def flow_decorator(
-    app: AsteraLite, route: str, name: str, processing: Sequence[str], options: Mapping[str, Any]
+    app: Application, route: str, name: str, processing: Sequence[str], options: Mapping[str, Any]
 ) -> Callable[[_Function], _Function]:
     """The decorator that `AsteraLite.flow` returns; raises FlowError."""
     if not isinstance(route, str):
@@ -393,7 +393,7 @@ def flow_decorator(
 
     def publish(function: _Function) -> _Function:
         tree = _function_flow(function, route, modes, options)
-        app.deploy(name or function.__name__.replace("_", "-"), tree)
+        app.deployer.deploy(name or function.__name__.replace("_", "-"), tree)
         return function
 
     return publish

@@ -37,7 +37,7 @@ from astera_lite import (
     SHIPPED,
     STEP_KINDS,
     WINGS,
-    AsteraLite,
+    Application,
     Attempt,
     Clock,
     ConfigError,
@@ -204,7 +204,7 @@ def _progress(what: str) -> Callable[[int, int], None]:
 
 def check(args: argparse.Namespace, settings: Settings) -> int:
     """check: validate flows and settings, a line for each fault."""
-    app = AsteraLite(settings)  # its faults are ConfigErrors
+    app = Application(settings)  # its faults are ConfigErrors
     if not check_exposure(settings, settings.host, True) and settings.token is None:  # else no token need be there
         check_exposure(settings, settings.host, any(token.digest for token in _tokens_of(settings.database)))
     wanted = {os.path.realpath(name): name for name in args.file}
@@ -219,7 +219,7 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
             faults.append(Fault(name, "", "is not a flow file: flow files end in .json or .toml"))
     named = {fault.where for fault in faults}
     for folder in folders:
-        found = AsteraLite(app.settings._replace(flows=folder)).deployer.read()
+        found = Application(app.settings._replace(flows=folder)).deployer.read()
         for fault in found.faults:
             path = os.path.realpath(os.path.join(folder, fault.where))
             if not wanted or (path in wanted and wanted[path] not in named):
@@ -259,7 +259,7 @@ def _tokens_of(database: str) -> list[Token]:
 def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     """try: run one flow in the terminal, and show its steps."""
     set_up_logging(settings._replace(log_level="warning"))
-    app = AsteraLite(settings)
+    app = Application(settings)
     log.addFilter(app.outside.masked.log_record)
     app.deployer.reload()
     flow = app.deployments.by_name.get(args.name)
@@ -299,7 +299,7 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
 def test(args: argparse.Namespace, settings: Settings) -> int:
     """test: run the tests in flow files."""
     set_up_logging(settings._replace(log="off"))
-    app = AsteraLite(settings)
+    app = Application(settings)
     faults = app.deployer.reload()
     for fault in faults:
         print(_openable(fault, settings.flows))
@@ -330,7 +330,7 @@ def print_document(args: argparse.Namespace, settings: Settings) -> int:
     if args.command == "schema":
         _print_json(DOCUMENTS["schema"](STEP_KINDS))
         return 0
-    app = AsteraLite(settings)
+    app = Application(settings)
     found = app.deployer.read()
     for fault in found.faults:
         print(_openable(fault, settings.flows), file=sys.stderr)
