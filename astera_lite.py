@@ -8646,8 +8646,8 @@ class Route(NamedTuple):
 class Exchange:
     """One request, and the way to its response.
 
-    A route returns the reply, or it returns None and the reply is given to `answer` later. `answer` and `fail` run on
-    the loop's thread; other threads pass their calls to `post`.
+    A function that handles a request, such as a route, returns the reply or raises an error. Or it returns None, and
+    has another such function called later, by `post`, `read` or `later`.
     """
 
     body = b""
@@ -8678,47 +8678,47 @@ class Exchange:
 
     # Methods, not attributes that hold functions: an exchange that refers to itself would need the garbage collector.
 
-    def answer(self, reply: Reply) -> None:
-        """Give the reply."""
-        if not _CONDITIONS.isdisjoint(self.head.headers) and self.head.method in READING:
-            reply = optional("astera_lite_admin:conditional", self, reply) or reply
-        self._handler.answer(self, reply)
+    def call(self, function: Callable[..., Reply | None], *arguments: Any) -> None:
+        """Call a function, on any thread: what it returns or raises is the answer."""
+        try:
+            reply = function(*arguments)
+            if reply is None:
+                return
+            if threading.get_ident() == self._server.ident:
+                self.answer(reply)
+            else:
+                self.post(lambda: reply)
+        except Exception as error:
+            self._server.on_loop(self.fail, error)
 
-    def fail(self, error: Exception) -> None:
-        """Reply with an error."""
-        self.answer(error_response(self, error))
-
-    def post(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function on the loop's thread: at once if this is the thread, otherwise soon. See `call`."""
+    def post(self, function: Callable[..., Reply | None], *arguments: Any) -> None:
+        """`call` a function on the loop's thread: at once if this is the thread, otherwise soon."""
         self._server.on_loop(self.call, function, *arguments)
 
-    def read(self, function: Callable[[], None]) -> None:
-        """Call a function that reads the store: on the loop's thread, or if servers share the store, on another."""
+    def read(self, function: Callable[[], Reply | None]) -> None:
+        """`call` a function that reads the store: on the loop's thread, or on another if servers share the store."""
         if not self.app.store.shared:
             self.post(function)
             return
         with contextlib.suppress(RuntimeError):  # the server has stopped
             self._server.pool.submit(self.call, function)
 
-    def call(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call a function; an exception becomes the reply."""
-        try:
-            function(*arguments)
-        except Exception as error:
-            self._server.on_loop(self.fail, error)
-
-    def later(self, seconds: float, function: Callable[[], None], early: bool) -> None:
-        """Call a function on the loop's thread after so many seconds, unless the request is answered by then.
+    def later(self, seconds: float, function: Callable[[], Reply | None], early: bool) -> None:
+        """`call` a function on the loop's thread after so many seconds, unless the request is answered by then.
 
         If `early`, it is called at once when the server stops or the client has sent its last byte.
         """
         self._server.on_loop(self._handler.later, self, seconds, function, early)
 
-    def respond(self) -> None:
-        """Call the route."""
-        reply = cast(Route, self.route).handle(self)
-        if reply is not None:
-            self.post(self.answer, reply)
+    def answer(self, reply: Reply) -> None:
+        """Send a reply; only on the loop's thread."""
+        if not _CONDITIONS.isdisjoint(self.head.headers) and self.head.method in READING:
+            reply = optional("astera_lite_admin:conditional", self, reply) or reply
+        self._handler.answer(self, reply)
+
+    def fail(self, error: Exception) -> None:
+        """Send the reply to an error; only on the loop's thread."""
+        self.answer(error_response(self, error))
 
     def about(self) -> dict[str, Any]:
         """What a line of the log says about the request."""
@@ -8854,15 +8854,16 @@ def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable
     def changed() -> None:
         x.read(look)
 
-    def look(final: bool = False) -> None:
+    def look(final: bool = False) -> Reply | None:
         if x.answered or has_gone:
-            return
+            return None
         if not final:
             x.app.watchers.add(job.key, changed)  # before the look: a change in between is not missed
         seen = x.app.jobs.find(job.key, x.caller)
         if final or seen is None or seen[0].status is not Status.RUNNING:
             x.app.watchers.remove(job.key, changed)
-            x.post(x.answer, answer(seen or find_job(x, job.id)))
+            return answer(seen or find_job(x, job.id))
+        return None
 
     def gone() -> None:
         nonlocal has_gone
@@ -9001,8 +9002,8 @@ def _idempotency_key(x: Exchange) -> str | None:
 
 def answer_submitted(
     x: Exchange, wait_s: int | None, headers: Sequence[tuple[str, str]], result: Any, error: AsteraError | None
-) -> None:
-    """On the loop's thread, once the job is on disk: 202, or the result if the client waits for it."""
+) -> Reply | None:
+    """Answer once the job is on disk: 202, or the result if the client waits for it."""
     refusal = error or (result if isinstance(result, Conflict) else None)
     if refusal is not None:
         raise refusal
@@ -9019,9 +9020,10 @@ def answer_submitted(
     if wait_s:
         answer_when_finished(x, job, wait_s, answer)
     elif replayed:
-        x.read(lambda: x.post(x.answer, answer(x.app.jobs.find(job.key, x.caller) or (job, None))))
+        x.read(lambda: answer(x.app.jobs.find(job.key, x.caller) or (job, None)))
     else:
-        x.answer(answer((job, None)))
+        return answer((job, None))
+    return None
 
 
 def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: list[str]) -> None:
@@ -9067,8 +9069,8 @@ def _call_flow(x: Exchange, flow: Flow) -> Reply | None:
     if outcome is not None:
         return flow_response(outcome.answer)
 
-    def answer(outcome: Outcome) -> None:
-        x.answer(flow_response(outcome.answer))
+    def answer(outcome: Outcome) -> Reply:
+        return flow_response(outcome.answer)
 
     limit = min(flow.timeout or x.app.settings.sync_timeout, x.app.settings.sync_timeout)
     late = Outcome.failed("timeout", 504, "The flow exceeded its time limit.")
@@ -9415,7 +9417,7 @@ class Handler(BaseRequestHandler):
         arguments = (x.request_id, x.head.method, x.head.path, reply.status, ms, caller)
         log.log(self.server.access_level, "%s %s %s %d %s ms, %s", *arguments, extra=extra)
 
-    def later(self, x: Exchange, seconds: float, function: Callable[[], None], early: bool) -> None:
+    def later(self, x: Exchange, seconds: float, function: Callable[[], Reply | None], early: bool) -> None:
         """See Exchange.later."""
         if x is self.exchange:  # else it is answered, or the client has gone
             self.at_deadline = (partial(x.call, function), early)
@@ -9473,7 +9475,7 @@ class Handler(BaseRequestHandler):
 
     def wait(self) -> None:
         """Count the bytes in buffers, and tell the selector which events this connection waits for."""
-        held = self.parser.buffered
+        held = ahead = self.parser.buffered
         if self.exchange is not None:
             held += len(self.exchange.body)
         if self.out:
@@ -9482,7 +9484,7 @@ class Handler(BaseRequestHandler):
         self.counted = held
         if self.state is _RECEIVING and held > _AHEAD and self.server.buffered > _MAX_BUFFERED:
             self.refuse(Busy("The requests in memory have reached their limit.", 5))
-        full = self.state is not _RECEIVING and self.parser.buffered > _AHEAD
+        full = self.state is not _RECEIVING and ahead > _AHEAD
         events = self.tls_wants if self.at_end or full else self.tls_wants | selectors.EVENT_READ
         if self.out and self.state is not _HANDSHAKE:
             events |= selectors.EVENT_WRITE
@@ -9943,9 +9945,9 @@ class Server(ThreadingHTTPServer):
         is_read = x.flow is None and self.app.store.shared and not x.route.is_open
         if x.route.slow or is_read or (len(x.body) > _LARGE_BODY and x.flow is not None):
             self.at_work.add(x)
-            self.pool.submit(x.call, x.respond)
+            self.pool.submit(x.call, x.route.handle, x)
         else:
-            x.call(x.respond)
+            x.call(x.route.handle, x)
 
 
 # ======================================================================================================================

@@ -547,9 +547,8 @@ def job_rerun(x: Exchange) -> None:
     new = app.jobs.new(flow, x.base, x.caller.name, job.callback.url if job.callback else None)
     given = flow.bind(request, path_values(flow, request.path), new.id)
     done = partial(x.post, answer_submitted, x, None, ())
-    x.post(
-        app.jobs.accept, Prepared(new, flow, given), request, None, done
-    )  # on the loop, which flushes what it stores
+    # on the loop's thread, which commits what it stores
+    x.post(app.jobs.accept, Prepared(new, flow, given), request, None, done)
 
 
 def job_callback(x: Exchange) -> None:
@@ -563,7 +562,7 @@ def job_callback(x: Exchange) -> None:
         if error is not None:
             raise error
         x.app.housekeeper.wake()
-        x.read(lambda: x.post(x.answer, status_response(x, find_job(x, job.id), 202)))
+        x.read(lambda: status_response(x, find_job(x, job.id), 202))
 
     x.app.store.resend(job.key, x.app.clock.now(), partial(x.post, answer))
 
@@ -572,13 +571,13 @@ def job_delete(x: Exchange) -> None:
     """DELETE /api/jobs/{id}"""
     job = _find_to_change(x)[0]
 
-    def answer(result: Any, error: AsteraError | None) -> None:
+    def answer(result: Any, error: AsteraError | None) -> Reply:
         if error is not None or result == "absent":
             raise error or UnknownJob(job.id, False)
         if result != "deleted":
             owed = "Its callback is pending." if result == "owed" else "The job is still running: cancel it first."
             raise Conflict(owed, job=job.status)
-        x.answer(Reply(204, [NO_STORE]))
+        return Reply(204, [NO_STORE])
 
     x.app.store.delete(job.key, partial(x.post, answer))
 
