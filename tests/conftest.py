@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = SLOW.get(item.path.name)
         if names is not None and (not names or item.name.partition("[")[0] in names):
             item.add_marker(pytest.mark.slow)
+    # A worker has a file at a time: those that take longest begin first, so that none is alone at the end.
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (SLOW.get(item.path.name) != (), -tests[item.path]))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
