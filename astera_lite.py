@@ -2561,19 +2561,16 @@ class Rule(NamedTuple):
         return self.words.format(", ".join(map(shown, limit)) if type(limit) is list else limit)
 
 
+_SIZED = (str, list)
 SCHEMA_RULES = {
     "enum": Rule("array", (), lambda value, allowed: any(equal(value, one) for one in allowed), "must be one of {}"),
     "pattern": Rule("string", (str,), lambda value, pattern: pattern.search(value), "must match the pattern {}"),
     "minimum": Rule("number", (int, float), operator.ge, "must be at least {}"),
     "maximum": Rule("number", (int, float), operator.le, "must be at most {}"),
-    "minLength": Rule(
-        "integer", (str, list), lambda value, limit: len(value) >= limit, "must have at least {} characters"
-    ),
-    "maxLength": Rule(
-        "integer", (str, list), lambda value, limit: len(value) <= limit, "must have at most {} characters"
-    ),
-    "minItems": Rule("integer", (str, list), lambda value, limit: len(value) >= limit, "must have at least {} items"),
-    "maxItems": Rule("integer", (str, list), lambda value, limit: len(value) <= limit, "must have at most {} items"),
+    "minLength": Rule("integer", _SIZED, lambda value, limit: len(value) >= limit, "must have at least {} characters"),
+    "maxLength": Rule("integer", _SIZED, lambda value, limit: len(value) <= limit, "must have at most {} characters"),
+    "minItems": Rule("integer", _SIZED, lambda value, limit: len(value) >= limit, "must have at least {} items"),
+    "maxItems": Rule("integer", _SIZED, lambda value, limit: len(value) <= limit, "must have at most {} items"),
 }
 
 
@@ -3436,6 +3433,10 @@ def read_answer(answer: Fetched) -> Any:
     """The value of a response's body by its content type: JSON, text or bytes; None if empty. Raises ValueError."""
     if not answer.body:
         return None
+    for coding in content_codings(answer.headers):
+        if coding not in KNOWN_CODINGS:
+            known = " and ".join(KNOWN_CODINGS)
+            raise ValueError(f"in the Content-Encoding {shown(coding)}: {known} are known here")
     content_type = (header_value(answer.headers, "content-type") or "").lower()
     media = content_type.partition(";")[0].strip()
     named = re.search(r"charset=\"?([\w-]+)", content_type)
@@ -4386,11 +4387,7 @@ class HttpCall:
                 answer = wing("astera_lite_requests:final_answer")(self, run, request, answer, max_bytes)
         if not {str(answer.status), f"{answer.status // 100}xx"} & set(map(str, self._given["expect"])):
             raise unexpected_answer(self.method, answer)
-        unknown = [word for word in content_codings(answer.headers) if word not in KNOWN_CODINGS]
         try:
-            if answer.body and unknown:
-                known = " and ".join(KNOWN_CODINGS)
-                raise ValueError(f"in the Content-Encoding {shown(unknown[0])}: {known} are known here")
             body = read_answer(answer)
         except ValueError as error:
             raise http_failure(self.method, 502, f"the API it calls answered {error}", "body", answer=answer) from None
@@ -4835,9 +4832,9 @@ def build_flow(
         raise FlowError(build.faults)
     request, responses = given["request"], given["response"]
     check_whens(build, [response.when for response in responses], "/response")
-    selections = [response.selection for response in responses if response.selection]
-    if selections:
-        selections = [wing("astera_lite_requests:join_selections")(build, selections, request["parameters"])]
+    selection: Any = [response.selection for response in responses if response.selection] or None
+    if selection:
+        selection = wing("astera_lite_requests:join_selections")(build, selection, request["parameters"])
     try:
         text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_function_name)
         if _SURROGATE.search(text):
@@ -4854,7 +4851,7 @@ def build_flow(
         **request,
         steps=tuple(given["steps"]),
         responses=tuple(responses),
-        selection=next(iter(selections), None),
+        selection=selection,
         timeout=given.get("timeout"),
         restart=given["restart"],
         limit=limit["limit"],
