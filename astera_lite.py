@@ -3511,21 +3511,28 @@ class StepError(AsteraError):
     """A step has failed. The client may see `detail`; `status` is that of the response; `kinds` are words for `retry`.
 
     `reason` is for the flow's author. `answer` is the response of the API, or of the called flow, if there is one.
+    `safe`: the step may be repeated even if `retry` does not name the kind.
     """
 
     headers = ()
     source: dict[str, Any] | None = None  # file and line of the exception, if it came from another process
 
     def __init__(
-        self, status: int, detail: str, reason: str, kinds: Collection[str] = (), answer: Fetched | None = None
+        self,
+        status: int,
+        detail: str,
+        reason: str,
+        kinds: Collection[str] = (),
+        answer: Fetched | None = None,
+        safe: bool = True,
     ) -> None:
         super().__init__(reason)
-        self.status, self.detail, self.kinds, self.answer = status, detail, frozenset(kinds), answer
+        self.status, self.detail, self.kinds, self.answer, self.safe = status, detail, frozenset(kinds), answer, safe
 
     @property
     def kind(self) -> str:
         """The kind of the failure, in one word."""
-        word = min(self.kinds - {"unsafe"}, default="error")
+        word = min(self.kinds, default="error")
         return "status" if word[0].isdigit() else _KINDS_FOR_PEOPLE.get(word, word)
 
 
@@ -3880,8 +3887,8 @@ class _StepRun:
                 if run.reached.get(path) is not before:
                     attempt, before = 1, run.reached[path]
                 self._add_failure(error, attempt)
-                kinds = error.kinds if isinstance(error, StepError) else {"error"}
-                wanted = "unsafe" not in kinds if retry.on is None else retry.on & set(kinds)
+                kinds, safe = (error.kinds, error.safe) if isinstance(error, StepError) else ({"error"}, True)
+                wanted = safe if retry.on is None else retry.on & kinds
                 if attempt >= retry.attempts or not wanted:
                     raise
                 run.check()
@@ -4279,9 +4286,8 @@ def http_failure(
 ) -> StepError:
     """A failure of an `http` step; `more` is only for the flow's author. `method` is that before any redirect."""
     found = {*kinds, *(f"{kind[0]}xx" for kind in kinds if kind.isdigit())}
-    if method not in _IDEMPOTENT or not found & _WORTH_RETRYING:
-        found.add("unsafe")  # repeated only if `retry.on` names another kind of this failure
-    return StepError(status, detail, detail + more, found, answer)
+    safe = method in _IDEMPOTENT and bool(found & _WORTH_RETRYING)
+    return StepError(status, detail, detail + more, found, answer, safe)
 
 
 def unexpected_answer(method: str, answer: Fetched) -> StepError:
@@ -4412,7 +4418,7 @@ class HttpCall:
         except AddressRefused as error:
             # The client must not learn the address of a name in the inner network.
             detail = "the API's address is refused: it is not a public one"
-            raise StepError(502, detail, f"the API's address is refused: {error}", {"refused", "unsafe"}) from None
+            raise StepError(502, detail, f"the API's address is refused: {error}", {"refused"}, safe=False) from None
         except OutboundError as error:
             run.check()
             status = 504 if error.kind == "timeout" else 502

@@ -415,7 +415,7 @@ class _Pages:
             raise ExpressionError(f"pages/total: {shown(total)} is not a number of items")
         elif got == 0 and count < total:
             detail = f"the API it calls has {total} items, as it says, and gave {count}"
-            raise StepError(502, detail, detail, {"pages", "unsafe"})
+            raise StepError(502, detail, detail, {"pages"}, safe=False)
         else:
             ended = count >= total
         return None if ended else count if self.style == "offset" else self.start + pages
@@ -482,7 +482,7 @@ def all_pages(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, sc
             detail = "the API it calls names the same next page again and again"
             if following != seen:
                 detail = f"the API it calls has more than {_MAX_PAGES:,} pages: say with maxPages how many you want"
-            raise StepError(502, detail, f"{detail} (page {count})", {"pages", "unsafe"})
+            raise StepError(502, detail, f"{detail} (page {count})", {"pages"}, safe=False)
         if pages.parameter:
             request = copy.copy(first)
             request.url = with_query(first.url, {**pages.first, pages.parameter: following})

@@ -322,8 +322,8 @@ def _make_sql(build: Build, given: dict[str, Any], place: str) -> Runner:
             run.check()
             run.left()
             locked = getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
-            kinds = {"locked"} if locked else {"sql", "unsafe"}
-            raise StepError(500, "its database failed", f"{name}: {error}", kinds) from None
+            kind = "locked" if locked else "sql"
+            raise StepError(500, "its database failed", f"{name}: {error}", {kind}, safe=locked) from None
         return results if listed is not None else results[0]
 
     return sql
