@@ -32,6 +32,7 @@ SLOW = {
     "test_docs.py": (),
     "test_docs_embedding.py": ("test_the_programs_are_well_typed",),
     "test_engine.py": ("test_waiting_jobs_take_memory_by_their_bytes_and_not_by_their_parsed_values",),
+    "test_flows.py": ("test_whatever_stands_anywhere_in_a_file_is_a_fault_and_never_a_crash",),
     "test_framing.py": (
         "test_the_same_requests_are_read_however_the_bytes_are_cut",
         "test_what_the_server_takes_for_a_request_an_honest_parser_takes_for_the_same",
@@ -47,7 +48,9 @@ SLOW = {
     "test_outages.py": (),
     "test_packaging.py": ("test_a_program_that_embeds_it_is_type_checked",),
     "test_postman.py": (
+        "test_a_redirect_is_an_answer_and_a_variable_in_an_example_is_text",
         "test_flows_of_every_kind_run_green",
+        "test_names_of_query_parameters_are_sent_as_they_are",
         "test_the_collection_of_the_repository_runs_green",
         "test_the_collection_runs_green_where_a_token_is_wanted",
     ),
