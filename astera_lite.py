@@ -5204,9 +5204,6 @@ def _request_json(request: StoredRequest) -> str:
     return to_json(sent | {"trace": request.trace} if request.trace else sent)
 
 
-_headers_json = lru_cache(maxsize=64)(to_json)  # the headers of a flow's results are mostly the same
-
-
 def end_columns(end: Finish) -> dict[str, Any]:
     """The columns of the table `jobs` that are written at the end of a job."""
     answer, error = end.outcome.answer, end.outcome.error
@@ -5218,7 +5215,7 @@ def end_columns(end: Finish) -> dict[str, Any]:
         "expires": end.expires,
         "code": answer.code,
         "size": len(answer.body),
-        "headers": _headers_json(answer.headers),
+        "headers": to_json(answer.headers),
         "error": error and to_json(error),
         "trace": end.trace,
         "result": None if len(answer.body) > PIECE else answer.body,
@@ -5630,7 +5627,11 @@ class _Recent:
 
     @staticmethod
     def _bytes(end: Finish) -> int:
-        return _ROW_BYTES + len(end.outcome.answer.body) + len(end.trace or "")
+        answer, error = end.outcome.answer, end.outcome.error
+        size = _ROW_BYTES + len(end.job.base) + len(answer.body) + len(end.trace or "")
+        for _, value in answer.headers:
+            size += len(value)
+        return size + len(error["detail"]) if error else size
 
 
 def read_job(row: Sequence[Any]) -> Job:

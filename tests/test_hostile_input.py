@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -506,6 +507,21 @@ def test_what_a_pattern_cannot_have_is_told_with_what_to_write(pattern: str, mes
     tree = get_flow("/x", request={"parameters": {"a": {"in": "query", "pattern": pattern}}})
     with pytest.raises(astera_lite.FlowError, match=re.escape(f"/request/parameters/a/pattern: {message}")):
         astera_lite.build_flow(tree, "x")
+
+
+def test_what_finished_jobs_take_of_memory_is_bounded_whatever_is_in_them(tmp_path: Path) -> None:
+    request = {"method": "POST", "resource": "/kept", "processing": ["asynchronous"], "body": {}}
+    answer = {"headers": {"Location": "/kept/${request.body}"}, "body": 1}
+    flow = {"request": request, "steps": [{"name": "w", "wait": 0}], "response": answer}
+    with running(tmp_path, {"kept": flow}) as (_, _, client):
+        tracemalloc.start()
+        try:
+            for n in range(15):
+                client.finished(client.post(f"{ASYNC}/kept", data=json.dumps(f"{n}" + "a" * 2_000_000), headers=JSON))
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] < 15 << 20
+        finally:
+            tracemalloc.stop()
 
 
 def test_what_a_pattern_keeps_in_memory_is_bounded() -> None:
