@@ -2859,7 +2859,7 @@ class Input(NamedTuple):
 # defaults, compiles expressions, and names the place of each fault. The same table gives the JSON Schema of flow files,
 # the members that messages list, and the tables of docs/flows.md.
 
-_BASE_NAMES = ("params", "request", "env", "secrets")
+BASE_NAMES = ("params", "request", "env", "secrets")
 _REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
 #: The members of `error` in expressions, after a step that failed while the flow went on.
 _ERROR_MEMBERS = ("status", "headers", "body", "message", "kind")
@@ -4188,32 +4188,6 @@ def _make_wait(build: Build, given: Any, place: str) -> Runner:
     return wait
 
 
-class Context:
-    """The first argument of a step's function: data of the run, and methods that report progress and wait."""
-
-    def __init__(self, run: Run, scope: Scope, path: str) -> None:
-        self._run, self._path = run, path
-        self.params: dict[str, Any] = scope["params"]
-        self.request: dict[str, Any] = scope["request"]
-        hidden = {*_BASE_NAMES, "error"} if scope["error"] is None else {*_BASE_NAMES}
-        self.steps: dict[str, Any] = {name: value for name, value in scope.items() if name not in hidden}
-        self.secrets: dict[str, str] = dict(run.outside.secrets)
-        self.log = logging.LoggerAdapter(log, run.about | {"step": path})
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the run should stop; a long function should check this from time to time."""
-        return self._run.cancel.is_set or self._run.outside.clock.monotonic() >= self._run.step_deadline
-
-    def progress(self, done: int, total: int) -> None:
-        """Show the progress of the step in the status document."""
-        self._run.progress = Progress(self._path, done, total)
-
-    def sleep(self, seconds: float) -> None:
-        """Wait so many seconds; raises an exception when the run is cancelled or exceeds its time limit."""
-        self._run.sleep(seconds)
-
-
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, section 9.2.2
 _WORTH_RETRYING = frozenset({"transport", "timeout", "408", "429", "500", "502", "503", "504"})
@@ -4493,7 +4467,7 @@ class StepName(Text):
             build.fault(place, f"{shown(value)} has {len(value)} characters: at most 64")
         elif not isinstance(value, str) or not STEP_NAME.fullmatch(value) or keyword.iskeyword(value):
             build.fault(place, f"{shown(value)} must be a word of letters, digits and _ that expressions can use")
-        elif value in _BASE_NAMES or value in FUNCTIONS or value in _JSON_NAMES:
+        elif value in BASE_NAMES or value in FUNCTIONS or value in _JSON_NAMES:
             build.fault(place, f'"{value}" has a meaning in expressions already: choose another name')
         elif value in build.names and build.names[value] is not _ERROR_MEMBERS:  # a flow may have a step "error"
             what = "there is another step" if value in build.step_names else "something here has the name already,"
@@ -4832,7 +4806,7 @@ def build_flow(
     if not FLOW_NAME.fullmatch(name):
         cure = ", 64 at most" if len(name) > 64 else ""
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _{cure}")
-    build.names = dict.fromkeys(_BASE_NAMES) | {"request": _REQUEST_MEMBERS, "error": _ERROR_MEMBERS}
+    build.names = dict.fromkeys(BASE_NAMES) | {"request": _REQUEST_MEMBERS, "error": _ERROR_MEMBERS}
     given = FLOW.read(build, tree, "")
     if build.faults:
         raise FlowError(build.faults)
@@ -8057,11 +8031,16 @@ class Application:
 
 if TYPE_CHECKING:
     from astera_lite_embedding import AsteraLite, Result
+    from astera_lite_python import Context
 else:
 
     def __getattr__(name: str) -> Any:
         """The names that only a program uses, which are in a wing."""
-        known = {"AsteraLite": "astera_lite_embedding:AsteraLite", "Result": "astera_lite_embedding:Result"}
+        known = {
+            "AsteraLite": "astera_lite_embedding:AsteraLite",
+            "Context": "astera_lite_python:Context",
+            "Result": "astera_lite_embedding:Result",
+        }
         if name not in known:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return wing(known[name])
