@@ -324,7 +324,8 @@ def reason_of(error: Exception) -> str:
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql", "schema_postgres.sql")  # files that the module needs beside it
 _WINGS = (
-    "admin", "advice", "documents", "embedding", "import", "nodes", "postgres", "python", "requests", "steps", "tools",
+    "admin", "advice", "documents", "embedding", "import", "nodes", "postgres", "python", "requests", "steps", "tls",
+    "tools",
 )  # fmt: skip
 #: The wings: files of the module that a server loads on first use.
 WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS)
@@ -9198,7 +9199,6 @@ _NO_HEAD = Head("", "", "", 11, {}, 0, False, False, False)
 class ConnectionState(StrEnum):
     """What a connection is doing -> the states that may follow."""
 
-    HANDSHAKE = "handshake"  # of TLS -> RECEIVING; SENDING if it is turned away
     RECEIVING = "receiving"  # idle, or a request is incomplete -> HANDLING, SENDING
     QUEUED = "queued"  # further bytes are buffered, and other connections go first -> RECEIVING, HANDLING, SENDING
     HANDLING = "handling"  # a request is with its route -> SENDING
@@ -9207,7 +9207,7 @@ class ConnectionState(StrEnum):
     CLOSED = "closed"  # may follow any state
 
 
-_HANDSHAKE, _RECEIVING, _QUEUED, _HANDLING, _SENDING, _LINGERING, _CLOSED = ConnectionState
+_RECEIVING, _QUEUED, _HANDLING, _SENDING, _LINGERING, _CLOSED = ConnectionState
 
 
 class Handler(BaseRequestHandler):
@@ -9219,12 +9219,13 @@ class Handler(BaseRequestHandler):
     """
 
     server: Server
+    request: socket.socket
 
     def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
         # without the base class's, which would serve the connection to its end
         self.request, self.client_address, self.server = request, client_address, server
         settings = server.settings
-        self.state = _HANDSHAKE if server.tls is not None else _RECEIVING
+        self.state = _RECEIVING
         self.parser = RequestParser(settings.max_header, settings.max_url, settings.max_body)
         self.exchange: Exchange | None = None  # the request whose head has arrived
         self.refusal: AsteraError | None = None  # the reply to that request, once its body has been read
@@ -9234,18 +9235,16 @@ class Handler(BaseRequestHandler):
         self.taken = 0  # bytes of the response that the client has read since the deadline was set
         self.counted = 0  # bytes that this connection contributes to `Server.buffered`
         self.events = selectors.EVENT_READ  # what the selector reports
-        self.tls_wants = 0  # an event that TLS needs before it can read on
+        self.wants_write = False  # whether the socket must be writable before TLS can read on
         self.since = time.monotonic()  # when the client connected, or its last response was sent
-        self.deadline = self.since + (settings.idle_timeout if server.tls is None else settings.request_timeout)
+        self.deadline = self.since + settings.idle_timeout
         self.at_deadline: tuple[Callable[[], None], bool] | None = None  # see `later`
         server.handlers[self] = None
         server.selector.register(request, self.events, self)
 
     def on_events(self, mask: int) -> None:
         """Continue after the selector has reported the socket."""
-        if self.state is _HANDSHAKE:
-            self.shake_hands()
-        elif mask & selectors.EVENT_READ or self.tls_wants:
+        if mask & selectors.EVENT_READ or self.wants_write:
             self.receive()
         self.proceed()
 
@@ -9253,7 +9252,7 @@ class Handler(BaseRequestHandler):
         """Take one request if it is complete, send what is to be sent, then wait for events."""
         if self.state is _RECEIVING or self.state is _QUEUED:
             self.take_request()
-        if self.out and self.state is not _HANDSHAKE:
+        if self.out:
             self.send()
         if self.state is _SENDING and not self.out:
             self.answer_sent()
@@ -9262,28 +9261,16 @@ class Handler(BaseRequestHandler):
 
     # --- reading ---
 
-    def shake_hands(self) -> None:
-        """Continue the handshake of TLS."""
-        self.tls_wants = 0
-        try:
-            self.request.do_handshake()
-        except OSError as error:
-            self.not_ready(error)
-            return
-        self.state = _RECEIVING
-        if self.out:
-            self.state = _SENDING
-        else:
-            self.deadline = time.monotonic() + self.server.settings.idle_timeout
+    def read(self, size: int) -> bytes:
+        """Up to so many bytes from the socket; none at the end."""
+        return self.request.recv(size)
 
     def receive(self) -> None:
         """Read what the client has sent."""
         x = self.exchange
-        self.tls_wants = 0
+        self.wants_write = False
         try:
-            data = self.request.recv(_READ if x is None or not x.head.chunked else _READ_CHUNKED)
-            while self.server.tls is not None and (left := self.request.pending()):
-                data += self.request.recv(left)  # decrypted already, so the selector does not report it
+            data = self.read(_READ if x is None or not x.head.chunked else _READ_CHUNKED)
         except OSError as error:
             self.not_ready(error)
             return
@@ -9300,12 +9287,9 @@ class Handler(BaseRequestHandler):
                 self.call_deadline()  # the client may have gone: no long poll for it
 
     def not_ready(self, error: OSError) -> None:
-        """Note what the socket waits for; close it if the connection has failed."""
-        event = self.server.waits_for.get(type(error))
-        if event is None:
+        """Wait for the socket if it would block; close it if the connection has failed."""
+        if not isinstance(error, BlockingIOError):
             self.close()
-        elif event == selectors.EVENT_WRITE:
-            self.tls_wants = event
 
     def take_request(self) -> None:
         """Have the next request handled if it is complete; refuse what cannot become a request."""
@@ -9468,8 +9452,8 @@ class Handler(BaseRequestHandler):
         if self.state is _RECEIVING and held > _AHEAD and self.server.buffered > _MAX_BUFFERED:
             self.refuse(Busy("The requests in memory have reached their limit.", 5))
         full = self.state is not _RECEIVING and ahead > _AHEAD
-        events = self.tls_wants if self.at_end or full else self.tls_wants | selectors.EVENT_READ
-        if self.out and self.state is not _HANDSHAKE:
+        events = 0 if self.at_end or full else selectors.EVENT_READ
+        if self.out or self.wants_write:
             events |= selectors.EVENT_WRITE
         if events == self.events:
             return
@@ -9485,7 +9469,7 @@ class Handler(BaseRequestHandler):
 
     def gives_way(self) -> bool:
         """Whether it may be closed for a newcomer: it is idle, its request is incomplete, or its client has gone."""
-        return self.state in (_HANDSHAKE, _RECEIVING) or (self.state is _HANDLING and self.at_end)
+        return self.state is _RECEIVING or (self.state is _HANDLING and self.at_end)
 
     def overdue(self) -> None:
         """Act after the deadline: refuse an incomplete request, close for a client that reads too slowly."""
@@ -9504,9 +9488,8 @@ class Handler(BaseRequestHandler):
         self.closing = True
         self.out.append(data)
         self.leave()
-        if self.state is not _HANDSHAKE:
-            self.state = _SENDING
-            self.server.ready[self] = None
+        self.state = _SENDING
+        self.server.ready[self] = None
 
     def leave(self) -> None:
         """Give the place of this connection to another: it ends soon."""
@@ -9520,10 +9503,7 @@ class Handler(BaseRequestHandler):
             self.close()
             return
         try:
-            if self.server.tls is not None:
-                with contextlib.suppress(OSError):  # sends our close_notify; the client's is not waited for
-                    self.request.unwrap()
-            self.request.shutdown(socket.SHUT_WR)  # from now on bytes are read as they are, without decrypting them
+            self.request.shutdown(socket.SHUT_WR)
         except OSError:
             self.close()
             return
@@ -9587,11 +9567,9 @@ class Server(ThreadingHTTPServer):
         port = self.settings.port if port is None else port
         self.access = self._access(host)
         self.with_cors = wing("astera_lite_admin:with_cors") if self.access.origins else None
-        self.waits_for: dict[type[OSError], int] = {BlockingIOError: selectors.EVENT_READ}
         self.tls: ssl.SSLContext | None = None
         if self.settings.tls_cert or self.settings.tls_key:
-            self.tls, wants = wing("astera_lite_admin:tls_context")(self.settings)
-            self.waits_for |= wants
+            self.tls = wing("astera_lite_tls:tls_context")(self.settings)
         app.check_open()
         # connections
         self.handlers: dict[Handler, None] = {}  # in order of `since`
@@ -9624,7 +9602,7 @@ class Server(ThreadingHTTPServer):
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)
+        super().__init__((host, port), Handler if self.tls is None else wing("astera_lite_tls:TlsHandler"))
         self.socket.setblocking(False)
         self.scheme = "http" if self.tls is None else "https"
         self.url = f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
@@ -9838,7 +9816,7 @@ class Server(ThreadingHTTPServer):
         for handler in list(self.handlers):
             if handler.at_deadline is not None and handler.at_deadline[1]:
                 handler.call_deadline()  # a long poll is answered with the present state
-            elif handler.state in (_HANDSHAKE, _RECEIVING) and not handler.parser.begun:
+            elif handler.state is _RECEIVING and not handler.parser.begun:
                 handler.close()
 
     def _accept(self) -> None:
@@ -9874,10 +9852,8 @@ class Server(ThreadingHTTPServer):
                 request.send(self._too_many())
             self.shutdown_request(request)
             return
-        if self.tls is not None:
-            request = self.tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
         if crowded:
-            Handler(request, client_address, self).turn_away(self._too_many())
+            cast(type[Handler], self.RequestHandlerClass)(request, client_address, self).turn_away(self._too_many())
         else:
             self.finish_request(request, client_address)  # makes a Handler
 

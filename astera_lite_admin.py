@@ -1,8 +1,8 @@
 """Routes for operators and clients, except submit, poll and fetch.
 
 The other routes of jobs (list, details, cancel, rerun, delete, callback again), deployments, metrics, the page of the
-console; preconditions, the part of a result, OPTIONS and CORS; settings that few servers have. A wing of astera_lite,
-which loads this file when one of them is first wanted.
+console; preconditions, the part of a result, OPTIONS and CORS; the settings `secrets` and `cors_origins`. A wing of
+astera_lite, which loads this file when one of them is first needed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import itertools
 import json
 import os
 import re
-import selectors
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 from astera_lite import (
     ANYBODY,
@@ -56,7 +55,6 @@ from astera_lite import (
     Principal,
     Reply,
     Seen,
-    Settings,
     Status,
     StoredResult,
     UnknownJob,
@@ -86,7 +84,6 @@ from astera_lite import (
     parse_trace,
     path_values,
     problem,
-    read_bytes,
     read_toml,
     reason_of,
     resource,
@@ -97,9 +94,6 @@ from astera_lite import (
     suggest,
     with_head,
 )
-
-if TYPE_CHECKING:
-    import ssl
 
 # --- deployments ---
 
@@ -342,7 +336,7 @@ def check_conditions(x: Exchange, exists: bool = True, flow: Flow | None = None)
         raise _precondition_failed()
 
 
-# --- settings that few servers have ---
+# --- the settings cors_origins and secrets ---
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?/?")
 
@@ -387,32 +381,6 @@ def read_secrets(setting: str, environ: Mapping[str, str]) -> dict[str, str]:
     if faults:
         raise ConfigError(faults)
     return values
-
-
-def tls_context(settings: Settings) -> tuple[ssl.SSLContext, dict[type[OSError], int]]:
-    """The context with which an HTTPS server wraps its sockets, and the events for which its exceptions wait.
-
-    Raises ConfigError.
-    """
-    import ssl  # noqa: PLC0415 (3 MB that a server without TLS never needs)
-
-    def encrypted() -> NoReturn:  # OpenSSL itself would ask at the terminal
-        cure = "decrypt it, because the server asks for no password: openssl pkey -in KEY -out NEW"
-        raise ConfigError([Fault("tls_key" if settings.tls_key else "tls_cert", "", f"is encrypted: {cure}")])
-
-    if settings.tls_cert is None:
-        raise ConfigError([Fault("tls_cert", "", "is missing: tls_key goes with a certificate")])
-    for name in ("tls_cert", "tls_key"):
-        try:
-            read_bytes(getattr(settings, name) or os.devnull)
-        except OSError as error:
-            raise ConfigError([Fault(name, "", f"cannot be read: {reason_of(error)}")]) from None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, encrypted)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError([Fault("tls_cert", "", f"cannot be used: {reason_of(error)}")]) from None
-    return context, {ssl.SSLWantReadError: selectors.EVENT_READ, ssl.SSLWantWriteError: selectors.EVENT_WRITE}
 
 
 # --- OPTIONS, and pages of other origins (CORS) ---

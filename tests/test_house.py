@@ -37,6 +37,7 @@ LINES = {
     "astera_lite_requests.py": 800,
     "astera_lite_python.py": 800,
     "astera_lite_steps.py": 800,
+    "astera_lite_tls.py": 100,
     "astera_lite_tools.py": 800,
     "console.html": 1_000,
 }
@@ -234,12 +235,17 @@ def test_an_embedding_program_without_its_wing_is_told(alone: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [("--cors-origins", "https://app.example"), ("--secrets", "HOME"), ("--tls-cert", "a.pem")]
+    ("wing", "flag", "value"),
+    [
+        ("admin", "--cors-origins", "https://app.example"),
+        ("admin", "--secrets", "HOME"),
+        ("tls", "--tls-cert", "a.pem"),
+    ],
 )
-def test_a_setting_without_its_wing_is_one_sentence(alone: Path, setting: tuple[str, str]) -> None:
-    command = [sys.executable, "astera_lite.py", "--port", "0", *setting]
+def test_a_setting_without_its_wing_is_one_sentence(alone: Path, wing: str, flag: str, value: str) -> None:
+    command = [sys.executable, "astera_lite.py", "--port", "0", flag, value]
     done = subprocess.run(command, cwd=alone, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{NO_ADMIN}\n")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{NO_ADMIN.replace('admin', wing)}\n")
 
 
 def test_a_command_without_its_wing_is_one_sentence(alone: Path) -> None:

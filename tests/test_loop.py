@@ -1443,10 +1443,11 @@ def test_a_handshake_has_the_time_of_a_request(tmp_path: Path, certificate: tupl
             sock.sendall(wire)
             assert read_to_end(sock) == b""
         with secured(it.server, cert) as idle:
-            idle.sendall(request("GET", "/nothing"))
-            one_answer(idle)
+            eventually(lambda: len(it.server.handlers) == 1)
             (handler,) = it.server.handlers
             eventually(lambda: handler.deadline > time.monotonic() + 20)  # after the handshake it is idle
+            idle.sendall(request("GET", "/nothing"))
+            one_answer(idle)
 
 
 @pytest.mark.parametrize("text", [None, "no certificate"])

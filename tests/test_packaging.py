@@ -242,6 +242,7 @@ def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
         "astera_lite_python.py",
         "astera_lite_requests.py",
         "astera_lite_steps.py",
+        "astera_lite_tls.py",
         "console.html",
         "openapi.json",
         "schema_postgres.sql",
