@@ -2022,7 +2022,7 @@ _NOT_PUBLIC = _networks(
 #: All of IPv4, the global unicast of IPv6, and three forms of IPv6 that are public if their IPv4 address is public.
 _PUBLIC = _networks("0.0.0.0/0 2000::/3 ::ffff:0:0/96 ::/96 64:ff9b::/96")
 #: IPv6 networks that embed an IPv4 address: mapped, compatible, translated (SIIT), NAT64 and NAT64 of a local network
-#: in the last 32 bits, 6to4 behind the first 16, Teredo in the last 32 with every bit inverted.
+#: in the last 32 bits, 6to4 after the first 16, Teredo in the last 32 with every bit inverted.
 _CARRIERS = [(net, 0, 0) for net in _networks("::ffff:0:0/96 ::/96 ::ffff:0:0:0/96 64:ff9b::/96 64:ff9b:1::/48")]
 _CARRIERS += [(ipaddress.ip_network("2002::/16"), 80, 0), (ipaddress.ip_network("2001::/32"), 0, 0xFFFFFFFF)]
 _ISATAP = 0x5EFE  # bits 64 to 95 of an address in any network, without two flags (RFC 5214)
@@ -3942,7 +3942,7 @@ class _StepRun:
                 "attempts": step.retry.attempts,
             }
             optional("astera_lite_advice:explain", failure, error, run, step)
-            vars(error)["failure"] = failure  # whatever it thinks of new attributes
+            vars(error)["failure"] = failure  # not by setattr, which its class may forbid
         self.failures.append(failure)
         return failure
 
@@ -4196,7 +4196,7 @@ _TRUSTED = frozenset({"env", "secrets"})  # names whose values the operator choo
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _AUTHORITY = re.compile(r"https?://[^/?#]+[/?#]", re.IGNORECASE)
 #: The beginning of a URL up to a character after its host. NUL stands for an expression; the first may be a scheme.
-_BEHIND_HOST = re.compile(r"(?:https?://|\0://)[^/?#]+[/?#]|\0(?!://)[^/?#]*[/?#]", re.IGNORECASE)
+_AFTER_HOST = re.compile(r"(?:https?://|\0://)[^/?#]+[/?#]|\0(?!://)[^/?#]*[/?#]", re.IGNORECASE)
 
 _IN_URLS = "".join(map(chr, range(0x21, 0x7F)))
 
@@ -4289,20 +4289,20 @@ class Address(NamedTuple):
 
 
 class Url(Text):
-    """A URL, or with `behind` a path to append to the URL of a connection.
+    """A URL, or with `is_path` a path to append to the URL of a connection.
 
     Values after the host are percent-encoded, so that they cannot change other parts of the URL.
     """
 
-    behind = False
+    is_path = False
 
     def read(self, build: Build, value: Any, place: str) -> Address:
         parts: list[tuple[str | Template, bool]] = []
-        before = "\0/" if self.behind else ""
+        before = "\0/" if self.is_path else ""
         try:
             for is_code, text in self._split(self.parse(value)):
                 part = build.template(f"${{{text}}}", place) if is_code else text
-                parts.append((part, _BEHIND_HOST.match(before) is not None))
+                parts.append((part, _AFTER_HOST.match(before) is not None))
                 before += "\0" if is_code else text
         except ValueError as error:
             build.fault(place, str(error))
@@ -4310,7 +4310,7 @@ class Url(Text):
 
     def _split(self, url: str) -> list[tuple[bool, str]]:
         parts = split_template(url)
-        if self.behind:
+        if self.is_path:
             if url and not url.startswith(("/", "?")):
                 raise ValueError(f"{shown(url)} must begin with /: it is put behind the connection's url")
         elif parts and not parts[0][0] and not re.match("https?://", url, re.IGNORECASE):
@@ -4411,7 +4411,7 @@ _HTTP = {
     "method": OneOf(*HTTP_METHODS),
     "url": Url("an http or https URL"),
     "connection": Elsewhere("astera_lite_requests:CONNECTION"),
-    "path": Url("a path such as /v1/cities", behind=True),
+    "path": Url("a path such as /v1/cities", is_path=True),
     "query": MapOf(Value(), default={}),
     "headers": MapOf(Value(), default={}, check=_framing_header),
     "json": Value(),
@@ -4441,7 +4441,7 @@ def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
     if given.get("follow"):
         wing("astera_lite_requests:final_answer")
     for name, runner in (("pages", "astera_lite_requests:all_pages"), ("until", "astera_lite_requests:poll")):
-        if name in given:  # a missing wing is told before the flow is in service
+        if name in given:  # now, because a missing wing must be a fault of the flow
             return partial(wing(runner), call, given, place)
 
     def once(run: Run, scope: Scope, path: str) -> dict[str, Any]:
