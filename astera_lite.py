@@ -1401,6 +1401,7 @@ class Budget:
         for sized, times in ((a, b), (b, a)):
             if type(sized) in (str, list, tuple, bytes) and type(times) is int:
                 self.spend(len(sized) * max(times, 0))
+                return a * b
         return self.flat(a * b)
 
     def power(self, a: Any, b: Any) -> Any:
