@@ -5340,6 +5340,10 @@ class _Write(NamedTuple):
     keep: bool = False  # tried again when the disk is full or the database locked, instead of failed
     row: Collection[Any] | None = None  # of a new job: rows are inserted together, before anything is run
 
+    @property
+    def is_new(self) -> bool:
+        return self.row is not None
+
 
 def _marks(values: Collection[Any]) -> str:
     return ",".join("?" * len(values))
@@ -5359,36 +5363,154 @@ def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
     return db.execute(sql, values).rowcount > 0
 
 
-class _Writer:
-    """The connection that writes. Whatever waits is committed together, in one transaction.
+class Writer:
+    """A thread that writes for a store. Whatever waits is committed together, in one transaction.
 
-    A thread makes the writes that are put. Small new jobs wait in `new` for `flush`, so that the thread that answers
-    requests commits those of a turn itself: handing them over would cost a quarter of them. It does so as long as the
-    disk is quick and nobody else is committing; otherwise the thread does, so that a slow disk never stops a poll.
+    A write has `done`, which is told its result; `keep`, if it is tried again while the database cannot be written,
+    instead of failed; and `is_new`, if it is a job that waits in `new` for `flush`. A subclass commits them.
     """
 
-    def __init__(self, db: sqlite3.Connection, file: _File, log_bytes: int) -> None:
-        self.db, self._file, self._log_bytes = db, file, log_bytes
-        self.new: deque[_Write] = deque()
-        self._lock = threading.Lock()  # guards the connection
-        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()  # None: look at the rest
-        self._kept: list[_Write] = []  # to be tried again
-        self._unfolded = 0  # writes since the log was folded into the file
-        self._folder: threading.Thread | None = None
-        self._slow_until = 0.0  # on the monotonic clock
+    @property
+    def fault(self) -> str | None:
+        """Why the last write failed; None if all is well."""
+        raise NotImplementedError
+
+    def __init__(self) -> None:
+        self.new: deque[Any] = deque()  # new jobs, until `flush`
+        self._lock = threading.Lock()  # held while what waits is taken
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # None: look at the rest
+        self._kept: list[Any] = []  # to be tried again
         self._give_up_at = math.inf  # when a closing store stops trying, on the monotonic clock
         self._stopping = self._closed = False
         self._post: Post = _here
         self._thread = threading.Thread(target=self._serve, name="astera-store", daemon=True)
-        self._thread.start()
 
-    def put(self, write: _Write | None) -> None:
+    def put(self, write: Any) -> None:
         """Have the thread make a write, and all others that wait."""
         self._queue.put(write)
         if self._closed:
             self._refuse()
 
-    def flush(self, post: Post) -> None:
+    def flush(self, post: Post = _here) -> None:
+        """Have the jobs added so far stored. `post` has a function called soon, where the results are to be told."""
+        if self.new:
+            self._post = post
+            self.put(None)
+
+    def end(self, timeout_s: float) -> bool:
+        """Commit what waits and end the thread; False if it did not end in time."""
+        self._give_up_at, self._stopping = time.monotonic() + timeout_s * 0.8, True
+        self.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            log.error("the database did not take the last writes within %s", show_duration(timeout_s))
+        return not self._thread.is_alive()
+
+    def _write(self, batch: list[Any]) -> list[Any]:
+        """Make all writes of a batch in one transaction: the result of each."""
+        raise NotImplementedError
+
+    def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
+        """What the writes of a batch are told of an error; whether it passes, and is remembered as `fault`."""
+        raise NotImplementedError
+
+    def _with_probe(self, batch: list[Any]) -> list[Any]:
+        """A batch and, while nothing can be written, a write that tells whether all is well again."""
+        raise NotImplementedError
+
+    def _take_new(self) -> list[Any]:
+        taken = []
+        with contextlib.suppress(IndexError):
+            while True:
+                taken.append(self.new.popleft())
+        return taken
+
+    def _take(self, timeout: float | None) -> list[Any]:
+        """What waits in the queue, or the first that comes."""
+        taken = []
+        with contextlib.suppress(queue.Empty):
+            taken.append(self._queue.get(timeout=timeout))
+            while len(taken) < _BATCH:
+                taken.append(self._queue.get_nowait())
+        return [write for write in taken if write is not None]
+
+    def _refuse(self) -> None:
+        """Answer writes that came after the end, or their callers would wait for ever."""
+        while late := self._take_new() + self._take(0):
+            self._tell(late, None, StoreError("the database is closed"))
+
+    def _serve(self) -> None:
+        """The thread."""
+        with contextlib.suppress(OSError), open(f"/proc/{threading.get_native_id()}/timerslack_ns", "w") as slack:
+            slack.write("1000")  # or Linux adds 0.05 ms to each wait for the interpreter, of which a commit has many
+        while not self._stopping or self._kept or self.new or not self._queue.empty():
+            waiting = self._take(_RETRY_S if self._kept or self.fault or self._stopping else None)
+            with self._lock:  # the new jobs first, for what waits may want to find them
+                batch, self._kept = [*self._kept, *self._take_new(), *waiting], []
+            try:
+                self._commit(self._with_probe(batch))
+            except Exception:  # none is foreseen, but all writes depend on this thread
+                log.exception("the store")
+            if self._kept and time.monotonic() >= self._give_up_at:
+                log.error("%d writes could not be made: %s", len(self._kept), self.fault)
+                self._tell(self._kept, None, StoreError(self.fault or ""))
+                self._kept = []
+        self._closed = True
+        self._refuse()
+
+    def _commit(self, batch: list[Any]) -> None:
+        """Commit a batch, or do what can be done still if that fails."""
+        if not batch:
+            return
+        try:
+            results = self._write(batch)
+        except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
+            was_well = self.fault is None
+            failure, passing = self._note(error, batch)
+            if passing:
+                if was_well:
+                    log.error("%s; new jobs are refused until this is repaired", failure)
+                self._kept += [write for write in batch if write.keep]
+            elif len(batch) > 1:  # one bad row must not fail the others
+                for write in batch:
+                    self._commit([write])
+                return
+            elif not isinstance(failure, Busy):
+                known = isinstance(error, AsteraError) or self.fault
+                log.error("a write failed: %s", error, exc_info=None if known else error)
+            self._tell([write for write in batch if not (passing and write.keep)], None, failure)
+        else:
+            tell = partial(self._tell, batch, results, None)
+            if all(write.is_new for write in batch):  # by one message: the thread and the caller would alternate
+                self._post(tell)
+            else:
+                tell()
+
+    def _tell(self, batch: list[_Write], results: list[Any] | None, error: AsteraError | None) -> None:
+        for write, result in zip(batch, results or [None] * len(batch), strict=True):
+            try:
+                write.done(result, error)
+            except Exception:  # a listener's fault must not end the thread that all writes depend on
+                log.exception("after a write")
+
+
+class _Writer(Writer):
+    """The connection that writes to a file.
+
+    The thread that answers requests commits the new jobs of a turn itself: handing them over would cost a quarter of
+    them. It does so as long as the disk is quick and nobody else is committing; otherwise the writer's thread does, so
+    that a slow disk never stops a poll.
+    """
+
+    def __init__(self, db: sqlite3.Connection, file: _File, log_bytes: int) -> None:
+        super().__init__()
+        self.db, self._file, self._log_bytes = db, file, log_bytes
+        self._unfolded = 0  # writes since the log was folded into the file
+        self._folder: threading.Thread | None = None
+        self._slow_until = 0.0  # on the monotonic clock
+        self._thread.start()
+
+    def flush(self, post: Post = _here) -> None:
         """Commit new jobs here if the disk is quick and nobody else commits; else have the thread do it."""
         if not self.new:
             return
@@ -5411,97 +5533,43 @@ class _Writer:
 
     def close(self, timeout_s: float) -> bool:
         """Commit what waits and end the thread; False if it did not end in time."""
-        self._give_up_at, self._stopping = time.monotonic() + timeout_s * 0.8, True
-        self.put(None)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            log.error("the database did not take the last writes within %s", show_duration(timeout_s))
+        if not self.end(timeout_s):
             return False
         if self._folder is not None and self._folder.is_alive():
             self._folder.join(timeout_s)
         self.db.close()
         return True
 
-    def _take_new(self) -> list[_Write]:
-        taken = []
-        with contextlib.suppress(IndexError):
-            while True:
-                taken.append(self.new.popleft())
-        return taken
+    @property
+    def fault(self) -> str | None:
+        """Why the last write failed; None if all is well."""
+        return self._file.fault
 
-    def _take(self, timeout: float | None) -> list[_Write]:
-        """What waits in the queue, or the first that comes."""
-        taken = []
-        with contextlib.suppress(queue.Empty):
-            taken.append(self._queue.get(timeout=timeout))
-            while len(taken) < _BATCH:
-                taken.append(self._queue.get_nowait())
-        return [write for write in taken if write is not None]
-
-    def _refuse(self) -> None:
-        """Answer writes that came after the end, or their callers would wait for ever."""
-        while late := self._take_new() + self._take(0):
-            self._tell(late, None, StoreError("the database is closed"))
-
-    def _serve(self) -> None:
-        """The thread."""
-        with contextlib.suppress(OSError), open(f"/proc/{threading.get_native_id()}/timerslack_ns", "w") as slack:
-            slack.write("1000")  # or Linux adds 0.05 ms to each wait for the interpreter, of which a commit has many
-        while not self._stopping or self._kept or self.new or not self._queue.empty():
-            waiting = self._take(_RETRY_S if self._kept or self._file.fault or self._stopping else None)
-            with self._lock:  # the new jobs first, for what waits may want to find them
-                batch, self._kept = [*self._kept, *self._take_new(), *waiting], []
-            if not batch and self._file.fault and not self._file.damaged:
-                batch = [_Write(partial(_execute, _PROBE, (PIECE,)), self._probed)]
-            try:
-                self._commit(batch)
-                self._fold_if_due()
-            except Exception:  # none is foreseen, but all writes depend on this thread
-                log.exception("the store")
-            if self._kept and time.monotonic() >= self._give_up_at:
-                log.error("%d writes could not be made: %s", len(self._kept), self._file.fault)
-                self._tell(self._kept, None, StoreError(self._file.fault or ""))
-                self._kept = []
-        self._closed = True
-        self._refuse()
+    def _with_probe(self, batch: list[Any]) -> list[Any]:
+        if batch or self._file.fault is None or self._file.damaged:
+            return batch
+        return [_Write(partial(_execute, _PROBE, (PIECE,)), self._probed)]
 
     def _probed(self, result: Any, error: AsteraError | None) -> None:
         if error is None:
             self.put(_Write(partial(_execute, "DELETE FROM pieces WHERE job = 0", ()), keep=True))
 
-    def _commit(self, batch: list[_Write]) -> None:
-        """On the thread: commit a batch, or do what can be done still if that fails."""
-        try:
-            with self._lock:
-                results = self._transact(batch, _BUSY_MS)
-        except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
-            failure = error if isinstance(error, AsteraError) else self._file.failure(error)
-            passing = isinstance(error, MemoryError | _Moved) or _words(error, _PASSING) is not None
-            if passing:
-                self._put_off(batch, str(failure))
-            elif len(batch) > 1:  # one bad row must not fail the others
-                for write in batch:
-                    self._commit([write])
-                return
-            else:
-                known = isinstance(error, AsteraError) or self._file.damaged
-                log.error("a write failed: %s", error, exc_info=None if known else error)
-            self._tell([write for write in batch if not (passing and write.keep)], None, failure)
-        else:
-            tell = partial(self._tell, batch, results, None)
-            if all(write.row for write in batch):  # by one message: the thread and the one that flushes would alternate
-                self._post(tell)
-            else:
-                tell()
+    def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
+        failure = error if isinstance(error, AsteraError) else self._file.failure(error)
+        passing = isinstance(error, MemoryError | _Moved) or _words(error, _PASSING) is not None
+        if passing:
+            self._unfolded = _FOLD_AFTER  # on a full disk there is room in the log once it is folded
+            if not self._file.damaged:
+                self._file.fault = str(failure)
+        return failure, passing
 
-    def _put_off(self, batch: list[_Write], failure: str) -> None:
-        """Keep what is to be tried again, for the disk, a lock or the memory is at fault."""
-        if self._file.fault is None:
-            log.error("%s; new jobs are refused until this is repaired", failure)
-        if not self._file.damaged:
-            self._file.fault = failure
-        self._kept += [write for write in batch if write.keep]
-        self._unfolded = _FOLD_AFTER  # on a full disk there is room in the log once it is folded
+    def _commit(self, batch: list[Any]) -> None:
+        super()._commit(batch)
+        self._fold_if_due()
+
+    def _write(self, batch: list[Any]) -> list[Any]:
+        with self._lock:
+            return self._transact(batch, _BUSY_MS)
 
     def _transact(self, batch: list[_Write], busy_ms: int) -> list[Any]:
         """Make all writes of a batch in one transaction: the result of each. The lock is held."""
@@ -5554,13 +5622,6 @@ class _Writer:
                 self.db.execute("PRAGMA busy_timeout = 0")
                 self.db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'PASSIVE'})").fetchone()
 
-    def _tell(self, batch: list[_Write], results: list[Any] | None, error: AsteraError | None) -> None:
-        for write, result in zip(batch, results or [None] * len(batch), strict=True):
-            try:
-                write.done(result, error)
-            except Exception:  # a listener's fault must not end the thread that all writes depend on
-                log.exception("after a write")
-
 
 class _Recent:
     """Jobs that ended lately, in memory: polls for them and fetches of their results need not read the database.
@@ -5583,7 +5644,7 @@ class _Recent:
             self._ends[end.job.key.seq] = end
             self._held += self._bytes(end)
             while self._held > self._limit:
-                self._drop(next(iter(self._ends)))
+                self._held -= self._bytes(self._ends.popitem(last=False)[1])
 
     def get(self, key: JobKey) -> Finish | None:
         """The end of a job that is held."""
@@ -5594,12 +5655,8 @@ class _Recent:
         """Drop what is deleted."""
         with self._lock:
             for seq in seqs:
-                self._drop(seq)
-
-    def _drop(self, seq: int) -> None:
-        end = self._ends.pop(seq, None)
-        if end is not None:
-            self._held -= self._bytes(end)
+                if seq in self._ends:
+                    self._held -= self._bytes(self._ends.pop(seq))
 
     @staticmethod
     def _bytes(end: Finish) -> int:

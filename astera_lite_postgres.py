@@ -15,12 +15,10 @@ import importlib
 import json
 import logging
 import math
-import queue
 import re
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -47,12 +45,12 @@ from astera_lite import (
     Job,
     JobKey,
     NodeInfo,
-    Post,
     Progress,
     StoreError,
     StoreReader,
     Submission,
     Token,
+    Writer,
     change_tokens,
     delete_job,
     end_columns,
@@ -65,7 +63,6 @@ from astera_lite import (
     read_deliveries,
     replay,
     resource,
-    show_duration,
     to_json,
 )
 
@@ -399,14 +396,19 @@ class _Write(NamedTuple):
     run: Callable[[Any], Any] | None = None
     done: Done = ignore_result
     keep: bool = False  # tried again when the database cannot be reached, instead of failed
-    size: int = 0  # bytes of the values, about
     word: str = ""  # news for other servers
     is_again: bool = False  # it may have been committed before
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it is a new job."""
+        return self.kind == "add"
 
-def _sized(write: _Write) -> _Write:
-    size = sum(len(value) for value in write.values.values() if isinstance(value, str | bytes))
-    return write._replace(size=size + 300 + len(write.pieces) * PIECE)
+    @property
+    def size(self) -> int:
+        """Bytes that are sent for it, about."""
+        texts = [value for value in self.values.values() if isinstance(value, str | bytes)]
+        return sum(map(len, texts)) + len(self.pieces) * PIECE + 300
 
 
 def _grouped(batch: Iterable[_Write]) -> list[list[_Write]]:
@@ -429,7 +431,7 @@ def _grouped(batch: Iterable[_Write]) -> list[list[_Write]]:
     return groups
 
 
-class PostgresStore(PostgresReader):
+class PostgresStore(PostgresReader, Writer):
     """The store of a server that may be one of several. `lease` is in seconds, `name` the server's name for people.
 
     All that waits to be written is committed by one thread, in one transaction. Another renews the lease, hears of the
@@ -438,12 +440,13 @@ class PostgresStore(PostgresReader):
 
     shared = True
     nodes = NODES
+    fault: str | None = None
 
     def __init__(self, url: str, *, durability: str = "full", lease: float = 15.0, name: str = "") -> None:
         self._address = _Address(url, lease, durability)
         self._lease, self._name = lease, name
         self._begin()
-        self.fault: str | None = None
+        Writer.__init__(self)
         self.queued = 0  # jobs that no server has in hand and that do not wait, as of the last second, and own since
         self.node = self._start = 0
         self._news: Callable[[str], None] = lambda word: None
@@ -468,21 +471,12 @@ class PostgresStore(PostgresReader):
             raise StoreError(f"{self._address.place}: {_store_error(error)}") from None
         finally:
             db.close()
-        self._new: deque[_Write] = deque()  # jobs, until `flush`
-        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()  # None: look at the rest
-        self._kept: list[_Write] = []  # to be tried again
-        self._post: Post = lambda function: function()
         self._db: Any = None  # the connection that writes
         self._pid = 0  # of the process that serves it
-        self._give_up_at = math.inf  # when a closing store stops trying, on the monotonic clock
-        self._stopping = self._closed = False
         self._end = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._serve, name="astera-store", daemon=True),
-            threading.Thread(target=self._follow, name="astera-lease", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._follower = threading.Thread(target=self._follow, name="astera-lease", daemon=True)
+        self._thread.start()
+        self._follower.start()
 
     def open(self, news: Callable[[str], None], progress: Callable[[], Mapping[int, Progress]]) -> None:
         """Hear of other servers: `news(word)` is called on a thread of the store. `progress` is that of the runs."""
@@ -491,12 +485,9 @@ class PostgresStore(PostgresReader):
     def close(self, timeout_s: float = 10.0) -> None:
         """Finish what is queued, leave the jobs in hand to other servers, and let go of the database."""
         self._end.set()
-        self._give_up_at, self._stopping = time.monotonic() + timeout_s * 0.8, True
-        self._put(None)
-        for thread in self._threads:
-            thread.join(timeout_s)
-        if any(thread.is_alive() for thread in self._threads):
-            log.error("the database did not take the last writes within %s", show_duration(timeout_s))
+        if self.end(timeout_s) and self._db is not None:
+            self._db.close()
+        self._follower.join(timeout_s)
         with contextlib.suppress(StoreError), self._reading() as db:
             db.execute("DELETE FROM nodes WHERE start = %s", (self._start,))
             if not self._alone:
@@ -641,113 +632,41 @@ class PostgresStore(PostgresReader):
 
     # --- writing ---
 
-    def _put(self, write: _Write | None) -> None:
-        self._queue.put(write and _sized(write))
-        if self._closed:
-            self._refuse()
-
     def _run(self, run: Callable[[Any], Any], done: Done = ignore_result, keep: bool = False, word: str = "") -> None:
         """Make a write by itself; `done` gets what `run` returns."""
-        self._put(_Write(run=run, done=done, keep=keep, word=word))
-
-    def flush(self, post: Post = lambda function: function()) -> None:
-        """Have the jobs added so far stored. `post` has a function called soon, where the results are to be told."""
-        if self._new:
-            self._post = post
-            self._put(None)
-
-    def _take_new(self) -> list[_Write]:
-        taken = []
-        with contextlib.suppress(IndexError):
-            while True:
-                taken.append(self._new.popleft())
-        return taken
-
-    def _take(self, timeout: float | None) -> list[_Write]:
-        """What waits in the queue, or the first that comes."""
-        taken = []
-        with contextlib.suppress(queue.Empty):
-            taken.append(self._queue.get(timeout=timeout))
-            while len(taken) < _BATCH:
-                taken.append(self._queue.get_nowait())
-        return [write for write in taken if write is not None]
-
-    def _refuse(self) -> None:
-        """Answer writes that came after the end, or their callers would wait for ever."""
-        while late := self._take_new() + self._take(0):
-            self._tell(late, None, StoreError("the database is closed"))
-
-    def _serve(self) -> None:
-        """The thread that writes."""
-        while not self._stopping or self._kept or self._new or not self._queue.empty():
-            waiting = self._take(_RETRY_S if self._kept or self.fault or self._stopping else None)
-            # the new jobs first, for what waits may want to find them
-            batch, self._kept = [*self._kept, *self._take_new(), *waiting], []
-            if self.fault:  # a write that does no harm tells whether all is well again
-                batch.append(_Write(run=self._probe))
-            try:
-                self._commit(batch)
-            except Exception:  # none is foreseen, but all writes depend on this thread
-                log.exception("the store")
-            if self._kept and time.monotonic() >= self._give_up_at:
-                log.error("%d writes could not be made: %s", len(self._kept), self.fault)
-                self._tell(self._kept, None, StoreError(self.fault or ""))
-                self._kept = []
-        self._closed = True
-        self._refuse()
-        if self._db is not None:
-            self._db.close()
+        self.put(_Write(run=run, done=done, keep=keep, word=word))
 
     def _probe(self, db: Any) -> None:
         """Fail as a write does whose owner is gone, if another server has deleted the row of this one."""
         if not db.execute("UPDATE nodes SET name = name WHERE start = %s RETURNING 1", (self._start,)).fetchall():
             raise psycopg.errors.ForeignKeyViolation("its lease has run out")
 
-    def _commit(self, batch: list[_Write]) -> None:
-        """Commit a batch, or do what can be done still if that fails."""
-        if not batch:
-            return
-        for again in range(1, _TRIES + 1):
-            try:
-                results = self._transact(batch)
-                break
-            except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
-                code = getattr(error, "sqlstate", None) or ""
-                if code.startswith("40") and again < _TRIES:
-                    continue
-                if code == "23503":
-                    self._renew_at = 0.0
-                words = _passing(error)
-                failure = error if isinstance(error, AsteraError) else _store_error(error)
-                if words is not None:
-                    self._put_off(batch, words, error)
-                elif len(batch) > 1:  # one bad row must not fail the others
-                    for write in batch:
-                        self._commit([write])
-                    return
-                elif code == "23505" and batch[0].kind == "add":  # this server lost its lease: another has its number
-                    failure = Busy("The server did not renew its lease in time and starts anew: try again.", 1)
-                else:
-                    log.error("a write failed: %s", error, exc_info=None if isinstance(error, AsteraError) else error)
-                self._tell([write for write in batch if not (words and write.keep)], None, failure)
-                return
-        if self.fault:
-            log.info("the database can be written again")
-            self.fault = None
-        tell = partial(self._tell, batch, results, None)
-        if all(write.kind == "add" for write in batch):  # by one message: the threads would alternate
-            self._post(tell)
-        else:
-            tell()
+    def _with_probe(self, batch: list[Any]) -> list[Any]:
+        return [*batch, _Write(run=self._probe)] if self.fault else batch
 
-    def _put_off(self, batch: list[_Write], words: str, error: Exception) -> None:
-        """Keep what is to be tried again."""
-        if self.fault is None:
-            log.error("%s (%s); new jobs are refused until this is repaired", words, str(error).strip())
-        self.fault = words
-        self._kept += [write._replace(is_again=True) for write in batch if write.keep]
-        if self._db is not None:  # another host may be the one to write to by now
-            self._db.close()
+    def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
+        code, words = getattr(error, "sqlstate", None), _passing(error)
+        if code == "23505" and batch[0].is_new:  # this server lost its lease: another has its number
+            return Busy("The server did not renew its lease in time and starts anew: try again.", 1), False
+        if code == "23503":
+            self._renew_at = 0.0
+        if words is not None:
+            if self.fault is None:
+                log.error("PostgreSQL: %s", str(error).strip())
+            self.fault = words
+            batch[:] = [write._replace(is_again=True) for write in batch]
+            if self._db is not None:  # another host may be the one to write to by now
+                self._db.close()
+        return error if isinstance(error, AsteraError) else _store_error(error), words is not None
+
+    def _write(self, batch: list[Any]) -> list[Any]:
+        for _ in range(_TRIES - 1):
+            try:
+                return self._transact(batch)
+            except psycopg.Error as error:
+                if not (error.sqlstate or "").startswith("40"):
+                    raise
+        return self._transact(batch)
 
     def _transact(self, batch: list[_Write]) -> list[Any]:
         """Make all writes of a batch in one transaction: the result of each."""
@@ -768,6 +687,9 @@ class PostgresStore(PostgresReader):
             with contextlib.suppress(psycopg.Error):
                 db.rollback()
             raise
+        if self.fault:
+            log.info("the database can be written again")
+            self.fault = None
         results = {id(write): result for group, read in made for write, result in zip(group, read(), strict=True)}
         return [results[id(write)] for write in batch]
 
@@ -836,16 +758,6 @@ class PostgresStore(PostgresReader):
 
         return read
 
-    def _tell(self, batch: list[_Write], results: list[Any] | None, error: AsteraError | None) -> None:
-        for write, result in zip(batch, results or [None] * len(batch), strict=True):
-            try:
-                if isinstance(result, Busy):
-                    write.done(None, result)
-                else:
-                    write.done(result, error)
-            except Exception:  # a listener's fault must not end the thread that all writes depend on
-                log.exception("after a write")
-
     # --- jobs ---
 
     def add(self, submission: Submission, done: Done) -> None:
@@ -855,8 +767,13 @@ class PostgresStore(PostgresReader):
         if ended is not None:
             pieces += piece_rows(job.key, "result", ended.attempt, ended.outcome.answer.body)
         word = "" if submission.owned or ended else "jobs"
-        write = _Write("add", job.key.seq, new_columns(submission), submission, pieces, done=done, word=word)
-        self._new.append(_sized(write))
+
+        def added(result: Any, error: AsteraError | None) -> None:
+            if isinstance(result, Busy):
+                result, error = None, result
+            done(result, error)
+
+        self.new.append(_Write("add", job.key.seq, new_columns(submission), submission, pieces, done=added, word=word))
         if self._closed:
             self._refuse()
 
@@ -934,12 +851,12 @@ class PostgresStore(PostgresReader):
 
     def start(self, key: JobKey, attempt: int, started: int, done: Done = ignore_result) -> None:
         """Record that a run began; `done` gets whether the job is this server's, at this attempt or the one before."""
-        self._put(_Write("start", key.seq, {"attempt": attempt, "started": started}, done=done, keep=True))
+        self.put(_Write("start", key.seq, {"attempt": attempt, "started": started}, done=done, keep=True))
 
     def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = ignore_result) -> None:
         """Save the output (JSON) of a finished step; `done` gets whether the job is this server's, at this attempt."""
         values = {"attempt": attempt, "path": path, "output": output}
-        self._put(_Write("save", key.seq, values, done=done, keep=True))
+        self.put(_Write("save", key.seq, values, done=done, keep=True))
 
     def suspend(self, job: Job, path: str, until: int, trace: str, done: Done) -> None:
         """Record that a job waits until it is `due`. One of a flow with a limit is free from then on."""
@@ -955,11 +872,11 @@ class PostgresStore(PostgresReader):
             "path": path,
             "until": until,
         }
-        self._put(_Write("suspend", job.key.seq, values, done=done, keep=True))
+        self.put(_Write("suspend", job.key.seq, values, done=done, keep=True))
 
     def requeue(self, key: JobKey, attempt: int) -> None:
         """Record that an orderly stop broke a run off, and leave the job to any server."""
-        self._put(_Write("requeue", key.seq, {"attempt": attempt}, keep=True, word="freed jobs"))
+        self.put(_Write("requeue", key.seq, {"attempt": attempt}, keep=True, word="freed jobs"))
 
     def release(self, seqs: list[int]) -> None:
         """Leave jobs of this server that no thread runs to any server."""
@@ -972,7 +889,7 @@ class PostgresStore(PostgresReader):
         self._mine.pop(key.seq, None)
         pieces = piece_rows(key, "result", finish.attempt, finish.outcome.answer.body)
         kind, values = "finish" if finish.fenced else "end", end_columns(finish)
-        self._put(_Write(kind, key.seq, values, finish, pieces, done=done, keep=True, word="ends"))
+        self.put(_Write(kind, key.seq, values, finish, pieces, done=done, keep=True, word="ends"))
 
     def ask_cancel(self, key: JobKey, done: Done) -> None:
         """Have a Running job cancelled by its owner, this server if it has none; `done` gets whether it is Running."""

@@ -170,7 +170,7 @@ def test_a_lease_that_runs_out_frees_the_jobs_and_others_hear_of_it(open_store: 
     one, other = open_store(name="a"), open_store(name="b", lease=1)
     new, words = add(one), told(other)
     one._end.set()  # its thread renews no more
-    one._threads[1].join()
+    one._follower.join()
     look(url, "UPDATE nodes SET lease_until = now() WHERE start = %s", one._start)
     until(lambda: words.get(timeout=10) == "jobs" and claimed(other) == [new.key.seq])
     assert [node.name for node in other.members()] == ["b"]
@@ -208,7 +208,7 @@ def test_an_id_that_another_server_has_made_is_refused_for_a_moment(open_store: 
 
 def test_more_servers_than_numbers_are_refused(store: PostgresStore, url: str) -> None:
     store._end.set()  # it looks for servers that are gone no more
-    store._threads[1].join()
+    store._follower.join()
     look(url, "INSERT INTO nodes (number, name, lease_until) SELECT n, '', now() + '1h' FROM generate_series(1, 63) n")
     with pytest.raises(StoreError, match="64 servers use this database, which is as many as can: stop one"):
         PostgresStore(url)
@@ -347,7 +347,7 @@ def test_a_cancel_of_a_job_that_becomes_free_reaches_whoever_looks(open_store: O
 
 def test_what_was_left_to_any_server_since_the_last_look_is_counted(store: PostgresStore) -> None:
     store._end.set()  # no look any more
-    store._threads[1].join()
+    store._follower.join()
     store.queued = 0
     add(store)
     for n in range(1, 4):
