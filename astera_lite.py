@@ -5095,17 +5095,6 @@ class Claimed(NamedTuple):
     cancelled: bool = False
 
 
-class NodeInfo(NamedTuple):
-    """One of the servers that share a database; `since` is when it started, in milliseconds since the epoch."""
-
-    name: str
-    number: int  # from 0
-    since: int
-    lease_left_ms: int
-    jobs: int  # Running ones that it owns
-    is_self: bool
-
-
 class StoredResult(NamedTuple):
     """A finished job's response. `body` is None if it is to be read in pieces."""
 
@@ -5145,12 +5134,6 @@ class Finish(NamedTuple):
             error=self.outcome.error,
         )
 
-    @property
-    def stored(self) -> StoredResult:
-        """The result as it is read afterwards, if it is not in pieces."""
-        answer = self.outcome.answer
-        return StoredResult(answer.code, list(answer.headers), len(answer.body), answer.body, self.attempt)
-
 
 class Submission(NamedTuple):
     """A new job and what is stored with it.
@@ -5173,11 +5156,6 @@ def piece_rows(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple
     """Rows of the table `pieces` for a value that is too large for its own column."""
     starts = range(0, len(value), PIECE) if len(value) > PIECE else ()
     return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(starts)]
-
-
-def _request_json(request: StoredRequest) -> str:
-    sent = {"method": request.method, "path": request.path, "query": request.query, "headers": request.headers}
-    return to_json(sent | {"trace": request.trace} if request.trace else sent)
 
 
 def end_columns(end: Finish) -> dict[str, Any]:
@@ -5205,7 +5183,8 @@ _NOT_ENDED = dict.fromkeys(END_COLUMNS) | {"status": "Running", "attempt": 0}
 
 def new_columns(new: Submission) -> dict[str, Any]:
     """The columns of the table `jobs` that are written with a new job."""
-    job, body = new.job, new.request.body
+    job, (method, path, query, headers, body, trace) = new.job, new.request
+    sent = {"method": method, "path": path, "query": query, "headers": headers} | ({"trace": trace} if trace else {})
     return {
         "seq": job.key.seq,
         "salt": job.key.salt,
@@ -5217,7 +5196,7 @@ def new_columns(new: Submission) -> dict[str, Any]:
         "callback_url": job.callback and job.callback.url,
         "idempotency_key": new.idempotency_key,
         "fingerprint": new.fingerprint,
-        "request": _request_json(new.request),
+        "request": to_json(sent),
         "request_body": None if len(body) > PIECE else body,
         **(end_columns(new.ended) if new.ended else _NOT_ENDED),
     }
@@ -5305,8 +5284,7 @@ class _File:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.fault: str | None = None
-        self.damaged = False  # which does not mend by itself
+        self.damage: str | None = None  # which does not mend by itself
         self._pinned = dict[str, Any]()
 
     @staticmethod
@@ -5328,8 +5306,8 @@ class _File:
     def failure(self, error: Exception) -> StoreError:
         """The error in words. Damage is remembered: no new job is put on a damaged database."""
         failure = _store_error(error)
-        if _words(error, _DAMAGE) and not self.damaged:
-            self.damaged, self.fault = True, str(failure)
+        if _words(error, _DAMAGE) and not self.damage:
+            self.damage = str(failure)
             log.error("%s; new jobs are refused until the server starts with a good database", failure)
         return failure
 
@@ -5339,14 +5317,6 @@ class _Write(NamedTuple):
     done: Done = ignore_result
     keep: bool = False  # tried again when the disk is full or the database locked, instead of failed
     row: Collection[Any] | None = None  # of a new job: rows are inserted together, before anything is run
-
-    @property
-    def is_new(self) -> bool:
-        return self.row is not None
-
-
-def _marks(values: Collection[Any]) -> str:
-    return ",".join("?" * len(values))
 
 
 def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Collection[Any]]) -> None:
@@ -5366,14 +5336,14 @@ def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
 class Writer:
     """A thread that writes for a store. Whatever waits is committed together, in one transaction.
 
-    A write has `done`, which is told its result; `keep`, if it is tried again while the database cannot be written,
-    instead of failed; and `is_new`, if it is a job that waits in `new` for `flush`. A subclass commits them.
+    A write has `done`, which is told its result, and `keep`, if it is tried again while the database cannot be written,
+    instead of failed. New jobs wait in `new` for `flush`. A subclass says how writes are made:
     """
 
-    @property
-    def fault(self) -> str | None:
-        """Why the last write failed; None if all is well."""
-        raise NotImplementedError
+    fault: str | None = None  # why nothing can be written
+    _write: Callable[[list[Any]], list[Any]]  # makes a batch in one transaction: the result of each
+    _note: Callable[[Exception, list[Any]], tuple[AsteraError, bool]]  # what they are told, and whether it is a fault
+    _with_probe: Callable[[list[Any]], list[Any]]  # adds a write that tells whether a fault is over
 
     def __init__(self) -> None:
         self.new: deque[Any] = deque()  # new jobs, until `flush`
@@ -5406,18 +5376,6 @@ class Writer:
             log.error("the database did not take the last writes within %s", show_duration(timeout_s))
         return not self._thread.is_alive()
 
-    def _write(self, batch: list[Any]) -> list[Any]:
-        """Make all writes of a batch in one transaction: the result of each."""
-        raise NotImplementedError
-
-    def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
-        """What the writes of a batch are told of an error; whether it passes, and is remembered as `fault`."""
-        raise NotImplementedError
-
-    def _with_probe(self, batch: list[Any]) -> list[Any]:
-        """A batch and, while nothing can be written, a write that tells whether all is well again."""
-        raise NotImplementedError
-
     def _take_new(self) -> list[Any]:
         taken = []
         with contextlib.suppress(IndexError):
@@ -5445,10 +5403,11 @@ class Writer:
             slack.write("1000")  # or Linux adds 0.05 ms to each wait for the interpreter, of which a commit has many
         while not self._stopping or self._kept or self.new or not self._queue.empty():
             waiting = self._take(_RETRY_S if self._kept or self.fault or self._stopping else None)
-            with self._lock:  # the new jobs first, for what waits may want to find them
-                batch, self._kept = [*self._kept, *self._take_new(), *waiting], []
+            with self._lock:
+                new = self._take_new()  # they go first, for what waits may want to find them
+                batch, self._kept = self._with_probe([*self._kept, *new, *waiting]), []
             try:
-                self._commit(self._with_probe(batch))
+                self._commit(batch, len(new) == len(batch))
             except Exception:  # none is foreseen, but all writes depend on this thread
                 log.exception("the store")
             if self._kept and time.monotonic() >= self._give_up_at:
@@ -5458,8 +5417,8 @@ class Writer:
         self._closed = True
         self._refuse()
 
-    def _commit(self, batch: list[Any]) -> None:
-        """Commit a batch, or do what can be done still if that fails."""
+    def _commit(self, batch: list[Any], is_new: bool = False) -> None:
+        """Commit a batch, or do what can be done still if that fails. `is_new`: it is only new jobs."""
         if not batch:
             return
         try:
@@ -5476,12 +5435,12 @@ class Writer:
                     self._commit([write])
                 return
             elif not isinstance(failure, Busy):
-                known = isinstance(error, AsteraError) or self.fault
-                log.error("a write failed: %s", error, exc_info=None if known else error)
+                is_strange = str(failure).startswith("the database failed")
+                log.error("a write failed: %s", error, exc_info=error if is_strange else None)
             self._tell([write for write in batch if not (passing and write.keep)], None, failure)
         else:
             tell = partial(self._tell, batch, results, None)
-            if all(write.is_new for write in batch):  # by one message: the thread and the caller would alternate
+            if is_new:  # by one message: the thread and the one that flushes would alternate
                 self._post(tell)
             else:
                 tell()
@@ -5515,7 +5474,7 @@ class _Writer(Writer):
         if not self.new:
             return
         self._post = post
-        if self._file.fault or time.monotonic() < self._slow_until or not self._lock.acquire(blocking=False):
+        if self.fault or time.monotonic() < self._slow_until or not self._lock.acquire(blocking=False):
             self.put(None)
             return
         batch = self._take_new()
@@ -5540,13 +5499,8 @@ class _Writer(Writer):
         self.db.close()
         return True
 
-    @property
-    def fault(self) -> str | None:
-        """Why the last write failed; None if all is well."""
-        return self._file.fault
-
     def _with_probe(self, batch: list[Any]) -> list[Any]:
-        if batch or self._file.fault is None or self._file.damaged:
+        if batch or self.fault is None or self._file.damage:
             return batch
         return [_Write(partial(_execute, _PROBE, (PIECE,)), self._probed)]
 
@@ -5559,12 +5513,11 @@ class _Writer(Writer):
         passing = isinstance(error, MemoryError | _Moved) or _words(error, _PASSING) is not None
         if passing:
             self._unfolded = _FOLD_AFTER  # on a full disk there is room in the log once it is folded
-            if not self._file.damaged:
-                self._file.fault = str(failure)
+            self.fault = str(failure)
         return failure, passing
 
-    def _commit(self, batch: list[Any]) -> None:
-        super()._commit(batch)
+    def _commit(self, batch: list[Any], is_new: bool = False) -> None:
+        super()._commit(batch, is_new)
         self._fold_if_due()
 
     def _write(self, batch: list[Any]) -> list[Any]:
@@ -5595,9 +5548,9 @@ class _Writer(Writer):
         if ended - began > _QUICK_S:
             self._slow_until = ended + 100 * (ended - began)
         self._unfolded += len(batch) + _COMMIT_COSTS
-        if self._file.fault and not self._file.damaged and db.total_changes > before:  # else nothing is known yet
+        if self.fault and db.total_changes > before:  # else nothing is known yet
             log.info("the database can be written again")
-            self._file.fault = None
+            self.fault = None
         return results
 
     def _fold_if_due(self) -> None:
@@ -5672,8 +5625,7 @@ def read_job(row: Sequence[Any]) -> Job:
     values = list(row[1 : _AT_CALLBACK + 1])
     values[0] = JobKey(*row[:2])
     values[_AT_STATUS] = Status(values[_AT_STATUS])
-    if values[_AT_ERROR] is not None:
-        values[_AT_ERROR] = json.loads(values[_AT_ERROR])
+    values[_AT_ERROR] = values[_AT_ERROR] and json.loads(values[_AT_ERROR])
     if values[-1] is not None:
         values[-1] = Delivery(*row[_AT_CALLBACK : _AT_CALLBACK + 7])
     return Job._make(values)
@@ -5981,17 +5933,17 @@ class SqliteReader(StoreReader):
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """Borrow a connection."""
+        db = None
         try:
-            try:
+            with contextlib.suppress(IndexError):  # another thread may take the last one
                 db = self._idle.pop()
-            except IndexError:
-                db = self._connect()
-            try:
-                yield db
-            finally:
-                self._idle.append(db)
+            db = db or self._connect()
+            yield db
         except (sqlite3.Error, _Moved) as error:
             raise self._file.failure(error) from None
+        finally:
+            if db is not None:
+                self._idle.append(db)
 
     def _connect(self) -> sqlite3.Connection:
         self._file.check()  # or some answers would come from another database than the others
@@ -6111,7 +6063,7 @@ class SqliteStore(SqliteReader):
     @property
     def fault(self) -> str | None:
         """Why the last write failed, or that the database was found damaged; None if all is well."""
-        return self._file.fault
+        return self._file.damage or self._writer.fault
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Finish what is queued, and let go of the database."""
@@ -6130,8 +6082,8 @@ class SqliteStore(SqliteReader):
 
     def add(self, submission: Submission, done: Done) -> None:
         """Queue a new job for `flush`; `done` gets Added, or Conflict if its key was used with another fingerprint."""
-        if self._file.damaged:
-            done(None, StoreError(self.fault or ""))
+        if self._file.damage:
+            done(None, StoreError(self._file.damage))
             return
         job, ended = submission.job, submission.ended
 
@@ -6187,26 +6139,23 @@ class SqliteStore(SqliteReader):
     def result(self, key: JobKey) -> StoredResult | None:
         """The response of a finished job."""
         end = self._recent.get(key)
-        return end.stored if end else super().result(key)
+        if end is None:
+            return super().result(key)
+        answer = end.outcome.answer
+        return StoredResult(answer.code, list(answer.headers), len(answer.body), answer.body, end.attempt)
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Forget a finished job; `done` gets deleted, running, owed or absent."""
-
-        def run(db: sqlite3.Connection) -> str:
-            self._recent.forget([key.seq])
-            return delete_job(db.execute, key)
-
-        self._put(run, done, keep=False)
+        self._recent.forget([key.seq])
+        self._put(lambda db: delete_job(db.execute, key), done, keep=False)
 
     # --- runs ---
 
     def claim(self, held: Container[int], limit: int, flows: Mapping[str, int | None] = {}) -> list[Claimed]:
         """Take Running jobs that nobody holds; `held` are the `seq` of the caller's own.
 
-        A store that is shared takes those of `flows` only: the flows in service by name, with their limits.
-
-        Each call looks at the next `limit` jobs, oldest first, and begins again behind the last. A start calls it until
-        it brings nothing.
+        Each call looks at the next `limit` jobs, oldest first; a start calls until nothing is left. A shared store
+        takes only jobs of `flows`: the flows in service by name, with their limits.
         """
         sql = "SELECT seq, due, flow FROM jobs WHERE status = 'Running' AND seq > ? ORDER BY seq LIMIT ?"
         rows = self._all(sql, (self._claimed_to, limit))
@@ -6282,8 +6231,9 @@ class SqliteStore(SqliteReader):
         skip = {key.seq for key in held}
         rows = self._all(
             f"SELECT {JOB_COLUMNS}, request FROM jobs JOIN callbacks c ON c.job = seq"
-            f" WHERE c.state = 'pending' AND c.next <= ? AND expires > ? AND c.receiver NOT IN ({_marks(busy)})"
-            f"{' AND c.attempts = 0' if fresh else ''} ORDER BY c.next LIMIT ?",
+            " WHERE c.state = 'pending' AND c.next <= ? AND expires > ?"
+            f" AND c.receiver NOT IN ({','.join('?' * len(busy))}){' AND c.attempts = 0' if fresh else ''}"
+            " ORDER BY c.next LIMIT ?",
             (now, now, *busy, limit + len(skip)),
         )
         return read_deliveries([row for row in rows if row[0] not in skip][:limit])
@@ -6359,8 +6309,7 @@ Store = SqliteStore  # what the other rooms know
 def edit_tokens(path: str, name: str, add: Token | None = None) -> None:
     """Add a token of this name to a database, or revoke the one that is there; a server may be running on it.
 
-    The database is made if it is not there. Raises Conflict for a name that is taken, NotFound for one that is not
-    there, StoreError.
+    Makes a missing database. Raises Conflict for a name that is taken, NotFound for an unknown one, StoreError.
     """
     with contextlib.suppress(DatabaseInUse):
         SqliteStore(path).close()  # makes or upgrades it, unless a server has it

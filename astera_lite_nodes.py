@@ -22,7 +22,6 @@ from astera_lite import (
     FlowError,
     Job,
     JobKeys,
-    NodeInfo,
     Progress,
     State,
     StoreError,
@@ -64,7 +63,7 @@ class Node:
         self.app = app
         self._store = cast(Any, app.store)  # with the methods that only a shared store has
         self.rows: dict[str, str] = dict(self._store.deployed())  # text of the shared flows, by name
-        self.members: list[NodeInfo] = []  # servers with a valid lease, as of the last second
+        self.members: list[Any] = []  # servers with a valid lease, as of the last second
         self.size = 0  # bytes of the database, as of the last minute
         self._size_at = -math.inf  # when that was, monotonic
         #: Work of once a second, because news may be lost.

@@ -44,7 +44,6 @@ from astera_lite import (
     Finish,
     Job,
     JobKey,
-    NodeInfo,
     Progress,
     StoreError,
     StoreReader,
@@ -82,7 +81,6 @@ _LIMIT_LOCK = 0x41535432  # with the hash of a flow's name: one server at a time
 #: A batch of as many bytes is sent statement by statement: psycopg's pipeline waits for ever for what did not fit into
 #: the buffer of the socket.
 _PIPELINE_BYTES = 8 << 10
-_BATCH = 512  # writes committed together at the most
 _PATIENCE_S = 10.0  # for an answer of the database, at the least: what nobody answers does not always end
 _RETRY_S = 0.5  # between attempts to reach a database
 _READERS = 8  # connections that read, at the most
@@ -385,6 +383,17 @@ class PostgresReader(StoreReader):
         raise Conflict("a PostgreSQL database is backed up by pg_dump, or by what its provider has for it")
 
 
+class NodeInfo(NamedTuple):
+    """One of the servers that share a database; `since` is when it started, in milliseconds since the epoch."""
+
+    name: str
+    number: int  # from 0
+    since: int
+    lease_left_ms: int
+    jobs: int  # Running ones that it owns
+    is_self: bool
+
+
 class _Write(NamedTuple):
     """A write of one of _GROUPS, about a job and with its values, or one to `run` by itself."""
 
@@ -398,11 +407,6 @@ class _Write(NamedTuple):
     keep: bool = False  # tried again when the database cannot be reached, instead of failed
     word: str = ""  # news for other servers
     is_again: bool = False  # it may have been committed before
-
-    @property
-    def is_new(self) -> bool:
-        """Whether it is a new job."""
-        return self.kind == "add"
 
     @property
     def size(self) -> int:
@@ -646,7 +650,7 @@ class PostgresStore(PostgresReader, Writer):
 
     def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
         code, words = getattr(error, "sqlstate", None), _passing(error)
-        if code == "23505" and batch[0].is_new:  # this server lost its lease: another has its number
+        if code == "23505" and batch[0].kind == "add":  # this server lost its lease: another has its number
             return Busy("The server did not renew its lease in time and starts anew: try again.", 1), False
         if code == "23503":
             self._renew_at = 0.0
