@@ -332,11 +332,10 @@ def test_a_client_in_typescript_is_generated_compiled_and_calls(tmp_path: Path) 
     compiler = str(OPENAPI_TYPESCRIPT.with_name("tsc"))
     compile_ = (compiler, "--strict", "--target", "es2022", "--module", "es2022", "--moduleResolution", "bundler")
     called(str(OPENAPI_TYPESCRIPT), "all.json", "--output", "whole.ts", cwd=tmp_path)
-    called(*compile_, "--noEmit", "whole.ts", cwd=tmp_path)
     with process(tmp_path, "--flows", str(ROOT / "flows")) as (_, url, _):
         called(str(OPENAPI_TYPESCRIPT), f"{url}/openapi.json", "--output", "api.ts", cwd=tmp_path)
         (tmp_path / "caller.mts").write_text(TYPESCRIPT_CALLER.replace("URL", url))
-        called(*compile_, "caller.mts", cwd=tmp_path)
+        called(*compile_, "whole.ts", "caller.mts", cwd=tmp_path)
         said = called("node", "caller.mjs", cwd=tmp_path)
     assert json.loads(said) == ["Hello, Ada & Bob!", {"greeting": "Hello, ü!"}, ["hello"]]
 
@@ -358,7 +357,7 @@ def ask(folder: Path, url: str, *arguments: str) -> None:
 
 
 def test_the_server_does_what_the_document_says(run: Running, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ask(tmp_path, run.server.url, "--max-examples", "15")
+    ask(tmp_path, run.server.url, "--max-examples", "10")
     assert [record.getMessage() for record in caplog.records if record.exc_info] == []
 
 
@@ -368,7 +367,7 @@ def test_the_server_does_what_the_document_says_where_a_token_is_wanted(tmp_path
         (tmp_path / "flows" / f"{name}.json").write_text(json.dumps(EVERYTHING[name]))
     token = "a-long-enough-token-0123456789"
     with process(tmp_path, "--max-wait", "20ms", env={"ASTERA_LITE_TOKEN": token}) as (_, url, lines):
-        ask(tmp_path, url, "--max-examples", "10", "--header", f"Authorization: Bearer {token}")
+        ask(tmp_path, url, "--max-examples", "5", "--header", f"Authorization: Bearer {token}")
     assert "Traceback" not in "\n".join(lines)
 
 
