@@ -11,7 +11,7 @@ import ssl
 import time
 from typing import Any, NoReturn
 
-from astera_lite import ConfigError, ConnectionState, Fault, Handler, Server, Settings, read_bytes, reason_of
+from astera_lite import ConfigError, Fault, Handler, Server, Settings, read_bytes, reason_of
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext:
@@ -47,11 +47,12 @@ class TlsHandler(Handler):
         super().__init__(request, client_address, server)
         self.deadline = self.since + server.settings.request_timeout
         self._in_handshake = True
+        self._refusal = b""  # to be sent after the handshake
 
     def read(self, size: int) -> bytes:
         """Up to so many bytes, and those that are decrypted already, which the selector does not report."""
         data = self.request.recv(size)
-        self._in_handshake = False
+        self._end_handshake()
         while left := self.request.pending():
             data += self.request.recv(left)
         return data
@@ -62,10 +63,22 @@ class TlsHandler(Handler):
             super().not_ready(error)
             return
         self.wants_write = isinstance(error, ssl.SSLWantWriteError)
-        if self._in_handshake and self.request.version() is not None:
-            self._in_handshake = False
-            if self.state is ConnectionState.RECEIVING and not self.parser.begun:
-                self.deadline = time.monotonic() + self.server.settings.idle_timeout
+        if self.request.version() is not None:
+            self._end_handshake()
+
+    def _end_handshake(self) -> None:
+        if not self._in_handshake:
+            return
+        self._in_handshake = False
+        if self._refusal:
+            super().turn_away(self._refusal)
+        else:
+            self.deadline = time.monotonic() + self.server.settings.idle_timeout
+
+    def turn_away(self, data: bytes) -> None:
+        """Send this response, after the handshake, and close."""
+        self._refusal = data
+        self.leave()
 
     def linger(self) -> None:
         """Send close_notify, without waiting for that of the client."""

@@ -1413,7 +1413,9 @@ def test_a_client_that_sends_too_much_by_tls_can_read_why(tmp_path: Path, certif
         eventually(lambda: not it.server.handlers)
 
 
-def test_one_connection_too_many_is_told_so_by_tls_too(tmp_path: Path, certificate: tuple[str, str]) -> None:
+def test_one_connection_too_many_is_told_so_by_tls_too(
+    tmp_path: Path, certificate: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cert, key = certificate
     with (
         running(tmp_path, FLOWS, tls_cert=cert, tls_key=key, max_connections=1) as it,
@@ -1427,6 +1429,11 @@ def test_one_connection_too_many_is_told_so_by_tls_too(tmp_path: Path, certifica
             (answered,) = answers(read_to_end(sock))
             assert (answered.status, answered.headers["retry-after"]) == (503, "5")
         eventually(lambda: len(it.server.handlers) == 1)
+        turns: list[int] = []
+        monkeypatch.setattr(it.server, "service_actions", lambda: turns.append(1))
+        with connected(it.server) as silent:
+            assert read_to_end(silent) == b""  # it does not begin the handshake
+        assert len(turns) < 100
         gate.opened.set()
         one_answer(first)
         aged(it.server, first)
