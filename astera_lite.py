@@ -7793,23 +7793,13 @@ def check_cancelled(job: Job) -> None:
 class Application:
     """The application without HTTP: flows, jobs, results, callbacks. `Server(app)` puts it on a socket.
 
-    Nothing starts before `start`, and `stop` ends all of it. Keywords are settings, by their names in `Settings`; flow
-    files are read only where `flows` names a folder. Raises ConfigError at once, StoreError on start. Programs use the
-    class AsteraLite of astera_lite_embedding, which has the methods that they call.
+    Nothing starts before `start`, and `stop` ends all of it. Raises ConfigError at once, StoreError on start. Programs
+    use the class AsteraLite of astera_lite_embedding, which has the methods that they call.
     """
 
     def __init__(
-        self,
-        settings: Settings | None = None,
-        *,
-        clock: Clock | None = None,
-        environ: Mapping[str, str] | None = None,
-        **keywords: Any,
+        self, settings: Settings, clock: Clock | None = None, environ: Mapping[str, str] | None = None
     ) -> None:
-        if settings is None:
-            settings = Settings.load(**{"flows": "", **keywords})
-        elif keywords:
-            settings = Settings.load(**settings._asdict() | keywords)
         self.settings = settings
         shared = is_postgres(settings.database)
         self.clock = clock or (wing("astera_lite_nodes:DatabaseClock") if shared else Clock)()

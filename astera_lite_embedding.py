@@ -21,6 +21,7 @@ from astera_lite import (
     STEP_OPTIONS,
     Answer,
     Application,
+    Clock,
     ConfigError,
     Conflict,
     Done,
@@ -30,6 +31,7 @@ from astera_lite import (
     JobKey,
     NotFound,
     Prepared,
+    Settings,
     Status,
     StoredRequest,
     StoreError,
@@ -89,6 +91,20 @@ class AsteraLite(Application):
     with jobs; all of them from any thread, and several applications may live in one process, each with its own
     database. docs/embedding.md has examples.
     """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        clock: Clock | None = None,
+        environ: Mapping[str, str] | None = None,
+        **keywords: Any,
+    ) -> None:
+        if settings is None:
+            settings = Settings.load(**{"flows": "", **keywords})
+        elif keywords:
+            settings = Settings.load(**settings._asdict() | keywords)
+        super().__init__(settings, clock, environ)
 
     def __enter__(self) -> Self:
         self.start()
