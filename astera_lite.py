@@ -5084,6 +5084,7 @@ class Loaded(NamedTuple):
     saved: dict[str, str]  # outputs of finished steps by path, as `to_saved` wrote them
     waits: dict[str, int]  # begun waits by path: until when
     trace: list[dict[str, Any]]  # the steps before the job was suspended
+    cancelled: bool  # it is not to run again
 
 
 class Claimed(NamedTuple):
@@ -5614,10 +5615,8 @@ class _Recent:
     @staticmethod
     def _bytes(end: Finish) -> int:
         answer, error = end.outcome.answer, end.outcome.error
-        size = _ROW_BYTES + len(end.job.base) + len(answer.body) + len(end.trace or "")
-        for _, value in answer.headers:
-            size += len(value)
-        return size + len(error["detail"]) if error else size
+        texts = [end.job.base, end.trace or "", error["detail"] if error else "", *(text for _, text in answer.headers)]
+        return _ROW_BYTES + len(answer.body) + sum(map(len, texts))
 
 
 def read_job(row: Sequence[Any]) -> Job:
@@ -5838,14 +5837,15 @@ class StoreReader:
 
     def load(self, seq: int) -> Loaded | None:
         """A Running job with all that a run of it needs."""
-        row = self._first(f"SELECT {JOB_COLUMNS}, trace{FROM_JOBS} WHERE seq = ? AND status = 'Running'", (seq,))
+        columns = f"{JOB_COLUMNS}, trace, error IS NOT NULL"
+        row = self._first(f"SELECT {columns}{FROM_JOBS} WHERE seq = ? AND status = 'Running'", (seq,))
         found = row and self.request(JobKey(*row[:2]))
         if not found:
             return None
         steps = self._all("SELECT path, until, output FROM steps WHERE job = ?", (seq,))
         saved = {path: output for path, until, output in steps if until is None}
         waits = {path: until for path, until, _ in steps if until is not None}
-        return Loaded(read_job(row), found[0], saved, waits, json.loads(row[-1] or "[]"))
+        return Loaded(read_job(row), found[0], saved, waits, json.loads(row[-2] or "[]"), bool(row[-1]))
 
     def request(self, key: JobKey, length: int = 1 << 30) -> tuple[StoredRequest, int] | None:
         """What was sent, with `length` bytes of the body at the most, and the size of the whole body."""
@@ -6161,6 +6161,10 @@ class SqliteStore(SqliteReader):
         rows = self._all(sql, (self._claimed_to, limit))
         self._claimed_to = rows[-1][0] if len(rows) == limit else 0
         return [Claimed(*row) for row in rows if row[0] not in held]
+
+    def ask_cancel(self, key: JobKey, done: Done = ignore_result) -> None:
+        """Record that a Running job is to be cancelled; `done` gets whether it is Running."""
+        self._do(f"UPDATE jobs SET error = 'null'{OF_KEY} AND status = 'Running'", key, done)
 
     def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
         """Those of some jobs that are not Running any more, or gone."""
@@ -7051,8 +7055,9 @@ class Engine:
         """Cancel a Running job: True if it has no thread and ends now, False if it stops at its next step."""
         with self._changed:
             entry = self.queue.enter(job.key.seq, job.flow)
-            if entry.state is State.RUNNING or entry.run is not None:
-                assert entry.cancel is not None
+            if entry.cancel is not None and (entry.state is State.RUNNING or entry.run is not None):
+                if not entry.cancel.is_set:
+                    self._store.ask_cancel(job.key)  # or the job would run again if a crash broke the run off
                 entry.cancel.set()
                 return False
             self.queue.move(entry, State.ENDING)
@@ -7992,6 +7997,9 @@ class Application:
         if loaded is None:
             return None
         job = loaded.job
+        if loaded.cancelled:
+            self.engine.end(job, _CANCELLED)
+            return None
         flow = self.deployer.flow_of(job, self.store.flow_text)
         try:
             if flow is None:

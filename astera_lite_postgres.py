@@ -895,7 +895,7 @@ class PostgresStore(PostgresReader, Writer):
         kind, values = "finish" if finish.fenced else "end", end_columns(finish)
         self.put(_Write(kind, key.seq, values, finish, pieces, done=done, keep=True, word="ends"))
 
-    def ask_cancel(self, key: JobKey, done: Done) -> None:
+    def ask_cancel(self, key: JobKey, done: Done = ignore_result) -> None:
         """Have a Running job cancelled by its owner, this server if it has none; `done` gets whether it is Running."""
         sql = f"UPDATE jobs SET cancel = true, owner = coalesce(owner, %s){OF_KEY} AND status = 'Running'"
         self._run(lambda db: _did(db, sql, (self._start, *key)), done, word="cancel")

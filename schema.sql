@@ -28,7 +28,7 @@ CREATE TABLE jobs (
     code            INTEGER,             -- status code of the result
     size            INTEGER,             -- bytes of the result's body
     headers         TEXT,                -- headers of the result: JSON, list of [name, value]
-    error           TEXT,                -- the problem document of a job that is Error: JSON
+    error           TEXT,                -- the problem document of a job that is Error: JSON; of a Running one null (JSON): it is to be cancelled
     trace           TEXT,                -- what became of each step: JSON, list of objects
     request         TEXT    NOT NULL,    -- what was sent: JSON object of method, path, query, headers; trace (W3C Trace Context)
     request_body    BLOB,                -- body that was sent; NULL: none, or in pieces

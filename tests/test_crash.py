@@ -276,15 +276,18 @@ def test_a_run_that_the_server_broke_off_was_interrupted_however_it_stopped(
     assert marks(folder) == {1: 2 if restart == "rerun" else 1, 7: 1 if restart == "fail" else 2}
 
 
-def test_a_job_that_was_cancelled_does_not_run_again_after_a_stop(folder: Path) -> None:
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_a_job_that_was_cancelled_does_not_run_again(folder: Path, how: str) -> None:
     write(folder, "f", get_flow("/f", steps=[{"name": "h", "python": "work:deaf"}]))
+    write(folder, "g", get_flow("/g", response={"body": 1}))
     with process(folder, "--shutdown-timeout", "50ms") as (server, url, _):
         api = Api(url)
         job_id = api.submit("/f")
         until(lambda: marks(folder)[3] > 0)
         assert api.session.post(f"{url}/api/jobs/{job_id}/cancel", timeout=10).status_code == 202
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 0
+        api.session.get(f"{url}/api/publishingAsync/g", headers={"Idempotency-Key": "k"}, timeout=10)  # stored later
+        server.send_signal(signal.SIGTERM if how == "stopped" else signal.SIGKILL)
+        server.wait(10)
     before = marks(folder)
     with process(folder) as (_, url, _lines):
         assert Api(url).job(job_id, wait=15)["error"]["code"] == "cancelled"
