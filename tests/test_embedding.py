@@ -328,6 +328,25 @@ def test_a_callback_of_a_future_may_do_whatever_a_program_may(tmp_path: Path) ->
         assert pool.submit(app.submit, "double", {"n": 1}).result(10)  # and others may submit all the while
 
 
+def test_a_future_that_finds_no_thread_is_completed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, refused = threading.Thread.start, list[str]()
+
+    def start_or_refuse(thread: threading.Thread) -> None:
+        if thread.name == "astera-future" and not refused:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_refuse)
+    with application(tmp_path) as app:
+        future = app.future(app.submit("gate", {"name": "a"}))
+        open_gate(app, "a")
+        assert future.result(10).status is Status.COMPLETED
+        assert refused
+
+
 @pytest.mark.parametrize("unknown", ["nonsense", "01a20d86-331a-7000-abe7-ee1e3f366187"])
 def test_a_future_of_no_job_is_not_found(tmp_path: Path, unknown: str) -> None:
     with application(tmp_path) as app, pytest.raises(NotFound):
