@@ -40,6 +40,7 @@ from astera_lite import (
     Conflict,
     Delivery,
     Done,
+    Execute,
     Fault,
     Finish,
     Job,
@@ -402,7 +403,7 @@ class _Write(NamedTuple):
     values: Mapping[str, Any] = {}  # by column; `owner` is added
     about: Any = None  # the Submission or the Finish
     pieces: Sequence[_ROW] = ()  # of a body that is too large for its own column
-    run: Callable[[Any], Any] | None = None
+    run: Callable[[Execute], Any] | None = None
     done: Done = ignore_result
     keep: bool = False  # tried again when the database cannot be reached, instead of failed
     word: str = ""  # news for other servers
@@ -636,13 +637,17 @@ class PostgresStore(PostgresReader, Writer):
 
     # --- writing ---
 
-    def _run(self, run: Callable[[Any], Any], done: Done = ignore_result, keep: bool = False, word: str = "") -> None:
+    def _run(self, run: Callable[[Execute], Any], done: Done, keep: bool = False, word: str = "") -> None:
         """Make a write by itself; `done` gets what `run` returns."""
         self.put(_Write(run=run, done=done, keep=keep, word=word))
 
-    def _probe(self, db: Any) -> None:
+    def _do(self, sql: str, values: _ROW, done: Done = ignore_result, keep: bool = False, word: str = "") -> None:
+        """Make a write of one statement; `done` gets whether it changed anything. In a pipeline only rows tell that."""
+        self._run(lambda execute: bool(execute(f"{sql} RETURNING 1", values).fetchall()), done, keep, word)
+
+    def _probe(self, execute: Execute) -> None:
         """Fail as a write does whose owner is gone, if another server has deleted the row of this one."""
-        if not db.execute("UPDATE nodes SET name = name WHERE start = %s RETURNING 1", (self._start,)).fetchall():
+        if not execute("UPDATE nodes SET name = name WHERE start = ? RETURNING 1", (self._start,)).fetchall():
             raise psycopg.errors.ForeignKeyViolation("its lease has run out")
 
     def _with_probe(self, batch: list[Any]) -> list[Any]:
@@ -701,7 +706,7 @@ class PostgresStore(PostgresReader, Writer):
         """Send the writes of a group; what is returned reads the result of each, after the commit."""
         first = group[0]
         if first.run is not None:
-            result = first.run(db)
+            result = first.run(partial(_execute, db))
             return lambda: [result]
         if first.kind == "add":
             return self._make_add(db, group)
@@ -783,12 +788,11 @@ class PostgresStore(PostgresReader, Writer):
 
     def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
         """Find the job that a key belongs to, after all earlier writes; `done` gets job and fingerprint, or None."""
-        self._run(lambda db: find_key(flow, token, idempotency_key, now, partial(_execute, db)), done)
+        self._run(partial(find_key, flow, token, idempotency_key, now), done)
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Forget a finished job; `done` gets deleted, running, owed or absent."""
-
-        self._run(lambda db: delete_job(partial(_execute, db), key, " FOR UPDATE"), done)
+        self._run(lambda execute: delete_job(execute, key, " FOR UPDATE"), done)
 
     # --- runs ---
 
@@ -885,7 +889,7 @@ class PostgresStore(PostgresReader, Writer):
     def release(self, seqs: list[int]) -> None:
         """Leave jobs of this server that no thread runs to any server."""
         sql = "UPDATE jobs SET owner = NULL WHERE seq = ANY(%s) AND owner = %s AND status = 'Running'"
-        self._run(lambda db: db.execute(sql, (seqs, self._start)), keep=True, word="jobs")
+        self._do(sql, (seqs, self._start), keep=True, word="jobs")
 
     def finish(self, finish: Finish, done: Done) -> None:
         """End a job of this server; `done` gets whether it was Running, at this attempt if it is fenced."""
@@ -898,7 +902,7 @@ class PostgresStore(PostgresReader, Writer):
     def ask_cancel(self, key: JobKey, done: Done = ignore_result) -> None:
         """Have a Running job cancelled by its owner, this server if it has none; `done` gets whether it is Running."""
         sql = f"UPDATE jobs SET cancel = true, owner = coalesce(owner, %s){OF_KEY} AND status = 'Running'"
-        self._run(lambda db: _did(db, sql, (self._start, *key)), done, word="cancel")
+        self._do(sql, (self._start, *key), done, word="cancel")
 
     def cancelled(self) -> list[Job]:
         """Jobs of this server that are to be cancelled, and those of no server, which are this one's from now on."""
@@ -911,7 +915,7 @@ class PostgresStore(PostgresReader, Writer):
     def resend(self, key: JobKey, now: int, done: Done) -> None:
         """Make the callback of a finished job due, with its whole schedule; `done` gets whether there is one."""
         sql = "UPDATE callbacks SET state = 'pending', next = %s, attempts = 0 WHERE job = %s"
-        self._run(lambda db: _did(db, sql, (now, key.seq)), done)
+        self._do(sql, (now, key.seq), done)
 
     def claim_deliveries(
         self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
@@ -954,7 +958,7 @@ class PostgresStore(PostgresReader, Writer):
         )
         made = (at, duration, status, error)
         values = (*made, key.seq, *made, status, seen, state, seen, next_at)
-        self._run(lambda db: _did(db, sql, values), done, keep=True)
+        self._do(sql, values, done, keep=True)
 
     # --- what is due for all ---
 
@@ -962,7 +966,7 @@ class PostgresStore(PostgresReader, Writer):
         """Forget at most `limit` expired jobs that no other server forgets now; `done` gets how many they were."""
 
         lock = " FOR UPDATE SKIP LOCKED"
-        self._run(lambda db: len(purge_jobs(partial(_execute, db), now, limit, lock=lock)), done)
+        self._run(lambda execute: len(purge_jobs(execute, now, limit, lock=lock)), done)
 
     def forget_flows(self) -> None:
         """Forget the texts of flows that no job refers to, and that no server has used for a while."""
@@ -991,7 +995,7 @@ class PostgresStore(PostgresReader, Writer):
         put = "INSERT INTO deployments VALUES (%s, %s) ON CONFLICT (name) DO UPDATE SET text = excluded.text"
         put = f"{put}, changed = excluded.changed"
         sql, values = (put, (name, text)) if text is not None else ("DELETE FROM deployments WHERE name = %s", (name,))
-        self._run(lambda db: _did(db, sql, values), done, word="flows")
+        self._do(sql, values, done, word="flows")
 
 
 _CLAIM = (
@@ -1005,13 +1009,8 @@ _CLAIM = (
 
 
 def _execute(db: Any, sql: str, values: Sequence[Any] = ()) -> Any:
-    """A statement that both databases understand."""
+    """Make a statement that may have `?` for a value."""
     return db.execute(sql.replace("?", "%s"), values)
-
-
-def _did(db: Any, sql: str, values: _ROW) -> bool:
-    """Whether a statement changed anything. In a pipeline only rows tell, not their number."""
-    return bool(_execute(db, f"{sql} RETURNING 1", values).fetchall())
 
 
 def _many(db: Any, kind: str, rows: Sequence[Mapping[str, Any]]) -> Any:

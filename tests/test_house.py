@@ -33,7 +33,7 @@ LINES = {
     "astera_lite_embedding.py": 300,
     "astera_lite_import.py": 100,
     "astera_lite_nodes.py": 400,
-    "astera_lite_postgres.py": 1_120,
+    "astera_lite_postgres.py": 1_110,
     "astera_lite_requests.py": 800,
     "astera_lite_python.py": 800,
     "astera_lite_steps.py": 800,

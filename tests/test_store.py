@@ -1284,3 +1284,41 @@ def test_the_log_begins_anew_under_a_steady_load(
         quick.flush()
         until(lambda told=told: all(told))
     assert os.stat(f"{path}-wal").st_size < 15 << 20  # of 30 MB
+
+
+_COLOURED = """
+import sys
+from contextlib import closing
+from test_store import T, done, finish, job, opened, submission
+
+with closing(opened(sys.argv[1])) as store:
+    new = job(colour="blue")
+    done(store.add, submission(new))
+    assert store.get(new.key) == new
+    assert done(store.finish, finish(new)) is True
+    assert (store.get(new.key).colour, store.page(T, 9, None, None, None, None)[0].colour) == ("blue", "blue")
+with closing(opened(sys.argv[1])) as store:
+    assert store.get(new.key).colour == "blue"
+"""
+
+
+def test_a_column_is_a_field_a_row_and_a_line_of_the_schema(path: str, tmp_path: Path) -> None:
+    """What CONTRIBUTING.md says of a new column is all: statements and records follow."""
+    changes = {
+        "astera_lite.py": [
+            ('    token: str = ""  # name of the client', '    colour: str = ""\n'),
+            ('        "base": job.base,\n', '        "colour": job.colour,\n'),
+        ],
+        "schema.sql": [("    base            TEXT", "    colour TEXT NOT NULL,\n")],
+        "schema_postgres.sql": [("    base            text", "    colour text NOT NULL,\n")],
+    }
+    for file in (*ROOT.glob("astera_lite*.py"), *ROOT.glob("*.sql")):
+        text = file.read_text("utf-8")
+        for before, line in changes.get(file.name, ()):
+            assert text.count(before) == 1
+            text = text.replace(before, line + before)
+        (tmp_path / file.name).write_text(text, "utf-8")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests"), str(ROOT)])}
+    program = [sys.executable, "-c", _COLOURED, path]
+    process = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
