@@ -929,9 +929,7 @@ class Settings(NamedTuple):
     flows: str = _setting("folder", "flows", "folder of flow files")
     database: str = _setting("file", "astera_lite.db", "path of the SQLite database, or postgresql://USER@HOST/NAME")
     node: str | None = _setting("text", None, "name of this server among those of one database, if not its host name")
-    lease: float = _setting(
-        "duration", 15.0, "time after which other servers take over the jobs of a silent server, on PostgreSQL", 2
-    )
+    lease: float = _setting("duration", 15.0, "time until others take over a silent server's jobs, on PostgreSQL", 2)
     data: str = _setting("folder", "data", "folder that sql steps may reach")
     workers: int = _setting("int", 32, "threads that run jobs", 1, 1024)
     retention: float = _setting("duration", 86400.0, "how long a result is kept", 1)
@@ -967,20 +965,12 @@ class Settings(NamedTuple):
     insecure_open: bool = _setting("bool", False, "allow listening beyond loopback, or a public_url, without a token")
     cors_origins: str | None = _setting("list", None, "origins of web pages that may call")
     env_allow: str = _setting("list", "ASTERA_FLOW_*", "environment variables that flows may read")
-    secrets: str | None = _setting(
-        "text", None, "secrets that flows may read: names of environment variables, or a TOML file of mode 600"
-    )
+    secrets: str | None = _setting("text", None, "secrets for flows: environment variables, or a TOML file of mode 600")
     token: str | None = _setting("text", None, "an admin token, for a small set-up", secret=True)
     tls_cert: str | None = _setting("file", None, "certificate chain (PEM) to serve https with")
     tls_key: str | None = _setting("file", None, "private key (PEM) of tls_cert, unless it is in the same file")
-    durability: str = _setting(
-        "durability", "full", "full: an accepted job survives a power cut; normal: it survives a killed process"
-    )
-    page_size: str = _setting(
-        "page_size",
-        "4KiB",
-        "page size of a new database; with 1KiB small jobs write half as much, which spares SD cards",
-    )
+    durability: str = _setting("durability", "full", "full: accepted jobs survive a power cut; normal: only a crash")
+    page_size: str = _setting("page_size", "4KiB", "page size of a new database; 1KiB halves what small jobs write")
     max_database: int | None = _setting("size", None, "database size at which new jobs are refused (503)", 1 << 20)
     log: str = _setting("log", "text", "form of the log on stderr")
     log_level: str = _setting("log_level", "info", "lowest level logged")
