@@ -386,16 +386,23 @@ def test_a_database_locked_at_the_start(folder: Path) -> None:
 # ---- Damaged ---------------------------------------------------------------------------------------------------------
 
 
+_FILLED: dict[int, tuple[dict[str, str], bytes]] = {}  # by the number of jobs: their bodies, and the file
+
+
 def filled(folder: Path, count: int = 300) -> dict[str, str]:
     """A database of finished jobs, of a server that has stopped: the bodies by id, oldest first."""
-    with process(folder) as (server, url, _):
-        api = Faulty(url)
-        for n in range(count):
-            api.send(f"{n:05} " + "b" * 3000)
-        api.all_there()
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 0
-    return api.accepted
+    if count not in _FILLED:
+        with process(folder) as (server, url, _):
+            api = Faulty(url)
+            for n in range(count):
+                api.send(f"{n:05} " + "b" * 3000)
+            api.all_there()
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(10) == 0
+        _FILLED[count] = api.accepted, (folder / "astera_lite.db").read_bytes()
+    bodies, data = _FILLED[count]
+    (folder / "astera_lite.db").write_bytes(data)
+    return dict(bodies)
 
 
 def spoil(path: Path, at: int, data: bytes = b"\xa5" * 4096) -> None:
@@ -709,7 +716,7 @@ def test_a_backup_that_finds_no_room_leaves_nothing(folder: Path, small_disk: Pa
 
 
 def test_a_backup_that_is_killed_leaves_no_file_of_that_name_and_the_next_one_works(folder: Path) -> None:
-    filled(folder, 300)
+    filled(folder)
     program = (
         "import astera_lite, os, signal, sys\n"
         "def kill(*a): os.kill(os.getpid(), signal.SIGKILL)\n"
