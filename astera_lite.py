@@ -5039,13 +5039,13 @@ def load_flows(
 # 7 Store
 # To add a column of a job: a row in new_columns() or end_columns(), and in TIMES if it is a time; the column in both
 # schemas, and a script in UPGRADES of both stores. A field of Job is read from the column of its name.
-# All SQL stands in this room and in astera_lite_postgres. Rows do not leave them; records do.
+# All SQL is in this room and in astera_lite_postgres. Rows do not leave them; records do.
 # ======================================================================================================================
 
-PIECE = 256 << 10  # bytes; a larger value is stored and read in pieces of this size
+PIECE = 256 << 10  # bytes; larger values are stored in pieces of this size
 SCHEMA_VERSION = 3
 APPLICATION_ID = 0x41535431  # marks the file as ours (PRAGMA application_id)
-#: Scripts that lead from a version of the schema to the next one, by the version they start from.
+#: Scripts that upgrade the schema by one version, by the version before.
 UPGRADES: dict[int, str] = {
     1: """
     CREATE TABLE tokens (
@@ -5064,12 +5064,12 @@ UPGRADES: dict[int, str] = {
 }
 
 Done = Callable[[Any, AsteraError | None], None]  # (result, error)
-Execute = Callable[[str, Sequence[Any]], Any]  # makes a statement, in which `?` stands for a value; the cursor
-Post = Callable[[Callable[[], None]], None]  # has a function called, by a certain thread
+Execute = Callable[[str, Sequence[Any]], Any]  # executes a statement, in which `?` stands for a value: the cursor
+Post = Callable[[Callable[[], None]], None]  # has a function called by a certain thread
 
 
 def ignore_result(result: Any, error: AsteraError | None) -> None:
-    """For a write whose result nobody waits for."""
+    """The `done` of a write whose result nobody needs."""
 
 
 def _here(function: Callable[[], None]) -> None:
@@ -5077,14 +5077,14 @@ def _here(function: Callable[[], None]) -> None:
 
 
 class Added(NamedTuple):
-    """The result of adding a job: the new job, or the one that its idempotency key belongs to already."""
+    """The result of adding a job: the new job, or the earlier job that has its idempotency key."""
 
     job: Job
     replayed: bool
 
 
 class Loaded(NamedTuple):
-    """A stored job with all that a run of it needs."""
+    """A stored job with all that its run needs."""
 
     job: Job
     request: StoredRequest
@@ -5095,7 +5095,7 @@ class Loaded(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """A Running job that nobody holds: until when it waits, if it does, its flow, and whether it is to be cancelled."""
+    """A Running job that nobody holds. `due` is set while it waits; `cancelled` if it is to be cancelled."""
 
     seq: int
     due: int | None
@@ -5104,7 +5104,7 @@ class Claimed(NamedTuple):
 
 
 class StoredResult(NamedTuple):
-    """A finished job's response. `body` is None if it is to be read in pieces."""
+    """The response of a finished job. `body` is None if it is stored in pieces."""
 
     code: int
     headers: list[tuple[str, str]]
@@ -5114,9 +5114,9 @@ class StoredResult(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The end of a run. `job` is as it was before; `callback` is the receiver and the body to post, if one is owed.
+    """The end of a run. `job` is the job before its end; `callback` is the receiver and the body of a callback owed.
 
-    `fenced`: nothing changes if the attempt on record is another one. The end of a job that no thread runs is not.
+    `fenced`: nothing changes if another attempt is on record. The end of a job that no thread runs is not fenced.
     """
 
     job: Job
@@ -5131,7 +5131,7 @@ class Finish(NamedTuple):
 
     @property
     def ended(self) -> Job:
-        """The job as it is afterwards."""
+        """The job after its end."""
         return self.job._replace(
             status=self.outcome.status,
             attempt=self.attempt,
@@ -5146,8 +5146,8 @@ class Finish(NamedTuple):
 class Submission(NamedTuple):
     """A new job and what is stored with it.
 
-    Where servers share a database: `owned` says that the one that accepts the job runs it, `limit` how many jobs of the
-    flow may be Running, where one more is refused (429).
+    If servers share a database: `owned` if the server that accepts the job also runs it; `limit` is the number of jobs
+    of the flow that may be Running, if one more is refused (429).
     """
 
     job: Job
@@ -5161,7 +5161,7 @@ class Submission(NamedTuple):
 
 
 def piece_rows(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple[Any, ...]]:
-    """Rows of the table `pieces` for a value that is too large for its own column."""
+    """The rows of the table `pieces` for a value; none if the value fits into its own column."""
     starts = range(0, len(value), PIECE) if len(value) > PIECE else ()
     return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(starts)]
 
@@ -5214,7 +5214,7 @@ NEW_COLUMNS = tuple(new_columns(Submission(_SAMPLE_END.job, StoredRequest("", ""
 TIMES = ("created", "started", "due", "finished", "expires")
 _OF_JOB = ("salt", *Job._fields[1:-1], "callback_url")  # for the fields of Job, one for each
 _AT_STATUS, _AT_ERROR, _AT_CALLBACK = Job._fields.index("status"), Job._fields.index("error"), len(_OF_JOB)
-#: What `read_job` takes: `seq`, the above, and the fields of Delivery.
+#: The columns that `read_job` takes: `seq`, those above, and those of Delivery.
 JOB_COLUMNS = (
     f"seq, {', '.join(_OF_JOB)}, coalesce(c.state, 'pending'), (SELECT coalesce(max(n), 0) FROM attempts"
     " WHERE job = c.job), c.last_status, c.next, coalesce(c.body, ''), coalesce(c.attempts, 0)"
@@ -5238,20 +5238,20 @@ _MOVE_TIMES = [
     "UPDATE callbacks SET next = next + :by WHERE next NOT NULL",
     "UPDATE attempts SET at = at + :by",
 ]
-_BATCH = 512  # writes committed together at the most; more would make the first of them wait
-_RETRY_S = 0.5  # between attempts to write to a database that cannot be written
-_BUSY_MS = 1000  # that a write waits for another process's lock
-_SMALL = 16 << 10  # bytes of request and result of a job that the thread that answers requests may write
+_BATCH = 512  # maximum of writes committed together; with more, the first would wait long
+_RETRY_S = 0.5  # pause between attempts to write while the database cannot be written
+_BUSY_MS = 1000  # wait of a write for the lock of another process
+_SMALL = 16 << 10  # maximum bytes, request and result, of a job that the thread that answers requests writes itself
 _QUICK_S = 0.003  # that a commit may take; for a hundred times as long as a longer one took the thread commits
 _FOLD_AFTER = 6000  # writes, some 5 MB of the log, after which the thread folds it into the file
 _COMMIT_COSTS = 16  # writes that the log could hold instead of the pages that each commit writes again
 _LOG_BYTES = 128 << 20  # of the log, at which a commit folds it, for the thread did not come to it
-_ROW_BYTES = 2048  # that a job takes beside its bodies, about
-_RECENT_BYTES = 4 << 20  # of jobs that ended lately, which are held in memory; 16 MiB would cost an accept a tenth more
-_PURGE_BYTES = 16 << 20  # of results forgotten in one transaction, or one more
-_GIVE_BACK = 512  # pages that a purge gives back to the system at the most, so that no write waits long
-_MINUTE_OF_SEQ = 60_000 << 12  # between the `seq` of two jobs that were created a minute apart
-#: Faults of the disk, or of a lock, by the beginning of SQLite's name for them: the write is good, and is tried again.
+_ROW_BYTES = 2048  # approximate size of a job without its bodies
+_RECENT_BYTES = 4 << 20  # of finished jobs held in memory; with 16 MiB an accept would cost a tenth more
+_PURGE_BYTES = 16 << 20  # of results deleted in one transaction; the last one may exceed this
+_GIVE_BACK = 512  # maximum of pages that a purge returns to the system, so that no write waits long
+_MINUTE_OF_SEQ = 60_000 << 12  # difference in `seq` of two jobs that were created a minute apart
+#: Faults that may pass, by the beginning of SQLite's name for them: the write itself is correct and is tried again.
 _PASSING = {
     "SQLITE_FULL": "the disk is full: make room",
     "SQLITE_IOERR_WRITE": "the disk is full, or a file may not grow: make room, or raise the limit",
@@ -5267,17 +5267,17 @@ _DAMAGE = {
 
 
 class _Moved(Exception):
-    """Another file has the name of the one that was opened, or none has: what is written now would be lost."""
+    """The file was moved, deleted or replaced: what is written now would be lost."""
 
 
 def _words(error: Exception, table: Mapping[str, str]) -> str | None:
-    """What a table says of an error of SQLite's."""
+    """The entry of a table for an error of SQLite."""
     name = getattr(error, "sqlite_errorname", "")
     return next((words for code, words in table.items() if name.startswith(code)), None)
 
 
 def _store_error(error: Exception) -> StoreError:
-    """The error, and how to mend it, in words; the statement and the path stay inside."""
+    """The error with its remedy, in words that reveal neither the statement nor the path."""
     if isinstance(error, StoreError):
         return error
     if isinstance(error, _Moved):
@@ -5288,26 +5288,26 @@ def _store_error(error: Exception) -> StoreError:
 
 
 class _File:
-    """The file of a database: where it is, whether it is still that one, and what is wrong with it."""
+    """The file of a database: its path, whether it is still the same file, and its damage."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.damage: str | None = None  # which does not mend by itself
+        self.damage: str | None = None  # which does not pass
         self._pinned = dict[str, Any]()
 
     @staticmethod
     def _identity(path: str) -> tuple[int, int] | None:
-        with contextlib.suppress(OSError):  # by name only: opening the file here would drop SQLite's own locks on it
+        with contextlib.suppress(OSError):  # by name only: closing an opened file would drop SQLite's locks on it
             about = os.stat(path)
             return about.st_dev, about.st_ino
         return None
 
     def pin(self) -> None:
-        """From now on the file, its log and its lock must stay in place."""
+        """Remember the file, its log and its lock, which must stay in place from now on."""
         self._pinned = {path: self._identity(path) for path in (self.path, f"{self.path}-wal", f"{self.path}.lock")}
 
     def check(self) -> None:
-        """Raise _Moved if one of them did not stay."""
+        """Raise _Moved if one of them is another file now."""
         if any(self._identity(path) != identity for path, identity in self._pinned.items()):
             raise _Moved
 
@@ -5324,7 +5324,7 @@ class _Write(NamedTuple):
     run: Callable[[sqlite3.Connection], Any]
     done: Done = ignore_result
     keep: bool = False  # tried again when the disk is full or the database locked, instead of failed
-    row: Collection[Any] | None = None  # of a new job: rows are inserted together, before anything is run
+    row: Collection[Any] | None = None  # of a new job; all rows of a batch are inserted together, before any `run`
 
 
 def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Collection[Any]]) -> None:
@@ -5342,41 +5342,41 @@ def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
 
 
 class Writer:
-    """A thread that writes for a store. Whatever waits is committed together, in one transaction.
+    """A thread that writes for a store. All waiting writes are committed together, in one transaction.
 
-    A write has `done`, which is told its result, and `keep`, if it is tried again while the database cannot be written,
-    instead of failed. New jobs wait in `new` for `flush`. A subclass says how writes are made:
+    A write has `done`, which gets its result, and `keep`: whether the write is tried again, instead of failing, while
+    the database cannot be written. New jobs wait in `new` for `flush`. A subclass provides the functions declared here.
     """
 
     fault: str | None = None  # why nothing can be written
-    _write: Callable[[list[Any]], list[Any]]  # makes a batch in one transaction: the result of each
-    _note: Callable[[Exception, list[Any]], tuple[AsteraError, bool]]  # what they are told, and whether it is a fault
-    _with_probe: Callable[[list[Any]], list[Any]]  # adds a write that tells whether a fault is over
+    _write: Callable[[list[Any]], list[Any]]  # commits a batch: the result of each write
+    _note: Callable[[Exception, list[Any]], tuple[AsteraError, bool]]  # error for the writes, and whether it may pass
+    _with_probe: Callable[[list[Any]], list[Any]]  # adds a write that shows whether a fault has passed
 
     def __init__(self) -> None:
         self.new: deque[Any] = deque()  # new jobs, until `flush`
         self._lock = threading.Lock()  # held while what waits is taken
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # None: look at the rest
-        self._kept: list[Any] = []  # to be tried again
-        self._give_up_at = math.inf  # when a closing store stops trying, on the monotonic clock
+        self._kept: list[Any] = []  # writes to try again
+        self._give_up_at = math.inf  # time at which a closing store stops trying, monotonic
         self._stopping = self._closed = False
         self._post: Post = _here
         self._thread = threading.Thread(target=self._serve, name="astera-store", daemon=True)
 
     def put(self, write: Any) -> None:
-        """Have the thread make a write, and all others that wait."""
+        """Queue a write. None wakes the thread, which looks for new jobs."""
         self._queue.put(write)
         if self._closed:
             self._refuse()
 
     def flush(self, post: Post = _here) -> None:
-        """Have the jobs added so far stored. `post` has a function called soon, where the results are to be told."""
+        """Have the thread store the jobs added so far, and tell their results through `post`."""
         if self.new:
             self._post = post
             self.put(None)
 
     def end(self, timeout_s: float) -> bool:
-        """Commit what waits and end the thread; False if it did not end in time."""
+        """Commit all waiting writes and end the thread. Returns False if it did not end in time."""
         self._give_up_at, self._stopping = time.monotonic() + timeout_s * 0.8, True
         self.put(None)
         self._thread.join(timeout_s)
@@ -5392,7 +5392,7 @@ class Writer:
         return taken
 
     def _take(self, timeout: float | None) -> list[Any]:
-        """What waits in the queue, or the first that comes."""
+        """The waiting writes, at most _BATCH; if none waits, the next one."""
         taken = []
         with contextlib.suppress(queue.Empty):
             taken.append(self._queue.get(timeout=timeout))
@@ -5401,7 +5401,7 @@ class Writer:
         return [write for write in taken if write is not None]
 
     def _refuse(self) -> None:
-        """Answer writes that came after the end, or their callers would wait for ever."""
+        """Fail writes that arrive after the end; their callers would wait forever."""
         while late := self._take_new() + self._take(0):
             self._tell(late, None, StoreError("the database is closed"))
 
@@ -5412,7 +5412,7 @@ class Writer:
         while not self._stopping or self._kept or self.new or not self._queue.empty():
             waiting = self._take(_RETRY_S if self._kept or self.fault or self._stopping else None)
             with self._lock:
-                new = self._take_new()  # they go first, for what waits may want to find them
+                new = self._take_new()  # before the others, which may want to find them
                 batch, self._kept = self._with_probe([*self._kept, *new, *waiting]), []
             try:
                 self._commit(batch, len(new) == len(batch))
@@ -5426,19 +5426,19 @@ class Writer:
         self._refuse()
 
     def _commit(self, batch: list[Any], is_new: bool = False) -> None:
-        """Commit a batch, or do what can be done still if that fails. `is_new`: it is only new jobs."""
+        """Commit a batch, and tell the results. `is_new`: the batch has only new jobs."""
         if not batch:
             return
         try:
             results = self._write(batch)
-        except Exception as error:  # whatever it is, no write may take the thread, or its neighbours, down
+        except Exception as error:  # no write may end the thread, or fail the other writes
             was_well = self.fault is None
             failure, passing = self._note(error, batch)
             if passing:
                 if was_well:
                     log.error("%s; new jobs are refused until this is repaired", failure)
                 self._kept += [write for write in batch if write.keep]
-            elif len(batch) > 1:  # one bad row must not fail the others
+            elif len(batch) > 1:  # one bad write must not fail the others
                 for write in batch:
                     self._commit([write])
                 return
@@ -5448,7 +5448,7 @@ class Writer:
             self._tell([write for write in batch if not (passing and write.keep)], None, failure)
         else:
             tell = partial(self._tell, batch, results, None)
-            if is_new:  # by one message: the thread and the one that flushes would alternate
+            if is_new:  # in one message, or this thread and the one that flushes would alternate
                 self._post(tell)
             else:
                 tell()
@@ -5457,7 +5457,7 @@ class Writer:
         for write, result in zip(batch, results or [None] * len(batch), strict=True):
             try:
                 write.done(result, error)
-            except Exception:  # a listener's fault must not end the thread that all writes depend on
+            except Exception:  # a faulty listener must not end the thread
                 log.exception("after a write")
 
 
@@ -5499,7 +5499,7 @@ class _Writer(Writer):
         self._tell(batch, results, None)
 
     def close(self, timeout_s: float) -> bool:
-        """Commit what waits and end the thread; False if it did not end in time."""
+        """Commit all waiting writes and end the thread. Returns False if it did not end in time."""
         if not self.end(timeout_s):
             return False
         if self._folder is not None and self._folder.is_alive():
@@ -5585,10 +5585,10 @@ class _Writer(Writer):
 
 
 class _Recent:
-    """Jobs that ended lately, in memory: polls for them and fetches of their results need not read the database.
+    """The latest finished jobs, in memory: polls and fetches of results need not read the database.
 
-    At most `limit` bytes or so; the first to come is the first to go. Jobs with a callback are left out, for that still
-    changes, as are results in pieces.
+    Holds about `limit` bytes; the oldest job goes first. Jobs with a callback, which still changes, are left out, and
+    jobs whose result is stored in pieces.
     """
 
     def __init__(self, limit: int = _RECENT_BYTES) -> None:
@@ -5608,12 +5608,12 @@ class _Recent:
                 self._held -= self._bytes(self._ends.popitem(last=False)[1])
 
     def get(self, key: JobKey) -> Finish | None:
-        """The end of a job that is held."""
+        """The end of a job, if it is held."""
         end = self._ends.get(key.seq)
         return end if end is not None and end.job.key == key else None
 
     def forget(self, seqs: Iterable[int]) -> None:
-        """Drop what is deleted."""
+        """Drop deleted jobs."""
         with self._lock:
             for seq in seqs:
                 if seq in self._ends:
@@ -5627,7 +5627,7 @@ class _Recent:
 
 
 def read_job(row: Sequence[Any]) -> Job:
-    """The one place where a row becomes a record; what stands behind JOB_COLUMNS is left."""
+    """A row that begins with JOB_COLUMNS as a record."""
     values = list(row[1 : _AT_CALLBACK + 1])
     values[0] = JobKey(*row[:2])
     values[_AT_STATUS] = Status(values[_AT_STATUS])
@@ -5645,13 +5645,13 @@ def _read_request(text: str, body: bytes) -> StoredRequest:
 
 
 def read_deliveries(rows: Iterable[Sequence[Any]]) -> list[tuple[Job, Delivery]]:
-    """JOB_COLUMNS and `request` of jobs as the callbacks that these owe."""
+    """Rows of JOB_COLUMNS and `request` as callbacks that are owed."""
     jobs = [(read_job(row), _read_request(row[-1], b"").trace) for row in rows]
     return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
 
 
 def find_key(flow: str, token: str, key: str, now: int, execute: Execute) -> tuple[Job, bytes] | None:
-    """The job that an idempotency key belongs to, and its fingerprint."""
+    """The job that has an idempotency key, and its fingerprint; None if the key is free."""
     row = execute(
         f"SELECT {JOB_COLUMNS}, fingerprint{FROM_JOBS}"
         " WHERE flow = ? AND token = ? AND idempotency_key = ? AND (expires IS NULL OR expires > ?)",
@@ -5661,7 +5661,7 @@ def find_key(flow: str, token: str, key: str, now: int, execute: Execute) -> tup
 
 
 def replay(known: tuple[Job, bytes], fingerprint: bytes) -> Added | Conflict:
-    """What a submission gets whose key is known: the job, or Conflict if that was another request."""
+    """The answer to a submission with a known key: the job, or Conflict if its request was another one."""
     if known[1] == fingerprint:
         return Added(known[0], True)
     return Conflict("This Idempotency-Key was used with another request: use a new key for a new request.", 422)
@@ -5673,7 +5673,7 @@ def _forget(execute: Execute, seqs: Collection[int]) -> None:
 
 
 def delete_job(execute: Execute, key: JobKey, lock: str = "") -> str:
-    """Forget a finished job; returns deleted, running, owed or absent. `lock` ends a SELECT whose rows are to stay."""
+    """Delete a finished job. Returns deleted, running, owed or absent. `lock` is a clause that locks the row."""
     sql = f"SELECT status, (SELECT state FROM callbacks WHERE job = seq) FROM jobs{OF_KEY}{lock}"
     row = execute(sql, key).fetchone()
     if row is None:
@@ -5687,7 +5687,7 @@ def delete_job(execute: Execute, key: JobKey, lock: str = "") -> str:
 
 
 def purge_jobs(execute: Execute, now: int, limit: int, spared: Collection[int] = (), lock: str = "") -> list[int]:
-    """Forget at most `limit` expired jobs, and _PURGE_BYTES of results or one more; returns their `seq`."""
+    """Delete at most `limit` expired jobs, about _PURGE_BYTES of results, but none of `spared`. Returns their `seq`."""
     others = f" AND seq NOT IN ({','.join(map(str, spared))})" if spared else ""
     expired, total = [], 0
     sql = f"SELECT seq, size FROM jobs WHERE expires <= ?{others} ORDER BY expires LIMIT ?{lock}"
@@ -5702,7 +5702,7 @@ def purge_jobs(execute: Execute, now: int, limit: int, spared: Collection[int] =
 
 
 def change_tokens(execute: Execute, name: str, add: Token | None) -> None:
-    """Add a token of this name, or revoke the one that is there; raises Conflict or NotFound. See edit_tokens."""
+    """Add a token, or revoke the token of this name. Raises Conflict or NotFound. See edit_tokens."""
     names = dict(execute("SELECT name, hash FROM tokens", ()).fetchall())
     if add is None:
         if not names.get(name):
@@ -5721,14 +5721,14 @@ def change_tokens(execute: Execute, name: str, add: Token | None) -> None:
 
 
 def _owe(db: sqlite3.Connection, finish: Finish) -> None:
-    """Store the callback of a finished job, if it has one."""
+    """Store the callback that a finished job owes, if it owes one."""
     if finish.callback is not None:
         values = (finish.job.key.seq, finish.callback[0], finish.finished, finish.callback[1])
         db.execute("INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)", values)
 
 
 def _own(path: str) -> sqlite3.Connection:
-    """Take the lock of a database, which stands beside it."""
+    """Take the lock of a database: a lock on a file beside it."""
     owner = None
     try:
         owner = sqlite3.connect(f"{path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
@@ -5745,7 +5745,7 @@ def _own(path: str) -> sqlite3.Connection:
 
 
 def _format(db: sqlite3.Connection, path: str) -> int:
-    """The version of the schema, 0 for a new file; StoreError for a file that is not ours, or too new."""
+    """The version of the schema, 0 for a new file. Raises StoreError if the file is not ours, or too new."""
     try:
         tables = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
         ours = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
@@ -5760,13 +5760,13 @@ def _format(db: sqlite3.Connection, path: str) -> int:
 
 
 def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3.Connection:
-    """Open a database to write to it; it is made, or brought from an older version of the schema to this one."""
+    """Open a database for writing. Creates the file, or upgrades it to the present version of the schema."""
     db = None
     try:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         db.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
         version = _format(db, path)
-        db.execute(f"PRAGMA page_size = {page_size}")  # heeded only before the first table
+        db.execute(f"PRAGMA page_size = {page_size}")  # has an effect only before the first table
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # the same
         mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if mode != "wal":
@@ -5781,16 +5781,16 @@ def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3
             scripts = {SCHEMA_VERSION: f"{made}\nPRAGMA application_id = {APPLICATION_ID};"}
         for new, script in scripts.items():
             db.executescript(f"BEGIN EXCLUSIVE;\n{script}\nPRAGMA user_version = {new};\nCOMMIT;")
-        db.execute("BEGIN IMMEDIATE")  # a database that cannot be written is to be found now
+        db.execute("BEGIN IMMEDIATE")  # so that a database that cannot be written is found now
         for (offset,) in db.execute("SELECT offset FROM clock").fetchall():
-            for statement in _MOVE_TIMES if offset > 0 else ():  # the system's clock leapt while they were written
+            for statement in _MOVE_TIMES if offset > 0 else ():  # the system's clock leapt while the server ran
                 db.execute(statement, {"by": offset})
         db.execute("DELETE FROM clock")
         db.execute("DELETE FROM pieces WHERE job NOT IN (SELECT seq FROM jobs)")
         db.execute("COMMIT")
     except BaseException as error:
         if db is not None:
-            db.close()  # or it keeps its locks as long as the exception lives
+            db.close()  # or the connection keeps its locks as long as the exception exists
         if isinstance(error, sqlite3.Error):
             raise StoreError(f"{path}: {_store_error(error)}") from None
         raise
@@ -5798,7 +5798,7 @@ def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3
 
 
 def _give_name(part: str, path: str) -> None:
-    """Give a file its name; FileExistsError if another has it."""
+    """Give a file its name. Raises FileExistsError if another file has the name."""
     try:
         os.link(part, path)
     except FileExistsError:
@@ -5809,7 +5809,7 @@ def _give_name(part: str, path: str) -> None:
 
 
 def whole_body(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
-    """The pieces of a body; StoreError if they end early, or the next answer would be taken for the rest."""
+    """The pieces of a body. Raises StoreError if they have another length: a client would misread what follows."""
     for piece in pieces:
         length -= len(piece)
         if length < 0:
@@ -5820,13 +5820,13 @@ def whole_body(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
 
 
 class StoreReader:
-    """What is read from both databases by the same statements, with `?` for a value, which a subclass makes.
+    """The reads that are the same on both databases. A subclass executes the statements, in which `?` is a value.
 
-    Raises StoreError. Times are milliseconds since the epoch. Reads may be called from any thread.
+    Raises StoreError. Times are milliseconds since the epoch. All methods may be called from any thread.
     """
 
-    _has_tokens = True  # False: the tables are older than tokens, or not there
-    _whole_result = "result"  # the body of a result; NULL if it is to be read in pieces
+    _has_tokens = True  # False: the tables are older than tokens, or missing
+    _whole_result = "result"  # expression for the body of a result; NULL if it is stored in pieces
 
     def _all(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         """The rows of a statement."""
@@ -5843,7 +5843,7 @@ class StoreReader:
         return next(iter(self._jobs(OF_KEY, key)), None)
 
     def load(self, seq: int) -> Loaded | None:
-        """A Running job with all that a run of it needs."""
+        """A Running job with all that its run needs."""
         columns = f"{JOB_COLUMNS}, trace, error IS NOT NULL"
         row = self._first(f"SELECT {columns}{FROM_JOBS} WHERE seq = ? AND status = 'Running'", (seq,))
         found = row and self.request(JobKey(*row[:2]))
@@ -5855,7 +5855,7 @@ class StoreReader:
         return Loaded(read_job(row), found[0], saved, waits, json.loads(row[-2] or "[]"), bool(row[-1]))
 
     def request(self, key: JobKey, length: int = 1 << 30) -> tuple[StoredRequest, int] | None:
-        """What was sent, with `length` bytes of the body at the most, and the size of the whole body."""
+        """The request, with at most `length` bytes of its body, and the size of the whole body."""
         row = self._first(
             "SELECT request, substr(request_body, 1, ?), coalesce(length(request_body),"
             f" (SELECT sum(length(data)) FROM pieces WHERE job = seq AND part = 'request_body')) FROM jobs{OF_KEY}",
@@ -5888,7 +5888,7 @@ class StoreReader:
     def page(
         self, now: int, limit: int, before: int | None, flow: str | None, status: Status | None, token: str | None
     ) -> list[Job]:
-        """Unexpired jobs, newest first, of `seq` below `before`."""
+        """Unexpired jobs with a `seq` below `before`, newest first."""
         of_flow, of_token = "flow = ?", "token <> '' AND token = ?" if token else "token = ?"  # for the index of tokens
         if status in (Status.RUNNING, Status.ERROR):  # their own index has fewer rows than others: || rules those out
             of_flow, of_token = "flow || '' = ?", "token || '' = ?"
@@ -5899,7 +5899,7 @@ class StoreReader:
         return self._jobs(rest, (*given.values(), limit))
 
     def flow_text(self, version: int) -> tuple[str, str] | None:
-        """Name and text of a flow that stored jobs were accepted with."""
+        """Name and text of a version of a flow that stored jobs have."""
         return self._first("SELECT name, text FROM flows WHERE version = ?", (version,)) or None
 
     def tokens(self) -> list[Token]:
@@ -5911,7 +5911,7 @@ class StoreReader:
         ]
 
     def next_delivery(self, now: int) -> int | None:
-        """When the next callback will be due that is not due yet."""
+        """The time of the next callback that is not due yet."""
         sql = "SELECT min(next) FROM callbacks WHERE state = 'pending' AND next > ?"
         return self._first(sql, (now,))[0] or None
 
@@ -5921,7 +5921,7 @@ class StoreReader:
 
 
 class SqliteReader(StoreReader):
-    """A database that is read, perhaps beside the server that writes to it."""
+    """Reads from a database, also while a server writes to it."""
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)
@@ -5953,7 +5953,7 @@ class SqliteReader(StoreReader):
                 self._idle.append(db)
 
     def _connect(self) -> sqlite3.Connection:
-        self._file.check()  # or some answers would come from another database than the others
+        self._file.check()  # or this connection would read another database than the others
         name = f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=ro"
         db = sqlite3.connect(name, uri=True, timeout=1, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA query_only = ON")
@@ -5964,12 +5964,12 @@ class SqliteReader(StoreReader):
             return db.execute(sql, values).fetchall()
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Let go of the database."""
+        """Close the connections."""
         while self._idle:
             self._idle.pop().close()
 
     def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
-        """The body of a large result, or a part of it. The purge spares it meanwhile; a deletion ends it early."""
+        """The body of a large result, or a part of it. The purge spares it meanwhile; a deletion cuts it off."""
         pieces = self._read_pieces(key, attempt, start, stop)
         next(pieces)  # from here on the purge spares what is read
         return pieces
@@ -5985,11 +5985,11 @@ class SqliteReader(StoreReader):
                 if row is None:
                     return
                 yield row[0][max(start - at, 0) : stop - at]
-        finally:  # also where nobody wants the rest
+        finally:  # also if nobody reads the rest
             self._being_read.discard(reading)
 
     def clock_offset(self) -> int:
-        """By how many milliseconds the stored times are behind the system's clock, because that leapt."""
+        """The milliseconds that stored times are behind the system's clock, after a leap of the clock."""
         row = self._first("SELECT offset FROM clock") if self._has_tokens else None
         return row[0] if row else 0
 
@@ -6002,9 +6002,9 @@ class SqliteReader(StoreReader):
         return total
 
     def backup(self, path: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Copy the database, as it is at one moment, to a new file; a server may go on writing to it meanwhile.
+        """Copy the database, as of one moment, to a new file; a server may write to the database meanwhile.
 
-        The file is there when it is whole, or not at all. `progress` is told how many pages are done of how many.
+        The file appears only when it is complete. `progress` gets the number of pages copied, and of all pages.
         """
         part, damaged = f"{path}.part", _DAMAGE["SQLITE_CORRUPT"]
         try:
@@ -6012,7 +6012,7 @@ class SqliteReader(StoreReader):
                 os.unlink(part)  # of a backup that was killed
             with contextlib.closing(sqlite3.connect(part)) as copied, self._reading() as db:
                 db.execute("BEGIN")
-                db.execute("SELECT 1 FROM sqlite_schema").fetchone()  # the moment; or each write would begin it anew
+                db.execute("SELECT 1 FROM sqlite_schema").fetchone()  # the moment; or each write would restart the copy
                 try:
                     db.backup(copied, pages=1024, progress=lambda _, left, total: progress(total - left, total))
                 finally:
@@ -6029,20 +6029,20 @@ class SqliteReader(StoreReader):
 
 
 class SqliteStore(SqliteReader):
-    """The store of a server. Its public methods are the contract that a store on another database has to keep.
+    """The store of a server. Its public methods are the contract that a store on another database must keep.
 
-    A write returns at once. `done(result, error)` is called once the write is durable, or has failed with a StoreError:
-    on a thread of the store, or by `flush` on the calling one. The writes of one caller keep their order. The end of a
-    run and what led to it are not lost by a full disk or a lock: they are tried again.
+    A write returns at once. `done(result, error)` is called when the write is durable, or has failed with a StoreError:
+    on a thread of the store, or by `flush` on the calling thread. The writes of one caller keep their order. The end of
+    a run and the steps before are not lost by a full disk or a lock: the store tries these writes again.
 
-    One owner for each database: a lock on a file beside it, which the system releases when the process dies, so every
-    Running row that is found at start belongs to a run that is dead. `durability` is full or normal, `page_size` that
-    of a database that is made. The write-ahead log begins anew at a quarter of `max_bytes`, or of the room on the disk.
+    One owner holds a lock on a file beside the database. The system releases the lock when the process ends, so each
+    Running row found at the start belongs to a dead run. `durability` is full or normal; `page_size` applies to
+    a new file. The write-ahead log starts again at a quarter of `max_bytes`, or of the free space on the disk.
     """
 
     shared = False  # whether other servers may use the database; a read may then take milliseconds
-    node, nodes = 0, 1  # the number of this server, and how many numbers there are
-    queued = 0  # jobs that no server has in hand and that do not wait, as of the last second, if it is shared
+    node, nodes = 0, 1  # the number of this server, and the count of numbers
+    queued = 0  # in a shared store: free jobs that do not wait, as of the last second
 
     def __init__(
         self, path: str, durability: str = "full", max_bytes: int | None = None, page_size: int = 4 << 10
@@ -6053,7 +6053,7 @@ class SqliteStore(SqliteReader):
             raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
         self._recent = _Recent()
         self._versions: set[int] = set()  # of flows whose text is stored
-        self._claimed_to = 0  # `seq` up to which `claim` has looked
+        self._claimed_to = 0  # the last `seq` that `claim` has looked at
         with contextlib.suppress(OSError):  # not every file system tells
             max_bytes = min(max_bytes or sys.maxsize, shutil.disk_usage(folder).free)
         log_bytes = min(_LOG_BYTES, max((max_bytes or _LOG_BYTES) // 4, 1 << 18))
@@ -6069,20 +6069,20 @@ class SqliteStore(SqliteReader):
 
     @property
     def fault(self) -> str | None:
-        """Why the last write failed, or that the database was found damaged; None if all is well."""
+        """Why the last write failed, or the damage of the database; None if all is well."""
         return self._file.damage or self._writer.fault
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Finish what is queued, and let go of the database."""
+        """Make all queued writes, and close the database."""
         super().close()
-        if self._writer.close(timeout_s):  # its connection is the last one: that folds the log into the file
+        if self._writer.close(timeout_s):  # the last connection to close folds the log into the file
             self._owner.close()
 
     def _put(self, run: Callable[[sqlite3.Connection], Any], done: Done = ignore_result, keep: bool = True) -> None:
         self._writer.put(_Write(run, done, keep))
 
     def _do(self, sql: str, values: Sequence[Any], done: Done = ignore_result, keep: bool = True) -> None:
-        """Make a write of one statement; `done` gets whether it changed anything."""
+        """Queue a statement; `done` gets whether it changed anything."""
         self._put(partial(_execute, sql, values), done, keep)
 
     # --- jobs ---
@@ -6109,7 +6109,7 @@ class SqliteStore(SqliteReader):
             self._put(partial(self._insert, submission, row), added, keep=False)
 
     def _insert(self, submission: Submission, row: Collection[Any] | None, db: sqlite3.Connection) -> Added | Conflict:
-        """Store a new job, unless its key is known, and what belongs to it. Without `row`, its row is there already."""
+        """Store a new job and what belongs to it, unless its key is known. Without `row`, its row is stored already."""
         job = submission.job
         if submission.idempotency_key is not None:
             of_key = (job.flow, job.token, submission.idempotency_key)
@@ -6128,14 +6128,14 @@ class SqliteStore(SqliteReader):
         return Added(job, False)
 
     def flush(self, post: Post = _here) -> None:
-        """Store the jobs added so far: on the calling thread if that is quick. To be called after `add`.
+        """Store the jobs added so far, on the calling thread if that is quick. Call this method after `add`.
 
-        `post` has a function called soon, where the results are to be told if that takes longer.
+        If it takes longer, the results are told through `post`, which has a function called soon.
         """
         self._writer.flush(post)
 
     def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
-        """Find the job that a key belongs to, after all earlier writes; `done` gets job and fingerprint, or None."""
+        """Find the job that has a key, after all earlier writes; `done` gets job and fingerprint, or None."""
         self._put(lambda db: find_key(flow, token, idempotency_key, now, db.execute), done, keep=False)
 
     def get(self, key: JobKey) -> Job | None:
@@ -6152,7 +6152,7 @@ class SqliteStore(SqliteReader):
         return StoredResult(answer.code, list(answer.headers), len(answer.body), answer.body, end.attempt)
 
     def delete(self, key: JobKey, done: Done) -> None:
-        """Forget a finished job; `done` gets deleted, running, owed or absent."""
+        """Delete a finished job; `done` gets deleted, running, owed or absent."""
         self._recent.forget([key.seq])
         self._put(lambda db: delete_job(db.execute, key), done, keep=False)
 
@@ -6174,7 +6174,7 @@ class SqliteStore(SqliteReader):
         self._do(f"UPDATE jobs SET error = 'null'{OF_KEY} AND status = 'Running'", key, done)
 
     def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
-        """Those of some jobs that are not Running any more, or gone."""
+        """The jobs among `keys` that are finished or deleted."""
         sql = f"SELECT 1 FROM jobs{OF_KEY} AND status = 'Running'"
         with self._reading() as db:
             return [key for key in keys if db.execute(sql, key).fetchone() is None]
@@ -6189,9 +6189,9 @@ class SqliteStore(SqliteReader):
         self._do(_SAVE_STEP, (key.seq, path, None, output, key.seq, attempt, attempt), done)
 
     def suspend(self, job: Job, path: str, until: int, trace: str, done: Done) -> None:
-        """Record that a job waits until it is `due`, for a step that waits `until` then; `trace`: its steps as JSON.
+        """Record that a job waits until `job.due`, for a step that waits `until` then; `trace` is its steps as JSON.
 
-        `done` gets whether it is Running at this attempt.
+        `done` gets whether the job is Running at this attempt.
         """
         fence = (job.key.seq, job.attempt - 1, job.attempt)
         self._do(_SAVE_STEP, (job.key.seq, path, until, None, *fence))
@@ -6199,7 +6199,7 @@ class SqliteStore(SqliteReader):
         self._do(sql, (job.attempt, job.started, job.due, trace, *fence), done)
 
     def requeue(self, key: JobKey, attempt: int) -> None:
-        """Record that an orderly stop broke a run off: unlike a crash it does not count as an attempt."""
+        """Record that an orderly stop ended a run, which then does not count as an attempt."""
         self._do(f"UPDATE jobs SET attempt = ?{_FENCE}", (attempt - 1, key.seq, attempt, attempt))
 
     def finish(self, finish: Finish, done: Done) -> None:
@@ -6212,7 +6212,7 @@ class SqliteStore(SqliteReader):
             moved = _execute(_END_JOB, values, db)
             if moved:
                 db.execute("DELETE FROM steps WHERE job = ?", (seq,))
-                if pieces:  # of a run that died there may be some: version 1.0 wrote them before its end
+                if pieces:  # version 1.0 wrote pieces before the end of a run; a dead run may have left some
                     db.execute("DELETE FROM pieces WHERE job = ? AND part = 'result'", (seq,))
                     db.executemany(INSERT_PIECE, pieces)
                 _owe(db, finish)
@@ -6228,7 +6228,7 @@ class SqliteStore(SqliteReader):
     # --- callbacks ---
 
     def resend(self, key: JobKey, now: int, done: Done) -> None:
-        """Make the callback of a finished job due, with its whole schedule; `done` gets whether there is one."""
+        """Make the callback of a finished job due, with a new schedule; `done` gets whether the job has one."""
         sql = "UPDATE callbacks SET state = 'pending', next = ?, attempts = 0 WHERE job = ?"
         self._do(sql, (now, key.seq), done, keep=False)
 
@@ -6252,9 +6252,9 @@ class SqliteStore(SqliteReader):
     def record_delivery(
         self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
     ) -> None:
-        """Keep an attempt to deliver a callback, and the callback's new state.
+        """Store an attempt to deliver a callback, and the new state of the callback.
 
-        The state stays if the callback was asked for anew meanwhile: if its `next` is not `seen` any more.
+        The state does not change if the callback was requested again meanwhile, so that its `next` is not `seen`.
         """
         self._do(
             "INSERT INTO attempts SELECT job, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = c.job) + 1,"
@@ -6272,20 +6272,20 @@ class SqliteStore(SqliteReader):
     # --- what is due for all ---
 
     def purge(self, now: int, limit: int, done: Done) -> None:
-        """Forget at most `limit` expired jobs and give back their space; `done` gets how many they were."""
+        """Delete at most `limit` expired jobs and return their space to the system; `done` gets how many."""
 
         def run(db: sqlite3.Connection) -> int:
             expired = purge_jobs(db.execute, now, limit, {seq for seq, _ in tuple(self._being_read)})
             self._recent.forget(expired)
             free = db.execute("PRAGMA freelist_count").fetchone()[0]
-            for _ in range(min(free, _GIVE_BACK)):  # one by one: before CPython 3.13 only the first step is made
+            for _ in range(min(free, _GIVE_BACK)):  # one by one: before CPython 3.13 only the first step takes place
                 db.execute("PRAGMA incremental_vacuum(1)")
             return len(expired)
 
         self._put(run, done, keep=False)
 
     def forget_flows(self) -> None:
-        """Forget the texts of flows that no job refers to any more."""
+        """Delete the texts of flows that no job refers to."""
         newest = "SELECT version FROM jobs WHERE flow = flows.name ORDER BY seq DESC LIMIT 1"  # as most texts are
         used = "SELECT 1 FROM jobs WHERE flow = flows.name AND version = flows.version"
         unused = self._all(f"SELECT version FROM flows WHERE version IS NOT ({newest}) AND NOT EXISTS ({used})")
@@ -6300,7 +6300,7 @@ class SqliteStore(SqliteReader):
         self._put(run, keep=False)
 
     def leased(self) -> bool:
-        """Whether this server's lease runs, so that its jobs are no other's; where none share the database, always."""
+        """Whether no other server can have the jobs of this one; always true if the database is not shared."""
         return True
 
     def last_seen(self) -> int:
@@ -6310,7 +6310,7 @@ class SqliteStore(SqliteReader):
         return int(self._first(f"SELECT max(ifnull(({created}), 0), ifnull(({finished}), 0))")[0])
 
     def keep_clock_offset(self, offset: int) -> None:
-        """Record the clock's offset. When the store is opened again its times are moved by a positive one."""
+        """Store the clock's offset. The next start adds a positive offset to all times."""
         self._do("INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,))
 
 
@@ -6318,9 +6318,9 @@ Store = SqliteStore  # what the other rooms know
 
 
 def edit_tokens(path: str, name: str, add: Token | None = None) -> None:
-    """Add a token of this name to a database, or revoke the one that is there; a server may be running on it.
+    """Add a token of this name to a database, or revoke the token that has this name; a server may be running on it.
 
-    Makes a missing database. Raises Conflict for a name that is taken, NotFound for an unknown one, StoreError.
+    Creates a missing database. Raises Conflict for a name that is taken, NotFound for an unknown name, StoreError.
     """
     with contextlib.suppress(DatabaseInUse):
         SqliteStore(path).close()  # makes or upgrades it, unless a server has it

@@ -1,6 +1,6 @@
 """The command `import`: copies a SQLite database into an empty PostgreSQL database.
 
-A wing of astera_lite. The tables of both have the same names, and all columns of SQLite's are in PostgreSQL's, too.
+A wing of astera_lite. All tables and columns of the SQLite database exist in PostgreSQL under the same names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _TABLES = ("flows", "jobs", "pieces", "steps", "callbacks", "attempts", "tokens"
 
 
 def import_command(args: Any, settings: Settings) -> int:
-    """The command: fill the database of the settings, and tell how much it was; the exit code."""
+    """The command: fill the database of the settings, and print the number of rows. Returns the exit code."""
     if not is_postgres(settings.database):
         raise Conflict("import fills a PostgreSQL database: set `database` to its address, postgresql://USER@HOST/NAME")
     counts = import_database(settings.database, args.file)
@@ -29,10 +29,10 @@ def import_command(args: Any, settings: Settings) -> int:
 
 
 def import_database(url: str, path: str) -> dict[str, int]:
-    """Fill an empty PostgreSQL database with all that a SQLite database holds, in one transaction; the rows by table.
+    """Copy a SQLite database into an empty PostgreSQL database, in one transaction. Returns numbers of rows by table.
 
-    `path` is a backup, or the database of a server that does not run; it stays as it is. Raises Conflict if the
-    PostgreSQL database is not empty, DatabaseInUse if a server has the SQLite database, ConfigError, StoreError.
+    `path` is a backup, or the database of a server that is stopped; the file does not change. Raises Conflict if the
+    PostgreSQL database is not empty, DatabaseInUse if a server uses the SQLite database, ConfigError, StoreError.
     """
     with _copied(path) as source:
         wing("astera_lite_postgres:PostgresStore")(url, name="import").close()  # makes the tables
@@ -45,7 +45,7 @@ def import_database(url: str, path: str) -> dict[str, int]:
 
 
 def _fill(db: Any, source: sqlite3.Connection) -> dict[str, int]:
-    """Copy the rows of all tables; how many they are."""
+    """Copy the rows of all tables. Returns numbers of rows by table."""
     db.execute("LOCK TABLE flows, jobs, tokens IN SHARE ROW EXCLUSIVE MODE")  # a server may be running
     for table in _TABLES:
         if db.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone():
@@ -56,7 +56,7 @@ def _fill(db: Any, source: sqlite3.Connection) -> dict[str, int]:
         columns = ", ".join(column[0] for column in rows.description)
         with db.cursor() as cursor, cursor.copy(f"COPY {table} ({columns}) FROM STDIN") as copied:
             for row in rows:
-                # NUL, which PostgreSQL's text cannot have, is in no JSON: at most in the words of a failed callback.
+                # PostgreSQL's text cannot contain NUL. No JSON has one; the error of a failed callback may.
                 copied.write_row([cell.replace("\0", "\ufffd") if isinstance(cell, str) else cell for cell in row])
                 counts[table] += 1
     return counts
@@ -64,9 +64,9 @@ def _fill(db: Any, source: sqlite3.Connection) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _copied(path: str) -> Iterator[sqlite3.Connection]:
-    """A copy of a SQLite database in a temporary folder, brought to the newest version of the schema."""
+    """A copy of a SQLite database in a temporary folder, upgraded to the present version of the schema."""
     with contextlib.ExitStack() as stack:
-        if os.path.exists(f"{path}.lock"):  # else it is a backup
+        if os.path.exists(f"{path}.lock"):  # otherwise it is a backup
             lock = stack.enter_context(contextlib.closing(sqlite3.connect(f"{path}.lock", timeout=0)))
             try:
                 lock.execute("BEGIN EXCLUSIVE")
@@ -75,5 +75,5 @@ def _copied(path: str) -> Iterator[sqlite3.Connection]:
         copy = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "copy.db")
         with contextlib.closing(SqliteReader(path)) as reader:
             reader.backup(copy)
-        SqliteStore(copy).close()  # also brings its times to those of the system's clock
+        SqliteStore(copy).close()  # also corrects its times after a leap of the clock
         yield stack.enter_context(contextlib.closing(sqlite3.connect(copy)))

@@ -1,11 +1,11 @@
 """A store on PostgreSQL, which several servers may share.
 
-A wing of astera_lite, which loads this file where `database` is the address of a PostgreSQL database. The driver,
-psycopg 3, is loaded then, too. What a store does is said at astera_lite.SqliteStore; what is said here is what differs.
+A wing of astera_lite, which loads this file, and with it the driver psycopg 3, if `database` is the address of a
+PostgreSQL database. astera_lite.SqliteStore describes what a store does; the docstrings here describe the differences.
 
-A server is a row in `nodes`, with a lease that a thread renews. A job in hand has that row as its owner: when the lease
-runs out, any server deletes the row, and the foreign key frees its jobs in the same transaction. What a run writes is
-written only as long as the job's owner is the start that took it.
+Each start of a server has a row in `nodes`, with a lease that a thread renews. A job that a server has taken names this
+row as its owner. When the lease has run out, any server deletes the row, and the foreign key frees the jobs in the same
+transaction. A run changes its job only while the row is still the owner.
 """
 
 from __future__ import annotations
@@ -69,36 +69,38 @@ from astera_lite import (
 psycopg: Any = None  # loaded with this file; None where it is not installed
 with contextlib.suppress(ImportError):
     psycopg = importlib.import_module("psycopg")
-logging.getLogger("psycopg").addHandler(logging.NullHandler())  # what it warns of is told by `fault`
+logging.getLogger("psycopg").addHandler(logging.NullHandler())  # `fault` reports its warnings
 
 SCHEMA_VERSION = 1
-#: Scripts that lead from a version of the schema to the next one, by the version they start from.
+#: Scripts that upgrade the schema by one version, by the version before.
 UPGRADES: dict[int, str] = {}
-NODES = 64  # servers at the most
-CHANNEL = "astera_lite"  # of NOTIFY; what is sent there are words for `news`, parted by blanks
+NODES = 64  # maximum number of servers
+CHANNEL = "astera_lite"  # of NOTIFY; a message is words for `news`, separated by spaces
 
-_LOCK = 0x41535431  # advisory lock: one server at a time makes or upgrades the tables, or takes a number
-_LIMIT_LOCK = 0x41535432  # with the hash of a flow's name: one server at a time counts its jobs and adds to them
-#: A batch of as many bytes is sent statement by statement: psycopg's pipeline waits for ever for what did not fit into
-#: the buffer of the socket.
+_LOCK = 0x41535431  # advisory lock of the server that creates or upgrades the tables, or takes a number
+_LIMIT_LOCK = 0x41535432  # with the hash of a flow's name: lock of the server that counts its jobs and adds one
+#: A larger batch is sent statement by statement: psycopg's pipeline waits forever for data that does not fit into the
+#: buffer of the socket.
 _PIPELINE_BYTES = 8 << 10
-_PATIENCE_S = 10.0  # for an answer of the database, at the least: what nobody answers does not always end
-_RETRY_S = 0.5  # between attempts to reach a database
-_READERS = 8  # connections that read, at the most
-_TRIES = 4  # of a transaction that another one got in the way of
-_LOOK_S = 1.0  # between looks at what a notification may not have told
-_STRANGE_S = 3600.0  # after which a job is taken whose flow nobody seems to have
-_ORPHAN_S = 30.0  # between looks for jobs that are this server's, and that it does not know of
-_FREE_S = 10.0  # between looks for free jobs that are older than those found lately
-_LATE = 5000 << 12  # in `seq`, what a job may be stored later than one whose id is younger
-_USED_S = 600.0  # between marks that the text of a flow is in use
+_PATIENCE_S = 10.0  # minimum wait for an answer of the database; a wait for a lost peer does not always end by itself
+_RETRY_S = 0.5  # pause between attempts to reach the database
+_READERS = 8  # maximum number of connections that read
+_TRIES = 4  # attempts to commit a transaction that conflicts with others
+_LOOK_S = 1.0  # pause between looks for changes whose notification may be lost
+_STRANGE_S = 3600.0  # after this time a job is taken although no server has its flow
+_ORPHAN_S = 30.0  # pause between looks for jobs that this server owns but does not know
+_FREE_S = 10.0  # pause between looks for free jobs older than the free jobs found last
+_LATE = 5000 << 12  # in `seq`: a job may be stored this much later than a job with a younger id
+_USED_S = 600.0  # pause between marks that the text of a flow is in use
 
 _NOW = "(extract(epoch FROM now()) * 1000)::bigint"
 _FREE = "status = 'Running' AND owner IS NULL AND due IS"
-#: Of a server that is gone. Where the database was away, all leases have run out, and those who live come back soon.
+#: Condition for a server that is gone. If the database itself was away, all leases have run out, and servers that still
+#: run get one lease to come back.
 _GONE = "lease_until < now() AND pg_postmaster_start_time() < now() - %s * interval '1 second'"
 
-#: Only the primary key can find these rows. Where the planner may choose, it takes a plan for few jobs, and keeps it.
+#: Leaves the planner only the primary key to find these rows. Free to choose, it makes a plan for a table with few
+#: jobs, and keeps that plan when the table is large.
 _HELD = "j.seq = ANY(%s) AND j.seq = v.seq AND j.owner + 0 = v.owner AND j.status || '' = 'Running'"
 _FENCE = f"{_HELD} AND j.attempt IN (v.attempt - 1, v.attempt)"  # of an attempt, recorded or about to be
 _ROWS = "FROM json_populate_recordset(NULL::jobs, %s) v"
@@ -113,8 +115,8 @@ def _end(fence: str) -> str:
     )
 
 
-#: Writes are grouped, each kind by one statement about rows `v`, which go as JSON: any other way costs the driver four
-#: times as much. A statement about jobs is given their `seq`, too, and returns those that it changed.
+#: One statement makes all writes of a kind in a batch. Their rows `v` are sent as JSON; all other ways cost the driver
+#: four times as much. A statement that changes jobs gets their `seq` as well, and returns the `seq` of changed jobs.
 _STATEMENTS = {
     "add": f"INSERT INTO jobs ({', '.join(NEW_COLUMNS)}, owner) SELECT {', '.join(NEW_COLUMNS)}, owner {_ROWS}"
     " ON CONFLICT (flow, token, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING RETURNING seq",
@@ -139,7 +141,7 @@ _STATEMENTS = {
     "owe": "INSERT INTO callbacks (job, receiver, state, next, body) SELECT job, receiver, 'pending', next, body"
     " FROM json_populate_recordset(NULL::callbacks, %s)",
 }
-#: Faults of the database, or of the way to it, by the beginning of SQLSTATE: the write is good, and is tried again.
+#: Faults that may pass, by the beginning of SQLSTATE: the write itself is correct and is tried again.
 _PASSING = {
     "23503": "this server did not renew its lease in time: it goes on as a new server",  # its row is gone
     "25006": "the database is read-only: it may be a standby; name the primary, or all hosts",
@@ -160,7 +162,7 @@ _ROW = tuple[Any, ...]
 
 
 def _passing(error: Exception) -> str | None:
-    """What is wrong in words, if the same write may succeed later."""
+    """The fault in words, if the same write may succeed later; otherwise None."""
     if not isinstance(error, psycopg.Error):
         return "there is not enough memory" if isinstance(error, MemoryError) else None
     code = error.sqlstate
@@ -171,7 +173,7 @@ def _passing(error: Exception) -> str | None:
 
 
 def _store_error(error: Exception) -> StoreError:
-    """The error, and how to mend it, in words; the statement and the address stay inside."""
+    """The error with its remedy, in words that reveal neither the statement nor the address."""
     if isinstance(error, StoreError):
         return error
     name = getattr(error, "sqlstate", None) or type(error).__name__
@@ -181,7 +183,7 @@ def _store_error(error: Exception) -> StoreError:
 
 
 def _parameters(url: str) -> dict[str, Any]:
-    """What libpq makes of an address; raises ConfigError, which does not repeat it, for it may hold a password."""
+    """The parameters in an address. Raises ConfigError without the address, which may contain a password."""
     if psycopg is None or tuple(map(int, psycopg.__version__.split(".")[:2])) < (3, 2):
         need = f"PostgreSQL needs psycopg 3.2 or newer, which is not installed for {sys.executable}"
         raise ConfigError([Fault("database", "", f'{need}: pip install "psycopg[binary]"')])
@@ -195,7 +197,7 @@ def _parameters(url: str) -> dict[str, Any]:
 
 
 def _place(parameters: Mapping[str, Any]) -> str:
-    """An address as people may see it: host and name of the database."""
+    """The part of an address that people may see: host and name of the database."""
     return f"PostgreSQL {parameters.get('host') or 'here'}/{parameters.get('dbname') or parameters.get('user') or ''}"
 
 
@@ -203,7 +205,7 @@ _OLDEST = 14  #: version of PostgreSQL; 13 cannot take the largest batches of wr
 
 
 def _format(db: Any, place: str) -> int:
-    """The version of the schema, 0 where there are no tables; StoreError if they are not ours, or too new."""
+    """The version of the schema, 0 without tables. Raises StoreError if the tables are not ours, or too new."""
     sql = "SELECT relname FROM pg_class WHERE relkind IN ('r', 'p') AND relnamespace = current_schema()::regnamespace"
     tables = {name for (name,) in db.execute(sql)}
     if db.info.server_version < _OLDEST * 10_000:
@@ -220,11 +222,11 @@ def _format(db: Any, place: str) -> int:
 
 
 class _LostConnection(StoreError):
-    """A connection that was there is lost."""
+    """An open connection was lost."""
 
 
 def _wait(db: Any, wait: Callable[..., Any], seconds: float, answer: Any, *more: Any, **named: Any) -> Any:
-    """Wait for an answer of the database, so long at the most; then the connection is closed, as if it were lost."""
+    """Wait at most this long for an answer of the database; then close the connection, as if it were lost."""
 
     def within() -> Generator[Any, Any, Any]:
         end = time.monotonic() + seconds
@@ -241,13 +243,13 @@ def _wait(db: Any, wait: Callable[..., Any], seconds: float, answer: Any, *more:
 
 
 class _Address:
-    """Where the database is, and how it is connected to."""
+    """The address of the database, and the settings of connections to it."""
 
     def __init__(self, url: str, lease: float = 15.0, durability: str = "full", writes: bool = True) -> None:
         given = _parameters(url)
         self.place = _place(given)
         self._patience = max(lease, _PATIENCE_S)
-        idle = max(1, int(lease / 3))  # a peer that is gone without a word is noticed within a lease
+        idle = max(1, int(lease / 3))  # a dead peer is noticed within a lease
         usual = {
             "application_name": "astera-lite",
             "connect_timeout": max(2, int(lease / 3)),
@@ -261,7 +263,7 @@ class _Address:
         sync = "off" if durability != "full" else "on"
         self._set = (
             "SET idle_in_transaction_session_timeout = '10s';"
-            # rows are found by indexes: a plan made when a table was small must not go through it when it is large
+            # all rows are found by indexes: a plan made for a small table must not scan the table once it is large
             " SET enable_seqscan = off; SET enable_mergejoin = off; SET jit = off;"
             f" SELECT set_config('synchronous_commit', '{sync}', false)"
             f" WHERE '{sync}' = 'off' OR current_setting('synchronous_commit') IN ('off', 'local')"
@@ -280,7 +282,7 @@ class _Address:
         return db
 
     def first(self) -> Any:
-        """A connection at the start of a program; a StoreError tells people why there is none."""
+        """The first connection of a program. Raises StoreError with the reason if there is none."""
         try:
             return self.connect()
         except psycopg.Error as error:
@@ -288,7 +290,7 @@ class _Address:
 
 
 def _prepare(db: Any, place: str) -> None:
-    """Make the tables, or bring them from an older version of the schema to this one."""
+    """Create the tables, or upgrade them to the present version of the schema."""
     try:
         with db.transaction():
             db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
@@ -309,7 +311,7 @@ def _prepare(db: Any, place: str) -> None:
 
 
 class PostgresReader(StoreReader):
-    """A database that is read."""
+    """Reads from a database."""
 
     _whole_result = (
         "coalesce(result, (SELECT string_agg(data, '' ORDER BY n) FROM pieces WHERE job = seq AND part = 'result'), '')"
@@ -343,14 +345,14 @@ class PostgresReader(StoreReader):
                     db.close()
                 if db is None or not db.closed:
                     raise _store_error(error) from None
-                PostgresReader.close(self)  # nor are the others of use that lay idle
+                PostgresReader.close(self)  # the idle connections are of no use either
                 raise _LostConnection(str(_store_error(error))) from None
             finally:
                 if db is not None and not db.closed:
                     self._idle.append(db)
 
     def _all(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        """The rows of a statement that only reads. It is sent again where the connection was lost while it lay idle."""
+        """The rows of a statement, which is sent again if an idle connection turns out to be lost."""
         while True:
             was_idle = bool(self._idle)
             try:
@@ -362,7 +364,7 @@ class PostgresReader(StoreReader):
                     raise
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Let go of the database."""
+        """Close the connections."""
         while self._idle:
             self._idle.pop().close()
 
@@ -372,15 +374,15 @@ class PostgresReader(StoreReader):
         return iter([found.body[start:stop]] if found and found.body and found.attempt == attempt else [])
 
     def clock_offset(self) -> int:
-        """0: the times are those of the database."""
+        """0: all times come from the database."""
         return 0
 
     def size(self) -> int:
-        """Bytes that the database takes."""
+        """Size of the database in bytes."""
         return int(self._first("SELECT pg_database_size(current_database())")[0])
 
     def backup(self, path: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Not done here: raises Conflict, which names what does it."""
+        """Raises Conflict, which says how PostgreSQL is backed up."""
         raise Conflict("a PostgreSQL database is backed up by pg_dump, or by what its provider has for it")
 
 
@@ -396,13 +398,13 @@ class NodeInfo(NamedTuple):
 
 
 class _Write(NamedTuple):
-    """A write of one of _GROUPS, about a job and with its values, or one to `run` by itself."""
+    """A write of a kind in _STATEMENTS that belongs to a job, or a function to `run` by itself."""
 
     kind: str = ""
     seq: int = 0
     values: Mapping[str, Any] = {}  # by column; `owner` is added
     about: Any = None  # the Submission or the Finish
-    pieces: Sequence[_ROW] = ()  # of a body that is too large for its own column
+    pieces: Sequence[_ROW] = ()  # of bodies that are too large for their columns
     run: Callable[[Execute], Any] | None = None
     done: Done = ignore_result
     keep: bool = False  # tried again when the database cannot be reached, instead of failed
@@ -411,15 +413,15 @@ class _Write(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes that are sent for it, about."""
+        """Approximate number of bytes that are sent."""
         texts = [value for value in self.values.values() if isinstance(value, str | bytes)]
         return sum(map(len, texts)) + len(self.pieces) * PIECE + 300
 
 
 def _grouped(batch: Iterable[_Write]) -> list[list[_Write]]:
-    """Writes in an order that keeps that of each job, in groups of one kind that one statement makes."""
+    """Groups of writes of one kind, one statement each, in which the writes of each job keep their order."""
     groups: list[list[_Write]] = []
-    free_from = 0  # the first group that a write may join, which no write by itself stands behind
+    free_from = 0  # the first group that a write may join: the one after the last `run`
     last: dict[int, int] = {}
     for write in batch:
         if write.run is not None:
@@ -437,10 +439,10 @@ def _grouped(batch: Iterable[_Write]) -> list[list[_Write]]:
 
 
 class PostgresStore(PostgresReader, Writer):
-    """The store of a server that may be one of several. `lease` is in seconds, `name` the server's name for people.
+    """The store of a server that may be one of several. `lease` is in seconds; people see `name`.
 
-    All that waits to be written is committed by one thread, in one transaction. Another renews the lease, hears of the
-    other servers, and frees the jobs of those that are gone.
+    One thread commits all waiting writes together. A second thread renews the lease, listens to the other servers, and
+    frees the jobs of servers that are gone.
     """
 
     shared = True
@@ -452,22 +454,22 @@ class PostgresStore(PostgresReader, Writer):
         self._lease, self._name = lease, name
         self._begin()
         Writer.__init__(self)
-        self.queued = 0  # jobs that no server has in hand and that do not wait, as of the last second, and own since
+        self.queued = 0  # free jobs that do not wait, as of the last second, and those that this server added since
         self.node = self._start = 0
         self._news: Callable[[str], None] = lambda word: None
         self._progress: Callable[[], Mapping[int, Progress]] = dict
         self._limits: Mapping[str, int | None] = {}  # of the flows in service
         self._used: dict[int, float] = {}  # by version of a flow: when its text was marked as used, monotonic
-        self._strange: dict[int, float] = {}  # by `seq` of a free job of an unknown flow: when it was seen, monotonic
-        self._orphans: set[int] = set()  # jobs of this server that it did not know of, at the last look
-        self._orphans_at = 0.0
-        self._mine: dict[int, int] = {}  # by `seq` of a job taken and not left since: the start that took it
-        self._free_from = 0  # `seq` below which no job is free
-        self._free_at = 0.0  # until when that is taken for true
-        self._alone = True  # no other server's lease runs
-        self._renew_at = 0.0  # when the lease is renewed, monotonic
-        self._bury_at = 0.0  # until when others may be cut off that live, for this server was, too; monotonic
-        self._offset = 0.0  # milliseconds from the monotonic clock to that of the database
+        self._strange: dict[int, float] = {}  # by `seq` of a free job of an unknown flow: when it was found, monotonic
+        self._orphans: set[int] = set()  # jobs that this server owned but did not know at the last look
+        self._orphans_at = 0.0  # time of the next such look, monotonic
+        self._mine: dict[int, int] = {}  # by `seq` of a job in hand: the start of this server that took the job
+        self._free_from = 0  # no job with a smaller `seq` is free
+        self._free_at = 0.0  # time until which `_free_from` is valid, monotonic
+        self._alone = True  # no other server has a valid lease
+        self._renew_at = 0.0  # time of the next renewal of the lease, monotonic
+        self._bury_at = 0.0  # time until which live servers may seem gone, because this one was cut off, too; monotonic
+        self._offset = 0.0  # milliseconds from the monotonic clock to the clock of the database
         db = self._address.first()
         try:
             _prepare(db, self._address.place)
@@ -477,18 +479,18 @@ class PostgresStore(PostgresReader, Writer):
         finally:
             db.close()
         self._db: Any = None  # the connection that writes
-        self._pid = 0  # of the process that serves it
+        self._pid = 0  # of the backend of that connection
         self._end = threading.Event()
         self._follower = threading.Thread(target=self._follow, name="astera-lease", daemon=True)
         self._thread.start()
         self._follower.start()
 
     def open(self, news: Callable[[str], None], progress: Callable[[], Mapping[int, Progress]]) -> None:
-        """Hear of other servers: `news(word)` is called on a thread of the store. `progress` is that of the runs."""
+        """Listen to other servers: a thread of the store calls `news(word)`. `progress` gives that of the runs."""
         self._news, self._progress = news, progress
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Finish what is queued, leave the jobs in hand to other servers, and let go of the database."""
+        """Make all queued writes, leave the jobs in hand to other servers, and close the connections."""
         self._end.set()
         if self.end(timeout_s) and self._db is not None:
             self._db.close()
@@ -502,7 +504,7 @@ class PostgresStore(PostgresReader, Writer):
     # --- the server as one of several ---
 
     def _take_number(self, db: Any) -> None:
-        """Become one of the servers, with the smallest number that is free."""
+        """Join the servers, with the smallest free number."""
         began = time.monotonic()
         with db.transaction():
             db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
@@ -519,8 +521,8 @@ class PostgresStore(PostgresReader, Writer):
         self._mine = {}
         self._start, self.node = row
         self._leased_until = began + self._lease
-        self._news("lost")  # at once, for what follows may fail
-        db.execute("SELECT pg_notify(%s, 'jobs')", (CHANNEL,))  # who was alone hears that it is no longer
+        self._news("lost")  # at once: the next statements may fail
+        db.execute("SELECT pg_notify(%s, 'jobs')", (CHANNEL,))  # a server that was alone hears that it no longer is
         self._keep_time(db)
 
     def _keep_time(self, db: Any) -> None:
@@ -530,11 +532,11 @@ class PostgresStore(PostgresReader, Writer):
         self._alone = not others
 
     def leased(self) -> bool:
-        """Whether the lease runs, so that the jobs of this server are no other's."""
+        """Whether the lease is valid, so that no other server can have the jobs of this one."""
         return time.monotonic() < self._leased_until
 
     def owns(self, seq: int) -> bool:
-        """Whether a job in hand was taken since this server got its present number, so that it is not lost."""
+        """Whether a job in hand was taken under the present lease, and so is not lost."""
         return self._mine.get(seq) == self._start
 
     def now(self) -> int:
@@ -548,9 +550,9 @@ class PostgresStore(PostgresReader, Writer):
             try:
                 if db is None or db.closed:
                     db = self._address.connect()
-                    # no lock on jobs is to cost the lease
+                    # a lock on jobs must not cost the lease
                     db.execute(f"SET lock_timeout = {int(self._lease * 200)}; LISTEN {CHANNEL}")
-                    words = {"jobs", "ends", "cancel", "flows", "tokens"}  # what was told meanwhile
+                    words = {"jobs", "ends", "cancel", "flows", "tokens"}  # all that this server may have missed
                     self._renew_at = 0.0
                 now = time.monotonic()
                 if now >= self._renew_at:
@@ -574,7 +576,7 @@ class PostgresStore(PostgresReader, Writer):
                                 self._news(word)
             except psycopg.errors.LockNotAvailable:
                 self._renew_at = 0.0
-            except Exception as error:  # whatever it is, the lease depends on this thread
+            except Exception as error:  # the lease depends on this thread
                 if db is not None:
                     db.close()
                 was_cut = True
@@ -585,7 +587,7 @@ class PostgresStore(PostgresReader, Writer):
             db.close()
 
     def _renew(self, db: Any) -> None:
-        """Renew the lease, and tell how far the runs are."""
+        """Renew the lease, and store the progress of the runs."""
         progress = to_json({str(seq): list(far) for seq, far in self._progress().items()})
         sql = "UPDATE nodes SET lease_until = now() + %s * interval '1s', progress = %s, flows = %s WHERE start = %s"
         began = time.monotonic()
@@ -616,11 +618,11 @@ class PostgresStore(PostgresReader, Writer):
         gone = db.execute(sql, (self._lease, self._start)).fetchall()
         for (name,) in gone:
             log.warning("the server %s is not heard of any more: its jobs are free", name)
-        if gone:  # this server hears of it, too
+        if gone:  # this server hears the notification, too
             db.execute("SELECT pg_notify(%s, 'freed jobs')", (CHANNEL,))
 
     def members(self) -> list[NodeInfo]:
-        """The servers that use the database, with their jobs as of some seconds ago."""
+        """The servers that use the database; their numbers of jobs are some seconds old."""
         rows = self._all(
             "SELECT name, number, (extract(epoch FROM since) * 1000)::bigint,"
             " (extract(epoch FROM lease_until - clock_timestamp()) * 1000)::bigint,"
@@ -630,7 +632,7 @@ class PostgresStore(PostgresReader, Writer):
         return [NodeInfo(*row) for row in rows]
 
     def progress(self, key: JobKey) -> Progress | None:
-        """How far the run of a job is, on whichever server, as of the last renewal of its lease."""
+        """The progress of a job on any server, as of the last renewal of that server's lease."""
         sql = f"SELECT progress::jsonb ->> seq::text FROM jobs JOIN nodes ON start = owner{OF_KEY}"
         row = self._first(sql, key)
         return Progress(*json.loads(row[0])) if row and row[0] else None
@@ -638,15 +640,15 @@ class PostgresStore(PostgresReader, Writer):
     # --- writing ---
 
     def _run(self, run: Callable[[Execute], Any], done: Done, keep: bool = False, word: str = "") -> None:
-        """Make a write by itself; `done` gets what `run` returns."""
+        """Queue a write with a function of its own; `done` gets what `run` returns."""
         self.put(_Write(run=run, done=done, keep=keep, word=word))
 
     def _do(self, sql: str, values: _ROW, done: Done = ignore_result, keep: bool = False, word: str = "") -> None:
-        """Make a write of one statement; `done` gets whether it changed anything. In a pipeline only rows tell that."""
+        """Queue a statement; `done` gets whether it changed anything. In a pipeline only returned rows tell."""
         self._run(lambda execute: bool(execute(f"{sql} RETURNING 1", values).fetchall()), done, keep, word)
 
     def _probe(self, execute: Execute) -> None:
-        """Fail as a write does whose owner is gone, if another server has deleted the row of this one."""
+        """Fail like a write without an owner if another server has deleted the row of this one."""
         if not execute("UPDATE nodes SET name = name WHERE start = ? RETURNING 1", (self._start,)).fetchall():
             raise psycopg.errors.ForeignKeyViolation("its lease has run out")
 
@@ -655,7 +657,7 @@ class PostgresStore(PostgresReader, Writer):
 
     def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
         code, words = getattr(error, "sqlstate", None), _passing(error)
-        if code == "23505" and batch[0].kind == "add":  # this server lost its lease: another has its number
+        if code == "23505" and batch[0].kind == "add":  # this server lost its lease, and another one has its number
             return Busy("The server did not renew its lease in time and starts anew: try again.", 1), False
         if code == "23503":
             self._renew_at = 0.0
@@ -703,7 +705,7 @@ class PostgresStore(PostgresReader, Writer):
         return [results[id(write)] for write in batch]
 
     def _make(self, db: Any, group: list[_Write]) -> Callable[[], list[Any]]:
-        """Send the writes of a group; what is returned reads the result of each, after the commit."""
+        """Send the writes of a group. The returned function reads the result of each, after the commit."""
         first = group[0]
         if first.run is not None:
             result = first.run(partial(_execute, db))
@@ -719,7 +721,7 @@ class PostgresStore(PostgresReader, Writer):
         return partial(_changed, group, cursor)
 
     def _complete(self, db: Any, group: list[_Write], changed: set[int]) -> set[int]:
-        """Store what belongs to jobs that have ended now; which they are."""
+        """Store what belongs to the jobs that have ended now; returns their `seq`."""
         ends = [write for write in group if write.seq in changed]
         _store_belongings(db, ends)
         again = [
@@ -727,7 +729,7 @@ class PostgresStore(PostgresReader, Writer):
             for write in group
             if write.is_again and write.seq not in changed
         ]
-        if again:  # the connection was lost when they were committed
+        if again:  # they may have been committed when the connection was lost
             changed |= {seq for (seq,) in _many(db, "finished", again)}
         return changed
 
@@ -787,20 +789,20 @@ class PostgresStore(PostgresReader, Writer):
             self._refuse()
 
     def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
-        """Find the job that a key belongs to, after all earlier writes; `done` gets job and fingerprint, or None."""
+        """Find the job that has a key, after all earlier writes; `done` gets job and fingerprint, or None."""
         self._run(partial(find_key, flow, token, idempotency_key, now), done)
 
     def delete(self, key: JobKey, done: Done) -> None:
-        """Forget a finished job; `done` gets deleted, running, owed or absent."""
+        """Delete a finished job; `done` gets deleted, running, owed or absent."""
         self._run(lambda execute: delete_job(execute, key, " FOR UPDATE"), done)
 
     # --- runs ---
 
     def claim(self, held: Container[int], limit: int, flows: Mapping[str, int | None] = {}) -> list[Claimed]:
-        """Take jobs of these flows that no server has in hand, at most `limit`, the oldest first.
+        """Take at most `limit` free jobs of these flows, the oldest first.
 
-        A flow with a limit gives as many as the limit allows on all servers together. What is this server's and not in
-        `held` at two looks is brought, too; and what no server has had a flow for in an hour.
+        The limit of a flow counts on all servers together. Also returns jobs that this server owns but that were not in
+        `held` at two looks, and jobs whose flow no server has had for an hour.
         """
         self._limits = flows
         found, start = list[_ROW](), self._start
@@ -826,14 +828,14 @@ class PostgresStore(PostgresReader, Writer):
                 if now >= self._orphans_at and not self.fault:
                     self._orphans_at = now + _ORPHAN_S
                     found += self._look_for_lost(db, held, now, list(flows))
-        except StoreError:  # what was taken is to be run
+        except StoreError:  # the jobs taken so far must run
             if not found:
                 raise
         self._mine |= {row[0]: start for row in found if row[0] not in held}
         return [Claimed(*row) for row in sorted(found)]
 
     def _look_for_lost(self, db: Any, held: Container[int], now: float, flows: list[str]) -> list[_ROW]:
-        """Jobs that this server owns without knowing it, and free ones whose flow nobody seems to have."""
+        """Jobs that this server owns but does not know, and free jobs whose flow no server has."""
         sql = "SELECT seq, due, flow, cancel FROM jobs WHERE owner = %s"
         mine = [row for row in db.execute(sql, (self._start,)).fetchall() if row[0] not in held]
         found = [row for row in mine if row[0] in self._orphans]
@@ -850,7 +852,7 @@ class PostgresStore(PostgresReader, Writer):
         return [*found, *db.execute(f"{sql} RETURNING seq, due, flow, cancel", (self._start, old))]
 
     def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
-        """Those of some jobs that are not Running any more, or gone."""
+        """The jobs among `keys` that are finished or deleted."""
         if not keys:
             return []
         sql = "SELECT seq, salt FROM jobs WHERE seq = ANY(%s) AND status = 'Running'"
@@ -867,23 +869,16 @@ class PostgresStore(PostgresReader, Writer):
         self.put(_Write("save", key.seq, values, done=done, keep=True))
 
     def suspend(self, job: Job, path: str, until: int, trace: str, done: Done) -> None:
-        """Record that a job waits until it is `due`. One of a flow with a limit is free from then on."""
+        """Record that a job waits until it is `due`. If its flow has a limit, the job is free while it waits."""
         is_free = self._limits.get(job.flow) is not None
         if is_free:
             self._mine.pop(job.key.seq, None)
-        values = {
-            "attempt": job.attempt,
-            "started": job.started,
-            "due": job.due,
-            "trace": trace,
-            "free": is_free,
-            "path": path,
-            "until": until,
-        }
+        of_job = {"attempt": job.attempt, "started": job.started, "due": job.due, "trace": trace, "free": is_free}
+        values = of_job | {"path": path, "until": until}
         self.put(_Write("suspend", job.key.seq, values, done=done, keep=True))
 
     def requeue(self, key: JobKey, attempt: int) -> None:
-        """Record that an orderly stop broke a run off, and leave the job to any server."""
+        """Record that an orderly stop ended a run, and leave the job to any server."""
         self.put(_Write("requeue", key.seq, {"attempt": attempt}, keep=True, word="freed jobs"))
 
     def release(self, seqs: list[int]) -> None:
@@ -900,12 +895,12 @@ class PostgresStore(PostgresReader, Writer):
         self.put(_Write(kind, key.seq, values, finish, pieces, done=done, keep=True, word="ends"))
 
     def ask_cancel(self, key: JobKey, done: Done = ignore_result) -> None:
-        """Have a Running job cancelled by its owner, this server if it has none; `done` gets whether it is Running."""
+        """Ask the owner of a Running job, or this server if it has none, to cancel it; `done` gets whether it runs."""
         sql = f"UPDATE jobs SET cancel = true, owner = coalesce(owner, %s){OF_KEY} AND status = 'Running'"
         self._do(sql, (self._start, *key), done, word="cancel")
 
     def cancelled(self) -> list[Job]:
-        """Jobs of this server that are to be cancelled, and those of no server, which are this one's from now on."""
+        """Jobs of this server that are to be cancelled; jobs without an owner become jobs of this server."""
         sql = "UPDATE jobs SET owner = %s WHERE owner IS NULL AND cancel AND status = 'Running' RETURNING seq"
         self._all(sql, (self._start,))
         return self._jobs(" WHERE jobs.owner = ? AND cancel AND status = 'Running' ORDER BY seq", (self._start,))
@@ -913,7 +908,7 @@ class PostgresStore(PostgresReader, Writer):
     # --- callbacks ---
 
     def resend(self, key: JobKey, now: int, done: Done) -> None:
-        """Make the callback of a finished job due, with its whole schedule; `done` gets whether there is one."""
+        """Make the callback of a finished job due, with a new schedule; `done` gets whether the job has one."""
         sql = "UPDATE callbacks SET state = 'pending', next = %s, attempts = 0 WHERE job = %s"
         self._do(sql, (now, key.seq), done)
 
@@ -922,7 +917,7 @@ class PostgresStore(PostgresReader, Writer):
     ) -> list[tuple[Job, Delivery]]:
         """Take callbacks that are due, except those in `held` and those for busy receivers.
 
-        They are this server's until it records what became of them, or its lease runs out.
+        They belong to this server until it records the outcome, or its lease runs out.
         """
         sql = (
             "WITH due AS (SELECT job FROM callbacks c JOIN jobs ON seq = job WHERE state = 'pending' AND next <= %s"
@@ -941,7 +936,7 @@ class PostgresStore(PostgresReader, Writer):
     def record_delivery(
         self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
     ) -> None:
-        """Keep an attempt to deliver a callback, and the callback's new state, unless it was asked for anew."""
+        """Store an attempt to deliver a callback, and the callback's new state, unless it was requested again."""
         at, duration, status, error = attempt
         error = error and error.replace("\0", "")
         is_same = "next IS NOT DISTINCT FROM %s::bigint"
@@ -963,35 +958,34 @@ class PostgresStore(PostgresReader, Writer):
     # --- what is due for all ---
 
     def purge(self, now: int, limit: int, done: Done) -> None:
-        """Forget at most `limit` expired jobs that no other server forgets now; `done` gets how many they were."""
-
+        """Delete at most `limit` expired jobs that no other server deletes now; `done` gets how many."""
         lock = " FOR UPDATE SKIP LOCKED"
         self._run(lambda execute: len(purge_jobs(execute, now, limit, lock=lock)), done)
 
     def forget_flows(self) -> None:
-        """Forget the texts of flows that no job refers to, and that no server has used for a while."""
+        """Delete the texts of flows that no job refers to and that no server has used for a while."""
         sql = (
             "DELETE FROM flows WHERE used < now() - %s * interval '1 second' AND NOT EXISTS"
             " (SELECT 1 FROM jobs WHERE flow = flows.name AND jobs.version = flows.version)"
         )
-        with self._reading() as db:  # no write is to wait for it
+        with self._reading() as db:  # so that no write waits for this one
             db.execute(sql, (3 * _USED_S,))
 
     def last_seen(self) -> int:
-        """0: the time is that of the database."""
+        """0: the time comes from the database."""
         return 0
 
     def keep_clock_offset(self, offset: int) -> None:
-        """Nothing: the time is that of the database."""
+        """Does nothing: the time comes from the database."""
 
     # --- what servers share ---
 
     def deployed(self) -> list[tuple[str, str]]:
-        """Name and text of the flows that were put into service for all servers."""
+        """Name and text of the flows that are deployed on all servers."""
         return self._all("SELECT name, text FROM deployments ORDER BY name")
 
     def deploy(self, name: str, text: str | None, done: Done) -> None:
-        """Put a flow into service for all servers, or take it out with None; `done` gets whether anything changed."""
+        """Deploy a flow on all servers, or remove it if `text` is None; `done` gets whether anything changed."""
         put = "INSERT INTO deployments VALUES (%s, %s) ON CONFLICT (name) DO UPDATE SET text = excluded.text"
         put = f"{put}, changed = excluded.changed"
         sql, values = (put, (name, text)) if text is not None else ("DELETE FROM deployments WHERE name = %s", (name,))
@@ -1009,12 +1003,12 @@ _CLAIM = (
 
 
 def _execute(db: Any, sql: str, values: Sequence[Any] = ()) -> Any:
-    """Make a statement that may have `?` for a value."""
+    """Execute a statement of astera_lite, in which `?` stands for a value."""
     return db.execute(sql.replace("?", "%s"), values)
 
 
 def _many(db: Any, kind: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Execute the statement of a kind about all rows."""
+    """Execute the statement of a kind with these rows."""
     values = [
         {
             column: value if value.__class__ is not bytes else f"\\x{value.hex()}"
@@ -1028,7 +1022,7 @@ def _many(db: Any, kind: str, rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _changed(group: list[_Write], cursor: Any) -> list[bool]:
-    """Which writes of a group have changed their job."""
+    """For each write of a group, whether it changed its job."""
     seqs = {seq for (seq,) in cursor}
     return [write.seq in seqs for write in group]
 
@@ -1040,7 +1034,7 @@ def _insert(db: Any, writes: Sequence[_Write], owner: int) -> Any:
 
 
 def _store_belongings(db: Any, writes: Iterable[_Write]) -> None:
-    """Store large bodies in pieces, and the callbacks that are owed."""
+    """Store the pieces of large bodies, and the callbacks that are owed."""
     owed = []
     for write in writes:
         for piece in write.pieces:
@@ -1054,7 +1048,7 @@ def _store_belongings(db: Any, writes: Iterable[_Write]) -> None:
 
 
 def _replay(db: Any, write: _Write, owner: int) -> Added | AsteraError:
-    """The job that the key of a submission belongs to; the new one if that has expired."""
+    """The job that the key of a submission belongs to; the new job if the old one has expired."""
     new = write.about
     of_key = (new.job.flow, new.job.token, new.idempotency_key)
     for _ in range(_TRIES):
@@ -1073,7 +1067,7 @@ def _replay(db: Any, write: _Write, owner: int) -> Added | AsteraError:
 
 
 def _add_limited(db: Any, write: _Write, owner: int) -> Added | AsteraError:
-    """Add a job of a flow that refuses when as many as its limit are Running, on all servers together."""
+    """Add a job, or refuse it if as many jobs of its flow as the limit allows are Running on all servers together."""
     new, key = write.about, write.about.idempotency_key
     if key is not None and find_key(new.job.flow, new.job.token, key, new.job.created, partial(_execute, db)):
         return _replay(db, write, owner)
@@ -1091,10 +1085,9 @@ def _add_limited(db: Any, write: _Write, owner: int) -> Added | AsteraError:
 
 
 def edit_tokens(url: str, name: str, add: Token | None = None) -> None:
-    """Add a token of this name to a database, or revoke the one that is there; servers may be running on it.
+    """Add a token of this name to a database, or revoke the token that has this name; servers may be running on it.
 
-    The tables are made if they are not there. Raises Conflict for a name that is taken, NotFound for one that is not
-    there, StoreError.
+    Creates missing tables. Raises Conflict for a name that is taken, NotFound for an unknown name, StoreError.
     """
     address = _Address(url)
     db = address.first()
