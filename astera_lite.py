@@ -1212,7 +1212,7 @@ def status_document(
     finished = job.status is not Status.RUNNING
     document: dict[str, Any] = {
         "id": job.id,
-        "status": job.status.value,
+        "status": job.status,
         "flow": job.flow,
         "createdAt": timestamp(job.created, offset),
         "startedAt": timestamp(job.started, offset),
@@ -9461,10 +9461,11 @@ class Handler(BaseRequestHandler):
             held += len(self.exchange.body)
         if self.out:
             held += sum(len(item) for item in self.out if isinstance(item, bytes | memoryview))
-        self.server.buffered += held - self.counted
-        self.counted = held
-        if self.state is _RECEIVING and held > _AHEAD and self.server.buffered > _MAX_BUFFERED:
-            self.refuse(Busy("The requests in memory have reached their limit.", 5))
+        if held != self.counted:
+            self.server.buffered += held - self.counted
+            self.counted = held
+            if self.state is _RECEIVING and held > _AHEAD and self.server.buffered > _MAX_BUFFERED:
+                self.refuse(Busy("The requests in memory have reached their limit.", 5))
         full = self.state is not _RECEIVING and ahead > _AHEAD
         events = 0 if self.at_end or full else selectors.EVENT_READ
         if self.out or self.wants_write:
