@@ -6775,11 +6775,6 @@ class Engine:
         """The size of the thread pool, and how many of its threads are busy."""
         return self._threads, self._working
 
-    def at_work(self) -> tuple[list[str], list[str]]:
-        """The flows of the jobs that run now, and of the synchronous calls."""
-        running = self.queue.running()
-        return [e.flow for e in running if e.number >= 0], [e.flow for e in running if e.number < 0]
-
     # --- queue ---
 
     def start(self) -> None:
@@ -7115,7 +7110,7 @@ class Engine:
             self._refuse(call, _STOPPED)
         with self._changed:
             while self._working or self.queue.running():
-                seconds = min(deadline - time.monotonic(), 0.2)  # a signal just before a wait is seen only behind it
+                seconds = min(deadline - time.monotonic(), 0.2)  # a signal just before a wait is handled after the wait
                 if seconds <= 0:
                     break
                 self._changed.wait(seconds)
@@ -7125,7 +7120,7 @@ class Engine:
                     self.queue.move(entry, State.ENDING)
         for entry in left:
             assert entry.cancel is not None
-            if entry.job is not None and entry.cancel.is_set:  # it is not to begin again
+            if entry.job is not None and entry.cancel.is_set:  # the next start must not run it
                 self.end(entry.job, _CANCELLED)
             elif entry.job is not None:
                 self._store.requeue(entry.job.key, entry.job.attempt)
@@ -10112,11 +10107,12 @@ def _announce(server: Server, stderr: Stderr) -> None:
 
 
 def _log_stopping(app: Application, again: str) -> None:
-    jobs, requests = app.engine.at_work()
-    counts = [(len(jobs), "job"), (len(requests), "request")]
+    running = app.engine.queue.running()
+    jobs = sum(entry.number >= 0 for entry in running)
+    counts = [(jobs, "job"), (len(running) - jobs, "request")]
     what = " and ".join(f"{count} {noun}{'s' * (count > 1)}" for count, noun in counts if count)
     if what:
-        flows = shown(", ".join(sorted({*jobs, *requests})), 200)[1:-1]
+        flows = shown(", ".join(sorted({entry.flow for entry in running})), 200)[1:-1]
         wait = app.settings.shutdown_timeout
         what = f": waiting up to {wait:g} s for {what} ({flows}); {again} stops at once"
         where = "on another server" if app.node else "at the next start"
