@@ -551,6 +551,9 @@ def log_message(record: logging.LogRecord) -> str:
         return f"cannot be formatted: {shown([record.msg, record.args], 500)}"
 
 
+_MAX_HIDDEN = 100  # values that are masked besides the secrets: access tokens are renewed again and again
+
+
 class Mask:
     """Replaces secrets by *** in all text that leaves the server (failures, traces, job details, the log).
 
@@ -559,47 +562,50 @@ class Mask:
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         self._secrets, self._lock = frozenset(secrets), threading.Lock()
-        self._hidden: frozenset[str] = frozenset()
+        self._hidden: list[str] = []
         self._learn()
 
     def hide(self, values: Iterable[str]) -> None:
-        """Mask these values as well from now on."""
+        """Mask these values as well, until _MAX_HIDDEN others were hidden later."""
+        given = list(values)
         with self._lock:
-            new = frozenset(values) - self._hidden
-            if new:
-                self._hidden = new if len(self._hidden) > 1000 else self._hidden | new  # access tokens are renewed
+            known, others = self._hidden, [value for value in self._hidden if value not in given]
+            self._hidden = [*others, *given][-_MAX_HIDDEN:]
+            if not set(given) <= set(known):
                 self._learn()
 
     def _learn(self) -> None:
         forms: set[str] = set()
-        for value in filter(None, self._secrets | self._hidden):
+        for value in filter(None, self._secrets.union(self._hidden)):
             quoted = (urllib.parse.quote(value, safe=""), urllib.parse.quote(value), urllib.parse.quote_plus(value))
             written = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
             forms |= {value, *quoted, *written}
         self._forms = sorted(forms, key=len, reverse=True)  # one secret may begin with another
-        self._pattern = re.compile("|".join(map(re.escape, self._forms))) if forms else None
         #: Bytes of the longest form: text is cut only after so much more of it was masked.
         self.longest = max((len(form.encode("utf-8", "replace")) for form in forms), default=0)
 
     def __call__(self, text: str) -> str:
         """The text with every secret replaced."""
-        if self._pattern is None:
+        if not self._forms:
             return text
-        text = self._pattern.sub("***", text)
+        for form in self._forms:
+            text = text.replace(form, "***")
         *parts, rest = text.split("…")
         return "…".join([*map(self._without_beginning, parts), rest])
 
     def _without_beginning(self, text: str) -> str:
         """The text, without the first four or more characters of a secret at its end."""
         for form in self._forms:
-            for size in range(len(form) - 1, 3, -1):
-                if text.endswith(form[:size]):
-                    return text[:-size] + "***"
+            at = text.find(form[:4], max(len(text) - len(form) + 1, 0)) if len(form) > 4 else -1
+            while at >= 0:
+                if form.startswith(text[at:]):
+                    return text[:at] + "***"
+                at = text.find(form[:4], at + 1)
         return text
 
     def log_record(self, record: logging.LogRecord) -> bool:
         """Mask a record of the log, as its filter."""
-        if self._pattern is not None:
+        if self._forms:
             record.msg, record.args = self(log_message(record)), ()
             if "path" in vars(record):
                 vars(record)["path"] = self(str(vars(record)["path"]))

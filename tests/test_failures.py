@@ -6,6 +6,7 @@ import json
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +18,7 @@ import pytest
 from support import Api, Client, Running, Sink, get_flow, process
 
 import astera_lite
-from astera_lite import AsteraLite, Server, main
+from astera_lite import AsteraLite, Mask, Server, main
 
 pytestmark = pytest.mark.both_stores
 
@@ -506,3 +507,18 @@ def test_no_secret_leaves_but_in_an_answer_that_the_author_made_of_it(
     forms = spellings(SECRETS[secret])
     assert [(where, form) for where, text in seen.items() for form in forms if form in text] == []
     assert sum("***" in text for text in seen.values()) > len(names)
+
+
+def test_renewed_tokens_make_masking_no_slower_and_what_is_used_stays_masked() -> None:
+    mask = Mask(["pass-word-of-the-settings"])
+    tokens = [f"{n:04}" + "eyJhbGciOi" * 80 for n in range(600)]
+    began = time.process_time()
+    for token in tokens:
+        mask.hide([token])
+        mask.hide(["constant-key"])  # another connection's, which is used each time
+    for _ in range(20):
+        assert mask(f"a {tokens[-1]} b {tokens[-2]} c constant-key d " + tokens[-3][:50] + "…") == (
+            "a *** b *** c *** d ***…"
+        )
+    assert time.process_time() - began < 5  # seconds; a pattern of all tokens would take minutes
+    assert mask("pass-word-of-the-settings, pass-w…, pas…") == "***, ***…, pas…"
