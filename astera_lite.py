@@ -551,9 +551,6 @@ def log_message(record: logging.LogRecord) -> str:
         return f"cannot be formatted: {shown([record.msg, record.args], 500)}"
 
 
-_MAX_HIDDEN = 100  # values that are masked besides the secrets: access tokens are renewed again and again
-
-
 class Mask:
     """Replaces secrets by *** in all text that leaves the server (failures, traces, job details, the log).
 
@@ -566,11 +563,11 @@ class Mask:
         self._learn()
 
     def hide(self, values: Iterable[str]) -> None:
-        """Mask these values as well, until _MAX_HIDDEN others were hidden later."""
+        """Mask these values as well, until 100 others were hidden later: access tokens are renewed again and again."""
         given = list(values)
         with self._lock:
             known, others = self._hidden, [value for value in self._hidden if value not in given]
-            self._hidden = [*others, *given][-_MAX_HIDDEN:]
+            self._hidden = [*others, *given][-100:]
             if not set(given) <= set(known):
                 self._learn()
 
