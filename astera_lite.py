@@ -6645,9 +6645,9 @@ class MeasuringJournal(Journal):
 
 
 _MEASURING = MeasuringJournal()
-_STOPPED = Outcome.failed("interrupted", 503, "The server is stopping.")
+STOPPED = Outcome.failed("interrupted", 503, "The server is stopping.")
 _CANCELLED = Outcome.failed("cancelled", 409, "The job was cancelled.")
-_NO_ROOM = Outcome.failed("timeout", 504, "The call waited too long to start.", "no thread, or its limit")
+NO_ROOM = Outcome.failed("timeout", 504, "The call waited too long to start.", "no thread, or its limit")
 _NOT_STORED = Outcome.failed("failed", 500, "The job's end could not be stored.")
 _NEVER = Cancel()  # of runs at once, which end before anybody could cancel them
 
@@ -6902,7 +6902,7 @@ class Engine:
                 self._changed.wait(0.2)
                 if self.queue.stopping or self._clock.monotonic() >= run.deadline:
                     self.queue.move(entry, State.GONE)
-                    return _STOPPED if self.queue.stopping else _NO_ROOM
+                    return STOPPED if self.queue.stopping else NO_ROOM
             self.queue.move(entry, State.RUNNING)
         return self._run_call(entry, run)
 
@@ -7077,7 +7077,7 @@ class Engine:
         for entry in list(self.queue.entries.values()):
             if entry.run is not None and entry.run.deadline <= now:
                 if entry.number < 0:
-                    self._refuse(entry, _NO_ROOM)
+                    self._refuse(entry, NO_ROOM)
                 elif entry.run.deadline + 1 < now:
                     self._end_overdue(entry, entry.run)
 
@@ -7110,7 +7110,7 @@ class Engine:
         with self._changed:
             self.queue.stopping = True
         for call in [entry for entry in list(self.queue.entries.values()) if entry.number < 0]:
-            self._refuse(call, _STOPPED)
+            self._refuse(call, STOPPED)
         with self._changed:
             while self._working or self.queue.running():
                 seconds = min(deadline - time.monotonic(), 0.2)  # a signal just before a wait is handled after the wait
@@ -7989,9 +7989,13 @@ class Application:
 
     # --- running ---
 
-    def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome], None]) -> None:
-        """Run a flow for a caller who waits; `done` gets the outcome on the thread that ran it."""
-        self.engine.run_sync(self.new_run(flow, given), done)
+    def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome | AsteraError], None]) -> None:
+        """Run a flow for a caller who waits; `done` gets the outcome, or why the run cannot begin, on any thread."""
+        self.runner(flow).run_sync(self.new_run(flow, given), done)
+
+    def runner(self, flow: Flow) -> Any:
+        """What runs synchronous calls of a flow: the engine, or the node, which shares the flow's limit with others."""
+        return self.node if self.node and flow.limit is not None else self.engine
 
     def new_run(self, flow: Flow, given: Input) -> Run:
         """A synchronous run that has not begun."""
@@ -9065,7 +9069,9 @@ def _call_flow(x: Exchange, flow: Flow) -> Reply | None:
     if outcome is not None:
         return flow_response(outcome.answer)
 
-    def answer(outcome: Outcome) -> Reply:
+    def answer(outcome: Outcome | AsteraError) -> Reply:
+        if isinstance(outcome, AsteraError):
+            raise outcome
         return flow_response(outcome.answer)
 
     limit = min(flow.timeout or x.app.settings.sync_timeout, x.app.settings.sync_timeout)

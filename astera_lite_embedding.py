@@ -189,7 +189,7 @@ class AsteraLite(Application):
         """
         target, request, values = self._request(flow, params, body)
         given = target.bind(request, values, str(self.jobs.keys.new(self.clock.now())))
-        return Result(self.engine.run_here(self.new_run(target, given)).answer)
+        return Result(self.runner(target).run_here(self.new_run(target, given)).answer)
 
     def status(self, job_id: str | Job) -> Job | None:
         """The present state of a job; None if the job is unknown or expired."""

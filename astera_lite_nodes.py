@@ -5,16 +5,22 @@ A wing of astera_lite, which loads this file where `database` is the address of 
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, cast
 
 from astera_lite import (
+    NO_ROOM,
+    STOPPED,
     Application,
+    AsteraError,
+    Busy,
     Claimed,
     Clock,
     Fault,
@@ -22,7 +28,9 @@ from astera_lite import (
     FlowError,
     Job,
     JobKeys,
+    Outcome,
     Progress,
+    Run,
     State,
     StoreError,
     await_write,
@@ -31,6 +39,7 @@ from astera_lite import (
     timestamp,
 )
 
+_Refusal = Outcome | AsteraError
 _PAUSE_S = 0.01  # pause between two looks at the news, which collects news that arrive together
 _SIZE_EVERY_S = 60.0  # PostgreSQL adds up the sizes of all files: a millisecond
 
@@ -67,7 +76,9 @@ class Node:
         self.size = 0  # bytes of the database, as of the last minute
         self._size_at = -math.inf  # when that was, monotonic
         #: Work of once a second, because news may be lost.
-        self.chores = (self.read_flows, self.cancel_asked, self.read_members)
+        self.chores = (self.read_flows, self.cancel_asked, self.read_members, self.end_overdue_calls)
+        self.calls: dict[int, tuple[Run, Callable[[_Refusal | None], None]]] = {}  # that wait, by number
+        self._call_numbers = itertools.count()
         self._may_be_free = True  # jobs that no server owns
         self._news: deque[str] = deque()
         self._woken = threading.Event()
@@ -91,7 +102,7 @@ class Node:
         self._thread.join(timeout_s)
 
     def hand_over(self) -> None:
-        """Begin to stop: begin no job any more, and leave those without a thread to the other servers."""
+        """Begin to stop: begin nothing any more, and leave jobs without a thread to the other servers."""
         queue = self.app.engine.queue
         with queue.changed:
             queue.stopping = True
@@ -101,6 +112,8 @@ class Node:
                 queue.move(entry, State.GONE)
         if jobs:
             self._store.release([entry.number for entry in jobs])
+        for number in list(self.calls):
+            self._let_in(number, STOPPED)
 
     # --- news ---
 
@@ -190,6 +203,57 @@ class Node:
         """The progress of running jobs, by `seq`."""
         running = [(entry.number, entry.run) for entry in self.app.engine.queue.running() if entry.number >= 0]
         return {seq: run.progress for seq, run in running if run is not None and run.progress is not None}
+
+    # --- synchronous calls of flows whose limit counts on all servers ---
+
+    def run_sync(self, run: Run, done: Callable[[_Refusal], None]) -> None:
+        """Have the engine run a flow when the limit leaves room; `done` gets the outcome, Busy or StoreError."""
+        number = next(self._call_numbers)
+
+        def begin(refusal: _Refusal | None) -> None:
+            try:
+                if refusal is None:
+                    self.app.engine.run_sync(run, end)
+            except Busy as busy:
+                refusal = busy
+            if refusal is not None:
+                end(refusal)
+
+        def end(outcome: _Refusal) -> None:  # who sees the end may call the flow at once, on any server
+            self._store.leave_call(number, lambda *_: done(outcome))
+
+        self._enter(number, run, begin)
+
+    def run_here(self, run: Run) -> Outcome:
+        """Run a flow on the calling thread when the limit leaves room; raises Busy, StoreError."""
+        number, answers = next(self._call_numbers), SimpleQueue[_Refusal | None]()
+        self._enter(number, run, answers.put)
+        try:
+            refusal = answers.get()
+            if isinstance(refusal, AsteraError):
+                raise refusal
+            return refusal or self.app.engine.run_here(run)
+        finally:
+            await_write(partial(self._store.leave_call, number))
+
+    def _enter(self, number: int, run: Run, tell: Callable[[_Refusal | None], None]) -> None:
+        """Wait until the limit leaves room for a call; `tell` gets None then, or why the call cannot begin."""
+        if self.app.engine.queue.stopping:
+            raise Busy("The server is stopping.", 5)
+        self.calls[number] = run, tell
+        self._store.enter_call(number, run.flow, lambda _, error: self._let_in(number, error))
+
+    def _let_in(self, number: int, refusal: _Refusal | None) -> None:
+        found = self.calls.pop(number, None)
+        if found is not None:
+            found[1](refusal)
+
+    def end_overdue_calls(self) -> None:
+        """Answer calls that waited too long."""
+        now = self.app.clock.monotonic()
+        for number, (run, _) in list(self.calls.items()):
+            if run.deadline <= now:
+                self._let_in(number, NO_ROOM)
 
     # --- flows ---
 

@@ -43,6 +43,7 @@ from astera_lite import (
     Execute,
     Fault,
     Finish,
+    Flow,
     Job,
     JobKey,
     Progress,
@@ -78,7 +79,7 @@ NODES = 64  # maximum number of servers
 CHANNEL = "astera_lite"  # of NOTIFY; a message is words for `news`, separated by spaces
 
 _LOCK = 0x41535431  # advisory lock of the server that creates or upgrades the tables, or takes a number
-_LIMIT_LOCK = 0x41535432  # with the hash of a flow's name: lock of the server that counts its jobs and adds one
+_LIMIT_LOCK = 0x41535432  # with the hash of a flow's name: lock of the server that counts its runs and adds one
 #: A larger batch is sent statement by statement: psycopg's pipeline waits forever for data that does not fit into the
 #: buffer of the socket.
 _PIPELINE_BYTES = 8 << 10
@@ -95,6 +96,21 @@ _USED_S = 600.0  # pause between marks that the text of a flow is in use
 
 _NOW = "(extract(epoch FROM now()) * 1000)::bigint"
 _FREE = "status = 'Running' AND owner IS NULL AND due IS"
+#: Runs of a flow: jobs that servers own, and synchronous calls. Waiting calls count, too, so jobs start after them.
+_RUNS = (
+    "(SELECT count(*) FROM nodes JOIN jobs ON owner = start WHERE flow = %s)"
+    " + (SELECT count(*) FROM calls WHERE flow = %s)"
+)
+_UNFINISHED = (
+    f"{_RUNS} + (SELECT count(*) FROM jobs WHERE {_FREE} NULL AND flow = %s)"
+    f" + (SELECT count(*) FROM jobs WHERE {_FREE} NOT NULL AND flow = %s)"
+)
+#: Calls of a server that may begin: the first ones of each flow, up to the limit minus the jobs that servers own.
+_MAY_RUN = (
+    "SELECT number FROM unnest(%s::text[], %s::int[]) AS f (name, most), LATERAL"
+    " (SELECT owner, number FROM calls WHERE flow = f.name ORDER BY place LIMIT greatest(0, most -"
+    " (SELECT count(*) FROM nodes JOIN jobs ON owner = start WHERE flow = f.name))) AS first WHERE owner = %s"
+)
 #: Condition for a server that is gone. If the database itself was away, all leases have run out, and servers that still
 #: run get one lease to come back.
 _GONE = "lease_until < now() AND pg_postmaster_start_time() < now() - %s * interval '1 second'"
@@ -409,6 +425,7 @@ class _Write(NamedTuple):
     done: Done = ignore_result
     keep: bool = False  # tried again when the database cannot be reached, instead of failed
     word: str = ""  # news for other servers
+    limited: str = ""  # the flow whose limit it counts for
     is_again: bool = False  # it may have been committed before
 
     @property
@@ -464,6 +481,7 @@ class PostgresStore(PostgresReader, Writer):
         self._orphans: set[int] = set()  # jobs that this server owned but did not know at the last look
         self._orphans_at = 0.0  # time of the next such look, monotonic
         self._mine: dict[int, int] = {}  # by `seq` of a job in hand: the start of this server that took the job
+        self._waiting: dict[int, tuple[int, Flow, Done]] = {}  # calls by number, with the start of this server
         self._free_from = 0  # no job with a smaller `seq` is free
         self._free_at = 0.0  # time until which `_free_from` is valid, monotonic
         self._alone = True  # no other server has a valid lease
@@ -547,6 +565,8 @@ class PostgresStore(PostgresReader, Writer):
         """The thread that renews the lease and hears of other servers."""
         db, look_at, was_cut, words = None, 0.0, False, set[str]()
         while not self._end.is_set():
+            if self._waiting:  # something may have ended, or the database is away
+                self.put(None)
             try:
                 if db is None or db.closed:
                     db = self._address.connect()
@@ -653,7 +673,10 @@ class PostgresStore(PostgresReader, Writer):
             raise psycopg.errors.ForeignKeyViolation("its lease has run out")
 
     def _with_probe(self, batch: list[Any]) -> list[Any]:
-        return [*batch, _Write(run=self._probe)] if self.fault else batch
+        probes = [_Write(run=self._probe)] if self.fault else []
+        if self._waiting:  # last, for what ends with the batch leaves room
+            probes.append(_Write(run=self._may_run, done=self._let_in))
+        return [*batch, *probes]
 
     def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
         code, words = getattr(error, "sqlstate", None), _passing(error)
@@ -688,6 +711,9 @@ class PostgresStore(PostgresReader, Writer):
         try:
             small = sum(write.size for write in batch) < _PIPELINE_BYTES
             with db.pipeline() if small else contextlib.nullcontext():  # all is sent before the first answer is read
+                # in one order, or two servers would wait for each other
+                for flow in sorted({write.limited for write in batch if write.limited}):
+                    db.execute("SELECT pg_advisory_xact_lock(%s, hashtext(%s))", (_LIMIT_LOCK, flow))
                 for group in _grouped(batch):
                     made.append((group, self._make(db, group)))
                 words = {write.word for write in batch if write.word}
@@ -743,18 +769,16 @@ class PostgresStore(PostgresReader, Writer):
         if texts:
             _many(db, "text", [texts[version] for version in sorted(texts)])
         answers: dict[int, Added | AsteraError] = {}
-        plain = [write for write in group if write.about.limit is None]
+        plain = [write for write in group if not write.limited]
         if plain:
             cursor = _insert(db, plain, owner)
             if any(write.about.idempotency_key is not None or write.pieces or write.about.ended for write in plain):
                 stored = {seq for (seq,) in cursor}
                 _store_belongings(db, [write for write in plain if write.seq in stored])
                 answers = {write.seq: _replay(db, write, owner) for write in plain if write.seq not in stored}
-        limited = [write for write in group if write.about.limit is not None]
-        for flow in sorted({write.about.job.flow for write in limited}):
-            db.execute("SELECT pg_advisory_xact_lock(%s, hashtext(%s))", (_LIMIT_LOCK, flow))
-        for write in limited:
-            answers[write.seq] = _add_limited(db, write, owner)
+        for write in group:
+            if write.limited:
+                answers[write.seq] = _add_limited(db, write, owner)
 
         def read() -> list[Any]:
             self._used.update(dict.fromkeys(texts, now))
@@ -784,7 +808,10 @@ class PostgresStore(PostgresReader, Writer):
                 result, error = None, result
             done(result, error)
 
-        self.new.append(_Write("add", job.key.seq, new_columns(submission), submission, pieces, done=added, word=word))
+        write = _Write("add", job.key.seq, new_columns(submission), submission, pieces, done=added, word=word)
+        if submission.limit is not None:
+            write = write._replace(limited=job.flow)
+        self.new.append(write)
         if self._closed:
             self._refuse()
 
@@ -819,8 +846,7 @@ class PostgresStore(PostgresReader, Writer):
                 for (flow,) in db.execute(sql, (limited, self._free_from, limited)).fetchall() if limited else ():
                     with db.transaction():
                         db.execute("SELECT pg_advisory_xact_lock(%s, hashtext(%s))", (_LIMIT_LOCK, flow))
-                        sql = "SELECT count(*) FROM nodes JOIN jobs ON owner = start WHERE flow = %s"
-                        room = (flows[flow] or 0) - db.execute(sql, (flow,)).fetchone()[0]
+                        room = (flows[flow] or 0) - db.execute(f"SELECT {_RUNS}", (flow,) * 2).fetchone()[0]
                         taken = take([flow], min(room, limit - len(found)))
                     found += taken
                 found += take([flow for flow in flows if flow not in limited], limit - len(found))
@@ -851,6 +877,54 @@ class PostgresStore(PostgresReader, Writer):
         sql = "UPDATE jobs SET owner = %s WHERE seq = ANY(%s) AND status = 'Running' AND owner IS NULL"
         return [*found, *db.execute(f"{sql} RETURNING seq, due, flow, cancel", (self._start, old))]
 
+    def enter_call(self, number: int, flow: Flow, done: Done) -> None:
+        """Count a call of a flow with a limit on all servers; `done` gets True once it may run, Busy, or StoreError."""
+        owner = self._start
+        self._waiting[number] = owner, flow, done
+
+        def run(execute: Execute) -> Busy | None:
+            full = _full(execute, flow.name, flow.limit or 0) if flow.when_full == "refuse" else None
+            if full is None and number in self._waiting:  # else it was refused meanwhile
+                execute("INSERT INTO calls (owner, number, flow) VALUES (?, ?, ?)", (owner, number, flow.name))
+            return full
+
+        def entered(full: Busy | None, error: AsteraError | None) -> None:
+            if (full or error) and self._waiting.pop(number, None) is not None:
+                done(None, full or error)
+
+        self.put(_Write(run=run, done=entered, limited=flow.name))
+
+    def _may_run(self, execute: Execute) -> set[int]:
+        limits = {flow.name: flow.limit for _, flow, _ in list(self._waiting.values())}
+        rows = execute(_MAY_RUN, (list(limits), list(limits.values()), self._start)).fetchall()
+        return {number for (number,) in rows}
+
+    def _let_in(self, may_run: Any, error: AsteraError | None) -> None:
+        """Tell calls that wait that they may run, or that they are not counted any more."""
+        for number, (owner, _, done) in list(self._waiting.items()):
+            lost = error if owner == self._start else StoreError(_PASSING["23503"])
+            if (lost or number in may_run) and self._waiting.pop(number, None) is not None:
+                done(True, lost)
+
+    def leave_call(self, number: int, done: Done = ignore_result) -> None:
+        """Count a call no longer; `done` is called once that is stored, or at once if the database is away."""
+        self._waiting.pop(number, None)
+
+        def run(execute: Execute) -> None:
+            execute("DELETE FROM calls WHERE owner = ? AND number = ?", (self._start, number))
+
+        def left(_: Any, error: AsteraError | None) -> None:
+            if error is not None:
+                self._run(run, ignore_result, keep=True, word="ends")
+            elif self.queued:  # a job may begin
+                self._news("jobs")
+            done(None, None)
+
+        if self.fault:
+            left(None, StoreError(self.fault))
+        else:
+            self._run(run, left, word="ends")
+
     def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
         """The jobs among `keys` that are finished or deleted."""
         if not keys:
@@ -875,7 +949,7 @@ class PostgresStore(PostgresReader, Writer):
             self._mine.pop(job.key.seq, None)
         of_job = {"attempt": job.attempt, "started": job.started, "due": job.due, "trace": trace, "free": is_free}
         values = of_job | {"path": path, "until": until}
-        self.put(_Write("suspend", job.key.seq, values, done=done, keep=True))
+        self.put(_Write("suspend", job.key.seq, values, done=done, keep=True, word="ends" if is_free else ""))
 
     def requeue(self, key: JobKey, attempt: int) -> None:
         """Record that an orderly stop ended a run, and leave the job to any server."""
@@ -1066,18 +1140,20 @@ def _replay(db: Any, write: _Write, owner: int) -> Added | AsteraError:
     raise StoreError("other requests with that Idempotency-Key get in the way")
 
 
+def _full(execute: Execute, flow: str, limit: int) -> Busy | None:
+    """The refusal of a flow of which as many jobs and calls are unfinished, on all servers together."""
+    if execute(f"SELECT {_UNFINISHED}", (flow,) * 4).fetchone()[0] < limit:
+        return None
+    return Busy(f"The flow {flow} has as many jobs and calls as it takes.", 1, 429)
+
+
 def _add_limited(db: Any, write: _Write, owner: int) -> Added | AsteraError:
     """Add a job, or refuse it if as many jobs of its flow as the limit allows are Running on all servers together."""
     new, key = write.about, write.about.idempotency_key
     if key is not None and find_key(new.job.flow, new.job.token, key, new.job.created, partial(_execute, db)):
         return _replay(db, write, owner)
-    count = (
-        "SELECT (SELECT count(*) FROM nodes JOIN jobs ON owner = start WHERE flow = %s)"
-        f" + (SELECT count(*) FROM jobs WHERE {_FREE} NULL AND flow = %s)"
-        f" + (SELECT count(*) FROM jobs WHERE {_FREE} NOT NULL AND flow = %s)"
-    )
-    if db.execute(count, (new.job.flow,) * 3).fetchone()[0] >= new.limit:
-        return Busy(f"The flow {new.job.flow} has as many jobs as it takes.", 1, 429)
+    if full := _full(partial(_execute, db), new.job.flow, new.limit):
+        return full
     if key is None and _insert(db, [write], owner).fetchall():
         _store_belongings(db, [write])
         return Added(new.job, False)

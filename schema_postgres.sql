@@ -79,6 +79,18 @@ CREATE INDEX jobs_expires ON jobs (expires) WHERE expires IS NOT NULL;
 -- Finds the job that a repeated Idempotency-Key belongs to.
 CREATE UNIQUE INDEX jobs_key ON jobs (flow, token, idempotency_key) WHERE idempotency_key IS NOT NULL;
 
+-- Synchronous calls of flows that have a limit: a row for each that runs or waits for its turn, deleted at its end.
+CREATE TABLE calls (
+    owner  bigint NOT NULL REFERENCES nodes ON DELETE CASCADE, -- server that has it
+    number bigint NOT NULL, -- what that server calls it
+    flow   text   NOT NULL, -- name of the flow
+    place  bigint NOT NULL GENERATED ALWAYS AS IDENTITY, -- order in which calls of a flow run
+    PRIMARY KEY (owner, number)
+) WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+
+-- Finds the calls of a flow, in their order.
+CREATE INDEX calls_flow ON calls (flow, place);
+
 -- Values larger than 256 KiB, cut into pieces.
 CREATE TABLE pieces (
     job     bigint  NOT NULL, -- jobs.seq

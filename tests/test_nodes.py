@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -774,6 +774,141 @@ def test_a_limit_of_concurrent_runs_holds_over_all_nodes(folder: Path, database:
         assert all(done(folder, job_id) == ["begin", "end"] for job_id in jobs)
         ran_on = Counter(marks(folder)[job_id][0].pid for job_id in jobs)
     say("limit of 2 over 3 nodes", jobs=len(jobs), took_s=round(took, 2), by_node=sorted(ran_on.values()))
+
+
+def call(node: Node, path: str) -> requests.Response:
+    """A synchronous call."""
+    return requests.get(f"{node.url}/api/publishing{path}", timeout=HANG_S)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_calls_and_jobs_on_all_nodes_share_a_limit(folder: Path, database: str, limit: int) -> None:
+    write(folder / "flows", {"limited": limited(limit) | {"response": {"body": "${request.id}"}}})
+    with nodes(folder, database, ["a", "b"], *LEASE) as members, ThreadPoolExecutor(16) as pool:
+        began = time.monotonic()
+        answers = [pool.submit(call, node, "/limited") for _ in range(10) for node in members]
+        jobs = [node.api.submit("/limited") for _ in range(10) for node in members]
+        for answer in answers:
+            assert answer.result().status_code == 200, answer.result().text
+        calls_took = time.monotonic() - began
+        for job_id in jobs:
+            assert members[0].api.finished(job_id)["attempt"] == 1
+        took = time.monotonic() - began
+        calls = [answer.result().json() for answer in answers]
+        assert most_at_once(folder, [*calls, *jobs]) == limit
+        assert all(done(folder, each) == ["begin", "end"] for each in [*calls, *jobs])
+        ran_on = Counter(marks(folder)[each][0].pid for each in [*calls, *jobs])
+        assert all(node.stop() == 0 for node in members)
+    say(
+        f"limit of {limit} over 2 nodes",
+        **{"calls": len(calls), "jobs": len(jobs), "calls_took_s": round(calls_took, 2), "took_s": round(took, 2)},
+        by_node=sorted(ran_on.values()),
+    )
+
+
+def test_calls_wait_in_their_order_and_go_before_jobs(folder: Path, database: str) -> None:
+    flow = get_flow("/one", request=GATE, steps=[HOLD], response={"body": "${request.id}"}, concurrency=1)
+    write(folder / "flows", {"one": flow})
+    with nodes(folder, database, ["a", "b"], *LEASE) as (a, b), ThreadPoolExecutor(4) as pool:
+        first = hold_call(pool, a, folder)
+        job_id, waiting = a.api.submit("/one"), []
+        for n, node in enumerate((b, a, b), 2):
+            waiting.append(pool.submit(call, node, "/one"))
+            until(lambda n=n: calls_counted(database) == n)  # type: ignore[misc]
+        (folder / "go").touch()
+        order = [answer.result().json() for answer in (first, *waiting)]
+        a.api.finished(job_id)
+        assert list(marks(folder)) == [*order, job_id]
+        assert calls_counted(database) == 0
+
+
+def calls_counted(database: str) -> int:
+    """How many calls of flows with a limit the database knows."""
+    import psycopg
+
+    with psycopg.connect(database, autocommit=True) as connection:
+        row = connection.execute("SELECT count(*) FROM calls").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def hold_call(pool: ThreadPoolExecutor, node: Node, folder: Path, path: str = "/one") -> Future[requests.Response]:
+    """A call that runs on this node until a file is there."""
+    before = len(marks(folder))
+    answer = pool.submit(call, node, path)
+    until(lambda: len(marks(folder)) > before)
+    return answer
+
+
+def test_a_killed_node_gives_back_the_places_of_its_calls(folder: Path, database: str) -> None:
+    flow = get_flow("/one", request=GATE, steps=[HOLD], concurrency=1)
+    write(folder / "flows", {"one": flow})
+    with nodes(folder, database, ["a", "b"], *LEASE) as (a, b), ThreadPoolExecutor(4) as pool:
+        hold_call(pool, a, folder)
+        pool.submit(call, a, "/one")  # it waits, and is before the other's
+        until(lambda: calls_counted(database) == 2)
+        waiting = pool.submit(call, b, "/one")
+        until(lambda: calls_counted(database) == 3)
+        killed = time.monotonic()
+        a.kill()
+        until(lambda: len(marks(folder)) == 2, LEASE_S + 20)
+        took = next(mark.at for each in marks(folder).values() for mark in each if mark.pid == b.pid) - killed
+        (folder / "go").touch()
+        assert waiting.result().status_code == 200
+    say("place of a killed node's call", lease_s=LEASE_S, after_s=round(took, 2))
+    assert took < LEASE_S + 2
+
+
+def test_a_node_that_stops_answers_its_calls_and_gives_back_their_places(folder: Path, database: str) -> None:
+    flow = get_flow("/one", request=GATE, steps=[HOLD], concurrency=1)
+    write(folder / "flows", {"one": flow})
+    arguments = ("--lease", "1h", "--shutdown-timeout", "20s")
+    with nodes(folder, database, ["a", "b"], *arguments) as (a, b), ThreadPoolExecutor(4) as pool:
+        running = hold_call(pool, a, folder)
+        waiting = [pool.submit(call, b, "/one")]
+        until(lambda: calls_counted(database) == 2)
+        waiting.append(pool.submit(call, a, "/one"))
+        until(lambda: calls_counted(database) == 3)
+        stopped = pool.submit(a.stop)
+        (folder / "go").touch()
+        assert [answer.result().status_code for answer in (running, *waiting)] == [200] * 3
+        assert stopped.result() == 0
+        assert call(b, "/one").status_code == 200
+
+
+def test_a_node_that_stops_with_calls_that_do_not_end_gives_back_their_places(folder: Path, database: str) -> None:
+    flow = get_flow("/one", request=GATE, steps=[HOLD], concurrency=1)
+    write(folder / "flows", {"one": flow})
+    arguments = ("--lease", "1h", "--shutdown-timeout", "500ms")
+    with nodes(folder, database, ["a", "b"], *arguments) as (a, b), ThreadPoolExecutor(4) as pool:
+        hold_call(pool, a, folder)
+        waiting = pool.submit(call, b, "/one")
+        until(lambda: calls_counted(database) == 2)
+        assert a.stop() == 0
+        until(lambda: len(marks(folder)) == 2)
+        (folder / "go").touch()
+        assert waiting.result().status_code == 200
+
+
+def test_a_limit_that_refuses_counts_calls_over_all_nodes(folder: Path, database: str) -> None:
+    rule = {"limit": 2, "whenFull": "refuse"}
+    flows = {
+        "one": get_flow("/one", request=GATE, steps=[HOLD], concurrency=rule),
+        "quick": get_flow("/quick", steps=[marking("begin")], concurrency=rule | {"limit": 1}),
+    }
+    write(folder / "flows", flows)
+    with nodes(folder, database, ["a", "b"], *LEASE) as (a, b), ThreadPoolExecutor(4) as pool:
+        running = hold_call(pool, a, folder)
+        job_id = b.api.submit("/one")
+        refused = [call(a, "/one"), call(b, "/one")]
+        refused += [requests.get(f"{node.url}/api/publishingAsync/one", timeout=HANG_S) for node in (a, b)]
+        assert [answer.status_code for answer in refused] == [429] * 4
+        assert all("Retry-After" in answer.headers for answer in refused)
+        (folder / "go").touch()
+        assert running.result().status_code == 200
+        b.api.finished(job_id)
+        for node in (a, b) * 20:  # who sees the end of a call may call any server
+            assert call(node, "/quick").status_code == 200
 
 
 def test_a_limit_that_refuses_counts_over_all_nodes(folder: Path, database: str) -> None:

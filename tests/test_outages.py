@@ -11,8 +11,27 @@ import pytest
 import requests
 import test_nodes
 from nodes import Cluster, Node, Peer, Proxy, database_url, nodes, say
-from support import until
-from test_nodes import HANG_S, LEASE, Load, documents, done, ended, hold, marks, unwell, well
+from support import get_flow, until
+from test_nodes import (
+    GATE,
+    HANG_S,
+    HOLD,
+    LEASE,
+    LEASE_S,
+    Load,
+    call,
+    calls_counted,
+    documents,
+    done,
+    ended,
+    hold,
+    hold_call,
+    marking,
+    marks,
+    unwell,
+    well,
+    write,
+)
 
 pytestmark = test_nodes.pytestmark
 database, folder = test_nodes.database, test_nodes.folder
@@ -184,3 +203,44 @@ def test_a_node_that_is_cut_off_for_less_than_its_lease_goes_on(folder: Path, cl
             proxy.mend()
             assert a.api.finished(running)["attempt"] == 1
             assert done(folder, running) == ["held", "through", "after"]
+
+
+@pytest.mark.parametrize("how", ["refuse", "silence"])
+def test_calls_of_a_limited_flow_are_refused_where_the_database_cannot_be_reached(
+    folder: Path, cluster: Cluster, database: str, how: str
+) -> None:
+    flow = get_flow("/one", request=GATE, steps=[HOLD], concurrency=1)
+    write(folder / "flows", {"one": flow, "free": get_flow("/free", steps=[marking("begin")])})
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(4))
+        proxy = stack.enter_context(Proxy(cluster.address))
+        cut_off = database_url([("127.0.0.1", proxy.port)], database_name(database))
+        a = stack.enter_context(Node(folder, "a", cut_off, *LEASE)).start()
+        b = stack.enter_context(Node(folder, "b", database, *LEASE)).start()
+        running = hold_call(pool, a, folder)
+        waiting = pool.submit(call, a, "/one")
+        until(lambda: calls_counted(database) == 2)
+        cut = time.monotonic()
+        proxy.cut(how)
+        fresh = call(a, "/one")
+        refused = time.monotonic() - cut
+        assert (waiting.result().status_code, fresh.status_code) == (503, 503), (waiting.result().text, fresh.text)
+        assert "Retry-After" in fresh.headers
+        assert call(a, "/free").status_code == 200
+        elsewhere = pool.submit(call, b, "/one")  # the lease of the other one runs out
+        until(lambda: len(marks(folder)) == 3, LEASE_S + 20)
+        (folder / "go").touch()
+        assert elsewhere.result().status_code == 200
+        assert running.result().status_code == 200  # it cannot be undone
+        answered = time.monotonic() - cut
+        proxy.mend()
+        well(a)
+        until(lambda: call(a, "/one").status_code == 200)
+        until(lambda: calls_counted(database) == 0)
+        assert "Traceback" not in a.said(), a.said()
+        assert a.stop() == 0
+    say(
+        f"calls of a node that is cut off ({how})",
+        refused_after_s=round(refused, 2),
+        answered_after_s=round(answered, 2),
+    )

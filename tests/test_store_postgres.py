@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from nodes import Cluster
-from support import ROOT, until
+from support import ROOT, get_flow, until
 from test_store import T, done, finish, job, submission
 
 import astera_lite_postgres
@@ -22,6 +22,7 @@ from astera_lite import (
     Attempt,
     Busy,
     Conflict,
+    Flow,
     Job,
     JobKey,
     NotFound,
@@ -29,6 +30,8 @@ from astera_lite import (
     Status,
     StoreError,
     Token,
+    build_flow,
+    ignore_result,
 )
 from astera_lite_postgres import PostgresReader, PostgresStore, edit_tokens
 
@@ -237,6 +240,72 @@ def test_a_server_that_was_alone_tells_one_that_came_later(cluster: Cluster) -> 
 
 
 # ---- Limits ----------------------------------------------------------------------------------------------------------
+
+
+def limited(limit: int, when_full: str = "queue", name: str = "f") -> Flow:
+    rule = {"limit": limit, "whenFull": when_full}
+    return build_flow({**get_flow("/f"), "concurrency": rule}, name)
+
+
+def entered(store: PostgresStore, number: int, flow: Flow) -> queue.SimpleQueue[Any]:
+    """What a call is told."""
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    store.enter_call(number, flow, lambda may_run, error: answers.put(error or may_run))
+    done(store.find_key, "", "", "", 0)  # what was written before is
+    return answers
+
+
+def test_calls_run_in_their_order_and_share_their_limit_with_jobs(open_store: Open, url: str) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    flow, limits = limited(2), {"f": 2}
+    running = add(one, owned=False).key.seq
+    assert claimed(one, flows=limits) == [running]
+    add(one, owned=False)
+    calls = [entered(store, -n, flow) for n, store in enumerate((one, other, one, other))]
+    assert calls[0].get(timeout=10) is True
+    done(one.leave_call, -2)  # it waits no longer
+    assert claimed(other, flows=limits) == claimed(one, flows=limits) == []
+    assert calls[1].empty() and calls[3].empty()
+    done(one.leave_call, 0)
+    assert calls[1].get(timeout=10) is True
+    assert calls[3].empty()
+    assert (
+        done(
+            one.finish, finish(next(each for each in one.page(T, 9, None, None, None, None) if each.key.seq == running))
+        )
+        is True
+    )
+    assert calls[3].get(timeout=10) is True
+    assert claimed(one, flows=limits) == []
+    bury(url, other)
+    assert len(claimed(one, flows=limits)) == 1
+    assert look(url, "SELECT count(*) FROM calls") == [(0,)]
+    assert calls[2].empty()
+
+
+def test_a_call_that_waits_is_refused_where_its_server_lost_its_lease(open_store: Open, url: str) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    flow = limited(1)
+    assert entered(other, -1, flow).get(timeout=10) is True
+    waiting = entered(one, -1, flow)
+    bury(url, one)
+    assert isinstance(waiting.get(timeout=10), Busy | StoreError)
+    again = entered(one, -2, flow)
+    done(other.leave_call, -1)
+    assert again.get(timeout=10) is True
+
+
+def test_a_flow_that_refuses_counts_calls_and_jobs(open_store: Open) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    flow = limited(2, "refuse")
+    add(one, owned=False, limit=2)
+    assert entered(one, -1, flow).get(timeout=10) is True
+    refused = [entered(other, -1, flow).get(timeout=10)]
+    with pytest.raises(Busy) as error:
+        done(other.add, submission(job())._replace(owned=False, limit=2))
+    assert [each.status for each in (*refused, error.value)] == [429, 429]
+    done(one.leave_call, -1)
+    assert entered(other, -2, flow).get(timeout=10) is True
 
 
 def test_a_limit_counts_over_all_servers(open_store: Open) -> None:
@@ -845,6 +914,9 @@ def hot(store: PostgresStore, nth: int) -> None:
     assert len(store.claim((), 16, {"f0": None, "f1": 10**6})) == 16
     assert len(store.claim_deliveries(T + 10**9, 16, 1000, held=(), busy=(), fresh=False)) == 16
     store.next_delivery(T), store.last_seq(), store.flow_text(7)
+    for number, flow in ((1, limited(10**6, "refuse", "f1")), (2, limited(1, name="f1"))):
+        store.enter_call(number, flow, ignore_result)
+    done(store.leave_call, 1)  # and the other call is looked for
     done(store.ask_cancel, fresh.key)
     waiting = fresh._replace(attempt=1, started=T, due=T + 5)
     done(store.suspend, waiting, "w", T, "[]")
@@ -854,6 +926,7 @@ def hot(store: PostgresStore, nth: int) -> None:
     done(store.find_key, "f0", "", "key30", T)
     done(store.delete, old)
     assert done(store.purge, T + 10**9 + 50, 20) == 20
+    done(store.leave_call, 2)
 
 
 def lists(store: PostgresStore) -> None:
