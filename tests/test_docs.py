@@ -59,6 +59,7 @@ ANY = [
     r"\b[0-9a-f]{16}\b",
     r"\b1\d{9}\b",
     r"\d+ ms\b",
+    r"\d+\.\d s\b",
     r"\d{1,3}(?:,\d{3})+",
 ]
 MASK = re.compile(
