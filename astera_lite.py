@@ -13,7 +13,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
      4 Expressions         `${...}` compiled to code objects that cannot reach Python's own objects
      5 Outbound            the one HTTP client: resolve, judge, connect to the judged address, deadline
      6 Flows               validation with places, STEP_KINDS, run_flow
-     7 Store               SqliteStore, whose public methods are the contract: all SQL, shared commits
+     7 Store               the columns of a job, reads, shared commits; SqliteStore, whose methods are the contract
      8 Engine              the thread pool that runs jobs and synchronous flows
      9 Courier             one callback delivery: signature, outcome, next try
     10 Housekeeper         the background thread: purge, callbacks due, jobs due, changed flow files
