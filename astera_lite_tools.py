@@ -227,7 +227,7 @@ def check(args: argparse.Namespace, settings: Settings) -> int:
         sources = [os.path.realpath(os.path.join(folder, flow.source)) for flow in found.by_name.values()]
         good += sum(1 for source in sources if not wanted or source in wanted)
     for fault in faults:
-        print(fault)
+        print(one_line(str(fault)))
     flows, errors = (f"{n} {word}{'s' * (n != 1)}" for n, word in ((good, "flow"), (len(faults), "error")))
     print(f"{flows} OK, {errors}", file=sys.stderr)
     return 1 if faults else 0
@@ -302,7 +302,7 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
     app = Application(settings)
     faults = app.deployer.reload()
     for fault in faults:
-        print(_openable(fault, settings.flows))
+        print(one_line(str(_openable(fault, settings.flows))))
     flows = app.deployments.by_name
     unknown = [name for name in args.names if name not in flows]
     for name in unknown:
@@ -333,7 +333,7 @@ def print_document(args: argparse.Namespace, settings: Settings) -> int:
     app = Application(settings)
     found = app.deployer.read()
     for fault in found.faults:
-        print(_openable(fault, settings.flows), file=sys.stderr)
+        print(one_line(str(_openable(fault, settings.flows))), file=sys.stderr)
     secured = settings.token is not None or bool(_tokens_of(settings.database))
     _print_json(DOCUMENTS[args.command](found, app.base, secured))
     return 1 if found.faults else 0

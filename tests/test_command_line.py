@@ -842,10 +842,14 @@ def test_what_is_no_file_is_told_and_holds_nothing_up(tmp_path: Path) -> None:
     write(tmp_path, hello=HELLO)
     os.mkfifo(tmp_path / "flows" / "pipe.json")
     (tmp_path / "flows" / "zero.json").symlink_to("/dev/zero")
+    (tmp_path / "flows" / "line\n\x1b[31m.json").mkdir()
     done = run(tmp_path, "check")
     assert (done.returncode, done.stdout.splitlines()) == (
         1,
-        [f"flows/{name}.json: cannot be read: it is not a regular file" for name in ("pipe", "zero")],
+        [
+            "flows/line\\x0a\\x1b[31m.json: cannot be read: Is a directory",  # on one line, whatever its name
+            *(f"flows/{name}.json: cannot be read: it is not a regular file" for name in ("pipe", "zero")),
+        ],
     )
 
 
