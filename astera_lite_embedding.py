@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -27,6 +28,7 @@ from astera_lite import (
     Done,
     Fault,
     Flow,
+    InputError,
     Job,
     JobKey,
     NotFound,
@@ -170,6 +172,9 @@ class AsteraLite(Application):
         target, request, values = self._request(flow, params, body)
         if callback_url is not None:
             check_callback(callback_url, self.policy)
+        if idempotency_key is not None and re.search("[\0\ud800-\udfff]", idempotency_key):
+            message = "must not have a NUL or half of a surrogate pair"
+            raise InputError([{"in": "argument", "name": "idempotency_key", "message": message}])
         job = self.jobs.new(target, base or self.base, ANYBODY.name, callback_url)
         ready = Prepared(job, target, target.bind(request, values, job.id))
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
 import pytest
-from support import ROOT, database_in, until
+from support import ROOT, database_in, get_flow, until
 
 import astera_lite
 from astera_lite import (
@@ -463,3 +463,12 @@ def test_two_applications_with_servers_know_nothing_of_each_other(tmp_path: Path
             assert two.run("own").json() == "two"
         one.stop()
         assert two.run("double", {"n": 2}).json() == 4
+
+
+@pytest.mark.parametrize("key", ["a\0b", "\ud800"])
+def test_a_key_that_not_every_database_can_hold_is_a_fault_of_the_input(tmp_path: Path, key: str) -> None:
+    with AsteraLite(database=database_in(tmp_path)) as app:
+        app.deploy("f", get_flow("/f"))
+        with pytest.raises(InputError, match="idempotency_key"):
+            app.submit("f", idempotency_key=key)
+        assert app.submit("f", idempotency_key="é").id == app.submit("f", idempotency_key="é").id
