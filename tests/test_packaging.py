@@ -75,7 +75,7 @@ def test_the_wheel_holds_the_module_and_what_it_needs(built: Built) -> None:
     found = members(built.wheel)
     for name in MODULES:
         assert found.pop(name) == (ROOT / name).read_bytes()
-    for name in ("astera_lite", "astera_lite_embedding"):
+    for name in ("astera_lite", "astera_lite_embedding", "astera_lite_python"):
         assert found.pop(f"{name}/py.typed") == b""
     for name in SHIPPED:
         assert found.pop(f"astera_lite/{name}") == (ROOT / name).read_bytes()
