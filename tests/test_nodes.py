@@ -336,7 +336,7 @@ def test_a_storm_of_kills_breaks_no_promise(folder: Path, database: str) -> None
     seen: dict[str, tuple[Any, int]] = {}  # finished jobs: the document and how many side effects, at that time
     with Peer() as peer, nodes(folder, database, ["a", "b", "c"], *LEASE, "--log-level", "warning") as members:
         with Load(members, f"{peer.url}/hook") as load:
-            while len(load.accepted) < 1000 or len(killed) < 10:
+            while len(load.accepted) < 2000 or len(killed) < 10:
                 assert not load.odd, load.odd[:5]
                 assert len(killed) < 300, "jobs are not accepted"
                 time.sleep(1)  # between two kills, as the plan says
