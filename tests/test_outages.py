@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ from test_nodes import (
 
 pytestmark = test_nodes.pytestmark
 database, folder = test_nodes.database, test_nodes.folder
+
+
+def accepts(node: Node) -> bool:
+    """Whether a server takes a job."""
+    return requests.get(f"{node.url}/api/publishingAsync/single?n=1", timeout=HANG_S).status_code == 202
 
 
 def test_a_database_that_crashes_under_load_loses_nothing_that_was_accepted(folder: Path) -> None:
@@ -130,6 +136,7 @@ def test_a_synchronous_standby_that_is_lost_stops_accepts_but_hangs_nothing(fold
         b.api.finished(running)
         assert done(folder, running).count("after") == 1
         for node in (a, b):
+            until(partial(accepts, node), 30)  # a server that learns only now that its lease is lost refuses a job
             assert node.api.finished(node.api.submit("/single", n=2))["attempt"] == 1
         ended(a.api)
         for document in documents(a.api).values():
