@@ -134,7 +134,7 @@ def test_a_synchronous_standby_that_is_lost_stops_accepts_but_hangs_nothing(fold
             well(node)
         healthy = time.monotonic() - back
         b.api.finished(running)
-        assert done(folder, running).count("after") == 1
+        assert done(folder, running).count("after") in (1, 2)  # twice, if the lease was lost (docs/cluster.md)
         for node in (a, b):
             until(partial(accepts, node), 30)  # a server that learns only now that its lease is lost refuses a job
             assert node.api.finished(node.api.submit("/single", n=2))["attempt"] == 1
