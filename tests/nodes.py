@@ -202,6 +202,15 @@ def database_url(addresses: Sequence[tuple[str, int]], database: str = "astera",
     return f"postgresql://{_USER}@{where}/{database}" + (f"?{urlencode(parameters, safe='/,')}" if parameters else "")
 
 
+async def _cancel_others() -> None:
+    """End all other tasks of the loop, also that of a connection which comes just now."""
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.sleep(0)  # what was closed goes in the loop's next turn
+
+
 class Proxy:
     """TCP on a free port of 127.0.0.1, passed on to an address, until it is cut.
 
@@ -215,7 +224,6 @@ class Proxy:
         self._passing = asyncio.Event()
         self._passing.set()
         self._writers: set[asyncio.StreamWriter] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.port = 0
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -230,9 +238,6 @@ class Proxy:
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
         ends = [writer]
         self._writers.add(writer)
         try:
@@ -252,7 +257,6 @@ class Proxy:
             for end in ends:
                 self._writers.discard(end)
                 end.close()
-            self._tasks.discard(task)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -285,9 +289,7 @@ class Proxy:
         self._passing.set()
         if self._server is not None:
             await self._cut("refuse")
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _cancel_others()
 
     def cut(self, how: str) -> None:
         """Let nothing pass: "refuse" or "silence"."""
@@ -327,12 +329,8 @@ class Peer:
         self.calls: list[Call] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
@@ -349,13 +347,10 @@ class Peer:
             pass  # the other side was killed, or is done; or all is closed
         finally:
             writer.close()
-            self._tasks.discard(task)
 
     async def _close(self) -> None:
         self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _cancel_others()
 
     def callbacks(self) -> dict[str, list[str]]:
         """The ids of the messages that came, by job."""
