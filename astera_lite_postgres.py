@@ -553,6 +553,10 @@ class PostgresStore(PostgresReader, Writer):
         """Whether the lease is valid, so that no other server can have the jobs of this one."""
         return time.monotonic() < self._leased_until
 
+    def _is_late(self) -> bool:
+        """Whether the last renewal began longer ago than half a lease; renewals are a third of a lease apart."""
+        return time.monotonic() > self._leased_until - self._lease / 2
+
     def owns(self, seq: int) -> bool:
         """Whether a job in hand was taken under the present lease, and so is not lost."""
         return self._mine.get(seq) == self._start
@@ -576,7 +580,7 @@ class PostgresStore(PostgresReader, Writer):
                     self._renew_at = 0.0
                 now = time.monotonic()
                 if now >= self._renew_at:
-                    if was_cut or not self.leased():
+                    if was_cut:
                         self._bury_at, was_cut = now + self._lease, False
                     self._renew_at = now + self._lease / 3
                     self._renew(db)
@@ -611,7 +615,10 @@ class PostgresStore(PostgresReader, Writer):
         progress = to_json({str(seq): list(far) for seq, far in self._progress().items()})
         sql = "UPDATE nodes SET lease_until = now() + %s * interval '1s', progress = %s, flows = %s WHERE start = %s"
         began = time.monotonic()
-        if db.execute(sql, (self._lease, progress, to_json(sorted(self._limits)), self._start)).rowcount:
+        is_there = db.execute(sql, (self._lease, progress, to_json(sorted(self._limits)), self._start)).rowcount
+        if self._is_late():  # the others may have been held up as long, and are to have a lease to come back
+            self._bury_at = time.monotonic() + self._lease
+        if is_there:
             self._leased_until = began + self._lease
             self._keep_time(db)
         else:
@@ -629,7 +636,7 @@ class PostgresStore(PostgresReader, Writer):
             db.execute(sql, (self._start,))
             self._free_at = began + max(_FREE_S, 20 * (time.monotonic() - began))
         self._free_from = max(0, (first or last or 0) - _LATE)
-        if began < self._bury_at:
+        if began < self._bury_at or self._is_late():
             return
         sql = (
             f"DELETE FROM nodes WHERE start IN (SELECT start FROM nodes WHERE {_GONE} AND start <> %s"

@@ -188,6 +188,11 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def database_name(url: str) -> str:
+    """The name of the database in a URL."""
+    return url.partition("?")[0].rpartition("/")[2]
+
+
 def database_url(addresses: Sequence[tuple[str, int]], database: str = "astera", **parameters: str) -> str:
     """A URL of libpq for one or more servers, by host or by folder of the socket, each with its port."""
     if all("/" not in host for host, _ in addresses):

@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
-from nodes import Cluster
+from nodes import Cluster, Proxy, database_name, database_url
 from support import ROOT, get_flow, until
 from test_store import T, done, finish, job, submission
 
@@ -563,6 +563,26 @@ def test_who_was_cut_off_does_not_bury_others_before_they_can_be_back(open_store
     assert look(url, "SELECT name FROM nodes ORDER BY name") == [("a",), ("gone",)]
     store._bury_at = 0.0
     until(lambda: look(url, "SELECT name FROM nodes") == [("a",)])
+
+
+def test_who_was_held_up_for_a_lease_does_not_bury_who_was_held_up_as_long(cluster: Cluster, url: str) -> None:
+    """As by a lost standby: nothing fails, and the renewals that were under way come through."""
+    with ExitStack() as stack:
+        proxies = [stack.enter_context(Proxy(cluster.address)) for _ in "ab"]
+        addresses = [database_url([("127.0.0.1", proxy.port)], database_name(url)) for proxy in proxies]
+        a, b = (stack.enter_context(closing(PostgresStore(there, lease=3))) for there in addresses)
+        starts = [a._start, b._start]
+        for store in (a, b):
+            told(store)
+            until(lambda store=store: store._free_at > 0)  # it has begun to look
+        for proxy in proxies:
+            proxy.cut("silence")
+        until(lambda: look(url, "SELECT bool_and(lease_until < now()) FROM nodes") == [(True,)])
+        proxies[0].mend()
+        looked(a)
+        proxies[1].mend()
+        until(b.leased)
+        assert look(url, "SELECT start FROM nodes ORDER BY start") == [(start,) for start in starts]
 
 
 def test_a_lock_on_jobs_does_not_cost_the_lease(open_store: Open, url: str) -> None:
