@@ -1029,7 +1029,7 @@ def test_a_reader_that_goes_away_is_no_fault(tmp_path: Path, command: list[str])
 
 @pytest.mark.parametrize(
     ("command", "code"),
-    [("check", 1), ("try ok", 0), ("jobs --json", 0), ("openapi", 1), ("token", 0), ("nonsense", 2)],
+    [("check", 1), ("try ok", 0), ("jobs --json", 0), ("schema", 0), ("openapi", 1), ("token", 0), ("nonsense", 2)],
 )
 def test_commands_work_whatever_stdout_and_stderr_are(tmp_path: Path, command: str, code: int) -> None:
     write(tmp_path, ok=get_flow("/ok", description="größe 😀", response={"body": "ok"}), faulty='{"größe": 1}')
@@ -1047,7 +1047,7 @@ def test_commands_work_whatever_stdout_and_stderr_are(tmp_path: Path, command: s
 
     usual = command_with("")
     assert usual.returncode == code
-    for streams in ("2>&-", "2>/dev/full <&-"):
+    for streams in ("2>&-", "2>/dev/full", "2>/dev/full <&-"):
         done = command_with(streams)
         assert (done.returncode, done.stdout, done.stderr) == (code, usual.stdout, "")
     done = command_with(">&- <&-")

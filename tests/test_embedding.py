@@ -417,10 +417,10 @@ def test_threads_descriptors_and_memory_are_given_back(tmp_path: Path) -> None:
             assert len(our_threads()) >= 3
 
     before = our_threads()
-    for _ in range(5):
+    for _ in range(10):
         once()
     descriptors, memory = len(os.listdir("/proc/self/fd")), memory_mb()
-    for _ in range(20):
+    for _ in range(50):
         once()
     assert our_threads() == before
     assert len(os.listdir("/proc/self/fd")) == descriptors

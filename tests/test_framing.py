@@ -493,7 +493,7 @@ def test_bytes_are_answered_as_the_rfc_has_it_however_they_are_cut(server: Runni
 # --- the parser beside an honest one ---
 
 FEW = settings(
-    max_examples=500, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=1500, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 

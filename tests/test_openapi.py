@@ -357,7 +357,7 @@ def ask(folder: Path, url: str, *arguments: str) -> None:
 
 
 def test_the_server_does_what_the_document_says(run: Running, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ask(tmp_path, run.server.url, "--max-examples", "10")
+    ask(tmp_path, run.server.url, "--max-examples", "15")
     assert [record.getMessage() for record in caplog.records if record.exc_info] == []
 
 
@@ -367,7 +367,7 @@ def test_the_server_does_what_the_document_says_where_a_token_is_wanted(tmp_path
         (tmp_path / "flows" / f"{name}.json").write_text(json.dumps(EVERYTHING[name]))
     token = "a-long-enough-token-0123456789"
     with process(tmp_path, "--max-wait", "20ms", env={"ASTERA_LITE_TOKEN": token}) as (_, url, lines):
-        ask(tmp_path, url, "--max-examples", "5", "--header", f"Authorization: Bearer {token}")
+        ask(tmp_path, url, "--max-examples", "10", "--header", f"Authorization: Bearer {token}")
     assert "Traceback" not in "\n".join(lines)
 
 

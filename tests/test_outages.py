@@ -44,7 +44,7 @@ def test_a_database_that_crashes_under_load_loses_nothing_that_was_accepted(fold
             windows = []
             with Load(members, f"{peer.url}/hook") as load:
                 for _ in range(3):
-                    load.reach(100)
+                    load.reach(200)
                     crashed = time.monotonic()
                     cluster.stop("immediate")
                     reasons = [unwell(node) for node in members]
@@ -52,7 +52,7 @@ def test_a_database_that_crashes_under_load_loses_nothing_that_was_accepted(fold
                     back = time.monotonic()
                     for node in members:
                         well(node)
-                    load.reach(100)
+                    load.reach(200)
                     windows.append((back - crashed, load.refused(crashed)))
             load.check(members[0].api, folder, peer)
             for node in members:

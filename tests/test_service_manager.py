@@ -59,10 +59,10 @@ def test_it_tells_the_watchdog_that_it_is_alive(tmp_path: Path) -> None:
     env = {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "3000000"}
     with manager(name) as sock, process(tmp_path, env=env) as (started, _, _):
         assert said(sock)["READY"] == "1"
-        times = [(said(sock), time.monotonic())[1] for _ in range(2)]
-        assert times[1] - times[0] < 3, "later than the watchdog waits"
+        times = [(said(sock), time.monotonic())[1] for _ in range(3)]
+        assert times[-1] - times[0] < 2 * 3, "later than the watchdog waits"
         os.kill(started.pid, signal.SIGSTOP)  # a server that stands still says nothing
-        sock.settimeout(1.5)
+        sock.settimeout(2.5)
         with pytest.raises(TimeoutError):
             while said(sock) == {"WATCHDOG": "1"}:
                 pass
