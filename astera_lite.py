@@ -106,12 +106,12 @@ import urllib.parse
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from enum import IntEnum, StrEnum, auto
 from functools import cached_property, lru_cache, partial
 from http.server import ThreadingHTTPServer
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TextIO, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
     import ssl
@@ -324,8 +324,7 @@ def reason_of(error: Exception) -> str:
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql", "schema_postgres.sql")  # files that the module needs beside it
 _WINGS = (
-    "admin", "advice", "documents", "embedding", "import", "nodes", "postgres", "python", "requests", "steps", "tls",
-    "tools",
+    "admin", "advice", "documents", "import", "nodes", "postgres", "python", "requests", "steps", "tls", "tools"
 )  # fmt: skip
 #: The wings: files of the module that a server loads on first use.
 WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS)
@@ -2874,7 +2873,7 @@ class Input(NamedTuple):
 # defaults, compiles expressions, and names the place of each fault. The same table gives the JSON Schema of flow files,
 # the members that messages list, and the tables of docs/flows.md.
 
-BASE_NAMES = ("params", "request", "env", "secrets")
+_BASE_NAMES = ("params", "request", "env", "secrets")
 _REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
 #: The members of `error` in expressions, after a step that failed while the flow went on.
 _ERROR_MEMBERS = ("status", "headers", "body", "message", "kind")
@@ -4203,11 +4202,38 @@ def _make_wait(build: Build, given: Any, place: str) -> Runner:
     return wait
 
 
+class Context:
+    """The first argument of a step's function: data of the run, and methods that report progress and wait."""
+
+    def __init__(self, run: Run, scope: Scope, path: str) -> None:
+        self._run, self._path = run, path
+        self.params: dict[str, Any] = scope["params"]
+        self.request: dict[str, Any] = scope["request"]
+        hidden = {*_BASE_NAMES, "error"} if scope["error"] is None else {*_BASE_NAMES}
+        self.steps: dict[str, Any] = {name: value for name, value in scope.items() if name not in hidden}
+        self.secrets: dict[str, str] = dict(run.outside.secrets)
+        self.log = logging.LoggerAdapter(log, run.about | {"step": path})
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the run should stop; a long function should check this from time to time."""
+        return self._run.cancel.is_set or self._run.outside.clock.monotonic() >= self._run.step_deadline
+
+    def progress(self, done: int, total: int) -> None:
+        """Show the progress of the step in the status document."""
+        self._run.progress = Progress(self._path, done, total)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait so many seconds; raises an exception when the run is cancelled or exceeds its time limit."""
+        self._run.sleep(seconds)
+
+
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, section 9.2.2
 _WORTH_RETRYING = frozenset({"transport", "timeout", "408", "429", "500", "502", "503", "504"})
 _TRUSTED = frozenset({"env", "secrets"})  # names whose values the operator chooses
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MAX_REDIRECTS = 5
 _AUTHORITY = re.compile(r"https?://[^/?#]+[/?#]", re.IGNORECASE)
 #: The beginning of a URL up to a character after its host. NUL stands for an expression; the first may be a scheme.
 _AFTER_HOST = re.compile(r"(?:https?://|\0://)[^/?#]+[/?#]|\0(?!://)[^/?#]*[/?#]", re.IGNORECASE)
@@ -4232,7 +4258,7 @@ def with_query(url: str, values: Any) -> str:
     return f"{url}{'&' if '?' in url else '?'}{query}" if query else url
 
 
-def encoded_address(text: str) -> str:
+def _encoded_address(text: str) -> str:
     """An address, in which characters that no URL may have are percent-encoded, as by browsers.
 
     If it comes from a header, it was read as Latin-1, although most servers send UTF-8.
@@ -4345,7 +4371,7 @@ class HttpCall:
         self._address: Address = given.get("url") or given.get("path") or Address()
         self._body = next((name for name in ("json", "form", "body") if name in given), "")
         self.method = given.get("method", "POST" if self._body else "GET")
-        self.follow = given.get("follow", self.method in ("GET", "HEAD"))
+        self._follow = given.get("follow", self.method in ("GET", "HEAD"))
 
     def limit(self, run: Run) -> int:
         """The greatest number of bytes of all responses together."""
@@ -4358,7 +4384,7 @@ class HttpCall:
         request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
         if "connection" in self._given:
             self._given["connection"](run, request)
-        request.url = with_query(encoded_address(request.url), evaluated(self._given["query"], scope))
+        request.url = with_query(_encoded_address(request.url), evaluated(self._given["query"], scope))
         if self._body:
             request.set_body(self._body, self._given[self._body](scope))
         request.add_headers(evaluated(self._given["headers"], scope))
@@ -4377,9 +4403,7 @@ class HttpCall:
         """Call the API; return an object of status, headers and body, and the size of the body in bytes."""
         timeout = self._given.get("timeout") or (request.connection.timeout if request.connection else None)
         with run.within(timeout, "", resumed=False) if timeout else _UNBOUND:
-            answer = self.fetch(run, request, max_bytes)
-            if request.connection or (self.follow and answer.status in REDIRECTS):
-                answer = wing("astera_lite_requests:final_answer")(self, run, request, answer, max_bytes)
+            answer = self._fetch(run, request, max_bytes)
         if not {str(answer.status), f"{answer.status // 100}xx"} & set(map(str, self._given["expect"])):
             raise unexpected_answer(self.method, answer)
         try:
@@ -4388,7 +4412,44 @@ class HttpCall:
             raise http_failure(self.method, 502, f"the API it calls answered {error}", "body", answer=answer) from None
         return {"status": answer.status, "headers": joined_headers(answer.headers), "body": body}, len(answer.body)
 
-    def fetch(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
+    def _fetch(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
+        """The response behind all redirects; a credential that is refused is renewed once for each address."""
+        for _ in range(_MAX_REDIRECTS + 1):
+            answer = self._fetch_once(run, request, max_bytes)
+            auth = request.connection.auth if request.connection else None
+            if answer.status == 401 and auth is not None and auth.forget():
+                answer = self._fetch_once(run, request, max_bytes)
+            location = header_value(answer.headers, "location")
+            if not self._follow or answer.status not in _REDIRECTS or not location:
+                return answer
+            to_get = request.method != "HEAD" if answer.status == 303 else request.method == "POST"
+            if to_get and answer.status in (301, 302, 303):
+                request.method, request.body = "GET", None
+                request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
+            self.go_to_next(request, location)
+        raise http_failure(self.method, 502, "the API it calls redirects without end", "redirect")
+
+    def go_to_next(self, request: OutgoingRequest, url: str) -> None:
+        """Turn a request to the address that the API names, which may be relative. Raises StepError.
+
+        Credentials do not go to another origin. A body, which may hold some, goes there only from http to https.
+        """
+        try:
+            url = urllib.parse.urldefrag(urllib.parse.urljoin(request.url, _encoded_address(url))).url
+            here, there = urllib.parse.urlsplit(request.url), urllib.parse.urlsplit(url)
+            other_origin = here[:2] != there[:2]
+            if other_origin and request.body is not None and (here.hostname, "https") != (there.hostname, there.scheme):
+                raise ValueError("another server must not get the body")
+        except ValueError as error:
+            detail = f"the address that the API names next is refused: {error}"
+            raise http_failure(self.method, 502, detail, "next") from None
+        if other_origin:
+            request.fixed, request.connection = False, None
+            kept = ("accept", "user-agent", "content-type")
+            request.headers = {name: value for name, value in request.headers.items() if name.lower() in kept}
+        request.url = url
+
+    def _fetch_once(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
         """The response to one request; raises StepError if there is none."""
         outside, proven = run.outside, copy.copy(request)
         proven.headers = dict(request.headers)
@@ -4452,8 +4513,6 @@ def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
     if given.get("every", 1) < 0.01:
         build.fault(f"{place}/every", "must be at least 10ms")
     call = HttpCall(given, place)
-    if given.get("follow"):
-        wing("astera_lite_requests:final_answer")
     for name, runner in (("pages", "astera_lite_requests:all_pages"), ("until", "astera_lite_requests:poll")):
         if name in given:  # now, because a missing wing must be a fault of the flow
             return partial(wing(runner), call, given, place)
@@ -4482,7 +4541,7 @@ class StepName(Text):
             build.fault(place, f"{shown(value)} has {len(value)} characters: at most 64")
         elif not isinstance(value, str) or not STEP_NAME.fullmatch(value) or keyword.iskeyword(value):
             build.fault(place, f"{shown(value)} must be a word of letters, digits and _ that expressions can use")
-        elif value in BASE_NAMES or value in FUNCTIONS or value in _JSON_NAMES:
+        elif value in _BASE_NAMES or value in FUNCTIONS or value in _JSON_NAMES:
             build.fault(place, f'"{value}" has a meaning in expressions already: choose another name')
         elif value in build.names and build.names[value] is not _ERROR_MEMBERS:  # a flow may have a step "error"
             what = "there is another step" if value in build.step_names else "something here has the name already,"
@@ -4821,7 +4880,7 @@ def build_flow(
     if not FLOW_NAME.fullmatch(name):
         cure = ", 64 at most" if len(name) > 64 else ""
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _{cure}")
-    build.names = dict.fromkeys(BASE_NAMES) | {"request": _REQUEST_MEMBERS, "error": _ERROR_MEMBERS}
+    build.names = dict.fromkeys(_BASE_NAMES) | {"request": _REQUEST_MEMBERS, "error": _ERROR_MEMBERS}
     given = FLOW.read(build, tree, "")
     if build.faults:
         raise FlowError(build.faults)
@@ -7813,7 +7872,7 @@ class Application:
     """The application without HTTP: flows, jobs, results, callbacks. `Server(app)` puts it on a socket.
 
     Nothing starts before `start`, and `stop` ends all of it. Raises ConfigError at once, StoreError on start. Programs
-    use the class AsteraLite of astera_lite_embedding, which has the methods that they call.
+    use AsteraLite, which adds the methods that they call.
     """
 
     def __init__(
@@ -8053,21 +8112,252 @@ class Application:
         return self.engine.cancel(job) if here else bool(self.node.cancel(job))
 
 
-if TYPE_CHECKING:
-    from astera_lite_embedding import AsteraLite, Result
-    from astera_lite_python import Context
-else:
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-    def __getattr__(name: str) -> Any:
-        """The names that only a program uses, which are in a wing."""
-        known = {
-            "AsteraLite": "astera_lite_embedding:AsteraLite",
-            "Context": "astera_lite_python:Context",
-            "Result": "astera_lite_embedding:Result",
-        }
-        if name not in known:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return wing(known[name])
+
+def _key_of(job: str | Job) -> JobKey | None:
+    return job.key if isinstance(job, Job) else JobKey.parse(str(job))
+
+
+class Result:
+    """A flow's response, for an embedding program."""
+
+    status_code: int  #: 200 to 599
+    headers: dict[str, str]  #: those that the flow gives, and Content-Type
+    content: bytes  #: the body
+
+    def __init__(self, answer: Answer) -> None:
+        self.status_code = answer.code
+        self.headers = dict(answer.headers)
+        self.content = answer.body
+
+    @property
+    def text(self) -> str:
+        """The body as text."""
+        return self.content.decode(errors="replace")
+
+    def json(self) -> Any:
+        """The body as a JSON value. Raises ValueError if it is none."""
+        return json.loads(self.content)
+
+
+class AsteraLite(Application):
+    """The application for a program: flows, jobs, results, callbacks. `Server(app)` puts it on a socket.
+
+    A context manager; nothing starts before it is entered (or `start` is called), and all of it ends with it. Keywords
+    are settings, by their names in `Settings`: AsteraLite(workers=4, retention="1h"); flow files are read only where
+    `flows` names a folder. Raises ConfigError at once, StoreError on entering.
+
+        with AsteraLite(database="jobs.db") as app:
+            job = app.submit("hello", {"name": "Ada"})
+            print(app.wait(job.id).status, app.result(job.id).json())
+
+    `flow`, `step` and `deploy` publish; `run` calls; `submit`, `status`, `wait`, `future`, `result` and `cancel` deal
+    with jobs; all of them from any thread, and several applications may live in one process, each with its own
+    database. docs/embedding.md has examples.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        clock: Clock | None = None,
+        environ: Mapping[str, str] | None = None,
+        **keywords: Any,
+    ) -> None:
+        if settings is None:
+            settings = Settings.load(**{"flows": "", **keywords})
+        elif keywords:
+            settings = Settings.load(**settings._asdict() | keywords)
+        super().__init__(settings, clock, environ)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    # --- flows ---
+
+    def deploy(self, name: str, tree: dict[str, Any]) -> Flow:
+        """Deploy the content of a flow file; it replaces a flow of the same name. Raises FlowError."""
+        return self.deployer.deploy(name, tree)
+
+    def flow(
+        self, route: str, *, name: str = "", processing: Sequence[str] = MODES, **options: Any
+    ) -> Callable[[_Function], _Function]:
+        """Publish a Python function as a flow: `@app.flow("GET /greet/{name}")`.
+
+        The function gets a Context and, by name, the parameters of its signature: those named in the resource from the
+        path, the rest from the query, typed by their annotation (str, int, float, bool, a list of these), optional if
+        they have a default or may be None. But for GET, an argument `body` gets the JSON body. It returns a JSON value.
+        `options` are members of a flow file: description, timeout, response, `parameters` to describe parameters
+        further, `body` for a schema of the body. The flow's name is `name`, or the function's with - for _. Raises
+        FlowError, also for an argument that no request could give.
+        """
+        decorate = wing("astera_lite_python:flow_decorator")
+        return cast(Callable[[_Function], _Function], decorate(self, route, name, processing, options))
+
+    def step(self, name: str) -> Callable[[_Function], _Function]:
+        """Add a kind of step: `@app.step("greet")` above `def greet(context, name: str, times: int = 1)`.
+
+        Flows then write `{"greet": {"name": "${params.name}"}}`: the function gets a Context and these arguments, each
+        of which may be an expression, and returns a JSON value. Raises ConfigError for a name that is taken.
+        """
+        if name in STEP_KINDS or name in STEP_OPTIONS or not STEP_NAME.fullmatch(name):
+            raise ConfigError([Fault("step", name, "is not a new word of letters, digits and _: choose another name")])
+
+        def add(function: _Function) -> _Function:
+            self.deployer.kinds[name] = wing("astera_lite_python:own_kind")(function)
+            if self.is_open:
+                self.deployer.reload()  # a file may have waited for it
+            return function
+
+        return add
+
+    def submit(
+        self,
+        flow: str,
+        params: Mapping[str, Any] | None = None,
+        body: Any = None,
+        *,
+        callback_url: str | None = None,
+        idempotency_key: str | None = None,
+        base: str = "",
+    ) -> Job:
+        """Submit a job and return once it is on disk.
+
+        `flow` is the name of a flow, `params` its parameters by name, `body` a JSON value (or bytes, as they are). The
+        same `idempotency_key` again brings the same job. `base` begins the URLs in callbacks; the server's if left out.
+        Raises NotFound, InputError, Conflict (the key had another input), Busy (the queue is full), StoreError.
+        """
+        target, request, values = self._request(flow, params, body)
+        if callback_url is not None:
+            check_callback(callback_url, self.policy)
+        if idempotency_key is not None and re.search("[\0\ud800-\udfff]", idempotency_key):
+            message = "must not have a NUL or half of a surrogate pair"
+            raise InputError([{"in": "argument", "name": "idempotency_key", "message": message}])
+        job = self.jobs.new(target, base or self.base, ANYBODY.name, callback_url)
+        ready = Prepared(job, target, target.bind(request, values, job.id))
+
+        def write(done: Done) -> None:
+            self.jobs.accept(ready, request, idempotency_key, done)
+            self.store.flush()
+
+        result = await_write(write)
+        if isinstance(result, Conflict):
+            raise result
+        return result.job  # type: ignore[no-any-return]
+
+    def run(self, flow: str, params: Mapping[str, Any] | None = None, body: Any = None) -> Result:
+        """Run a flow on the calling thread and return its response; an error of the flow is a response, too.
+
+        Raises NotFound, InputError, Busy, StoreError.
+        """
+        target, request, values = self._request(flow, params, body)
+        given = target.bind(request, values, str(self.jobs.keys.new(self.clock.now())))
+        return Result(self.runner(target).run_here(self.new_run(target, given)).answer)
+
+    def status(self, job_id: str | Job) -> Job | None:
+        """The present state of a job; None if the job is unknown or expired."""
+        self.check_open()
+        key = _key_of(job_id)
+        found = self.jobs.find(key, ANYBODY) if key else None
+        return found and found[0]
+
+    def wait(self, job_id: str | Job, timeout: float | None = None) -> Job:
+        """Wait until a job is finished, at most `timeout` seconds; return its state, which may still be Running.
+
+        Raises NotFound, and StoreError if the application stops meanwhile.
+        """
+        future = self._future(job_id, lambda look: look())
+        with contextlib.suppress(TimeoutError):
+            return future.result(timeout)
+        future.cancel()  # it watches no more
+        return self._job(job_id)
+
+    def future(self, job_id: str | Job) -> Future[Job]:
+        """A future that gets the job when it is finished, or the error that `wait` raises; it holds no thread.
+
+        In a coroutine: `job = await asyncio.wrap_future(app.future(job.id))`. The future is completed on a thread of
+        its own, so what is added by add_done_callback may use the application.
+        """
+
+        def on_a_thread(look: Callable[[], None]) -> None:
+            threading.Thread(target=look, name="astera-future", daemon=True).start()
+
+        return self._future(job_id, on_a_thread)
+
+    def _future(self, job_id: str | Job, call: Callable[[Callable[[], None]], None]) -> Future[Job]:
+        """A future; when the job changes, on a thread of the store, `call` gets the function that completes it."""
+        key, future = _key_of(job_id), Future[Job]()
+
+        def look() -> None:
+            if key is not None and not future.done():
+                self.watchers.add(key, changed)  # before the look: or a job that ends in between would not be seen
+            with contextlib.suppress(InvalidStateError):  # cancelled, or another thread has just seen the end, too
+                try:
+                    job = self._job(job_id)
+                except (StoreError, NotFound) as error:
+                    future.set_exception(error)
+                else:
+                    if job.status is not Status.RUNNING:
+                        future.set_result(job)
+
+        def changed() -> None:
+            try:
+                call(look)
+            except RuntimeError:  # no thread can be had
+                if self.is_open:
+                    self.watchers.add(cast(JobKey, key), changed)  # the housekeeper tells again
+                else:
+                    look()
+
+        look()
+        if key is not None:
+            future.add_done_callback(lambda _: self.watchers.remove(key, changed))
+        return future
+
+    def result(self, job_id: str | Job) -> Result:
+        """The response of a finished job. Raises NotFound, and Conflict while it runs."""
+        job = self._job(job_id)
+        stored = self.store.result(job.key)
+        if stored is None:
+            raise Conflict("The job is not finished.")
+        body = stored.body
+        if body is None:
+            body = b"".join(whole_body(self.store.result_pieces(job.key, stored.attempt), stored.size))
+        return Result(Answer(stored.code, tuple(stored.headers), body))
+
+    def cancel(self, job_id: str | Job) -> bool:
+        """Cancel a job; True if it ends now, False if it stops at its next step. Raises NotFound, Conflict."""
+        job = self._job(job_id)
+        if job.status is not Status.RUNNING:
+            raise already_finished(job)
+        if not self.ask_cancel(job):
+            return False
+        after = self.wait(job_id, self.node and CANCEL_ELSEWHERE_S)
+        if after.status is not Status.RUNNING:
+            check_cancelled(after)
+        return after.status is not Status.RUNNING
+
+    def _job(self, job_id: str | Job) -> Job:
+        job = self.status(job_id)
+        if job is None:
+            raise NotFound(f"there is no job {shown(job_id.id if isinstance(job_id, Job) else job_id)}")
+        return job
+
+    def _request(
+        self, name: str, params: Mapping[str, Any] | None, body: Any
+    ) -> tuple[Flow, StoredRequest, dict[str, str]]:
+        self.check_open()
+        flow = self.deployments.by_name.get(name)
+        if flow is None:
+            raise NotFound(f'there is no flow "{name}"{suggest(str(name), self.deployments.by_name)}')
+        given = {name: value for name, value in (params or {}).items() if value is not None}
+        request = request_for(flow, given, body)
+        return flow, request, path_values(flow, request.path)
 
 
 # ======================================================================================================================

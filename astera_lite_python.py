@@ -23,11 +23,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from astera_lite import (
-    BASE_NAMES,
     CHILDREN,
     LENIENT_DECODER,
     Application,
     Build,
+    Context,
     ExpressionError,
     Fault,
     Flag,
@@ -152,32 +152,6 @@ PYTHON = Table(
     _make_python,
     short="call",
 )
-
-
-class Context:
-    """The first argument of a step's function: data of the run, and methods that report progress and wait."""
-
-    def __init__(self, run: Run, scope: Scope, path: str) -> None:
-        self._run, self._path = run, path
-        self.params: dict[str, Any] = scope["params"]
-        self.request: dict[str, Any] = scope["request"]
-        hidden = {*BASE_NAMES, "error"} if scope["error"] is None else {*BASE_NAMES}
-        self.steps: dict[str, Any] = {name: value for name, value in scope.items() if name not in hidden}
-        self.secrets: dict[str, str] = dict(run.outside.secrets)
-        self.log = logging.LoggerAdapter(log, run.about | {"step": path})
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the run should stop; a long function should check this from time to time."""
-        return self._run.cancel.is_set or self._run.outside.clock.monotonic() >= self._run.step_deadline
-
-    def progress(self, done: int, total: int) -> None:
-        """Show the progress of the step in the status document."""
-        self._run.progress = Progress(self._path, done, total)
-
-    def sleep(self, seconds: float) -> None:
-        """Wait so many seconds; raises an exception when the run is cancelled or exceeds its time limit."""
-        self._run.sleep(seconds)
 
 
 def _call(function: Callable[..., Any], args: Mapping[str, Template], run: Run, scope: Scope, path: str) -> Any:

@@ -1,7 +1,7 @@
 """Features of requests and responses that few flows use.
 
 Of those that come in: patterns; pages, filters and an order of a response's rows. Of those that go out: connections
-with their credentials; redirects; pages, until; answers in gzip or deflate. Also the request that calls a flow with
+with their credentials; pages, until; answers in gzip or deflate. Also the request that calls a flow with
 given parameters.
 
 A wing of astera_lite, which loads this file for the first flow or answer that needs it.
@@ -34,14 +34,12 @@ from astera_lite import (
     MAX_NAME,
     MAX_SORTED,
     MAX_WORK,
-    REDIRECTS,
     Address,
     Budget,
     Build,
     Computed,
     Duration,
     ExpressionError,
-    Fetched,
     Flow,
     FlowError,
     FlowFailure,
@@ -67,12 +65,9 @@ from astera_lite import (
     answer_too_large,
     as_text,
     encode_query,
-    encoded_address,
     evaluated,
     field_values,
     from_json,
-    header_value,
-    http_failure,
     kind_of,
     members_of,
     parse_retry_after,
@@ -323,50 +318,6 @@ def read_selection(selection: Selection, path: str, query: Mapping[str, list[str
     return Selected(int(match[1]) if match else 0, tuple(sort.values()), filters, stamp)
 
 
-_MAX_REDIRECTS = 5
-
-
-def final_answer(call: HttpCall, run: Run, request: OutgoingRequest, answer: Fetched, max_bytes: int) -> Fetched:
-    """The response behind `answer` and all redirects; a credential that is refused is renewed once for each address."""
-    for redirects in itertools.count():
-        auth = request.connection.auth if request.connection else None
-        if answer.status == 401 and auth is not None and auth.forget():
-            answer = call.fetch(run, request, max_bytes)
-        location = header_value(answer.headers, "location")
-        if not call.follow or answer.status not in REDIRECTS or not location:
-            break
-        if redirects == _MAX_REDIRECTS:
-            raise http_failure(call.method, 502, "the API it calls redirects without end", "redirect")
-        to_get = request.method != "HEAD" if answer.status == 303 else request.method == "POST"
-        if to_get and answer.status in (301, 302, 303):
-            request.method, request.body = "GET", None
-            request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
-        _go_to_next(call, request, location)
-        answer = call.fetch(run, request, max_bytes)
-    return answer
-
-
-def _go_to_next(call: HttpCall, request: OutgoingRequest, url: str) -> None:
-    """Turn a request to the address that the API names, which may be relative.
-
-    Credentials do not go to another origin. A body, which may hold some, goes there only from http to https.
-    """
-    try:
-        url = urllib.parse.urldefrag(urllib.parse.urljoin(request.url, encoded_address(url))).url
-        here, there = urllib.parse.urlsplit(request.url), urllib.parse.urlsplit(url)
-        other_origin = here[:2] != there[:2]
-        if other_origin and request.body is not None and (here.hostname, "https") != (there.hostname, there.scheme):
-            raise ValueError("another server must not get the body")
-    except ValueError as error:
-        detail = f"the address that the API names next is refused: {error}"
-        raise http_failure(call.method, 502, detail, "next") from None
-    if other_origin:
-        request.fixed, request.connection = False, None
-        kept = ("accept", "user-agent", "content-type")
-        request.headers = {name: value for name, value in request.headers.items() if name.lower() in kept}
-    request.url = url
-
-
 _MAX_PAGES = 10_000  # unless the flow has `maxPages`: a step fails if an API returns pages without end
 _STYLES = ("next", "link", "cursor", "offset", "page")
 
@@ -487,7 +438,7 @@ def all_pages(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, sc
             request = copy.copy(first)
             request.url = with_query(first.url, {**pages.first, pages.parameter: following})
         else:
-            _go_to_next(call, request, following)
+            call.go_to_next(request, following)
         items += found
         run.reached[path] = (count + 1, request, first, items, left - size, following)
 

@@ -75,8 +75,7 @@ def test_the_wheel_holds_the_module_and_what_it_needs(built: Built) -> None:
     found = members(built.wheel)
     for name in MODULES:
         assert found.pop(name) == (ROOT / name).read_bytes()
-    for name in ("astera_lite", "astera_lite_embedding", "astera_lite_python"):
-        assert found.pop(f"{name}/py.typed") == b""
+    assert found.pop("astera_lite/py.typed") == b""
     for name in SHIPPED:
         assert found.pop(f"astera_lite/{name}") == (ROOT / name).read_bytes()
     assert {name.partition("/")[0] for name in found} == {f"astera_lite-{__version__}.dist-info"}
@@ -235,7 +234,6 @@ def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
         "astera_lite_admin.py",
         "astera_lite_advice.py",
         "astera_lite_documents.py",
-        "astera_lite_embedding.py",
         "astera_lite_import.py",
         "astera_lite_nodes.py",
         "astera_lite_postgres.py",
