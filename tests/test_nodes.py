@@ -9,7 +9,7 @@ import statistics
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -150,6 +150,13 @@ def ended(api: Api, seconds: float = 60) -> None:
 
 def well(node: Node, seconds: float = 30) -> None:
     until(lambda: requests.get(f"{node.url}/health", timeout=HANG_S).status_code == 200, seconds)
+
+
+def stop_cleanly(members: Sequence[Node]) -> None:
+    """Stop servers that have had no unforeseen fault."""
+    for node in members:
+        assert "Traceback" not in node.said(), node.said()
+        assert node.stop() == 0
 
 
 def unwell(node: Node, seconds: float = 60) -> str:
@@ -352,9 +359,7 @@ def test_a_storm_of_kills_breaks_no_promise(folder: Path, database: str) -> None
         for node in members:
             node.ready()
         found = load.check(members[0].api, folder, peer)
-        for node in members:
-            assert "Traceback" not in node.said(), node.said()
-            assert node.stop() == 0
+        stop_cleanly(members)
     effects = marks(folder)
     for job_id, (document, count) in seen.items():
         assert (found[job_id]["finishedAt"], found[job_id]["attempt"]) == (document["finishedAt"], document["attempt"])
@@ -462,9 +467,7 @@ def test_a_storm_of_all_that_can_happen_breaks_no_promise(folder: Path, seed: in
                 for other in members:
                     well(other)
         found = load.check(members[0].api, folder, peer, paused=True)
-        for node in members:
-            assert "Traceback" not in node.said(), node.said()
-            assert node.stop() == 0
+        stop_cleanly(members)
         assert cluster.query("SELECT count(*) FROM steps") == [(0,)]
     say(
         "storm of all that can happen",

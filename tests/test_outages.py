@@ -28,6 +28,7 @@ from test_nodes import (
     hold_call,
     marking,
     marks,
+    stop_cleanly,
     unwell,
     well,
     write,
@@ -55,9 +56,7 @@ def test_a_database_that_crashes_under_load_loses_nothing_that_was_accepted(fold
                     load.reach(200)
                     windows.append((back - crashed, load.refused(crashed)))
             load.check(members[0].api, folder, peer)
-            for node in members:
-                assert "Traceback" not in node.said(), node.said()
-                assert node.stop() == 0
+            stop_cleanly(members)
         say(
             "database crashed",
             **load.figures(),
@@ -91,9 +90,7 @@ def test_a_standby_takes_over_from_a_primary_that_is_lost(folder: Path) -> None:
             healthy = time.monotonic()
             load.reach(300)
         load.check(members[0].api, folder, peer)
-        for node in members:
-            assert "Traceback" not in node.said(), node.said()
-            assert node.stop() == 0
+        stop_cleanly(members)
         say(
             "standby promoted",
             **load.figures(),
