@@ -84,6 +84,7 @@ _LIMIT_LOCK = 0x41535432  # with the hash of a flow's name: lock of the server t
 #: buffer of the socket.
 _PIPELINE_BYTES = 8 << 10
 _PATIENCE_S = 10.0  # minimum wait for an answer of the database; a wait for a lost peer does not always end by itself
+_WORDS = ("jobs", "ends", "cancel", "flows", "tokens")  # what there is news about
 _RETRY_S = 0.5  # pause between attempts to reach the database
 _READERS = 8  # maximum number of connections that read
 _TRIES = 4  # attempts to commit a transaction that conflicts with others
@@ -474,6 +475,7 @@ class PostgresStore(PostgresReader, Writer):
         self.queued = 0  # free jobs that do not wait, as of the last second, and those that this server added since
         self.node = self._start = 0
         self._news: Callable[[str], None] = lambda word: None
+        self._words: set[str] = set()  # news that this server may have missed
         self._progress: Callable[[], Mapping[int, Progress]] = dict
         self._limits: Mapping[str, int | None] = {}  # of the flows in service
         self._used: dict[int, float] = {}  # by version of a flow: when its text was marked as used, monotonic
@@ -506,6 +508,7 @@ class PostgresStore(PostgresReader, Writer):
     def open(self, news: Callable[[str], None], progress: Callable[[], Mapping[int, Progress]]) -> None:
         """Listen to other servers: a thread of the store calls `news(word)`. `progress` gives that of the runs."""
         self._news, self._progress = news, progress
+        self._words = set(_WORDS)  # behind `_news`, for the thread may have told some to nobody
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Make all queued writes, leave the jobs in hand to other servers, and close the connections."""
@@ -567,7 +570,7 @@ class PostgresStore(PostgresReader, Writer):
 
     def _follow(self) -> None:
         """The thread that renews the lease and hears of other servers."""
-        db, look_at, was_cut, words = None, 0.0, False, set[str]()
+        db, look_at, was_cut = None, 0.0, False
         while not self._end.is_set():
             if self._waiting:  # something may have ended, or the database is away
                 self.put(None)
@@ -576,7 +579,7 @@ class PostgresStore(PostgresReader, Writer):
                     db = self._address.connect()
                     # a lock on jobs must not cost the lease
                     db.execute(f"SET lock_timeout = {int(self._lease * 200)}; LISTEN {CHANNEL}")
-                    words = {"jobs", "ends", "cancel", "flows", "tokens"}  # all that this server may have missed
+                    self._words = set(_WORDS)
                     self._renew_at = 0.0
                 now = time.monotonic()
                 if now >= self._renew_at:
@@ -587,8 +590,9 @@ class PostgresStore(PostgresReader, Writer):
                 if now >= look_at:
                     look_at = now + _LOOK_S
                     self._bury(db)
-                while words:
-                    self._news(words.pop())
+                while self._words:
+                    word = self._words.pop()
+                    self._news(word)
                 wait = max(0.0, min(self._renew_at, look_at) - time.monotonic())
                 for told in db.notifies(timeout=min(wait, 0.2), stop_after=1):
                     if told.pid != self._pid:

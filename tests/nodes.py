@@ -207,6 +207,18 @@ def database_url(addresses: Sequence[tuple[str, int]], database: str = "astera",
     return f"postgresql://{_USER}@{where}/{database}" + (f"?{urlencode(parameters, safe='/,')}" if parameters else "")
 
 
+async def _end(server: asyncio.Server) -> None:
+    """Take no more connections.
+
+    A connection that came in this turn of the loop joins the server in the next one: asyncio leaves its socket open if
+    the server is closed by then.
+    """
+    for listener in server.sockets:
+        asyncio.get_running_loop().remove_reader(listener)
+    await asyncio.sleep(0)
+    server.close()
+
+
 async def _cancel_others() -> None:
     """End all other tasks of the loop, also that of a connection which comes just now."""
     while others := asyncio.all_tasks() - {asyncio.current_task()}:
@@ -246,6 +258,8 @@ class Proxy:
         ends = [writer]
         self._writers.add(writer)
         try:
+            if self._server is None:
+                return  # cut while it came
             await self._passing.wait()
             if isinstance(self._target, str):
                 there, back = await asyncio.open_unix_connection(self._target)
@@ -280,7 +294,7 @@ class Proxy:
             self._passing.clear()
             return
         assert self._server is not None
-        self._server.close()
+        await _end(self._server)
         self._server = None
         for writer in list(self._writers):
             writer.transport.abort()
@@ -354,7 +368,7 @@ class Peer:
             writer.close()
 
     async def _close(self) -> None:
-        self._server.close()
+        await _end(self._server)
         await _cancel_others()
 
     def callbacks(self) -> dict[str, list[str]]:
