@@ -7194,7 +7194,7 @@ class Engine:
             elif entry.job is not None:
                 self._store.requeue(entry.job.key, entry.job.attempt)
             entry.cancel.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=not self._working, cancel_futures=True)  # one that runs a flow may never end
         return max(len(left), self._working)
 
 
