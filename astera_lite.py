@@ -4275,7 +4275,6 @@ class OutgoingRequest:
         self.method, self.url, self.fixed = method, url, fixed
         self.headers: dict[str, str] = {}
         self.body: bytes | None = None
-        self.connection: Any = None  # a Connection of astera_lite_requests
 
     def add_headers(self, values: Mapping[str, Any]) -> None:
         """Set headers; they replace those of the same names in any case. Null leaves a header out."""
@@ -4310,52 +4309,46 @@ def unexpected_answer(method: str, answer: Fetched) -> StepError:
     return http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
 
 
-class Address(NamedTuple):
-    """A compiled URL of an `http` step, or a path to append to the URL of a connection: texts and templates."""
+#: A compiled URL: gives the URL, and whether the flow's author chose its scheme, host and port.
+Address = Callable[[Scope], tuple[str, bool]]
 
-    parts: Sequence[tuple[str | Template, bool]] = ()  # each with whether its value is percent-encoded
 
-    def __call__(self, scope: Scope) -> tuple[str, bool]:
-        """The URL, and whether the flow's author chose its scheme, host and port."""
-        url, fixed = "", True
-        for part, encoded in self.parts:
-            if isinstance(part, str):
-                url += part
-                continue
-            fixed = fixed and (part.names <= _TRUSTED or _AUTHORITY.match(url) is not None)
-            value = as_text(part(scope))
-            url += urllib.parse.quote(value, safe="") if encoded else value
-        return url, fixed
+def _address(parts: Sequence[tuple[str | Template, bool]], scope: Scope) -> tuple[str, bool]:
+    """The value of an Address. Each part comes with whether its value is percent-encoded."""
+    url, fixed = "", True
+    for part, encoded in parts:
+        if isinstance(part, str):
+            url += part
+            continue
+        fixed = fixed and (part.names <= _TRUSTED or _AUTHORITY.match(url) is not None)
+        value = as_text(part(scope))
+        url += urllib.parse.quote(value, safe="") if encoded else value
+    return url, fixed
 
 
 class Url(Text):
-    """A URL, or with `is_path` a path to append to the URL of a connection.
+    """A URL; values after the host are percent-encoded, so that they cannot change other parts of it."""
 
-    Values after the host are percent-encoded, so that they cannot change other parts of the URL.
-    """
-
-    is_path = False
+    before = ""  # what stands before the text, as in _AFTER_HOST
 
     def read(self, build: Build, value: Any, place: str) -> Address:
         parts: list[tuple[str | Template, bool]] = []
-        before = "\0/" if self.is_path else ""
+        before = self.before
         try:
-            for is_code, text in self._split(self.parse(value)):
+            for is_code, text in self.split(self.parse(value)):
                 part = build.template(f"${{{text}}}", place) if is_code else text
                 parts.append((part, _AFTER_HOST.match(before) is not None))
                 before += "\0" if is_code else text
         except ValueError as error:
             build.fault(place, str(error))
-        return Address(parts)
+        return partial(_address, parts)
 
-    def _split(self, url: str) -> list[tuple[bool, str]]:
+    def split(self, url: str) -> list[tuple[bool, str]]:
+        """The parts of the text, as of `split_template`; raises ValueError if they cannot be a URL."""
         parts = split_template(url)
-        if self.is_path:
-            if url and not url.startswith(("/", "?")):
-                raise ValueError(f"{shown(url)} must begin with /: it is put behind the connection's url")
-        elif parts and not parts[0][0] and not re.match("https?://", url, re.IGNORECASE):
+        if parts and not parts[0][0] and not re.match("https?://", url, re.IGNORECASE):
             raise ValueError(f"{shown(url)} must begin with http:// or https://")
-        elif not any(is_code for is_code, _ in parts):
+        if not any(is_code for is_code, _ in parts):
             try:
                 parse_target(url)
             except ValueError as error:
@@ -4366,45 +4359,53 @@ class Url(Text):
 class HttpCall:
     """A compiled `http` step, which makes requests and reads responses."""
 
-    def __init__(self, given: Mapping[str, Any], place: str) -> None:
-        self._given, self._place = given, place
-        self._address: Address = given.get("url") or given.get("path") or Address()
-        self._body = next((name for name in ("json", "form", "body") if name in given), "")
+    def __init__(self, build: Build, given: Mapping[str, Any], place: str) -> None:
+        self.given, self.place = given, place
+        bodies = [name for name in ("json", "form", "body") if name in given]
+        if len(bodies) > 1:
+            build.fault(place, f"has {' and '.join(bodies)}: a step has one of json, form, body")
+        self._body = bodies[0] if bodies else ""
         self.method = given.get("method", "POST" if self._body else "GET")
         self._follow = given.get("follow", self.method in ("GET", "HEAD"))
+
+    def __call__(self, run: Run, scope: Scope, path: str) -> dict[str, Any]:
+        return self.send(run, self.request(run, scope), self.limit(run))[0]
 
     def limit(self, run: Run) -> int:
         """The greatest number of bytes of all responses together."""
         most = run.outside.max_step_response
-        return min(self._given.get("maxResponse") or most, most)
+        return min(self.given.get("maxResponse") or most, most)
+
+    def begin(self, run: Run, scope: Scope) -> OutgoingRequest:
+        """A request to the address of the step, with the headers that every request has."""
+        request = OutgoingRequest(self.method, *self.given["url"](scope))
+        request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
+        return request
 
     def request(self, run: Run, scope: Scope) -> OutgoingRequest:
         """The request of the step in a scope."""
-        request = OutgoingRequest(self.method, *self._address(scope))
-        request.headers = {"User-Agent": f"astera-lite/{__version__}", "Accept": "application/json, */*;q=0.5"}
-        if "connection" in self._given:
-            self._given["connection"](run, request)
-        request.url = with_query(_encoded_address(request.url), evaluated(self._given["query"], scope))
+        request = self.begin(run, scope)
+        request.url = with_query(_encoded_address(request.url), evaluated(self.given["query"], scope))
         if self._body:
-            request.set_body(self._body, self._given[self._body](scope))
-        request.add_headers(evaluated(self._given["headers"], scope))
+            request.set_body(self._body, self.given[self._body](scope))
+        request.add_headers(evaluated(self.given["headers"], scope))
         names = {name.lower() for name in request.headers}
         if run.input.trace is not None and "traceparent" not in names:
             request.headers |= {name: text for name, text in run.input.trace.headers().items() if name not in names}
         for name, text in request.headers.items():
             if not TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
-                raise ExpressionError(f"{self._place}/headers/{name}: it has characters that no header may have")
+                raise ExpressionError(f"{self.place}/headers/{name}: it has characters that no header may have")
         if {".", ".."} & set(request.url.partition("?")[0].split("/")):
             message = "a value makes a segment . or .., which servers take for another path"
-            raise ExpressionError(f"{self._place}/url: {message}")
+            raise ExpressionError(f"{self.place}/url: {message}")
         return request
 
     def send(self, run: Run, request: OutgoingRequest, max_bytes: int) -> tuple[dict[str, Any], int]:
         """Call the API; return an object of status, headers and body, and the size of the body in bytes."""
-        timeout = self._given.get("timeout") or (request.connection.timeout if request.connection else None)
+        timeout = self.given.get("timeout")
         with run.within(timeout, "", resumed=False) if timeout else _UNBOUND:
             answer = self._fetch(run, request, max_bytes)
-        if not {str(answer.status), f"{answer.status // 100}xx"} & set(map(str, self._given["expect"])):
+        if not {str(answer.status), f"{answer.status // 100}xx"} & set(map(str, self.given["expect"])):
             raise unexpected_answer(self.method, answer)
         try:
             body = read_answer(answer)
@@ -4413,12 +4414,9 @@ class HttpCall:
         return {"status": answer.status, "headers": joined_headers(answer.headers), "body": body}, len(answer.body)
 
     def _fetch(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
-        """The response behind all redirects; a credential that is refused is renewed once for each address."""
+        """The response behind all redirects."""
         for _ in range(_MAX_REDIRECTS + 1):
-            answer = self._fetch_once(run, request, max_bytes)
-            auth = request.connection.auth if request.connection else None
-            if answer.status == 401 and auth is not None and auth.forget():
-                answer = self._fetch_once(run, request, max_bytes)
+            answer = self.exchange(run, request, max_bytes)
             location = header_value(answer.headers, "location")
             if not self._follow or answer.status not in _REDIRECTS or not location:
                 return answer
@@ -4444,26 +4442,23 @@ class HttpCall:
             detail = f"the address that the API names next is refused: {error}"
             raise http_failure(self.method, 502, detail, "next") from None
         if other_origin:
-            request.fixed, request.connection = False, None
+            request.fixed = False
             kept = ("accept", "user-agent", "content-type")
             request.headers = {name: value for name, value in request.headers.items() if name.lower() in kept}
         request.url = url
 
-    def _fetch_once(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
+    def exchange(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
         """The response to one request; raises StepError if there is none."""
-        outside, proven = run.outside, copy.copy(request)
-        proven.headers = dict(request.headers)
-        if request.connection and request.connection.auth:
-            request.connection.auth.apply(run, proven)
+        policy = None if request.fixed else run.outside.policy
         try:
-            return outside.outbound.fetch(
-                proven.method,
-                proven.url,
-                proven.headers,
-                proven.body,
+            return run.outside.outbound.fetch(
+                request.method,
+                request.url,
+                request.headers,
+                request.body,
                 timeout=run.left(),
                 max_bytes=max_bytes,
-                policy=None if proven.fixed else outside.policy,
+                policy=policy,
             )
         except AddressRefused as error:
             # The client must not learn the address of a name in the inner network.
@@ -4486,7 +4481,7 @@ _HTTP = {
     "method": OneOf(*HTTP_METHODS),
     "url": Url("an http or https URL"),
     "connection": Elsewhere("astera_lite_requests:CONNECTION"),
-    "path": Url("a path such as /v1/cities", is_path=True),
+    "path": Elsewhere("astera_lite_requests:PATH"),
     "query": MapOf(Value(), default={}),
     "headers": MapOf(Value(), default={}, check=_framing_header),
     "json": Value(),
@@ -4503,24 +4498,9 @@ _HTTP = {
 
 
 def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
-    for names in (("json", "form", "body"), ("pages", "until")):
-        if len(both := [name for name in names if name in given]) > 1:
-            build.fault(place, f"has {' and '.join(both)}: a step has one of {', '.join(names)}")
-    if "path" in given and "connection" not in given:
-        build.fault(f"{place}/path", "needs a connection: name one, or write the whole address as url")
-    if "every" in given and "until" not in given:
-        build.fault(f"{place}/every", "sets how often `until` is checked, but there is no `until`")
-    if given.get("every", 1) < 0.01:
-        build.fault(f"{place}/every", "must be at least 10ms")
-    call = HttpCall(given, place)
-    for name, runner in (("pages", "astera_lite_requests:all_pages"), ("until", "astera_lite_requests:poll")):
-        if name in given:  # now, because a missing wing must be a fault of the flow
-            return partial(wing(runner), call, given, place)
-
-    def once(run: Run, scope: Scope, path: str) -> dict[str, Any]:
-        return call.send(run, call.request(run, scope), call.limit(run))[0]
-
-    return once
+    rare = given.keys() & {"connection", "path", "pages", "until", "every"}
+    call: Runner = (wing("astera_lite_requests:make_http") if rare else HttpCall)(build, given, place)
+    return call
 
 
 #: Processes that steps have started and that may still run; each has a method `kill`.

@@ -10,6 +10,7 @@ A wing of astera_lite, which loads this file for the first flow or answer that n
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import gzip
 import io
@@ -40,6 +41,7 @@ from astera_lite import (
     Computed,
     Duration,
     ExpressionError,
+    Fetched,
     Flow,
     FlowError,
     FlowFailure,
@@ -54,6 +56,7 @@ from astera_lite import (
     OutgoingRequest,
     Parameter,
     Run,
+    Runner,
     Scope,
     StepError,
     StoredRequest,
@@ -75,6 +78,7 @@ from astera_lite import (
     read_number,
     sha256,
     shown,
+    split_template,
     suggest,
     to_json,
     with_query,
@@ -405,12 +409,12 @@ PAGES = Table(
 )
 
 
-def all_pages(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: Scope, path: str) -> Any:
+def _all_pages(call: HttpCall, run: Run, scope: Scope, path: str) -> dict[str, Any]:
     """Call until there is no further page, or a limit is reached, and return all items.
 
     What is there is kept in `run.reached`, so that a further attempt goes on with the page that failed.
     """
-    pages: _Pages = given["pages"]
+    pages: _Pages = call.given["pages"]
     if path not in run.reached:
         request = call.request(run, scope)
         first = copy.copy(request)
@@ -422,7 +426,7 @@ def all_pages(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, sc
         page_scope = {**scope, "page": output}
         found = pages.items(page_scope)
         if type(found) is not list:
-            raise ExpressionError(f"{place}/pages/items: {kind_of(found)} is not a list")
+            raise ExpressionError(f"{call.place}/pages/items: {kind_of(found)} is not a list")
         got = len(items) + len(found)
         following = pages.following(output, page_scope, got, len(found), count)
         if following is None or count == pages.max_pages or got >= pages.max_items:
@@ -446,8 +450,9 @@ def all_pages(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, sc
 _LONGEST_PAUSE_S = 3600.0
 
 
-def poll(call: HttpCall, given: Mapping[str, Any], place: str, run: Run, scope: Scope, path: str) -> dict[str, Any]:
+def _poll(call: HttpCall, run: Run, scope: Scope, path: str) -> dict[str, Any]:
     """Repeat a call until its answer meets the condition `until`."""
+    given = call.given
     run.wait_until(run.journal.waits.get(path, 0), path)
     while True:
         output, _ = call.send(run, call.request(run, scope), call.limit(run))
@@ -611,28 +616,85 @@ def read_connections(tree: Any) -> dict[str, Connection]:
 
 
 class _ConnectionName(Text):
-    """The name of a connection: compiles to a function that completes a request with that connection."""
-
-    def read(self, build: Build, value: Any, place: str) -> Callable[[Run, OutgoingRequest], None]:
+    def read(self, build: Build, value: Any, place: str) -> Any:
         name = super().read(build, value, place)
         if name is not None and name not in build.connections:
             build.fault(place, f"there is no {shown(name)} in connections.json{suggest(name, build.connections)}")
-        return partial(_connect, name)
-
-
-def _connect(name: str, run: Run, request: OutgoingRequest) -> None:
-    """Put the connection's URL before that of a request, and its headers into it."""
-    outside = run.outside
-    connection = outside.connections.get(name)
-    if connection is None:
-        raise StepError(500, "its connection does not exist any more", f'connection "{name}"', {"missing"})
-    scope = {"env": outside.env, "secrets": outside.secrets}
-    request.connection, request.fixed = connection, True
-    request.url = connection.url(scope)[0].rstrip("/") + request.url
-    request.add_headers(evaluated(connection.headers, scope))
+        return name
 
 
 CONNECTION = _ConnectionName("the name of a connection")
+
+
+class _Path(Url):
+    """A path to append to the URL of a connection."""
+
+    before = "\0/"
+
+    def split(self, url: str) -> list[tuple[bool, str]]:
+        """The parts of the text; raises ValueError if it would change the host of the connection."""
+        if url and not url.startswith(("/", "?")):
+            raise ValueError(f"{shown(url)} must begin with /: it is put behind the connection's url")
+        return split_template(url)
+
+
+PATH = _Path("a path such as /v1/cities")
+
+
+class _ConnectedCall(HttpCall):
+    """A call by a connection, which sees changes of connections.json."""
+
+    def _connection(self, run: Run) -> Connection:
+        connection: Connection | None = run.outside.connections.get(name := self.given["connection"])
+        if connection is None:
+            raise StepError(500, "its connection does not exist any more", f'connection "{name}"', {"missing"})
+        return connection
+
+    def begin(self, run: Run, scope: Scope) -> OutgoingRequest:
+        """A request with the URL and the headers of the connection."""
+        connection, request = self._connection(run), super().begin(run, scope)
+        outer = {"env": run.outside.env, "secrets": run.outside.secrets}
+        request.url, request.fixed = connection.url(outer)[0].rstrip("/") + request.url, True
+        request.add_headers(evaluated(connection.headers, outer))
+        return request
+
+    def send(self, run: Run, request: OutgoingRequest, max_bytes: int) -> tuple[dict[str, Any], int]:
+        """Call the API within the time limit of the connection, unless the step has its own."""
+        timeout = None if "timeout" in self.given else self._connection(run).timeout
+        with run.within(timeout, "", resumed=False) if timeout else contextlib.nullcontext():
+            return super().send(run, request, max_bytes)
+
+    def exchange(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
+        """The response to one request; refused credentials are renewed once. Another origin gets none."""
+        auth = self._connection(run).auth if request.fixed else None
+        if auth is None:
+            return super().exchange(run, request, max_bytes)
+        for _ in range(2):
+            proven = copy.copy(request)
+            proven.headers = dict(request.headers)
+            auth.apply(run, proven)
+            answer = super().exchange(run, proven, max_bytes)
+            if answer.status != 401 or not auth.forget():
+                break
+        return answer
+
+
+def make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
+    """The runner of an `http` step with a connection, `pages` or `until`."""
+    if "pages" in given and "until" in given:
+        build.fault(place, "has pages and until: a step has one of pages, until")
+    if "path" in given and "connection" not in given:
+        build.fault(f"{place}/path", "needs a connection: name one, or write the whole address as url")
+    if "every" in given and "until" not in given:
+        build.fault(f"{place}/every", "sets how often `until` is checked, but there is no `until`")
+    if given.get("every", 1) < 0.01:
+        build.fault(f"{place}/every", "must be at least 10ms")
+    if "connection" in given:
+        address = given.get("path", lambda scope: ("", True))
+        call: HttpCall = _ConnectedCall(build, {"url": address, **given}, place)
+    else:
+        call = HttpCall(build, given, place)
+    return partial(_all_pages, call) if "pages" in given else partial(_poll, call) if "until" in given else call
 
 
 class _Page(Table):
