@@ -12,12 +12,14 @@ import keyword
 import os
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from astera_lite import (
     EXPRESSION_FILE,
+    INT64,
+    LENIENT_DECODER,
     QUOTED,
     WINGS,
     FlowFailure,
@@ -26,6 +28,7 @@ from astera_lite import (
     StepError,
     from_json,
     is_flow_file,
+    members_of,
     pointer,
     read_text,
 )
@@ -186,13 +189,22 @@ def on_segment(segment: str) -> str:
     return ": a parameter is a whole segment in braces, such as /x/{id}" if braces else ": percent-encode the rest"
 
 
-def on_body(body: bytes) -> str:
-    """What a shell may have done to JSON on a command line."""
+def on_body(body: bytes) -> tuple[str, str]:
+    """The place of an integer beyond 64 bits, and what a shell may have done to JSON on a command line."""
     if body[:1] == b"'":
-        return '; it begins with \', which shells of Windows do not remove: write "{\\"name\\": \\"Ada\\"}"'
+        return "", '; it begins with \', which shells of Windows do not remove: write "{\\"name\\": \\"Ada\\"}"'
     if re.match(rb"[ \t\r\n]*\{[ \t\r\n]*[A-Za-z_]", body):
-        return '; a shell may have taken its double quotes: write \\" for each, or send a file with -d @body.json'
-    return ""
+        return "", '; a shell may have taken its double quotes: write \\" for each, or send a file with -d @body.json'
+    with contextlib.suppress(ValueError):
+        return next(_large_integers(from_json(body, LENIENT_DECODER), ""), ""), ""
+    return "", ""
+
+
+def _large_integers(value: Any, place: str) -> Iterator[str]:
+    if type(value) is int and value not in INT64:
+        yield place
+    for key, item in members_of(value):
+        yield from _large_integers(item, f"{place}/{pointer(str(key))}")
 
 
 _STRAY_SUFFIX = re.compile(r"\.(ya?ml|json[c5]|(json|toml)(\.txt)?)$", re.IGNORECASE)
