@@ -2979,17 +2979,6 @@ class OneOf(Member):
         self.cure = lambda value: suggest(str(value), words)
 
 
-def _parse_time(value: Any) -> int:
-    """Milliseconds since the epoch from an RFC 3339 text or a number of seconds."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e10:
-        return round(value * 1000)
-    try:
-        text = VALUE_TYPES["date-time"].parse(str(value))
-        return round(datetime.datetime.fromisoformat(text.upper()).timestamp() * 1000)
-    except ValueError:
-        raise ValueError(f"{shown(value)} is not a time such as 2026-11-23T20:31:05Z") from None
-
-
 def _is_status_word(value: Any) -> bool:
     return type(value) in (int, str) and re.fullmatch("[1-5]([0-9]{2}|xx)", str(value)) is not None
 
@@ -2998,7 +2987,6 @@ _JSON_NUMBER_OR_TEXT = {"type": ["number", "string"]}
 Flag = partial(Member, holds=lambda value: type(value) is bool, word="true or false", json={"type": "boolean"})
 Duration = partial(Member, parse=parse_duration, word="a duration such as 250ms, 30s, 5m", json=_JSON_NUMBER_OR_TEXT)
 Size = partial(Member, parse=parse_size, word="a size such as 64KiB, 10MiB", json=_JSON_NUMBER_OR_TEXT)
-_TIME = Member(parse=_parse_time, word="a time such as 2026-11-23T20:31:05Z", json=_JSON_NUMBER_OR_TEXT)
 _STATUS_WORD = Member(holds=_is_status_word, word='a status such as 200 or "2xx"', json=_JSON_NUMBER_OR_TEXT)
 
 
@@ -4175,15 +4163,14 @@ def _make_fail(build: Build, given: dict[str, Any], place: str) -> Runner:
 
 
 def _make_wait(build: Build, given: Any, place: str) -> Runner:
-    until: Template | None = given["until"] if isinstance(given, dict) else None
+    if not isinstance(given, Template):  # the runner of `until`
+        return cast(Runner, given)
 
     def wait(run: Run, scope: Scope, path: str) -> None:
-        clock, end = run.outside.clock, run.journal.waits.get(path)
+        end = run.journal.waits.get(path)
         try:
-            if until is not None:  # computed again after a suspension, because the system's clock may have jumped
-                end = _parse_time(run.evaluated_once(until, scope, journal_key(path, "time"))) - clock.offset
-            elif end is None:
-                end = clock.now() + round(parse_duration(given(scope)) * 1000)
+            if end is None:
+                end = run.outside.clock.now() + round(parse_duration(given(scope)) * 1000)
         except ValueError as error:
             raise ExpressionError(f"{place}: {error}") from None
         run.wait_until(end, path)
@@ -4518,7 +4505,6 @@ class StepName(Text):
         return str(value)
 
 
-_WAIT = Either(Computed(Duration()), Table({"until": Computed(_TIME, required=True)}))
 #: All kinds of steps.
 STEP_KINDS: dict[str, StepKind] = {
     "http": StepKind(
@@ -4555,7 +4541,11 @@ STEP_KINDS: dict[str, StepKind] = {
         nests=True,
     ),
     "call": StepKind(Elsewhere("astera_lite_steps:CALL"), None, "runs another flow", answers=True, nests=True),
-    "wait": StepKind(_WAIT, _make_wait, "waits for a duration, or until a time"),
+    "wait": StepKind(
+        Either(Computed(Duration()), Elsewhere("astera_lite_steps:UNTIL")),
+        _make_wait,
+        "waits for a duration, or until a time",
+    ),
     "respond": StepKind(
         Table(_ANSWER, _make_response), _make_respond, "responds at once; the steps after it do not run", light=True
     ),
@@ -4956,39 +4946,15 @@ def is_flow_file(name: str) -> bool:
     return name.endswith((".json", ".toml")) and name[0] != "." and name != CONNECTIONS_FILE
 
 
-def _toml_as_json(value: Any, place: str) -> Any:
-    """A TOML value as JSON, with dates as text. Raises ValueError for numbers that JSON lacks."""
-    if place.count("/") > MAX_JSON_DEPTH:
-        raise RecursionError
-    if isinstance(value, dict):
-        return {name: _toml_as_json(item, f"{place}/{pointer(name)}") for name, item in value.items()}
-    if isinstance(value, list):
-        return [_toml_as_json(item, f"{place}/{at}") for at, item in enumerate(value)]
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{place}: {value} is not a JSON number")
-    return value
-
-
 def parse_flow_text(text: str, file_name: str) -> Any:
     """The tree of a flow file, JSON or TOML by its name; FlowError names line and column of an error in the syntax."""
     try:
-        if not file_name.endswith(".toml"):
-            return from_json(text)
-        import tomllib  # noqa: PLC0415 (most flows are JSON)
-
-        return _toml_as_json(tomllib.loads(text), "")
+        return wing("astera_lite_steps:from_toml")(text) if file_name.endswith(".toml") else from_json(text)
     except json.JSONDecodeError as error:
         place, message = f"line {error.lineno}, column {error.colno}", f"is not JSON: {error.msg}"
         message += optional("astera_lite_advice:on_json", error)
-    except RecursionError:
-        place, message = "", f"it is nested deeper than {MAX_JSON_DEPTH} levels"
-    except ValueError as error:  # TOMLDecodeError is one; it names line and column itself
+    except ValueError as error:
         message, _, place = str(error).removesuffix(")").partition(" (at ")
-        if file_name.endswith(".toml"):
-            cure = ": text stands in quotes there" if "Invalid value" in message else ""
-            message = f"is not TOML: {message}{cure}"
     raise FlowError([Fault(file_name, place, message)])
 
 
@@ -5010,7 +4976,9 @@ def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
     try:
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # a pipe would be waited for
             raise OSError("it is not a regular file")
-        return parse_flow_text(read_text(path), name)
+        text = read_text(path)
+        with _faults_of(name):
+            return parse_flow_text(text, name)
     except FileNotFoundError:
         if not os.path.islink(path):
             raise

@@ -1,4 +1,4 @@
-"""The steps choose, each, call and sql; the tests that flows have.
+"""The steps choose, each, call and sql; `until` of a wait; the tests that flows have; flow files in TOML.
 
 A wing of astera_lite, which loads this file when one of them is first wanted.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import itertools
+import math
 import os
 import re
 import sqlite3
@@ -19,11 +21,14 @@ from typing import Any, NamedTuple
 from astera_lite import (
     FLOW_NAME,
     INT64,
+    MAX_JSON_DEPTH,
+    VALUE_TYPES,
     Answer,
     Answered,
     Build,
     Cancel,
     Cancelled,
+    Computed,
     Condition,
     Either,
     ExpressionError,
@@ -262,6 +267,34 @@ def _way(flows: Mapping[str, Flow], start: str, end: str) -> list[str]:
         seen |= called
         ways += [[*way, name] for name in sorted(called)]
     return []
+
+
+def _parse_time(value: Any) -> int:
+    """Milliseconds since the epoch from an RFC 3339 text or a number of seconds."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e10:
+        return round(value * 1000)
+    try:
+        text = VALUE_TYPES["date-time"].parse(str(value))
+        return round(datetime.datetime.fromisoformat(text.upper()).timestamp() * 1000)
+    except ValueError:
+        raise ValueError(f"{shown(value)} is not a time such as 2026-11-23T20:31:05Z") from None
+
+
+def _make_until(build: Build, given: dict[str, Any], place: str) -> Runner:
+    until: Template = given["until"]
+
+    def wait(run: Run, scope: Scope, path: str) -> None:
+        try:  # computed again after a suspension, because the system's clock may have jumped
+            end = _parse_time(run.evaluated_once(until, scope, journal_key(path, "time"))) - run.outside.clock.offset
+        except ValueError as error:
+            raise ExpressionError(f"{place}: {error}") from None
+        run.wait_until(end, path)
+
+    return wait
+
+
+_TIME = Member(parse=_parse_time, word="a time such as 2026-11-23T20:31:05Z", json={"type": ["number", "string"]})
+UNTIL = Table({"until": Computed(_TIME, required=True)}, _make_until)
 
 
 # A statement's parts in which a mark is no parameter, and the marks of parameters (SQLite, "lang_expr").
@@ -504,3 +537,30 @@ def _unlike(expected: Any, found: Any, place: str) -> list[str]:
         want, got = ("nothing" if side is _NOTHING else shown(side, 200) for side in (expected, found))
         return [f"{place}: expected {want}, got {got}"]
     return [line for name, want, got in pairs for line in _unlike(want, got, f"{place}/{pointer(str(name))}")]
+
+
+def from_toml(text: str) -> Any:
+    """The value of a TOML text as JSON, with dates as text; the message of a ValueError ends with the place."""
+    import tomllib  # noqa: PLC0415 (most flows are JSON)
+
+    try:
+        return _as_json(tomllib.loads(text), "")
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH} levels") from None
+    except ValueError as error:
+        message = str(error).replace("Invalid value", "Invalid value: text stands in quotes there")
+        raise ValueError(f"is not TOML: {message}") from None
+
+
+def _as_json(value: Any, place: str) -> Any:
+    if place.count("/") > MAX_JSON_DEPTH:
+        raise RecursionError
+    if isinstance(value, dict):
+        return {name: _as_json(item, f"{place}/{pointer(name)}") for name, item in value.items()}
+    if isinstance(value, list):
+        return [_as_json(item, f"{place}/{at}") for at, item in enumerate(value)]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place}: {value} is not a JSON number")
+    return value

@@ -273,6 +273,7 @@ STEPS = {
     "choose": {"choose": [{"steps": [{"name": "t", "set": 1}]}]},
     "each": {"each": {"of": [], "steps": [{"name": "t", "set": 1}]}},
     "call": {"call": "hello"},
+    "until_then": {"wait": {"until": "2026-11-23T20:31:05Z"}},
     "pages": {"http": {"url": "http://127.0.0.1/", "pages": {"link": True}}},
     "until": {"http": {"url": "http://127.0.0.1/", "until": "${answer.body}"}},
 }
@@ -283,16 +284,17 @@ def test_a_flow_without_its_wing_is_a_fault_and_the_others_are_served(alone: Pat
         flow = get_flow(f"/{name}", steps=[{"name": "s", **step}])
         (alone / "flows" / f"{name}.json").write_text(astera_lite.to_json(flow))
     (alone / "flows" / "connections.json").write_text("{}")
+    (alone / "flows" / "plain.toml").write_text("")
     shutil.copy(ROOT / "astera_lite_admin.py", alone)
     with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, _):
         found = Api(url).session.get(f"{url}/api/deployments", timeout=10).json()
         told = {fault["file"]: fault["message"] for fault in found["faults"]}
         wings = dict.fromkeys(("pages", "until", "connections"), "requests")
         wings |= dict.fromkeys(("python", "run"), "python")
+        files = {f"{name}.json": wings.get(name, "steps") for name in (*STEPS, "connections")} | {"plain.toml": "steps"}
         assert told == {
-            f"{name}.json": f"cannot be deployed: astera_lite_{wing}.py is missing: copy it beside astera_lite.py"
-            for name in (*STEPS, "connections")
-            for wing in [wings.get(name, "steps")]
+            file: f"cannot be deployed: astera_lite_{wing}.py is missing: copy it beside astera_lite.py"
+            for file, wing in files.items()
         }
         assert {each["name"] for each in found["deployments"]} >= {"hello", "order", "slow", "weather"}
 
