@@ -30,8 +30,6 @@ text (`"astera_lite_tools:run_command"`) and loads it on first use. Without wing
 whole server. The docstring of each wing says what it holds.
 """
 
-from __future__ import annotations
-
 import sys
 
 if sys.version_info < (needed := (3, 11)):  # Astera Lite needs Python 3.11 or later. 3.7 and older show this line
@@ -209,7 +207,7 @@ class NotFound(AsteraError):
 class Conflict(AsteraError):
     """The state does not allow this; `status` is 409, 412 for a precondition, 422 for a reused idempotency key."""
 
-    def __init__(self, detail: str, status: int = 409, job: Status | None = None) -> None:
+    def __init__(self, detail: str, status: int = 409, job: "Status | None" = None) -> None:
         super().__init__(detail)
         self.status = status
         self.headers = () if job is None else (("Job-Status", job.value),)
@@ -425,7 +423,7 @@ class JobKey(NamedTuple):
         return self.seq >> 12
 
     @classmethod
-    def parse(cls, text: str) -> JobKey | None:
+    def parse(cls, text: str) -> "JobKey | None":
         """The key of a well-formed UUIDv7 in either case, else None."""
         if not _ID.fullmatch(text.lower()):
             return None
@@ -999,7 +997,7 @@ class Settings(NamedTuple):
         environ: Mapping[str, str] | None = None,
         flags: Mapping[str, str] | None = None,
         **keywords: Any,
-    ) -> Settings:
+    ) -> "Settings":
         """Settings from a TOML file, the environment, flags and keywords; the later source wins.
 
         A value may be text ("24h") or parsed (86400). Raises ConfigError with every fault.
@@ -1110,7 +1108,7 @@ class Outcome(NamedTuple):
     @classmethod
     def failed(
         cls, code: str, status: int, detail: str, reason: str = "", headers: Pairs = (), **members: Any
-    ) -> Outcome:
+    ) -> "Outcome":
         """An Error whose response is a problem document with this status and detail."""
         error = problem(status, detail, code=code, **members)
         headers = with_owed(status, (("Content-Type", "application/problem+json"), *headers))
@@ -1127,7 +1125,7 @@ class Delivery(NamedTuple):
     next_at: int | None = None
     body: str = ""
     tries: int = 0  # attempts since the last resend, which determine the next pause
-    trace: Trace | None = None  # set when the callback is due
+    trace: "Trace | None" = None  # set when the callback is due
 
 
 class Attempt(NamedTuple):
@@ -2327,7 +2325,7 @@ class _FinalAnswer(http.client.HTTPResponse):
 
 
 @lru_cache(maxsize=1)
-def _opener() -> urllib.request.OpenerDirector:
+def _opener() -> "urllib.request.OpenerDirector":
     """The opener of all requests, with one handler: no proxies, redirects, cookies or other schemes.
 
     Every request has the stream of an open connection in its attribute `stream`.
@@ -2397,7 +2395,7 @@ class Outbound:
     """The HTTP client: one connection for each request."""
 
     @cached_property
-    def _tls(self) -> ssl.SSLContext:
+    def _tls(self) -> "ssl.SSLContext":
         import ssl  # noqa: PLC0415 (3 MB that a server without https requests never needs)
 
         return ssl.create_default_context()
@@ -2628,9 +2626,9 @@ class Schema:
     """A compiled schema of a parameter or a body: a subset of JSON Schema."""
 
     types: Sequence[str] = ()  # empty: any
-    items: Schema | None = None
+    items: "Schema | None" = None
     required: Sequence[str] = ()
-    additional: bool | Schema = True
+    additional: "bool | Schema" = True
     has_default = False
     default: Any = None
 
@@ -2789,7 +2787,7 @@ def _read_body(body: bytes, media: str) -> Any:
         raise ValueError(error.errors[0]["name"] + ": " + error.errors[0]["message"]) from None
 
 
-def _bind_body(flow: Flow, request: StoredRequest, errors: InputErrors) -> Any:
+def _bind_body(flow: "Flow", request: StoredRequest, errors: InputErrors) -> Any:
     """The value of a request's body; raises InputError (415) for a type that the flow does not accept."""
     if not request.body:
         if flow.body_required:
@@ -2875,7 +2873,9 @@ STEP_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 class Build:
     """The state of the compilation of a flow: faults so far, and the names that expressions may use."""
 
-    def __init__(self, where: str, step: Member, folder: str | None = None, connections: Collection[str] = ()) -> None:
+    def __init__(
+        self, where: str, step: "Member", folder: str | None = None, connections: Collection[str] = ()
+    ) -> None:
         self.where, self.folder, self.connections = where, folder, connections
         self.step = step  # compiles a step
         self.faults: list[Fault] = []
@@ -3190,7 +3190,7 @@ class StepKind(Member):
     def __init__(self, members: Member, make: Any, word: str, **traits: Any) -> None:
         super().__init__(members=members, make=make, word=word, **traits)
 
-    def read(self, build: Build, value: Any, place: str) -> tuple[StepKind, Any, bool]:
+    def read(self, build: Build, value: Any, place: str) -> "tuple[StepKind, Any, bool]":
         before, volatile, build.volatile = len(build.faults), build.volatile, False
         run = self.members.read(build, value, place)
         if self.make is not None and len(build.faults) == before:
@@ -3692,7 +3692,7 @@ class Run:
         its_id = str(self.input.request["id"])
         return about("job" if JobKey.parse(its_id) else "request", its_id, self.flow.name, self.input.trace)
 
-    def branch(self, **changes: Any) -> Run:
+    def branch(self, **changes: Any) -> "Run":
         """A part of this run, with the same deadlines; `changes` are attributes that differ."""
         part = copy.copy(self)
         vars(part).update(changes)
@@ -8321,7 +8321,7 @@ def token_digest(token: str) -> bytes:
     return sha256(token.encode("utf-8", "replace"))
 
 
-def _is_followed_link(head: Head) -> bool:
+def _is_followed_link(head: "Head") -> bool:
     """Whether a person follows a link to a read-only page: a navigation of a whole window (Fetch Metadata)."""
     sent = head.headers
     window = sent.get("sec-fetch-mode") == "navigate" and sent.get("sec-fetch-dest", "document") == "document"
@@ -8357,7 +8357,7 @@ class Access:
         origin = headers.get("origin")
         return origin if origin in self.origins else None
 
-    def check_origin(self, head: Head, base: str) -> None:
+    def check_origin(self, head: "Head", base: str) -> None:
         """Raise AccessError for a host name that is not the server's, and for a page of another site.
 
         `base` is the origin by which the request addresses this server.
@@ -8838,7 +8838,7 @@ class UnknownJob(NotFound):
         self.members = {"id": self.id, "reason": self.reason, "jobStatus": Status.UNKNOWN.value}
 
 
-def error_response(x: Exchange, error: Exception) -> Reply:
+def error_response(x: "Exchange", error: Exception) -> Reply:
     """The problem document (RFC 9457) for an error; an unforeseen error is a 500 that reveals nothing internal."""
     headers = [PROBLEM_TYPE, NO_STORE]
     if x.head.path.startswith(tuple(PREFIXES.values())):
@@ -8871,9 +8871,9 @@ class Route(NamedTuple):
 
     method: str
     path: str
-    handle: Callable[[Exchange], Reply | None]
+    handle: "Callable[[Exchange], Reply | None]"
     is_open: bool = False  # needs no token
-    check: Callable[[Exchange], None] | None = None  # raises the error that refuses the request before its body is read
+    check: "Callable[[Exchange], None] | None" = None  # raises the error that refuses a request before its body is read
     slow: bool = False  # takes longer than a look-up, and so runs on another thread than the loop's
 
 
@@ -8893,7 +8893,7 @@ class Exchange:
     answered = False
     on_close: Callable[[], None] | None = None  # called if the client closes the connection before the answer
 
-    def __init__(self, handler: Handler, head: Head) -> None:
+    def __init__(self, handler: "Handler", head: Head) -> None:
         self.app, self.request_id = handler.server.app, handler.server.next_request_id()
         self.head = head
         self.values: dict[str, str] = {}  # of the path's placeholders
@@ -9470,10 +9470,10 @@ class Handler(BaseRequestHandler):
     only `proceed` calls one after the other.
     """
 
-    server: Server
+    server: "Server"
     request: socket.socket
 
-    def __init__(self, request: socket.socket, client_address: Any, server: Server) -> None:
+    def __init__(self, request: socket.socket, client_address: Any, server: "Server") -> None:
         # without the base class's, which would serve the connection to its end
         self.request, self.client_address, self.server = request, client_address, server
         settings = server.settings
