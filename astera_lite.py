@@ -20,10 +20,9 @@ The rooms of the module, bottom up; each uses only what stands above it:
     11 Service             Application: the server without HTTP; Deployer and Jobs, its parts
     12 Access              tokens, Host and Origin rules
     13 Wire                bytes <-> requests and responses, strict, without sockets
-    14 Documents           an example request to each flow, and the lines that a server prints at its start
-    15 Routes              the ROUTES table and its functions
-    16 Loop                Handler and Server: every socket, every deadline of a connection
-    17 Command line        serve, signals, logging, main(); the arguments of a plain serve
+    14 Routes              the ROUTES table and its functions
+    15 Loop                Handler and Server: every socket, every deadline of a connection
+    16 Command line        serve, signals, logging, main(); the arguments of a plain serve
 
 Parts that a server needs only for some features are in wings, files beside this one. This file names a wing only as
 text (`"astera_lite_tools:run_command"`) and loads it on first use. Without wings, this file and `schema.sql` are a
@@ -321,11 +320,9 @@ def reason_of(error: Exception) -> str:
 
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql", "schema_postgres.sql")  # files that the module needs beside it
-_WINGS = (
-    "admin", "advice", "documents", "import", "nodes", "postgres", "python", "requests", "steps", "tls", "tools"
-)  # fmt: skip
+_WINGS = "admin advice documents import nodes notices postgres python requests steps tls tools"
 #: The wings: files of the module that a server loads on first use.
-WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS)
+WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS.split())
 #: The folder of this file, as given and with links resolved. Kept, because a program may change its working folder.
 _HOME = [os.path.dirname(path) for path in (os.path.abspath(__file__), os.path.realpath(__file__))]
 _loading = threading.RLock()  # held while a wing is loaded, so that no other thread finds it half loaded
@@ -376,7 +373,12 @@ def optional(name: str, *arguments: Any) -> Any:
 
 def late(name: str) -> Callable[..., Any]:
     """A function of a wing, for a table: the wing is loaded when the function is first called."""
-    return lambda *arguments, **keywords: wing(name)(*arguments, **keywords)
+
+    def function(*arguments: Any, **keywords: Any) -> Any:
+        """See the wing."""
+        return wing(name)(*arguments, **keywords)
+
+    return function
 
 
 def is_postgres(database: str) -> bool:
@@ -1312,6 +1314,11 @@ def as_text(value: Any) -> str:
     if type(value) in (list, tuple, dict):
         check_written(value)
     return to_json(value)
+
+
+def as_texts(value: Any) -> list[str]:
+    """The value of a parameter as texts: one for each item of a list, otherwise one."""
+    return [as_text(item) for item in value] if isinstance(value, list) else [as_text(value)]
 
 
 def as_bytes(value: Any) -> bytes:
@@ -8702,103 +8709,19 @@ def response_head(
 
 
 # ======================================================================================================================
-# 14 Documents
-# To add a document: a pure function of the deployments in astera_lite_documents, and a row in ROUTES or COMMANDS.
+# 14 Routes
+# To add a route: a function of an Exchange and a row in ROUTES.
 # ======================================================================================================================
 
-
+#: Where each mode of a flow is published.
+PREFIXES = {"synchronous": "/api/publishing", "asynchronous": "/api/publishingAsync"}
 SELECTING = {
     "cursor": "the next page, as the last answer gave it",
     "sort_by": "fields to sort by, comma-separated, - for descending",
 }
 MAX_SORTED = 8  # fields of `sort_by`, where any field may be one
 FILTERING = "only rows whose field of this name has this value"
-#: Where each mode of a flow is published.
-PREFIXES = {"synchronous": "/api/publishing", "asynchronous": "/api/publishingAsync"}
-
-
-def as_texts(value: Any) -> list[str]:
-    """The value of a parameter as texts: one for each item of a list, otherwise one."""
-    return [as_text(item) for item in value] if isinstance(value, list) else [as_text(value)]
-
-
-_SAMPLES = {"boolean": True, "null": None, "date": "2026-01-31", "date-time": "2026-01-31T12:00:00Z"}
-
-
-def sample_value(spec: Mapping[str, Any], name: str) -> Any:
-    """A value for a schema of a flow file: the example, the default, or an invented one, which a pattern may refuse."""
-    for given in ("example", "default"):
-        if given in spec:
-            return spec[given]
-    if spec.get("enum"):
-        return spec["enum"][0]
-    kinds = spec.get("type") or ("object" if "properties" in spec else "string")
-    kind = kinds[0] if isinstance(kinds, list) else kinds
-    least = max(spec.get("minLength", 0), spec.get("minItems", 0))
-    if kind in ("integer", "number"):
-        low = spec.get("minimum", min(1, spec.get("maximum", 1)))
-        return math.ceil(low) if kind == "integer" else low
-    if kind == "array":
-        return [sample_value(spec.get("items", {}), name)] * max(least, 1)
-    if kind == "object":
-        known, required = spec.get("properties", {}), spec.get("required")
-        needed = required if isinstance(required, list) else []
-        members = dict.fromkeys([*needed, *(member for member, item in known.items() if "example" in item)]) or known
-        return {member: sample_value(known.get(member, {}), member) for member in members}
-    return name.ljust(least, "x")[: spec.get("maxLength", len(name) + least)] if kind == "string" else _SAMPLES[kind]
-
-
-def example_request(flow: Flow) -> dict[str, Any]:
-    """An example of a request: the path with its query, the required headers, the body as a JSON value."""
-    request = flow.tree["request"]
-    texts: dict[str, dict[str, list[str]]] = {"path": {}, "query": {}, "header": {}}
-    for item in flow.parameters:
-        if item.required or item.where == "path":
-            value = sample_value(request.get("parameters", {}).get(item.name, {}), item.name)
-            texts[item.where][item.name] = as_texts(value)
-
-    def quoted(words: Iterable[str]) -> str:
-        return ",".join(urllib.parse.quote(word, safe="") for word in words)
-
-    parts = [quoted(texts["path"][part[1:-1]]) if part[0] == "{" else part for part in flow.segments]
-    query = "&".join(f"{quoted([name])}={quoted(words)}" for name, words in texts["query"].items())
-    return {
-        "path": "/" + "/".join(parts) + ("?" + query if query else ""),
-        "headers": {name: ",".join(words) for name, words in texts["header"].items()},
-        "body": sample_value(request.get("body") or {}, "text") if flow.content_types else None,
-    }
-
-
-def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
-    """A line for each published endpoint: the flow, the mode, and arguments for curl."""
-
-    def word(text: str) -> str:
-        """A word of a shell, always in quotes."""
-        return "'" + text.replace("'", r"'\''") + "'"
-
-    rows = []
-    for flow in sorted(deployments.by_name.values(), key=lambda flow: flow.name):
-        example = example_request(flow)
-        more = [f" -H {word(f'{name}: {value}')}" for name, value in example["headers"].items()]
-        if flow.body_required:
-            media, body = flow.content_types[0], example["body"]
-            if media == CONTENT_TYPES["form"] and isinstance(body, dict):
-                text = urllib.parse.urlencode([(name, text) for name, item in body.items() for text in as_texts(item)])
-            else:
-                text = json.dumps(body, ensure_ascii=False) if is_json_type(media) else as_text(body)
-            more.append(f" -H {word(f'Content-Type: {media}')} --data-raw {word(text)}")
-        method = "" if flow.method == "GET" else f"-X {flow.method} "
-        for mode in (mode for mode in MODES if mode in flow.modes):
-            rows.append((flow.name, mode, method + word(base + PREFIXES[mode] + example["path"]) + "".join(more)))
-    width = max((len(name) for name, _, _ in rows), default=0)
-    return [f"  {name:<{width}}  {mode:<12}  {line}" for name, mode, line in rows]
-
-
-# ======================================================================================================================
-# 15 Routes
-# To add a route: a function of an Exchange and a row in ROUTES.
-# ======================================================================================================================
-
+example_request, sample_value = late("astera_lite_notices:example_request"), late("astera_lite_notices:sample_value")
 NO_STORE = ("Cache-Control", "no-store")
 REVALIDATED = ("Cache-Control", "private, no-cache")
 JSON_TYPE = ("Content-Type", "application/json")
@@ -9427,7 +9350,7 @@ def route_request(x: Exchange, access: Access) -> None:
 
 
 # ======================================================================================================================
-# 16 Loop
+# 15 Loop
 # One thread serves every socket. Other threads pass their responses to it by `Server.post`, which wakes the selector.
 # ======================================================================================================================
 
@@ -10163,7 +10086,7 @@ class Server(ThreadingHTTPServer):
 
 
 # ======================================================================================================================
-# 17 Command line
+# 16 Command line
 # This room has the command `serve`. All other commands, and --help, are in astera_lite_tools.
 # To add a command: a function and a row in COMMANDS there.
 # ======================================================================================================================
@@ -10237,21 +10160,6 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-class _JsonLines(logging.Formatter):
-    """One JSON object on each line; further members come from `about` and `Exchange.about`."""
-
-    _MEMBERS = ("request", "method", "path", "status", "ms", "client", "token", "job", "flow", "step", "trace")
-
-    def format(self, record: logging.LogRecord) -> str:
-        entry: dict[str, Any] = {"time": timestamp(int(record.created * 1000)), "level": record.levelname.lower()}
-        entry["message"] = log_message(record)
-        given = {name: value for name in self._MEMBERS if (value := getattr(record, name, None)) is not None}
-        entry |= {name: it if isinstance(it, str | int | float) else shown(it) for name, it in given.items()}
-        if record.exc_info:
-            entry["exception"] = record.exc_text or self.formatException(record.exc_info)
-        return json.dumps(entry)  # in ASCII: other characters may break or reverse a line
-
-
 class _TextLines(logging.Formatter):
     """Time, level and message. Text from outside cannot begin a new line."""
 
@@ -10267,7 +10175,7 @@ def _log_handler(settings: Settings) -> logging.Handler:
     if settings.log == "off":
         return logging.NullHandler()
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonLines() if settings.log == "json" else _TextLines())
+    handler.setFormatter(wing("astera_lite_notices:JsonLines")() if settings.log == "json" else _TextLines())
     return handler
 
 
@@ -10329,40 +10237,6 @@ def _set_up_process(settings: Settings) -> None:
         rlimits.setrlimit(rlimits.RLIMIT_NOFILE, (allowed, hard))
 
 
-def _announce(server: Server, stderr: Stderr) -> None:
-    """Print the endpoints, the console and the address."""
-    base = server.base or server.url
-    published = endpoint_lines(server.app.deployments, base)
-    console_line = [f"console: {base}/"]
-    try:
-        for name in ("console.html", "astera_lite_admin.py"):
-            resource(name)
-    except ConfigError:  # they were not copied
-        console_line = []
-    if server.settings.log == "json":
-        for line in [*(f"published: {' '.join(line.split())}" for line in published), *console_line]:
-            log.info("%s", line)
-    else:
-        head = "published:" if published else "published: no flow; `new NAME` writes a first flow"
-        stderr.write("\n".join([head, *published, *console_line, ""]))
-    stderr.write(f"listening on {server.url}\n")  # one write, so that no line of the log gets into it
-    notify(f"READY=1\nSTATUS=listening on {server.url}")
-
-
-def _log_stopping(app: Application, again: str) -> None:
-    running = app.engine.queue.running()
-    jobs = sum(entry.number >= 0 for entry in running)
-    counts = [(jobs, "job"), (len(running) - jobs, "request")]
-    what = " and ".join(f"{count} {noun}{'s' * (count > 1)}" for count, noun in counts if count)
-    if what:
-        flows = shown(", ".join(sorted({entry.flow for entry in running})), 200)[1:-1]
-        wait = app.settings.shutdown_timeout
-        what = f": waiting up to {wait:g} s for {what} ({flows}); {again} stops at once"
-        where = "on another server" if app.node else "at the next start"
-        what += f"; unfinished jobs run again {where}" if jobs else ""
-    log.info("stopping%s", what)
-
-
 def _reload(app: Application) -> None:
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
@@ -10382,7 +10256,8 @@ def _install_signals(app: Application, server: Server) -> Callable[[], bool]:
             kill_children()
             os._exit(0)  # acknowledged jobs are on disk
         stop_by = time.monotonic() + app.settings.shutdown_timeout + 5
-        server.post(lambda: _log_stopping(app, "Ctrl-C again" if number == signal.SIGINT else "a second signal"))
+        again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+        server.post(lambda: log.info("stopping%s", optional("astera_lite_notices:on_stopping", app, again)))
         server.request_stop()
         notify("STOPPING=1")
 
@@ -10422,8 +10297,10 @@ def serve(settings: Settings) -> int:
         print(f"cannot listen on {address}: {reason_of(error)}; choose another --port", file=sys.stderr)
         return 3
     overdue = _install_signals(app, server)
+    stderr.write(optional("astera_lite_notices:announcement", server))
     _settle()
-    _announce(server, stderr)
+    stderr.write(f"listening on {server.url}\n")  # one write, so that no line of the log gets into it
+    notify(f"READY=1\nSTATUS=listening on {server.url}")
     if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
         # by way of the housekeeper and the loop, which proves that both are alive
         app.housekeeper.chores.insert(0, partial(server.post, partial(notify, "WATCHDOG=1")))

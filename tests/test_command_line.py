@@ -1,4 +1,4 @@
-"""Room 17: the program as its users start it, in processes of its own."""
+"""Room 16: the program as its users start it, in processes of its own."""
 
 from __future__ import annotations
 

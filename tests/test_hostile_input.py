@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from support import EVERYTHING, Running, get_flow, process, running, talk
 
 import astera_lite
+import astera_lite_notices
 from astera_lite import Flow, from_json, parse_prefer, unquote
 from astera_lite_requests import Pattern
 
@@ -418,7 +419,7 @@ def test_preferences_never_fail(text: str) -> None:
 _FORGING = "x\r\n2026-11-23T00:00:00.000Z error   forged\u2028\u2029\x85\x1b[31m\u202e\x00\x7f\ud800"
 
 
-@pytest.mark.parametrize("formatter", [astera_lite._TextLines(), astera_lite._JsonLines()])
+@pytest.mark.parametrize("formatter", [astera_lite._TextLines(), astera_lite_notices.JsonLines()])
 def test_no_line_of_the_log_is_forged(formatter: logging.Formatter) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="")
     handler = logging.StreamHandler(stream)
@@ -434,7 +435,7 @@ def test_no_line_of_the_log_is_forged(formatter: logging.Formatter) -> None:
     assert not re.search(r"[^\n\x20-\x7e]", written)
     lines = written.removesuffix("\n").split("\n")
     assert [line for line in lines if not line.startswith("    ")] == lines[:1]
-    if isinstance(formatter, astera_lite._JsonLines):
+    if isinstance(formatter, astera_lite_notices.JsonLines):
         assert len(lines) == 1 and "forged" in json.loads(lines[0])["message"]
 
 

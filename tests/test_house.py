@@ -32,6 +32,7 @@ LINES = {
     "astera_lite_documents.py": 800,
     "astera_lite_import.py": 100,
     "astera_lite_nodes.py": 400,
+    "astera_lite_notices.py": 200,
     "astera_lite_postgres.py": 1_190,
     "astera_lite_requests.py": 800,
     "astera_lite_python.py": 800,
@@ -142,7 +143,7 @@ OF_ADMIN = [
 def test_two_files_are_a_server(alone: Path, sink: Sink) -> None:
     program = (sys.executable, "astera_lite.py")
     with process(alone, program=program) as (_, url, lines):
-        assert not any("console" in line for line in lines)  # what a start prints is there
+        assert [line.rpartition(" ")[0] for line in lines] == ["listening on"]  # what else a start prints needs files
         api = Api(url)
         assert api.session.get(f"{url}/api/publishing/hello?name=Ada", timeout=10).json() == {"greeting": "Hello, Ada!"}
         accepted = api.session.get(
@@ -231,6 +232,7 @@ def test_an_embedding_program_needs_the_wing_of_requests_alone(alone: Path) -> N
         ("admin", "--cors-origins", "https://app.example"),
         ("admin", "--secrets", "HOME"),
         ("tls", "--tls-cert", "a.pem"),
+        ("notices", "--log", "json"),
     ],
 )
 def test_a_setting_without_its_wing_is_one_sentence(alone: Path, wing: str, flag: str, value: str) -> None:
@@ -285,7 +287,8 @@ def test_a_flow_without_its_wing_is_a_fault_and_the_others_are_served(alone: Pat
         (alone / "flows" / f"{name}.json").write_text(astera_lite.to_json(flow))
     (alone / "flows" / "connections.json").write_text("{}")
     (alone / "flows" / "plain.toml").write_text("")
-    shutil.copy(ROOT / "astera_lite_admin.py", alone)
+    for wing in ("admin", "notices"):
+        shutil.copy(ROOT / f"astera_lite_{wing}.py", alone)
     with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, _):
         found = Api(url).session.get(f"{url}/api/deployments", timeout=10).json()
         told = {fault["file"]: fault["message"] for fault in found["faults"]}

@@ -1,4 +1,4 @@
-"""Room 16: the server on real sockets: connections, deadlines, limits, TLS, stopping."""
+"""Room 15: the server on real sockets: connections, deadlines, limits, TLS, stopping."""
 
 from __future__ import annotations
 

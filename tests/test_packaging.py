@@ -236,6 +236,7 @@ def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
         "astera_lite_documents.py",
         "astera_lite_import.py",
         "astera_lite_nodes.py",
+        "astera_lite_notices.py",
         "astera_lite_postgres.py",
         "astera_lite_python.py",
         "astera_lite_requests.py",

@@ -1,4 +1,4 @@
-"""Rooms 11, 14 and 15 through HTTP: publishing, jobs, documents and errors, as the HTTP contract has them."""
+"""Rooms 11 and 14 through HTTP: publishing, jobs, documents and errors, as the HTTP contract has them."""
 
 from __future__ import annotations
 
