@@ -5259,8 +5259,9 @@ _QUICK_S = 0.003  # that a commit may take; for a hundred times as long as a lon
 _FOLD_AFTER = 6000  # writes, some 5 MB of the log, after which the thread folds it into the file
 _COMMIT_COSTS = 16  # writes that the log could hold instead of the pages that each commit writes again
 _LOG_BYTES = 128 << 20  # of the log, at which a commit folds it, for the thread did not come to it
+_RECENT = 1024  # finished jobs held in memory; with 16 MiB of them an accept would cost a tenth more
+_RECENT_BYTES = 4 << 10  # maximum of such a job, result and trace
 _ROW_BYTES = 2048  # approximate size of a job without its bodies
-_RECENT_BYTES = 4 << 20  # of finished jobs held in memory; with 16 MiB an accept would cost a tenth more
 _PURGE_BYTES = 16 << 20  # of results deleted in one transaction; the last one may exceed this
 _GIVE_BACK = 512  # maximum of pages that a purge returns to the system, so that no write waits long
 _MINUTE_OF_SEQ = 60_000 << 12  # difference in `seq` of two jobs that were created a minute apart
@@ -5279,7 +5280,7 @@ _DAMAGE = {
 }
 
 
-class _Moved(Exception):
+class _Moved(StoreError):
     """The file was moved, deleted or replaced: what is written now would be lost."""
 
 
@@ -5293,65 +5294,36 @@ def _store_error(error: Exception) -> StoreError:
     """The error with its remedy, in words that reveal neither the statement nor the path."""
     if isinstance(error, StoreError):
         return error
-    if isinstance(error, _Moved):
-        moved = "a file of the database was moved, deleted or replaced while the server runs"
-        return StoreError(f"{moved}: put it back, or restart the server")
     name = getattr(error, "sqlite_errorname", type(error).__name__)
     return StoreError(_words(error, _PASSING | _DAMAGE) or f"the database failed ({name})")
 
 
-class _File:
-    """The file of a database: its path, whether it is still the same file, and its damage."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.damage: str | None = None  # which does not pass
-        self._pinned = dict[str, Any]()
-
-    @staticmethod
-    def _identity(path: str) -> tuple[int, int] | None:
-        with contextlib.suppress(OSError):  # by name only: closing an opened file would drop SQLite's locks on it
-            about = os.stat(path)
-            return about.st_dev, about.st_ino
-        return None
-
-    def pin(self) -> None:
-        """Remember the file, its log and its lock, which must stay in place from now on."""
-        self._pinned = {path: self._identity(path) for path in (self.path, f"{self.path}-wal", f"{self.path}.lock")}
-
-    def check(self) -> None:
-        """Raise _Moved if one of them is another file now."""
-        if any(self._identity(path) != identity for path, identity in self._pinned.items()):
-            raise _Moved
-
-    def failure(self, error: Exception) -> StoreError:
-        """The error in words. Damage is remembered: no new job is put on a damaged database."""
-        failure = _store_error(error)
-        if _words(error, _DAMAGE) and not self.damage:
-            self.damage = str(failure)
-            log.error("%s; new jobs are refused until the server starts with a good database", failure)
-        return failure
+def _identity(path: str) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):  # by name only: closing an opened file would drop SQLite's locks on it
+        about = os.stat(path)
+        return about.st_dev, about.st_ino
+    return None
 
 
 class _Write(NamedTuple):
-    run: Callable[[sqlite3.Connection], Any]
+    run: Callable[[Execute], Any]
     done: Done = ignore_result
     keep: bool = False  # tried again when the disk is full or the database locked, instead of failed
     row: Collection[Any] | None = None  # of a new job; all rows of a batch are inserted together, before any `run`
 
 
-def _insert_jobs(db: sqlite3.Connection, rows: Sequence[Collection[Any]]) -> None:
+def _insert_jobs(execute: Execute, rows: Sequence[Collection[Any]]) -> None:
     """Insert rows, many by one statement: for each, a thread gives the interpreter away and waits to have it back."""
     at = 0
     while at < len(rows):  # in powers of 2, which are few statements to keep; SQLite may take no more than 999 values
         some = rows[at : at + min(32, 1 << (len(rows) - at).bit_length() - 1)]
-        db.execute(_INSERT_JOB + ", ".join([_JOB_MARKS] * len(some)), list(itertools.chain.from_iterable(some)))
+        execute(_INSERT_JOB + ", ".join([_JOB_MARKS] * len(some)), list(itertools.chain.from_iterable(some)))
         at += len(some)
 
 
-def _execute(sql: str, values: Sequence[Any], db: sqlite3.Connection) -> bool:
+def _execute(sql: str, values: Sequence[Any], execute: Execute) -> bool:
     """Whether a statement changed anything."""
-    return db.execute(sql, values).rowcount > 0
+    return bool(execute(sql, values).rowcount > 0)
 
 
 class Writer:
@@ -5474,171 +5446,6 @@ class Writer:
                 log.exception("after a write")
 
 
-class _Writer(Writer):
-    """The connection that writes to a file.
-
-    The thread that answers requests commits the new jobs of a turn itself: handing them over would cost a quarter of
-    them. It does so as long as the disk is quick and nobody else is committing; otherwise the writer's thread does, so
-    that a slow disk never stops a poll.
-    """
-
-    def __init__(self, db: sqlite3.Connection, file: _File, log_bytes: int) -> None:
-        super().__init__()
-        self.db, self._file, self._log_bytes = db, file, log_bytes
-        self._unfolded = 0  # writes since the log was folded into the file
-        self._folder: threading.Thread | None = None
-        self._slow_until = 0.0  # on the monotonic clock
-        self._thread.start()
-
-    def flush(self, post: Post = _here) -> None:
-        """Commit new jobs here if the disk is quick and nobody else commits; else have the thread do it."""
-        if not self.new:
-            return
-        self._post = post
-        if self.fault or time.monotonic() < self._slow_until or not self._lock.acquire(blocking=False):
-            self.put(None)
-            return
-        batch = self._take_new()
-        try:
-            results = self._transact(batch, busy_ms=0)
-        except Exception:  # the thread meets the fault, too, and can wait
-            for write in batch:
-                self.put(write)
-            return
-        finally:
-            self._lock.release()
-        if self._unfolded >= _FOLD_AFTER:
-            self.put(None)
-        self._tell(batch, results, None)
-
-    def close(self, timeout_s: float) -> bool:
-        """Commit all waiting writes and end the thread. Returns False if it did not end in time."""
-        if not self.end(timeout_s):
-            return False
-        if self._folder is not None and self._folder.is_alive():
-            self._folder.join(timeout_s)
-        self.db.close()
-        return True
-
-    def _with_probe(self, batch: list[Any]) -> list[Any]:
-        if batch or self.fault is None or self._file.damage:
-            return batch
-        return [_Write(partial(_execute, _PROBE, (PIECE,)), self._probed)]
-
-    def _probed(self, result: Any, error: AsteraError | None) -> None:
-        if error is None:
-            self.put(_Write(partial(_execute, "DELETE FROM pieces WHERE job = 0", ()), keep=True))
-
-    def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
-        failure = error if isinstance(error, AsteraError) else self._file.failure(error)
-        passing = isinstance(error, MemoryError | _Moved) or _words(error, _PASSING) is not None
-        if passing:
-            self._unfolded = _FOLD_AFTER  # on a full disk there is room in the log once it is folded
-            self.fault = str(failure)
-        return failure, passing
-
-    def _commit(self, batch: list[Any], is_new: bool = False) -> None:
-        super()._commit(batch, is_new)
-        self._fold_if_due()
-
-    def _write(self, batch: list[Any]) -> list[Any]:
-        with self._lock:
-            return self._transact(batch, _BUSY_MS)
-
-    def _transact(self, batch: list[_Write], busy_ms: int) -> list[Any]:
-        """Make all writes of a batch in one transaction: the result of each. The lock is held."""
-        db, before = self.db, self.db.total_changes
-        if not batch:
-            return []
-        self._file.check()
-        try:
-            if db.in_transaction:  # the last one could not be rolled back
-                db.execute("ROLLBACK")
-            db.execute(f"PRAGMA busy_timeout = {busy_ms}")
-            db.execute("BEGIN IMMEDIATE")
-            _insert_jobs(db, [write.row for write in batch if write.row])
-            results = [write.run(db) for write in batch]
-            began = time.monotonic()
-            db.execute("COMMIT")
-            ended = time.monotonic()
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-            raise
-        if ended - began > _QUICK_S:
-            self._slow_until = ended + 100 * (ended - began)
-        self._unfolded += len(batch) + _COMMIT_COSTS
-        if self.fault and db.total_changes > before:  # else nothing is known yet
-            log.info("the database can be written again")
-            self.fault = None
-        return results
-
-    def _fold_if_due(self) -> None:
-        """Have the log folded into the file now and then, so that it begins anew, or cut if a reader let it grow."""
-        long = False
-        with contextlib.suppress(OSError):
-            long = os.stat(f"{self._file.path}-wal").st_size > self._log_bytes * 5 // 4
-        if (long or self._unfolded >= _FOLD_AFTER) and (self._folder is None or not self._folder.is_alive()):
-            self._unfolded = 0
-            self._folder = threading.Thread(target=self._fold, args=[long], name="astera-fold", daemon=True)
-            with contextlib.suppress(RuntimeError):  # no thread can be had
-                self._folder.start()
-
-    def _fold(self, long: bool) -> None:
-        """On a thread of its own: most is folded beside the commits; they wait for the rest, or it would never end."""
-        with contextlib.suppress(sqlite3.Error, _Moved):  # it is tried again
-            self._file.check()
-            name = f"file:{urllib.parse.quote(os.fsencode(self._file.path))}?mode=rw"  # never makes a file
-            with contextlib.closing(sqlite3.connect(name, uri=True, isolation_level=None)) as beside:
-                beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            with self._lock:
-                self.db.execute("PRAGMA busy_timeout = 0")
-                self.db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'PASSIVE'})").fetchone()
-
-
-class _Recent:
-    """The latest finished jobs, in memory: polls and fetches of results need not read the database.
-
-    Holds about `limit` bytes; the oldest job goes first. Jobs with a callback, which still changes, are left out, and
-    jobs whose result is stored in pieces.
-    """
-
-    def __init__(self, limit: int = _RECENT_BYTES) -> None:
-        self._limit, self._held = limit, 0
-        # By seq. A dict would look for its first key past all deleted ones.
-        self._ends: OrderedDict[int, Finish] = OrderedDict()
-        self._lock = threading.Lock()  # guards the sum, and the order
-
-    def put(self, end: Finish) -> None:
-        """Keep the end of a job."""
-        if end.job.callback is not None or len(end.outcome.answer.body) > PIECE:
-            return
-        with self._lock:
-            self._ends[end.job.key.seq] = end
-            self._held += self._bytes(end)
-            while self._held > self._limit:
-                self._held -= self._bytes(self._ends.popitem(last=False)[1])
-
-    def get(self, key: JobKey) -> Finish | None:
-        """The end of a job, if it is held."""
-        end = self._ends.get(key.seq)
-        return end if end is not None and end.job.key == key else None
-
-    def forget(self, seqs: Iterable[int]) -> None:
-        """Drop deleted jobs."""
-        with self._lock:
-            for seq in seqs:
-                if seq in self._ends:
-                    self._held -= self._bytes(self._ends.pop(seq))
-
-    @staticmethod
-    def _bytes(end: Finish) -> int:
-        answer, error = end.outcome.answer, end.outcome.error
-        texts = [end.job.base, end.trace or "", error["detail"] if error else "", *(text for _, text in answer.headers)]
-        return _ROW_BYTES + len(answer.body) + sum(map(len, texts))
-
-
 def read_job(row: Sequence[Any]) -> Job:
     """A row that begins with JOB_COLUMNS as a record."""
     values = list(row[1 : _AT_CALLBACK + 1])
@@ -5699,18 +5506,18 @@ def delete_job(execute: Execute, key: JobKey, lock: str = "") -> str:
     return "deleted"
 
 
-def purge_jobs(execute: Execute, now: int, limit: int, spared: Collection[int] = (), lock: str = "") -> list[int]:
-    """Delete at most `limit` expired jobs, about _PURGE_BYTES of results, but none of `spared`. Returns their `seq`."""
+def purge_jobs(execute: Execute, now: int, limit: int, spared: Collection[int] = (), lock: str = "") -> list[JobKey]:
+    """Delete at most `limit` expired jobs, about _PURGE_BYTES of results, but none of `spared`. Returns their keys."""
     others = f" AND seq NOT IN ({','.join(map(str, spared))})" if spared else ""
     expired, total = [], 0
-    sql = f"SELECT seq, size FROM jobs WHERE expires <= ?{others} ORDER BY expires LIMIT ?{lock}"
-    for seq, size in execute(sql, (now, limit)).fetchall():
-        expired.append(seq)
+    sql = f"SELECT seq, salt, size FROM jobs WHERE expires <= ?{others} ORDER BY expires LIMIT ?{lock}"
+    for seq, salt, size in execute(sql, (now, limit)).fetchall():
+        expired.append(JobKey(seq, salt))
         total += size or 0
         if total > _PURGE_BYTES:
             break
     if expired:
-        _forget(execute, expired)
+        _forget(execute, [key.seq for key in expired])
     return expired
 
 
@@ -5733,11 +5540,11 @@ def change_tokens(execute: Execute, name: str, add: Token | None) -> None:
     execute("INSERT INTO tokens VALUES (?, ?, ?, ?, ?)", (name, add.digest, add.role, flows, add.created))
 
 
-def _owe(db: sqlite3.Connection, finish: Finish) -> None:
+def _owe(execute: Execute, finish: Finish) -> None:
     """Store the callback that a finished job owes, if it owes one."""
     if finish.callback is not None:
         values = (finish.job.key.seq, finish.callback[0], finish.finished, finish.callback[1])
-        db.execute("INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)", values)
+        execute("INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)", values)
 
 
 def _own(path: str) -> sqlite3.Connection:
@@ -5938,7 +5745,9 @@ class SqliteReader(StoreReader):
 
     def __init__(self, path: str) -> None:
         self.path = os.path.realpath(path)
-        self._file = _File(self.path)
+        self.fault: str | None = None
+        self._is_damaged = False  # which does not pass: `fault` says how
+        self._pinned = dict[str, Any]()  # files that must stay what they are, by path
         self._idle: list[sqlite3.Connection] = []
         self._being_read: set[tuple[int, object]] = set()  # large results, which the purge spares until they are read
         if not os.path.isfile(self.path):
@@ -5959,14 +5768,27 @@ class SqliteReader(StoreReader):
                 db = self._idle.pop()
             db = db or self._connect()
             yield db
-        except (sqlite3.Error, _Moved) as error:
-            raise self._file.failure(error) from None
+        except sqlite3.Error as error:
+            raise self._failure(error) from None
         finally:
             if db is not None:
                 self._idle.append(db)
 
+    def _failure(self, error: Exception) -> StoreError:
+        """The error in words. Damage is remembered: no new job is put on a damaged database."""
+        failure = _store_error(error)
+        if _words(error, _DAMAGE) and not self._is_damaged:
+            self.fault, self._is_damaged = str(failure), True
+            log.error("%s; new jobs are refused until the server starts with a good database", failure)
+        return failure
+
+    def _check_files(self) -> None:
+        if any(_identity(path) != identity for path, identity in self._pinned.items()):
+            moved = "a file of the database was moved, deleted or replaced while the server runs"
+            raise _Moved(f"{moved}: put it back, or restart the server")
+
     def _connect(self) -> sqlite3.Connection:
-        self._file.check()  # or this connection would read another database than the others
+        self._check_files()  # or this connection would read another database than the others
         name = f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=ro"
         db = sqlite3.connect(name, uri=True, timeout=1, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA query_only = ON")
@@ -6041,12 +5863,16 @@ class SqliteReader(StoreReader):
                 os.unlink(part)
 
 
-class SqliteStore(SqliteReader):
+class SqliteStore(SqliteReader, Writer):
     """The store of a server. Its public methods are the contract that a store on another database must keep.
 
     A write returns at once. `done(result, error)` is called when the write is durable, or has failed with a StoreError:
     on a thread of the store, or by `flush` on the calling thread. The writes of one caller keep their order. The end of
     a run and the steps before are not lost by a full disk or a lock: the store tries these writes again.
+
+    The thread that answers requests commits the new jobs of a turn itself: handing them over would cost a quarter of
+    them. It does so as long as the disk is quick and nobody else is committing; otherwise the store's thread does, so
+    that a slow disk never stops a poll.
 
     One owner holds a lock on a file beside the database. The system releases the lock when the process ends, so each
     Running row found at the start belongs to a dead run. `durability` is full or normal; `page_size` applies to
@@ -6064,46 +5890,153 @@ class SqliteStore(SqliteReader):
         folder = os.path.dirname(path)
         if not os.path.isdir(folder):
             raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
-        self._recent = _Recent()
+        #: The latest finished jobs: polls and fetches of them need not read the database. Jobs with a callback, which
+        #: still changes, are left out. A dict would look for its first key past all deleted ones.
+        self._recent = OrderedDict[JobKey, Finish]()
         self._versions: set[int] = set()  # of flows whose text is stored
         self._claimed_to = 0  # the last `seq` that `claim` has looked at
+        self._unfolded = 0  # writes since the log was folded into the file
+        self._folder: threading.Thread | None = None
+        self._slow_until = 0.0  # on the monotonic clock
         with contextlib.suppress(OSError):  # not every file system tells
             max_bytes = min(max_bytes or sys.maxsize, shutil.disk_usage(folder).free)
-        log_bytes = min(_LOG_BYTES, max((max_bytes or _LOG_BYTES) // 4, 1 << 18))
+        self._log_bytes = min(_LOG_BYTES, max((max_bytes or _LOG_BYTES) // 4, 1 << 18))
         with contextlib.ExitStack() as undone:
             self._owner = _own(path)
             undone.callback(self._owner.close)
-            db = _open(path, durability, log_bytes, page_size)
-            undone.callback(db.close)
+            self._db = _open(path, durability, self._log_bytes, page_size)
+            undone.callback(self._db.close)
             super().__init__(path)
             undone.pop_all()
-        self._file.pin()
-        self._writer = _Writer(db, self._file, log_bytes)
-
-    @property
-    def fault(self) -> str | None:
-        """Why the last write failed, or the damage of the database; None if all is well."""
-        return self._file.damage or self._writer.fault
+        self._pinned = {path: _identity(path) for path in (path, f"{path}-wal", f"{path}.lock")}
+        Writer.__init__(self)
+        self._thread.start()
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Make all queued writes, and close the database."""
         super().close()
-        if self._writer.close(timeout_s):  # the last connection to close folds the log into the file
+        if self.end(timeout_s):
+            if self._folder is not None and self._folder.is_alive():
+                self._folder.join(timeout_s)
+            self._db.close()  # the last connection to close folds the log into the file
             self._owner.close()
 
-    def _put(self, run: Callable[[sqlite3.Connection], Any], done: Done = ignore_result, keep: bool = True) -> None:
-        self._writer.put(_Write(run, done, keep))
+    # --- writing ---
+
+    def _put(self, run: Callable[[Execute], Any], done: Done = ignore_result, keep: bool = True) -> None:
+        self.put(_Write(run, done, keep))
 
     def _do(self, sql: str, values: Sequence[Any], done: Done = ignore_result, keep: bool = True) -> None:
         """Queue a statement; `done` gets whether it changed anything."""
         self._put(partial(_execute, sql, values), done, keep)
 
+    def flush(self, post: Post = _here) -> None:
+        """Store the jobs added so far, on the calling thread if that is quick. Call this method after `add`.
+
+        If it takes longer, the results are told through `post`, which has a function called soon.
+        """
+        if not self.new:
+            return
+        self._post = post
+        if self.fault or time.monotonic() < self._slow_until or not self._lock.acquire(blocking=False):
+            self.put(None)
+            return
+        batch = self._take_new()
+        try:
+            results = self._transact(batch, busy_ms=0)
+        except Exception:  # the thread meets the fault, too, and can wait
+            for write in batch:
+                self.put(write)
+            return
+        finally:
+            self._lock.release()
+        if self._unfolded >= _FOLD_AFTER:
+            self.put(None)
+        self._tell(batch, results, None)
+
+    def _with_probe(self, batch: list[Any]) -> list[Any]:
+        if batch or self.fault is None or self._is_damaged:
+            return batch
+        return [_Write(partial(_execute, _PROBE, (PIECE,)), self._probed)]
+
+    def _probed(self, result: Any, error: AsteraError | None) -> None:
+        if error is None:
+            self._do("DELETE FROM pieces WHERE job = 0", ())
+
+    def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
+        failure = error if isinstance(error, AsteraError) else self._failure(error)
+        passing = isinstance(error, MemoryError | _Moved) or _words(error, _PASSING) is not None
+        if passing:
+            self._unfolded = _FOLD_AFTER  # on a full disk there is room in the log once it is folded
+            if not self._is_damaged:
+                self.fault = str(failure)
+        return failure, passing
+
+    def _commit(self, batch: list[Any], is_new: bool = False) -> None:
+        super()._commit(batch, is_new)
+        self._fold_if_due()
+
+    def _write(self, batch: list[Any]) -> list[Any]:
+        with self._lock:
+            return self._transact(batch, _BUSY_MS)
+
+    def _transact(self, batch: list[_Write], busy_ms: int) -> list[Any]:
+        """Make all writes of a batch in one transaction: the result of each. The lock is held."""
+        if not batch:
+            return []
+        db, before = self._db, self._db.total_changes
+        self._check_files()
+        try:
+            if db.in_transaction:  # the last one could not be rolled back
+                db.execute("ROLLBACK")
+            db.execute(f"PRAGMA busy_timeout = {busy_ms}")
+            db.execute("BEGIN IMMEDIATE")
+            _insert_jobs(db.execute, [write.row for write in batch if write.row])
+            results = [write.run(db.execute) for write in batch]
+            began = time.monotonic()
+            db.execute("COMMIT")
+            ended = time.monotonic()
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+            raise
+        if ended - began > _QUICK_S:
+            self._slow_until = ended + 100 * (ended - began)
+        self._unfolded += len(batch) + _COMMIT_COSTS
+        if self.fault and not self._is_damaged and db.total_changes > before:  # else nothing is known yet
+            log.info("the database can be written again")
+            self.fault = None
+        return results
+
+    def _fold_if_due(self) -> None:
+        """Have the log folded into the file now and then, so that it begins anew, or cut if a reader let it grow."""
+        long = False
+        with contextlib.suppress(OSError):
+            long = os.stat(f"{self.path}-wal").st_size > self._log_bytes * 5 // 4
+        if (long or self._unfolded >= _FOLD_AFTER) and (self._folder is None or not self._folder.is_alive()):
+            self._unfolded = 0
+            self._folder = threading.Thread(target=self._fold, args=[long], name="astera-fold", daemon=True)
+            with contextlib.suppress(RuntimeError):  # no thread can be had
+                self._folder.start()
+
+    def _fold(self, long: bool) -> None:
+        """On a thread of its own: most is folded beside the commits; they wait for the rest, or it would never end."""
+        with contextlib.suppress(sqlite3.Error, _Moved):  # it is tried again
+            self._check_files()
+            name = f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"  # never makes a file
+            with contextlib.closing(sqlite3.connect(name, uri=True, isolation_level=None)) as beside:
+                beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            with self._lock:
+                self._db.execute("PRAGMA busy_timeout = 0")
+                self._db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'PASSIVE'})").fetchone()
+
     # --- jobs ---
 
     def add(self, submission: Submission, done: Done) -> None:
         """Queue a new job for `flush`; `done` gets Added, or Conflict if its key was used with another fingerprint."""
-        if self._file.damage:
-            done(None, StoreError(self._file.damage))
+        if self._is_damaged:
+            done(None, StoreError(self.fault or ""))
             return
         job, ended = submission.job, submission.ended
 
@@ -6111,45 +6044,46 @@ class SqliteStore(SqliteReader):
             if isinstance(result, Added) and not result.replayed:
                 self._versions.add(job.version)
                 if ended is not None:
-                    self._recent.put(ended)
+                    self._remember(ended)
             done(result, error)
 
         row = new_columns(submission).values()
         size = len(submission.request.body) + (len(ended.outcome.answer.body) if ended else 0)
         if submission.idempotency_key is None and size <= _SMALL and (ended is None or ended.callback is None):
-            self._writer.new.append(_Write(partial(self._insert, submission, None), added, row=row))
+            self.new.append(_Write(partial(self._insert, submission, None), added, row=row))
         else:
             self._put(partial(self._insert, submission, row), added, keep=False)
 
-    def _insert(self, submission: Submission, row: Collection[Any] | None, db: sqlite3.Connection) -> Added | Conflict:
+    def _insert(self, submission: Submission, row: Collection[Any] | None, execute: Execute) -> Added | Conflict:
         """Store a new job and what belongs to it, unless its key is known. Without `row`, its row is stored already."""
         job = submission.job
         if submission.idempotency_key is not None:
             of_key = (job.flow, job.token, submission.idempotency_key)
-            known = find_key(*of_key, job.created, db.execute)
+            known = find_key(*of_key, job.created, execute)
             if known is not None:
                 return replay(known, submission.fingerprint)
             expired = "UPDATE jobs SET idempotency_key = NULL WHERE flow = ? AND token = ? AND idempotency_key = ?"
-            db.execute(expired, of_key)
+            execute(expired, of_key)
         if job.version not in self._versions:
-            db.execute("INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text))
+            execute("INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text))
         if row is not None:
-            _insert_jobs(db, [row])
-            db.executemany(INSERT_PIECE, piece_rows(job.key, "request_body", 0, submission.request.body))
+            _insert_jobs(execute, [row])
+            for piece in piece_rows(job.key, "request_body", 0, submission.request.body):
+                execute(INSERT_PIECE, piece)
             if submission.ended is not None:
-                _owe(db, submission.ended)
+                _owe(execute, submission.ended)
         return Added(job, False)
 
-    def flush(self, post: Post = _here) -> None:
-        """Store the jobs added so far, on the calling thread if that is quick. Call this method after `add`.
-
-        If it takes longer, the results are told through `post`, which has a function called soon.
-        """
-        self._writer.flush(post)
+    def _remember(self, end: Finish) -> None:
+        """Hold the end of a small job in memory."""
+        if end.job.callback is None and len(end.outcome.answer.body) + len(end.trace or "") <= _RECENT_BYTES:
+            self._recent[end.job.key] = end
+            if len(self._recent) > _RECENT:
+                self._recent.popitem(last=False)
 
     def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
         """Find the job that has a key, after all earlier writes; `done` gets job and fingerprint, or None."""
-        self._put(lambda db: find_key(flow, token, idempotency_key, now, db.execute), done, keep=False)
+        self._put(partial(find_key, flow, token, idempotency_key, now), done, keep=False)
 
     def get(self, key: JobKey) -> Job | None:
         """A job."""
@@ -6166,8 +6100,8 @@ class SqliteStore(SqliteReader):
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Delete a finished job; `done` gets deleted, running, owed or absent."""
-        self._recent.forget([key.seq])
-        self._put(lambda db: delete_job(db.execute, key), done, keep=False)
+        self._recent.pop(key, None)
+        self._put(lambda execute: delete_job(execute, key), done, keep=False)
 
     # --- runs ---
 
@@ -6221,19 +6155,20 @@ class SqliteStore(SqliteReader):
         pieces = piece_rows(finish.job.key, "result", finish.attempt, finish.outcome.answer.body)
         values = (*end_columns(finish).values(), seq, not finish.fenced, finish.attempt - 1, finish.attempt)
 
-        def run(db: sqlite3.Connection) -> bool:
-            moved = _execute(_END_JOB, values, db)
+        def run(execute: Execute) -> bool:
+            moved = _execute(_END_JOB, values, execute)
             if moved:
-                db.execute("DELETE FROM steps WHERE job = ?", (seq,))
+                execute("DELETE FROM steps WHERE job = ?", (seq,))
                 if pieces:  # version 1.0 wrote pieces before the end of a run; a dead run may have left some
-                    db.execute("DELETE FROM pieces WHERE job = ? AND part = 'result'", (seq,))
-                    db.executemany(INSERT_PIECE, pieces)
-                _owe(db, finish)
+                    execute("DELETE FROM pieces WHERE job = ? AND part = 'result'", (seq,))
+                for piece in pieces:
+                    execute(INSERT_PIECE, piece)
+                _owe(execute, finish)
             return moved
 
         def finished(moved: Any, error: AsteraError | None) -> None:
             if moved:
-                self._recent.put(finish)
+                self._remember(finish)
             done(moved, error)
 
         self._put(run, finished)
@@ -6287,12 +6222,13 @@ class SqliteStore(SqliteReader):
     def purge(self, now: int, limit: int, done: Done) -> None:
         """Delete at most `limit` expired jobs and return their space to the system; `done` gets how many."""
 
-        def run(db: sqlite3.Connection) -> int:
-            expired = purge_jobs(db.execute, now, limit, {seq for seq, _ in tuple(self._being_read)})
-            self._recent.forget(expired)
-            free = db.execute("PRAGMA freelist_count").fetchone()[0]
+        def run(execute: Execute) -> int:
+            expired = purge_jobs(execute, now, limit, {seq for seq, _ in tuple(self._being_read)})
+            for key in expired:
+                self._recent.pop(key, None)
+            free = execute("PRAGMA freelist_count", ()).fetchone()[0]
             for _ in range(min(free, _GIVE_BACK)):  # one by one: before CPython 3.13 only the first step takes place
-                db.execute("PRAGMA incremental_vacuum(1)")
+                execute("PRAGMA incremental_vacuum(1)", ())
             return len(expired)
 
         self._put(run, done, keep=False)
@@ -6304,10 +6240,10 @@ class SqliteStore(SqliteReader):
         unused = self._all(f"SELECT version FROM flows WHERE version IS NOT ({newest}) AND NOT EXISTS ({used})")
         young = self.last_seq() - _MINUTE_OF_SEQ
 
-        def run(db: sqlite3.Connection) -> None:
+        def run(execute: Execute) -> None:
             sql = f"DELETE FROM flows WHERE version = ? AND NOT EXISTS ({used} AND seq > ?)"
             for (version,) in unused:  # unless a job came meanwhile, whose id may be a little older than its row
-                if _execute(sql, (version, young), db):
+                if _execute(sql, (version, young), execute):
                     self._versions.discard(version)
 
         self._put(run, keep=False)

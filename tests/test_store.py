@@ -270,16 +270,17 @@ def test_a_job_whose_callback_changes_is_not_held_in_memory(store: SqliteStore, 
 
 
 @sqlite
-def test_what_is_held_in_memory_is_bounded_by_bytes(store: SqliteStore) -> None:
-    store._recent = astera_lite._Recent(limit=100_000)
+def test_what_is_held_in_memory_is_bounded(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(astera_lite, "_RECENT", 3)
     jobs = [added(store) for _ in range(8)]
     for each in jobs:
-        assert done(store.finish, finish(each, b"x" * 30_000)) is True
-    assert [store._recent.get(each.key) is not None for each in jobs] == [False] * 5 + [True] * 3
-    assert all(store.result(each.key).size == 30_000 for each in jobs)  # type: ignore[union-attr]
-    large = added(store)
-    assert done(store.finish, finish(large, b"x" * LARGE[0])) is True
-    assert store._recent.get(large.key) is None
+        assert done(store.finish, finish(each, b"x" * 3_000)) is True
+    assert [each.key in store._recent for each in jobs] == [False] * 5 + [True] * 3
+    assert all(store.result(each.key).size == 3_000 for each in jobs)  # type: ignore[union-attr]
+    for size in (5_000, LARGE[0]):
+        large = added(store)
+        assert done(store.finish, finish(large, b"x" * size)) is True
+        assert large.key not in store._recent
 
 
 @sqlite
@@ -764,7 +765,7 @@ def test_a_write_to_a_closed_store_is_refused_not_forgotten(path: str) -> None:
 @sqlite
 def test_a_full_disk_refuses_new_jobs_keeps_ends_and_mends(store: SqliteStore) -> None:
     first, second = added(store), added(store)
-    store._writer.db.execute("PRAGMA max_page_count = 1").fetchone()  # SQLite takes the present size: the disk is full
+    store._db.execute("PRAGMA max_page_count = 1").fetchone()  # SQLite takes the present size: the disk is full
     large = os.urandom(200_000)
     end = Written(store.finish, finish(first, large))
     with pytest.raises(StoreError, match="the disk is full"):
@@ -775,7 +776,7 @@ def test_a_full_disk_refuses_new_jobs_keeps_ends_and_mends(store: SqliteStore) -
     found = store.get(second.key)
     assert found is not None and found.status is Status.RUNNING  # what is there can still be read
     another = Written(store.finish, finish(second, large))
-    store._writer.db.execute("PRAGMA max_page_count = 1000000").fetchone()
+    store._db.execute("PRAGMA max_page_count = 1000000").fetchone()
     assert (end.get(), another.get()) == (True, True)
     assert store.fault is None
     result = store.result(first.key)
@@ -784,8 +785,8 @@ def test_a_full_disk_refuses_new_jobs_keeps_ends_and_mends(store: SqliteStore) -
 
 
 def no_room_but_for(store: SqliteStore, size: int) -> None:
-    pages = store._writer.db.execute("PRAGMA page_count").fetchone()[0]
-    store._writer.db.execute(f"PRAGMA max_page_count = {pages + size // 4096}").fetchone()
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages + size // 4096}").fetchone()
 
 
 @sqlite
@@ -809,7 +810,7 @@ def test_a_commit_that_changes_nothing_does_not_pass_for_room_on_the_disk(store:
     done(store.find_key, "", "", "", 0)
     done(store.purge, T, 10)
     assert store.fault == "the disk is full: make room"
-    store._writer.db.execute("PRAGMA max_page_count = 1000000").fetchone()
+    store._db.execute("PRAGMA max_page_count = 1000000").fetchone()
     until(lambda: store.fault is None)  # by itself, without another write
 
 
@@ -819,10 +820,10 @@ def test_nothing_is_written_to_a_damaged_database_to_find_out_whether_it_is_well
     damage.sqlite_errorname = "SQLITE_CORRUPT"  # type: ignore[misc]
     with pytest.raises(StoreError, match="damaged: restore a backup"), store._reading():
         raise damage
-    before = store._writer.db.total_changes
+    before = store._db.total_changes
     for _ in range(3):
         done(store.purge, T, 10)
-    assert (store._writer.db.total_changes, store.fault) == (before, "the database is damaged: restore a backup")
+    assert (store._db.total_changes, store.fault) == (before, "the database is damaged: restore a backup")
     with pytest.raises(StoreError, match="damaged: restore a backup"):
         done(store.add, submission(job()))
 
@@ -1002,7 +1003,7 @@ def test_a_read_only_file_or_folder_is_refused_unchanged(unprivileged: Path) -> 
 @pytest.mark.parametrize(("durability", "level"), [("full", 2), ("normal", 1)])
 def test_the_journal_is_ahead_and_synced_as_told(path: str, durability: str, level: int) -> None:
     with closing(SqliteStore(path, durability)) as store:
-        assert store._writer.db.execute("PRAGMA synchronous").fetchone() == (level,)
+        assert store._db.execute("PRAGMA synchronous").fetchone() == (level,)
         assert look(path, "PRAGMA journal_mode") == [("wal",)]
         assert look(path, "PRAGMA auto_vacuum") == [(2,)]  # incremental
         assert store.size() == os.stat(path).st_size + os.stat(path + "-wal").st_size
@@ -1014,16 +1015,16 @@ def test_the_size_of_pages_is_that_of_the_setting_when_the_database_was_made(tmp
     for size, wanted in (("1KiB", 1024), ("16KiB", 1024)):
         with AsteraLite(database=path, page_size=size) as app:
             store: Any = app.store
-            assert store._writer.db.execute("PRAGMA page_size").fetchone() == (wanted,)
-            assert store._writer.db.execute("PRAGMA wal_autocheckpoint").fetchone() == ((128 << 20) // wanted,)
-            assert store._writer.db.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+            assert store._db.execute("PRAGMA page_size").fetchone() == (wanted,)
+            assert store._db.execute("PRAGMA wal_autocheckpoint").fetchone() == ((128 << 20) // wanted,)
+            assert store._db.execute("PRAGMA auto_vacuum").fetchone() == (2,)
 
 
 @sqlite
 def test_full_durability_is_the_default(store: SqliteStore, tmp_path: Path) -> None:
-    assert store._writer.db.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert store._db.execute("PRAGMA synchronous").fetchone() == (2,)
     with AsteraLite(database=str(tmp_path / "other.db")) as app:
-        assert app.store._writer.db.execute("PRAGMA synchronous").fetchone() == (2,)  # type: ignore[attr-defined]
+        assert app.store._db.execute("PRAGMA synchronous").fetchone() == (2,)  # type: ignore[attr-defined]
 
 
 @sqlite
@@ -1162,8 +1163,8 @@ def test_a_write_that_cannot_be_rolled_back_does_not_end_the_writer(store: Sqlit
                 raise sqlite3.OperationalError("injected")
             return self.connection.execute(sql, *values)
 
-    store._writer.db = Stubborn(store._writer.db)  # type: ignore[assignment]
-    store._put(lambda db: db.execute("SELECT * FROM nowhere"))
+    store._db = Stubborn(store._db)  # type: ignore[assignment]
+    store._put(lambda execute: execute("SELECT * FROM nowhere", ()))
     new = added(store)
     assert store.get(new.key) == new
 
@@ -1182,7 +1183,7 @@ def add(store: SqliteStore, new: Job, size: int = 0) -> list[tuple[Any, Exceptio
 def quick(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> SqliteStore:
     """A store whose disk is quick."""
     monkeypatch.setattr(astera_lite, "_QUICK_S", 60.0)
-    store._writer._slow_until = 0.0
+    store._slow_until = 0.0
     return store
 
 
@@ -1214,7 +1215,7 @@ def test_after_a_slow_commit_the_thread_commits_for_a_while(
 
 @sqlite
 def test_what_the_thread_commits_is_told_by_one_message(quick: SqliteStore) -> None:
-    quick._writer._slow_until = time.monotonic() + 600
+    quick._slow_until = time.monotonic() + 600
     posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
     told = [add(quick, job()) for _ in range(3)]
     quick.flush(posted.put)
@@ -1278,7 +1279,7 @@ def test_the_log_begins_anew_under_a_steady_load(
     quick: SqliteStore, path: str, here: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(astera_lite, "_FOLD_AFTER", 400)
-    quick._writer._slow_until = 0.0 if here else time.monotonic() + 600
+    quick._slow_until = 0.0 if here else time.monotonic() + 600
     for _ in range(12):
         told = [add(quick, job(), 10_000) for _ in range(200)]
         quick.flush()
