@@ -4890,6 +4890,23 @@ def build_flow(
 # --- deployments ------------------------------------------------------------------------------------------------------
 
 
+def _route(flow: Flow) -> list[str]:
+    """The segments of a flow's resource, with "" for each parameter."""
+    return ["" if segment[0] == "{" else segment for segment in flow.segments]
+
+
+def _conflicts(flows: Mapping[str, Flow]) -> Iterator[tuple[Flow, str, str]]:
+    """Flows that cannot be in service with the others: the flow, the place in it, and the fault."""
+    claims: dict[tuple[str, ...], Flow] = {}
+    for flow in flows.values():
+        other = claims.setdefault((flow.method, *_route(flow)), flow)
+        if other is not flow:
+            claim = f'{flow.method} {flow.resource} is claimed by "{other.name}" ({other.source}) too: change one'
+            yield flow, "/request/resource", claim
+    if any(flow.calls for flow in flows.values()):
+        yield from wing("astera_lite_steps:faulty_calls")(flows)
+
+
 class Deployments:
     """The flows in service, an immutable set that is replaced as a whole, with their routes."""
 
@@ -4899,43 +4916,22 @@ class Deployments:
         """`previous` are the flows in service so far: one of them stays if its new version cannot replace it."""
         self.faults = FlowError(faults).faults  # whose texts can be sent
         self.documents: dict[Any, bytes] = {}  # made of these flows
-        self.by_name: dict[str, Flow] = {}
-        self._routes: dict[str | None, Any] = {}  # a tree by raw segments; the value of None are the flows by method
         before, named = dict(previous or {}), {flow.name: flow for flow in flows}
-        for flow in sorted(named.values(), key=lambda flow: before.get(flow.name) is not flow):
-            self._put(flow, before)
-        while any(flow.calls for flow in self.by_name.values()):
-            found = next(wing("astera_lite_steps:faulty_calls")(self.by_name), None)
-            if found is None:
-                break
+        unchanged_first = sorted(named.values(), key=lambda flow: before.get(flow.name) is not flow)
+        self.by_name = {flow.name: flow for flow in unchanged_first}
+        while found := next(_conflicts(self.by_name), None):
             flow, place, message = found
-            del self.by_name[flow.name], self._methods(flow)[flow.method]
-            self._refuse(flow, place, message, before)
+            self.faults.append(Fault(flow.source, place, message))
+            self.by_name[flow.name] = before.pop(flow.name, flow)
+            if self.by_name[flow.name] is flow:
+                del self.by_name[flow.name]
         self.by_version = {flow.version: flow for flow in self.by_name.values()}
-
-    def _methods(self, flow: Flow) -> dict[str, Flow]:
-        """The flows of a flow's resource, by method."""
-        node = self._routes
-        for segment in flow.segments:
-            node = node.setdefault("" if segment[0] == "{" else segment, {})  # "" for a parameter
-        methods: dict[str, Flow] = node.setdefault(None, {})
-        return methods
-
-    def _put(self, flow: Flow, previous: dict[str, Flow]) -> None:
-        """Put a flow into service, unless another one has the same method and resource."""
-        other = self._methods(flow).setdefault(flow.method, flow)
-        if other is flow:
-            self.by_name[flow.name] = flow
-        else:
-            message = f'{flow.method} {flow.resource} is claimed by "{other.name}" ({other.source}) too: change one'
-            self._refuse(flow, "/request/resource", message, previous)
-
-    def _refuse(self, flow: Flow, place: str, message: str, previous: dict[str, Flow]) -> None:
-        """Add a fault, and put the previous flow of this name into service, if there is one."""
-        self.faults.append(Fault(flow.source, place, message))
-        older = previous.pop(flow.name, None)
-        if older is not None and older is not flow:
-            self._put(older, previous)
+        self._routes: dict[str | None, Any] = {}  # a tree by raw segments; the value of None are the flows by method
+        for flow in self.by_name.values():
+            node = self._routes
+            for segment in _route(flow):
+                node = node.setdefault(segment, {})
+            node.setdefault(None, {})[flow.method] = flow
 
     def match(self, path: str) -> list[dict[str, Flow]]:
         """The flows by method of each resource that a raw path matches; from the left, literals before parameters."""
