@@ -3192,7 +3192,6 @@ class StepKind(Member):
     answers = False  # its value is the response of an API or a flow
     nests = False  # it runs the steps inside it
     code = False  # it runs Python code of the flow's author
-    failures: Sequence[str] = ()  # words for its failures, which `retry.on` may name
 
     def __init__(self, members: Member, make: Any, word: str, **traits: Any) -> None:
         super().__init__(members=members, make=make, word=word, **traits)
@@ -3464,7 +3463,7 @@ def read_answer(answer: Fetched) -> Any:
 
 
 class _Signal(Exception):
-    """Ends a run, and is no failure of a step: `retry` and `onError` do not apply."""
+    """Ends a run: `retry` and `onError` do not apply."""
 
 
 class Answered(_Signal):
@@ -3483,25 +3482,6 @@ class Cancelled(_Signal):
     """The run must stop: its job was cancelled."""
 
 
-class _TimedOut(_Signal):
-    """The run has exceeded its time limit. The message is for the flow's author, `detail` for the client."""
-
-    kind, status, detail, headers = "timeout", 504, "The flow exceeded its time limit.", ()
-
-    def __init__(self, message: str = "the flow exceeded its time limit") -> None:
-        super().__init__(message)
-
-
-class FlowFailure(_Signal):
-    """A `fail` step has ended the run."""
-
-    kind = "fail"
-
-    def __init__(self, status: int, detail: str, headers: Pairs = ()) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
-
-
 _KINDS_FOR_PEOPLE = {"too_large": "size"} | dict.fromkeys(("invalid", "next", "redirect", "refused"), "address")
 
 
@@ -3512,7 +3492,6 @@ class StepError(AsteraError):
     `safe`: the step may be repeated even if `retry` does not name the kind.
     """
 
-    headers = ()
     source: dict[str, Any] | None = None  # file and line of the exception, if it came from another process
 
     def __init__(
@@ -3534,13 +3513,29 @@ class StepError(AsteraError):
         return "status" if word[0].isdigit() else _KINDS_FOR_PEOPLE.get(word, word)
 
 
+_OTHER_FAILURE = StepError(500, "it failed", "it failed", {"error"})  # stands for an exception that is no StepError
+
+
+class _TimedOut(StepError, _Signal):
+    """The run has exceeded its time limit."""
+
+    def __init__(self, reason: str = "the flow exceeded its time limit") -> None:
+        super().__init__(504, "The flow exceeded its time limit.", reason, {"timeout"})
+
+
+class FlowFailure(StepError, _Signal):
+    """A `fail` step has ended the run."""
+
+    def __init__(self, status: int, detail: str, headers: Pairs = ()) -> None:
+        super().__init__(status, detail, detail, {"fail"})
+        self.headers = headers
+
+
 def _kind_and_message(error: BaseException) -> tuple[str, str]:
     """The kind of a failure, and the message for the flow's author."""
-    if isinstance(error, StepError | _TimedOut | FlowFailure):
+    if isinstance(error, StepError):
         return error.kind, str(error)
-    if isinstance(error, ExpressionError):
-        return "expression", str(error)
-    return "error", named(error)
+    return ("expression", str(error)) if isinstance(error, ExpressionError) else ("error", named(error))
 
 
 def _error_value(error: Exception, masked: Mask) -> dict[str, Any]:
@@ -3555,12 +3550,6 @@ def _error_value(error: Exception, masked: Mask) -> dict[str, Any]:
         except ValueError:
             body = answer.body.decode("utf-8", "replace")
     return dict(zip(_ERROR_MEMBERS, (status, headers, body, masked(message), kind), strict=True))
-
-
-class Suspended(NamedTuple):
-    """A run waits until a time (milliseconds since the epoch), without a thread."""
-
-    until: int
 
 
 class Cancel:
@@ -3859,7 +3848,7 @@ class _StepRun:
             try:
                 if step.on_error is not None and not isinstance(error, _Signal):
                     return self._value_instead(step.on_error, error, scope)
-                if isinstance(error, StepError):
+                if isinstance(error, StepError) and not isinstance(error, _Signal):
                     error.detail, error.args = f'step "{step.name}": {error.detail}', (f"step {self.path}: {error}",)
                 raise
             finally:
@@ -3885,13 +3874,13 @@ class _StepRun:
                 if run.reached.get(path) is not before:
                     attempt, before = 1, run.reached[path]
                 self._add_failure(error, attempt)
-                kinds, safe = (error.kinds, error.safe) if isinstance(error, StepError) else ({"error"}, True)
-                wanted = safe if retry.on is None else retry.on & kinds
+                failed = error if isinstance(error, StepError) else _OTHER_FAILURE
+                wanted = failed.safe if retry.on is None else retry.on & failed.kinds
                 if attempt >= retry.attempts or not wanted:
                     raise
                 run.check()
-                answer = error.answer if isinstance(error, StepError) else None
-                asked = header_value(answer.headers, "retry-after") if answer else None  # RFC 9110, section 10.2.3
+                headers = failed.answer.headers if failed.answer else ()
+                asked = header_value(headers, "retry-after")  # RFC 9110, section 10.2.3
                 pause = max(retry.pause(attempt), parse_retry_after(asked, run.outside.clock.wall()))
                 if pause > run.left():
                     raise  # this failure now says more than a timeout later
@@ -4033,7 +4022,7 @@ def trace_failure(run: Run, error: BaseException) -> dict[str, Any]:
 def _failed(run: Run, error: BaseException) -> Outcome:
     """The outcome of a failed run: what the client may see, and the reason for the log."""
     reason = failure_text(_known_failure(error) or trace_failure(run, error))
-    if isinstance(error, StepError | _TimedOut | FlowFailure):
+    if isinstance(error, StepError):
         code = "timeout" if error.status == 504 and not isinstance(error, FlowFailure) else "failed"
         return Outcome.failed(code, error.status, run.outside.masked(error.detail), reason, error.headers)
     if not isinstance(error, AsteraError):
@@ -4042,10 +4031,11 @@ def _failed(run: Run, error: BaseException) -> Outcome:
     return Outcome.failed("failed", 500, detail, reason, requestId=run.input.request["id"])
 
 
-def run_flow(run: Run) -> Outcome | Suspended:
-    """Run a flow to its outcome, or until it waits. All failures are caught here.
+def run_flow(run: Run) -> Outcome | int:
+    """Run a flow to its outcome, or until it waits: the time until which it does, in milliseconds since the epoch.
 
-    Raises BudgetExceeded if the run has a budget, and KeyboardInterrupt on the main thread.
+    All failures are caught here, but for BudgetExceeded if the run has a budget, and KeyboardInterrupt on the main
+    thread.
     """
     flow = run.flow
     scope = run.scope()
@@ -4057,7 +4047,7 @@ def run_flow(run: Run) -> Outcome | Suspended:
     except Answered as answered:
         return Outcome(answered.answer)
     except _Suspend as suspend:
-        return Suspended(suspend.until)
+        return suspend.until
     except Cancelled:
         return Outcome.failed("cancelled", 409, "The job was cancelled.")
     except BudgetExceeded:
@@ -4512,42 +4502,18 @@ class StepName(Text):
         return str(value)
 
 
-#: All kinds of steps.
-STEP_KINDS: dict[str, StepKind] = {
+#: All kinds of steps: each a StepKind, or the name of one in a wing.
+STEP_KINDS: dict[str, Member] = {
     "http": StepKind(
-        Table(_HTTP, short="url", choice=("url", "connection")),
-        _make_http,
-        "calls an API",
-        effect=True,
-        answers=True,
-        failures=("transport", "timeout", "too_large", "body"),
+        Table(_HTTP, short="url", choice=("url", "connection")), _make_http, "calls an API", effect=True, answers=True
     ),
-    "python": StepKind(
-        Elsewhere("astera_lite_python:PYTHON"),
-        None,
-        "calls a Python function",
-        effect=True,
-        code=True,
-        failures=("error",),
-    ),
-    "sql": StepKind(
-        Elsewhere("astera_lite_steps:SQL"),
-        None,
-        "reads or writes a SQLite database in the data folder",
-        effect=True,
-        failures=("locked", "sql"),
-    ),
-    "run": StepKind(Elsewhere("astera_lite_python:PROGRAM"), None, "runs a program", effect=True, failures=("exit",)),
+    "python": Elsewhere("astera_lite_python:PYTHON"),
+    "sql": Elsewhere("astera_lite_steps:SQL"),
+    "run": Elsewhere("astera_lite_python:PROGRAM"),
     "set": StepKind(Value(), _make_set, "computes a value", light=True),
-    "each": StepKind(Elsewhere("astera_lite_steps:EACH"), None, "runs steps for every item of a list", nests=True),
-    "choose": StepKind(
-        Elsewhere("astera_lite_steps:CHOOSE"),
-        late("astera_lite_steps:make_choose"),
-        "runs the steps of the first branch whose `when` is true",
-        light=True,
-        nests=True,
-    ),
-    "call": StepKind(Elsewhere("astera_lite_steps:CALL"), None, "runs another flow", answers=True, nests=True),
+    "each": Elsewhere("astera_lite_steps:EACH"),
+    "choose": Elsewhere("astera_lite_steps:CHOOSE"),
+    "call": Elsewhere("astera_lite_steps:CALL"),
     "wait": StepKind(
         Either(Computed(Duration()), Elsewhere("astera_lite_steps:UNTIL")),
         _make_wait,
@@ -4725,7 +4691,7 @@ def _make_request(build: Build, given: dict[str, Any], place: str) -> dict[str, 
     }
 
 
-_FAILURES = tuple(dict.fromkeys(word for kind in STEP_KINDS.values() for word in kind.failures))
+_FAILURES = ("transport", "timeout", "too_large", "body", "error", "locked", "sql", "exit")  # of all kinds of steps
 _RETRY_ON = Member(
     holds=lambda value: value in _FAILURES or _is_status_word(value),
     word=f'a status such as 503 or "5xx", or one of {", ".join(_FAILURES)}',
@@ -4784,7 +4750,7 @@ def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
     )
 
 
-def step_table(kinds: Mapping[str, StepKind]) -> Table:
+def step_table(kinds: Mapping[str, Member]) -> Table:
     """The table of a step of one of these kinds."""
     return Table(_OPTIONS | dict(kinds), _make_step, choice=kinds, name="step")
 
@@ -4833,7 +4799,7 @@ def build_flow(
     name: str,
     *,
     source: str = "",
-    kinds: Mapping[str, StepKind] = STEP_KINDS,
+    kinds: Mapping[str, Member] = STEP_KINDS,
     folder: str | None = None,
     connections: Collection[str] = (),
 ) -> Flow:
@@ -6927,8 +6893,8 @@ class Engine:
             log.warning("another server has taken job %s: this run changes nothing", job.id, extra=run.about)
             self.dismiss(entry.number)
             return
-        if isinstance(outcome, Suspended):
-            self._suspend(entry, entry.job._replace(due=outcome.until), run, *journal.waiting)
+        if isinstance(outcome, int):
+            self._suspend(entry, entry.job._replace(due=outcome), run, *journal.waiting)
         else:
             self._measure(flow, self._clock.monotonic() - began, spent)
             self._record(entry.job, run, outcome)

@@ -231,7 +231,9 @@ _MAX_BODY = 500  # bytes of an API's response
 def explain(failure: dict[str, Any], error: BaseException, run: Run, step: Step) -> None:
     """Add details for the flow's author to the failure of a step."""
     outside, kind = run.outside, failure["kind"]
-    if isinstance(error, StepError):
+    if isinstance(error, FlowFailure):
+        failure["status"] = error.status
+    elif isinstance(error, StepError):
         if error.answer is not None:
             masked = outside.masked
             head = masked(error.answer.body[: _MAX_BODY + masked.longest].decode("utf-8", "replace"))
@@ -239,8 +241,6 @@ def explain(failure: dict[str, Any], error: BaseException, run: Run, step: Step)
             failure["body"] = head.encode()[:_MAX_BODY].decode("utf-8", "ignore")
         if error.source:
             failure["source"] = error.source
-    elif isinstance(error, FlowFailure):
-        failure["status"] = error.status
     elif kind == "error" and step.kind.code:
         failure["source"] = source_of(error)
     elif kind == "expression" and failure["message"].startswith(step.place.rpartition("/")[0] + "/"):

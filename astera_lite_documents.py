@@ -26,7 +26,6 @@ from astera_lite import (
     REVALIDATED,
     SCHEMA_RULES,
     SELECTING,
-    STEP_KINDS,
     VALUE_SCHEMA,
     Computed,
     ConfigError,
@@ -62,7 +61,7 @@ from astera_lite import (
 _TEXT: dict[str, Any] = {"type": "string"}
 
 
-def flow_schema(kinds: Mapping[str, StepKind]) -> dict[str, Any]:
+def flow_schema(kinds: Mapping[str, Member]) -> dict[str, Any]:
     """A JSON Schema (2020-12) of flow files, for editors; `check` finds more faults."""
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A flow of Astera Lite"}
     definitions = {"step": _table_schema(step_table(kinds)), "value": _table_schema(VALUE_SCHEMA)}
@@ -375,12 +374,14 @@ def _flow_answer(spec: Mapping[str, Any], may_be_bytes: bool) -> dict[str, Any]:
     return answer
 
 
+_WITH_JSON_VALUES = {"set", "each", "choose", "wait", "respond", "fail"}  # kinds of steps; others may give bytes
+
+
 def _own_responses(flow: Flow) -> _Responses:
     """The responses that a flow declares, by status; `default` if the status is computed."""
     steps = list(_steps_in(flow.tree.get("steps", [])))
-    plain = {name for name, kind in STEP_KINDS.items() if not kind.effect and not kind.answers}  # their values are JSON
     may_be_bytes = any(not is_json_type(media) for media in flow.content_types) or any(
-        not step.keys() & plain for step in steps
+        not step.keys() & _WITH_JSON_VALUES for step in steps
     )
     specs = flow.tree.get("response") or [{"body": "${the last step's value}" if steps else None}]
     specs = specs if isinstance(specs, list) else [specs]

@@ -141,17 +141,12 @@ def _make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
     return partial(_call_isolated, name, args)
 
 
-PYTHON = Table(
-    {
-        "call": _FunctionName(
-            'a function such as "module:function"', r"(?a:[A-Za-z_][\w.]*:[A-Za-z_]\w*)", required=True
-        ),
-        "args": MapOf(Value(), default={}),
-        "isolate": Flag(default=False),
-    },
-    _make_python,
-    short="call",
-)
+_PYTHON = {
+    "call": _FunctionName('a function such as "module:function"', r"(?a:[A-Za-z_][\w.]*:[A-Za-z_]\w*)", required=True),
+    "args": MapOf(Value(), default={}),
+    "isolate": Flag(default=False),
+}
+PYTHON = StepKind(Table(_PYTHON, short="call"), _make_python, "calls a Python function", effect=True, code=True)
 
 
 def _call(function: Callable[..., Any], args: Mapping[str, Template], run: Run, scope: Scope, path: str) -> Any:
@@ -562,17 +557,14 @@ def _make_run(build: Build, given: dict[str, Any], place: str) -> Runner:
     return program
 
 
-PROGRAM = Table(
-    {
-        "command": ListOf(Value(), required=True, least=1),
-        "input": Value(),
-        "output": OneOf("text", "json", "lines", default="text"),
-        "maxOutput": Size(),
-        "expect": ListOf(Number(-255, 255, "an exit code"), default=[0], least=1, lone=True),
-    },
-    _make_run,
-    short="command",
-)
+_PROGRAM = {
+    "command": ListOf(Value(), required=True, least=1),
+    "input": Value(),
+    "output": OneOf("text", "json", "lines", default="text"),
+    "maxOutput": Size(),
+    "expect": ListOf(Number(-255, 255, "an exit code"), default=[0], least=1, lone=True),
+}
+PROGRAM = StepKind(Table(_PROGRAM, short="command"), _make_run, "runs a program", effect=True)
 
 
 def _argument(value: Any, place: str) -> str:

@@ -48,6 +48,7 @@ from astera_lite import (
     Scope,
     Step,
     StepError,
+    StepKind,
     StepName,
     Steps,
     Surroundings,
@@ -89,11 +90,7 @@ def _steps_runner(given: Mapping[str, Any]) -> Callable[[Run, Scope, str], Any]:
     return inside
 
 
-CHOOSE = ListOf(Table({"when": Condition(), **_BRANCH}), least=1)
-
-
-def make_choose(build: Build, branches: list[dict[str, Any]], place: str) -> Runner:
-    """The runner of a `choose`."""
+def _make_choose(build: Build, branches: list[dict[str, Any]], place: str) -> Runner:
     whens = [branch.get("when") for branch in branches]
     check_whens(build, whens, place)
     ways = list(zip(whens, map(_steps_runner, branches), strict=True))
@@ -105,6 +102,15 @@ def make_choose(build: Build, branches: list[dict[str, Any]], place: str) -> Run
         return None
 
     return choose
+
+
+CHOOSE = StepKind(
+    ListOf(Table({"when": Condition(), **_BRANCH}), least=1),
+    _make_choose,
+    "runs the steps of the first branch whose `when` is true",
+    light=True,
+    nests=True,
+)
 
 
 class _ItemName(StepName):
@@ -139,15 +145,13 @@ def _make_each(build: Build, given: dict[str, Any], place: str) -> Runner:
     return each
 
 
-EACH = Table(
-    {
-        "of": Value(required=True),
-        "as": _ItemName("a name that expressions can use", default="item"),
-        "concurrency": Number(1, 64, default=1),
-        **_BRANCH,
-    },
-    _make_each,
-)
+_EACH = {
+    "of": Value(required=True),
+    "as": _ItemName("a name that expressions can use", default="item"),
+    "concurrency": Number(1, 64, default=1),
+    **_BRANCH,
+}
+EACH = StepKind(Table(_EACH), _make_each, "runs steps for every item of a list", nests=True)
 
 
 _helpers = threading.Semaphore(64)  # threads in all that help with items
@@ -234,15 +238,12 @@ def answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
         raise StepError(failed.status, failed.detail, failed.detail, {"fail"}, answer) from None
 
 
-CALL = Table(
-    {
-        "flow": Text("the name of a flow", FLOW_NAME.pattern, required=True),
-        "params": MapOf(Value(), default={}),
-        "body": Value(),
-    },
-    _make_call,
-    short="flow",
-)
+_CALL = {
+    "flow": Text("the name of a flow", FLOW_NAME.pattern, required=True),
+    "params": MapOf(Value(), default={}),
+    "body": Value(),
+}
+CALL = StepKind(Table(_CALL, short="flow"), _make_call, "runs another flow", answers=True, nests=True)
 
 
 def faulty_calls(flows: Mapping[str, Flow]) -> Iterator[tuple[Flow, str, str]]:
@@ -362,17 +363,19 @@ def _make_sql(build: Build, given: dict[str, Any], place: str) -> Runner:
     return sql
 
 
-SQL = Table(
-    {
-        "database": Value(required=True),
-        "query": _QUERY(),
-        "params": _STATEMENT["params"],
-        "statements": ListOf(Table(_STATEMENT, _make_statement), least=1),
-        "one": Flag(default=False),
-        "write": Flag(default=False),
-    },
+_SQL = {
+    "database": Value(required=True),
+    "query": _QUERY(),
+    "params": _STATEMENT["params"],
+    "statements": ListOf(Table(_STATEMENT, _make_statement), least=1),
+    "one": Flag(default=False),
+    "write": Flag(default=False),
+}
+SQL = StepKind(
+    Table(_SQL, choice=("query", "statements")),
     _make_sql,
-    choice=("query", "statements"),
+    "reads or writes a SQLite database in the data folder",
+    effect=True,
 )
 
 

@@ -428,6 +428,8 @@ def expression_places(member: astera_lite.Member, place: str) -> Iterator[str]:
     inner: dict[str, astera_lite.Member] = {}
     if isinstance(member, astera_lite.Elsewhere):
         inner = {"": astera_lite.wing(member.name)}
+    elif isinstance(member, astera_lite.StepKind):
+        inner = {"": member.members}
     elif isinstance(member, astera_lite.Table):
         inner = {f"/{name}": each for name, each in member.members.items()}
     elif isinstance(member, astera_lite.ListOf):
@@ -454,7 +456,7 @@ def test_a_secret_stands_wherever_a_step_takes_an_expression(tmp_path: Path, mon
     settings: dict[str, Any] = {"secrets": ",".join(SECRETS), "environ": SECRETS, "data": str(tmp_path / "data")}
     with AsteraLite(database=str(tmp_path / "jobs.db"), flows=str(tmp_path / "flows"), **settings) as app:
         assert app.deployments.faults == []
-    places = {f"/steps/[0-9]+/{kind}": row.members for kind, row in astera_lite.STEP_KINDS.items()}
+    places = {f"/steps/[0-9]+/{kind}": row for kind, row in astera_lite.STEP_KINDS.items()}
     places |= {f"/steps/[0-9]+/{name}": member for name, member in astera_lite._OPTIONS.items()}
     wanted = {
         pattern
