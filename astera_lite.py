@@ -9273,14 +9273,13 @@ class ConnectionState(StrEnum):
     """What a connection is doing -> the states that may follow."""
 
     RECEIVING = "receiving"  # idle, or a request is incomplete -> HANDLING, SENDING
-    QUEUED = "queued"  # further bytes are buffered, and other connections go first -> RECEIVING, HANDLING, SENDING
     HANDLING = "handling"  # a request is with its route -> SENDING
-    SENDING = "sending"  # a response -> RECEIVING, QUEUED, LINGERING
+    SENDING = "sending"  # a response -> RECEIVING, LINGERING
     LINGERING = "lingering"  # the last response is sent, and the client may still send -> CLOSED
     CLOSED = "closed"  # may follow any state
 
 
-_RECEIVING, _QUEUED, _HANDLING, _SENDING, _LINGERING, _CLOSED = ConnectionState
+_RECEIVING, _HANDLING, _SENDING, _LINGERING, _CLOSED = ConnectionState
 
 
 class Handler(BaseRequestHandler):
@@ -9323,7 +9322,7 @@ class Handler(BaseRequestHandler):
 
     def proceed(self) -> None:
         """Take one request if it is complete, send what is to be sent, then wait for events."""
-        if self.state is _RECEIVING or self.state is _QUEUED:
+        if self.state is _RECEIVING:
             self.take_request()
         if self.out:
             self.send()
@@ -9366,7 +9365,6 @@ class Handler(BaseRequestHandler):
 
     def take_request(self) -> None:
         """Have the next request handled if it is complete; refuse what cannot become a request."""
-        self.state = _RECEIVING
         try:
             x = self.exchange or self.take_head()
             body = self.parser.body() if x is not None else None
@@ -9510,8 +9508,9 @@ class Handler(BaseRequestHandler):
         self.deadline = self.since + (settings.request_timeout if begun else settings.idle_timeout)
         self.state = _RECEIVING
         if begun or self.at_end:  # other connections go first
-            self.state = _QUEUED
             self.server.ready[self] = None
+        else:
+            self.server.ready.pop(self, None)
 
     def wait(self) -> None:
         """Count the bytes in buffers, and tell the selector which events this connection waits for."""
@@ -9543,7 +9542,8 @@ class Handler(BaseRequestHandler):
 
     def gives_way(self) -> bool:
         """Whether it may be closed for a newcomer: it is idle, its request is incomplete, or its client has gone."""
-        return self.state is _RECEIVING or (self.state is _HANDLING and self.at_end)
+        idle = self.state is _RECEIVING and self not in self.server.ready
+        return idle or (self.state is _HANDLING and self.at_end)
 
     def overdue(self) -> None:
         """Act after the deadline: refuse an incomplete request, close for a client that reads too slowly."""
@@ -9557,32 +9557,26 @@ class Handler(BaseRequestHandler):
         else:
             self.close()
 
-    def turn_away(self, data: bytes) -> None:
-        """Send a response that says that there is no room for this connection, and close."""
-        self.closing = True
-        self.out.append(data)
-        self.leave()
-        self.state = _SENDING
-        self.server.ready[self] = None
+    def turn_away(self) -> None:
+        """Answer that there is no room for this connection, and close."""
+        self.refuse(Busy("The server has reached its limit of connections.", 5))
 
     def leave(self) -> None:
-        """Give the place of this connection to another: it ends soon."""
+        """Give the place of this connection to another: it ends soon, or at once if many are leaving."""
         self.server.handlers.pop(self, None)
         self.server.leaving.add(self)
         self.deadline = time.monotonic() + _LINGER_S
+        if self.at_end or len(self.server.leaving) > _MAX_LEAVING:
+            self.close()
 
     def linger(self) -> None:
         """Close, but let a client that still sends read its response first."""
-        if self.at_end or len(self.server.leaving) > _MAX_LEAVING:
-            self.close()
-            return
+        self.state = _LINGERING
         try:
             self.request.shutdown(socket.SHUT_WR)
         except OSError:
-            self.close()
-            return
+            self.at_end = True
         self.leave()
-        self.state = _LINGERING
 
     def close(self) -> None:
         """Close the socket; a later reply to the request is dropped."""
@@ -9840,8 +9834,7 @@ class Server(ThreadingHTTPServer):
         """Let each connection in `ready` proceed: at most one request of each."""
         ready, self.ready = self.ready, {}
         for handler in ready:
-            if handler.state is _SENDING or handler.state is _QUEUED:  # otherwise it has proceeded already
-                self._guarded(handler, handler.proceed)
+            self._guarded(handler, handler.proceed)
 
     def _guarded(self, handler: Handler, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function of a connection; an exception ends this connection only."""
@@ -9920,14 +9913,8 @@ class Server(ThreadingHTTPServer):
         """Register a new connection with the selector; http.server's hook."""
         request.setblocking(False)
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        crowded = len(self.handlers) >= self.settings.max_connections and not self._make_room()
-        if crowded and len(self.leaving) >= _MAX_LEAVING:
-            if self.tls is None:
-                request.send(self._too_many())
-            self.shutdown_request(request)
-            return
-        if crowded:
-            cast(type[Handler], self.RequestHandlerClass)(request, client_address, self).turn_away(self._too_many())
+        if len(self.handlers) >= self.settings.max_connections and not self._make_room():
+            cast(type[Handler], self.RequestHandlerClass)(request, client_address, self).turn_away()
         else:
             self.finish_request(request, client_address)  # makes a Handler
 
@@ -9939,12 +9926,6 @@ class Server(ThreadingHTTPServer):
             return False
         oldest.close()
         return True
-
-    def _too_many(self) -> bytes:
-        self.requests["", "", 503] += 1
-        body = json_body(problem(503, "The server has reached its limit of connections."))
-        reply = Reply(503, [PROBLEM_TYPE, NO_STORE, ("Retry-After", "5")], body)
-        return response_head(reply, self.next_request_id(), False) + reply.body
 
     # --- requests ---
 

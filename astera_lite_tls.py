@@ -47,7 +47,7 @@ class TlsHandler(Handler):
         super().__init__(request, client_address, server)
         self.deadline = self.since + server.settings.request_timeout
         self._in_handshake = True
-        self._refusal = b""  # to be sent after the handshake
+        self._turned_away = False  # the response says so, after the handshake
 
     def read(self, size: int) -> bytes:
         """Up to so many bytes, and those that are decrypted already, which the selector does not report."""
@@ -70,14 +70,14 @@ class TlsHandler(Handler):
         if not self._in_handshake:
             return
         self._in_handshake = False
-        if self._refusal:
-            super().turn_away(self._refusal)
+        if self._turned_away:
+            super().turn_away()
         else:
             self.deadline = time.monotonic() + self.server.settings.idle_timeout
 
-    def turn_away(self, data: bytes) -> None:
-        """Send this response, after the handshake, and close."""
-        self._refusal = data
+    def turn_away(self) -> None:
+        """Answer after the handshake that there is no room, and close."""
+        self._turned_away = True
         self.leave()
 
     def linger(self) -> None:
