@@ -8461,9 +8461,7 @@ class RequestParser:
         self._seen = 0  # bytes searched for the end of the head
         self._head: Head | None = None
         self._body = bytearray()  # decoded part of a chunked body
-        self._due = "size"  # kind of the next line of a chunked body: size, end (of the data), trailer
-        self._left = 0  # bytes of the chunk that have not arrived
-        self._trailer = 0  # bytes of trailer lines so far
+        self._trailer: int | None = None  # bytes of trailer lines so far, once the last chunk has arrived
 
     @property
     def buffered(self) -> int:
@@ -8506,7 +8504,7 @@ class RequestParser:
         if head.length > self._max_body:
             raise WireError(413, f"The body is larger than {show_size(self._max_body)}.")
         del buffer[: end + 4]
-        self._led, self._seen, self._due, self._trailer = False, 0, "size", 0
+        self._led, self._seen, self._trailer = False, 0, None
         return head
 
     def _refuse_long(self, line: int) -> NoReturn:
@@ -8537,46 +8535,43 @@ class RequestParser:
         return body
 
     def _dechunk(self) -> bool:
-        """Decode the chunks that have arrived (RFC 9112, section 7.1); true once body and trailer are complete."""
+        """Decode the complete chunks (RFC 9112, section 7.1); true once body and trailer are complete."""
         buffer, at = self._buffer, 0
         try:
             while True:
-                if self._left:
-                    data = buffer[at : at + self._left]
-                    self._body += data
-                    self._left -= len(data)
-                    at += len(data)
-                    if self._left:
-                        return False
                 end = buffer.find(b"\n", at, at + _MAX_CHUNK_LINE) + 1
                 if not end:
                     if len(buffer) - at >= _MAX_CHUNK_LINE:
                         raise WireError(400, "A line of the chunked body is too long.")
                     return False
-                line, at = bytes(buffer[at:end]), end
-                if self._due == "size":
-                    self._begin_chunk(line)
-                elif self._due == "end":
-                    if line != b"\r\n":
+                line = bytes(buffer[at:end])
+                if self._trailer is None:
+                    size = self._chunk_size(line)
+                    after = bytes(buffer[end + size : end + size + 2]) if size else b"\r\n"
+                    if not b"\r\n".startswith(after):
                         raise WireError(400, "A chunk is longer than its size.")
-                    self._due = "size"
-                elif line == b"\r\n":
+                    if len(after) < 2:
+                        return False
+                    self._body += buffer[end : end + size]
+                    self._trailer, at = (None, end + size + 2) if size else (0, end)
+                    continue
+                at = end
+                if line == b"\r\n":
                     return True
-                else:
-                    self._trailer += len(line)
-                    if self._trailer > self._max_header or not _FIELDS.fullmatch(line):
-                        raise WireError(400, "The trailer of the chunked body is malformed or too long.")
+                self._trailer += len(line)
+                if self._trailer > self._max_header or not _FIELDS.fullmatch(line):
+                    raise WireError(400, "The trailer of the chunked body is malformed or too long.")
         finally:
             del buffer[:at]
 
-    def _begin_chunk(self, line: bytes) -> None:
+    def _chunk_size(self, line: bytes) -> int:
         match = _CHUNK_SIZE.fullmatch(line)
         if match is None:
             raise WireError(400, "The size of a chunk is malformed.")
-        self._left = int(match[1], 16)
-        if len(self._body) + self._left > self._max_body:
+        size = int(match[1], 16)
+        if len(self._body) + size > self._max_body:
             raise WireError(413, f"The body is larger than {show_size(self._max_body)}.")
-        self._due = "end" if self._left else "trailer"
+        return size
 
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
