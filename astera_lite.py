@@ -7557,8 +7557,8 @@ class Watchers:
             self.tell(key)
 
 
-def check_callback(url: str, policy: AddressPolicy) -> None:
-    """Raise InputError if a callback may not be sent to this URL, as far as its text tells (names are not resolved)."""
+def check_callback(url: str, policy: AddressPolicy, errors: InputErrors) -> None:
+    """Add a fault if a callback may not be sent to this URL, as far as its text tells (names are not resolved)."""
     try:
         target = parse_target(url)
         for address in literal_addresses(target.host):
@@ -7566,7 +7566,7 @@ def check_callback(url: str, policy: AddressPolicy) -> None:
             if refusal:
                 raise ValueError(f"is refused: {refusal}; the setting callback_allow names those that are allowed")
     except ValueError as error:
-        raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
+        errors.add("query", "callbackUrl", str(error))
 
 
 def _fingerprint(request: StoredRequest, callback: Delivery | None) -> bytes:
@@ -8075,11 +8075,13 @@ class AsteraLite(Application):
         Raises NotFound, InputError, Conflict (the key had another input), Busy (the queue is full), StoreError.
         """
         target, request, values = self._request(flow, params, body)
+        errors = InputErrors()
         if callback_url is not None:
-            check_callback(callback_url, self.policy)
+            check_callback(callback_url, self.policy, errors)
         if idempotency_key is not None and re.search("[\0\ud800-\udfff]", idempotency_key):
-            message = "must not have a NUL or half of a surrogate pair"
-            raise InputError([{"in": "argument", "name": "idempotency_key", "message": message}])
+            errors.add("argument", "idempotency_key", "must not have a NUL or half of a surrogate pair")
+        if errors:
+            raise InputError(errors)
         job = self.jobs.new(target, base or self.base, ANYBODY.name, callback_url)
         ready = Prepared(job, target, target.bind(request, values, job.id))
 
@@ -8994,59 +8996,52 @@ def _stored_request(x: Exchange, flow: Flow, query: str) -> StoredRequest:
     return StoredRequest(flow.method, x.path, query, declared, x.body, trace)
 
 
-def _query_names(flow: Flow) -> list[str]:
-    return [*(item.name for item in flow.parameters if item.where == "query"), *flow.selecting]
-
-
-def _split_callback(x: Exchange, flow: Flow) -> tuple[list[str], str]:
-    """The values of callbackUrl in the raw query, and the query without them.
-
-    Raises InputError for a misspelt callbackUrl, which would be ignored.
-    """
+def _take_callback(x: Exchange, flow: Flow, asynchronous: bool, errors: InputErrors) -> tuple[str | None, str]:
+    """The callbackUrl of the raw query, checked without a look-up of its host, and the query without it."""
     query = x.head.query
     if "%" not in query and "callback" not in query.lower():
-        return [], query
-    urls, rest = [], []
+        return None, query
+    known = [*(item.name for item in flow.parameters if item.where == "query"), *flow.selecting]
+    given, rest, behind = [], [], []
     for part in query.split("&"):
         name, _, value = part.partition("=")
         with contextlib.suppress(ValueError):  # binding refuses what does not decode
             name = unquote(name, plus=True)
         if name == "callbackUrl":
-            urls.append(value)
+            given.append(value)
             continue
-        if re.fullmatch("callback[_-]?url", name, re.IGNORECASE) and name not in _query_names(flow):
-            raise InputError([{"in": "query", "name": name, "message": "is not known here: write callbackUrl"}])
         rest.append(part)
-    return urls, "&".join(rest)
-
-
-def _callback_url(x: Exchange, flow: Flow, urls: list[str]) -> str | None:
-    """The URL of the callback, checked without a look-up of its host; raises InputError."""
-    if not urls:
-        return None
+        if name not in known and re.fullmatch("callback[_-]?url", name, re.IGNORECASE):  # it would be ignored
+            errors.add("query", name, "is not known here: write callbackUrl")
+        elif name not in known and given:
+            behind.append(part)
+    if not given:
+        return None, query
+    url = None
     try:
-        if len(urls) > 1:
+        if not asynchronous:
+            raise ValueError("is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async")
+        if len(given) > 1:
             raise ValueError("must be given once")
-        url = unquote(urls[0], plus=False)
-        behind = x.head.query.partition("callbackUrl=")[2].split("&")[1:] if "?" in urls[0] else []
-        cut = [part for part in behind if part.partition("=")[0] not in _query_names(flow)]
-        if cut:
-            whole = urllib.parse.quote("&".join([url, *cut]), safe="")
+        url = unquote(given[0], plus=False)
+        if behind and "?" in given[0]:
+            whole = urllib.parse.quote("&".join([url, *behind]), safe="")
             raise ValueError(f"ends at its first &, because it is not percent-encoded: write callbackUrl={whole}")
     except ValueError as error:
-        raise InputError([{"in": "query", "name": "callbackUrl", "message": str(error)}]) from None
-    check_callback(url, x.app.policy)
-    return url
+        errors.add("query", "callbackUrl", str(error))
+    else:
+        check_callback(url, x.app.policy, errors)
+    return url, "&".join(rest)
 
 
-def _idempotency_key(x: Exchange) -> str | None:
+def _idempotency_key(x: Exchange, errors: InputErrors) -> str | None:
     value = x.head.headers.get("idempotency-key")
     if value is None:
         return None
     match = re.fullmatch(r'"([!-~]{1,255})"|([!#-~][!-~]{0,254})', value)
     if match is None:
-        message = "must be 1 to 255 visible ASCII characters, quoted or bare"
-        raise InputError([{"in": "header", "name": "Idempotency-Key", "message": message}])
+        errors.add("header", "Idempotency-Key", "must be 1 to 255 visible ASCII characters, quoted or bare")
+        return None
     return match[1] or match[2]
 
 
@@ -9078,22 +9073,17 @@ def answer_submitted(
 
 def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: list[str]) -> None:
     """Accept a job, or refuse the request with all its faults at once."""
-    refusals: list[InputError] = []
-
-    def checked(function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except InputError as error:
-            return refusals.append(error)
-
-    urls, query = checked(_split_callback, x, flow) or ([], x.head.query)
-    callback_url = checked(_callback_url, x, flow, urls)
-    idempotency_key = checked(_idempotency_key, x)
+    errors = InputErrors()
+    callback_url, query = _take_callback(x, flow, True, errors)
+    idempotency_key = _idempotency_key(x, errors)
     request = _stored_request(x, flow, query)
     job = x.app.jobs.new(flow, x.base, x.caller.name, callback_url)
-    given = checked(flow.bind, request, path_values(flow, x.path), job.id)
-    if refusals:
-        raise InputError([fault for refusal in refusals for fault in refusal.errors], status=refusals[-1].status)
+    try:
+        given = flow.bind(request, path_values(flow, x.path), job.id)
+    except InputError as error:
+        raise InputError(errors + error.errors, status=error.status) from None
+    if errors:
+        raise InputError(errors)
     wait_s = _wait_of(x, preferences)
     if wait_s is not None:
         applied = [*applied, f"wait={wait_s}"]
@@ -9104,16 +9094,16 @@ def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: li
 
 def _call_flow(x: Exchange, flow: Flow) -> Reply | None:
     """Run a flow synchronously."""
-    if _split_callback(x, flow)[0]:
-        message = "is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async"
-        raise InputError([{"in": "query", "name": "callbackUrl", "message": message}])
+    errors = InputErrors()
+    _, query = _take_callback(x, flow, False, errors)
     if "idempotency-key" in x.head.headers and "idempotency-key" not in flow.header_names:
         cure = "leave it out, or publish the flow asynchronously too"
         if "asynchronous" in flow.modes:
             cure = f"call {PREFIXES['asynchronous']}{flow.resource} with Prefer: wait=60"
-        message = f"is for asynchronous requests, which are stored: {cure}"
-        raise InputError([{"in": "header", "name": "Idempotency-Key", "message": message}])
-    request = _stored_request(x, flow, x.head.query)
+        errors.add("header", "Idempotency-Key", f"is for asynchronous requests, which are stored: {cure}")
+    if errors:
+        raise InputError(errors)
+    request = _stored_request(x, flow, query)
     given = flow.bind(request, path_values(flow, x.path), x.request_id)
     outcome = x.app.engine.run_at_once(flow, given)
     if outcome is not None:
