@@ -3493,6 +3493,7 @@ class StepError(AsteraError):
     """
 
     source: dict[str, Any] | None = None  # file and line of the exception, if it came from another process
+    failure: Mapping[str, Any] = {}  # what the flow's author is told, once it is known
 
     def __init__(
         self,
@@ -3509,11 +3510,8 @@ class StepError(AsteraError):
     @property
     def kind(self) -> str:
         """The kind of the failure, in one word."""
-        word = min(self.kinds, default="error")
+        word = max(self.kinds, default="error")
         return "status" if word[0].isdigit() else _KINDS_FOR_PEOPLE.get(word, word)
-
-
-_OTHER_FAILURE = StepError(500, "it failed", "it failed", {"error"})  # stands for an exception that is no StepError
 
 
 class _TimedOut(StepError, _Signal):
@@ -3531,25 +3529,27 @@ class FlowFailure(StepError, _Signal):
         self.headers = headers
 
 
-def _kind_and_message(error: BaseException) -> tuple[str, str]:
-    """The kind of a failure, and the message for the flow's author."""
+def _as_step_error(error: BaseException) -> StepError:
+    """The failure of a step that raised this; if it is no StepError, the client sees nothing of it."""
     if isinstance(error, StepError):
-        return error.kind, str(error)
-    return ("expression", str(error)) if isinstance(error, ExpressionError) else ("error", named(error))
+        return error
+    is_expression = isinstance(error, ExpressionError)
+    reason, kinds = (str(error), {"error", "expression"}) if is_expression else (named(error), {"error"})
+    failed = StepError(500, "", reason, kinds)
+    failed.__cause__ = error
+    return failed
 
 
-def _error_value(error: Exception, masked: Mask) -> dict[str, Any]:
+def _error_value(error: StepError, masked: Mask) -> dict[str, Any]:
     """The value of `error` in expressions; a body that cannot be read is text."""
-    kind, message = _kind_and_message(error)
-    status, headers, body = None, {}, None
-    answer = error.answer if isinstance(error, StepError) else None
+    answer, status, headers, body = error.answer, None, {}, None
     if answer is not None:
         status, headers = answer.status, joined_headers(answer.headers)
         try:
             body = read_answer(answer)
         except ValueError:
             body = answer.body.decode("utf-8", "replace")
-    return dict(zip(_ERROR_MEMBERS, (status, headers, body, masked(message), kind), strict=True))
+    return dict(zip(_ERROR_MEMBERS, (status, headers, body, masked(str(error)), error.kind), strict=True))
 
 
 class Cancel:
@@ -3761,23 +3761,12 @@ def evaluated(values: Mapping[str, Any], scope: Scope) -> dict[str, Any]:
 
 def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
     """The response with the values of its templates in a scope."""
-    selection, selected = response.selection, run.input.selected
-    if selection:
-        scope = selection.scope(selected, scope)
+    selection, body = response.selection, response.body
+    scope = selection.scope(run.input.selected, scope) if selection else scope
     status, headers = response.status(scope), evaluated(response.headers, scope)
-    if selection:
-        body = selection.body(response.body, selected, scope)
-    else:
-        body = response.body(scope) if response.body else None
-    empty = not (selection or response.body)
-    return make_answer(status, headers, body, run.outside.max_result, empty=empty, method=run.flow.method)
-
-
-def _known_failure(error: BaseException | None) -> dict[str, Any] | None:
-    """What `_add_failure` has found about an error, or about its context."""
-    while error is not None and not hasattr(error, "failure"):
-        error = error.__context__
-    return getattr(error, "failure", None)
+    value = selection.body(body, run.input.selected, scope) if selection else body(scope) if body else None
+    empty = not (selection or body)
+    return make_answer(status, headers, value, run.outside.max_result, empty=empty, method=run.flow.method)
 
 
 def failure_of(job: Job, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -3824,7 +3813,7 @@ class _StepRun:
     def __init__(self, run: Run, step: Step, path: str) -> None:
         self.run, self.step, self.path = run, step, path
         self.began = run.outside.clock.wall()  # milliseconds since the epoch
-        self.failures: list[dict[str, Any]] = []  # of each attempt
+        self.failures: list[Mapping[str, Any]] = []  # of each attempt
 
     def value(self, scope: Scope) -> Any:
         """Run the step, and add its end to the trace; return its value."""
@@ -3842,13 +3831,14 @@ class _StepRun:
         except (Answered, Cancelled) as signal:
             self.add_line("answered" if isinstance(signal, Answered) else "cancelled")
             raise
-        except Exception as error:
-            if not self.failures or isinstance(error, _Signal):
+        except StepError as error:
+            final = isinstance(error, _Signal)
+            if final or not self.failures:
                 self._add_failure(error, len(self.failures) + 1)
             try:
-                if step.on_error is not None and not isinstance(error, _Signal):
+                if step.on_error is not None and not final:
                     return self._value_instead(step.on_error, error, scope)
-                if isinstance(error, StepError) and not isinstance(error, _Signal):
+                if error.detail and not final:
                     error.detail, error.args = f'step "{step.name}": {error.detail}', (f"step {self.path}: {error}",)
                 raise
             finally:
@@ -3870,24 +3860,22 @@ class _StepRun:
                     return step.run(run, scope, path)
             except _Signal:
                 raise
-            except Exception as error:
+            except Exception as caught:
+                error = _as_step_error(caught)
                 if run.reached.get(path) is not before:
                     attempt, before = 1, run.reached[path]
                 self._add_failure(error, attempt)
-                failed = error if isinstance(error, StepError) else _OTHER_FAILURE
-                wanted = failed.safe if retry.on is None else retry.on & failed.kinds
-                if attempt >= retry.attempts or not wanted:
-                    raise
-                run.check()
-                headers = failed.answer.headers if failed.answer else ()
-                asked = header_value(headers, "retry-after")  # RFC 9110, section 10.2.3
-                pause = max(retry.pause(attempt), parse_retry_after(asked, run.outside.clock.wall()))
-                if pause > run.left():
-                    raise  # this failure now says more than a timeout later
+                again = attempt < retry.attempts and bool(error.safe if retry.on is None else retry.on & error.kinds)
+                if again:
+                    run.check()
+                    asked = header_value(error.answer.headers, "retry-after") if error.answer else None
+                    pause = max(retry.pause(attempt), parse_retry_after(asked, run.outside.clock.wall()))
+                if not again or pause > run.left():  # the failure now says more than a timeout later
+                    raise error from error.__cause__
             resumed = False
             run.sleep(pause)
 
-    def _value_instead(self, on_error: Template, error: Exception, scope: Scope) -> Any:
+    def _value_instead(self, on_error: Template, error: StepError, scope: Scope) -> Any:
         """The value instead of that of a failed step. It is saved: a resumed run must not act and fail again."""
         run = self.run
         words = "flow %s: continues after a failure: %s"
@@ -3895,31 +3883,31 @@ class _StepRun:
         scope["error"] = _error_value(error, run.outside.masked)
         try:
             value = on_error(scope)
-        except ExpressionError as second:
+        except ExpressionError as caught:
+            second = _as_step_error(caught)
             self._add_failure(second, len(self.failures))
-            raise
+            raise second from caught
         run.journal.record(journal_key(self.path, "error"), scope["error"])
         run.journal.record(self.path, value)
         return value
 
-    def fail(self, error: BaseException) -> dict[str, Any]:
+    def fail(self, caught: BaseException) -> StepError:
         """Add a failure outside attempts to the trace, and return it."""
-        failure = self._add_failure(error, 1)
+        error = _as_step_error(caught)
+        self._add_failure(error, 1)
         self.add_line("failed")
-        return failure
+        return error
 
-    def _add_failure(self, error: BaseException, attempt: int) -> dict[str, Any]:
-        """Add an attempt's failure, and return it for the flow's author: what failed, where, in which attempt.
+    def _add_failure(self, error: StepError, attempt: int) -> None:
+        """Add an attempt's failure, for the flow's author: what failed, where, in which attempt.
 
         The failure of a step inside this one is also the failure of this one.
         """
         run, step = self.run, self.step
-        failure = _known_failure(error) if step.kind.nests else None
-        if failure is None:
-            kind, message = _kind_and_message(error)
-            failure = {
-                "message": run.outside.masked(message)[:_MAX_FAILURE_MESSAGE],
-                "kind": kind,
+        if not error.failure:
+            error.failure = {
+                "message": run.outside.masked(str(error))[:_MAX_FAILURE_MESSAGE],
+                "kind": error.kind,
                 "step": self.path,
                 "file": run.flow.source,
                 "pointer": step.place,
@@ -3927,10 +3915,8 @@ class _StepRun:
                 "attempt": attempt,
                 "attempts": step.retry.attempts,
             }
-            optional("astera_lite_advice:explain", failure, error, run, step)
-            vars(error)["failure"] = failure  # not by setattr, which its class may forbid
-        self.failures.append(failure)
-        return failure
+            optional("astera_lite_advice:explain", error.failure, error.__cause__ or error, run, step)
+        self.failures.append(error.failure)
 
     def add_line(self, state: str, size: int | None = None, value: Any = None) -> None:
         """Add a line to the trace, which people see as the steps of a job."""
@@ -3981,9 +3967,8 @@ def run_steps(steps: Sequence[Step], run: Run, scope: Scope, prefix: str) -> Any
         run.check()
         try:
             skipped = step.when is not None and not run.evaluated_once(step.when, scope, journal_key(path, "when"))
-        except ExpressionError as error:
-            this.fail(error)
-            raise
+        except ExpressionError as caught:
+            raise this.fail(caught) from caught
         if skipped:
             scope[step.name] = None
             this.add_line("skipped")
@@ -4007,26 +3992,27 @@ def response_of(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> 
             if response.when is None or response.when(scope):
                 return evaluate_response(response, run, scope)
         raise ExpressionError("/response: no `when` was true: add a last response without `when`")
-    except Exception as error:
-        _StepRun(run, _RESPONDING, f"{prefix}response").fail(error)
-        raise
+    except Exception as caught:
+        error = _StepRun(run, _RESPONDING, f"{prefix}response").fail(caught)
+        raise error from error.__cause__
 
 
-def trace_failure(run: Run, error: BaseException) -> dict[str, Any]:
-    """Add a failure between steps to the trace, as the failure of the step that was about to begin."""
+def trace_failure(run: Run, error: BaseException) -> str:
+    """Add a failure between steps to the trace, as that of the step that was about to begin; return its text."""
     name = (run.progress.step or "").partition("/")[0]
     step = next((step for step in run.flow.steps if step.name == name), _RESPONDING)
-    return _StepRun(run, step, step.name).fail(error)
+    return failure_text(_StepRun(run, step, step.name).fail(error).failure)
 
 
-def _failed(run: Run, error: BaseException) -> Outcome:
+def _failed(run: Run, caught: BaseException) -> Outcome:
     """The outcome of a failed run: what the client may see, and the reason for the log."""
-    reason = failure_text(_known_failure(error) or trace_failure(run, error))
-    if isinstance(error, StepError):
+    error = _as_step_error(caught)
+    reason = failure_text(error.failure) if error.failure else trace_failure(run, error)
+    if error.detail:
         code = "timeout" if error.status == 504 and not isinstance(error, FlowFailure) else "failed"
         return Outcome.failed(code, error.status, run.outside.masked(error.detail), reason, error.headers)
-    if not isinstance(error, AsteraError):
-        log.debug("flow %s", run.flow.name, exc_info=error, extra=run.about)
+    if not isinstance(error.__cause__, AsteraError):
+        log.debug("flow %s", run.flow.name, exc_info=error.__cause__, extra=run.about)
     detail = "The flow failed. The server's log has the reason under this id."
     return Outcome.failed("failed", 500, detail, reason, requestId=run.input.request["id"])
 
@@ -7007,9 +6993,7 @@ class Engine:
         assert job is not None
         run.cancel.set()
         self._measure(run.flow, (self._clock.now() - (job.started or 0)) / 1000)
-        failure = failure_text(
-            trace_failure(run, _TimedOut("the flow exceeded its time limit, and its thread does not end"))
-        )
+        failure = trace_failure(run, _TimedOut("the flow exceeded its time limit, and its thread does not end"))
         self._record(job, run, Outcome.failed("timeout", 504, "The flow exceeded its time limit.", failure))
 
     def stop(self, timeout_s: float) -> int:

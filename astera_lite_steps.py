@@ -235,7 +235,9 @@ def answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
         return answered.answer
     except FlowFailure as failed:
         answer = Fetched(failed.status, list(failed.headers), b"")
-        raise StepError(failed.status, failed.detail, failed.detail, {"fail"}, answer) from None
+        error = StepError(failed.status, failed.detail, failed.detail, {"fail"}, answer)
+        error.failure = failed.failure
+        raise error from None
 
 
 _CALL = {
