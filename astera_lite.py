@@ -6309,9 +6309,8 @@ class State(IntEnum):
 
     __hash__ = int.__hash__  # Enum's own is Python code, and states are looked up for each job
 
-    NEW = auto()  # on its way to the disk
-    READY = auto()  # waits for a thread
-    HELD = auto()  # waits until its flow's limit leaves room
+    NEW = auto()  # on its way to the disk; or a call that waits on its own thread
+    READY = auto()  # waits for a thread, or until its flow's limit leaves room
     RUNNING = auto()  # has a thread
     WAITING = auto()  # due later; has no thread
     ENDING = auto()  # its end, or its wait, is on its way to the disk
@@ -6322,13 +6321,11 @@ class State(IntEnum):
 _MOVES = {
     State.NEW: {State.READY, State.WAITING, State.RUNNING, State.ENDING, State.GONE},
     State.READY: {State.RUNNING, State.ENDING, State.GONE},
-    State.HELD: {State.READY, State.ENDING, State.GONE},
-    State.RUNNING: {State.HELD, State.WAITING, State.ENDING, State.GONE},
+    State.RUNNING: {State.WAITING, State.ENDING, State.GONE},
     State.WAITING: {State.READY, State.ENDING, State.GONE},
     State.ENDING: {State.WAITING, State.GONE},
     State.GONE: set[State](),
 }
-_UNBEGUN = frozenset({State.NEW, State.READY, State.HELD})  # accepted, and without a thread
 
 
 class Entry:
@@ -6348,23 +6345,34 @@ class Entry:
 
 
 class Queue:
-    """The jobs and calls in hand, and which of them may run next. Callers hold `changed`, except to count or to list.
+    """The jobs and calls in hand, which of them may run next, and the threads that run them with `run`.
 
-    The heaps hold numbers. If the entry of a number is in another state when its turn comes, the number is skipped.
+    At most `workers` threads run jobs; a quarter more are for calls, which slow jobs would starve otherwise.
+    `flow_named` finds flows in service, whose limits count. The heaps hold numbers. If the entry of a number is in
+    another state when its turn comes, the number is skipped.
     """
 
-    def __init__(self, workers: int) -> None:
-        self.changed = threading.Condition(threading.Lock())  # notified when a run or its write has ended
+    def __init__(self, workers: int, flow_named: Callable[[str], Flow | None], run: Callable[[Entry], None]) -> None:
+        self.changed = threading.Condition()  # guards what follows; notified when a run or its write has ended
         self.entries: dict[int, Entry] = {}
         self.workers, self.busy = workers, 0  # threads that may run jobs, and that do
+        self.threads, self.working = workers + max(1, workers // 4), 0  # of the pool, and those of them at work
         self.stopping = True  # begins nothing: not started, or being stopped
         self.queued = 0  # jobs that were accepted and do not run yet
         self._waiting = 0  # jobs that are due later
-        self._unfinished = Counter[str]()  # entries by flow
+        self._unfinished, self._running = Counter[str](), Counter[str]()  # entries, and those that run, by flow
         self._ready: list[int] = []  # calls, which come first, and jobs by age
+        self._held: defaultdict[str, list[int]] = defaultdict(list)  # those ready that found their flow at its limit
         self._due: list[tuple[int, int]] = []  # (due, number) of those that wait
-        self._held: defaultdict[str, list[int]] = defaultdict(list)  # by flow
-        self._running = Counter[str]()  # runs of the flows that have a limit
+        self._flow_named, self._run = flow_named, run
+        self._limits: dict[str, int | None] = {}  # of flows; they outlive the removal of a flow that still has jobs
+        self._calling = False  # a thread was called and is not at work yet
+        self._pool = ThreadPoolExecutor(self.threads, "astera-worker")
+
+    def __contains__(self, seq: object) -> bool:
+        """Whether the engine has a stored job in hand."""
+        entry = self.entries.get(cast(int, seq))
+        return entry is not None and entry.state is not State.NEW
 
     def counts(self) -> dict[str, int]:
         """Jobs that are queued, that have a thread, and that wait for a time."""
@@ -6374,9 +6382,19 @@ class Queue:
         """The jobs and calls that have a thread."""
         return [entry for entry in list(self.entries.values()) if entry.state is State.RUNNING]
 
-    def is_full(self, flow: Flow) -> bool:
+    def refuses(self, flow: Flow) -> bool:
         """Whether a flow has reached its limit and refuses more."""
         return flow.limit is not None and flow.when_full == "refuse" and self._unfinished[flow.name] >= flow.limit
+
+    def has_room(self, name: str) -> bool:
+        """Whether the limit of a flow leaves room for a run."""
+        flow = self._flow_named(name)
+        if flow is not None:
+            self._limits[name] = flow.limit
+        limit = self._limits.get(name)
+        return limit is None or self._running[name] < limit
+
+    # --- jobs and calls in hand: `enter`, `move` and `leave` need the lock ---
 
     def enter(self, number: int, flow: str) -> Entry:
         """The entry of a job or call; a new one if there is none."""
@@ -6387,83 +6405,145 @@ class Queue:
             self.queued += number >= 0
         return entry
 
+    def put(self, seq: int, flow: str, prepared: Prepared | None = None, due: int | None = None) -> None:
+        """Queue a job that is on disk, to run when it is due; does nothing if the engine has it in hand."""
+        with self.changed:
+            entry = self.enter(seq, flow)
+            if entry.state is State.NEW:
+                if prepared is not None and max(prepared.input.size, _MIN_KEPT) * self.queued <= _KEEP_BYTES:
+                    entry.prepared = prepared
+                entry.due = due
+                self.move(entry, State.READY if due is None else State.WAITING)
+
+    def dismiss(self, number: int) -> None:
+        """Forget a job or call that has ended, or was not stored."""
+        with self.changed:
+            entry = self.entries.get(number)
+            if entry is not None:
+                self.move(entry, State.GONE)
+
+    def release(self, now: int) -> int | None:
+        """Make the jobs ready that are due; return when the next one will be due."""
+        with self.changed:
+            while self._due and self._due[0][0] <= now:
+                due, seq = heapq.heappop(self._due)
+                entry = self.entries.get(seq)
+                if entry is not None and entry.state is State.WAITING and entry.due == due:
+                    self.move(entry, State.READY)
+            self._call_thread()  # again, if none could be had when there was work
+            return self._due[0][0] if self._due else None
+
     def move(self, entry: Entry, state: State) -> bool:
         """Give an entry another state; False if it may not have this one now."""
-        if state not in _MOVES[entry.state]:
+        before = entry.state
+        if state not in _MOVES[before]:
             return False
-        if entry.number >= 0:
-            self.queued += (state in _UNBEGUN) - (entry.state in _UNBEGUN)
-            self._waiting += (state is State.WAITING) - (entry.state is State.WAITING)
         entry.state = state
+        if entry.number >= 0:
+            self.queued += (state is State.READY) - (before <= State.READY)
+            self._waiting += (state is State.WAITING) - (before is State.WAITING)
         if state is State.READY:
             heapq.heappush(self._ready, entry.number)
-        elif state is State.HELD:
-            heapq.heappush(self._held[entry.flow], entry.number)
+            self._call_thread()
+        elif state is State.RUNNING:
+            entry.cancel = entry.cancel or Cancel()
+            self.busy += entry.number >= 0
+            self._running[entry.flow] += 1
         elif state is State.WAITING:
             entry.job = entry.prepared = entry.run = None
             heapq.heappush(self._due, (entry.due or 0, entry.number))
         elif state is State.GONE:
             del self.entries[entry.number]
             self._unfinished[entry.flow] -= 1
-        if entry.prepared is not None and state in (State.READY, State.HELD):
-            size = max(entry.prepared.input.size, _MIN_KEPT)
-            if size * self.queued > _KEEP_BYTES or entry.prepared.saved:
-                entry.prepared = None
+        if before is State.READY:
+            self._let_in(entry.flow)
         return True
 
-    def dismiss(self, number: int) -> None:
-        """Forget a job or call that has ended."""
-        entry = self.entries.get(number)
-        if entry is not None:
-            self.move(entry, State.GONE)
+    def leave(self, entry: Entry) -> None:
+        """A run has ended, also if the thread came late and the entry has gone: a held one may begin."""
+        self.busy -= entry.number >= 0
+        self._running[entry.flow] -= 1
+        self._let_in(entry.flow)
+        self.changed.notify_all()
 
-    def release(self, now: int) -> int | None:
-        """Make the jobs ready that are due; return when the next one will be due."""
-        while self._due and self._due[0][0] <= now:
-            due, seq = heapq.heappop(self._due)
-            entry = self.entries.get(seq)
-            if entry is not None and entry.state is State.WAITING and entry.due == due:
-                self.move(entry, State.READY)
-        return self._due[0][0] if self._due else None
+    def _let_in(self, flow: str) -> None:
+        """Let the oldest run that was held have its turn, if the flow has room by now."""
+        held = self._held.get(flow)
+        while held and self.has_room(flow):
+            number = heapq.heappop(held)
+            entry = self.entries.get(number)
+            if entry is not None and entry.state is State.READY:
+                heapq.heappush(self._ready, number)
+                self._call_thread()
+                return
 
-    def has_work(self) -> bool:
+    # --- threads ---
+
+    def start(self) -> None:
+        """Begin to run what is queued."""
+        with self.changed:
+            self.stopping = False
+            self._call_thread()
+
+    def _has_work(self) -> bool:
         """Whether the first in the queue may run: a call, or a job if fewer than `workers` do."""
         return bool(self._ready) and not self.stopping and (self._ready[0] < 0 or self.busy < self.workers)
 
-    def next(self) -> Entry | None:
+    def _call_thread(self) -> None:
+        """Let another thread work on the queue, if there is work for it.
+
+        One thread is called at a time, and calls the next: threads that begin together compete for the interpreter.
+        """
+        if not self._calling and self._has_work():
+            with contextlib.suppress(RuntimeError):  # no thread can be had: the pool keeps the task for the next one
+                self._pool.submit(self._work)
+                self._calling = True
+
+    def _next(self) -> Entry | None:
         """The job or call that runs next, now in the state RUNNING; None if none may run."""
-        while self.has_work():
-            entry = self.entries.get(heapq.heappop(self._ready))
-            if entry is not None and self.move(entry, State.RUNNING):
-                entry.cancel = entry.cancel or Cancel()
+        while self._has_work():
+            number = heapq.heappop(self._ready)
+            entry = self.entries.get(number)
+            if entry is None or entry.state is not State.READY:
+                continue
+            if self.has_room(entry.flow):
+                self.move(entry, State.RUNNING)
                 return entry
+            heapq.heappush(self._held[entry.flow], number)
         return None
 
-    def begin(self, flow: Flow) -> bool:
-        """Whether the flow's limit leaves room for a run, which then counts until `leave`."""
-        if flow.limit is not None:
-            if self._running[flow.name] >= flow.limit:
-                return False
-            self._running[flow.name] += 1
-            if self._running[flow.name] < flow.limit:
-                self.let_in(flow.name)
-        return True
+    def _work(self) -> None:
+        """A task of the pool: run entry after entry. A task for each would cost a third of the throughput."""
+        with self.changed:
+            self._calling = False
+            self.working += 1
+            while entry := self._next():
+                self._call_thread()
+                self.changed.release()
+                try:
+                    self._run(entry)
+                except BaseException:  # the thread goes on
+                    log.exception("a task of the engine")
+                finally:
+                    self.changed.acquire()
+                    self.leave(entry)
+            self.working -= 1
+            self.changed.notify_all()
 
-    def leave(self, flow: Flow) -> None:
-        """A run of a flow has ended, so a held run may begin."""
-        if flow.limit is not None:
-            self._running[flow.name] -= 1
-            self.let_in(flow.name)
-        self.changed.notify_all()
-
-    def let_in(self, flow: str) -> None:
-        """Make a held run ready. When it begins, it asks `begin` again."""
-        held = self._held[flow]
-        while held:
-            entry = self.entries.get(heapq.heappop(held))
-            if entry is not None and entry.state is State.HELD:
-                self.move(entry, State.READY)
-                return
+    def stop(self, deadline: float) -> list[Entry]:
+        """Wait for what runs; return the runs that are not over in time. Jobs among them are ENDING then."""
+        with self.changed:
+            while self.working or self.running():
+                seconds = min(deadline - time.monotonic(), 0.2)  # a signal just before a wait is handled after the wait
+                if seconds <= 0:
+                    break
+                self.changed.wait(seconds)
+            left, working = self.running(), self.working
+            for entry in left:
+                if entry.number >= 0:
+                    self.move(entry, State.ENDING)
+        self._pool.shutdown(wait=not working, cancel_futures=True)  # a thread that runs a flow may never end
+        return left
 
 
 class JobJournal(Journal):
@@ -6568,74 +6648,12 @@ def log_outcome(what: str, flow: Flow, given: Input, outcome: Outcome) -> None:
         log.log(level, "%s %s: flow %s %s", what, its_id, flow.name, words, extra=this)
 
 
-class Ends:
-    """Gives the ends of jobs to the store, and tells the others of those that are on disk (see Engine)."""
-
-    def __init__(
-        self,
-        store: Store,
-        queue: Queue,
-        clock: Clock,
-        metrics: Metrics,
-        retention: float,
-        job_changed: Callable[[JobKey, bool], None],
-    ) -> None:
-        self._store, self._queue, self._clock, self._metrics = store, queue, clock, metrics
-        self._retention_ms, self._job_changed = round(retention * 1000), job_changed
-        self._unwritten = 0  # bytes of outcomes on their way to the disk; the queue's lock guards them
-
-    def make(self, job: Job, outcome: Outcome, trace: Sequence[dict[str, Any]], started: int | None = None) -> Finish:
-        """The end of a job, which began at `job.started` or at `started`, and the callback that the server owes."""
-        now, steps = self._clock.now(), to_json(trace) if trace else None
-        started, expires = started or job.started, now + self._retention_ms
-        finish = Finish(job, max(job.attempt, 1), outcome, started, now, expires, steps)
-        if job.callback is None:
-            return finish
-        document = status_document(finish.ended, job.base, offset=self._clock.offset, with_callback=False)
-        return finish._replace(callback=(parse_target(job.callback.url).receiver, to_json(document)))
-
-    def record(self, finish: Finish) -> None:
-        """Give an end to the store. One that cannot be stored is replaced by a small one."""
-        job, size = finish.job, len(finish.outcome.answer.body) + _MIN_UNWRITTEN
-
-        def written(moved: Any, error: AsteraError | None) -> None:
-            with self._queue.changed:
-                self._unwritten -= size
-                self._queue.changed.notify_all()
-            if error is not None:
-                this = about("job", job.id, job.flow, None)
-                log.error("the end of job %s could not be recorded: %s", job.id, error, extra=this)
-                if finish.outcome is not _NOT_STORED and not self._queue.stopping:
-                    self.record(self.make(job, _NOT_STORED, ())._replace(fenced=finish.fenced))
-                    return
-            with self._queue.changed:  # first, because a client that sees the end may call the flow at once
-                self._queue.dismiss(job.key.seq)
-            self.announce(finish, moved)
-
-        self._store.finish(finish, written)
-        with self._queue.changed:
-            self._unwritten += size
-
-    def announce(self, finish: Finish, moved: Any = True) -> None:
-        """Count an end that is on disk, and tell the others. `moved`: the job was Running until then."""
-        if moved:
-            self._metrics.ended[finish.job.flow, finish.outcome.end] += 1
-        self._job_changed(finish.job.key, finish.callback is not None)
-
-    def await_room(self) -> None:
-        """Wait for the disk if too many outcomes are on their way to it."""
-        if self._unwritten > _MAX_UNWRITTEN:
-            with self._queue.changed:
-                self._queue.changed.wait_for(lambda: self._unwritten <= _MAX_UNWRITTEN)
-
-
 class Engine:
-    """Runs jobs and synchronous calls on a pool of threads, and records how the jobs ended.
+    """Runs jobs and synchronous calls on the threads of its queue, and records how the jobs ended.
 
     `prepare(seq)` reads a stored job and makes it ready to run; None if it has ended. `job_changed(key, is_due)` is
-    called on the store's thread when a job's end or wait is committed; `is_due`: the housekeeper has work. At most
-    `workers` threads run jobs; a quarter more are for calls, which slow jobs would starve otherwise. Durations are in
-    seconds.
+    called on the store's thread when a job's end or wait is committed; `is_due`: the housekeeper has work. Durations
+    are in seconds.
     """
 
     def __init__(
@@ -6652,109 +6670,27 @@ class Engine:
     ) -> None:
         self._store, self._outside, self._clock, self._metrics = store, outside, outside.clock, metrics
         self._prepare, self._job_changed, self._job_timeout = prepare, job_changed, job_timeout
-        self._threads = workers + max(1, workers // 4)
-        self._pool = ThreadPoolExecutor(self._threads, "astera-worker")
-        self.queue = Queue(workers)
-        self.ends = Ends(store, self.queue, self._clock, metrics, retention, job_changed)
-        self._changed = self.queue.changed  # guards what follows
+        self._retention_ms = round(retention * 1000)
+        self.queue = Queue(workers, outside.flow_named, self._run_entry)
+        self._changed = self.queue.changed  # guards what follows, too
         self._call_numbers = itertools.count(-(1 << 62))
-        self._working = 0  # threads at work
-        self._calling = False  # a thread was called and is not at work yet
         self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
         self._costly: set[int] = set()  # versions of light flows that once exceeded the budget
+        self._unwritten = 0  # bytes of outcomes on their way to the disk
 
-    def __contains__(self, seq: object) -> bool:
-        """Whether the engine has a stored job in hand."""
-        entry = self.queue.entries.get(cast(int, seq))
-        return entry is not None and entry.state is not State.NEW
-
-    def threads(self) -> tuple[int, int]:
-        """The size of the thread pool, and how many of its threads are busy."""
-        return self._threads, self._working
-
-    # --- queue ---
-
-    def start(self) -> None:
-        """Begin to run what is queued."""
+    def admit(self, number: int, flow: Flow) -> Entry:
+        """Count in a call, or a job on its way to the disk, until `dismiss`. Busy if the flow refuses more."""
         with self._changed:
-            self.queue.stopping = False
-            self._call_thread()
+            if not self._store.shared and self.queue.refuses(flow):  # a shared store counts for all servers
+                message = f"The flow runs {flow.limit} times at one time, and no more."
+                raise Busy(message, self.retry_after(flow.name), 429)
+            return self.queue.enter(number, flow.name)
 
-    def admit(self, seq: int, flow: Flow) -> None:
-        """Count in a job that is on its way to the disk; `put` or `dismiss` follows. Busy if the flow is full."""
-        with self._changed:
-            self._enter(seq, flow)
-
-    def _enter(self, number: int, flow: Flow) -> Entry:
-        if self.queue.is_full(flow):
-            message = f"The flow runs {flow.limit} times at one time, and no more."
-            raise Busy(message, self.retry_after(flow.name), 429)
-        return self.queue.enter(number, flow.name)
-
-    def put(self, seq: int, flow: str, prepared: Prepared | None = None, due: int | None = None) -> None:
-        """Queue a job that is on disk, to run when it is due; does nothing if the engine has it in hand."""
-        with self._changed:
-            entry = self.queue.enter(seq, flow)
-            if entry.state is State.NEW:
-                entry.prepared, entry.due = prepared, due
-                self.queue.move(entry, State.READY if due is None else State.WAITING)
-                self._call_thread()
-
-    def dismiss(self, seq: int) -> None:
-        """Forget a job that has ended, or was not stored."""
-        with self._changed:
-            self.queue.dismiss(seq)
-
-    def release(self, now: int) -> int | None:
-        """Run the jobs that are due; return when the next one will be due."""
-        with self._changed:
-            next_at = self.queue.release(now)
-            self._call_thread()
-            return next_at
-
-    # --- threads ---
-
-    def _call_thread(self) -> None:
-        """Let another thread work on the queue, if there is work for it. The caller holds the lock.
-
-        One thread is called at a time, and calls the next: threads that begin together compete for the interpreter.
-        """
-        if self.queue.has_work() and not self._calling:
-            with contextlib.suppress(RuntimeError):  # no thread can be had: the pool keeps the task for the next one
-                self._pool.submit(self._work)
-                self._calling = True
-
-    def _work(self) -> None:
-        """A task of the pool: run entry after entry. A task for each would cost a third of the throughput."""
-        with self._changed:
-            self._calling = False
-            self._working += 1
-            while entry := self.queue.next():
-                self.queue.busy += entry.number >= 0
-                self._call_thread()
-                self._changed.release()
-                try:
-                    (self._run_job if entry.number >= 0 else self._answer_call)(entry)
-                except BaseException:  # the thread goes on
-                    log.exception("a task of the engine")
-                finally:
-                    self._changed.acquire()
-                    self.queue.busy -= entry.number >= 0
-            self._working -= 1
-            self._changed.notify_all()
-
-    def _begin(self, entry: Entry, flow: Flow) -> bool:
-        """Whether a run may begin; the entry is held if its flow's limit leaves no room."""
-        with self._changed:
-            begins = entry.state is State.RUNNING and self.queue.begin(flow)
-            if not begins:
-                self.queue.move(entry, State.HELD)
-            return begins
-
-    def _leave(self, flow: Flow) -> None:
-        with self._changed:
-            self.queue.leave(flow)
-            self._call_thread()
+    def _run_entry(self, entry: Entry) -> None:
+        if entry.number >= 0:
+            self._run_job(entry)
+        elif entry.run is not None and entry.done is not None:
+            entry.done(self._run_call(entry, entry.run))
 
     # --- synchronous calls ---
 
@@ -6786,42 +6722,36 @@ class Engine:
             entry = self._enter_call(run)
             entry.done = done
             self.queue.move(entry, State.READY)
-            self._call_thread()
 
     def run_here(self, run: Run) -> Outcome:
         """Run a flow on the calling thread, which would wait anyway and may belong to the pool; raises Busy."""
         with self._changed:
             entry = self._enter_call(run)
-            while not self.queue.begin(run.flow):
+            while not self.queue.has_room(entry.flow):
                 self._changed.wait(0.2)
                 if self.queue.stopping or self._clock.monotonic() >= run.deadline:
                     self.queue.move(entry, State.GONE)
                     return STOPPED if self.queue.stopping else NO_ROOM
             self.queue.move(entry, State.RUNNING)
-        return self._run_call(entry, run)
+        try:
+            return self._run_call(entry, run)
+        finally:
+            with self._changed:
+                self.queue.leave(entry)
 
     def _enter_call(self, run: Run) -> Entry:
         if self.queue.stopping:
             raise Busy("The server is stopping.", 5)
-        entry = self._enter(next(self._call_numbers), run.flow)
+        entry = self.admit(next(self._call_numbers), run.flow)
         entry.run, entry.cancel = run, run.cancel
         return entry
-
-    def _answer_call(self, entry: Entry) -> None:
-        assert entry.run is not None
-        if self._begin(entry, entry.run.flow):
-            outcome = self._run_call(entry, entry.run)
-            assert entry.done is not None
-            entry.done(outcome)
 
     def _run_call(self, entry: Entry, run: Run) -> Outcome:
         began = self._clock.monotonic()
         try:
             outcome = run_flow(run)
         finally:
-            with self._changed:
-                self.queue.move(entry, State.GONE)
-            self._leave(run.flow)
+            self.queue.dismiss(entry.number)  # first, because a client that sees the end may call the flow at once
         assert isinstance(outcome, Outcome)
         self._measure(run.flow, self._clock.monotonic() - began)
         log_outcome("request", run.flow, run.input, outcome)
@@ -6833,13 +6763,10 @@ class Engine:
         this = JobKey(entry.number, 0)
         try:
             prepared = entry.prepared = entry.prepared or self._prepare(entry.number)
-            if prepared is not None and self._begin(entry, prepared.flow):
-                try:
-                    self._run(entry, prepared)
-                finally:
-                    self._leave(prepared.flow)
-            elif prepared is None and entry.state is State.RUNNING:  # it has ended
-                self.dismiss(entry.number)
+            if entry.state is State.RUNNING and prepared is not None:
+                self._run(entry, prepared)
+            elif entry.state is State.RUNNING:  # it has ended
+                self.queue.dismiss(entry.number)
         except AsteraError as error:  # the database failed while the job was read
             log.error("job %s could not be started: %s", this, error, extra={"job": str(this)})
             with self._changed:
@@ -6850,7 +6777,7 @@ class Engine:
             if entry.job is not None:
                 self.end(entry.job, Outcome.failed("failed", 500, "The server failed to run the job."))
             else:
-                self.dismiss(entry.number)
+                self.queue.dismiss(entry.number)
 
     def _run(self, entry: Entry, prepared: Prepared) -> None:
         job, flow, now = prepared.job, prepared.flow, self._clock.now()
@@ -6877,9 +6804,8 @@ class Engine:
                 return  # the job was ended at its deadline, or is left to the next start
         if journal.superseded:
             log.warning("another server has taken job %s: this run changes nothing", job.id, extra=run.about)
-            self.dismiss(entry.number)
-            return
-        if isinstance(outcome, int):
+            self.queue.dismiss(entry.number)
+        elif isinstance(outcome, int):
             self._suspend(entry, entry.job._replace(due=outcome), run, *journal.waiting)
         else:
             self._measure(flow, self._clock.monotonic() - began, spent)
@@ -6896,7 +6822,7 @@ class Engine:
             if error is not None:
                 self.end(job, Outcome.failed("failed", 500, "The job's wait could not be stored."))
             elif not kept:  # it has ended
-                self.dismiss(entry.number)
+                self.queue.dismiss(entry.number)
             elif cancelled:
                 self.end(job, _CANCELLED)
             else:
@@ -6904,17 +6830,27 @@ class Engine:
 
         self._store.suspend(job, path, until, to_json(run.trace or []), suspended)
 
+    def _measure(self, flow: Flow, seconds: float, waited: float = 0.0) -> None:
+        """Count a run: how long it held its thread, and how long the job had run before (both in seconds)."""
+        mean = self._mean_s.get(flow.name, seconds)
+        self._mean_s[flow.name] = mean + 0.2 * (seconds - mean)
+        self._metrics.ran(flow.name, waited + seconds)
+
+    # --- ends ---
+
     def _record(self, job: Job, ran: Prepared | Run, outcome: Outcome) -> None:
-        """Record the end of a job that ran."""
+        """Record the end of a job that ran; wait if too many outcomes are on their way to the disk."""
         log_outcome("job", ran.flow, ran.input, outcome)
-        self.ends.record(self.ends.make(job, outcome, list(ran.trace or ())))
-        self.ends.await_room()
+        self._store_end(self._finish(job, outcome, list(ran.trace or ())))
+        if self._unwritten > _MAX_UNWRITTEN:
+            with self._changed:
+                self._changed.wait_for(lambda: self._unwritten <= _MAX_UNWRITTEN)
 
     def end(self, job: Job, outcome: Outcome) -> None:
         """End a job that no thread runs."""
         with self._changed:
             self.queue.move(self.queue.enter(job.key.seq, job.flow), State.ENDING)
-        self.ends.record(self.ends.make(job, outcome, ())._replace(fenced=False))
+        self._store_end(self._finish(job, outcome, fenced=False))
 
     def ended_at_once(self, job: Job, flow: Flow, given: Input) -> Finish | None:
         """Run a job that is not stored yet, if its flow is light; how it ended, None if it is to be queued."""
@@ -6922,13 +6858,48 @@ class Engine:
         outcome = self.run_at_once(flow, given, trace)
         if outcome is None or len(outcome.answer.body) > PIECE:
             return None
-        return self.ends.make(job, outcome, trace, job.created)
+        return self._finish(job._replace(started=job.created), outcome, trace)
 
-    def _measure(self, flow: Flow, seconds: float, waited: float = 0.0) -> None:
-        """Count a run: how long it held its thread, and how long the job had run before (both in seconds)."""
-        mean = self._mean_s.get(flow.name, seconds)
-        self._mean_s[flow.name] = mean + 0.2 * (seconds - mean)
-        self._metrics.ran(flow.name, waited + seconds)
+    def _finish(
+        self, job: Job, outcome: Outcome, trace: Sequence[dict[str, Any]] | None = None, fenced: bool = True
+    ) -> Finish:
+        """The end of a job, and the callback that the server owes."""
+        now, steps = self._clock.now(), to_json(trace) if trace else None
+        expires = now + self._retention_ms
+        finish = Finish(job, max(job.attempt, 1), outcome, job.started, now, expires, steps, fenced=fenced)
+        if job.callback is None:
+            return finish
+        document = status_document(finish.ended, job.base, offset=self._clock.offset, with_callback=False)
+        return finish._replace(callback=(parse_target(job.callback.url).receiver, to_json(document)))
+
+    def _store_end(self, finish: Finish) -> None:
+        """Give an end to the store. One that cannot be stored is replaced by a small one."""
+        job, size = finish.job, len(finish.outcome.answer.body) + _MIN_UNWRITTEN
+
+        def written(moved: Any, error: AsteraError | None) -> None:
+            is_replaced = error is not None and finish.outcome is not _NOT_STORED and not self.queue.stopping
+            with self._changed:
+                self._unwritten -= size
+                self._changed.notify_all()
+                if not is_replaced:  # first, because a client that sees the end may call the flow at once
+                    self.queue.dismiss(job.key.seq)
+            if error is not None:
+                this = about("job", job.id, job.flow, None)
+                log.error("the end of job %s could not be recorded: %s", job.id, error, extra=this)
+            if is_replaced:
+                self._store_end(self._finish(job, _NOT_STORED, fenced=finish.fenced))
+            else:
+                self.announce(finish, moved)
+
+        self._store.finish(finish, written)
+        with self._changed:
+            self._unwritten += size
+
+    def announce(self, finish: Finish, moved: Any = True) -> None:
+        """Count an end that is on disk, and tell the others. `moved`: the job was Running until then."""
+        if moved:
+            self._metrics.ended[finish.job.flow, finish.outcome.end] += 1
+        self._job_changed(finish.job.key, finish.callback is not None)
 
     # --- questions and orders ---
 
@@ -6960,8 +6931,6 @@ class Engine:
                 entry.cancel.set()
                 return False
             self.queue.move(entry, State.ENDING)
-            self.queue.let_in(job.flow)  # in its place, if it was the one that was let in
-            self._call_thread()
         self.end(job, _CANCELLED)
         return True
 
@@ -6978,12 +6947,10 @@ class Engine:
     def _refuse(self, entry: Entry, outcome: Outcome) -> None:
         """Answer a call, unless it has a thread."""
         with self._changed:
-            if entry.state not in (State.READY, State.HELD) or not self.queue.move(entry, State.GONE):
+            if entry.state is not State.READY or entry.done is None:
                 return
-            self.queue.let_in(entry.flow)  # it may have been the one that was let in
-            self._call_thread()
-        if entry.done is not None:
-            entry.done(outcome)
+            self.queue.move(entry, State.GONE)
+        entry.done(outcome)
 
     def _end_overdue(self, entry: Entry, run: Run) -> None:
         with self._changed:
@@ -7003,16 +6970,7 @@ class Engine:
             self.queue.stopping = True
         for call in [entry for entry in list(self.queue.entries.values()) if entry.number < 0]:
             self._refuse(call, STOPPED)
-        with self._changed:
-            while self._working or self.queue.running():
-                seconds = min(deadline - time.monotonic(), 0.2)  # a signal just before a wait is handled after the wait
-                if seconds <= 0:
-                    break
-                self._changed.wait(seconds)
-            left = self.queue.running()
-            for entry in left:
-                if entry.number >= 0:
-                    self.queue.move(entry, State.ENDING)
+        left = self.queue.stop(deadline)
         for entry in left:
             assert entry.cancel is not None
             if entry.job is not None and entry.cancel.is_set:  # the next start must not run it
@@ -7020,8 +6978,7 @@ class Engine:
             elif entry.job is not None:
                 self._store.requeue(entry.job.key, entry.job.attempt)
             entry.cancel.set()
-        self._pool.shutdown(wait=not self._working, cancel_futures=True)  # one that runs a flow may never end
-        return max(len(left), self._working)
+        return max(len(left), self.queue.working)
 
 
 # ======================================================================================================================
@@ -7293,7 +7250,7 @@ class Housekeeper:
             self._try(self._store.forget_flows)
         if self._is_due("purge", now):
             self._try(self._store.purge, now, _PURGE_BATCH, self._purged)
-        moments = (self._try(self._engine.release, now), self._try(self._courier.send_due, now, self.wake))
+        moments = (self._try(self._engine.queue.release, now), self._try(self._courier.send_due, now, self.wake))
         return int(min([now + _CHORES_EVERY_MS, *filter(None, moments)]))
 
     def _is_due(self, chores: str, now: int, every_ms: int = _CHORES_EVERY_MS) -> bool:
@@ -7333,7 +7290,7 @@ class Housekeeper:
             message = "the system's clock jumped %s by %s: results and waits use the server's own time"
             log.warning(message, way, datetime.timedelta(seconds=abs(leap) // 1000))
             self._store.keep_clock_offset(self._clock.offset)
-            self._engine.release(sys.maxsize)  # jobs that wait for a date look at the clock again; others wait on
+            self._engine.queue.release(sys.maxsize)  # jobs that wait for a date look at the clock again; others wait on
 
 
 # ======================================================================================================================
@@ -7616,11 +7573,11 @@ class Jobs:
             most = flow.limit if flow.when_full == "refuse" else None
             submission = submission._replace(owned=has_room and flow.limit is None, limit=most)
             if not submission.owned:  # now, for once it is stored any server may claim it, this one, too
-                self._engine.dismiss(job.key.seq)
+                self._engine.queue.dismiss(job.key.seq)
         try:
             self._store.add(submission, partial(self._accepted, ready, submission, done))
         except BaseException:  # out of memory: the job is not on its way, and must not count for its flow's limit
-            self._engine.dismiss(job.key.seq)
+            self._engine.queue.dismiss(job.key.seq)
             raise
 
     def _check_room(self, flow: Flow, size: int) -> None:
@@ -7647,12 +7604,12 @@ class Jobs:
             if not submission.owned:
                 self.offer()
             elif added:
-                self._engine.put(job.key.seq, job.flow, ready)
+                self._engine.queue.put(job.key.seq, job.flow, ready)
             else:
-                self._engine.dismiss(job.key.seq)
+                self._engine.queue.dismiss(job.key.seq)
         elif added:
             log_outcome("job", ready.flow, ready.input, ended.outcome)
-            self._engine.ends.announce(ended)
+            self._engine.announce(ended)
         done(result, error)
 
     def _replay(self, fingerprint: bytes, full: Busy, done: Done, known: Any, error: AsteraError | None) -> None:
@@ -7670,7 +7627,12 @@ class Jobs:
         job = job or self._store.get(key)
         if job is None or not (caller.admin or job.token == caller.name):
             return None
-        if progress is None and self._store.shared and job.status is Status.RUNNING and key.seq not in self._engine:
+        if (
+            progress is None
+            and self._store.shared
+            and job.status is Status.RUNNING
+            and key.seq not in self._engine.queue
+        ):
             progress = cast(Any, self._store).progress(key)  # it may run elsewhere
         return (job, progress) if job.expires is None or job.expires > self._clock.now() else None
 
@@ -7811,7 +7773,7 @@ class Application:
         left = sum(iter(self.take_up, 0))  # whole before the first one runs: the database may be damaged
         if left:
             log.info("resumed %d jobs that were not finished when the server stopped", left)
-        self.engine.start()
+        self.engine.queue.start()
         self.housekeeper.start()
         self.started_at = self.clock.wall()
         self.is_open = True
@@ -7854,14 +7816,14 @@ class Application:
         They are the jobs of a server that died, those whose wake-up was lost, and those whose end could not be stored.
         `_prepare` finds out which of them were interrupted, and `Engine._run` decides whether these run again.
         """
-        found = self.node.claim() if self.node else self.store.claim(self.engine, _MAX_CLAIMED)
+        found = self.node.claim() if self.node else self.store.claim(self.engine.queue, _MAX_CLAIMED)
         for seq, due, flow, _ in found:
-            self.engine.put(seq, flow, due=due)
+            self.engine.queue.put(seq, flow, due=due)
         return len(found)
 
     def tell_watchers(self) -> None:
         """Call the watchers of finished jobs whose end they were not told."""
-        for key in self.store.ended([key for key in self.watchers.waited_for() if key.seq not in self.engine]):
+        for key in self.store.ended([key for key in self.watchers.waited_for() if key.seq not in self.engine.queue]):
             self.watchers.tell(key)
 
     # --- flows ---
@@ -7934,7 +7896,7 @@ class Application:
 
         Wait no longer than CANCEL_ELSEWHERE_S for the end of a job of another server.
         """
-        here = self.node is None or job.key.seq in self.engine
+        here = self.node is None or job.key.seq in self.engine.queue
         return self.engine.cancel(job) if here else bool(self.node.cancel(job))
 
 

@@ -642,9 +642,9 @@ _METRICS: list[tuple[str, str, str, Callable[[Application], _Samples]]] = [
     ),
     (
         "astera_workers", "gauge", "Threads for jobs and synchronous flows.",
-        lambda app: app.engine.threads()[0],
+        lambda app: app.engine.queue.threads,
     ),
-    ("astera_workers_busy", "gauge", "Threads that run a job or a call.", lambda app: app.engine.threads()[1]),
+    ("astera_workers_busy", "gauge", "Threads that run a job or a call.", lambda app: app.engine.queue.working),
     (
         "astera_callback_attempts_total", "counter", "Attempts to deliver a callback, by outcome.",
         lambda app: [

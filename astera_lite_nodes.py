@@ -106,7 +106,7 @@ class Node:
         queue = self.app.engine.queue
         with queue.changed:
             queue.stopping = True
-            without = (State.READY, State.HELD, State.WAITING)
+            without = (State.READY, State.WAITING)
             jobs = [entry for entry in queue.entries.values() if entry.number >= 0 and entry.state in without]
             for entry in jobs:
                 queue.move(entry, State.GONE)
@@ -155,7 +155,7 @@ class Node:
         if room <= 0:
             return []
         limits = {flow.name: flow.limit for flow in flows}
-        found: list[Claimed] = self._store.claim(self.app.engine, room, limits)
+        found: list[Claimed] = self._store.claim(queue, room, limits)
         # a flow that runs as often as it may leaves jobs for which there is room at the next end
         self._may_be_free = bool(found) or any(limits.values())
         if any(claimed.cancelled for claimed in found):

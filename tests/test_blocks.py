@@ -22,7 +22,6 @@ from astera_lite import (
     InputError,
     Job,
     Principal,
-    State,
     Status,
     build_flow,
     from_saved,
@@ -476,7 +475,7 @@ def test_a_job_that_is_cancelled_when_its_turn_comes_keeps_nobody_out(tmp_path: 
         assert gate.begun.acquire(timeout=10)
         until(lambda: len(app.engine.queue._held["f"]) == 2)
         with app.engine.queue.changed:  # the second is let in, and cancelled before a thread takes it
-            app.engine.queue.move(app.engine.queue.entries[app.engine.queue._held["f"].pop(0)], State.READY)
+            app.engine.queue._ready.append(app.engine.queue._held["f"].pop(0))
         app.cancel(second.id)
         gate.open.set()
         assert [app.wait(job.id, 10).status for job in (first, second, third)] == ["Completed", "Error", "Completed"]

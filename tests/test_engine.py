@@ -27,16 +27,15 @@ from astera_lite import (
     Clock,
     Conflict,
     Context,
-    Engine,
     Housekeeper,
     Job,
     JobKey,
     NotFound,
     Outcome,
     Principal,
+    Queue,
     Result,
     SqliteStore,
-    State,
     Status,
     StoredRequest,
     Watchers,
@@ -76,8 +75,10 @@ def code_of(app: AsteraLite, job: Job) -> str | None:
 
 def held(app: AsteraLite) -> int:
     """The jobs and calls that wait because their flow is at its limit; calls wait outside the engine on PostgreSQL."""
-    states = [entry.state for entry in list(app.engine.queue.entries.values())]
-    return states.count(State.HELD) + (len(app.node.calls) if app.node else 0)
+    numbers = [number for held in list(app.engine.queue._held.values()) for number in held]
+    return len([each for each in numbers if each in app.engine.queue.entries]) + (
+        len(app.node.calls) if app.node else 0
+    )
 
 
 class Gate:
@@ -402,7 +403,7 @@ def losing(method: Callable[..., Any]) -> Callable[..., Any]:
 def test_whatever_wake_up_is_lost_all_jobs_end_and_all_callbacks_arrive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sink: Sink
 ) -> None:
-    for owner, name in ((Engine, "put"), (Housekeeper, "wake"), (Watchers, "tell")):
+    for owner, name in ((Queue, "put"), (Housekeeper, "wake"), (Watchers, "tell")):
         monkeypatch.setattr(owner, name, losing(getattr(owner, name)))
     steps = [python(lambda context: 1), {"name": "w", "wait": "300ms"}, python(lambda context: 2, "q")]
     flows = {
@@ -561,13 +562,13 @@ def test_a_cancel_in_the_instant_of_the_end_is_a_conflict(tmp_path: Path) -> Non
 def test_a_cancel_in_the_instant_before_a_job_is_queued_ends_it(tmp_path: Path) -> None:
     ran: list[int] = []
     with serving(tmp_path, {"f": get_flow("/f", steps=[python(lambda context: ran.append(1))])}) as app:
-        put, asked = app.engine.put, []
+        put, asked = app.engine.queue.put, []
 
         def put_late(seq: int, flow: str, prepared: Any = None) -> None:  # on disk, but not queued
             asked.append(app.engine.cancel(prepared.job))
             put(seq, flow, prepared)
 
-        app.engine.put = put_late  # type: ignore[method-assign]
+        app.engine.queue.put = put_late  # type: ignore[method-assign]
         job = app.submit("f")
         assert code_of(app, job) == "cancelled"
         until(lambda: app.engine.queue.counts() == {"queued": 0, "running": 0, "waiting": 0})

@@ -163,7 +163,7 @@ def test_what_fails_keeps_nothing_else_from_being_done(tmp_path: Path, caplog: p
         ]
         app.store.forget_flows = lambda: fail(StoreError("full"))  # type: ignore[method-assign]
         app.store.purge = lambda now, limit, end: did.append("purge")  # type: ignore[method-assign]
-        app.engine.release = lambda now: fail(StoreError("full"))  # type: ignore[method-assign]
+        app.engine.queue.release = lambda now: fail(StoreError("full"))  # type: ignore[method-assign]
         app.courier.send_due = lambda now, wake: did.append("deliver")  # type: ignore[method-assign,assignment,func-returns-value]
         for _ in range(2):
             assert tick(app, clock.tick(1)) == clock.now() + 1000
