@@ -672,8 +672,10 @@ def check_written(value: Any, limit: int = MAX_WRITTEN) -> None:
 
     A value of a flow may hold one part many times: a few steps of `[x, x]` make a text that no memory can hold.
     """
+    total = len(value) + 2 if type(value) in (str, bytes) else 0
     try:
-        total = _least_size((value,), {}) - 2
+        if type(value) in (list, tuple, dict):
+            total = _least_size(value, {})
     except RecursionError:
         raise ValueError(_TOO_DEEP_TO_WRITE) from None
     if total > limit:
@@ -1264,7 +1266,8 @@ def _accepted_template(flow: str, base: str) -> str:
 def status_body(job: Job, base: str, progress: Progress | None, offset: int) -> bytes:
     """The status document as JSON. That of an accepted job fills in a template: it saves a twentieth of an accept."""
     if job.status is Status.RUNNING and not (progress or job.started or job.callback or job.attempt):
-        return (_accepted_template(job.flow, base) % (job.id, timestamp(job.created, offset), job.id)).encode()
+        its_id = job.id
+        return (_accepted_template(job.flow, base) % (its_id, timestamp(job.created, offset), its_id)).encode()
     return json_body(status_document(job, base, progress, offset=offset))
 
 
