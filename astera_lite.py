@@ -5211,7 +5211,7 @@ _FOLD_AFTER = 6000  # writes, some 5 MB of the log, after which the thread folds
 _COMMIT_COSTS = 16  # writes that the log could hold instead of the pages that each commit writes again
 _LOG_BYTES = 128 << 20  # of the log, at which a commit folds it, for the thread did not come to it
 _RECENT = 1024  # finished jobs held in memory; with 16 MiB of them an accept would cost a tenth more
-_RECENT_BYTES = 4 << 10  # maximum of such a job, result and trace
+_RECENT_BYTES = 4 << 10  # maximum of the texts of such a job: result, headers, trace, base of its URLs
 _ROW_BYTES = 2048  # approximate size of a job without its bodies
 _PURGE_BYTES = 16 << 20  # of results deleted in one transaction; the last one may exceed this
 _GIVE_BACK = 512  # maximum of pages that a purge returns to the system, so that no write waits long
@@ -6026,8 +6026,10 @@ class SqliteStore(SqliteReader, Writer):
         return Added(job, False)
 
     def _remember(self, end: Finish) -> None:
-        """Hold the end of a small job in memory."""
-        if end.job.callback is None and len(end.outcome.answer.body) + len(end.trace or "") <= _RECENT_BYTES:
+        """Hold the end of a small job in memory, unless it has a callback, which still changes."""
+        answer, texts = end.outcome.answer, [end.job.base, end.trace or ""]
+        size = len(answer.body) + sum(map(len, texts + [text for _, text in answer.headers]))
+        if end.job.callback is None and size <= _RECENT_BYTES:
             self._recent[end.job.key] = end
             if len(self._recent) > _RECENT:
                 self._recent.popitem(last=False)

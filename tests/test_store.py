@@ -277,10 +277,15 @@ def test_what_is_held_in_memory_is_bounded(store: SqliteStore, monkeypatch: pyte
         assert done(store.finish, finish(each, b"x" * 3_000)) is True
     assert [each.key in store._recent for each in jobs] == [False] * 5 + [True] * 3
     assert all(store.result(each.key).size == 3_000 for each in jobs)  # type: ignore[union-attr]
-    for size in (5_000, LARGE[0]):
-        large = added(store)
-        assert done(store.finish, finish(large, b"x" * size)) is True
-        assert large.key not in store._recent
+    text = "x" * 5_000
+    outcomes = [
+        Outcome(Answer(200, (), text.encode())),
+        Outcome(Answer(200, (("X-Text", text),))),
+    ]
+    large = [finish(added(store), outcome=outcome) for outcome in outcomes]
+    for end in [*large, finish(added(store)._replace(base=text))]:
+        assert done(store.finish, end) is True
+        assert end.job.key not in store._recent
 
 
 @sqlite
