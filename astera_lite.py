@@ -719,9 +719,9 @@ INT64 = range(-(1 << 63), 1 << 63)
 
 def _int64(text: str) -> int:
     """An integer that other programs (also SQLite) can hold."""
-    if len(text) > 20 or int(text) not in INT64:
-        raise ValueError(f"the number {shown(text, 20)} is beyond 64 bits: write it as text")
-    return int(text)
+    if len(text) <= 20 and (number := int(text)) in INT64:
+        return number
+    raise ValueError(f"the number {shown(text, 20)} is beyond 64 bits: write it as text")
 
 
 _decoder = json.JSONDecoder(
@@ -2550,9 +2550,9 @@ class ValueType(NamedTuple):
     read: Callable[[str], Any] | None = None  # the value of a parameter's text, or None
 
     def parse(self, text: str) -> Any:
-        """The value of a parameter's text; the message of a ValueError says what the text must be."""
+        """The value of a parameter's text, for `holds`; the message of a ValueError says what the text must be."""
         value = self.read(text) if self.read else None
-        if value is None or not self.holds(value):
+        if value is None:
             raise ValueError(f"must be {self.words}")
         return value
 
@@ -2619,37 +2619,29 @@ class InputErrors(list[dict[str, str]]):
     """The faults of a request, as in an InputError and in its problem document."""
 
     def add(self, where: str, name: str, message: str) -> None:
-        """Add a fault, unless there are too many; the last one then says so."""
+        """Add a fault; raises InputError with those so far if there are too many."""
         if len(self) == _MAX_ERRORS:
             message = "has more faults than are listed"
-        if not self.full:
-            name = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "…"
-            self.append({"in": where, "name": name, "message": message})
-
-    @property
-    def full(self) -> bool:
-        """Whether further faults are left out."""
-        return len(self) > _MAX_ERRORS
+        name = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "…"
+        self.append({"in": where, "name": name, "message": message})
+        if len(self) > _MAX_ERRORS:
+            raise InputError(self)
 
 
-class Schema:
+class Schema(NamedTuple):
     """A compiled schema of a parameter or a body: a subset of JSON Schema."""
 
     types: Sequence[str] = ()  # empty: any
+    rules: Sequence[tuple[Rule, Any]] = ()  # each with its limit
     items: "Schema | None" = None
+    properties: Mapping[str, "Schema"] = {}
     required: Sequence[str] = ()
     additional: "bool | Schema" = True
-    has_default = False
+    has_default: bool = False
     default: Any = None
-
-    def __init__(self) -> None:
-        self.rules: list[tuple[Rule, Any]] = []  # each with its limit
-        self.properties: dict[str, Schema] = {}
 
     def check(self, value: Any, place: str, errors: InputErrors, where: str = "body") -> Any:
         """The value with defaults filled in. Faults are added to `errors`; `place` is the JSON Pointer of the value."""
-        if errors.full:
-            return value
         for name in self.types:
             if VALUE_TYPES[name].holds(value):
                 break
@@ -2676,12 +2668,10 @@ class Schema:
             if schema is True:  # there may be hundreds of thousands: the pointers would take time for nothing
                 continue
             at = f"{place}/{pointer(name)}"
-            if isinstance(schema, Schema):
-                result[name] = schema.check(item, at, errors, where)
-            else:
+            if schema is False:
                 errors.add(where, at, "is not a member of this object" + suggest(name, self.properties))
-            if errors.full:
-                break
+            else:
+                result[name] = schema.check(item, at, errors, where)
         for name in self.required:
             if name not in value:
                 errors.add(where, f"{place}/{pointer(name)}", "is missing")
@@ -2746,7 +2736,7 @@ def parse_query(query: str) -> dict[str, list[str]]:
 
 def _plain(query: Mapping[str, list[str]]) -> dict[str, str | list[str]]:
     """A query as expressions see it: names that occur several times have lists."""
-    return {name: values[0] if len(values) == 1 else values for name, values in query.items()}
+    return {name: values[0] if len(values) == 1 else values.copy() for name, values in query.items()}
 
 
 def members_of(value: Any) -> Iterable[tuple[Any, Any]]:
@@ -2824,29 +2814,27 @@ class Parameter(NamedTuple):
     schema: Schema
 
     def read(self, given: Sequence[str], errors: InputErrors) -> Any:
-        """The value of the texts in a request; faults are added to `errors`."""
+        """The value of the texts in a request (raw in a path); faults are added to `errors`."""
         if not given:
             if self.required:
                 errors.add(self.where, self.name, "is missing")
             return copy.deepcopy(self.schema.default)
         before = len(errors)
         try:
-            value = self._parsed(given) if self.array or len(given) > 1 else self.parse(given[0])
-            if self.array or self.schema.rules:  # otherwise `parse` has checked everything
-                value = self.schema.check(value, "", errors, self.where)
+            texts = [unquote(given[0])] if self.where == "path" else given
+            value = self.schema.check(self._parsed(texts), self.name, errors, self.where)
         except ValueError as error:
-            errors.add(self.where, "", str(error))
+            errors.add(self.where, self.name, str(error))
             value = None
-        if len(errors) > before:
-            spaced = next((text for text in given if " " in text), None) if self.where == "query" else None
-            cure = f"; {shown(spaced)} came: a + in a query is a space, write %2B" if spaced else ""
-            for fault in errors[before:]:
-                fault |= {"name": self.name + fault["name"], "message": fault["message"] + cure}
+        if len(errors) > before and self.where == "query" and (spaced := [text for text in given if " " in text]):
+            errors[-1]["message"] += f"; {shown(spaced[0])} came: a + in a query is a space, write %2B"
         return value
 
     def _parsed(self, given: Sequence[str]) -> Any:
         if not self.array:
-            raise ValueError("must be given once")
+            if len(given) > 1:
+                raise ValueError("must be given once")
+            return self.parse(given[0])
         # One text is a comma-separated list. Of several texts, each is an item, and empty ones are left out.
         texts = given[0].split(",") if len(given) == 1 and given[0] else [text for text in given if text]
         texts = [text.strip(" \t") for text in texts] if self.where == "header" else texts
@@ -3251,7 +3239,7 @@ class Response(NamedTuple):
     selection: Any = None  # a Selection of astera_lite_requests: what a caller may request of the rows
 
 
-_IMMUTABLE = (str, int, float, bool, type(None))
+_Bound = tuple[dict[str, Any], dict[str, list[str]]]  # parameters, and the values of the query by name
 _MAX_BOUND = 128  # queries whose values a flow keeps, and characters of each query
 
 
@@ -3281,7 +3269,7 @@ class Flow(NamedTuple):
     text: str
     version: int
     source: str  # the name of the file, for messages
-    bound: dict[str, tuple[dict[str, Any], dict[str, Any]]]  # parameters and query values by query, for the next time
+    bound: dict[str, _Bound]  # by query, for the next time: saves a tenth of a synchronous call
     header_names: tuple[str, ...] = ()  # of the request headers that matter to the flow, in lower case
     light: bool = False  # only computes, and is short: may run on a thread that must not be held for long
 
@@ -3295,77 +3283,52 @@ class Flow(NamedTuple):
         """The query parameters that select rows of responses."""
         return self.selection.names if self.selection else []
 
-    def bind(self, request: StoredRequest, segments: Mapping[str, str], request_id: str = "") -> Input:
+    def bind(self, request: StoredRequest, request_id: str = "") -> Input:
         """The checked input of a request; raises InputError with all faults."""
-        errors = InputErrors()
-        known = self.bound.get(request.query)
-        if known is None:
-            params, query, selected = self._bind_query(request, segments, errors)
-        else:
-            params, query, selected = known[0].copy(), known[1].copy(), None
+        errors, selected = InputErrors(), None
+        params, query = self.bound.get(request.query) or self._bind_parameters(request, errors)
+        if self.selection:
+            selected = wing("astera_lite_requests:read_selection")(self.selection, request.path, query, errors)
         seen = {
             "method": request.method,
             "path": request.path,
-            "query": query,
+            "query": _plain(query),
             "headers": request.headers,
             "body": _bind_body(self, request, errors),
             "id": request_id,
         }
         if errors:
             raise InputError(errors)
-        return Input(params, seen, selected, len(request.body) + len(request.query), request.trace)
+        return Input(params.copy(), seen, selected, len(request.body) + len(request.query), request.trace)
 
-    def _bind_query(
-        self, request: StoredRequest, segments: Mapping[str, str], errors: InputErrors
-    ) -> tuple[dict[str, Any], dict[str, Any], Any]:
-        """The parameters, the query as expressions see it, and the selection of rows."""
+    def _bind_parameters(self, request: StoredRequest, errors: InputErrors) -> _Bound:
+        """The parameters, and the values of the query; kept for the next request if they depend on the query alone."""
         query, params = parse_query(request.query), {}
         for item in self.parameters:
             if item.where == "query":
                 given: Sequence[str] = query.get(item.name, ())
             elif item.where == "path":
-                given = (segments[item.name],)
+                given = (request.path.split("/")[1:][self.segments.index(f"{{{item.name}}}")],)
             else:
                 given = [value for name, value in request.headers.items() if name == item.name.lower()]
             params[item.name] = item.read(given, errors)
         if self.strict:
             known = [item.name for item in self.parameters if item.where == "query"] + self.selecting
             for name in query:
-                if name not in known and not errors.full:
+                if name not in known:
                     errors.add("query", name, "is not declared" + suggest(name, known))
-        plain, selected = _plain(query), None
-        if self.selection:
-            selected = wing("astera_lite_requests:read_selection")(self.selection, request.path, query, errors)
-        elif (
-            not errors
-            and len(request.query) <= _MAX_BOUND
-            and all(item.where == "query" for item in self.parameters)
-            and all(type(value) in _IMMUTABLE for value in (*params.values(), *plain.values()))
-        ):
+        of_query = all(item.where == "query" and not item.array for item in self.parameters)
+        if of_query and not errors and len(request.query) <= _MAX_BOUND:
             if len(self.bound) >= _MAX_BOUND:
                 self.bound.clear()
-            self.bound[request.query] = params.copy(), plain.copy()
-        return params, plain, selected
+            self.bound[request.query] = params, query
+        return params, query
 
 
 def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
     """The request of a client that calls a flow with these parameters; InputError if no request can express them."""
     request: StoredRequest = wing("astera_lite_requests:request_for")(flow, params, body)
     return request
-
-
-def path_values(flow: Flow, path: str) -> dict[str, str]:
-    """The decoded path parameters of a raw path that matches the flow's resource; raises InputError."""
-    values: dict[str, str] = {}
-    if "{" not in flow.resource:
-        return values
-    for want, got in zip(flow.segments, path.split("/")[1:], strict=True):
-        if want[0] == "{":
-            try:
-                values[want[1:-1]] = unquote(got)
-            except ValueError as error:
-                raise InputError([{"in": "path", "name": want[1:-1], "message": str(error)}]) from None
-    return values
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -4540,22 +4503,23 @@ _NOTES: dict[str, Member] = {"description": Text(), "example": Member()}
 
 
 def _make_schema(build: Build, given: dict[str, Any], place: str) -> Schema:
-    schema = Schema()
-    schema.types, schema.items = tuple(given.get("type", ())), given.get("items")
-    schema.rules = [(SCHEMA_RULES[name], given[name]) for name in given if name in SCHEMA_RULES]
+    rules = [(SCHEMA_RULES[name], given[name]) for name in given if name in SCHEMA_RULES]
     if "pattern" in given:
-        schema.rules.insert(0, (SCHEMA_RULES["maxLength"], given["pattern"].longest))
-    schema.properties, schema.required = given.get("properties", {}), tuple(given.get("required", ()))
-    schema.additional = given.get("additionalProperties", True)
-    for name in set(schema.required) - set(schema.properties) if schema.properties else ():
-        near = suggest(name, schema.properties)
+        rules.insert(0, (SCHEMA_RULES["maxLength"], given["pattern"].longest))
+    properties, required = given.get("properties", {}), given.get("required", ())
+    for name in set(required) - set(properties) if properties else ():
+        near = suggest(name, properties)
         build.fault(f"{place}/required", f"names {shown(name)}, which properties lacks{near}")
-    if "default" in given:
-        errors = InputErrors()
-        schema.default, schema.has_default = schema.check(given["default"], "", errors), True
-        for found in errors:
-            build.fault(f"{place}/default{found['name']}", f"{found['message']}, not {shown(given['default'])}")
-    return schema
+    additional, kinds = given.get("additionalProperties", True), tuple(given.get("type", ()))
+    schema = Schema(kinds, rules, given.get("items"), properties, required, additional)
+    if "default" not in given:
+        return schema
+    errors, default = InputErrors(), None
+    with contextlib.suppress(InputError):  # there are too many
+        default = schema.check(given["default"], "", errors)
+    for found in errors:
+        build.fault(f"{place}/default{found['name']}", f"{found['message']}, not {shown(given['default'])}")
+    return schema._replace(has_default=True, default=default)
 
 
 VALUE_SCHEMA = Table({}, _make_schema, word="a schema", name="value")
@@ -7874,7 +7838,7 @@ class Application:
         try:
             if flow is None:
                 raise NotFound(f"the flow {job.flow} is not deployed any more")
-            given = flow.bind(loaded.request, path_values(flow, loaded.request.path), job.id)
+            given = flow.bind(loaded.request, job.id)
         except (NotFound, InputError, ValueError) as error:
             this = about("job", job.id, job.flow, loaded.request.trace)
             log.warning("job %s cannot be run: %s", job.id, error, extra=this)
@@ -8025,7 +7989,7 @@ class AsteraLite(Application):
         same `idempotency_key` again brings the same job. `base` begins the URLs in callbacks; the server's if left out.
         Raises NotFound, InputError, Conflict (the key had another input), Busy (the queue is full), StoreError.
         """
-        target, request, values = self._request(flow, params, body)
+        target, request = self._request(flow, params, body)
         errors = InputErrors()
         if callback_url is not None:
             check_callback(callback_url, self.policy, errors)
@@ -8034,7 +7998,7 @@ class AsteraLite(Application):
         if errors:
             raise InputError(errors)
         job = self.jobs.new(target, base or self.base, ANYBODY.name, callback_url)
-        ready = Prepared(job, target, target.bind(request, values, job.id))
+        ready = Prepared(job, target, target.bind(request, job.id))
 
         def write(done: Done) -> None:
             self.jobs.accept(ready, request, idempotency_key, done)
@@ -8050,8 +8014,8 @@ class AsteraLite(Application):
 
         Raises NotFound, InputError, Busy, StoreError.
         """
-        target, request, values = self._request(flow, params, body)
-        given = target.bind(request, values, str(self.jobs.keys.new(self.clock.now())))
+        target, request = self._request(flow, params, body)
+        given = target.bind(request, str(self.jobs.keys.new(self.clock.now())))
         return Result(self.runner(target).run_here(self.new_run(target, given)).answer)
 
     def status(self, job_id: str | Job) -> Job | None:
@@ -8143,16 +8107,13 @@ class AsteraLite(Application):
             raise NotFound(f"there is no job {shown(job_id.id if isinstance(job_id, Job) else job_id)}")
         return job
 
-    def _request(
-        self, name: str, params: Mapping[str, Any] | None, body: Any
-    ) -> tuple[Flow, StoredRequest, dict[str, str]]:
+    def _request(self, name: str, params: Mapping[str, Any] | None, body: Any) -> tuple[Flow, StoredRequest]:
         self.check_open()
         flow = self.deployments.by_name.get(name)
         if flow is None:
             raise NotFound(f'there is no flow "{name}"{suggest(str(name), self.deployments.by_name)}')
         given = {name: value for name, value in (params or {}).items() if value is not None}
-        request = request_for(flow, given, body)
-        return flow, request, path_values(flow, request.path)
+        return flow, request_for(flow, given, body)
 
 
 # ======================================================================================================================
@@ -9030,7 +8991,7 @@ def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: li
     request = _stored_request(x, flow, query)
     job = x.app.jobs.new(flow, x.base, x.caller.name, callback_url)
     try:
-        given = flow.bind(request, path_values(flow, x.path), job.id)
+        given = flow.bind(request, job.id)
     except InputError as error:
         raise InputError(errors + error.errors, status=error.status) from None
     if errors:
@@ -9055,7 +9016,7 @@ def _call_flow(x: Exchange, flow: Flow) -> Reply | None:
     if errors:
         raise InputError(errors)
     request = _stored_request(x, flow, query)
-    given = flow.bind(request, path_values(flow, x.path), x.request_id)
+    given = flow.bind(request, x.request_id)
     outcome = x.app.engine.run_at_once(flow, given)
     if outcome is not None:
         return flow_response(outcome.answer)

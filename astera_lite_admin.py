@@ -82,7 +82,6 @@ from astera_lite import (
     parse_flow_text,
     parse_query,
     parse_trace,
-    path_values,
     problem,
     read_toml,
     reason_of,
@@ -513,7 +512,7 @@ def job_rerun(x: Exchange) -> None:
     if "asynchronous" not in flow.modes:
         raise Conflict(f'The flow "{job.flow}" is published synchronously only now.', job=job.status)
     new = app.jobs.new(flow, x.base, x.caller.name, job.callback.url if job.callback else None)
-    given = flow.bind(request, path_values(flow, request.path), new.id)
+    given = flow.bind(request, new.id)
     done = partial(x.post, answer_submitted, x, None, ())
     # on the loop's thread, which commits what it stores
     x.post(app.jobs.accept, Prepared(new, flow, given), request, None, done)

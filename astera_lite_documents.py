@@ -48,7 +48,6 @@ from astera_lite import (
     entity_tag,
     is_json_type,
     json_body,
-    path_values,
     request_for,
     resource,
     sample_value,
@@ -684,7 +683,7 @@ def _sample_request(flow: Flow, mode: str) -> tuple[dict[str, Any], list[int]]:
     refused, words = [], flow.description
     try:
         request = request_for(flow, params, body and body[1])
-        flow.bind(request, path_values(flow, request.path))
+        flow.bind(request)
     except InputError as error:
         refused = [error.status]
         words += "\n\nGive it other values than these, which are made up: " + "; ".join(

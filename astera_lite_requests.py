@@ -306,7 +306,7 @@ def read_selection(selection: Selection, path: str, query: Mapping[str, list[str
         sort.setdefault(part.removeprefix("-"), part)
     known = selection.sort if isinstance(selection.sort, frozenset) else sort.keys() - {""}
     for name in sort:
-        if name not in known and not errors.full:
+        if name not in known:
             errors.add("query", "sort_by", f"knows no field {shown(name)}{suggest(name, known)}")
     if known is not selection.sort and len(sort) > MAX_SORTED:
         errors.add("query", "sort_by", f"has more than {MAX_SORTED} fields")

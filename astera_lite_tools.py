@@ -67,7 +67,6 @@ from astera_lite import (
     log,
     one_line,
     optional,
-    path_values,
     read_bytes,
     reason_of,
     request_for,
@@ -279,7 +278,7 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
             raise NotFound(f"{value[1:]}: cannot be read: {reason_of(error)}") from None
     params = {name: values if len(values) > 1 else values[0] for name, values in repeated.items()}
     request = request_for(flow, params, body)
-    given = flow.bind(request, path_values(flow, request.path), "try")
+    given = flow.bind(request, "try")
     trace: list[dict[str, Any]] = []
     limit = flow.timeout or settings.job_timeout
     outcome = run_flow(Run(flow, given, app.outside, app.clock.monotonic() + limit, MeasuringJournal(), trace))

@@ -266,7 +266,7 @@ def test_a_call_that_finds_no_thread_ends_at_its_deadline(tmp_path: Path, gate: 
     clock, ended = FakeClock(), queue.SimpleQueue[Outcome]()
     with serving(tmp_path, {"f": get_flow("/f", steps=[python(gate)])}, clock, workers=1) as app:
         flow = app.deployments.by_name["f"]
-        given = flow.bind(StoredRequest("GET", "/f", "", {}, b""), {}, "id")
+        given = flow.bind(StoredRequest("GET", "/f", "", {}, b""), "id")
         for _ in range(3):  # as the server calls; there are two threads
             app.run_sync(flow, given, ended.put)
         gate.entered()
@@ -285,12 +285,12 @@ def test_a_call_that_was_let_in_and_ends_at_its_deadline_gives_its_place_on(tmp_
         one, f = (app.deployments.by_name[name] for name in ("one", "f"))
         first = pool.submit(app.run, "one")  # on a thread that is not the engine's
         gate.entered()
-        app.run_sync(one, one.bind(StoredRequest("GET", "/one", "", {}, b""), {}, "id"), ended.put)
+        app.run_sync(one, one.bind(StoredRequest("GET", "/one", "", {}, b""), "id"), ended.put)
         until(lambda: held(app) == 1)
         job = app.submit("one")
         until(lambda: held(app) + app.store.queued == 2)
         for _ in range(2):  # which takes both threads
-            app.run_sync(f, f.bind(StoredRequest("GET", "/f", "", {}, b""), {}, "id"), lambda outcome: None)
+            app.run_sync(f, f.bind(StoredRequest("GET", "/f", "", {}, b""), "id"), lambda outcome: None)
             busy.entered()
         gate.open.set()
         first.result(10)  # the call is let in, and there is no thread for it
@@ -308,7 +308,7 @@ def test_no_call_begins_after_the_stop(tmp_path: Path, gate: Gate, limit: dict[s
     app.deploy("f", get_flow("/f", steps=[python(gate)], **limit))
     with app, ThreadPoolExecutor(1) as pool:
         flow = app.deployments.by_name["f"]
-        given = flow.bind(StoredRequest("GET", "/f", "", {}, b""), {}, "id")
+        given = flow.bind(StoredRequest("GET", "/f", "", {}, b""), "id")
         for _ in range(5):
             app.run_sync(flow, given, ended.put)
         first = 1 if limit else 2

@@ -38,7 +38,6 @@ from astera_lite import (
     build_flow,
     load_flows,
     parse_flow_text,
-    path_values,
     run_flow,
 )
 
@@ -57,7 +56,7 @@ def run_tree(
 ) -> Any:
     flow = build_flow(tree, "t")
     outside = surroundings(**more)
-    given = flow.bind(StoredRequest("GET", flow.resource, query), path_values(flow, flow.resource), "id-1")
+    given = flow.bind(StoredRequest("GET", flow.resource, query), "id-1")
     return run_flow(Run(flow, given, outside, outside.clock.monotonic() + seconds, journal))
 
 
@@ -303,7 +302,7 @@ def test_whatever_stands_anywhere_in_a_file_is_a_fault_and_never_a_crash(odd: An
 def bind(tree: dict[str, Any], query: str = "", path: str = "", headers: Any = None, data: bytes = b"") -> Any:
     flow = build_flow(tree, "t")
     path = path or flow.resource
-    return flow.bind(StoredRequest(flow.method, path, query, headers or {}, data), path_values(flow, path))
+    return flow.bind(StoredRequest(flow.method, path, query, headers or {}, data))
 
 
 OK: dict[str, list[tuple[str, Any]]] = {
@@ -842,7 +841,7 @@ def test_a_long_wait_suspends_and_a_resumed_run_repeats_nothing(tmp_path: Path) 
     outside = surroundings(clock=clock)
 
     def go() -> Any:
-        bound = flow.bind(StoredRequest("GET", "/x"), {}, "id")
+        bound = flow.bind(StoredRequest("GET", "/x"), "id")
         return run_flow(Run(flow, bound, outside, clock.monotonic() + 7200, journal))
 
     suspended = go()
@@ -865,7 +864,7 @@ def test_python_steps(tmp_path: Path) -> None:
         flow = build_flow(
             get_flow("/x", steps=list(steps), request={"parameters": {"p": {"in": "query"}}}), "t", folder=str(tmp_path)
         )
-        out = run_flow(Run(flow, flow.bind(StoredRequest("GET", "/x", "p=q"), {}), surroundings(), 1e9))
+        out = run_flow(Run(flow, flow.bind(StoredRequest("GET", "/x", "p=q")), surroundings(), 1e9))
         assert isinstance(out, Outcome)
         return out
 
@@ -1325,7 +1324,7 @@ def test_weather_against_the_stand_in() -> None:
 
             def weather(city: str, query: str = "") -> Any:
                 path = f"/weather/{city}"
-                bound = flow.bind(StoredRequest("GET", path, query), path_values(flow, path))
+                bound = flow.bind(StoredRequest("GET", path, query))
                 outside = surroundings(env=env)
                 outcome = run_flow(Run(flow, bound, outside, outside.clock.monotonic() + 20))
                 assert isinstance(outcome, Outcome)
