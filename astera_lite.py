@@ -1546,10 +1546,19 @@ def _parse_json(text: Any) -> Any:
     return from_json(text, LENIENT_DECODER)
 
 
+def encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plus) -> str:
+    """An object as a query or a form: lists repeat the name, null is left out. Raises ExpressionError."""
+    if type(values) is not dict:
+        raise ExpressionError("query and form are objects")
+    pairs = []
+    for name, value in values.items():
+        items = value if type(value) in (list, tuple) else [value]
+        pairs += [(name, as_text(item)) for item in items if item is not None]
+    return urllib.parse.urlencode(pairs, quote_via=quote)
+
+
 def _urlencode(value: Any) -> str:
-    if type(value) is dict:
-        return urllib.parse.urlencode(value, doseq=True)
-    return urllib.parse.quote(as_text(value), safe="")
+    return encode_query(value) if type(value) is dict else urllib.parse.quote(as_text(value), safe="")
 
 
 def _now() -> str:
@@ -2069,7 +2078,7 @@ class AddressRefused(AsteraError):
 
 
 class OutboundError(AsteraError):
-    """A request got no usable response; `kind` is transport, timeout, too_large or invalid."""
+    """A request got no usable response; `kind` is transport, timeout, too_large or address."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -2429,10 +2438,10 @@ class Outbound:
         try:
             target = parse_target(url)
         except ValueError as error:
-            raise OutboundError("invalid", f"the URL {error}") from None
+            raise OutboundError("address", f"the URL {error}") from None
         for name, value in headers.items():
             if not TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
-                raise OutboundError("invalid", f"the header {shown(name)} has characters that no header may have")
+                raise OutboundError("address", f"the header {shown(name)} has characters that no header may have")
         deadline, opener = time.monotonic() + timeout, _opener()
         try:
             with _connect(target, policy, deadline) as plain, self._secured(plain, target, deadline) as sock:
@@ -3448,9 +3457,6 @@ class Cancelled(_Signal):
     """The run must stop: its job was cancelled."""
 
 
-_KINDS_FOR_PEOPLE = {"too_large": "size"} | dict.fromkeys(("invalid", "next", "redirect", "refused"), "address")
-
-
 class StepError(AsteraError):
     """A step has failed. The client may see `detail`; `status` is that of the response; `kinds` are words for `retry`.
 
@@ -3477,7 +3483,7 @@ class StepError(AsteraError):
     def kind(self) -> str:
         """The kind of the failure, in one word."""
         word = max(self.kinds, default="error")
-        return "status" if word[0].isdigit() else _KINDS_FOR_PEOPLE.get(word, word)
+        return "status" if word[0].isdigit() else "size" if word == "too_large" else word
 
 
 class _TimedOut(StepError, _Signal):
@@ -4166,17 +4172,6 @@ _AFTER_HOST = re.compile(r"(?:https?://|\0://)[^/?#]+[/?#]|\0(?!://)[^/?#]*[/?#]
 _IN_URLS = "".join(map(chr, range(0x21, 0x7F)))
 
 
-def encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plus) -> str:
-    """An object as a query or a form: lists repeat the name, null is left out. Raises ExpressionError."""
-    if type(values) is not dict:
-        raise ExpressionError("query and form are objects")
-    pairs = []
-    for name, value in values.items():
-        items = value if type(value) in (list, tuple) else [value]
-        pairs += [(name, as_text(item)) for item in items if item is not None]
-    return urllib.parse.urlencode(pairs, quote_via=quote)
-
-
 def with_query(url: str, values: Any) -> str:
     """The URL with an object added to its query."""
     query = encode_query(values, urllib.parse.quote)  # %20 for a blank: some servers take + for a plus
@@ -4350,7 +4345,7 @@ class HttpCall:
                 request.method, request.body = "GET", None
                 request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
             self.go_to_next(request, location)
-        raise http_failure(self.method, 502, "the API it calls redirects without end", "redirect")
+        raise http_failure(self.method, 502, "the API it calls redirects without end", "address")
 
     def go_to_next(self, request: OutgoingRequest, url: str) -> None:
         """Turn a request to the address that the API names, which may be relative. Raises StepError.
@@ -4365,7 +4360,7 @@ class HttpCall:
                 raise ValueError("another server must not get the body")
         except ValueError as error:
             detail = f"the address that the API names next is refused: {error}"
-            raise http_failure(self.method, 502, detail, "next") from None
+            raise http_failure(self.method, 502, detail, "address") from None
         if other_origin:
             request.fixed = False
             kept = ("accept", "user-agent", "content-type")
@@ -4388,7 +4383,7 @@ class HttpCall:
         except AddressRefused as error:
             # The client must not learn the address of a name in the inner network.
             detail = "the API's address is refused: it is not a public one"
-            raise StepError(502, detail, f"the API's address is refused: {error}", {"refused"}, safe=False) from None
+            raise StepError(502, detail, f"the API's address is refused: {error}", {"address"}, safe=False) from None
         except OutboundError as error:
             run.check()
             status = 504 if error.kind == "timeout" else 502
@@ -4569,8 +4564,7 @@ def _make_parameter(build: Build, given: dict[str, Any], place: str) -> Paramete
         build.fault(f"{place}/default", f"a required parameter has no use for a default: {cure}")
     if where == "path" and not required:
         build.fault(f"{place}/required", "a path parameter is always there: leave it out")
-    parse, array = VALUE_TYPES[item_kind].parse, kind == "array"
-    return Parameter("", where, parse, array, required, schema)
+    return Parameter("", where, VALUE_TYPES[item_kind].parse, kind == "array", required, schema)
 
 
 _PARAMETER_TABLE = Table(_PARAMETER, _make_parameter)

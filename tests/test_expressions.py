@@ -164,6 +164,7 @@ def test_an_expression_that_is_never_closed_says_how_to_write_a_literal(template
         ("base64('a'), base64(data)", ("YQ==", "/wA=")),
         ("sha256('')[:8]", "e3b0c442"),
         ("urlencode('a b/ü'), urlencode({'q': 'a b', 'r': [1, 2]})", ("a%20b%2F%C3%BC", "q=a+b&r=1&r=2")),
+        ("urlencode({'a': true, 'b': null, 'c': 'ü'})", "a=true&c=%C3%BC"),
         ("unique([3, 1, 3]), unique([[1], [1]])", ([3, 1], [[1]])),
         ("merge({'a': 1}, {'a': 2, 'b': 3})", {"a": 2, "b": 3}),
         ("len(uuid()), len(now()), len(today())", (36, 24, 10)),

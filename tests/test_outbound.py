@@ -427,7 +427,7 @@ def test_proxy_variables_mean_nothing(serving: Serving, sink: Sink, monkeypatch:
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://127.0.0.1/", "data:,x", "http://u:p@127.0.0.1/", ""])
 def test_other_urls_are_invalid(url: str) -> None:
-    assert failure(url).kind == "invalid"
+    assert failure(url).kind == "address"
 
 
 # --- whom it reaches ---
@@ -742,7 +742,7 @@ def test_an_answer_that_comes_before_the_request_is_read_counts(serving: Serving
 )
 def test_a_header_cannot_inject(serving: Serving, name: str, value: str) -> None:
     server = serving(OK + b"Content-Length: 0\r\n\r\n")
-    assert failure(server.url, headers={name: value}).kind == "invalid"
+    assert failure(server.url, headers={name: value}).kind == "address"
     assert server.heads == []
 
 
