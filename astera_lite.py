@@ -8141,29 +8141,39 @@ def _is_followed_link(head: "Head") -> bool:
     return head.method == "GET" and (head.path == "/" or (window and not head.path.startswith("/api/publishing")))
 
 
+def check_exposure(settings: Settings, host: str, has_tokens: bool) -> bool:
+    """Whether everybody may call while there is no token.
+
+    Raises ConfigError for a server without a token that other machines can reach.
+    """
+    loopback = is_loopback(host)
+    may_be_open = settings.insecure_open or (loopback and settings.public_url is None)
+    if settings.token is None and not has_tokens and not may_be_open:
+        cure = "set ASTERA_LITE_TOKEN or make one with the command `token`, or set insecure_open to let everybody in"
+        name, what = "host", f"{host} can be reached from other machines"
+        if loopback:
+            name, what = "public_url", "makes the server public"
+        raise ConfigError([Fault(name, "", f"{what}, and there is no token: {cure}")])
+    return may_be_open
+
+
 class Access:
     """Who may call: tokens, and the rules against pages of other sites (Host, Origin, Sec-Fetch-Site).
 
-    `tokens` returns all tokens, including revoked ones. If there are none, and no `token`, everybody may call if
-    `is_open`, otherwise nobody. `host` is the address on which a loopback server listens.
+    `host` is the address on which the server listens. If there are no tokens, not even revoked ones, everybody may call
+    an open server, and nobody another one. Raises ConfigError like `check_exposure`.
     """
 
-    def __init__(
-        self,
-        token: str | None,
-        loopback: bool,
-        public_url: str | None,
-        origins: set[str],
-        host: str,
-        tokens: Callable[[], Sequence[Token]],
-        is_open: bool,
-    ) -> None:
+    def __init__(self, app: Application, host: str) -> None:
+        settings = app.settings
+        token, public_url = settings.token, settings.public_url
+        self._open = check_exposure(settings, host, any(token.digest for token in app.tokens))
         self._setting = [] if token is None else [Token(ADMIN_TOKEN, token_digest(token), "admin")]
-        self._tokens, self._open = tokens, is_open
-        self.origins = origins
+        self._app, self.origins = app, app.origins
         self._own = "/".join(public_url.lower().split("/")[:3]) if public_url else None  # an origin has no path
         names = [host, "localhost", "127.0.0.1", "::1", *([parse_target(public_url).host] if public_url else ())]
-        self._hosts = {f"[{name}]" if ":" in name else name for name in names} if loopback else None  # None: any host
+        hosts = {f"[{name}]" if ":" in name else name for name in names}
+        self._hosts = hosts if is_loopback(host) else None  # None: any host
 
     def named_origin(self, headers: Mapping[str, str]) -> str | None:
         """The origin of the calling page if `cors_origins` names it, otherwise None."""
@@ -8193,7 +8203,7 @@ class Access:
 
     def principal(self, authorization: str | None) -> Principal:
         """The caller to whom a bearer token belongs; raises AccessError (RFC 6750)."""
-        tokens = [*self._setting, *self._tokens()]
+        tokens = [*self._setting, *self._app.tokens]
         if not tokens and self._open:
             return ANYBODY
         import hmac  # noqa: PLC0415 (only servers with tokens need it)
@@ -9490,22 +9500,6 @@ def _deadline(event: tuple[Handler, int]) -> float:
     return event[0].deadline
 
 
-def check_exposure(settings: Settings, host: str, has_tokens: bool) -> bool:
-    """Whether everybody may call while there is no token.
-
-    Raises ConfigError for a server without a token that other machines can reach.
-    """
-    loopback = is_loopback(host)
-    may_be_open = settings.insecure_open or (loopback and settings.public_url is None)
-    if settings.token is None and not has_tokens and not may_be_open:
-        cure = "set ASTERA_LITE_TOKEN or make one with the command `token`, or set insecure_open to let everybody in"
-        name, what = "host", f"{host} can be reached from other machines"
-        if loopback:
-            name, what = "public_url", "makes the server public"
-        raise ConfigError([Fault(name, "", f"{what}, and there is no token: {cure}")])
-    return may_be_open
-
-
 class Server(ThreadingHTTPServer):
     """Serves an Application over HTTP: the class and the hooks of http.server, with one selector loop.
 
@@ -9524,7 +9518,10 @@ class Server(ThreadingHTTPServer):
         self.app, self.settings = app, app.settings
         host = self.settings.host if host is None else host
         port = self.settings.port if port is None else port
-        self.access = self._access(host)
+        self.access = Access(app, host)
+        if not is_loopback(host) and self.settings.callback_allow.strip().lower() == "auto":
+            app.policy.hosts.clear()  # courier and http steps have the same policy
+            app.policy.networks.clear()
         self.with_cors = wing("astera_lite_admin:with_cors") if self.access.origins else None
         self.tls: ssl.SSLContext | None = None
         if self.settings.tls_cert or self.settings.tls_key:
@@ -9567,14 +9564,6 @@ class Server(ThreadingHTTPServer):
         self.url = f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}"
         self.base = (self.settings.public_url or "").rstrip("/") or None
         app.base = self.base or self.url  # of jobs that the embedding program submits
-
-    def _access(self, host: str) -> Access:
-        app, settings, loopback = self.app, self.settings, is_loopback(host)
-        is_open = check_exposure(settings, host, any(token.digest for token in app.tokens))
-        if not loopback and settings.callback_allow.strip().lower() == "auto":
-            app.policy.hosts.clear()  # courier and http steps have the same policy
-            app.policy.networks.clear()
-        return Access(settings.token, loopback, settings.public_url, app.origins, host, lambda: app.tokens, is_open)
 
     def server_bind(self) -> None:
         """Bind, without the look-up of the host's name that http.server does, which can wait for DNS."""
