@@ -8762,7 +8762,7 @@ def flow_response(answer: Answer, more: Pairs = _VARY) -> Reply:
     return Reply(answer.code, headers + _FLOW_HEADERS, answer.body)
 
 
-def status_response(x: Exchange, seen: Seen, code: int = 200, more: Iterable[tuple[str, str]] = ()) -> Reply:
+def status_response(x: Exchange, seen: Seen, more: Iterable[tuple[str, str]] = (), code: int = 200) -> Reply:
     """A status document. A 202 has the Location of the status; the status of a finished job, that of the result."""
     (job, progress), base = seen, x.base
     headers = [JSON_TYPE, ("Job-Status", job.status), NO_STORE]
@@ -8782,8 +8782,11 @@ def status_response(x: Exchange, seen: Seen, code: int = 200, more: Iterable[tup
 _RANGED = 1 << 20  # bytes; a client may request a part of a result of this size or more
 
 
-def _result_response(x: Exchange, job: Job, more: Sequence[tuple[str, str]]) -> Reply:
-    """The result of a finished job, with the headers of a job and `more`."""
+def _result_response(x: Exchange, seen: Seen, more: Sequence[tuple[str, str]]) -> Reply:
+    """The result of a job, with the headers of a job and `more`; a status document while it is running."""
+    job = seen[0]
+    if job.status is Status.RUNNING:
+        return status_response(x, seen, more, 202)
     stored = x.app.store.result(job.key)
     if stored is None:
         raise UnknownJob(job.id, x.app.jobs.expired(job.key))
@@ -8843,31 +8846,15 @@ def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable
     x.read(look)
 
 
-def _answer_when_asked(x: Exchange, answer: Callable[[Seen, Pairs], Reply]) -> Reply | None:
-    """Answer at once, or with `Prefer: wait=N` when the job is finished."""
+def job_state(answer: Callable[[Exchange, Seen, Pairs], Reply], x: Exchange) -> Reply | None:
+    """GET /api/jobs/{id}/status, GET /api/jobs/{id}/result: at once, or with `Prefer: wait=N` when it is finished"""
     seen = find_job(x, x.values["id"])
-    wait_s = _wait_of(x, parse_prefer(x.head.headers["prefer"])) if "prefer" in x.head.headers else None
+    wait_s = _wait_of(x, parse_prefer(x.head.headers.get("prefer")))
     applied = () if wait_s is None else (("Preference-Applied", f"wait={wait_s}"),)
     if not wait_s or seen[0].status is not Status.RUNNING:
-        return answer(seen, applied)
-    answer_when_finished(x, seen[0], wait_s, lambda seen: answer(seen, applied))
+        return answer(x, seen, applied)
+    answer_when_finished(x, seen[0], wait_s, lambda seen: answer(x, seen, applied))
     return None
-
-
-def job_status(x: Exchange) -> Reply | None:
-    """GET /api/jobs/{id}/status"""
-    return _answer_when_asked(x, lambda seen, applied: status_response(x, seen, 200, applied))
-
-
-def job_result(x: Exchange) -> Reply | None:
-    """GET /api/jobs/{id}/result"""
-
-    def answer(seen: Seen, applied: Pairs) -> Reply:
-        if seen[0].status is Status.RUNNING:
-            return status_response(x, seen, 202, applied)
-        return _result_response(x, seen[0], applied)
-
-    return _answer_when_asked(x, answer)
 
 
 # --- publishing ---
@@ -8975,8 +8962,8 @@ def answer_submitted(
     def answer(seen: Seen) -> Reply:
         if wait_s is not None and seen[0].status is not Status.RUNNING:
             where = ("Content-Location", f"{x.base}/api/jobs/{job.id}/result")
-            return _result_response(x, seen[0], [where, *headers])
-        return status_response(x, seen, 202, headers)
+            return _result_response(x, seen, [where, *headers])
+        return status_response(x, seen, headers, 202)
 
     if wait_s:
         answer_when_finished(x, job, wait_s, answer)
@@ -9040,7 +9027,7 @@ def _call_flow(x: Exchange, flow: Flow) -> Reply | None:
 def publish(mode: str, x: Exchange) -> Reply | None:
     """METHOD /api/publishing{resource}, METHOD /api/publishingAsync{resource}"""
     flow = cast(Flow, x.flow)
-    preferences = parse_prefer(x.head.headers["prefer"]) if "prefer" in x.head.headers else {}
+    preferences = parse_prefer(x.head.headers.get("prefer"))
     prefers = "respond-async" in preferences and "asynchronous" in flow.modes and x.head.method != "HEAD"
     if mode == "synchronous" and not prefers:
         return _call_flow(x, flow)
@@ -9081,8 +9068,8 @@ def health(x: Exchange) -> Reply:
 _MAY_DEPLOY = late("astera_lite_admin:check_may_deploy")
 ROUTES = [
     *(Route("*", f"{PREFIXES[mode]}/*", partial(publish, mode), check=partial(find_flow, mode)) for mode in MODES),
-    Route("GET", _STATUS_PATH, job_status),
-    Route("GET", "/api/jobs/{id}/result", job_result),
+    Route("GET", _STATUS_PATH, partial(job_state, status_response)),
+    Route("GET", "/api/jobs/{id}/result", partial(job_state, _result_response)),
     Route("GET", "/api/jobs/{id}", late("astera_lite_admin:job_details"), slow=True),
     Route("DELETE", "/api/jobs/{id}", late("astera_lite_admin:job_delete")),
     Route("POST", "/api/jobs/{id}/cancel", late("astera_lite_admin:job_cancel")),

@@ -486,11 +486,11 @@ def job_cancel(x: Exchange) -> Reply | None:
     if job.status is not Status.RUNNING:
         raise already_finished(job)
     if not x.app.ask_cancel(job):
-        return status_response(x, seen, 202)
+        return status_response(x, seen, code=202)
 
     def answer(seen: Seen) -> Reply:
         if seen[0].status is Status.RUNNING:
-            return status_response(x, seen, 202)
+            return status_response(x, seen, code=202)
         check_cancelled(seen[0])
         return status_response(x, seen)
 
@@ -529,7 +529,7 @@ def job_callback(x: Exchange) -> None:
         if error is not None:
             raise error
         x.app.housekeeper.wake()
-        x.read(lambda: status_response(x, find_job(x, job.id), 202))
+        x.read(lambda: status_response(x, find_job(x, job.id), code=202))
 
     x.app.store.resend(job.key, x.app.clock.now(), partial(x.post, answer))
 
