@@ -3745,8 +3745,7 @@ def failure_of(job: Job, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
     """Why a job failed, from the trace of its steps; None if no step failed."""
     if job.error is None or job.error["code"] not in ("failed", "timeout"):
         return None
-    last: Mapping[str, Any] = next((step for step in reversed(steps) if "/" not in step["path"]), {})
-    return last.get("error")
+    return next((step.get("error") for step in reversed(steps) if "/" not in step["path"]), None)
 
 
 def failure_text(failure: Mapping[str, Any]) -> str:
@@ -3969,17 +3968,17 @@ def response_of(flow: Flow, run: Run, scope: Scope, value: Any, prefix: str) -> 
         raise error from error.__cause__
 
 
-def trace_failure(run: Run, error: BaseException) -> str:
-    """Add a failure between steps to the trace, as that of the step that was about to begin; return its text."""
-    name = (run.progress.step or "").partition("/")[0]
-    step = next((step for step in run.flow.steps if step.name == name), _RESPONDING)
-    return failure_text(_StepRun(run, step, step.name).fail(error).failure)
+def failed_run(run: Run, caught: BaseException) -> Outcome:
+    """The outcome of a failed run: what the client may see, and the reason for the log.
 
-
-def _failed(run: Run, caught: BaseException) -> Outcome:
-    """The outcome of a failed run: what the client may see, and the reason for the log."""
+    A failure between steps is in the trace as that of the step that was about to begin.
+    """
     error = _as_step_error(caught)
-    reason = failure_text(error.failure) if error.failure else trace_failure(run, error)
+    if not error.failure:
+        name = (run.progress.step or "").partition("/")[0]
+        step = next((step for step in run.flow.steps if step.name == name), _RESPONDING)
+        _StepRun(run, step, step.name).fail(error)
+    reason = failure_text(error.failure)
     if error.detail:
         code = "timeout" if error.status == 504 and not isinstance(error, FlowFailure) else "failed"
         return Outcome.failed(code, error.status, run.outside.masked(error.detail), reason, error.headers)
@@ -3987,6 +3986,9 @@ def _failed(run: Run, caught: BaseException) -> Outcome:
         log.debug("flow %s", run.flow.name, exc_info=error.__cause__, extra=run.about)
     detail = "The flow failed. The server's log has the reason under this id."
     return Outcome.failed("failed", 500, detail, reason, requestId=run.input.request["id"])
+
+
+_CANCELLED = Outcome.failed("cancelled", 409, "The job was cancelled.")
 
 
 def run_flow(run: Run) -> Outcome | int:
@@ -4007,13 +4009,13 @@ def run_flow(run: Run) -> Outcome | int:
     except _Suspend as suspend:
         return suspend.until
     except Cancelled:
-        return Outcome.failed("cancelled", 409, "The job was cancelled.")
+        return _CANCELLED
     except BudgetExceeded:
         raise
     except BaseException as error:  # sys.exit() in a step, or a cancelled future, must not end a thread of the pool
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
-        return _failed(run, error)
+        return failed_run(run, error)
 
 
 # --- step kinds -------------------------------------------------------------------------------------------------------
@@ -6583,7 +6585,6 @@ class MeasuringJournal(Journal):
 
 _MEASURING = MeasuringJournal()
 STOPPED = Outcome.failed("interrupted", 503, "The server is stopping.")
-_CANCELLED = Outcome.failed("cancelled", 409, "The job was cancelled.")
 NO_ROOM = Outcome.failed("timeout", 504, "The call waited too long to start.", "no thread, or its limit")
 _NOT_STORED = Outcome.failed("failed", 500, "The job's end could not be stored.")
 _NEVER = Cancel()  # of runs at once, which end before anybody could cancel them
@@ -6923,8 +6924,8 @@ class Engine:
         assert job is not None
         run.cancel.set()
         self._measure(run.flow, (self._clock.now() - (job.started or 0)) / 1000)
-        failure = trace_failure(run, _TimedOut("the flow exceeded its time limit, and its thread does not end"))
-        self._record(job, run, Outcome.failed("timeout", 504, "The flow exceeded its time limit.", failure))
+        error = _TimedOut("the flow exceeded its time limit, and its thread does not end")
+        self._record(job, run, failed_run(run, error))
 
     def stop(self, timeout_s: float) -> int:
         """Begin nothing more, and wait for what runs; return how many runs are left to the next start."""
