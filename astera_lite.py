@@ -76,6 +76,7 @@ import codecs
 import contextlib
 import copy
 import datetime
+import errno
 import hashlib
 import heapq
 import http.client
@@ -815,6 +816,13 @@ def _parse_text(value: Any) -> str:
     return os.fspath(value)
 
 
+def _parse_host(value: Any) -> str:
+    text = _parse_text(value)
+    if not re.fullmatch(r"[0-9A-Za-z:%._-]{1,253}", text):
+        raise ValueError(f"{shown(text)} is not a host name or an address: write 127.0.0.1, ::1, or 0.0.0.0 for all")
+    return text
+
+
 def _parse_int(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -862,7 +870,7 @@ SETTING_KINDS = {
     "durations": _SettingKind("TIME,…", _parse_durations, lambda value: ",".join(map(show_duration, value))),
     "file": _SettingKind("FILE"),
     "folder": _SettingKind("FOLDER"),
-    "host": _SettingKind("HOST"),
+    "host": _SettingKind("HOST", _parse_host),
     "int": _SettingKind("N", _parse_int),
     "list": _SettingKind("ITEM,…"),
     "log": _one_of("text", "json", "off"),
@@ -10041,7 +10049,9 @@ def serve(settings: Settings) -> int:
         if isinstance(error, ConfigError):
             raise
         address = f"{settings.host}:{settings.port}"
-        print(f"cannot listen on {address}: {reason_of(error)}; choose another --port", file=sys.stderr)
+        is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        cure = "choose another --host" if is_host else "choose another --port"
+        print(f"cannot listen on {address}: {reason_of(error)}; {cure}", file=sys.stderr)
         return 3
     overdue = _install_signals(app, server)
     stderr.write(optional("astera_lite_notices:announcement", server))

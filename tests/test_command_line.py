@@ -469,7 +469,9 @@ def test_a_port_that_is_taken_is_3(tmp_path: Path) -> None:
 
 
 def test_an_address_that_is_not_here_is_3(tmp_path: Path) -> None:
-    assert run(tmp_path, "--host", "192.0.2.1", "--port", "0", "--insecure-open").returncode == 3
+    done = run(tmp_path, "--host", "192.0.2.1", "--port", "0", "--insecure-open")
+    assert done.returncode == 3
+    assert "cannot listen on 192.0.2.1:0: " in done.stderr and "--host" in done.stderr
 
 
 def test_a_database_that_is_in_use_is_4(tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def test_values(name: str, text: Any, value: Any) -> None:
         ("durability", "FULL", "is not one of full, normal"),
         ("host", 5, "is not text"),
         ("host", None, "is not text"),
+        *(("host", text, "is not a host name or an address") for text in ("", "a b", "[::1]", "\udcff", "x" * 254)),
         ("callback_retries", "5s,,x", "is not a duration"),
         ("callback_retries", 5, "is not a list of durations"),
     ],
