@@ -1764,17 +1764,10 @@ def _check_arguments(name: str, count: int, words: list[str]) -> None:
 class _Compiler(ast.NodeTransformer):
     """Compiles a JSON tree to one syntax tree. The line number of a node is the number of its expression."""
 
-    def __init__(
-        self,
-        names: Collection[str],
-        hints: Mapping[str, str],
-        schemas: Mapping[str, Any],
-        fault: Callable[[str, str], None],
-    ) -> None:
+    def __init__(self, names: Collection[str], hints: Mapping[str, str], fault: Callable[[str, str], None]) -> None:
         self.names = names if isinstance(names, Mapping) else dict.fromkeys(names)
         self.hints, self.fault = hints, fault
-        self.schemas = self.outer_schemas = dict(schemas)
-        self.bound: frozenset[str] = frozenset()  # the variables of the comprehensions around
+        self.bound: dict[str, Any] = {}  # the variables of the comprehensions around, with their schemas
         self.depth = 0
         self.sources: list[tuple[str, str]] = []  # (place, expression) by line
         self.used: set[str] = set()
@@ -1810,7 +1803,7 @@ class _Compiler(ast.NodeTransformer):
 
     def expression(self, source: str, place: str) -> ast.expr:
         self.sources.append((place, source))
-        self.bound, self.schemas, self.depth = frozenset(), self.outer_schemas, 0
+        self.bound, self.depth = {}, 0
         try:
             if not source:
                 raise ValueError("there is nothing inside ${}")
@@ -1851,14 +1844,10 @@ class _Compiler(ast.NodeTransformer):
     def declared(self, node: ast.expr) -> Any:
         """The schema of the value that an expression reads, or None if the flow declares none."""
         if isinstance(node, ast.Name):
-            return self.schemas.get(node.id)
-        if not isinstance(node, ast.Attribute | ast.Subscript):
+            return self.bound.get(node.id, self.names.get(node.id))
+        if not isinstance(node, ast.Attribute | ast.Subscript) or (schema := self.declared(node.value)) is None:
             return None
         name = node.attr if isinstance(node, ast.Attribute) else getattr(node.slice, "value", None)
-        if isinstance(node.value, ast.Name) and (schema := self.schemas.get(f"{node.value.id}.{name}")) is not None:
-            return schema
-        if (schema := self.declared(node.value)) is None:
-            return None
         return schema.properties.get(name) if isinstance(name, str) else schema.items
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
@@ -1884,11 +1873,11 @@ class _Compiler(ast.NodeTransformer):
         raise ValueError(f'there is nothing named "{name}"{suggest(name, [*self.names, *FUNCTIONS, *self.bound])}')
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        value = node.value
-        known = self.names.get(value.id) if isinstance(value, ast.Name) and value.id not in self.bound else None
-        if known is not None and node.attr not in known:
-            raise ValueError(f'there is no "{ast.unparse(value)}.{node.attr}"{suggest(node.attr, known)}')
-        return self.visit_Subscript(ast.Subscript(value, ast.Constant(node.attr), ast.Load()))
+        schema = self.declared(node.value)
+        if schema is not None and schema.additional is False and node.attr not in schema.properties:
+            near = suggest(node.attr, schema.properties)
+            raise ValueError(f'there is no "{ast.unparse(node.value)}.{node.attr}"{near}')
+        return self.visit_Subscript(ast.Subscript(node.value, ast.Constant(node.attr), ast.Load()))
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         schema, value = self.declared(node.value), self.visit(node.value)
@@ -1914,7 +1903,7 @@ class _Compiler(ast.NodeTransformer):
             shape = f"method .{name}()"
             args.insert(0, self.visit(node.func.value))
         elif isinstance(node.func, ast.Name):
-            name, target, table = node.func.id, f"_f_{node.func.id}", FUNCTIONS.keys() - self.bound - self.names.keys()
+            name, target, table = node.func.id, f"_f_{node.func.id}", FUNCTIONS.keys() - {*self.bound, *self.names}
             shape = f"function {name}()"
         else:
             raise ValueError("only functions and methods can be called, by their names")
@@ -1957,14 +1946,14 @@ class _Compiler(ast.NodeTransformer):
         parts = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
         made = [type(part) for each in parts for part in ast.walk(each)]
         price = 1 + 10 * (len(parts) - 1) + 8 * made.count(ast.List) + 16 * made.count(ast.Dict)
-        outer = self.bound, self.schemas
+        outer = self.bound
         for loop in node.generators:
             self.loop(loop, price if loop is node.generators[-1] else 1)
         if isinstance(node, ast.DictComp):
             result: ast.expr = ast.DictComp(self.key(node.key), self.visit(node.value), node.generators)
         else:  # also for a generator, which would keep a frame
             result = ast.ListComp(self.visit(node.elt), node.generators)
-        self.bound, self.schemas = outer
+        self.bound = outer
         return result
 
     visit_GeneratorExp = visit_DictComp = visit_ListComp  # noqa: N815
@@ -1983,8 +1972,7 @@ class _Compiler(ast.NodeTransformer):
         schema = None if pairs else self.declared(loop.iter)
         values = self.paid("each", self.visit(loop.iter), ast.Constant(price), ast.Constant(pairs))
         loop.iter = ast.copy_location(values, loop.iter)
-        self.bound |= frozenset(names)
-        self.schemas = {**self.schemas, **dict.fromkeys(names, schema and schema.items)}
+        self.bound = self.bound | dict.fromkeys(names, schema and schema.items)
         loop.ifs = [self.visit(condition) for condition in loop.ifs]
 
 
@@ -2018,17 +2006,15 @@ def compile_template(
     faults: list[Fault] | None = None,
     where: str = "",
     hints: Mapping[str, str] | None = None,
-    schemas: Mapping[str, Any] | None = None,
 ) -> Template:
     """Compile every `${…}` in a JSON tree.
 
-    `names` are the names of the scope (a mapping has the members of each, or None for any members). `hints` are
-    messages for names that are not in the scope. `schemas` are those of declared values, whose optional members are
-    null if they are absent. Faults go to the list `faults`, and the template then has null in their place; without a
-    list they raise FlowError.
+    `names` are the names of the scope; a mapping has the schema of each, or None if its value is not declared. Optional
+    members of a declared value are null if they are absent. `hints` are messages for names that are not in the scope.
+    Faults go to the list `faults`, and the template then has null in their place; without a list they raise FlowError.
     """
     found: list[Fault] = []
-    compiler = _Compiler(names, hints or {}, schemas or {}, lambda place, text: found.append(Fault(where, place, text)))
+    compiler = _Compiler(names, hints or {}, lambda place, text: found.append(Fault(where, place, text)))
     body = compiler.tree(value, place)
     arguments = ast.arguments([], [ast.arg("_s"), ast.arg("_b")], None, [], [], None, [])
     tree = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))
@@ -2876,9 +2862,16 @@ class Input(NamedTuple):
 # the members that messages list, and the tables of docs/flows.md.
 
 _BASE_NAMES = ("params", "request", "env", "secrets")
-_REQUEST_MEMBERS = ("method", "path", "query", "headers", "body", "id")
-#: The members of `error` in expressions, after a step that failed while the flow went on.
-_ERROR_MEMBERS = ("status", "headers", "body", "message", "kind")
+
+
+def _record(members: Mapping[str, Schema]) -> Schema:
+    """The schema of an object that has these members and no others."""
+    return Schema(properties=members, required=tuple(members), additional=False)
+
+
+_REQUEST_SCHEMA = _record(dict.fromkeys(("method", "path", "query", "headers", "body", "id"), Schema()))
+#: The schema of `error` in expressions, after a step that failed while the flow went on.
+_ERROR_SCHEMA = _record(dict.fromkeys(("status", "headers", "body", "message", "kind"), Schema()))
 MODES = ("synchronous", "asynchronous")
 FLOW_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 FLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -2894,9 +2887,8 @@ class Build:
         self.where, self.folder, self.connections = where, folder, connections
         self.step = step  # compiles a step
         self.faults: list[Fault] = []
-        self.names: Mapping[str, Collection[str] | None] = {}
+        self.names: Mapping[str, Schema | None] = {}
         self.hints: dict[str, str] = {}  # messages for unknown names
-        self.schemas: Mapping[str, Any] = {}  # of names for parts of the body
         self.given: dict[str, Any] = {}  # the compiled members so far of the object in progress
         self.volatile = False  # whether a template of the step in progress is
         self.calls: list[tuple[str, str]] = []  # the called flows, and the places of the calls
@@ -2910,24 +2902,23 @@ class Build:
 
     def template(self, value: Any, place: str) -> Template:
         """Compile a value that may have expressions."""
-        template = compile_template(value, self.names, place, self.faults, self.where, self.hints, self.schemas)
+        template = compile_template(value, self.names, place, self.faults, self.where, self.hints)
         self.volatile = self.volatile or template.volatile
         return template
 
-    def add_name(self, name: str, schema: Any = None) -> None:
+    def add_name(self, name: str, schema: Schema | None = None) -> None:
         """Add a name for the expressions that are compiled from here to the end of the block."""
-        self.names = {**self.names, name: None}
-        self.schemas = {**self.schemas, name: schema}
+        self.names = {**self.names, name: schema}
 
     @contextlib.contextmanager
     def block(self) -> Iterator[None]:
         """Compile a part of the flow; the names that it adds are unknown after it."""
-        outer = self.names, self.schemas, self.given
+        outer = self.names, self.given
         self.given = {}
         yield
         for name in self.names.keys() - outer[0].keys() if self.names is not outer[0] else ():
             self.hints[name] = f'"{name}" is known only inside the step that it belongs to'
-        self.names, self.schemas, self.given = outer
+        self.names, self.given = outer
 
 
 class Member:
@@ -3529,7 +3520,7 @@ def _error_value(error: StepError, masked: Mask) -> dict[str, Any]:
             body = read_answer(answer)
         except ValueError:
             body = answer.body.decode("utf-8", "replace")
-    return dict(zip(_ERROR_MEMBERS, (status, headers, body, masked(str(error)), error.kind), strict=True))
+    return dict(zip(_ERROR_SCHEMA.properties, (status, headers, body, masked(str(error)), error.kind), strict=True))
 
 
 class Cancel:
@@ -4453,7 +4444,7 @@ class StepName(Text):
             build.fault(place, f"{shown(value)} must be a word of letters, digits and _ that expressions can use")
         elif value in _BASE_NAMES or value in FUNCTIONS or value in _JSON_NAMES:
             build.fault(place, f'"{value}" has a meaning in expressions already: choose another name')
-        elif value in build.names and build.names[value] is not _ERROR_MEMBERS:  # a flow may have a step "error"
+        elif value in build.names and build.names[value] is not _ERROR_SCHEMA:  # a flow may have a step "error"
             what = "there is another step" if value in build.step_names else "something here has the name already,"
             build.fault(place, f'{what} "{value}": names are unique')
         return str(value)
@@ -4633,7 +4624,9 @@ def _make_request(build: Build, given: dict[str, Any], place: str) -> dict[str, 
     if body is not None and given["method"] == "GET":
         build.fault(f"{place}/body", "a GET request has no body: use parameters, or another method")
     build.method = given["method"]
-    build.names, build.schemas = {**build.names, "params": list(items)}, {"request.body": body and body[0]}
+    build.add_name("params", _record({name: item.schema for name, item in items.items()}))
+    if body is not None:
+        build.add_name("request", _record({**_REQUEST_SCHEMA.properties, "body": body[0]}))
     headers = [name.lower() for name, item in items.items() if item.where == "header"]
     return {  # members of Flow
         "method": given["method"],
@@ -4769,7 +4762,7 @@ def build_flow(
     if not FLOW_NAME.fullmatch(name):
         cure = ", 64 at most" if len(name) > 64 else ""
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _{cure}")
-    build.names = dict.fromkeys(_BASE_NAMES) | {"request": _REQUEST_MEMBERS, "error": _ERROR_MEMBERS}
+    build.names = dict.fromkeys(_BASE_NAMES) | {"request": _REQUEST_SCHEMA, "error": _ERROR_SCHEMA}
     given = FLOW.read(build, tree, "")
     if build.faults:
         raise FlowError(build.faults)

@@ -20,6 +20,7 @@ from astera_lite import (
     ExpressionError,
     Fault,
     FlowError,
+    Schema,
     _check_arguments,
     as_text,
     compile_template,
@@ -324,9 +325,10 @@ def test_every_fault_of_a_tree_is_reported_with_its_place() -> None:
 
 
 def test_known_members_are_checked_and_unknown_ones_left_to_the_run() -> None:
+    names = {"params": Schema(properties={"city": Schema()}, required=["city"], additional=False)}
     with pytest.raises(FlowError, match=r'there is no "params\.citi"; did you mean "city"'):
-        compile_template("${params.citi}", {"params": ["city"]})
-    assert compile_template("${[params.x for params in [{'x': 1}]]}", {"params": ["city"]})({"params": {}}) == [1]
+        compile_template("${params.citi}", names)
+    assert compile_template("${[params.x for params in [{'x': 1}]]}", names)({"params": {}}) == [1]
 
 
 def test_a_template_knows_what_it_reads() -> None:

@@ -143,6 +143,10 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     (body({"type": "object", "required": ["nmae"], "properties": {"name": {}}}), "/request/body/required", '"name"?'),
     (body({"properties": {"a/b": {"type": "x"}}}), "/request/body/properties/a~1b/type", "is not one of"),
     (body("json"), "/request/body", "must be an object"),
+    (
+        body({"properties": {"name": {}}, "additionalProperties": False}) | {"response": {"body": "${request.body.nam}"}},  # noqa: E501
+        "/response/body", 'there is no "request.body.nam"; did you mean "name"?',
+    ),
     (body({}, contentTypes=["jsn"]), "/request/contentTypes", 'did you mean "json"?'),
     (body({}, contentTypes="json"), "/request/contentTypes", "must be a list"),
     ({"request": {**REQUEST, "body": {}}}, "/request/body", "a GET request has no body"),
