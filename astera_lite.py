@@ -8282,7 +8282,7 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]++|%[0-9A-
 def _is_host(text: str) -> bool:
     """Whether this is valid in a Host header: a name or an address, and a port up to 65535 (RFC 9110, section 7.2)."""
     match = _HOST.fullmatch(text)
-    if match is None or int(match[2] or 0) > 65535:
+    if match is None or len(text) > 261 or int(match[2] or 0) > 65535:  # 255 bytes of a name (RFC 1035), and a port
         return False
     if text[0] == "[":
         try:

@@ -212,6 +212,7 @@ CASES: dict[str, Case] = {
     "Host with a path": refused(get(host=b"Host: localhost/a\r\n")),
     "Host with a scheme": refused(get(host=b"Host: http://localhost\r\n")),
     "Host with a query": refused(get(host=b"Host: localhost?a\r\n")),
+    "Host longer than a name can be": refused(get(host=b"Host: " + b"a" * 262 + b"\r\n")),
     "Host with port": open_(get(host=b"Host: localhost:1\r\n")),
     "Host with the last port": open_(get(host=b"Host: localhost:65535\r\n")),
     "Host with port out of range": refused(get(host=b"Host: localhost:65536\r\n")),
