@@ -8231,8 +8231,15 @@ class WireError(AsteraError):
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
         self.status = status
-        if status == 405:  # for every resource
-            self.headers = (("Allow", ", ".join(sorted(HTTP_METHODS))),)
+
+
+class MethodNotAllowed(WireError):
+    """The resource exists, but not with this method."""
+
+    def __init__(self, allowed: Iterable[str]) -> None:
+        methods = ", ".join(sorted(allowed))
+        super().__init__(405, f"The method is not allowed here; allowed: {methods}.")
+        self.headers = (("Allow", methods),)
 
 
 class Head(NamedTuple):
@@ -8324,9 +8331,8 @@ def _parse_fields(block: bytes, version: int) -> tuple[dict[str, str], int, bool
     return headers, size, coding is not None, expect is not None and version == 11, keep_alive
 
 
-_known_fields = lru_cache(maxsize=512)(
-    _parse_fields
-)  # most requests of a client have the same headers: saves a tenth of a poll
+# Most requests of a client have the same headers: saves a tenth of a poll.
+_known_fields = lru_cache(maxsize=512)(_parse_fields)
 
 
 def _request_line(line: bytes) -> Sequence[Any]:
@@ -8353,7 +8359,7 @@ def parse_head(block: bytes, max_url: int) -> Head:
     if method not in _METHODS:
         raise WireError(501, "The method is not known.")
     if method == "CONNECT":  # the bytes after it are not a request
-        raise WireError(405, "This server is not a proxy.")
+        raise MethodNotAllowed(HTTP_METHODS)
     if host is not None and _is_host(host):  # replaces the header (RFC 9112, section 3.2.2)
         path, fields = path or "/", ({**fields[0], "host": host}, *fields[1:])
     elif target == "*" and method == "OPTIONS":
@@ -8552,17 +8558,6 @@ Seen = tuple[Job, Progress | None]  #: a job and its progress
 # --- errors ---
 
 
-class MethodNotAllowed(AsteraError):
-    """The resource exists, but not with this method."""
-
-    status = 405
-
-    def __init__(self, allowed: Iterable[str]) -> None:
-        methods = ", ".join(sorted(allowed))
-        super().__init__(f"The method is not allowed here; allowed: {methods}.")
-        self.headers = (("Allow", methods),)
-
-
 class UnknownJob(NotFound):
     """No such job, the job of another token, or a job whose result has expired."""
 
@@ -8627,6 +8622,7 @@ class Exchange:
     flow: Flow | None = None
     path = ""  # raw, behind the prefix of a publishing route
     answered = False
+    refusal: AsteraError | None = None  # the reply, once the body has been read
     on_close: Callable[[], None] | None = None  # called if the client closes the connection before the answer
 
     def __init__(self, handler: "Handler", head: Head) -> None:
@@ -9055,16 +9051,15 @@ def health_document(app: Application) -> dict[str, Any]:
 
 def health(x: Exchange) -> Reply:
     """GET /health"""
-    document = health_document(x.app)
+    document, node = health_document(x.app), x.app.node
     if x.caller != NOBODY:
         finished = sum(list(x.app.metrics.ended.values()))
         document |= {"workers": x.app.settings.workers, "finished": finished}
-        document |= {"node": x.app.node_name} if x.app.node else {}
-    if x.app.node is not None and x.caller.admin:
-        document["nodes"] = x.app.node.documents()
-    is_ok = document["status"] == "ok"
-    more = [] if is_ok else [("Retry-After", "5")]
-    return Reply(200 if is_ok else 503, [JSON_TYPE, NO_STORE, *more], json_body(document))
+        document |= {"node": x.app.node_name} if node else {}
+    if node and x.caller.admin:
+        document["nodes"] = node.documents()
+    code, more = (200, ()) if document["reason"] is None else (503, (("Retry-After", "5"),))
+    return Reply(code, [JSON_TYPE, NO_STORE, *more], json_body(document))
 
 
 _MAY_DEPLOY = late("astera_lite_admin:check_may_deploy")
@@ -9190,7 +9185,6 @@ class Handler(BaseRequestHandler):
         self.state = _RECEIVING
         self.parser = RequestParser(settings.max_header, settings.max_url, settings.max_body)
         self.exchange: Exchange | None = None  # the request whose head has arrived
-        self.refusal: AsteraError | None = None  # the reply to that request, once its body has been read
         self.out: deque[bytes | memoryview | Iterator[bytes]] = deque()
         self.at_end = False  # the client has sent its last byte
         self.closing = False  # after the response that is being sent
@@ -9267,8 +9261,8 @@ class Handler(BaseRequestHandler):
             return
         x.body = body
         self.deadline = math.inf
-        if self.refusal is not None:
-            x.fail(self.refusal)
+        if x.refusal is not None:
+            x.fail(x.refusal)
         else:
             self.server.handle(x)
         if self.state is _RECEIVING:  # the reply comes later
@@ -9280,14 +9274,13 @@ class Handler(BaseRequestHandler):
         if head is None:
             return None
         x = self.exchange = Exchange(self, head)
-        self.refusal = None
         try:
             self.server.route(x)
         except AsteraError as error:
-            self.refusal = error
+            x.refusal = error
         if head.expects_continue and (head.length or head.chunked) and not self.parser.buffered:
-            if self.refusal is not None:  # the client does not send the body, or we do not read it
-                self.refuse(self.refusal)
+            if x.refusal is not None:  # the client does not send the body, or we do not read it
+                self.refuse(x.refusal)
                 return None
             self.out.append(_CONTINUE)
         return x
@@ -9959,13 +9952,9 @@ def load_settings(flags: Mapping[str, str]) -> Settings:
 
 
 def notify(state: str) -> None:
-    """Send a state to the service manager (sd_notify(3)); do nothing if NOTIFY_SOCKET is not set."""
-    name = os.environ.get("NOTIFY_SOCKET", "")
-    if not name.startswith(("/", "@")):
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(1.0)
-        sock.sendto(state.encode(), name if name[0] == "/" else "\0" + name[1:])
+    """Send a state to the service manager (sd_notify(3)); do nothing without one."""
+    if os.environ.get("NOTIFY_SOCKET"):
+        wing("astera_lite_notices:send_state")(state)
 
 
 def _set_up_process(settings: Settings) -> None:

@@ -1,13 +1,16 @@
-"""What a server tells people: the calls that its start prints, examples of requests, lines of the log as JSON.
+"""What a server tells people and service managers: calls, examples of requests, its state, the log as JSON.
 
 A wing of astera_lite, which loads this file when a server starts; without the file, the start prints the address only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
+import socket
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -138,6 +141,16 @@ def on_stopping(app: Application, again: str) -> str:
     where = "on another server" if app.node else "at the next start"
     rest = f"; unfinished jobs run again {where}" if jobs else ""
     return f": waiting up to {app.settings.shutdown_timeout:g} s for {what} ({flows}); {again} stops at once{rest}"
+
+
+def send_state(state: str) -> None:
+    """Send a state to the service manager, at the address in NOTIFY_SOCKET (sd_notify(3))."""
+    name = os.environ["NOTIFY_SOCKET"]
+    if not name.startswith(("/", "@")):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(1.0)
+        sock.sendto(state.encode(), name if name[0] == "/" else "\0" + name[1:])
 
 
 # --- the log ---
