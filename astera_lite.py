@@ -8788,14 +8788,10 @@ def _result_response(x: Exchange, seen: Seen, more: Sequence[tuple[str, str]]) -
     stored = x.app.store.result(job.key)
     if stored is None:
         raise UnknownJob(job.id, x.app.jobs.expired(job.key))
-    own, tag = tuple(stored.headers), []
-    names = {name.lower() for name, _ in own}
-    if stored.code < 300:  # a result never changes, and no other has its id
-        own += () if "cache-control" in names else (REVALIDATED,)
-        tag = [] if "etag" in names else [("ETag", f'"{job.id}"')]
-    response = flow_response(Answer(stored.code, own, stored.body or b""), (("Job-Status", job.status.value),))
-    headers = one_line_each([*response.headers, *more]) if more else response.headers
-    response = response._replace(headers=[*headers, *tag])
+    names = {name.lower() for name, _ in stored.headers}
+    tag = [("ETag", f'"{job.id}"')] if stored.code < 300 and "etag" not in names else []  # a result never changes
+    answer = Answer(stored.code, tuple(stored.headers), stored.body or b"")
+    response = flow_response(answer, (("Job-Status", job.status.value), *tag, *more))
     if stored.body is None:
         pieces = x.app.store.result_pieces(job.key, stored.attempt)
         response = response._replace(stream=pieces, length=stored.size)
