@@ -4194,14 +4194,12 @@ class OutgoingRequest:
 
     def __init__(self, method: str, url: str, fixed: bool) -> None:
         self.method, self.url, self.fixed = method, url, fixed
-        self.headers: dict[str, str] = {}
+        self.headers: dict[str, str] = {}  # the names are in title case, as urllib sends them
         self.body: bytes | None = None
 
     def add_headers(self, values: Mapping[str, Any]) -> None:
-        """Set headers; they replace those of the same names in any case. Null leaves a header out."""
-        headers = {name: as_text(value) for name, value in values.items() if value is not None}
-        names = {name.lower() for name in headers}
-        self.headers = {name: text for name, text in self.headers.items() if name.lower() not in names} | headers
+        """Set headers, which replace those of the same name. Null leaves a header out."""
+        self.headers |= {name.title(): as_text(value) for name, value in values.items() if value is not None}
 
     def set_body(self, kind: str, value: Any) -> None:
         """Set the body and its Content-Type; `kind` is the member `json`, `form` or `body` of the step."""
@@ -4310,12 +4308,11 @@ class HttpCall:
         if self._body:
             request.set_body(self._body, self.given[self._body](scope))
         request.add_headers(evaluated(self.given["headers"], scope))
-        names = {name.lower() for name in request.headers}
-        if run.input.trace is not None and "traceparent" not in names:
-            request.headers |= {name: text for name, text in run.input.trace.headers().items() if name not in names}
+        if run.input.trace is not None and "Traceparent" not in request.headers:
+            request.add_headers(run.input.trace.headers() | request.headers)
         for name, text in request.headers.items():
             if not TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(text):
-                raise ExpressionError(f"{self.place}/headers/{name}: it has characters that no header may have")
+                raise ExpressionError(f"{self.place}/headers: {name} has characters that no header may have")
         if {".", ".."} & set(request.url.partition("?")[0].split("/")):
             message = "a value makes a segment . or .., which servers take for another path"
             raise ExpressionError(f"{self.place}/url: {message}")
@@ -4344,7 +4341,7 @@ class HttpCall:
             to_get = request.method != "HEAD" if answer.status == 303 else request.method == "POST"
             if to_get and answer.status in (301, 302, 303):
                 request.method, request.body = "GET", None
-                request.headers = {name: v for name, v in request.headers.items() if name.lower() != "content-type"}
+                request.headers = {name: text for name, text in request.headers.items() if name != "Content-Type"}
             self.go_to_next(request, location)
         raise http_failure(self.method, 502, "the API it calls redirects without end", "address")
 
@@ -4364,8 +4361,8 @@ class HttpCall:
             raise http_failure(self.method, 502, detail, "address") from None
         if other_origin:
             request.fixed = False
-            kept = ("accept", "user-agent", "content-type")
-            request.headers = {name: value for name, value in request.headers.items() if name.lower() in kept}
+            kept = ("Accept", "User-Agent", "Content-Type")
+            request.headers = {name: text for name, text in request.headers.items() if name in kept}
         request.url = url
 
     def exchange(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:

@@ -493,7 +493,7 @@ class Auth:
         elif values["in"] == "query":
             request.url = with_query(request.url, {values["name"]: values["value"]})
         else:
-            request.headers[values["name"]] = values["value"]
+            request.add_headers({values["name"]: values["value"]})
 
     def forget(self) -> bool:
         """Drop refused credentials; return whether other credentials can be obtained."""
