@@ -3725,9 +3725,9 @@ class Run:
             self.step_deadline = outer
 
 
-def evaluated(values: Mapping[str, Any], scope: Scope) -> dict[str, Any]:
-    """The values of templates, by name; what is no template stays as it is."""
-    return {name: value(scope) if isinstance(value, Template) else value for name, value in values.items()}
+def evaluated(values: Mapping[str, Template], scope: Scope) -> dict[str, Any]:
+    """The values of templates, by name."""
+    return {name: template(scope) for name, template in values.items()}
 
 
 def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
