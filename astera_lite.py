@@ -198,6 +198,31 @@ class InputError(AsteraError):
         super().__init__(detail or "; ".join(f"{e['in']} {e['name']}".strip() + f": {e['message']}" for e in errors))
 
 
+_MAX_ERRORS = 100  # in one response
+MAX_NAME = 300  # characters of the name in an error
+
+
+class InputErrors(list[dict[str, str]]):
+    """The faults of a request so far, as in an InputError and in its problem document."""
+
+    status = 400  # of the response
+
+    def add(self, where: str, name: str, message: str, status: int = 400) -> None:
+        """Add a fault; raises InputError with those so far if there are too many."""
+        if len(self) == _MAX_ERRORS:
+            message = "has more faults than are listed"
+        name = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "…"
+        self.append({"in": where, "name": name, "message": message})
+        self.status = max(self.status, status)
+        if len(self) > _MAX_ERRORS:
+            self.check()
+
+    def check(self) -> None:
+        """Raise InputError if there are faults."""
+        if self:
+            raise InputError(self, status=self.status)
+
+
 class NotFound(AsteraError):
     """No such resource, job or deployment."""
 
@@ -2614,23 +2639,6 @@ def pointer(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
-_MAX_ERRORS = 100  # in one response
-MAX_NAME = 300  # characters of the name in an error
-
-
-class InputErrors(list[dict[str, str]]):
-    """The faults of a request, as in an InputError and in its problem document."""
-
-    def add(self, where: str, name: str, message: str) -> None:
-        """Add a fault; raises InputError with those so far if there are too many."""
-        if len(self) == _MAX_ERRORS:
-            message = "has more faults than are listed"
-        name = name if len(name) <= MAX_NAME else name[:MAX_NAME] + "…"
-        self.append({"in": where, "name": name, "message": message})
-        if len(self) > _MAX_ERRORS:
-            raise InputError(self)
-
-
 class Schema(NamedTuple):
     """A compiled schema of a parameter or a body: a subset of JSON Schema."""
 
@@ -2721,8 +2729,8 @@ def unquote(text: str, plus: bool = False) -> str:
     return text
 
 
-def parse_query(query: str) -> dict[str, list[str]]:
-    """The values of a query by their names; raises InputError if one cannot be decoded."""
+def parse_query(query: str, errors: InputErrors) -> dict[str, list[str]]:
+    """The values of a query by their names; those that cannot be decoded are added to `errors`."""
     result: dict[str, list[str]] = {}
     encoded = "%" in query or "+" in query
     for pair in query.split("&"):
@@ -2732,7 +2740,7 @@ def parse_query(query: str) -> dict[str, list[str]]:
                 try:
                     name, value = unquote(name, plus=True), unquote(value, plus=True)
                 except ValueError as error:
-                    raise InputError([{"in": "query", "name": name[:MAX_NAME], "message": str(error)}]) from None
+                    errors.add("query", name, str(error))
             result.setdefault(name, []).append(value)
     return result
 
@@ -2748,8 +2756,8 @@ def members_of(value: Any) -> Iterable[tuple[Any, Any]]:
 
 
 @lru_cache(maxsize=16)
-def _media_type(content_type: str, accepts: tuple[str, ...]) -> str:
-    """The media type of a request's body; raises InputError (415) for a type that the flow does not accept."""
+def _media_type(content_type: str, accepts: tuple[str, ...]) -> tuple[str, str]:
+    """The media type of a request's body, and why the flow does not accept it, or ""."""
     media = content_type.partition(";")[0].strip().lower()
     if not media and CONTENT_TYPES["binary"] in accepts:  # RFC 9110, section 8.3
         media = CONTENT_TYPES["binary"]
@@ -2760,9 +2768,7 @@ def _media_type(content_type: str, accepts: tuple[str, ...]) -> str:
         message = f"must be {' or '.join(accepts)}, and the Content-Type must say so"
     elif is_text and _CHARSET.search(content_type):
         message = "the charset must be utf-8"
-    if message:
-        raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
-    return media
+    return media, message
 
 
 def _read_body(body: bytes, media: str) -> Any:
@@ -2784,19 +2790,23 @@ def _read_body(body: bytes, media: str) -> Any:
         return text
     if text.count("&") >= _MAX_FIELDS:
         raise ValueError(f"it has more than {_MAX_FIELDS:,} fields")
-    try:
-        return _plain(parse_query(text))
-    except InputError as error:
-        raise ValueError(error.errors[0]["name"] + ": " + error.errors[0]["message"]) from None
+    errors = InputErrors()
+    fields = parse_query(text, errors)
+    if errors:
+        raise ValueError(errors[0]["name"] + ": " + errors[0]["message"])
+    return _plain(fields)
 
 
 def _bind_body(flow: "Flow", request: StoredRequest, errors: InputErrors) -> Any:
-    """The value of a request's body; raises InputError (415) for a type that the flow does not accept."""
+    """The value of a request's body; faults are added to `errors`."""
     if not request.body:
         if flow.body_required:
             errors.add("body", "", "is missing: send " + flow.content_types[0])
         return None
-    media = _media_type(request.headers.get("content-type", ""), flow.content_types)
+    media, refusal = _media_type(request.headers.get("content-type", ""), flow.content_types)
+    if refusal:
+        errors.add("header", "Content-Type", refusal, status=415)
+        return None
     try:
         value = _read_body(request.body, media)
     except ValueError as error:
@@ -3291,9 +3301,9 @@ class Flow(NamedTuple):
         """The query parameters that select rows of responses."""
         return self.selection.names if self.selection else []
 
-    def bind(self, request: StoredRequest, request_id: str = "") -> Input:
-        """The checked input of a request; raises InputError with all faults."""
-        errors, selected = InputErrors(), None
+    def bind(self, request: StoredRequest, request_id: str = "", errors: InputErrors | None = None) -> Input:
+        """The checked input of a request; raises InputError with all faults, also those in `errors`."""
+        errors, selected = InputErrors() if errors is None else errors, None
         params, query = self.bound.get(request.query) or self._bind_parameters(request, errors)
         if self.selection:
             selected = wing("astera_lite_requests:read_selection")(self.selection, request.path, query, errors)
@@ -3305,13 +3315,12 @@ class Flow(NamedTuple):
             "body": _bind_body(self, request, errors),
             "id": request_id,
         }
-        if errors:
-            raise InputError(errors)
+        errors.check()
         return Input(params.copy(), seen, selected, len(request.body) + len(request.query), request.trace)
 
     def _bind_parameters(self, request: StoredRequest, errors: InputErrors) -> _Bound:
         """The parameters, and the values of the query; kept for the next request if they depend on the query alone."""
-        query, params = parse_query(request.query), {}
+        query, params = parse_query(request.query, errors), {}
         for item in self.parameters:
             if item.where == "query":
                 given: Sequence[str] = query.get(item.name, ())
@@ -7988,10 +7997,8 @@ class AsteraLite(Application):
             check_callback(callback_url, self.policy, errors)
         if idempotency_key is not None and re.search("[\0\ud800-\udfff]", idempotency_key):
             errors.add("argument", "idempotency_key", "must not have a NUL or half of a surrogate pair")
-        if errors:
-            raise InputError(errors)
         job = self.jobs.new(target, base or self.base, ANYBODY.name, callback_url)
-        ready = Prepared(job, target, target.bind(request, job.id))
+        ready = Prepared(job, target, target.bind(request, job.id, errors))
 
         def write(done: Done) -> None:
             self.jobs.accept(ready, request, idempotency_key, done)
@@ -8972,12 +8979,7 @@ def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: li
     idempotency_key = _idempotency_key(x, errors)
     request = _stored_request(x, flow, query)
     job = x.app.jobs.new(flow, x.base, x.caller.name, callback_url)
-    try:
-        given = flow.bind(request, job.id)
-    except InputError as error:
-        raise InputError(errors + error.errors, status=error.status) from None
-    if errors:
-        raise InputError(errors)
+    given = flow.bind(request, job.id, errors)
     wait_s = _wait_of(x, preferences)
     if wait_s is not None:
         applied = [*applied, f"wait={wait_s}"]
@@ -8995,10 +8997,8 @@ def _call_flow(x: Exchange, flow: Flow) -> Reply | None:
         if "asynchronous" in flow.modes:
             cure = f"call {PREFIXES['asynchronous']}{flow.resource} with Prefer: wait=60"
         errors.add("header", "Idempotency-Key", f"is for asynchronous requests, which are stored: {cure}")
-    if errors:
-        raise InputError(errors)
     request = _stored_request(x, flow, query)
-    given = flow.bind(request, x.request_id)
+    given = flow.bind(request, x.request_id, errors)
     outcome = x.app.engine.run_at_once(flow, given)
     if outcome is not None:
         return flow_response(outcome.answer)

@@ -49,6 +49,7 @@ from astera_lite import (
     FlowError,
     Head,
     InputError,
+    InputErrors,
     Job,
     NotFound,
     Prepared,
@@ -442,7 +443,8 @@ def page_of_jobs(
 
 def job_list(x: Exchange) -> Reply:
     """GET /api/jobs"""
-    query = {name: values[-1] for name, values in parse_query(x.head.query).items()}
+    errors = InputErrors()
+    query = {name: values[-1] for name, values in parse_query(x.head.query, errors).items()}
     limit, cursor = query.get("limit", str(DEFAULT_LIST)), query.get("cursor")
     words = [status.value for status in Status if status is not Status.UNKNOWN]
     is_number = limit.isascii() and limit.isdecimal()
@@ -452,9 +454,10 @@ def job_list(x: Exchange) -> Reply:
         ("status", query.get("status", "Running") in words, "must be one of " + ", ".join(words)),
         ("cursor", is_cursor, "was not given by this server: leave it out"),
     ]
-    errors = [{"in": "query", "name": name, "message": message} for name, holds, message in rules if not holds]
-    if errors:
-        raise InputError(errors)
+    for name, holds, message in rules:
+        if not holds:
+            errors.add("query", name, message)
+    errors.check()
     status = Status(query["status"]) if "status" in query else None
     before = int(cursor, 16) if cursor is not None else None
     jobs, following = page_of_jobs(x.app, x.caller, query.get("flow"), status, int(limit), before)

@@ -769,8 +769,7 @@ def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> Stor
             headers[name.lower()] = ",".join(texts)
     for name in [item.name for item in flow.parameters if item.where == "path" and item.name not in params]:
         errors.add("path", name, "is missing")
-    if errors:
-        raise InputError(errors)
+    errors.check()
     data = b""
     if body is not None:
         data = body if isinstance(body, bytes) else _sent(body, "body", "", to_json).encode()
