@@ -8181,11 +8181,6 @@ class Access:
         hosts = {f"[{name}]" if ":" in name else name for name in names}
         self._hosts = hosts if is_loopback(host) else None  # None: any host
 
-    def named_origin(self, headers: Mapping[str, str]) -> str | None:
-        """The origin of the calling page if `cors_origins` names it, otherwise None."""
-        origin = headers.get("origin")
-        return origin if origin in self.origins else None
-
     def check_origin(self, head: "Head", base: str) -> None:
         """Raise AccessError for a host name that is not the server's, and for a page of another site.
 
@@ -8621,7 +8616,6 @@ class Exchange:
 
     body = b""
     caller = ANYBODY
-    cors_origin: str | None = None
     route: Route | None = None
     flow: Flow | None = None
     path = ""  # raw, behind the prefix of a publishing route
@@ -9103,7 +9097,6 @@ def find_routes(path: str) -> tuple[dict[str, Route], dict[str, str]]:
 def route_request(x: Exchange, access: Access) -> None:
     """Authorise a request and find its route. Raises the error that refuses it before its body is read."""
     head = x.head
-    x.cors_origin = access.named_origin(head.headers)
     access.check_origin(head, x.origin)
     if head.method == "OPTIONS":
         x.route = _PREFLIGHT
@@ -9282,12 +9275,10 @@ class Handler(BaseRequestHandler):
 
     def refuse(self, error: AsteraError) -> None:
         """Answer a request without reading the rest of it, and close."""
-        x = self.exchange
-        if x is None:
-            x = self.exchange = Exchange(self, _NO_HEAD)
-            x.cors_origin = self.server.access.named_origin(self.parser.origin())
+        if self.exchange is None:
+            self.exchange = Exchange(self, _NO_HEAD._replace(headers=self.parser.origin()))
         self.closing = True
-        x.fail(error)
+        self.exchange.fail(error)
 
     def answer(self, x: Exchange, reply: Reply) -> None:
         """Count, log and queue the reply to a request, unless it has been answered. `proceed` sends it."""
@@ -9805,7 +9796,7 @@ class Server(ThreadingHTTPServer):
         if x.flow is not None and size <= 1024 and _CONDITIONS.isdisjoint(head.headers):  # longer heads are parsed anew
             if len(self._routed) >= 512:
                 self._routed.clear()
-            found = {name: getattr(x, name) for name in ("route", "values", "caller", "cors_origin", "flow", "path")}
+            found = {name: getattr(x, name) for name in ("route", "values", "caller", "flow", "path")}
             self._routed[id(head)] = head, found  # the head is kept, so no other can have its identity
 
     def handle(self, x: Exchange) -> None:

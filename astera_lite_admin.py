@@ -391,6 +391,12 @@ _EXPOSED = (
 )
 
 
+def _named_origin(x: Exchange) -> str | None:
+    """The origin of the calling page if `cors_origins` names it."""
+    origin = x.head.headers.get("origin")
+    return origin if origin in x.app.origins else None
+
+
 def options(x: Exchange) -> Reply:
     """OPTIONS: which methods a path takes."""
     path = x.head.path
@@ -408,7 +414,7 @@ def options(x: Exchange) -> Reply:
     headers = [("Allow", ", ".join(sorted(names))), NO_STORE]
     if patched and "PATCH" in names:
         headers.append(("Accept-Patch", ", ".join(dict.fromkeys(patched))))
-    if x.cors_origin is not None:
+    if _named_origin(x) is not None:
         asked = x.head.headers.get("access-control-request-headers", "").split(",")
         wanted = ", ".join(name for each in asked if TOKEN_TEXT.fullmatch(name := each.strip(" \t")))
         headers += [("Access-Control-Allow-Methods", headers[0][1]), ("Access-Control-Max-Age", "600")]
@@ -418,9 +424,9 @@ def options(x: Exchange) -> Reply:
 
 def with_cors(x: Exchange, reply: Reply) -> Reply:
     """The reply with its CORS headers. It varies by origin even if the request has no origin."""
-    cors = [("Vary", "Origin")]
-    if x.cors_origin is not None:
-        cors += [("Access-Control-Allow-Origin", x.cors_origin), ("Access-Control-Expose-Headers", _EXPOSED)]
+    cors, origin = [("Vary", "Origin")], _named_origin(x)
+    if origin is not None:
+        cors += [("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", _EXPOSED)]
     return reply._replace(headers=one_line_each([*reply.headers, *cors]))
 
 
