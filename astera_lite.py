@@ -9144,13 +9144,14 @@ class ConnectionState(StrEnum):
     """What a connection is doing -> the states that may follow."""
 
     RECEIVING = "receiving"  # idle, or a request is incomplete -> HANDLING, SENDING
+    QUEUED = "queued"  # further bytes are buffered, and other connections go first -> RECEIVING
     HANDLING = "handling"  # a request is with its route -> SENDING
-    SENDING = "sending"  # a response -> RECEIVING, LINGERING
+    SENDING = "sending"  # a response -> RECEIVING, QUEUED, LINGERING
     LINGERING = "lingering"  # the last response is sent, and the client may still send -> CLOSED
     CLOSED = "closed"  # may follow any state
 
 
-_RECEIVING, _HANDLING, _SENDING, _LINGERING, _CLOSED = ConnectionState
+_RECEIVING, _QUEUED, _HANDLING, _SENDING, _LINGERING, _CLOSED = ConnectionState
 
 
 class Handler(BaseRequestHandler):
@@ -9192,7 +9193,8 @@ class Handler(BaseRequestHandler):
 
     def proceed(self) -> None:
         """Take one request if it is complete, send what is to be sent, then wait for events."""
-        if self.state is _RECEIVING:
+        if self.state is _RECEIVING or self.state is _QUEUED:
+            self.state = _RECEIVING
             self.take_request()
         if self.out:
             self.send()
@@ -9373,10 +9375,10 @@ class Handler(BaseRequestHandler):
         self.server.handlers[self] = None
         self.since = time.monotonic()
         self.deadline = self.since + (settings.request_timeout if begun else settings.idle_timeout)
-        self.state = _RECEIVING
-        if begun or self.at_end:  # other connections go first
-            self.server.ready[self] = None
+        if begun or self.at_end:
+            self.state, self.server.ready[self] = _QUEUED, None
         else:
+            self.state = _RECEIVING
             self.server.ready.pop(self, None)
 
     def wait(self) -> None:
@@ -9409,8 +9411,7 @@ class Handler(BaseRequestHandler):
 
     def gives_way(self) -> bool:
         """Whether it may be closed for a newcomer: it is idle, its request is incomplete, or its client has gone."""
-        idle = self.state is _RECEIVING and self not in self.server.ready
-        return idle or (self.state is _HANDLING and self.at_end)
+        return self.state is _RECEIVING or (self.state is _HANDLING and self.at_end)
 
     def overdue(self) -> None:
         """Act after the deadline: refuse an incomplete request, close for a client that reads too slowly."""

@@ -753,6 +753,19 @@ def test_a_client_that_does_not_wait_for_answers_lets_others_have_their_turn(
     assert order.index("/modest") < 5
 
 
+def test_requests_of_a_client_that_does_not_wait_for_answers_are_not_read_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire = request("GET", "/nothing?" + "x" * 200) * 4000 + request("GET", "/nothing", close=True)
+    held: list[int] = []
+    with running(tmp_path, FLOWS) as it, connected(it.server) as sock, ThreadPoolExecutor() as pool:
+        look = lambda: held.extend(handler.parser.buffered for handler in it.server.handlers)  # noqa: E731
+        monkeypatch.setattr(it.server, "service_actions", look)
+        pool.submit(sock.sendall, wire)
+        assert len(answers(read_to_end(sock))) == 4001
+    assert max(held) < 400 << 10 < len(wire)
+
+
 def test_a_half_closed_client_that_did_not_wait_gets_every_answer(tmp_path: Path) -> None:
     with running(tmp_path, FLOWS) as it:
         assert len(answers(talk(it.server, request("GET", "/nothing") * 100, end=True))) == 100
