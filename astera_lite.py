@@ -106,7 +106,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from enum import IntEnum, StrEnum, auto
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from socketserver import BaseRequestHandler, TCPServer
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TextIO, TypeVar, cast
@@ -325,12 +325,6 @@ def read_text(path: str) -> str:
         return file.read()
 
 
-def read_bytes(path: str) -> bytes:
-    """A file's bytes; raises OSError."""
-    with open(path, "rb") as file:
-        return file.read()
-
-
 def named(error: BaseException) -> str:
     """The type and the text of an exception of somebody else's code, which need not have a text that can be sent."""
     try:
@@ -421,11 +415,6 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
         near = difflib.get_close_matches(word, words, 1)
     return f'; did you mean "{near[0]}"?' if near else ""
-
-
-def sha256(data: bytes) -> bytes:
-    """The SHA-256 of some bytes."""
-    return hashlib.sha256(data).digest()
 
 
 _ID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -673,23 +662,17 @@ MAX_WRITTEN = 256 << 20  # bytes of a flow's value as JSON
 
 def _least_size(part: Any, sizes: dict[int, int]) -> int:
     """The least number of bytes of a list or an object as JSON; `sizes` keeps them by id, for parts that are shared."""
-    known = sizes.get(id(part))
-    if known is not None:
-        return known
-    total, items = 1, part
-    if type(part) is dict:
-        for name in part:
-            total += len(name) + 3 if type(name) is str else 4
-        items = part.values()
-    for item in items:
-        kind = type(item)
-        if kind is str or kind is bytes:
-            total += len(item) + 3
-        elif kind is dict or kind is list or kind is tuple:
-            total += _least_size(item, sizes) + 1
-        else:
-            total += 2
-    sizes[id(part)] = total
+    if (total := sizes.get(id(part), 0)) == 0:
+        total = 1
+        for item in (*part, *part.values()) if type(part) is dict else part:
+            kind = type(item)
+            if kind is str or kind is bytes:
+                total += len(item) + 3
+            elif kind is dict or kind is list or kind is tuple:
+                total += _least_size(item, sizes) + 1
+            else:
+                total += 2
+        sizes[id(part)] = total
     return total
 
 
@@ -797,19 +780,10 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
         _check_depth(text, MAX_JSON_CONTAINERS if decoder is _decoder else max(MAX_JSON_CONTAINERS, len(text) // 20))
     try:
-        try:
-            value, end = decoder.raw_decode(text)  # `decode` looks for blanks first
-        except json.JSONDecodeError:
-            end = -1
-        if end < 0 or text[end:].strip(" \t\r\n"):
-            value = decoder.decode(text)  # blanks before the value, or a fault that it names
+        value = decoder.decode(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    if (
-        "\\u" in text
-        and ("\\ud" in text or "\\uD" in text)
-        and _SURROGATE.search(json.dumps(value, ensure_ascii=False))
-    ):
+    if ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         if decoder is _decoder:
             raise ValueError("a string has half of a surrogate pair")
         return _mapped(value, lambda text: _SURROGATE.sub("\ufffd", text))
@@ -1646,7 +1620,7 @@ FUNCTIONS = {
         Function("json(value)", to_json, _whole),
         Function("parse_json(text)", _parse_json),
         Function("base64(value)", lambda value: base64.b64encode(as_bytes(value)).decode(), _whole),
-        Function("sha256(value)", lambda value: sha256(as_bytes(value)).hex(), _whole),
+        Function("sha256(value)", lambda value: hashlib.sha256(as_bytes(value)).hexdigest(), _whole),
         Function("urlencode(value)", _urlencode, _whole),
         Function("sort_by(rows, *fields)", sort_by, field_values),
         Function("group_by(rows, name)", group_by, field_values),
@@ -2429,55 +2403,53 @@ def _outbound_error(error: Exception, timeout: float) -> OutboundError:
     return OutboundError("transport", f"the answer is not HTTP ({type(cause).__name__})")
 
 
-class Outbound:
-    """The HTTP client: one connection for each request."""
+@lru_cache(maxsize=1)
+def _tls_context() -> "ssl.SSLContext":
+    import ssl  # noqa: PLC0415 (not every Python has it)
 
-    @cached_property
-    def _tls(self) -> "ssl.SSLContext":
-        import ssl  # noqa: PLC0415 (3 MB that a server without https requests never needs)
+    return ssl.create_default_context()
 
-        return ssl.create_default_context()
 
-    def fetch(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        *,
-        timeout: float,
-        max_bytes: int,
-        policy: AddressPolicy | None = None,
-    ) -> Fetched:
-        """Send one request and return its response, whatever the status; redirects are not followed.
+def _secured(sock: socket.socket, target: Target, deadline: float) -> socket.socket:
+    if target.scheme == "http":
+        return sock
+    sock.settimeout(_seconds_left(deadline))
+    return _tls_context().wrap_socket(sock, server_hostname=target.host.rstrip("."))
 
-        `timeout` (seconds) covers everything from the look-up of the name to the last byte. `max_bytes` limits the
-        body; 0 leaves it unread. Without a `policy` every address is allowed. Raises OutboundError, AddressRefused.
-        """
-        try:
-            target = parse_target(url)
-        except ValueError as error:
-            raise OutboundError("address", f"the URL {error}") from None
-        for name, value in headers.items():
-            if not TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
-                raise OutboundError("address", f"the header {shown(name)} has characters that no header may have")
-        deadline, opener = time.monotonic() + timeout, _opener()
-        try:
-            with _connect(target, policy, deadline) as plain, self._secured(plain, target, deadline) as sock:
-                request: Any = urllib.request.Request(url, body, dict(headers), method=method)  # noqa: S310
-                request.stream = _BoundedStream(sock, deadline, max_bytes)
-                with opener.open(request) as response:
-                    return _read_answer_whole(response, request.stream, max_bytes)
-        except MissingFile as error:
-            raise OutboundError("transport", str(error)) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _outbound_error(error, timeout) from None
 
-    def _secured(self, sock: socket.socket, target: Target, deadline: float) -> socket.socket:
-        if target.scheme == "http":
-            return sock
-        sock.settimeout(_seconds_left(deadline))
-        return self._tls.wrap_socket(sock, server_hostname=target.host.rstrip("."))
+def fetch(
+    method: str,
+    url: str,
+    headers: Mapping[str, str],
+    body: bytes | None,
+    *,
+    timeout: float,
+    max_bytes: int,
+    policy: AddressPolicy | None = None,
+) -> Fetched:
+    """Send one request on a connection of its own; return its response, whatever the status, redirects too.
+
+    `timeout` (seconds) covers everything from the look-up of the name to the last byte. `max_bytes` limits the
+    body; 0 leaves it unread. Without a `policy` every address is allowed. Raises OutboundError, AddressRefused.
+    """
+    try:
+        target = parse_target(url)
+    except ValueError as error:
+        raise OutboundError("address", f"the URL {error}") from None
+    for name, value in headers.items():
+        if not TOKEN_TEXT.fullmatch(name) or not _FIELD_VALUE.fullmatch(value):
+            raise OutboundError("address", f"the header {shown(name)} has characters that no header may have")
+    deadline, opener = time.monotonic() + timeout, _opener()
+    try:
+        with _connect(target, policy, deadline) as plain, _secured(plain, target, deadline) as sock:
+            request: Any = urllib.request.Request(url, body, dict(headers), method=method)  # noqa: S310
+            request.stream = _BoundedStream(sock, deadline, max_bytes)
+            with opener.open(request) as response:
+                return _read_answer_whole(response, request.stream, max_bytes)
+    except MissingFile as error:
+        raise OutboundError("transport", str(error)) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _outbound_error(error, timeout) from None
 
 
 def header_value(headers: Iterable[tuple[str, str]], name: str) -> str | None:
@@ -3607,7 +3579,6 @@ class Surroundings(NamedTuple):
     """What all runs need from outside."""
 
     clock: Clock
-    outbound: Outbound
     policy: AddressPolicy
     env: dict[str, str]
     secrets: dict[str, str]
@@ -4378,7 +4349,7 @@ class HttpCall:
         """The response to one request; raises StepError if there is none."""
         policy = None if request.fixed else run.outside.policy
         try:
-            return run.outside.outbound.fetch(
+            return fetch(
                 request.method,
                 request.url,
                 request.headers,
@@ -4802,7 +4773,7 @@ def build_flow(
         tests=given["tests"],
         tree=tree,
         text=text,
-        version=int.from_bytes(sha256(f"{name}\n{text}".encode())[:8]) >> 1,
+        version=int.from_bytes(hashlib.sha256(f"{name}\n{text}".encode()).digest()[:8]) >> 1,
         source=where,
         bound={},
         light=build.light and few and limit["limit"] is None,
@@ -7016,7 +6987,6 @@ class Courier:
     def __init__(
         self,
         store: Store,
-        outbound: Outbound,
         policy: AddressPolicy,
         clock: Clock,
         metrics: Metrics,
@@ -7025,7 +6995,7 @@ class Courier:
         timeout: float = 15.0,
         retries: Sequence[float] = (),
     ) -> None:
-        self._store, self._outbound, self._policy, self._clock = store, outbound, policy, clock
+        self._store, self._policy, self._clock = store, policy, clock
         self._metrics, self._key, self._timeout, self._retries = metrics, key, timeout, retries
         self._lease_s = timeout + _LEASE_S
         self._changed = threading.Condition()  # guards what follows
@@ -7135,9 +7105,7 @@ class Courier:
         status, error, retry_after_s = None, None, 0.0
         started = self._clock.monotonic()
         try:
-            answer = self._outbound.fetch(
-                "POST", delivery.url, headers, body, timeout=self._timeout, max_bytes=0, policy=self._policy
-            )
+            answer = fetch("POST", delivery.url, headers, body, timeout=self._timeout, max_bytes=0, policy=self._policy)
             status = answer.status
             retry_after_s = parse_retry_after(header_value(answer.headers, "retry-after"), self._clock.wall())
         except AddressRefused as refused:
@@ -7659,7 +7627,6 @@ class Application:
         allowed = re.compile("|".join(patterns) or "(?!)")
         self.outside = Surroundings(
             self.clock,
-            Outbound(),
             self.policy,
             {name: value for name, value in environ.items() if allowed.fullmatch(name)},
             secrets,
@@ -7720,7 +7687,6 @@ class Application:
         )
         self.courier = Courier(
             self.store,
-            self.outside.outbound,
             self.policy,
             self.clock,
             self.metrics,
@@ -8137,7 +8103,7 @@ ADMIN_TOKEN = "token"  # noqa: S105 (the name of the token in the settings)
 
 def token_digest(token: str) -> bytes:
     """The SHA-256 of a token, which is stored in its place: nobody can guess a long random token from it."""
-    return sha256(token.encode("utf-8", "replace"))
+    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
 
 
 def _is_followed_link(head: "Head") -> bool:
@@ -8212,7 +8178,7 @@ class Access:
         scheme, _, given = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             raise AccessError(401, "This needs a token: send Authorization: Bearer …")
-        digest = sha256(given.strip().encode("latin-1", "replace"))
+        digest = hashlib.sha256(given.strip().encode("latin-1", "replace")).digest()
         found = [token for token in tokens if hmac.compare_digest(digest, token.digest)]  # all, so that none is faster
         if not found:
             raise AccessError(401, "The token is unknown or revoked.", "invalid_token")

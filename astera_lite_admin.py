@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -87,7 +88,6 @@ from astera_lite import (
     read_toml,
     reason_of,
     resource,
-    sha256,
     shown,
     status_document,
     status_response,
@@ -734,7 +734,7 @@ def _console_page() -> Reply:
     page = resource("console.html").replace(b"\r\n", b"\n")  # browsers normalise line ends before they hash
 
     def digest(part: bytes) -> str:
-        return base64.b64encode(sha256(part)).decode()
+        return base64.b64encode(hashlib.sha256(part).digest()).decode()
 
     def source(tag: str) -> str:
         found = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import copy
 import gzip
+import hashlib
 import io
 import itertools
 import operator
@@ -69,6 +70,7 @@ from astera_lite import (
     as_text,
     encode_query,
     evaluated,
+    fetch,
     field_values,
     from_json,
     kind_of,
@@ -76,7 +78,6 @@ from astera_lite import (
     parse_retry_after,
     pointer,
     read_number,
-    sha256,
     shown,
     split_template,
     suggest,
@@ -314,7 +315,7 @@ def read_selection(selection: Selection, path: str, query: Mapping[str, list[str
     if not selection.page:
         return Selected(0, tuple(sort.values()), filters)
     rest = sorted(item for item in query.items() if item[0] != "cursor")
-    stamp = sha256(to_json([path, rest]).encode()).hex()[:16]
+    stamp = hashlib.sha256(to_json([path, rest]).encode()).hexdigest()[:16]
     cursor = query.get("cursor", [""])[0]
     match = re.fullmatch(rf"([1-9][0-9]{{0,14}})\.{stamp}", cursor)
     if cursor and not match:
@@ -546,7 +547,7 @@ class _ClientCredentials(Auth):
         url, body = as_text(values["tokenUrl"]), encode_query(form).encode()
         detail = "no token could be obtained for the API it calls"
         try:
-            answer = outside.outbound.fetch("POST", url, headers, body, timeout=run.left(), max_bytes=64 << 10)
+            answer = fetch("POST", url, headers, body, timeout=run.left(), max_bytes=64 << 10)
             if not 200 <= answer.status < 300:
                 raise OutboundError("transport", f"the token server answered {answer.status}")
             given = from_json(answer.body, LENIENT_DECODER)

@@ -24,6 +24,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from astera_lite import (
@@ -67,7 +68,6 @@ from astera_lite import (
     log,
     one_line,
     optional,
-    read_bytes,
     reason_of,
     request_for,
     resource,
@@ -273,7 +273,7 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
             repeated.setdefault(name, []).append(value)
             continue
         try:
-            body = read_bytes(value[1:]) if value.startswith("@") else value.encode()
+            body = Path(value[1:]).read_bytes() if value.startswith("@") else value.encode()
         except OSError as error:
             raise NotFound(f"{value[1:]}: cannot be read: {reason_of(error)}") from None
     params = {name: values if len(values) > 1 else values[0] for name, values in repeated.items()}
@@ -565,7 +565,7 @@ def pack(args: argparse.Namespace, settings: Settings) -> int:
                 with zipfile.ZipFile(file, "w") as archive:
                     for name in sorted(os.listdir(folder)):
                         whole = zipfile.ZipInfo(name)  # of 1980: the same file each time
-                        archive.writestr(whole, read_bytes(os.path.join(folder, name)), zipfile.ZIP_DEFLATED)
+                        archive.writestr(whole, Path(folder, name).read_bytes(), zipfile.ZIP_DEFLATED)
             mode = os.stat(args.file).st_mode
             os.chmod(args.file, mode | (mode & 0o444) >> 2)  # everybody who may read the file may run it
         except OSError as error:

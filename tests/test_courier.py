@@ -667,7 +667,7 @@ class Outcomes:
 
 def a_courier(store: Any, timeout: float = 1.0) -> astera_lite.Courier:
     policy = astera_lite.AddressPolicy("auto", loopback=True)
-    return astera_lite.Courier(store, astera_lite.Outbound(), policy, Clock(), astera_lite.Metrics(), timeout=timeout)
+    return astera_lite.Courier(store, policy, Clock(), astera_lite.Metrics(), timeout=timeout)
 
 
 @pytest.mark.sqlite  # the store is not what is tested

@@ -29,7 +29,6 @@ from astera_lite import (
     InputError,
     Journal,
     Mask,
-    Outbound,
     Outcome,
     Run,
     Server,
@@ -44,7 +43,7 @@ from astera_lite import (
 
 def surroundings(**more: Any) -> Surroundings:
     values: dict[str, Any] = {
-        "clock": FakeClock(), "outbound": Outbound(), "policy": AddressPolicy("none"), "env": {}, "secrets": {},
+        "clock": FakeClock(), "policy": AddressPolicy("none"), "env": {}, "secrets": {},
         "max_result": 1 << 20, "max_step_response": 1 << 20, "kept": {},
         "connections": {}, "masked": Mask(more.get("secrets", {}).values()),
     }  # fmt: skip

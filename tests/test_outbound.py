@@ -26,7 +26,6 @@ from astera_lite import (
     AddressRefused,
     ConfigError,
     Fetched,
-    Outbound,
     OutboundError,
     literal_addresses,
     parse_target,
@@ -314,7 +313,7 @@ def serving() -> Iterator[Serving]:
 def fetch(url: str, **more: Any) -> Fetched:
     given: dict[str, Any] = {"method": "GET", "headers": {}, "body": None, "timeout": 10.0, "max_bytes": 1 << 20}
     given |= {"policy": LOOPBACK, **more}
-    return Outbound().fetch(given.pop("method"), url, given.pop("headers"), given.pop("body"), **given)
+    return astera_lite.fetch(given.pop("method"), url, given.pop("headers"), given.pop("body"), **given)
 
 
 def failure(url: str, **more: Any) -> OutboundError:
@@ -810,6 +809,7 @@ def test_a_trusted_certificate_is_taken_for_its_name_only(
     secure: RawServer, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
+    astera_lite._tls_context.cache_clear()
     url = secure.url.replace("http:", "https:")
     for host in ("127.0.0.1", "localhost"):
         assert fetch(url.replace("127.0.0.1", host)).body == b"secret"
@@ -823,6 +823,7 @@ def test_the_deadline_is_over_an_upload_that_is_read_slowly(
     serving: Serving, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
+    astera_lite._tls_context.cache_clear()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
     gone = threading.Event()

@@ -138,8 +138,7 @@ def test_names_of_query_parameters_are_sent_as_they_are(tmp_path: Path) -> None:
     with process(tmp_path) as (_, url, lines):
         sent, failures = newman(tmp_path, f"{url}/postman.json")
         printed = [shlex.split(line) for line in lines if "/api/publishing/" in line]
-        client = astera_lite.Outbound()
-        answer = client.fetch("GET", printed[0][-1], {}, None, timeout=10, max_bytes=1 << 20)
+        answer = astera_lite.fetch("GET", printed[0][-1], {}, None, timeout=10, max_bytes=1 << 20)
     assert failures == [] and sent["odd: run"] == sent["odd: fetch"] == 1
     executions = json.loads((tmp_path / "report.json").read_text())["run"]["executions"]
     bodies = {each["item"]["name"]: bytes(each["response"]["stream"]["data"]) for each in executions}
@@ -158,7 +157,7 @@ def test_the_command_prints_what_the_route_gives(tmp_path: Path) -> None:
         command = [*PROGRAM, "postman", "--flows", str(ROOT / "flows")]
         done = subprocess.run([*command, "--port", port], capture_output=True, text=True, timeout=60, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
-        answer = astera_lite.Outbound().fetch("GET", f"{url}/postman.json", {}, None, timeout=10, max_bytes=1 << 20)
+        answer = astera_lite.fetch("GET", f"{url}/postman.json", {}, None, timeout=10, max_bytes=1 << 20)
         assert json.loads(answer.body) == json.loads(done.stdout)
 
 
@@ -196,9 +195,7 @@ def test_the_collection_runs_green_where_a_token_is_wanted(tmp_path: Path) -> No
         documents = {}
         for name, text in (("admin", "t" * 32), ("ada", token)):
             headers = {"Authorization": f"Bearer {text}"}
-            answer = astera_lite.Outbound().fetch(
-                "GET", f"{url}/postman.json", headers, None, timeout=10, max_bytes=1 << 20
-            )
+            answer = astera_lite.fetch("GET", f"{url}/postman.json", headers, None, timeout=10, max_bytes=1 << 20)
             documents[name] = json.loads(answer.body)
             (tmp_path / f"{name}.json").write_bytes(answer.body)
         assert [folder["name"] for folder in documents["ada"]["item"]] == ["hello", "order", "Server"]

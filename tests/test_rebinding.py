@@ -14,7 +14,7 @@ from support import ROOT
 INSIDE = """
 import fcntl, json, socket, struct, sys, threading
 sys.path.insert(0, sys.argv[1])
-from astera_lite import (AddressPolicy, AddressRefused, Outbound, OutboundError)
+from astera_lite import (AddressPolicy, AddressRefused, OutboundError, fetch)
 
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:  # the new namespace's loopback is down
     fcntl.ioctl(control, 0x8914, struct.pack("16sh", b"lo", 0x1 | 0x40))
@@ -57,7 +57,7 @@ def attempt(name, allow, *found):
     asked.clear(), reached.clear()
     url = f"http://{name}:{receiver.getsockname()[1]}/"
     try:
-        outcome = Outbound().fetch("POST", url, {}, b"{}", timeout=5, max_bytes=0, policy=AddressPolicy(allow)).status
+        outcome = fetch("POST", url, {}, b"{}", timeout=5, max_bytes=0, policy=AddressPolicy(allow)).status
     except AddressRefused as refused:
         outcome = str(refused)
     except OutboundError as error:
