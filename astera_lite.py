@@ -3543,7 +3543,7 @@ class Journal:
     suspendable = False
 
     def __init__(self) -> None:
-        self.saved: Mapping[str, Any] = {}  # also by the keys of `journal_key`
+        self.saved: dict[str, Any] = {}  # also by the keys of `journal_key`
         self.waits: Mapping[str, int] = {}
 
     def record(self, path: str, value: Any) -> int | None:
@@ -3690,10 +3690,10 @@ class Run:
         raise _Suspend(min(until, clock.now() + math.ceil(self.left() * 1000)))
 
     @contextlib.contextmanager
-    def within(self, timeout: float, key: str, resumed: bool = True) -> Iterator[None]:
-        """Limit the block to so many seconds; the deadline outlives a suspension, saved by `key`."""
+    def within(self, timeout: float, key: str) -> Iterator[None]:
+        """Limit the block to so many seconds. A suspension saves the deadline, for the next block of this key."""
         clock, outer = self.outside.clock, self.step_deadline
-        until = self.journal.saved.get(key) if resumed else None
+        until = self.journal.saved.pop(key, None)
         seconds = timeout if until is None else (until - clock.now()) / 1000
         self.step_deadline = min(outer, clock.monotonic() + seconds)
         try:
@@ -3800,11 +3800,11 @@ class _StepRun:
         """The value of the first attempt that succeeds. An attempt that comes further than those before counts as 1."""
         run, step, path, retry = self.run, self.step, self.path, self.step.retry
         run.reached.pop(path, None)  # of an earlier attempt of a step around this one
-        attempt, resumed, before = 0, True, None
+        attempt, before = 0, None
         while True:
             attempt += 1
             try:
-                with run.within(step.timeout, journal_key(path, "deadline"), resumed) if step.timeout else _UNBOUND:
+                with run.within(step.timeout, journal_key(path, "deadline")) if step.timeout else _UNBOUND:
                     if step.kind.effect:
                         run.journal.barrier()
                     return step.run(run, scope, path)
@@ -3822,7 +3822,6 @@ class _StepRun:
                     pause = max(retry.pause(attempt), parse_retry_after(asked, run.outside.clock.wall()))
                 if not again or pause > run.left():  # the failure now says more than a timeout later
                     raise error from error.__cause__
-            resumed = False
             run.sleep(pause)
 
     def _value_instead(self, on_error: Template, error: StepError, scope: Scope) -> Any:
@@ -4301,7 +4300,7 @@ class HttpCall:
     def send(self, run: Run, request: OutgoingRequest, max_bytes: int) -> tuple[dict[str, Any], int]:
         """Call the API; return an object of status, headers and body, and the size of the body in bytes."""
         timeout = self.given.get("timeout")
-        with run.within(timeout, "", resumed=False) if timeout else _UNBOUND:
+        with run.within(timeout, "") if timeout else _UNBOUND:
             answer = self._fetch(run, request, max_bytes)
         if not {str(answer.status), f"{answer.status // 100}xx"} & set(map(str, self.given["expect"])):
             raise unexpected_answer(self.method, answer)
@@ -6502,7 +6501,7 @@ class JobJournal(Journal):
         self._unwritten, self._begun = 0, False
         self.superseded = False  # the job has ended, or another run of it began
         self._error: AsteraError | None = None
-        self.saved, self.waits = prepared.saved, prepared.waits
+        self.saved, self.waits = dict(prepared.saved), prepared.waits
         self.waiting: tuple[str, int] = ("", 0)
 
     def record(self, path: str, value: Any) -> int:

@@ -662,7 +662,7 @@ class _ConnectedCall(HttpCall):
     def send(self, run: Run, request: OutgoingRequest, max_bytes: int) -> tuple[dict[str, Any], int]:
         """Call the API within the time limit of the connection, unless the step has its own."""
         timeout = None if "timeout" in self.given else self._connection(run).timeout
-        with run.within(timeout, "", resumed=False) if timeout else contextlib.nullcontext():
+        with run.within(timeout, "") if timeout else contextlib.nullcontext():
             return super().send(run, request, max_bytes)
 
     def exchange(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
