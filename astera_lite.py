@@ -340,7 +340,7 @@ def reason_of(error: Exception) -> str:
 
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql", "schema_postgres.sql")  # files that the module needs beside it
-_WINGS = "admin advice documents import nodes notices postgres python requests steps tls tools"
+_WINGS = "admin advice database documents nodes notices postgres python requests steps tls tools"
 #: The wings: files of the module that a server loads on first use.
 WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS.split())
 #: The folder of this file, as given and with links resolved. Kept, because a program may change its working folder.
@@ -5162,8 +5162,9 @@ _PASSING = {
     "SQLITE_READONLY": "the database is read-only: let this user write it and its folder",
     "SQLITE_CANTOPEN": "the database cannot be opened: let this user read and write it and its folder",
 }
+DAMAGED = "the database is damaged: restore a backup"
 _DAMAGE = {
-    "SQLITE_CORRUPT": "the database is damaged: restore a backup",
+    "SQLITE_CORRUPT": DAMAGED,
     "SQLITE_NOTADB": "the file is not a database: restore a backup, or set `database` to another path",
 }
 
@@ -5178,8 +5179,8 @@ def _words(error: Exception, table: Mapping[str, str]) -> str | None:
     return next((words for code, words in table.items() if name.startswith(code)), None)
 
 
-def _store_error(error: Exception) -> StoreError:
-    """The error with its remedy, in words that reveal neither the statement nor the path."""
+def store_error(error: Exception) -> StoreError:
+    """An error of SQLite with its remedy, in words that reveal neither the statement nor the path."""
     if isinstance(error, StoreError):
         return error
     name = getattr(error, "sqlite_errorname", type(error).__name__)
@@ -5409,25 +5410,6 @@ def purge_jobs(execute: Execute, now: int, limit: int, spared: Collection[int] =
     return expired
 
 
-def change_tokens(execute: Execute, name: str, add: Token | None) -> None:
-    """Add a token, or revoke the token of this name. Raises Conflict or NotFound. See edit_tokens."""
-    names = dict(execute("SELECT name, hash FROM tokens", ()).fetchall())
-    if add is None:
-        if not names.get(name):
-            words = "was revoked before" if name in names else f"is not there{suggest(name, names)}"
-            raise NotFound(f"the token {name} {words}")
-        execute("UPDATE tokens SET hash = ? WHERE name = ?", (b"", name))
-        return
-    if names.get(name):
-        raise Conflict(f"there is a token {name} already: revoke it first, or choose another name")
-    if execute("SELECT 1 FROM jobs WHERE token <> '' AND token = ? LIMIT 1", (name,)).fetchone():
-        words = "are still kept, and would be the new one's: choose another name"
-        raise Conflict(f"jobs of an earlier token {name} {words}")
-    flows = None if add.flows is None else to_json(sorted(add.flows))
-    execute("DELETE FROM tokens WHERE name = ?", (name,))
-    execute("INSERT INTO tokens VALUES (?, ?, ?, ?, ?)", (name, add.digest, add.role, flows, add.created))
-
-
 def _owe(execute: Execute, finish: Finish) -> None:
     """Store the callback that a finished job owes, if it owes one."""
     if finish.callback is not None:
@@ -5448,7 +5430,7 @@ def _own(path: str) -> sqlite3.Connection:
             owner.close()
         if error.sqlite_errorname == "SQLITE_BUSY":
             raise DatabaseInUse(f"another server uses {path}: stop it, or set `database` to another path") from None
-        raise StoreError(f"{path}.lock: {_store_error(error)}") from None
+        raise StoreError(f"{path}.lock: {store_error(error)}") from None
     return owner
 
 
@@ -5459,7 +5441,7 @@ def _format(db: sqlite3.Connection, path: str) -> int:
         ours = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
         version: int = db.execute("PRAGMA user_version").fetchone()[0]
     except sqlite3.Error as error:
-        raise StoreError(f"{path}: {_store_error(error)}") from None
+        raise StoreError(f"{path}: {store_error(error)}") from None
     if tables and not ours:
         raise StoreError(f"{path} is a database of another program: set `database` to another path")
     if version > SCHEMA_VERSION:
@@ -5500,20 +5482,9 @@ def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3
         if db is not None:
             db.close()  # or the connection keeps its locks as long as the exception exists
         if isinstance(error, sqlite3.Error):
-            raise StoreError(f"{path}: {_store_error(error)}") from None
+            raise StoreError(f"{path}: {store_error(error)}") from None
         raise
     return db
-
-
-def _give_name(part: str, path: str) -> None:
-    """Give a file its name. Raises FileExistsError if another file has the name."""
-    try:
-        os.link(part, path)
-    except FileExistsError:
-        raise
-    except OSError:  # no links on that file system
-        with open(path, "xb"):
-            os.replace(part, path)
 
 
 def whole_body(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
@@ -5628,6 +5599,14 @@ class StoreReader:
         return self._first("SELECT max(seq) FROM jobs")[0] or 0
 
 
+def open_to_read(path: str, mode: str = "ro") -> sqlite3.Connection:
+    """A connection to a database that exists. With the mode `rw` it may fold the log into the file."""
+    name = f"file:{urllib.parse.quote(os.fsencode(path))}?mode={mode}"
+    db = sqlite3.connect(name, uri=True, timeout=1, isolation_level=None, check_same_thread=False)
+    db.execute(f"PRAGMA query_only = {mode == 'ro'}")
+    return db
+
+
 class SqliteReader(StoreReader):
     """Reads from a database, also while a server writes to it."""
 
@@ -5654,7 +5633,9 @@ class SqliteReader(StoreReader):
         try:
             with contextlib.suppress(IndexError):  # another thread may take the last one
                 db = self._idle.pop()
-            db = db or self._connect()
+            if db is None:
+                self._check_files()  # or this connection would read another database than the others
+                db = open_to_read(self.path)
             yield db
         except sqlite3.Error as error:
             raise self._failure(error) from None
@@ -5664,7 +5645,7 @@ class SqliteReader(StoreReader):
 
     def _failure(self, error: Exception) -> StoreError:
         """The error in words. Damage is remembered: no new job is put on a damaged database."""
-        failure = _store_error(error)
+        failure = store_error(error)
         if _words(error, _DAMAGE) and not self._is_damaged:
             self.fault, self._is_damaged = str(failure), True
             log.error("%s; new jobs are refused until the server starts with a good database", failure)
@@ -5674,13 +5655,6 @@ class SqliteReader(StoreReader):
         if any(_identity(path) != identity for path, identity in self._pinned.items()):
             moved = "a file of the database was moved, deleted or replaced while the server runs"
             raise _Moved(f"{moved}: put it back, or restart the server")
-
-    def _connect(self) -> sqlite3.Connection:
-        self._check_files()  # or this connection would read another database than the others
-        name = f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=ro"
-        db = sqlite3.connect(name, uri=True, timeout=1, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA query_only = ON")
-        return db
 
     def _all(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._reading() as db:
@@ -5723,32 +5697,6 @@ class SqliteReader(StoreReader):
             with contextlib.suppress(OSError):
                 total += os.stat(path).st_size
         return total
-
-    def backup(self, path: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Copy the database, as of one moment, to a new file; a server may write to the database meanwhile.
-
-        The file appears only when it is complete. `progress` gets the number of pages copied, and of all pages.
-        """
-        part, damaged = f"{path}.part", _DAMAGE["SQLITE_CORRUPT"]
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)  # of a backup that was killed
-            with contextlib.closing(sqlite3.connect(part)) as copied, self._reading() as db:
-                db.execute("BEGIN")
-                db.execute("SELECT 1 FROM sqlite_schema").fetchone()  # the moment; or each write would restart the copy
-                try:
-                    db.backup(copied, pages=1024, progress=lambda _, left, total: progress(total - left, total))
-                finally:
-                    db.execute("ROLLBACK")
-                if copied.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-                    raise StoreError(damaged)
-            _give_name(part, path)
-        except (OSError, StoreError, sqlite3.Error) as error:
-            words = reason_of(error) if isinstance(error, OSError) else str(_store_error(error))
-            raise StoreError(f"{self.path if words == damaged else path}: {words}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
 
 
 class SqliteStore(SqliteReader, Writer):
@@ -5912,8 +5860,7 @@ class SqliteStore(SqliteReader, Writer):
         """On a thread of its own: most is folded beside the commits; they wait for the rest, or it would never end."""
         with contextlib.suppress(sqlite3.Error, _Moved):  # it is tried again
             self._check_files()
-            name = f"file:{urllib.parse.quote(os.fsencode(self.path))}?mode=rw"  # never makes a file
-            with contextlib.closing(sqlite3.connect(name, uri=True, isolation_level=None)) as beside:
+            with contextlib.closing(open_to_read(self.path, "rw")) as beside:
                 beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             with self._lock:
                 self._db.execute("PRAGMA busy_timeout = 0")
@@ -6154,22 +6101,6 @@ class SqliteStore(SqliteReader, Writer):
 
 
 Store = SqliteStore  # what the other rooms know
-
-
-def edit_tokens(path: str, name: str, add: Token | None = None) -> None:
-    """Add a token of this name to a database, or revoke the token that has this name; a server may be running on it.
-
-    Creates a missing database. Raises Conflict for a name that is taken, NotFound for an unknown name, StoreError.
-    """
-    with contextlib.suppress(DatabaseInUse):
-        SqliteStore(path).close()  # makes or upgrades it, unless a server has it
-    try:
-        with contextlib.closing(sqlite3.connect(path, timeout=10, isolation_level=None)) as db:
-            db.execute("BEGIN IMMEDIATE")
-            change_tokens(db.execute, name, add)
-            db.execute("COMMIT")
-    except sqlite3.Error as error:
-        raise StoreError(f"{path}: {_store_error(error)}") from None
 
 
 def _save_bytes(value: Any) -> dict[str, str]:

@@ -37,7 +37,6 @@ from astera_lite import (
     Busy,
     Claimed,
     ConfigError,
-    Conflict,
     Delivery,
     Done,
     Execute,
@@ -50,9 +49,7 @@ from astera_lite import (
     StoreError,
     StoreReader,
     Submission,
-    Token,
     Writer,
-    change_tokens,
     delete_job,
     end_columns,
     find_key,
@@ -298,33 +295,48 @@ class _Address:
             raise
         return db
 
-    def first(self) -> Any:
-        """The first connection of a program. Raises StoreError with the reason if there is none."""
+    @contextlib.contextmanager
+    def first(self) -> Iterator[Any]:
+        """The first connection of a program. Errors name the database."""
         try:
-            return self.connect()
+            with contextlib.closing(self.connect()) as db:
+                yield db
         except psycopg.Error as error:
-            raise StoreError(f"{self.place}: {' '.join(str(error).split()) or _UNREACHABLE}") from None
+            words = " ".join(str(error).partition("\nLINE ")[0].split())  # without the statement
+            raise StoreError(f"{self.place}: {words or _UNREACHABLE}") from None
 
 
 def _prepare(db: Any, place: str) -> None:
     """Create the tables, or upgrade them to the present version of the schema."""
-    try:
+    with db.transaction():
+        db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+        version = _format(db, place)
+        scripts = [UPGRADES[old] for old in range(version, SCHEMA_VERSION)] if version else []
+        if not version:
+            scripts = [resource("schema_postgres.sql").decode(), "INSERT INTO astera_lite VALUES (0)"]
+        for script in scripts:
+            db.execute(script)
+            for table, columns in re.findall(r"CREATE TABLE (\w+) \((.*?)\n\)", script, re.DOTALL):
+                for column, words in re.findall("^ +([a-z_]+) .*? -- (.+)", columns, re.MULTILINE):
+                    text = words.replace("'", "''")
+                    db.execute(f"COMMENT ON COLUMN {table}.{column} IS '{text}'")
+        if scripts:
+            db.execute("UPDATE astera_lite SET version = %s", (SCHEMA_VERSION,))
+
+
+@contextlib.contextmanager
+def transaction(url: str, locked: Collection[str], news: str = "") -> Iterator[Any]:
+    """A connection with a transaction in which the `locked` tables change only here. Creates missing tables.
+
+    Servers that run hear the `news`. Raises StoreError, ConfigError.
+    """
+    address = _Address(url)
+    with address.first() as db:
+        _prepare(db, address.place)
         with db.transaction():
-            db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-            version = _format(db, place)
-            scripts = [UPGRADES[old] for old in range(version, SCHEMA_VERSION)] if version else []
-            if not version:
-                scripts = [resource("schema_postgres.sql").decode(), "INSERT INTO astera_lite VALUES (0)"]
-            for script in scripts:
-                db.execute(script)
-                for table, columns in re.findall(r"CREATE TABLE (\w+) \((.*?)\n\)", script, re.DOTALL):
-                    for column, words in re.findall("^ +([a-z_]+) .*? -- (.+)", columns, re.MULTILINE):
-                        text = words.replace("'", "''")
-                        db.execute(f"COMMENT ON COLUMN {table}.{column} IS '{text}'")
-            if scripts:
-                db.execute("UPDATE astera_lite SET version = %s", (SCHEMA_VERSION,))
-    except psycopg.Error as error:
-        raise StoreError(f"{place}: {str(error).splitlines()[0]}") from None
+            db.execute(f"LOCK TABLE {', '.join(locked)} IN SHARE ROW EXCLUSIVE MODE")
+            yield db
+            db.execute("SELECT pg_notify(%s, %s)", (CHANNEL, news))
 
 
 class PostgresReader(StoreReader):
@@ -337,11 +349,8 @@ class PostgresReader(StoreReader):
     def __init__(self, url: str) -> None:
         self._address = _Address(url, writes=False)
         self._begin()
-        db = self._address.first()
-        try:
+        with self._address.first() as db:
             self._has_tokens = _format(db, self._address.place) > 0
-        finally:
-            db.close()
 
     def _begin(self) -> None:
         self._idle: list[Any] = []  # connections
@@ -397,10 +406,6 @@ class PostgresReader(StoreReader):
     def size(self) -> int:
         """Size of the database in bytes."""
         return int(self._first("SELECT pg_database_size(current_database())")[0])
-
-    def backup(self, path: str, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Raises Conflict, which says how PostgreSQL is backed up."""
-        raise Conflict("a PostgreSQL database is backed up by pg_dump, or by what its provider has for it")
 
 
 class NodeInfo(NamedTuple):
@@ -490,14 +495,9 @@ class PostgresStore(PostgresReader, Writer):
         self._renew_at = 0.0  # time of the next renewal of the lease, monotonic
         self._bury_at = 0.0  # time until which live servers may seem gone, because this one was cut off, too; monotonic
         self._offset = 0.0  # milliseconds from the monotonic clock to the clock of the database
-        db = self._address.first()
-        try:
+        with self._address.first() as db:
             _prepare(db, self._address.place)
             self._take_number(db)
-        except psycopg.Error as error:
-            raise StoreError(f"{self._address.place}: {_store_error(error)}") from None
-        finally:
-            db.close()
         self._db: Any = None  # the connection that writes
         self._pid = 0  # of the backend of that connection
         self._end = threading.Event()
@@ -1169,22 +1169,3 @@ def _add_limited(db: Any, write: _Write, owner: int) -> Added | AsteraError:
         _store_belongings(db, [write])
         return Added(new.job, False)
     return _replay(db, write, owner)
-
-
-def edit_tokens(url: str, name: str, add: Token | None = None) -> None:
-    """Add a token of this name to a database, or revoke the token that has this name; servers may be running on it.
-
-    Creates missing tables. Raises Conflict for a name that is taken, NotFound for an unknown name, StoreError.
-    """
-    address = _Address(url)
-    db = address.first()
-    try:
-        _prepare(db, address.place)
-        with db.transaction():
-            db.execute("LOCK TABLE tokens IN SHARE ROW EXCLUSIVE MODE")
-            change_tokens(partial(_execute, db), name, add)
-            db.execute("SELECT pg_notify(%s, 'tokens')", (CHANNEL,))
-    except psycopg.Error as error:
-        raise StoreError(f"{address.place}: {_store_error(error)}") from None
-    finally:
-        db.close()

@@ -58,7 +58,6 @@ from astera_lite import (
     __version__,
     attempt_documents,
     check_exposure,
-    edit_tokens,
     failure_of,
     failure_text,
     is_flow_file,
@@ -481,7 +480,7 @@ def _print_job(
 def token(args: argparse.Namespace, settings: Settings) -> int:
     """token: make a token, list all tokens, or revoke one."""
     path, name, role = settings.database, args.name, args.role or "user"
-    edit = wing("astera_lite_postgres:edit_tokens") if is_postgres(path) else edit_tokens
+    edit = wing("astera_lite_database:edit_tokens")
     unused = [flag for flag, given in (("--flows", args.flows), ("--role", args.role)) if given is not None]
     if unused and (name is None or args.revoke):
         print(f"{unused[0]} goes with a new NAME", file=sys.stderr)
@@ -579,8 +578,7 @@ def backup(args: argparse.Namespace, settings: Settings) -> int:
     """backup: a consistent copy of the database, also while the server runs."""
     if os.path.exists(args.copy):
         raise Conflict(f"{args.copy} exists already: name another file")
-    with contextlib.closing(_reader(settings.database)) as store:
-        store.backup(args.copy, _progress("copying"))
+    wing("astera_lite_database:backup")(settings.database, args.copy, _progress("copying"))
     print(f"wrote {args.copy}, {os.path.getsize(args.copy):,} bytes", file=sys.stderr)
     return 0
 
@@ -687,7 +685,7 @@ COMMANDS = {
         ("database",),
     ),
     "import": Command(
-        late("astera_lite_import:import_command"),
+        late("astera_lite_database:import_command"),
         "copy a SQLite database into an empty PostgreSQL database",
         [_word("file", "FILE", "a backup, or the database of a server that was stopped")],
         ("database",),

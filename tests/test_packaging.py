@@ -233,8 +233,8 @@ def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
     assert left_out == [
         "astera_lite_admin.py",
         "astera_lite_advice.py",
+        "astera_lite_database.py",
         "astera_lite_documents.py",
-        "astera_lite_import.py",
         "astera_lite_nodes.py",
         "astera_lite_notices.py",
         "astera_lite_postgres.py",

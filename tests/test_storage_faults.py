@@ -21,6 +21,7 @@ import pytest
 import requests
 from support import PROGRAM, ROOT, Api, get_flow, process, until
 
+import astera_lite_database
 from astera_lite import AsteraLite, SqliteReader, StoreError
 
 PROMPT = 0.7  # seconds in which /health answers, whatever the disk does
@@ -718,9 +719,9 @@ def test_a_backup_that_finds_no_room_leaves_nothing(folder: Path, small_disk: Pa
 def test_a_backup_that_is_killed_leaves_no_file_of_that_name_and_the_next_one_works(folder: Path) -> None:
     filled(folder)
     program = (
-        "import astera_lite, os, signal, sys\n"
+        "import astera_lite, astera_lite_database, os, signal, sys\n"
         "def kill(*a): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "astera_lite._give_name = kill\n"
+        "astera_lite_database._give_name = kill\n"
         "astera_lite.main(['backup', 'copy.db'])\n"
     )
     killed = subprocess.run([sys.executable, "-c", program], cwd=folder, env={"PYTHONPATH": str(ROOT)}, check=False)
@@ -747,9 +748,7 @@ def test_a_backup_is_of_one_moment_and_no_write_begins_it_anew(tmp_path: Path) -
             assert len(told) < 50
             app.wait(app.submit("large").id)
 
-        store = SqliteReader(str(tmp_path / "jobs.db"))
-        store.backup(str(tmp_path / "copy.db"), tell)
-        store.close()
+        astera_lite_database.backup(str(tmp_path / "jobs.db"), str(tmp_path / "copy.db"), tell)
     assert len(told) > 2 and told == sorted(told) and len({total for _, total in told}) == 1
     assert told[-1][0] == told[-1][1]
     copied = SqliteReader(str(tmp_path / "copy.db"))
@@ -759,11 +758,9 @@ def test_a_backup_is_of_one_moment_and_no_write_begins_it_anew(tmp_path: Path) -
 
 def test_a_backup_overwrites_no_file_that_came_meanwhile(folder: Path) -> None:
     filled(folder, 3)
-    store = SqliteReader(str(folder / "astera_lite.db"))
-    with closing(store):
-        (folder / "copy.db").write_text("another's")
-        with pytest.raises(StoreError, match=r"copy\.db: File exists"):
-            store.backup(str(folder / "copy.db"))
+    (folder / "copy.db").write_text("another's")
+    with pytest.raises(StoreError, match=r"copy\.db: File exists"):
+        astera_lite_database.backup(str(folder / "astera_lite.db"), str(folder / "copy.db"))
     assert (folder / "copy.db").read_text() == "another's"
     assert not (folder / "copy.db.part").exists()
 

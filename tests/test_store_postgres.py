@@ -33,7 +33,8 @@ from astera_lite import (
     build_flow,
     ignore_result,
 )
-from astera_lite_postgres import PostgresReader, PostgresStore, edit_tokens
+from astera_lite_database import edit_tokens
+from astera_lite_postgres import PostgresReader, PostgresStore
 
 Open = Callable[..., PostgresStore]
 FLOWS = {"f": None}
