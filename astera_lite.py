@@ -1371,16 +1371,12 @@ class Budget:
 
     def deep(self, value: Any) -> Any:
         """Pay for a value and all that is in it, each part as often as it occurs; return the value."""
-        if type(value) not in (list, tuple, dict):
-            if type(value) is str and len(value) > 64:
-                self.spend(len(value) >> 4)
-            return value
         todo, texts = [value], 0
         while todo:
             part = todo.pop()
             kind = type(part)
             if kind is str:
-                texts += (len(part) >> 4) + 1
+                texts += len(part) >> 4
             elif kind is list or kind is tuple or kind is dict:
                 self.spend(8 * len(part))
                 todo += part.values() if kind is dict else part
@@ -1458,20 +1454,12 @@ class Budget:
         return a % b
 
 
-def _number(value: Any, spelling: str, words: str) -> Any:
+def _number(kind: Callable[[Any], Any], spelling: str, words: str, value: Any) -> Any:
     if type(value) not in (int, float, bool, str):
         raise ExpressionError(f"{kind_of(value)} is not a number")
     if type(value) is str and not re.fullmatch(spelling, value, re.ASCII):
         raise ExpressionError(f"{shown(value)} is not {words}")
-    return value
-
-
-def _int(value: Any) -> int:
-    return int(_number(value, r"\s*-?[0-9]{1,400}\s*", "a whole number"))
-
-
-def _float(value: Any) -> float:
-    return float(_number(value, r"\s*-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?\s*", "a number"))
+    return kind(value)
 
 
 def _round(value: Any, digits: int = 0) -> Any:
@@ -1593,6 +1581,7 @@ class Function(NamedTuple):
 
 
 _FREE = None
+_DIGITS, _DECIMALS = r"\s*-?[0-9]{1,400}", r"(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?\s*"
 FUNCTIONS = {
     row.signature.partition("(")[0]: row
     for row in (
@@ -1603,8 +1592,8 @@ FUNCTIONS = {
         Function("now()", _now, _FREE),
         Function("today()", lambda: _now()[:10], _FREE),
         Function("uuid()", lambda: str(JobKeys().new(time.time_ns() // 1_000_000)), _FREE),
-        Function("int(value)", _int),
-        Function("float(value)", _float),
+        Function("int(value)", partial(_number, int, _DIGITS + r"\s*", "a whole number")),
+        Function("float(value)", partial(_number, float, _DIGITS + _DECIMALS, "a number")),
         Function("min(*values, default=null)", partial(_extreme, min), _whole),
         Function("max(*values, default=null)", partial(_extreme, max), _whole),
         Function("sum(values, start=0)", _sum),
@@ -1719,7 +1708,6 @@ _PAID_OPERATORS = {ast.Add: "add", ast.Mult: "multiply", ast.Mod: "modulo", ast.
 _PLAIN_NODES = frozenset("Load List Tuple IfExp BoolOp And Or UnaryOp Not UAdd USub".split())
 QUOTED = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
 _MARK = re.compile(r"\$\$\{|\$\{")
-_LINE_END = re.compile("[\r\n]")
 _OTHER_MARK = re.compile(r"(?<!\$)(?:\{\{?|\$\(|#\{|<%=?)\s*+(([A-Za-z]\w*+)[.\[])")  # of other languages
 _BRACKET = re.compile(QUOTED + r"|[\[({]|[\])}]")
 
@@ -1745,7 +1733,7 @@ def split_template(text: str) -> list[tuple[bool, str]]:
             literal, at = literal + "${", match.end()
             continue
         end = _closing_brace(text, match.end())
-        parts += [(False, literal), (True, _LINE_END.sub(" ", text[match.end() : end]))]
+        parts += [(False, literal), (True, re.sub("[\r\n]", " ", text[match.end() : end]))]
         literal, at = "", end + 1
     parts.append((False, literal + text[at:]))
     return [part for part in parts if part[1] or part[0]]
