@@ -17,7 +17,7 @@ The rooms of the module, bottom up; each uses only what stands above it:
      8 Engine              the thread pool that runs jobs and synchronous flows
      9 Courier             one callback delivery: signature, outcome, next try
     10 Housekeeper         the background thread: purge, callbacks due, jobs due, changed flow files
-    11 Service             Application: the server without HTTP; Deployer and Jobs, its parts
+    11 Service             Application: the server without HTTP; Deployer, the flows in service
     12 Access              tokens, Host and Origin rules
     13 Wire                bytes <-> requests and responses, strict, without sockets
     14 Routes              the ROUTES table and its functions
@@ -5137,7 +5137,6 @@ _COMMIT_COSTS = 16  # writes that the log could hold instead of the pages that e
 _LOG_BYTES = 128 << 20  # of the log, at which a commit folds it, for the thread did not come to it
 _RECENT = 1024  # finished jobs held in memory; with 16 MiB of them an accept would cost a tenth more
 _RECENT_BYTES = 4 << 10  # maximum of the texts of such a job: result, headers, trace, base of its URLs
-_ROW_BYTES = 2048  # approximate size of a job without its bodies
 _PURGE_BYTES = 16 << 20  # of results deleted in one transaction; the last one may exceed this
 _GIVE_BACK = 512  # maximum of pages that a purge returns to the system, so that no write waits long
 _MINUTE_OF_SEQ = 60_000 << 12  # difference in `seq` of two jobs that were created a minute apart
@@ -7378,126 +7377,6 @@ def _fingerprint(request: StoredRequest, callback: Delivery | None) -> bytes:
     return hashlib.sha256(to_json(values).encode() + b"\0" + request.body).digest()
 
 
-class Jobs:
-    """Accepts jobs, and finds them for callers who may see them."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        clock: Clock,
-        store: Store,
-        engine: Engine,
-        metrics: Metrics,
-    ) -> None:
-        self._max_queue, self._max_database = settings.max_queue, None if store.shared else settings.max_database
-        self._retention_ms = round(settings.retention * 1000)
-        self._clock, self._store, self._engine = clock, store, engine
-        self._metrics = metrics
-        self.offer: Callable[[], None] = lambda: None  # called when a job was stored that any server may run
-        self.keys = JobKeys(store.last_seq(), store.node, store.nodes)
-        self._size_at, self._size = -1.0, 0  # when the size of the database was measured (monotonic), and bytes
-
-    # --- accepting ---
-
-    def new(self, flow: Flow, base: str, token: str, callback_url: str | None = None) -> Job:
-        """A job that is not stored yet; `base` begins the URLs in its callback."""
-        now = self._clock.now()
-        callback = Delivery(callback_url) if callback_url else None
-        return Job(self.keys.new(now), flow.name, flow.version, Status.RUNNING, now, base, token, callback=callback)
-
-    def accept(self, ready: Prepared, request: StoredRequest, idempotency_key: str | None, done: Done) -> None:
-        """Store a job, then run it. `done` gets Added or Conflict once the job is on disk (see Store for the thread).
-
-        Raises Busy.
-        """
-        job, flow = ready.job, ready.flow
-        fingerprint = b"" if idempotency_key is None else _fingerprint(request, job.callback)
-        try:
-            self._check_room(flow, len(request.body))
-            # A flow that only computes is run before its job is stored, so that both need one commit.
-            ended = self._engine.ended_at_once(job, flow, ready.input)
-            if ended is None:
-                self._engine.admit(job.key.seq, flow)
-        except Busy as full:
-            if idempotency_key is None:
-                raise
-            replay = partial(self._replay, fingerprint, full, done)
-            self._store.find_key(job.flow, job.token, idempotency_key, job.created, replay)
-            return
-        submission = Submission(job, request, flow.text, idempotency_key, fingerprint, ended)
-        if self._store.shared:
-            has_room = self._engine.queue.queued <= self._engine.queue.workers
-            most = flow.limit if flow.when_full == "refuse" else None
-            submission = submission._replace(owned=has_room and flow.limit is None, limit=most)
-            if not submission.owned:  # now, for once it is stored any server may claim it, this one, too
-                self._engine.queue.dismiss(job.key.seq)
-        try:
-            self._store.add(submission, partial(self._accepted, ready, submission, done))
-        except BaseException:  # out of memory: the job is not on its way, and must not count for its flow's limit
-            self._engine.queue.dismiss(job.key.seq)
-            raise
-
-    def _check_room(self, flow: Flow, size: int) -> None:
-        """Raise Busy unless there is room for a job with a body of this size."""
-        if self._engine.queue.queued + self._store.queued >= self._max_queue:
-            raise Busy("The queue of jobs is full.", self._engine.retry_after(flow.name))
-        if self._max_database is not None:
-            now = self._clock.monotonic()
-            if now - self._size_at > 1:
-                self._size_at, self._size = now, self._store.size()
-            if self._size >= self._max_database:
-                raise Busy("The database has reached its maximum size: results that expire free space.", 60)
-        self._size += 2 * (size + _ROW_BYTES)  # an estimate, until the next measurement: in the log and in the file
-
-    def _accepted(
-        self, ready: Prepared, submission: Submission, done: Done, result: Any, error: AsteraError | None
-    ) -> None:
-        """After the write: run a job that is on disk, forget one that is not."""
-        job, ended = ready.job, submission.ended
-        added = isinstance(result, Added) and not result.replayed
-        if added:
-            self._metrics.accepted[job.flow] += 1
-        if ended is None:
-            if not submission.owned:
-                self.offer()
-            elif added:
-                self._engine.queue.put(job.key.seq, job.flow, ready)
-            else:
-                self._engine.queue.dismiss(job.key.seq)
-        elif added:
-            log_outcome("job", ready.flow, ready.input, ended.outcome)
-            self._engine.announce(ended)
-        done(result, error)
-
-    def _replay(self, fingerprint: bytes, full: Busy, done: Done, known: Any, error: AsteraError | None) -> None:
-        """Answer with the job that an idempotency key belongs to; there is no room for a new one."""
-        if known is None:
-            done(None, error or full)
-        else:
-            done(replay(known, fingerprint), None)
-
-    # --- finding ---
-
-    def find(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
-        """A job and its progress; None if the job is unknown or expired, or belongs to another token."""
-        job, progress = self._engine.peek(key)
-        job = job or self._store.get(key)
-        if job is None or not (caller.admin or job.token == caller.name):
-            return None
-        if (
-            progress is None
-            and self._store.shared
-            and job.status is Status.RUNNING
-            and key.seq not in self._engine.queue
-        ):
-            progress = cast(Any, self._store).progress(key)  # it may run elsewhere
-        return (job, progress) if job.expires is None or job.expires > self._clock.now() else None
-
-    def expired(self, key: JobKey | None) -> bool:
-        """Whether the id of an unknown job is so old that the result would have expired."""
-        return key is not None and key.time_ms < self._clock.now() - self._retention_ms
-
-
 CANCEL_ELSEWHERE_S = 2  # time that a cancel waits for another server, which runs the job
 _MAX_CLAIMED = 2000  # Running jobs that `take_up` looks at each time, for some milliseconds
 
@@ -7622,7 +7501,7 @@ class Application:
                 datetime.timedelta(seconds=-self.clock.offset // 1000),
             )
             self.store.keep_clock_offset(self.clock.offset)
-        self.jobs = Jobs(settings, self.clock, self.store, self.engine, self.metrics)
+        self.keys = JobKeys(self.store.last_seq(), self.store.node, self.store.nodes)
         if self.node is not None:
             self.node.start()
         left = sum(iter(self.take_up, 0))  # whole before the first one runs: the database may be damaged
@@ -7695,6 +7574,91 @@ class Application:
             self.tokens = self.store.tokens()
         if self.tokens != before:
             log.info("tokens: %s", ", ".join(token.name for token in self.tokens) or "none")
+
+    # --- accepting and finding jobs ---
+
+    def new_job(self, flow: Flow, base: str, token: str, callback_url: str | None = None) -> Job:
+        """A job that is not stored yet; `base` begins the URLs in its callback."""
+        now = self.clock.now()
+        callback = Delivery(callback_url) if callback_url else None
+        return Job(self.keys.new(now), flow.name, flow.version, Status.RUNNING, now, base, token, callback=callback)
+
+    def accept(self, ready: Prepared, request: StoredRequest, idempotency_key: str | None, done: Done) -> None:
+        """Store a job, then run it. `done` gets Added or Conflict once the job is on disk (see Store for the thread).
+
+        Raises Busy.
+        """
+        job, flow = ready.job, ready.flow
+        fingerprint = b"" if idempotency_key is None else _fingerprint(request, job.callback)
+        try:
+            self._check_room(flow)
+            # A flow that only computes is run before its job is stored, so that both need one commit.
+            ended = self.engine.ended_at_once(job, flow, ready.input)
+            if ended is None:
+                self.engine.admit(job.key.seq, flow)
+        except Busy as full:
+            if idempotency_key is None:
+                raise
+            replay = partial(self._replay, fingerprint, full, done)
+            self.store.find_key(job.flow, job.token, idempotency_key, job.created, replay)
+            return
+        submission = Submission(job, request, flow.text, idempotency_key, fingerprint, ended)
+        if self.node is not None:
+            submission = self.node.placed(submission, flow)
+        try:
+            self.store.add(submission, partial(self._accepted, ready, submission, done))
+        except BaseException:  # out of memory: the job is not on its way, and must not count for its flow's limit
+            self.engine.queue.dismiss(job.key.seq)
+            raise
+
+    def _check_room(self, flow: Flow) -> None:
+        """Raise Busy unless there is room for a job."""
+        if self.engine.queue.queued + self.store.queued >= self.settings.max_queue:
+            raise Busy("The queue of jobs is full.", self.engine.retry_after(flow.name))
+        most = self.settings.max_database
+        if most is not None and not self.store.shared and self.store.size() >= most:
+            raise Busy("The database has reached its maximum size: results that expire free space.", 60)
+
+    def _accepted(
+        self, ready: Prepared, submission: Submission, done: Done, result: Any, error: AsteraError | None
+    ) -> None:
+        """After the write: run a job that is on disk, forget one that is not."""
+        job, ended = ready.job, submission.ended
+        added = isinstance(result, Added) and not result.replayed
+        if added:
+            self.metrics.accepted[job.flow] += 1
+        if ended is None:
+            if not submission.owned:
+                self.node.tell("jobs")
+            elif added:
+                self.engine.queue.put(job.key.seq, job.flow, ready)
+            else:
+                self.engine.queue.dismiss(job.key.seq)
+        elif added:
+            log_outcome("job", ready.flow, ready.input, ended.outcome)
+            self.engine.announce(ended)
+        done(result, error)
+
+    def _replay(self, fingerprint: bytes, full: Busy, done: Done, known: Any, error: AsteraError | None) -> None:
+        """Answer with the job that an idempotency key belongs to; there is no room for a new one."""
+        if known is None:
+            done(None, error or full)
+        else:
+            done(replay(known, fingerprint), None)
+
+    def find(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
+        """A job and its progress; None if the job is unknown or expired, or belongs to another token."""
+        job, progress = self.engine.peek(key)
+        job = job or self.store.get(key)
+        if job is None or not (caller.admin or job.token == caller.name):
+            return None
+        if progress is None and self.node is not None and job.status is Status.RUNNING:
+            progress = self.node.progress_of(key)
+        return (job, progress) if job.expires is None or job.expires > self.clock.now() else None
+
+    def expired(self, key: JobKey | None) -> bool:
+        """Whether the id of an unknown job is so old that the result would have expired."""
+        return key is not None and key.time_ms < self.clock.now() - round(self.settings.retention * 1000)
 
     # --- running ---
 
@@ -7881,11 +7845,11 @@ class AsteraLite(Application):
             check_callback(callback_url, self.policy, errors)
         if idempotency_key is not None and re.search("[\0\ud800-\udfff]", idempotency_key):
             errors.add("argument", "idempotency_key", "must not have a NUL or half of a surrogate pair")
-        job = self.jobs.new(target, base or self.base, ANYBODY.name, callback_url)
+        job = self.new_job(target, base or self.base, ANYBODY.name, callback_url)
         ready = Prepared(job, target, target.bind(request, job.id, errors))
 
         def write(done: Done) -> None:
-            self.jobs.accept(ready, request, idempotency_key, done)
+            self.accept(ready, request, idempotency_key, done)
             self.store.flush()
 
         result = await_write(write)
@@ -7899,14 +7863,14 @@ class AsteraLite(Application):
         Raises NotFound, InputError, Busy, StoreError.
         """
         target, request = self._request(flow, params, body)
-        given = target.bind(request, str(self.jobs.keys.new(self.clock.now())))
+        given = target.bind(request, str(self.keys.new(self.clock.now())))
         return Result(self.runner(target).run_here(self.new_run(target, given)).answer)
 
     def status(self, job_id: str | Job) -> Job | None:
         """The present state of a job; None if the job is unknown or expired."""
         self.check_open()
         key = _key_of(job_id)
-        found = self.jobs.find(key, ANYBODY) if key else None
+        found = self.find(key, ANYBODY) if key else None
         return found and found[0]
 
     def wait(self, job_id: str | Job, timeout: float | None = None) -> Job:
@@ -8669,7 +8633,7 @@ def _result_response(x: Exchange, seen: Seen, more: Sequence[tuple[str, str]]) -
         return status_response(x, seen, more, 202)
     stored = x.app.store.result(job.key)
     if stored is None:
-        raise UnknownJob(job.id, x.app.jobs.expired(job.key))
+        raise UnknownJob(job.id, x.app.expired(job.key))
     names = {name.lower() for name, _ in stored.headers}
     tag = [("ETag", f'"{job.id}"')] if stored.code < 300 and "etag" not in names else []  # a result never changes
     answer = Answer(stored.code, tuple(stored.headers), stored.body or b"")
@@ -8688,9 +8652,9 @@ def _result_response(x: Exchange, seen: Seen, more: Sequence[tuple[str, str]]) -
 def find_job(x: Exchange, job_id: str) -> Seen:
     """A job that the caller may see, by its id; raises UnknownJob."""
     key = JobKey.parse(job_id)
-    seen = x.app.jobs.find(key, x.caller) if key is not None else None
+    seen = x.app.find(key, x.caller) if key is not None else None
     if seen is None:
-        raise UnknownJob(job_id, x.app.jobs.expired(key))
+        raise UnknownJob(job_id, x.app.expired(key))
     return seen
 
 
@@ -8706,7 +8670,7 @@ def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable
             return None
         if not final:
             x.app.watchers.add(job.key, changed)  # before the look: a change in between is not missed
-        seen = x.app.jobs.find(job.key, x.caller)
+        seen = x.app.find(job.key, x.caller)
         if final or seen is None or seen[0].status is not Status.RUNNING:
             x.app.watchers.remove(job.key, changed)
             return answer(seen or find_job(x, job.id))
@@ -8844,7 +8808,7 @@ def answer_submitted(
     if wait_s:
         answer_when_finished(x, job, wait_s, answer)
     elif replayed:
-        x.read(lambda: answer(x.app.jobs.find(job.key, x.caller) or (job, None)))
+        x.read(lambda: answer(x.app.find(job.key, x.caller) or (job, None)))
     else:
         return answer((job, None))
     return None
@@ -8856,14 +8820,14 @@ def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: li
     callback_url, query = _take_callback(x, flow, True, errors)
     idempotency_key = _idempotency_key(x, errors)
     request = _stored_request(x, flow, query)
-    job = x.app.jobs.new(flow, x.base, x.caller.name, callback_url)
+    job = x.app.new_job(flow, x.base, x.caller.name, callback_url)
     given = flow.bind(request, job.id, errors)
     wait_s = _wait_of(x, preferences)
     if wait_s is not None:
         applied = [*applied, f"wait={wait_s}"]
     headers = (*_VARY, ("Preference-Applied", ", ".join(applied))) if applied else _VARY
     done = partial(x.post, answer_submitted, x, wait_s, headers)
-    x.app.jobs.accept(Prepared(job, flow, given), request, idempotency_key, done)
+    x.app.accept(Prepared(job, flow, given), request, idempotency_key, done)
 
 
 def _call_flow(x: Exchange, flow: Flow) -> Reply | None:

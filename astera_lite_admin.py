@@ -520,11 +520,11 @@ def job_rerun(x: Exchange) -> None:
         raise Conflict(f'The flow "{job.flow}" has another method or resource now.', job=job.status)
     if "asynchronous" not in flow.modes:
         raise Conflict(f'The flow "{job.flow}" is published synchronously only now.', job=job.status)
-    new = app.jobs.new(flow, x.base, x.caller.name, job.callback.url if job.callback else None)
+    new = app.new_job(flow, x.base, x.caller.name, job.callback.url if job.callback else None)
     given = flow.bind(request, new.id)
     done = partial(x.post, answer_submitted, x, None, ())
     # on the loop's thread, which commits what it stores
-    x.post(app.jobs.accept, Prepared(new, flow, given), request, None, done)
+    x.post(app.accept, Prepared(new, flow, given), request, None, done)
 
 
 def job_callback(x: Exchange) -> None:

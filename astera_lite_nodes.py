@@ -27,12 +27,14 @@ from astera_lite import (
     Flow,
     FlowError,
     Job,
+    JobKey,
     JobKeys,
     Outcome,
     Progress,
     Run,
     State,
     StoreError,
+    Submission,
     await_write,
     log,
     parse_flow_text,
@@ -90,7 +92,6 @@ class Node:
 
     def start(self) -> None:
         """Join the servers: announce this one, and listen to the others."""
-        self.app.jobs.offer = partial(self.tell, "jobs")
         self._thread.start()
         self._store.open(self.tell, self.progress)
         self.read_members()
@@ -148,6 +149,14 @@ class Node:
 
     # --- jobs ---
 
+    def placed(self, submission: Submission, flow: Flow) -> Submission:
+        """Leave a new job to any server if this one has no room, or if the flow's limit counts on all servers."""
+        queue = self.app.engine.queue
+        owned = flow.limit is None and queue.queued <= queue.workers
+        if not owned:  # now, for once it is stored any server may claim it, this one, too
+            queue.dismiss(submission.job.key.seq)
+        return submission._replace(owned=owned, limit=flow.limit if flow.when_full == "refuse" else None)
+
     def claim(self) -> list[Claimed]:
         """Take free jobs of flows that this server publishes, as many as the engine has room for."""
         queue, flows = self.app.engine.queue, self.app.deployments.by_name.values()
@@ -195,14 +204,18 @@ class Node:
                 queue.move(entry, State.GONE)
         words = "this server did not renew its lease in time: %d jobs are left to the other servers"
         log.warning(words, len(jobs))
-        keys = JobKeys(self.app.jobs.keys.last, self._store.node, self._store.nodes)
-        self.app.jobs.keys = keys  # it is another start, with another number
+        keys = JobKeys(self.app.keys.last, self._store.node, self._store.nodes)
+        self.app.keys = keys  # it is another start, with another number
         self._look_for_jobs()
 
     def progress(self) -> dict[int, Progress]:
         """The progress of running jobs, by `seq`."""
         running = [(entry.number, entry.run) for entry in self.app.engine.queue.running() if entry.number >= 0]
         return {seq: run.progress for seq, run in running if run is not None and run.progress is not None}
+
+    def progress_of(self, key: JobKey) -> Progress | None:
+        """The progress of a job that runs on another server."""
+        return None if key.seq in self.app.engine.queue else cast(Progress | None, self._store.progress(key))
 
     # --- synchronous calls of flows whose limit counts on all servers ---
 
