@@ -104,7 +104,7 @@ import urllib.parse
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from enum import IntEnum, StrEnum, auto
 from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
@@ -4999,33 +4999,16 @@ class StoredResult(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The end of a run. `job` is the job before its end; `callback` is the receiver and the body of a callback owed.
+    """The end of a run. `job` is the finished job; `callback` is the receiver and the body of a callback owed.
 
     `fenced`: nothing changes if another attempt is on record. The end of a job that no thread runs is not fenced.
     """
 
     job: Job
-    attempt: int
     outcome: Outcome
-    started: int | None
-    finished: int
-    expires: int
     trace: str | None = None
     callback: tuple[str, str] | None = None
     fenced: bool = True
-
-    @property
-    def ended(self) -> Job:
-        """The job after its end."""
-        return self.job._replace(
-            status=self.outcome.status,
-            attempt=self.attempt,
-            due=None,
-            started=self.started,
-            finished=self.finished,
-            expires=self.expires,
-            error=self.outcome.error,
-        )
 
 
 class Submission(NamedTuple):
@@ -5057,23 +5040,23 @@ _ONLY_JSON_TEXT = to_json(_ONLY_JSON)
 
 def end_columns(end: Finish) -> dict[str, Any]:
     """The columns of the table `jobs` that are written at the end of a job."""
-    answer, error = end.outcome.answer, end.outcome.error
+    job, answer = end.job, end.outcome.answer
     return {
-        "status": end.outcome.status.value,
-        "attempt": end.attempt,
-        "started": end.started,
-        "finished": end.finished,
-        "expires": end.expires,
+        "status": job.status.value,
+        "attempt": job.attempt,
+        "started": job.started,
+        "finished": job.finished,
+        "expires": job.expires,
         "code": answer.code,
         "size": len(answer.body),
         "headers": _ONLY_JSON_TEXT if answer.headers == _ONLY_JSON else to_json(answer.headers),
-        "error": error and to_json(error),
+        "error": job.error and to_json(job.error),
         "trace": end.trace,
         "result": None if len(answer.body) > PIECE else answer.body,
     }
 
 
-_SAMPLE_END = Finish(Job(JobKey(0, 0), "", 0, Status.RUNNING, 0, ""), 0, Outcome(Answer(200)), None, 0, 0)
+_SAMPLE_END = Finish(Job(JobKey(0, 0), "", 0, Status.COMPLETED, 0, ""), Outcome(Answer(200)))
 END_COLUMNS = tuple(end_columns(_SAMPLE_END))
 _NOT_ENDED = dict.fromkeys(END_COLUMNS) | {"status": "Running", "attempt": 0}
 
@@ -5400,7 +5383,7 @@ def purge_jobs(execute: Execute, now: int, limit: int, spared: Collection[int] =
 def _owe(execute: Execute, finish: Finish) -> None:
     """Store the callback that a finished job owes, if it owes one."""
     if finish.callback is not None:
-        values = (finish.job.key.seq, finish.callback[0], finish.finished, finish.callback[1])
+        values = (finish.job.key.seq, finish.callback[0], finish.job.finished, finish.callback[1])
         execute("INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)", values)
 
 
@@ -5912,7 +5895,7 @@ class SqliteStore(SqliteReader, Writer):
     def get(self, key: JobKey) -> Job | None:
         """A job."""
         end = self._recent.get(key)
-        return end.ended if end else super().get(key)
+        return end.job if end else super().get(key)
 
     def result(self, key: JobKey) -> StoredResult | None:
         """The response of a finished job."""
@@ -5920,7 +5903,7 @@ class SqliteStore(SqliteReader, Writer):
         if end is None:
             return super().result(key)
         answer = end.outcome.answer
-        return StoredResult(answer.code, list(answer.headers), len(answer.body), answer.body, end.attempt)
+        return StoredResult(answer.code, list(answer.headers), len(answer.body), answer.body, end.job.attempt)
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Delete a finished job; `done` gets deleted, running, owed or absent."""
@@ -5975,9 +5958,9 @@ class SqliteStore(SqliteReader, Writer):
 
     def finish(self, finish: Finish, done: Done) -> None:
         """End a Running job; `done` gets whether it was Running, at this attempt if it is fenced."""
-        seq = finish.job.key.seq
-        pieces = piece_rows(finish.job.key, "result", finish.attempt, finish.outcome.answer.body)
-        values = (*end_columns(finish).values(), seq, not finish.fenced, finish.attempt - 1, finish.attempt)
+        seq, attempt = finish.job.key.seq, finish.job.attempt
+        pieces = piece_rows(finish.job.key, "result", attempt, finish.outcome.answer.body)
+        values = (*end_columns(finish).values(), seq, not finish.fenced, attempt - 1, attempt)
 
         def run(execute: Execute) -> bool:
             moved = _execute(_END_JOB, values, execute)
@@ -6723,13 +6706,19 @@ class Engine:
         self, job: Job, outcome: Outcome, trace: Sequence[dict[str, Any]] | None = None, fenced: bool = True
     ) -> Finish:
         """The end of a job, and the callback that the server owes."""
-        now, steps = self._clock.now(), to_json(trace) if trace else None
-        expires = now + self._retention_ms
-        finish = Finish(job, max(job.attempt, 1), outcome, job.started, now, expires, steps, fenced=fenced)
-        if job.callback is None:
-            return finish
-        document = status_document(finish.ended, job.base, offset=self._clock.offset, with_callback=False)
-        return finish._replace(callback=(parse_target(job.callback.url).receiver, to_json(document)))
+        now, callback = self._clock.now(), None
+        job = job._replace(
+            status=outcome.status,
+            attempt=max(job.attempt, 1),
+            due=None,
+            finished=now,
+            expires=now + self._retention_ms,
+            error=outcome.error,
+        )
+        if job.callback is not None:
+            document = status_document(job, job.base, offset=self._clock.offset, with_callback=False)
+            callback = parse_target(job.callback.url).receiver, to_json(document)
+        return Finish(job, outcome, to_json(trace) if trace else None, callback, fenced)
 
     def _store_end(self, finish: Finish) -> None:
         """Give an end to the store. One that cannot be stored is replaced by a small one."""
@@ -7329,29 +7318,18 @@ class Watchers:
     def remove(self, key: JobKey, watcher: Callable[[], None]) -> None:
         """Forget a watcher."""
         with self._lock:
-            watchers = self.by_job.get(key, [])
-            if watcher in watchers:
-                watchers.remove(watcher)
-                if not watchers:
-                    del self.by_job[key]
+            left = [each for each in self.by_job.pop(key, ()) if each != watcher]
+            if left:
+                self.by_job[key] = left
 
-    def waited_for(self) -> list[JobKey]:
-        """The jobs that have watchers."""
-        return list(self.by_job)
-
-    def tell(self, key: JobKey) -> None:
-        """Call the watchers of a job."""
-        if key not in self.by_job:  # mostly: who adds a watcher later looks at the job after that
-            return
-        with self._lock:
-            watchers = self.by_job.pop(key, [])
-        for watcher in watchers:
-            watcher()
-
-    def close(self) -> None:
-        """Call all watchers."""
-        for key in self.waited_for():
-            self.tell(key)
+    def tell(self, *keys: JobKey) -> None:
+        """Call the watchers of jobs."""
+        for key in keys:
+            if key in self.by_job:  # mostly not: who adds a watcher later looks at the job after that
+                with self._lock:
+                    watchers = self.by_job.pop(key, [])
+                for watcher in watchers:
+                    watcher()
 
 
 def check_callback(url: str, policy: AddressPolicy, errors: InputErrors) -> None:
@@ -7538,7 +7516,7 @@ class Application:
         self.housekeeper.look_at_clock()  # for the last time: what is stored is to be understood by the next start
         self.store.close(10.0)
         self.is_open = False
-        self.watchers.close()
+        self.watchers.tell(*list(self.watchers.by_job))
         if not left:
             for logger in (log, _warnings_log):
                 logger.removeFilter(self.outside.masked.log_record)
@@ -7557,8 +7535,8 @@ class Application:
 
     def tell_watchers(self) -> None:
         """Call the watchers of finished jobs whose end they were not told."""
-        for key in self.store.ended([key for key in self.watchers.waited_for() if key.seq not in self.engine.queue]):
-            self.watchers.tell(key)
+        elsewhere = [key for key in list(self.watchers.by_job) if key.seq not in self.engine.queue]
+        self.watchers.tell(*self.store.ended(elsewhere))
 
     # --- flows ---
 
@@ -7878,11 +7856,18 @@ class AsteraLite(Application):
 
         Raises NotFound, and StoreError if the application stops meanwhile.
         """
-        future = self._future(job_id, lambda look: look())
-        with contextlib.suppress(TimeoutError):
-            return future.result(timeout)
-        future.cancel()  # it watches no more
-        return self._job(job_id)
+        key = _key_of(job_id) or self._job(job_id).key  # which raises NotFound
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            changed = threading.Event()
+            self.watchers.add(key, changed.set)  # before the look: or a job that ends in between would not be seen
+            try:
+                job, left = self._job(job_id), deadline - time.monotonic()
+                if job.status is not Status.RUNNING or left <= 0:
+                    return job
+                changed.wait(None if timeout is None else left)
+            finally:
+                self.watchers.remove(key, changed.set)
 
     def future(self, job_id: str | Job) -> Future[Job]:
         """A future that gets the job when it is finished, or the error that `wait` raises; it holds no thread.
@@ -7890,41 +7875,8 @@ class AsteraLite(Application):
         In a coroutine: `job = await asyncio.wrap_future(app.future(job.id))`. The future is completed on a thread of
         its own, so what is added by add_done_callback may use the application.
         """
-
-        def on_a_thread(look: Callable[[], None]) -> None:
-            threading.Thread(target=look, name="astera-future", daemon=True).start()
-
-        return self._future(job_id, on_a_thread)
-
-    def _future(self, job_id: str | Job, call: Callable[[Callable[[], None]], None]) -> Future[Job]:
-        """A future; when the job changes, on a thread of the store, `call` gets the function that completes it."""
-        key, future = _key_of(job_id), Future[Job]()
-
-        def look() -> None:
-            if key is not None and not future.done():
-                self.watchers.add(key, changed)  # before the look: or a job that ends in between would not be seen
-            with contextlib.suppress(InvalidStateError):  # cancelled, or another thread has just seen the end, too
-                try:
-                    job = self._job(job_id)
-                except (StoreError, NotFound) as error:
-                    future.set_exception(error)
-                else:
-                    if job.status is not Status.RUNNING:
-                        future.set_result(job)
-
-        def changed() -> None:
-            try:
-                call(look)
-            except RuntimeError:  # no thread can be had
-                if self.is_open:
-                    self.watchers.add(cast(JobKey, key), changed)  # the housekeeper tells again
-                else:
-                    look()
-
-        look()
-        if key is not None:
-            future.add_done_callback(lambda _: self.watchers.remove(key, changed))
-        return future
+        future_of = wing("astera_lite_python:future_of")
+        return cast(Future[Job], future_of(self, _key_of(job_id), partial(self._job, job_id)))
 
     def result(self, job_id: str | Job) -> Result:
         """The response of a finished job. Raises NotFound, and Conflict while it runs."""

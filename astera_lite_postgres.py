@@ -762,7 +762,7 @@ class PostgresStore(PostgresReader, Writer):
         ends = [write for write in group if write.seq in changed]
         _store_belongings(db, ends)
         again = [
-            {"seq": write.seq, "attempt": write.about.attempt, "finished": write.about.finished}
+            {"seq": write.seq, "attempt": write.about.job.attempt, "finished": write.about.job.finished}
             for write in group
             if write.is_again and write.seq not in changed
         ]
@@ -811,7 +811,7 @@ class PostgresStore(PostgresReader, Writer):
         job, ended = submission.job, submission.ended
         pieces = piece_rows(job.key, "request_body", 0, submission.request.body)
         if ended is not None:
-            pieces += piece_rows(job.key, "result", ended.attempt, ended.outcome.answer.body)
+            pieces += piece_rows(job.key, "result", ended.job.attempt, ended.outcome.answer.body)
         word = "" if submission.owned or ended else "jobs"
 
         def added(result: Any, error: AsteraError | None) -> None:
@@ -975,7 +975,7 @@ class PostgresStore(PostgresReader, Writer):
         """End a job of this server; `done` gets whether it was Running, at this attempt if it is fenced."""
         key = finish.job.key
         self._mine.pop(key.seq, None)
-        pieces = piece_rows(key, "result", finish.attempt, finish.outcome.answer.body)
+        pieces = piece_rows(key, "result", finish.job.attempt, finish.outcome.answer.body)
         kind, values = "finish" if finish.fenced else "end", end_columns(finish)
         self.put(_Write(kind, key.seq, values, finish, pieces, done=done, keep=True, word="ends"))
 
@@ -1127,7 +1127,7 @@ def _store_belongings(db: Any, writes: Iterable[_Write]) -> None:
         end = write.about.ended if write.kind == "add" else write.about
         if end is not None and end.callback is not None:
             receiver, body = end.callback
-            owed.append({"job": write.seq, "receiver": receiver, "next": end.finished, "body": body})
+            owed.append({"job": write.seq, "receiver": receiver, "next": end.job.finished, "body": body})
     if owed:
         _many(db, "owe", owed)
 

@@ -1,5 +1,7 @@
 """Code of a flow's author: Python functions (the step python, @app.flow, @app.step) and programs (the step run).
 
+Also futures of jobs, for programs that embed the server.
+
 A wing of astera_lite, which loads this file when one of them is first wanted.
 """
 
@@ -19,6 +21,7 @@ import time
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,8 +35,11 @@ from astera_lite import (
     Fault,
     Flag,
     FlowError,
+    Job,
+    JobKey,
     ListOf,
     MapOf,
+    NotFound,
     Number,
     OneOf,
     Progress,
@@ -41,8 +47,10 @@ from astera_lite import (
     Runner,
     Scope,
     Size,
+    Status,
     StepError,
     StepKind,
+    StoreError,
     Surroundings,
     Table,
     Template,
@@ -392,6 +400,37 @@ def flow_decorator(
         return function
 
     return publish
+
+
+def future_of(app: Application, key: JobKey | None, find: Callable[[], Job]) -> Future[Job]:
+    """What `AsteraLite.future` returns. `find` raises NotFound if there is no such job, as for the key None."""
+    future = Future[Job]()
+
+    def look() -> None:
+        if key is not None and not future.done():
+            app.watchers.add(key, changed)  # before the look: or a job that ends in between would not be seen
+        with contextlib.suppress(InvalidStateError):  # cancelled, or another thread has just seen the end, too
+            try:
+                job = find()
+            except (StoreError, NotFound) as error:
+                future.set_exception(error)
+            else:
+                if job.status is not Status.RUNNING:
+                    future.set_result(job)
+
+    def changed() -> None:
+        try:
+            threading.Thread(target=look, name="astera-future", daemon=True).start()
+        except RuntimeError:  # no thread can be had
+            if key is not None and app.is_open:
+                app.watchers.add(key, changed)  # the housekeeper tells again
+            else:
+                look()
+
+    look()
+    if key is not None:
+        future.add_done_callback(lambda _: app.watchers.remove(key, changed))
+    return future
 
 
 def _function_flow(

@@ -99,7 +99,8 @@ def submission(new: Job, body: bytes = b"", key: str | None = None, fingerprint:
 
 def finish(of: Job, body: bytes = b"{}", attempt: int = 1, expires: int = T + 1000, **more: Any) -> Finish:
     outcome = more.pop("outcome", Outcome(Answer(200, (("Content-Type", "application/json"),), body)))
-    return Finish(of, attempt, outcome, T, T + 10, expires, **more)
+    ended = {"status": outcome.status, "due": None, "finished": T + 10, "expires": expires, "error": outcome.error}
+    return Finish(of._replace(attempt=attempt, started=T, **ended), outcome, **more)
 
 
 def added(store: SqliteStore, **more: Any) -> Job:
@@ -294,11 +295,11 @@ def test_the_purge_spares_a_large_result_from_the_moment_it_is_asked_for(store: 
     end = finish(new, body)
     assert done(store.finish, end) is True
     pieces = store.result_pieces(new.key, 1)  # not read yet: the head of the answer goes first
-    assert done(store.purge, end.expires, 10) == 0
+    assert done(store.purge, end.job.expires, 10) == 0
     assert b"".join(pieces) == body
     unread = store.result_pieces(new.key, 1)
     del unread  # whose reader has gone, or only wanted the head
-    assert done(store.purge, end.expires, 10) == 1
+    assert done(store.purge, end.job.expires, 10) == 1
 
 
 def test_a_large_request_that_is_a_replay_leaves_no_pieces(store: SqliteStore, path: str) -> None:
