@@ -3279,13 +3279,17 @@ class Flow(NamedTuple):
         return Input(params.copy(), seen, selected, len(request.body) + len(request.query), request.trace)
 
     def _bind_parameters(self, request: StoredRequest, errors: InputErrors) -> _Bound:
-        """The parameters, and the values of the query; kept for the next request if they depend on the query alone."""
+        """The parameters, and the values of the query; kept for the next request if they depend on the query alone.
+
+        ValueError if the path is not one of the resource: an old job may have been accepted with another resource.
+        """
         query, params = parse_query(request.query, errors), {}
         for item in self.parameters:
             if item.where == "query":
                 given: Sequence[str] = query.get(item.name, ())
             elif item.where == "path":
-                given = (request.path.split("/")[1:][self.segments.index(f"{{{item.name}}}")],)
+                segments = dict(zip(self.segments, request.path.split("/")[1:], strict=True))
+                given = (segments[f"{{{item.name}}}"],)
             else:
                 given = [value for name, value in request.headers.items() if name == item.name.lower()]
             params[item.name] = item.read(given, errors)

@@ -871,6 +871,22 @@ def test_a_job_keeps_the_flow_it_was_accepted_with(tmp_path: Path, gate: Gate) -
         assert app.result(job.id).json() == "old"
 
 
+@pytest.mark.sqlite  # its clock is the test's
+@pytest.mark.parametrize("resource", ["/f/{a}/{id}", "/{id}"])
+def test_a_job_whose_flow_has_another_resource_by_now_ends(tmp_path: Path, resource: str) -> None:
+    def flow(resource: str, *steps: Any) -> dict[str, Any]:
+        parameters = {name: {"in": "path"} for name in ("a", "id") if name in resource}
+        return get_flow(resource, steps=list(steps), request={"parameters": parameters})
+
+    waits = flow("/f/{id}", {"name": "w", "wait": 60}, python(lambda context: 1))  # a function is not stored
+    with serving(tmp_path, {"f": waits}) as app:
+        job = app.submit("f", {"id": "1"})
+        suspended(app)
+    clock = FakeClock(job.created + 61_000)
+    with serving(tmp_path, {"f": flow(resource)}, clock) as app:
+        assert code_of(app, job) == "interrupted"
+
+
 def test_an_app_that_was_stopped_refuses_instead_of_waiting_for_ever(tmp_path: Path) -> None:
     with serving(tmp_path, {"f": get_flow("/f", steps=[], response={"body": 1})}) as app:
         pass
