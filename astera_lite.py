@@ -3314,13 +3314,6 @@ def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> Stor
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 
-#: Headers that only the server sets: framing (RFC 9112), hop-by-hop headers, and our own.
-RESERVED_HEADERS = frozenset(
-    (
-        "connection content-length date keep-alive proxy-authenticate te trailer transfer-encoding "
-        "upgrade job-status x-request-id content-security-policy x-content-type-options"
-    ).split()
-)
 _UNSENDABLE = re.compile(r"[^\t\x20-\x7e\x80-\xff]+")
 _NO_URL = re.compile(r"[^\t\x20-\x7e]+")
 ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
@@ -3998,20 +3991,28 @@ def check_whens(build: Build, whens: Sequence[Template | None], place: str) -> N
             build.fault(f"{place}/{position}", "has no `when`, so nothing after it is ever reached: put it last")
 
 
-def _header_of_answer(build: Build, name: str, names: Collection[str]) -> str:
-    """What is wrong with the name of a response header that a flow sets, or "" if nothing is."""
+def _check_header(reserved: Mapping[str, str], build: Build, name: str, names: Collection[str]) -> str:
+    """What is wrong with the name of a header that a flow sets, or "" if nothing is; `reserved` ones have reasons."""
     first = next(each for each in names if each.lower() == name.lower())
     if not TOKEN_TEXT.fullmatch(name):
         return "is not the name of a header"
-    if name.lower() in RESERVED_HEADERS:
-        return "is set by the server: leave it out"
+    if reason := reserved.get(name.lower()):
+        return f"{reason}: leave it out"
     return f"is the same header as {first}: leave one of them out" if first != name else ""
 
 
-def _header_of_failure(build: Build, name: str, names: Collection[str]) -> str:
-    if name.lower() == "content-type":
-        return "is application/problem+json here: leave it out"
-    return _header_of_answer(build, name, names)
+def _headers(reserved: Mapping[str, str]) -> MapOf:
+    return MapOf(Value(), default={}, check=partial(_check_header, reserved))
+
+
+#: Headers of responses that only the server sets: framing (RFC 9112), hop-by-hop headers, and our own.
+_SET_BY_SERVER = dict.fromkeys(
+    (
+        "connection content-length date keep-alive proxy-authenticate te trailer transfer-encoding "
+        "upgrade job-status x-request-id content-security-policy x-content-type-options"
+    ).split(),
+    "is set by the server",
+)
 
 
 def _check_required_headers(build: Build, given: Mapping[str, Any], place: str) -> None:
@@ -4038,7 +4039,7 @@ _STATUS = partial(Number, 200, 599, "a status")
 _FIELD = Text("the name of a field")
 _ANSWER: dict[str, Member] = {
     "status": Computed(_STATUS(), default=200),
-    "headers": MapOf(Value(), default={}, check=_header_of_answer),
+    "headers": _headers(_SET_BY_SERVER),
     "body": Value(),
 }
 _RESPONSE = Table(
@@ -4068,7 +4069,7 @@ _FAIL_STATUS = Number(400, 599, "a status")
 _FAIL = {
     "status": Computed(_FAIL_STATUS, default=500),
     "message": Value(required=True),
-    "headers": MapOf(Value(), default={}, check=_header_of_failure),
+    "headers": _headers(_SET_BY_SERVER | {"content-type": "is application/problem+json here"}),
 }
 
 
@@ -4361,18 +4362,13 @@ class HttpCall:
             raise http_failure(self.method, status, detail, error.kind, more=colon + more) from None
 
 
-def _framing_header(build: Build, name: str, names: Collection[str]) -> str:
-    framing = name.lower() in ("connection", "content-length", "transfer-encoding")
-    return "follows from the body: leave it out" if framing else ""
-
-
 _HTTP = {
     "method": OneOf(*HTTP_METHODS),
     "url": Url("an http or https URL"),
     "connection": Elsewhere("astera_lite_requests:CONNECTION"),
     "path": Elsewhere("astera_lite_requests:PATH"),
     "query": MapOf(Value(), default={}),
-    "headers": MapOf(Value(), default={}, check=_framing_header),
+    "headers": _headers(dict.fromkeys(("connection", "content-length", "transfer-encoding"), "follows from the body")),
     "json": Value(),
     "form": Value(),
     "body": Value(),
