@@ -762,6 +762,11 @@ def _check_depth(text: str, most: int) -> None:
         raise ValueError(_TOO_DEEP)
 
 
+def pointer(name: str) -> str:
+    """A member's name as a token of a JSON Pointer (RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
 def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
     """The value of a JSON text (RFC 8259).
 
@@ -1768,7 +1773,7 @@ class _Compiler(ast.NodeTransformer):
         if isinstance(value, str):
             return self.text(value, place)
         if isinstance(value, dict):
-            items = [self.tree(item, f"{place}/{key}", depth + 1) for key, item in value.items()]
+            items = [self.tree(item, f"{place}/{pointer(key)}", depth + 1) for key, item in value.items()]
             return ast.Dict([ast.Constant(key) for key in value], items)
         if isinstance(value, list):
             items = [self.tree(item, f"{place}/{at}", depth + 1) for at, item in enumerate(value)]
@@ -1986,22 +1991,24 @@ class Template:
             raise ExpressionError(words or str(error)) from None
 
 
+def _refuse(place: str, message: str) -> NoReturn:
+    raise FlowError([Fault("", place, message)])
+
+
 def compile_template(
     value: Any,
     names: Collection[str],
     place: str = "",
-    faults: list[Fault] | None = None,
-    where: str = "",
+    fault: Callable[[str, str], None] = _refuse,
     hints: Mapping[str, str] | None = None,
 ) -> Template:
     """Compile every `${…}` in a JSON tree.
 
     `names` are the names of the scope; a mapping has the schema of each, or None if its value is not declared. Optional
     members of a declared value are null if they are absent. `hints` are messages for names that are not in the scope.
-    Faults go to the list `faults`, and the template then has null in their place; without a list they raise FlowError.
+    `fault(place, message)` gets each fault, and the template has null in its place; without it, FlowError is raised.
     """
-    found: list[Fault] = []
-    compiler = _Compiler(names, hints or {}, lambda place, text: found.append(Fault(where, place, text)))
+    compiler = _Compiler(names, hints or {}, fault)
     body = compiler.tree(value, place)
     arguments = ast.arguments([], [ast.arg("_s"), ast.arg("_b")], None, [], [], None, [])
     tree = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))
@@ -2011,11 +2018,7 @@ def compile_template(
             warnings.simplefilter("ignore")
             run = eval(compile(tree, EXPRESSION_FILE, "eval"), _GLOBALS)  # noqa: S307 (a checked tree, no builtins)
     except (RecursionError, MemoryError, ValueError):
-        found.append(Fault(where, place, "is too large or nested too deeply"))
-    if faults is not None:
-        faults += found
-    elif found:
-        raise FlowError(found)
+        fault(place, "is too large or nested too deeply")
     if not isinstance(value, str):
         compiler.schema = None
     return Template(run or (lambda scope, budget: None), compiler)
@@ -2594,11 +2597,6 @@ SCHEMA_RULES = {
 }
 
 
-def pointer(name: str) -> str:
-    """A member's name as a token of a JSON Pointer (RFC 6901)."""
-    return name.replace("~", "~0").replace("/", "~1")
-
-
 class Schema(NamedTuple):
     """A compiled schema of a parameter or a body: a subset of JSON Schema."""
 
@@ -2872,7 +2870,7 @@ class Build:
 
     def template(self, value: Any, place: str) -> Template:
         """Compile a value that may have expressions."""
-        template = compile_template(value, self.names, place, self.faults, self.where, self.hints)
+        template = compile_template(value, self.names, place, self.fault, self.hints)
         self.volatile = self.volatile or template.volatile
         return template
 

@@ -217,13 +217,15 @@ def remembering(file: dict[str, Any]) -> Callable[..., Template]:
     known: dict[str, Template] = {}
     whole = file["tree"]
 
-    def compile_once(value: Any, names: Any, place: str, faults: list[Any], *more: Any) -> Template:
+    def compile_once(value: Any, names: Any, place: str, fault: Callable[[str, str], None], *more: Any) -> Template:
         request = whole.get("request")
         key = repr((value, names, place, request.get("body") if isinstance(request, dict) else None))
         if key not in known:
-            before = len(faults)
-            template = compile_template(value, names, place, faults, *more)
-            if len(faults) > before:
+            faults: list[tuple[str, str]] = []
+            template = compile_template(value, names, place, lambda *found: faults.append(found), *more)
+            if faults:
+                for found in faults:
+                    fault(*found)
                 return template
             known[key] = template
         return known[key]

@@ -18,7 +18,6 @@ from astera_lite import (
     FUNCTIONS,
     AsteraError,
     ExpressionError,
-    Fault,
     FlowError,
     Schema,
     _check_arguments,
@@ -314,13 +313,11 @@ def test_the_arguments_that_a_signature_allows_fit_the_function(name: str) -> No
 
 
 def test_every_fault_of_a_tree_is_reported_with_its_place() -> None:
-    faults: list[Fault] = []
+    faults: dict[str, str] = {}
     tree = {"a": "${nope}", "b/c": ["ok", "${1 +}"], "d": "${"}
-    template = compile_template(tree, NAMES, "/steps/0/set", faults, "shop.json", {"nope": "comes later"})
-    assert [fault.where for fault in faults] == ["shop.json"] * 3
-    assert faults[0].place == "/steps/0/set/a"
-    assert "comes later" in faults[0].message
-    assert faults[2].place == "/steps/0/set/d"
+    template = compile_template(tree, NAMES, "/steps/0/set", faults.__setitem__, {"nope": "comes later"})
+    assert list(faults) == ["/steps/0/set/a", "/steps/0/set/b~1c/1", "/steps/0/set/d"]
+    assert "comes later" in faults["/steps/0/set/a"]
     assert template(SCOPE)["b/c"][0] == "ok"
 
 
