@@ -393,12 +393,7 @@ def optional(name: str, *arguments: Any) -> Any:
 
 def late(name: str) -> Callable[..., Any]:
     """A function of a wing, for a table: the wing is loaded when the function is first called."""
-
-    def function(*arguments: Any, **keywords: Any) -> Any:
-        """See the wing."""
-        return wing(name)(*arguments, **keywords)
-
-    return function
+    return lambda *arguments, **keywords: wing(name)(*arguments, **keywords)
 
 
 def is_postgres(database: str) -> bool:
@@ -1283,14 +1278,6 @@ def status_body(job: Job, base: str, progress: Progress | None, offset: int) -> 
     return json_body(status_document(job, base, progress, offset=offset))
 
 
-def attempt_documents(attempts: Sequence[Attempt], offset: int) -> list[dict[str, Any]]:
-    """The attempts of a callback for the document of a job; `offset` is that of the clock in milliseconds."""
-    return [
-        {"at": timestamp(one.at, offset), "status": one.status, "error": one.error, "durationMs": one.duration_ms}
-        for one in attempts
-    ]
-
-
 # ======================================================================================================================
 # 4 Expressions
 # To add a function: a row in FUNCTIONS. To add a method: a name in METHODS. Neither may mutate, call back or escape.
@@ -1329,11 +1316,6 @@ def as_text(value: Any) -> str:
     if type(value) in (list, tuple, dict):
         check_written(value)
     return to_json(value)
-
-
-def as_texts(value: Any) -> list[str]:
-    """The value of a parameter as texts: one for each item of a list, otherwise one."""
-    return [as_text(item) for item in value] if isinstance(value, list) else [as_text(value)]
 
 
 def as_bytes(value: Any) -> bytes:
@@ -3699,13 +3681,6 @@ def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
     value = selection.body(body, run.input.selected, scope) if selection else body(scope) if body else None
     empty = not (selection or body)
     return make_answer(status, headers, value, run.outside.max_result, empty=empty, method=run.flow.method)
-
-
-def failure_of(job: Job, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Why a job failed, from the trace of its steps; None if no step failed."""
-    if job.error is None or job.error["code"] not in ("failed", "timeout"):
-        return None
-    return next((step.get("error") for step in reversed(steps) if "/" not in step["path"]), None)
 
 
 def failure_text(failure: Mapping[str, Any]) -> str:
@@ -8329,13 +8304,6 @@ def response_head(
 
 #: Where each mode of a flow is published.
 PREFIXES = {"synchronous": "/api/publishing", "asynchronous": "/api/publishingAsync"}
-SELECTING = {
-    "cursor": "the next page, as the last answer gave it",
-    "sort_by": "fields to sort by, comma-separated, - for descending",
-}
-MAX_SORTED = 8  # fields of `sort_by`, where any field may be one
-FILTERING = "only rows whose field of this name has this value"
-example_request, sample_value = late("astera_lite_notices:example_request"), late("astera_lite_notices:sample_value")
 NO_STORE = ("Cache-Control", "no-store")
 REVALIDATED = ("Cache-Control", "private, no-cache")
 JSON_TYPE = ("Content-Type", "application/json")
@@ -9612,13 +9580,6 @@ class Server(ThreadingHTTPServer):
 # This room has the command `serve`. All other commands, and --help, are in astera_lite_tools.
 # To add a command: a function and a row in COMMANDS there.
 # ======================================================================================================================
-
-#: Functions that make the documents that commands print.
-DOCUMENTS = {
-    "openapi": late("astera_lite_documents:openapi_document"),
-    "postman": late("astera_lite_documents:postman_document"),
-    "schema": late("astera_lite_documents:flow_schema"),
-}
 
 
 class Stderr:

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,7 +25,6 @@ from astera_lite import (
     CANCEL_ELSEWHERE_S,
     CONNECTIONS_FILE,
     ENTITY_TAG,
-    FILTERING,
     FLOW_NAME,
     HTTP_METHODS,
     JSON_TYPE,
@@ -36,11 +35,11 @@ from astera_lite import (
     READING,
     REVALIDATED,
     RUN_TIMES,
-    SELECTING,
     TOKEN_TEXT,
     AccessError,
     Application,
     AsteraError,
+    Attempt,
     Busy,
     ConfigError,
     Conflict,
@@ -65,13 +64,10 @@ from astera_lite import (
     already_finished,
     answer_submitted,
     answer_when_finished,
-    attempt_documents,
     check_cancelled,
     check_coding,
     check_may_call,
     error_response,
-    example_request,
-    failure_of,
     find_job,
     find_routes,
     health_document,
@@ -79,6 +75,7 @@ from astera_lite import (
     is_json_type,
     is_loopback,
     json_body,
+    late,
     log,
     one_line_each,
     parse_flow_text,
@@ -92,8 +89,12 @@ from astera_lite import (
     status_document,
     status_response,
     suggest,
+    timestamp,
     with_head,
 )
+
+example_request = late("astera_lite_notices:example_request")
+selecting_text = late("astera_lite_notices:selecting_text")
 
 # --- deployments ---
 
@@ -104,7 +105,7 @@ def deployment_document(flow: Flow, base: str) -> dict[str, Any]:
     request = flow.tree["request"]
     specs = request.get("parameters", {})
     parameters = {item.name: specs.get(item.name) or {"in": item.where} for item in flow.parameters}
-    selecting = {name: {"in": "query", "description": SELECTING.get(name, FILTERING)} for name in flow.selecting}
+    selecting = {name: {"in": "query", "description": selecting_text(name)} for name in flow.selecting}
     return {
         "name": flow.name,
         "description": flow.description,
@@ -556,6 +557,21 @@ def job_delete(x: Exchange) -> None:
         return Reply(204, [NO_STORE])
 
     x.app.store.delete(job.key, partial(x.post, answer))
+
+
+def failure_of(job: Job, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Why a job failed, from the trace of its steps; None if no step failed."""
+    if job.error is None or job.error["code"] not in ("failed", "timeout"):
+        return None
+    return next((step.get("error") for step in reversed(steps) if "/" not in step["path"]), None)
+
+
+def attempt_documents(attempts: Sequence[Attempt], offset: int) -> list[dict[str, Any]]:
+    """The attempts of a callback for the document of a job; `offset` is that of the clock in milliseconds."""
+    return [
+        {"at": timestamp(one.at, offset), "status": one.status, "error": one.error, "durationMs": one.duration_ms}
+        for one in attempts
+    ]
 
 
 def job_details(x: Exchange) -> Reply:

@@ -16,16 +16,13 @@ from typing import Any
 
 from astera_lite import (
     CONTENT_TYPES,
-    FILTERING,
     FLOW,
     INT64,
     JSON_TYPE,
-    MAX_SORTED,
     MODES,
     PREFIXES,
     REVALIDATED,
     SCHEMA_RULES,
-    SELECTING,
     VALUE_SCHEMA,
     Computed,
     ConfigError,
@@ -44,18 +41,21 @@ from astera_lite import (
     Table,
     __version__,
     as_text,
-    as_texts,
     entity_tag,
     is_json_type,
     json_body,
+    late,
     request_for,
     resource,
-    sample_value,
     split_template,
     step_table,
     to_json,
     wing,
 )
+
+as_texts = late("astera_lite_notices:as_texts")
+sample_value = late("astera_lite_notices:sample_value")
+selecting_text = late("astera_lite_notices:selecting_text")
 
 _TEXT: dict[str, Any] = {"type": "string"}
 
@@ -287,12 +287,12 @@ def _flow_parameters(flow: Flow, renamed: Mapping[str, str]) -> list[dict[str, A
             found[-1] |= {"style": "form", "explode": True}
     fields = sorted(flow.selection.sort) if flow.selection and isinstance(flow.selection.sort, frozenset) else []
     for name in flow.selecting:
-        words, schema = SELECTING.get(name, FILTERING).capitalize() + ".", dict(_TEXT)
+        words, schema = selecting_text(name).capitalize() + ".", dict(_TEXT)
         more: dict[str, Any] = {}
         if name == "sort_by" and flow.selection.sort:
             known = {"enum": [sign + each for each in fields for sign in ("", "-")]} if fields else _TEXT
             schema, more = {"type": "array", "items": known}, {"style": "form", "explode": False}
-            schema |= {} if fields else {"maxItems": MAX_SORTED}
+            schema |= {} if fields else {"maxItems": wing("astera_lite_requests:MAX_SORTED")}
         elif name in flow.selection.filters:
             schema, more = {"type": "array", "items": _TEXT}, {"style": "form", "explode": True}
         found.append(_parameter(name, "query", words, schema, **more))
@@ -673,7 +673,7 @@ def _sample_request(flow: Flow, mode: str) -> tuple[dict[str, Any], list[int]]:
         for text in texts if item.where == "query" else [",".join(texts)]:
             fields[item.where].append(_field(write(item.name), text, note, not sent))
     for name in flow.selecting:
-        fields["query"].append(_field(_IN_POSTMAN["query"](name), "", SELECTING.get(name, FILTERING), True))
+        fields["query"].append(_field(_IN_POSTMAN["query"](name), "", selecting_text(name), True))
     if mode == "asynchronous":
         fields["query"].append(_field("callbackUrl", "", _shared("parameters", "CallbackUrl")["description"], True))
         for name, value in (("Wait", "wait=10"), ("IdempotencyKey", "{{$guid}}")):

@@ -25,7 +25,6 @@ from astera_lite import (
     Flow,
     Server,
     as_text,
-    as_texts,
     is_json_type,
     log,
     log_message,
@@ -36,7 +35,23 @@ from astera_lite import (
 
 # --- examples ---
 
+_SELECTING = {
+    "cursor": "the next page, as the last answer gave it",
+    "sort_by": "fields to sort by, comma-separated, - for descending",
+}
+
+
+def selecting_text(name: str) -> str:
+    """What a parameter of this name means to a flow that selects rows (`page`, `filter`, `sort`)."""
+    return _SELECTING.get(name, "only rows whose field of this name has this value")
+
+
 _SAMPLES = {"boolean": True, "null": None, "date": "2026-01-31", "date-time": "2026-01-31T12:00:00Z"}
+
+
+def as_texts(value: Any) -> list[str]:
+    """The value of a parameter as texts: one for each item of a list, otherwise one."""
+    return [as_text(item) for item in value] if isinstance(value, list) else [as_text(value)]
 
 
 def sample_value(spec: Mapping[str, Any], name: str) -> Any:

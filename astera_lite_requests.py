@@ -34,7 +34,6 @@ from astera_lite import (
     KNOWN_CODINGS,
     LENIENT_DECODER,
     MAX_NAME,
-    MAX_SORTED,
     MAX_WORK,
     Address,
     Budget,
@@ -205,6 +204,7 @@ class Pattern:
 
 
 _MAX_PAGE = 10_000  # rows
+MAX_SORTED = 8  # fields of `sort_by`, where any field may be one
 
 
 class Selection(NamedTuple):

@@ -30,7 +30,6 @@ from typing import Any, NamedTuple, TextIO
 from astera_lite import (
     ADMIN_TOKEN,
     CONNECTIONS_FILE,
-    DOCUMENTS,
     FLOW_NAME,
     PHRASES,
     SETTING_FIELDS,
@@ -56,9 +55,7 @@ from astera_lite import (
     StoredResult,
     Token,
     __version__,
-    attempt_documents,
     check_exposure,
-    failure_of,
     failure_text,
     is_flow_file,
     is_postgres,
@@ -81,6 +78,9 @@ from astera_lite import (
     whole_body,
     wing,
 )
+
+attempt_documents = late("astera_lite_admin:attempt_documents")
+failure_of = late("astera_lite_admin:failure_of")
 
 _SCRIPT = "python astera_lite.py"
 
@@ -326,14 +326,14 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
 def print_document(args: argparse.Namespace, settings: Settings) -> int:
     """schema, openapi, postman: print a document; exit code 1 if it lacks flows because they are faulty."""
     if args.command == "schema":
-        _print_json(DOCUMENTS["schema"](STEP_KINDS))
+        _print_json(wing("astera_lite_documents:flow_schema")(STEP_KINDS))
         return 0
     app = Application(settings)
     found = app.deployer.read()
     for fault in found.faults:
         print(one_line(str(_openable(fault, settings.flows))), file=sys.stderr)
     secured = settings.token is not None or bool(_tokens_of(settings.database))
-    _print_json(DOCUMENTS[args.command](found, app.base, secured))
+    _print_json(wing(f"astera_lite_documents:{args.command}_document")(found, app.base, secured))
     return 1 if found.faults else 0
 
 
