@@ -5782,8 +5782,8 @@ class SqliteStore(SqliteReader, Writer):
             self._slow_until = ended + 100 * (ended - began)
         self._unfolded += len(batch) + _COMMIT_COSTS
         if self.fault and not self._is_damaged and db.total_changes > before:  # else nothing is known yet
+            self.fault = None  # before another thread has its turn, which may find damage
             log.info("the database can be written again")
-            self.fault = None
         return results
 
     def _fold_if_due(self) -> None:
@@ -5878,8 +5878,12 @@ class SqliteStore(SqliteReader, Writer):
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Delete a finished job; `done` gets deleted, running, owed or absent."""
-        self._recent.pop(key, None)
-        self._put(lambda execute: delete_job(execute, key), done, keep=False)
+
+        def run(execute: Execute) -> str:
+            self._recent.pop(key, None)  # here, where all ends that are on disk have been remembered
+            return delete_job(execute, key)
+
+        self._put(run, done, keep=False)
 
     # --- runs ---
 
@@ -7289,9 +7293,11 @@ class Watchers:
     def remove(self, key: JobKey, watcher: Callable[[], None]) -> None:
         """Forget a watcher."""
         with self._lock:
-            left = [each for each in self.by_job.pop(key, ()) if each != watcher]
+            left = [each for each in self.by_job.get(key, ()) if each != watcher]
             if left:
                 self.by_job[key] = left
+            else:
+                self.by_job.pop(key, None)
 
     def tell(self, *keys: JobKey) -> None:
         """Call the watchers of jobs."""

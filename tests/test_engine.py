@@ -871,6 +871,32 @@ def test_a_job_keeps_the_flow_it_was_accepted_with(tmp_path: Path, gate: Gate) -
         assert app.result(job.id).json() == "old"
 
 
+@pytest.mark.sqlite  # there is no store
+def test_who_waits_for_a_job_is_told_even_if_another_goes_at_that_moment() -> None:
+    key, watchers, told = JobKey(1, 1), Watchers(), threading.Event()
+    end = threading.Thread(target=watchers.tell, args=(key,))
+
+    class Going:
+        """A watcher during whose removal the job ends."""
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self) -> None: ...
+
+        def __eq__(self, other: object) -> bool:
+            if end.ident is None:
+                end.start()
+                end.join(0.1)
+            return self is other
+
+    going = Going()
+    watchers.add(key, told.set)
+    watchers.add(key, going)
+    watchers.remove(key, going)
+    end.join()
+    assert told.is_set()
+
+
 @pytest.mark.sqlite  # its clock is the test's
 @pytest.mark.parametrize("resource", ["/f/{a}/{id}", "/{id}"])
 def test_a_job_whose_flow_has_another_resource_by_now_ends(tmp_path: Path, resource: str) -> None:

@@ -261,6 +261,23 @@ def test_what_is_forgotten_is_forgotten_in_memory_too(store: SqliteStore) -> Non
     )
 
 
+@sqlite
+def test_a_job_that_is_deleted_as_soon_as_its_end_is_on_disk_is_gone(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, remember = finish(added(store)), store._remember
+    deleted = []
+
+    def late(end: Finish) -> None:
+        deleted.append(Written(store.delete, end.job.key))
+        remember(end)
+
+    monkeypatch.setattr(store, "_remember", late)
+    assert done(store.finish, ended) is True
+    assert deleted[0].get() == "deleted"
+    assert store.get(ended.job.key) is None
+
+
 def test_a_job_whose_callback_changes_is_not_held_in_memory(store: SqliteStore, path: str) -> None:
     new = job(callback="http://h/")
     done(store.add, submission(new))
@@ -818,6 +835,23 @@ def test_a_commit_that_changes_nothing_does_not_pass_for_room_on_the_disk(store:
     assert store.fault == "the disk is full: make room"
     store._db.execute("PRAGMA max_page_count = 1000000").fetchone()
     until(lambda: store.fault is None)  # by itself, without another write
+
+
+@sqlite
+def test_damage_that_is_found_as_another_fault_passes_stays_known(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage = sqlite3.DatabaseError("malformed")
+    damage.sqlite_errorname = "SQLITE_CORRUPT"  # type: ignore[misc]
+
+    def find(words: str) -> None:
+        with pytest.raises(StoreError), store._reading():
+            raise damage
+
+    monkeypatch.setattr(astera_lite.log, "info", find)
+    store.fault = "the disk is full: make room"
+    added(store)
+    assert store.fault == "the database is damaged: restore a backup"
 
 
 @sqlite
