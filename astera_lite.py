@@ -340,7 +340,7 @@ def reason_of(error: Exception) -> str:
 
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql", "schema_postgres.sql")  # files that the module needs beside it
-_WINGS = "admin advice database documents nodes notices postgres python requests steps tls tools"
+_WINGS = "admin advice database documents nodes notices postgres python requests secrets steps tls tools"
 #: The wings: files of the module that a server loads on first use.
 WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS.split())
 #: The folder of this file, as given and with links resolved. Kept, because a program may change its working folder.
@@ -566,60 +566,31 @@ def log_message(record: logging.LogRecord) -> str:
 class Mask:
     """Replaces secrets by *** in all text that leaves the server (failures, traces, job details, the log).
 
-    It recognises a secret itself, its forms in URLs, JSON and Python, and its beginning before a … that cuts text off.
+    It lets text through until there is a secret: `astera_lite_secrets` then knows them, and does the work.
     """
 
-    def __init__(self, secrets: Iterable[str] = ()) -> None:
-        self._secrets, self._lock = frozenset(secrets), threading.Lock()
-        self._hidden: list[str] = []
-        self._learn()
+    def __init__(self, secrets: Collection[str] = ()) -> None:
+        self._known: Any = wing("astera_lite_secrets:Known")(secrets) if secrets else None
 
     def hide(self, values: Iterable[str]) -> None:
         """Mask these values as well, until 100 others were hidden later: access tokens are renewed again and again."""
-        given = list(values)
-        with self._lock:
-            known, others = self._hidden, [value for value in self._hidden if value not in given]
-            self._hidden = [*others, *given][-100:]
-            if not set(given) <= set(known):
-                self._learn()
+        if self._known is None:  # connections are read before a run can renew a token
+            self._known = wing("astera_lite_secrets:Known")()
+        self._known.hide(values)
 
-    def _learn(self) -> None:
-        forms: set[str] = set()
-        for value in filter(None, self._secrets.union(self._hidden)):
-            quoted = (urllib.parse.quote(value, safe=""), urllib.parse.quote(value), urllib.parse.quote_plus(value))
-            written = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
-            forms |= {value, *quoted, *written}
-        self._forms = sorted(forms, key=len, reverse=True)  # one secret may begin with another
-        #: Bytes of the longest form: text is cut only after so much more of it was masked.
-        self.longest = max((len(form.encode("utf-8", "replace")) for form in forms), default=0)
+    @property
+    def longest(self) -> int:
+        """Bytes of the longest form of a secret: text is cut only after so much more of it was masked."""
+        return self._known.longest if self._known else 0
 
     def __call__(self, text: str) -> str:
         """The text with every secret replaced."""
-        if not self._forms:
-            return text
-        for form in self._forms:
-            text = text.replace(form, "***")
-        *parts, rest = text.split("…")
-        return "…".join([*map(self._without_beginning, parts), rest])
-
-    def _without_beginning(self, text: str) -> str:
-        """The text, without the first four or more characters of a secret at its end."""
-        for form in self._forms:
-            at = text.find(form[:4], max(len(text) - len(form) + 1, 0)) if len(form) > 4 else -1
-            while at >= 0:
-                if form.startswith(text[at:]):
-                    return text[:at] + "***"
-                at = text.find(form[:4], at + 1)
-        return text
+        return self._known.masked(text) if self._known else text
 
     def log_record(self, record: logging.LogRecord) -> bool:
         """Mask a record of the log, as its filter."""
-        if self._forms:
-            record.msg, record.args = self(log_message(record)), ()
-            if "path" in vars(record):
-                vars(record)["path"] = self(str(vars(record)["path"]))
-            if record.exc_info:
-                record.exc_text = self(record.exc_text or logging.Formatter().formatException(record.exc_info))
+        if self._known:
+            self._known.mask_record(record)
         return True
 
 
@@ -7368,7 +7339,7 @@ class Application:
         made = _all_checked(
             callback_allow=partial(AddressPolicy, settings.callback_allow, loopback=local),
             callback_secret=partial(signing_key, settings.callback_secret),
-            secrets=partial(late("astera_lite_admin:read_secrets"), named, environ) if named else dict,
+            secrets=partial(late("astera_lite_secrets:read_secrets"), named, environ) if named else dict,
             public_url=partial(_check_public_url, settings.public_url),
             cors_origins=partial(late("astera_lite_admin:parse_origins"), origins) if origins else set,
             database=partial(_check_database, settings.database),

@@ -1,8 +1,8 @@
 """Routes for operators and clients, except submit, poll and fetch.
 
 The other routes of jobs (list, details, cancel, rerun, delete, callback again), deployments, metrics, the page of the
-console; preconditions, the part of a result, OPTIONS and CORS; the settings `secrets` and `cors_origins`. A wing of
-astera_lite, which loads this file when one of them is first needed.
+console; preconditions, the part of a result, OPTIONS and CORS; the setting `cors_origins`. A wing of astera_lite, which
+loads this file when one of them is first needed.
 """
 
 from __future__ import annotations
@@ -82,7 +82,6 @@ from astera_lite import (
     parse_query,
     parse_trace,
     problem,
-    read_toml,
     reason_of,
     resource,
     shown,
@@ -337,7 +336,7 @@ def check_conditions(x: Exchange, exists: bool = True, flow: Flow | None = None)
         raise _precondition_failed()
 
 
-# --- the settings cors_origins and secrets ---
+# --- the setting cors_origins ---
 
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?/?")
 
@@ -356,32 +355,6 @@ def parse_origins(text: str) -> set[str]:
     if faults:
         raise ConfigError(faults)
     return origins
-
-
-def read_secrets(setting: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """The secrets that flows may read, from the environment variables that are named, or from a TOML file.
-
-    Raises ConfigError.
-    """
-    faults: list[Fault] = []
-    values: dict[str, Any] = {}
-    if not setting.endswith(".toml"):
-        values = {name: environ.get(name) for name in filter(None, map(str.strip, setting.split(",")))}
-        missing = [name for name, value in values.items() if value is None]
-        faults = [Fault("secrets", "", f"there is no environment variable {name}") for name in missing]
-        odd = [name for name, value in values.items() if value and value.encode(errors="ignore").decode() != value]
-        faults += [Fault("secrets", "", f"the environment variable {name} is not UTF-8") for name in odd]
-    else:
-        try:
-            if os.name == "posix" and os.stat(setting).st_mode & 0o077:
-                faults.append(Fault(setting, "", "can be read by others: chmod 600 it"))
-        except OSError as error:
-            faults.append(Fault(setting, "", f"cannot be read: {reason_of(error)}"))
-        values = {} if faults else read_toml(setting, faults)
-        faults += [Fault(setting, name, "must be text") for name, value in values.items() if not isinstance(value, str)]
-    if faults:
-        raise ConfigError(faults)
-    return values
 
 
 # --- OPTIONS, and pages of other origins (CORS) ---

@@ -36,6 +36,7 @@ LINES = {
     "astera_lite_postgres.py": 1_172,
     "astera_lite_requests.py": 800,
     "astera_lite_python.py": 800,
+    "astera_lite_secrets.py": 150,
     "astera_lite_steps.py": 800,
     "astera_lite_tls.py": 100,
     "astera_lite_tools.py": 800,
@@ -230,7 +231,7 @@ def test_an_embedding_program_needs_the_wing_of_requests_alone(alone: Path) -> N
     ("wing", "flag", "value"),
     [
         ("admin", "--cors-origins", "https://app.example"),
-        ("admin", "--secrets", "HOME"),
+        ("secrets", "--secrets", "HOME"),
         ("tls", "--tls-cert", "a.pem"),
         ("notices", "--log", "json"),
     ],

@@ -240,6 +240,7 @@ def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
         "astera_lite_postgres.py",
         "astera_lite_python.py",
         "astera_lite_requests.py",
+        "astera_lite_secrets.py",
         "astera_lite_steps.py",
         "astera_lite_tls.py",
         "console.html",

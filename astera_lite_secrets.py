@@ -1,0 +1,97 @@
+"""Secrets of flows and connections: the setting `secrets`, and what replaces secrets in text that leaves the server.
+
+A wing of astera_lite, which loads this file for the first secret.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import urllib.parse
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from astera_lite import ConfigError, Fault, log_message, read_toml, reason_of
+
+
+def read_secrets(setting: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """The secrets that flows may read, from the environment variables that are named, or from a TOML file.
+
+    Raises ConfigError.
+    """
+    faults: list[Fault] = []
+    values: dict[str, Any] = {}
+    if not setting.endswith(".toml"):
+        values = {name: environ.get(name) for name in filter(None, map(str.strip, setting.split(",")))}
+        missing = [name for name, value in values.items() if value is None]
+        faults = [Fault("secrets", "", f"there is no environment variable {name}") for name in missing]
+        odd = [name for name, value in values.items() if value and value.encode(errors="ignore").decode() != value]
+        faults += [Fault("secrets", "", f"the environment variable {name} is not UTF-8") for name in odd]
+    else:
+        try:
+            if os.name == "posix" and os.stat(setting).st_mode & 0o077:
+                faults.append(Fault(setting, "", "can be read by others: chmod 600 it"))
+        except OSError as error:
+            faults.append(Fault(setting, "", f"cannot be read: {reason_of(error)}"))
+        values = {} if faults else read_toml(setting, faults)
+        faults += [Fault(setting, name, "must be text") for name, value in values.items() if not isinstance(value, str)]
+    if faults:
+        raise ConfigError(faults)
+    return values
+
+
+class Known:
+    """The secrets of a server.
+
+    It recognises a secret itself, its forms in URLs, JSON and Python, and its beginning before a … that cuts text off.
+    """
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        self._secrets, self._lock = frozenset(secrets), threading.Lock()
+        self._hidden: list[str] = []
+        self._learn()
+
+    def hide(self, values: Iterable[str]) -> None:
+        """Mask these values as well, until 100 others were hidden later."""
+        given = list(values)
+        with self._lock:
+            known, others = self._hidden, [value for value in self._hidden if value not in given]
+            self._hidden = [*others, *given][-100:]
+            if not set(given) <= set(known):
+                self._learn()
+
+    def _learn(self) -> None:
+        forms: set[str] = set()
+        for value in filter(None, self._secrets.union(self._hidden)):
+            quoted = (urllib.parse.quote(value, safe=""), urllib.parse.quote(value), urllib.parse.quote_plus(value))
+            written = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
+            forms |= {value, *quoted, *written}
+        self._forms = sorted(forms, key=len, reverse=True)  # one secret may begin with another
+        self.longest = max((len(form.encode("utf-8", "replace")) for form in forms), default=0)  # bytes
+
+    def masked(self, text: str) -> str:
+        """The text with every secret replaced."""
+        for form in self._forms:
+            text = text.replace(form, "***")
+        *parts, rest = text.split("…")
+        return "…".join([*map(self._without_beginning, parts), rest])
+
+    def _without_beginning(self, text: str) -> str:
+        """The text, without the first four or more characters of a secret at its end."""
+        for form in self._forms:
+            at = text.find(form[:4], max(len(text) - len(form) + 1, 0)) if len(form) > 4 else -1
+            while at >= 0:
+                if form.startswith(text[at:]):
+                    return text[:at] + "***"
+                at = text.find(form[:4], at + 1)
+        return text
+
+    def mask_record(self, record: logging.LogRecord) -> None:
+        """Mask what a record of the log says."""
+        record.msg, record.args = self.masked(log_message(record)), ()
+        if "path" in vars(record):
+            vars(record)["path"] = self.masked(str(vars(record)["path"]))
+        if record.exc_info:
+            record.exc_text = self.masked(record.exc_text or logging.Formatter().formatException(record.exc_info))
