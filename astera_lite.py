@@ -106,6 +106,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import IntEnum, StrEnum, auto
+from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from socketserver import BaseRequestHandler, TCPServer
@@ -6077,11 +6078,7 @@ _LIGHT_BODY = 16 << 10  # bytes of the largest request that runs on the calling 
 
 
 class Prepared(NamedTuple):
-    """A job that is ready to run.
-
-    `interrupted`: an earlier run began, and its server ended before the run did. `stored`: the job was read from the
-    store, like the jobs of a server that died.
-    """
+    """A job that is ready to run. `stored`: it was read from the store, like the jobs of a server that died."""
 
     job: Job
     flow: Flow
@@ -6089,7 +6086,6 @@ class Prepared(NamedTuple):
     saved: Mapping[str, Any] = types.MappingProxyType({})
     waits: Mapping[str, int] = types.MappingProxyType({})
     trace: Sequence[dict[str, Any]] = ()
-    interrupted: bool = False
     stored: bool = False
 
 
@@ -6572,12 +6568,13 @@ class Engine:
         goes_on = job.due is not None and job.attempt > 0 and job.started is not None  # its wait is over
         attempt, started = (job.attempt, job.started or now) if goes_on else (job.attempt + 1, now)
         entry.job = job._replace(attempt=attempt, started=started)
-        if prepared.interrupted and (job.attempt >= MAX_ATTEMPTS or flow.restart == "fail"):
+        interrupted = job.started is not None and job.due is None  # a server ended before the run that it began
+        if interrupted and (job.attempt >= MAX_ATTEMPTS or flow.restart == "fail"):
             times = f"{job.attempt} times" if job.attempt > 1 else "once"
             detail = f"The server stopped {times} while the job ran; the job is not tried again."
             self._record(entry.job, prepared, Outcome.failed("interrupted", 500, detail))
             return
-        if prepared.interrupted and flow.restart == "rerun":
+        if interrupted and flow.restart == "rerun":
             prepared = prepared._replace(saved={}, waits={}, trace=())
         began, spent = self._clock.monotonic(), (now - started) / 1000
         deadline = began + (flow.timeout or self._job_timeout) - spent
@@ -7346,12 +7343,11 @@ class Application:
         )
         self.policy, self._signing_key, secrets = made["callback_allow"], made["callback_secret"], made["secrets"]
         self.origins: set[str] = made["cors_origins"]
-        patterns = [re.escape(p.strip()).replace(r"\*", ".*") for p in settings.env_allow.split(",") if p.strip()]
-        allowed = re.compile("|".join(patterns) or "(?!)")
+        allowed = [pattern.strip() for pattern in settings.env_allow.split(",")]
         self.outside = Surroundings(
             self.clock,
             self.policy,
-            {name: value for name, value in environ.items() if allowed.fullmatch(name)},
+            {name: value for name, value in environ.items() if any(fnmatchcase(name, each) for each in allowed)},
             secrets,
             settings.max_result,
             settings.max_step_response,
@@ -7620,9 +7616,8 @@ class Application:
             log.warning("job %s cannot be run: %s", job.id, error, extra=this)
             self.engine.end(job, Outcome.failed("interrupted", 500, "The flow is not deployed any more."))
             return None
-        interrupted = job.started is not None and job.due is None
         saved = {path: from_saved(text, self.outside.secrets) for path, text in loaded.saved.items()}
-        return Prepared(job, flow, given, saved, loaded.waits, loaded.trace, interrupted, True)
+        return Prepared(job, flow, given, saved, loaded.waits, loaded.trace, True)
 
     def _job_changed(self, key: JobKey, is_due: bool) -> None:
         self.watchers.tell(key)
@@ -7738,16 +7733,7 @@ class AsteraLite(Application):
         Flows then write `{"greet": {"name": "${params.name}"}}`: the function gets a Context and these arguments, each
         of which may be an expression, and returns a JSON value. Raises ConfigError for a name that is taken.
         """
-        if name in STEP_KINDS or name in STEP_OPTIONS or not STEP_NAME.fullmatch(name):
-            raise ConfigError([Fault("step", name, "is not a new word of letters, digits and _: choose another name")])
-
-        def add(function: _Function) -> _Function:
-            self.deployer.kinds[name] = wing("astera_lite_python:own_kind")(function)
-            if self.is_open:
-                self.deployer.reload()  # a file may have waited for it
-            return function
-
-        return add
+        return cast(Callable[[_Function], _Function], wing("astera_lite_python:step_decorator")(self, name))
 
     def submit(
         self,

@@ -28,8 +28,12 @@ from typing import Any, TypeVar
 from astera_lite import (
     CHILDREN,
     LENIENT_DECODER,
+    STEP_KINDS,
+    STEP_NAME,
+    STEP_OPTIONS,
     Application,
     Build,
+    ConfigError,
     Context,
     ExpressionError,
     Fault,
@@ -170,7 +174,7 @@ def _call_isolated(name: str, args: Mapping[str, Template], run: Run, scope: Sco
     return processes.call(run, name, Context(run, scope, path), evaluated(args, scope), path)
 
 
-def own_kind(function: Callable[..., Any]) -> StepKind:
+def _own_kind(function: Callable[..., Any]) -> StepKind:
     """The kind of step that an embedding program adds: its members are the arguments of the function."""
     arguments = list(inspect.signature(function).parameters.values())[1:]  # after the context
     named = {it.name: Value(required=it.default is it.empty) for it in arguments if it.kind != it.VAR_KEYWORD}
@@ -400,6 +404,20 @@ def flow_decorator(
         return function
 
     return publish
+
+
+def step_decorator(app: Application, name: str) -> Callable[[_Function], _Function]:
+    """The decorator that `AsteraLite.step` returns; raises ConfigError."""
+    if name in STEP_KINDS or name in STEP_OPTIONS or not STEP_NAME.fullmatch(name):
+        raise ConfigError([Fault("step", name, "is not a new word of letters, digits and _: choose another name")])
+
+    def add(function: _Function) -> _Function:
+        app.deployer.kinds[name] = _own_kind(function)
+        if app.is_open:
+            app.deployer.reload()  # a file may have waited for it
+        return function
+
+    return add
 
 
 def future_of(app: Application, key: JobKey | None, find: Callable[[], Job]) -> Future[Job]:
