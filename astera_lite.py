@@ -9190,10 +9190,6 @@ class Handler(BaseRequestHandler):
         self.server.shutdown_request(self.request)
 
 
-def _deadline(event: tuple[Handler, int]) -> float:
-    return event[0].deadline
-
-
 class Server(ThreadingHTTPServer):
     """Serves an Application over HTTP: the class and the hooks of http.server, with one selector loop.
 
@@ -9376,18 +9372,20 @@ class Server(ThreadingHTTPServer):
         events = self.selector.select(0 if busy else max(min(self._sweep_at - time.monotonic(), longest), 0))
         self._awake = True  # functions posted from here on are run below
         connections = [(key.data, mask) for key, mask in events if key.data is not None]
-        connections.sort(key=_deadline)  # the longest-waiting client first: the order of epoll is arbitrary
+        connections.sort(key=lambda event: event[0].deadline)  # the longest-waiting client first: epoll has no order
         for handler, mask in connections:
             self._guarded(handler, handler.on_events, mask)
         for key, _ in events:  # newcomers last: a client that has sent a request is not closed for one
             if key.fileobj is self.socket:
                 self._accept()
             elif key.fileobj is self._wake_in:
-                self._woken()
+                self._wake_in.recv(4096)
         flush()
         self._awake = False
         self._run_posted()
-        self._run_ready()
+        ready, self.ready = self.ready, {}
+        for handler in ready:  # at most one request of each
+            self._guarded(handler, handler.proceed)
         self.service_actions()
         if time.monotonic() >= self._sweep_at:
             self._sweep()
@@ -9404,12 +9402,6 @@ class Server(ThreadingHTTPServer):
             except Exception:
                 log.exception("a function posted to the loop failed")
 
-    def _run_ready(self) -> None:
-        """Let each connection in `ready` proceed: at most one request of each."""
-        ready, self.ready = self.ready, {}
-        for handler in ready:
-            self._guarded(handler, handler.proceed)
-
     def _guarded(self, handler: Handler, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function of a connection; an exception ends this connection only."""
         try:
@@ -9421,11 +9413,6 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log the exception that has ended a connection; http.server's hook."""
         log.exception("the connection of %s ends because of a fault in the server", client_address)
-
-    def _woken(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._wake_in.recv(4096):
-                pass
 
     def _sweep(self) -> None:
         """Act on deadlines that have passed: once a second, or earlier if a request needs it."""
