@@ -1211,7 +1211,7 @@ def test_what_fails_while_an_answer_is_handed_over_is_an_error_of_that_request_o
         asked = {"headers": {"Idempotency-Key": "k"}, "timeout": 2}
         assert it.client.get("/api/publishingAsync/hello/1", **asked).status_code == 202
         with monkeypatch.context() as patch:
-            patch.setattr(it.app.jobs, "find", unreadable)
+            patch.setattr(it.app, "find", unreadable)
             assert it.client.get("/api/publishingAsync/hello/1", **asked).status_code == 503
         assert it.client.get("/api/publishingAsync/hello/1", **asked).headers["Idempotency-Replayed"] == "true"
 
