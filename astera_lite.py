@@ -2918,41 +2918,38 @@ Size = partial(Member, parse=parse_size, word="a size such as 64KiB, 10MiB", jso
 _STATUS_WORD = Member(holds=_is_status_word, word='a status such as 200 or "2xx"', json=_JSON_NUMBER_OR_TEXT)
 
 
-class Value(Member):
-    """Any JSON, with expressions in its text, which may also use `names`; compiles to a Template."""
+_ANYTHING = Member()
 
+
+class Value(Member):
+    """JSON with expressions in its text, which may also use `names`; compiles to a Template.
+
+    `plain` judges a value that is no expression; that of an expression is checked where it is used.
+    """
+
+    plain: Member
     names: Sequence[str] = ()
 
+    def __init__(self, plain: Member = _ANYTHING, **traits: Any) -> None:
+        word = plain.word if plain is _ANYTHING else f"{plain.word}, or an expression"
+        super().__init__(**{"plain": plain, "word": word} | traits)
+
     def read(self, build: Build, value: Any, place: str) -> Template:
+        if not (isinstance(value, str) and "${" in value):
+            self.plain.read(build, value, place)
         with build.block():
             for name in self.names:
                 build.add_name(name)
             return build.template(value, place)
 
 
-class Condition(Value):
-    """A condition: an expression, because any other text would always be true."""
-
-    word = "a condition, `${…}`"
-
-    def read(self, build: Build, value: Any, place: str) -> Template:
-        if isinstance(value, str) and "${" not in value:
-            build.fault(place, f"{shown(value)} is text, which is always true: write ${{…}} around the condition")
-        return super().read(build, value, place)
+def _parse_condition(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError(f"{shown(value)} is text, which is always true: write ${{…}} around the condition")
+    return value
 
 
-class Computed(Value):
-    """A value of a plain member, or an expression, whose value is checked where it is used; compiles to a Template."""
-
-    plain: Member
-
-    def __init__(self, plain: Member, **traits: Any) -> None:
-        super().__init__(plain=plain, word=f"{plain.word}, or an expression", **traits)
-
-    def read(self, build: Build, value: Any, place: str) -> Template:
-        if not (isinstance(value, str) and "${" in value):
-            self.plain.read(build, value, place)
-        return super().read(build, value, place)
+Condition = partial(Value, Member(parse=_parse_condition), word="a condition, `${…}`")
 
 
 def _of_items(words: str, item: Member) -> str:
@@ -3981,7 +3978,7 @@ def _make_response(build: Build, given: dict[str, Any], place: str) -> Response:
 _STATUS = partial(Number, 200, 599, "a status")
 _FIELD = Text("the name of a field")
 _ANSWER: dict[str, Member] = {
-    "status": Computed(_STATUS(), default=200),
+    "status": Value(_STATUS(), default=200),
     "headers": _headers(_SET_BY_SERVER),
     "body": Value(),
 }
@@ -4010,7 +4007,7 @@ def _make_respond(build: Build, response: Response, place: str) -> Runner:
 
 _FAIL_STATUS = Number(400, 599, "a status")
 _FAIL = {
-    "status": Computed(_FAIL_STATUS, default=500),
+    "status": Value(_FAIL_STATUS, default=500),
     "message": Value(required=True),
     "headers": _headers(_SET_BY_SERVER | {"content-type": "is application/problem+json here"}),
 }
@@ -4370,7 +4367,7 @@ STEP_KINDS: dict[str, Member] = {
     "choose": Elsewhere("astera_lite_steps:CHOOSE"),
     "call": Elsewhere("astera_lite_steps:CALL"),
     "wait": StepKind(
-        Either(Computed(Duration()), Elsewhere("astera_lite_steps:UNTIL")),
+        Either(Value(Duration()), Elsewhere("astera_lite_steps:UNTIL")),
         _make_wait,
         "waits for a duration, or until a time",
     ),
@@ -4573,8 +4570,6 @@ _RETRY = {
 class _OnError(Value):
     """The value that stands for that of a failed step."""
 
-    word = '"continue", or a value to use instead'
-
     def read(self, build: Build, value: Any, place: str) -> Template:
         return super().read(build, None if value == "continue" else value, place)
 
@@ -4584,7 +4579,7 @@ _OPTIONS: dict[str, Member] = {
     "when": Condition(),
     "timeout": Duration(),
     "retry": Table(_RETRY, _make_retry, short="attempts"),
-    "onError": _OnError(),
+    "onError": _OnError(word='"continue", or a value to use instead'),
     "description": Text(),
 }
 STEP_OPTIONS = tuple(_OPTIONS)

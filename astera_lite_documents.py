@@ -24,7 +24,6 @@ from astera_lite import (
     REVALIDATED,
     SCHEMA_RULES,
     VALUE_SCHEMA,
-    Computed,
     ConfigError,
     Deployments,
     Either,
@@ -39,6 +38,7 @@ from astera_lite import (
     Reply,
     StepKind,
     Table,
+    Value,
     __version__,
     as_text,
     entity_tag,
@@ -74,8 +74,8 @@ def _member_schema(member: Member) -> dict[str, Any]:
             return _member_schema(wing(member.name))
         case StepKind():
             return _member_schema(member.members) | {"description": member.word}
-        case Computed():
-            return {"anyOf": [_member_schema(member.plain), {"type": "string", "pattern": r"\$\{"}]}
+        case Value() if plain := _member_schema(member.plain):
+            return {"anyOf": [plain, {"type": "string", "pattern": r"\$\{"}]}
         case Either():
             return {"anyOf": [_member_schema(member.plain), _member_schema(member.structured)]}
         case MapOf():

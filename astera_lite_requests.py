@@ -38,7 +38,6 @@ from astera_lite import (
     Address,
     Budget,
     Build,
-    Computed,
     Duration,
     ExpressionError,
     Fetched,
@@ -570,7 +569,7 @@ OAUTH2 = Table(
         "clientId": Value(required=True),
         "clientSecret": Value(required=True),
         "scope": Value(),
-        "in": Computed(OneOf("header", "body"), default="header"),
+        "in": Value(OneOf("header", "body"), default="header"),
     },
     _ClientCredentials,
 )
@@ -583,7 +582,7 @@ def _make_auth(build: Build, given: dict[str, Any], place: str) -> Auth:
     return Auth(kind, {"token": values} if kind == "bearer" else values)
 
 
-_WHERE = Computed(OneOf("header", "query"), required=True)
+_WHERE = Value(OneOf("header", "query"), required=True)
 _AUTH: dict[str, Member] = {
     "bearer": Value(),
     "basic": Table({"user": Value(required=True), "password": Value(required=True)}),
@@ -709,7 +708,7 @@ class _Page(Table):
         return page
 
 
-PAGE = _Page({"items": Value(required=True), "size": Computed(Number(1, _MAX_PAGE), default=100)})
+PAGE = _Page({"items": Value(required=True), "size": Value(Number(1, _MAX_PAGE), default=100)})
 
 
 def join_selections(build: Build, each: Sequence[Selection], parameters: Sequence[Parameter]) -> Selection:

@@ -28,7 +28,6 @@ from astera_lite import (
     Build,
     Cancel,
     Cancelled,
-    Computed,
     Condition,
     Either,
     ExpressionError,
@@ -294,7 +293,7 @@ def _make_until(build: Build, given: dict[str, Any], place: str) -> Runner:
 
 
 _TIME = Member(parse=_parse_time, word="a time such as 2026-11-23T20:31:05Z", json={"type": ["number", "string"]})
-UNTIL = Table({"until": Computed(_TIME, required=True)}, _make_until)
+UNTIL = Table({"until": Value(_TIME, required=True)}, _make_until)
 
 
 # A statement's parts in which a mark is no parameter, and the marks of parameters (SQLite, "lang_expr").
