@@ -5357,6 +5357,13 @@ def _format(db: sqlite3.Connection, path: str) -> int:
     return version
 
 
+def _log_size(folder: str, max_bytes: int | None) -> int:
+    """The size at which the log of a database of at most `max_bytes` in a folder starts again."""
+    with contextlib.suppress(OSError):  # not every file system tells
+        max_bytes = min(max_bytes or sys.maxsize, shutil.disk_usage(folder).free)
+    return min(_LOG_BYTES, max((max_bytes or _LOG_BYTES) // 4, 1 << 18))
+
+
 def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3.Connection:
     """Open a database for writing. Creates the file, or upgrades it to the present version of the schema."""
     db = None
@@ -5642,9 +5649,7 @@ class SqliteStore(SqliteReader, Writer):
         self._unfolded = 0  # writes since the log was folded into the file
         self._folder: threading.Thread | None = None
         self._slow_until = 0.0  # on the monotonic clock
-        with contextlib.suppress(OSError):  # not every file system tells
-            max_bytes = min(max_bytes or sys.maxsize, shutil.disk_usage(folder).free)
-        self._log_bytes = min(_LOG_BYTES, max((max_bytes or _LOG_BYTES) // 4, 1 << 18))
+        self._log_bytes = _log_size(folder, max_bytes)
         with contextlib.ExitStack() as undone:
             self._owner = _own(path)
             undone.callback(self._owner.close)
@@ -5872,8 +5877,7 @@ class SqliteStore(SqliteReader, Writer):
     def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
         """The jobs among `keys` that are finished or deleted."""
         sql = f"SELECT 1 FROM jobs{OF_KEY} AND status = 'Running'"
-        with self._reading() as db:
-            return [key for key in keys if db.execute(sql, key).fetchone() is None]
+        return [key for key in keys if self._first(sql, key) is None]
 
     def start(self, key: JobKey, attempt: int, started: int, done: Done = ignore_result) -> None:
         """Record that a run began; `done` gets whether the job is Running, at this attempt or the one before."""
