@@ -2811,7 +2811,7 @@ class Build:
         self.faults: list[Fault] = []
         self.names: Mapping[str, Schema | None] = {}
         self.hints: dict[str, str] = {}  # messages for unknown names
-        self.given: dict[str, Any] = {}  # the compiled members so far of the object in progress
+        self.schema: Schema | None = None  # of the last template
         self.volatile = False  # whether a template of the step in progress is
         self.calls: list[tuple[str, str]] = []  # the called flows, and the places of the calls
         self.step_names: set[str] = set()  # of all steps, also those inside other steps
@@ -2825,7 +2825,7 @@ class Build:
     def template(self, value: Any, place: str) -> Template:
         """Compile a value that may have expressions."""
         template = compile_template(value, self.names, place, self.fault, self.hints)
-        self.volatile = self.volatile or template.volatile
+        self.schema, self.volatile = template.schema, self.volatile or template.volatile
         return template
 
     def add_name(self, name: str, schema: Schema | None = None) -> None:
@@ -2835,12 +2835,11 @@ class Build:
     @contextlib.contextmanager
     def block(self) -> Iterator[None]:
         """Compile a part of the flow; the names that it adds are unknown after it."""
-        outer = self.names, self.given
-        self.given = {}
+        outer = self.names
         yield
-        for name in self.names.keys() - outer[0].keys() if self.names is not outer[0] else ():
+        for name in self.names.keys() - outer.keys():
             self.hints[name] = f'"{name}" is known only inside the step that it belongs to'
-        self.names, self.given = outer
+        self.names = outer
 
 
 class Member:
@@ -3049,7 +3048,7 @@ class Table(Member):
         if not isinstance(value, dict):
             build.fault(place, f"must be an object with {', '.join(self.members)}, not {kind_of(value)}")
             return None
-        before, members = len(build.faults), self.members
+        before, members, values = len(build.faults), self.members, {}
         if self.more is not None:
             members = dict.fromkeys(value, self.more) | dict(members)
         with build.block():
@@ -3057,8 +3056,7 @@ class Table(Member):
             for name, member in members.items():
                 if name in value or member.default is not None:
                     at = f"{place}/{pointer(name)}"
-                    build.given[name] = member.read(build, value.get(name, member.default), at)
-            values = build.given
+                    values[name] = member.read(build, value.get(name, member.default), at)
         if len(build.faults) > before:
             return None
         return self.make(build, values, place) if self.make else values

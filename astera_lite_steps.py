@@ -115,8 +115,8 @@ class _ItemName(StepName):
     """The name of the items of `each`; those of a part of the body are known by their schema."""
 
     def read(self, build: Build, value: Any, place: str) -> str:
-        name, of = super().read(build, value, place), build.given.get("of")
-        build.add_name(name, of and of.schema and of.schema.items)
+        name = super().read(build, value, place)
+        build.add_name(name, build.schema and build.schema.items)  # the last template is that of `of`
         return name
 
 
