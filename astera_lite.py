@@ -70,7 +70,6 @@ if __name__ == "__main__":
 
 import ast
 import base64
-import binascii
 import bisect
 import codecs
 import contextlib
@@ -6696,13 +6695,15 @@ class Engine:
         entry = self.queue.entries.get(key.seq)
         if entry is None or (entry.state is State.ENDING and self._store.shared):  # another server may see its end
             return None, None
-        job = entry.job or (entry.prepared.job if entry.prepared else None)
-        return job if job and job.key == key else None, entry.run.progress if entry.run else entry.progress
+        run, prepared = entry.run, entry.prepared  # which the job's thread may drop at any moment
+        job = entry.job or (prepared.job if prepared else None)
+        return job if job and job.key == key else None, run.progress if run else entry.progress
 
     def trace(self, key: JobKey) -> list[dict[str, Any]] | None:
         """The steps so far of a running job."""
         entry = self.queue.entries.get(key.seq)
-        return list(entry.run.trace) if entry and entry.run and entry.run.trace else None
+        run = entry.run if entry else None
+        return list(run.trace) if run and run.trace else None
 
     def retry_after(self, flow: str) -> int:
         """Whole seconds, at least 1, after which a new job of this flow is likely to be finished."""
@@ -6781,28 +6782,6 @@ _LATE_MS = 2000  # a later response makes a receiver doubtful
 _LEASE_S = 10.0  # time after the timeout of a delivery in which its outcome is to be stored
 
 
-def signing_key(secret: str | None) -> bytes | None:
-    """The key in a Standard Webhooks secret (`whsec_` and base64); raises ConfigError."""
-    if secret is None:
-        return None
-    try:
-        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-        if secret.startswith("whsec_") and 24 <= len(key) <= 64:
-            return key
-    except (binascii.Error, ValueError):
-        pass
-    message = "must be whsec_ and the base64 of 24 to 64 random bytes, as `openssl rand -base64 32` gives them"
-    raise ConfigError([Fault("callback_secret", "", message)])
-
-
-def sign(key: bytes, message_id: str, timestamp_s: int, body: bytes) -> str:
-    """A signature of Standard Webhooks 1.0: `v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`."""
-    import hmac  # noqa: PLC0415 (0.9 MB that only signatures need)
-
-    signed = f"{message_id}.{timestamp_s}.".encode() + body
-    return "v1," + base64.b64encode(hmac.digest(key, signed, "sha256")).decode()
-
-
 def next_try(
     attempt: Attempt, number: int, retry_after_s: float, retries: Sequence[float], now: int, expires: int
 ) -> tuple[str, int | None]:
@@ -6837,12 +6816,12 @@ class Courier:
         clock: Clock,
         metrics: Metrics,
         *,
-        key: bytes | None = None,
+        sign: Callable[[str, int, bytes], str] | None = None,
         timeout: float = 15.0,
         retries: Sequence[float] = (),
     ) -> None:
         self._store, self._policy, self._clock = store, policy, clock
-        self._metrics, self._key, self._timeout, self._retries = metrics, key, timeout, retries
+        self._metrics, self._sign, self._timeout, self._retries = metrics, sign, timeout, retries
         self._lease_s = timeout + _LEASE_S
         self._changed = threading.Condition()  # guards what follows
         self._leases: dict[JobKey, tuple[str, float]] = {}  # receiver, and when the lease ends (monotonic)
@@ -6943,8 +6922,8 @@ class Courier:
             "webhook-id": message_id,
             "webhook-timestamp": str(sent_s),
         }
-        if self._key is not None:
-            headers["webhook-signature"] = sign(self._key, message_id, sent_s, body)
+        if self._sign is not None:
+            headers["webhook-signature"] = self._sign(message_id, sent_s, body)
         if delivery.trace is not None:
             headers |= delivery.trace.headers()
         this = about("job", job.id, job.flow, delivery.trace)
@@ -7329,16 +7308,16 @@ class Application:
         self.node: Any = None  # what this server does as one of several on one database: astera_lite_nodes.Node
         environ = os.environ if environ is None else environ
         local = is_loopback(settings.host) and settings.public_url is None
-        named, origins = settings.secrets, settings.cors_origins
+        key, named, origins = settings.callback_secret, settings.secrets, settings.cors_origins
         made = _all_checked(
             callback_allow=partial(AddressPolicy, settings.callback_allow, loopback=local),
-            callback_secret=partial(signing_key, settings.callback_secret),
+            callback_secret=partial(late("astera_lite_secrets:signer"), key) if key is not None else lambda: None,
             secrets=partial(late("astera_lite_secrets:read_secrets"), named, environ) if named else dict,
             public_url=partial(_check_public_url, settings.public_url),
             cors_origins=partial(late("astera_lite_admin:parse_origins"), origins) if origins else set,
             database=partial(_check_database, settings.database),
         )
-        self.policy, self._signing_key, secrets = made["callback_allow"], made["callback_secret"], made["secrets"]
+        self.policy, self._sign, secrets = made["callback_allow"], made["callback_secret"], made["secrets"]
         self.origins: set[str] = made["cors_origins"]
         allowed = [pattern.strip() for pattern in settings.env_allow.split(",")]
         self.outside = Surroundings(
@@ -7406,7 +7385,7 @@ class Application:
             self.policy,
             self.clock,
             self.metrics,
-            key=self._signing_key,
+            sign=self._sign,
             timeout=settings.callback_timeout,
             retries=settings.callback_retries,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dis
 import inspect
+import os
 import shutil
 import subprocess
 import sys
@@ -232,13 +233,15 @@ def test_an_embedding_program_needs_the_wing_of_requests_alone(alone: Path) -> N
     [
         ("admin", "--cors-origins", "https://app.example"),
         ("secrets", "--secrets", "HOME"),
+        ("secrets", "ASTERA_LITE_CALLBACK_SECRET", "whsec_" + "A" * 43 + "="),
         ("tls", "--tls-cert", "a.pem"),
         ("notices", "--log", "json"),
     ],
 )
 def test_a_setting_without_its_wing_is_one_sentence(alone: Path, wing: str, flag: str, value: str) -> None:
-    command = [sys.executable, "astera_lite.py", "--port", "0", flag, value]
-    done = subprocess.run(command, cwd=alone, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "astera_lite.py", "--port", "0", *([flag, value] if flag.startswith("-") else [])]
+    environment = {**os.environ, flag: value}
+    done = subprocess.run(command, cwd=alone, capture_output=True, text=True, timeout=60, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{NO_ADMIN.replace('admin', wing)}\n")
 
 
