@@ -7340,6 +7340,7 @@ class Application:
         self.watchers = Watchers()
         self.tokens: list[Token] = []
         self.is_open = False  # from start to the very end of stop
+        self._coming = 0  # bytes of requests on their way to the disk; the queue's lock guards them
         self.metrics = Metrics()
         self.started_at = 0  # milliseconds since the epoch, by the system's clock
 
@@ -7508,19 +7509,25 @@ class Application:
         except BaseException:  # out of memory: the job is not on its way, and must not count for its flow's limit
             self.engine.queue.dismiss(job.key.seq)
             raise
+        self._count_coming(len(request.body))
+
+    def _count_coming(self, size: int) -> None:
+        with self.engine.queue.changed:
+            self._coming += size
 
     def _check_room(self, flow: Flow) -> None:
         """Raise Busy unless there is room for a job."""
         if self.engine.queue.queued + self.store.queued >= self.settings.max_queue:
             raise Busy("The queue of jobs is full.", self.engine.retry_after(flow.name))
         most = self.settings.max_database
-        if most is not None and not self.store.shared and self.store.size() >= most:
+        if most is not None and not self.store.shared and self.store.size() + self._coming >= most:
             raise Busy("The database has reached its maximum size: results that expire free space.", 60)
 
     def _accepted(
         self, ready: Prepared, submission: Submission, done: Done, result: Any, error: AsteraError | None
     ) -> None:
         """After the write: run a job that is on disk, forget one that is not."""
+        self._count_coming(-len(submission.request.body))
         job, ended = ready.job, submission.ended
         added = isinstance(result, Added) and not result.replayed
         if added:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -11,8 +12,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ import requests
 from support import PROGRAM, ROOT, Api, get_flow, process, until
 
 import astera_lite_database
-from astera_lite import AsteraLite, SqliteReader, StoreError
+from astera_lite import AsteraLite, Busy, SqliteReader, SqliteStore, StoreError
 
 PROMPT = 0.7  # seconds in which /health answers, whatever the disk does
 HELD = '''
@@ -288,6 +291,29 @@ def test_max_database_refuses_before_the_disk_is_full_and_leaves_room_for_ends(f
             api.finished(job_id)
         api.all_there()
     assert not any("full" in line for line in lines)
+
+
+def test_requests_on_their_way_to_a_slow_disk_count_for_max_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, transact = threading.Event(), SqliteStore._transact
+
+    def slow(store: SqliteStore, batch: list[Any], busy_ms: int) -> list[Any]:
+        go.wait(10)
+        return transact(store, batch, busy_ms)
+
+    flow = get_flow("/f", steps=[{"name": "w", "wait": 60}])
+    flow["request"] |= {"method": "POST", "contentTypes": ["binary"]}
+    with AsteraLite(database=str(tmp_path / "jobs.db"), max_database="1MiB") as app, ThreadPoolExecutor(30) as pool:
+        app.deploy("f", flow)
+        monkeypatch.setattr(SqliteStore, "_transact", slow)
+        sent = [pool.submit(app.submit, "f", body=bytes(100_000)) for _ in range(30)]
+        with contextlib.suppress(AssertionError):
+            until(lambda: sum(each.done() for each in sent) >= 15, 3)  # refused at once
+        go.set()
+        failures = [each.exception(10) for each in sent]
+    assert {type(failure) for failure in failures} == {type(None), Busy}
+    assert 5 <= failures.count(None) <= 15
 
 
 def test_a_log_that_many_writes_made_long_does_not_leave_the_server_refusing(folder: Path) -> None:
