@@ -3684,21 +3684,20 @@ class _StepRun:
 
     def __init__(self, run: Run, step: Step, path: str) -> None:
         self.run, self.step, self.path = run, step, path
-        self.began = run.outside.clock.wall()  # milliseconds since the epoch
+        #: Milliseconds since the epoch; before a suspension, if there was one.
+        self.began: int = run.journal.saved.get(journal_key(path, "began")) or run.outside.clock.wall()
         self.failures: list[Mapping[str, Any]] = []  # of each attempt
 
     def value(self, scope: Scope) -> Any:
         """Run the step, and add its end to the trace; return its value."""
         run, step = self.run, self.step
-        began_key = journal_key(self.path, "began")
-        self.began = run.journal.saved.get(began_key, self.began)
         try:
             canned, value = run.canned.output(step, self.path) if run.canned is not None else (False, None)
             if not canned:
                 value = self._attempts(scope)
         except _Suspend:
-            if began_key not in run.journal.saved and run.trace is not None:
-                run.journal.record(began_key, self.began)
+            if run.trace is not None:
+                run.journal.record(journal_key(self.path, "began"), self.began)
             raise
         except (Answered, Cancelled) as signal:
             self.add_line("answered" if isinstance(signal, Answered) else "cancelled")
