@@ -1445,43 +1445,6 @@ def _range(start: int, stop: int | None = None, step: int = 1) -> list[int]:
     return list(numbers)
 
 
-def _field_of(rows: Any, name: str) -> list[Any]:
-    if type(rows) is not list:
-        raise ExpressionError(f"{kind_of(rows)} is not a list of rows")
-    try:
-        return [row[name] for row in rows]
-    except (KeyError, TypeError):
-        at = next(at for at, row in enumerate(rows) if type(row) is not dict or name not in row)
-        raise ExpressionError(f'row {at} has no field "{name}"') from None
-
-
-def sort_by(rows: Any, *fields: str) -> list[Any]:
-    """The rows sorted by these fields, descending after a leading "-"; rows whose field is null come last."""
-    for name in reversed(fields):
-        descending, name = name.startswith("-"), name.removeprefix("-")
-        nulls = [row for row, value in zip(rows, _field_of(rows, name), strict=True) if value is None]
-        rows = [row for row in rows if row[name] is not None]
-        try:
-            rows.sort(key=operator.itemgetter(name), reverse=descending)
-        except TypeError:
-            raise ExpressionError(f'the field "{name}" has values that cannot be compared') from None
-        rows += nulls
-    return list(rows)
-
-
-def group_by(rows: Any, name: str) -> dict[Any, list[Any]]:
-    """An object of lists: the rows by the value of a field."""
-    groups: dict[Any, list[Any]] = {}
-    for value, row in zip(_field_of(rows, name), rows, strict=True):
-        groups.setdefault(value, []).append(row)
-    return groups
-
-
-def index_by(rows: Any, name: str) -> dict[Any, Any]:
-    """An object of rows by the value of a field; of rows with the same value, the last one."""
-    return dict(zip(_field_of(rows, name), rows, strict=True))
-
-
 def _unique(values: Any) -> list[Any]:
     try:
         return list(dict.fromkeys(values))
@@ -1522,20 +1485,13 @@ def _whole(*args: Any, **named: Any) -> Iterable[Any]:
     return (*args, *named.values())
 
 
-def field_values(rows: Any, *names: Any, **named: Any) -> list[Any]:
-    """The values of the fields by which rows are sorted, grouped or indexed."""
-    if type(rows) not in (list, tuple):
-        return []
-    names = tuple(name.removeprefix("-") for name in (*names, *named.values()) if type(name) is str)
-    return [row.get(name) for row in rows if type(row) is dict for name in names]
-
-
 class Function(NamedTuple):
     """A function of the language."""
 
     signature: str  # Python syntax: Python binds the arguments; messages and docs/flows.md show it
-    call: Callable[..., Any]
-    reads: Callable[..., Iterable[Any]] | None = lambda *_, **__: ()  # what it reads in depth; None: a call is free
+    call: Callable[..., Any] | str  # or its name in a wing, which an expression with the function loads
+    #: What it reads in depth; None: a call is free.
+    reads: Callable[..., Iterable[Any]] | str | None = lambda *_, **__: ()
 
 
 _FREE = None
@@ -1569,9 +1525,9 @@ FUNCTIONS = {
         Function("base64(value)", lambda value: base64.b64encode(as_bytes(value)).decode(), _whole),
         Function("sha256(value)", lambda value: hashlib.sha256(as_bytes(value)).hexdigest(), _whole),
         Function("urlencode(value)", _urlencode, _whole),
-        Function("sort_by(rows, *fields)", sort_by, field_values),
-        Function("group_by(rows, name)", group_by, field_values),
-        Function("index_by(rows, name)", index_by, field_values),
+        Function("sort_by(rows, *fields)", "astera_lite_steps:sort_by", "astera_lite_steps:field_values"),
+        Function("group_by(rows, name)", "astera_lite_steps:group_by", "astera_lite_steps:field_values"),
+        Function("index_by(rows, name)", "astera_lite_steps:index_by", "astera_lite_steps:field_values"),
         Function("unique(values)", _unique, _whole),
         Function("merge(*objects)", _merge, lambda *objects: map(list, objects)),
     )
@@ -1619,7 +1575,8 @@ _METHOD_NAMES = frozenset(name for methods in METHODS.values() for name in metho
 
 
 def _paid_function(function: Function) -> Callable[..., Any]:
-    call, reads = function.call, function.reads
+    call: Any = wing(function.call) if isinstance(function.call, str) else function.call
+    reads: Any = wing(function.reads) if isinstance(function.reads, str) else function.reads
     if reads is None:
         return lambda budget, *args, **named: call(*args, **named)
 
@@ -1655,11 +1612,8 @@ def _paid_method(name: str) -> Callable[..., Any]:
     return paid
 
 
+#: What the code of expressions can name: the functions and methods that some expression calls.
 _GLOBALS: dict[str, Any] = {"__builtins__": {}}
-_GLOBALS |= {f"_f_{name}": _paid_function(function) for name, function in FUNCTIONS.items()}
-_GLOBALS |= {f"_m_{name}": _paid_method(name) for name in _METHOD_NAMES}
-
-
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 _PAID_OPERATORS = {ast.Add: "add", ast.Mult: "multiply", ast.Mod: "modulo", ast.Pow: "power"}
 #: Nodes that stay as they are, except for the nodes inside them.
@@ -1855,9 +1809,12 @@ class _Compiler(ast.NodeTransformer):
         if name not in table:
             words = optional("astera_lite_advice:on_word", name)
             raise ValueError(f"there is no {shape}" + (f": write {words}" if words else suggest(name, table)))
-        if table is not _METHOD_NAMES:
+        if table is _METHOD_NAMES:
+            _GLOBALS.setdefault(target, _paid_method(name))
+        else:
             self.volatile = self.volatile or name in VOLATILE
             _check_arguments(name, len(args), [word.arg or "" for word in node.keywords])
+            _GLOBALS.setdefault(target, _paid_function(FUNCTIONS[name]))
         return ast.Call(ast.Name(target, ast.Load()), [ast.Name("_b", ast.Load()), *args], node.keywords)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:

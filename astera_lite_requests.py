@@ -69,7 +69,6 @@ from astera_lite import (
     encode_query,
     evaluated,
     fetch,
-    field_values,
     from_json,
     kind_of,
     members_of,
@@ -263,7 +262,8 @@ class Selected(NamedTuple):
         if type(given) not in (list, tuple) or not all(type(row) is dict for row in given):
             raise ExpressionError(f"{place}: filter and sort need a list of objects")
         rows = list(given)
-        Budget(MAX_WORK).deep(field_values(rows, *self.filters, *self.sort))
+        names = [field.removeprefix("-") for field in (*self.filters, *self.sort)]
+        Budget(MAX_WORK).deep([row.get(name) for row in rows for name in names])
         for name, texts in self.filters.items():
             numbers = {number for text in texts if (number := read_number(text)) is not None}
             rows = [row for row in rows if _is_selected(row.get(name), texts, numbers)]

@@ -1,4 +1,4 @@
-"""The steps choose, each, call and sql; `until` of a wait; the tests that flows have; flow files in TOML.
+"""The steps choose, each, call and sql; `until` of a wait; tests and TOML of flows; the functions that take rows.
 
 A wing of astera_lite, which loads this file when one of them is first wanted.
 """
@@ -10,6 +10,7 @@ import copy
 import datetime
 import itertools
 import math
+import operator
 import os
 import re
 import sqlite3
@@ -565,3 +566,51 @@ def _as_json(value: Any, place: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{place}: {value} is not a JSON number")
     return value
+
+
+# --- functions of expressions ---
+
+
+def _field_of(rows: Any, name: str) -> list[Any]:
+    if type(rows) is not list:
+        raise ExpressionError(f"{kind_of(rows)} is not a list of rows")
+    try:
+        return [row[name] for row in rows]
+    except (KeyError, TypeError):
+        at = next(at for at, row in enumerate(rows) if type(row) is not dict or name not in row)
+        raise ExpressionError(f'row {at} has no field "{name}"') from None
+
+
+def sort_by(rows: Any, *fields: str) -> list[Any]:
+    """The rows sorted by these fields, descending after a leading "-"; rows whose field is null come last."""
+    for name in reversed(fields):
+        descending, name = name.startswith("-"), name.removeprefix("-")
+        nulls = [row for row, value in zip(rows, _field_of(rows, name), strict=True) if value is None]
+        rows = [row for row in rows if row[name] is not None]
+        try:
+            rows.sort(key=operator.itemgetter(name), reverse=descending)
+        except TypeError:
+            raise ExpressionError(f'the field "{name}" has values that cannot be compared') from None
+        rows += nulls
+    return list(rows)
+
+
+def group_by(rows: Any, name: str) -> dict[Any, list[Any]]:
+    """An object of lists: the rows by the value of a field."""
+    groups: dict[Any, list[Any]] = {}
+    for value, row in zip(_field_of(rows, name), rows, strict=True):
+        groups.setdefault(value, []).append(row)
+    return groups
+
+
+def index_by(rows: Any, name: str) -> dict[Any, Any]:
+    """An object of rows by the value of a field; of rows with the same value, the last one."""
+    return dict(zip(_field_of(rows, name), rows, strict=True))
+
+
+def field_values(rows: Any, *names: Any, **named: Any) -> list[Any]:
+    """The values of the fields by which rows are sorted, grouped or indexed."""
+    if type(rows) not in (list, tuple):
+        return []
+    names = tuple(name.removeprefix("-") for name in (*names, *named.values()) if type(name) is str)
+    return [row.get(name) for row in rows if type(row) is dict for name in names]
