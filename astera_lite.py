@@ -5076,17 +5076,88 @@ def _execute(sql: str, values: Sequence[Any], execute: Execute) -> bool:
     return bool(execute(sql, values).rowcount > 0)
 
 
-class Writer:
-    """A thread that writes for a store. All waiting writes are committed together, in one transaction.
+def read_job(row: Sequence[Any]) -> Job:
+    """A row that begins with JOB_COLUMNS as a record."""
+    values = list(row[1 : _AT_CALLBACK + 1])
+    values[0] = JobKey(*row[:2])
+    values[_AT_STATUS] = Status(values[_AT_STATUS])
+    values[_AT_ERROR] = values[_AT_ERROR] and json.loads(values[_AT_ERROR])
+    if values[-1] is not None:
+        values[-1] = Delivery(*row[_AT_CALLBACK : _AT_CALLBACK + 7])
+    return Job._make(values)
 
-    A write has `done`, which gets its result, and `keep`: whether the write is tried again, instead of failing, while
-    the database cannot be written. New jobs wait in `new` for `flush`. A subclass provides the functions declared here.
+
+def _read_request(text: str, body: bytes) -> StoredRequest:
+    """The columns `request` and `request_body` as a record."""
+    sent = json.loads(text)
+    trace = sent.pop("trace", None)
+    return StoredRequest(**sent, body=body, trace=trace and Trace(*trace))
+
+
+def read_deliveries(rows: Iterable[Sequence[Any]]) -> list[tuple[Job, Delivery]]:
+    """Rows of JOB_COLUMNS and `request` as callbacks that are owed."""
+    jobs = [(read_job(row), _read_request(row[-1], b"").trace) for row in rows]
+    return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
+
+
+def find_key(flow: str, token: str, key: str, now: int, execute: Execute) -> tuple[Job, bytes] | None:
+    """The job that has an idempotency key, and its fingerprint; None if the key is free."""
+    row = execute(
+        f"SELECT {JOB_COLUMNS}, fingerprint{FROM_JOBS}"
+        " WHERE flow = ? AND token = ? AND idempotency_key = ? AND (expires IS NULL OR expires > ?)",
+        (flow, token, key, now),
+    ).fetchone()
+    return row and (read_job(row), row[-1])
+
+
+def replay(known: tuple[Job, bytes], fingerprint: bytes) -> Added | Conflict:
+    """The answer to a submission with a known key: the job, or Conflict if its request was another one."""
+    if known[1] == fingerprint:
+        return Added(known[0], True)
+    return Conflict("This Idempotency-Key was used with another request: use a new key for a new request.", 422)
+
+
+def _forget(execute: Execute, seqs: Collection[int]) -> None:
+    for key in ("pieces.job", "steps.job", "callbacks.job", "attempts.job", "jobs.seq"):
+        execute(f"DELETE FROM {key.partition('.')[0]} WHERE {key} IN ({','.join(map(str, seqs))})", ())
+
+
+def purge_jobs(execute: Execute, now: int, limit: int, spared: Collection[int] = (), lock: str = "") -> list[JobKey]:
+    """Delete at most `limit` expired jobs, about _PURGE_BYTES of results, but none of `spared`. Returns their keys."""
+    others = f" AND seq NOT IN ({','.join(map(str, spared))})" if spared else ""
+    expired, total = [], 0
+    sql = f"SELECT seq, salt, size FROM jobs WHERE expires <= ?{others} ORDER BY expires LIMIT ?{lock}"
+    for seq, salt, size in execute(sql, (now, limit)).fetchall():
+        expired.append(JobKey(seq, salt))
+        total += size or 0
+        if total > _PURGE_BYTES:
+            break
+    if expired:
+        _forget(execute, [key.seq for key in expired])
+    return expired
+
+
+class Writer:
+    """A thread that writes for a store, and the writes that are the same on both databases.
+
+    All waiting writes are committed together, in one transaction. A write has `done`, which gets its result, and
+    `keep`: whether the write is tried again, instead of failing, while the database cannot be written. New jobs wait in
+    `new` for `flush`. A subclass provides the functions declared here.
     """
 
     fault: str | None = None  # why nothing can be written
+    _locked = ""  # clause that locks the rows that a statement reads
     _write: Callable[[list[Any]], list[Any]]  # commits a batch: the result of each write
     _note: Callable[[Exception, list[Any]], tuple[AsteraError, bool]]  # error for the writes, and whether it may pass
     _with_probe: Callable[[list[Any]], list[Any]]  # adds a write that shows whether a fault has passed
+
+    def _run(self, run: Callable[[Execute], Any], done: Done, keep: bool = False) -> None:
+        """Queue a write; `done` gets what `run` returns."""
+        raise NotImplementedError
+
+    def _do(self, sql: str, values: Sequence[Any], done: Done = ignore_result, keep: bool = False) -> None:
+        """Queue a statement; `done` gets whether it changed anything."""
+        raise NotImplementedError
 
     def __init__(self) -> None:
         self.new: deque[Any] = deque()  # new jobs, until `flush`
@@ -5195,80 +5266,30 @@ class Writer:
             except Exception:  # a faulty listener must not end the thread
                 log.exception("after a write")
 
+    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
+        """Find the job that has a key, after all earlier writes; `done` gets job and fingerprint, or None."""
+        self._run(partial(find_key, flow, token, idempotency_key, now), done)
 
-def read_job(row: Sequence[Any]) -> Job:
-    """A row that begins with JOB_COLUMNS as a record."""
-    values = list(row[1 : _AT_CALLBACK + 1])
-    values[0] = JobKey(*row[:2])
-    values[_AT_STATUS] = Status(values[_AT_STATUS])
-    values[_AT_ERROR] = values[_AT_ERROR] and json.loads(values[_AT_ERROR])
-    if values[-1] is not None:
-        values[-1] = Delivery(*row[_AT_CALLBACK : _AT_CALLBACK + 7])
-    return Job._make(values)
+    def delete(self, key: JobKey, done: Done) -> None:
+        """Delete a finished job; `done` gets deleted, running, owed or absent."""
 
+        def run(execute: Execute) -> str:
+            sql = f"SELECT status, (SELECT state FROM callbacks WHERE job = seq) FROM jobs{OF_KEY}{self._locked}"
+            row = execute(sql, key).fetchone()
+            if row is None:
+                return "absent"
+            if row[0] == Status.RUNNING:
+                return "running"
+            if row[1] == "pending":
+                return "owed"
+            _forget(execute, [key.seq])
+            return "deleted"
 
-def _read_request(text: str, body: bytes) -> StoredRequest:
-    """The columns `request` and `request_body` as a record."""
-    sent = json.loads(text)
-    trace = sent.pop("trace", None)
-    return StoredRequest(**sent, body=body, trace=trace and Trace(*trace))
+        self._run(run, done)
 
-
-def read_deliveries(rows: Iterable[Sequence[Any]]) -> list[tuple[Job, Delivery]]:
-    """Rows of JOB_COLUMNS and `request` as callbacks that are owed."""
-    jobs = [(read_job(row), _read_request(row[-1], b"").trace) for row in rows]
-    return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
-
-
-def find_key(flow: str, token: str, key: str, now: int, execute: Execute) -> tuple[Job, bytes] | None:
-    """The job that has an idempotency key, and its fingerprint; None if the key is free."""
-    row = execute(
-        f"SELECT {JOB_COLUMNS}, fingerprint{FROM_JOBS}"
-        " WHERE flow = ? AND token = ? AND idempotency_key = ? AND (expires IS NULL OR expires > ?)",
-        (flow, token, key, now),
-    ).fetchone()
-    return row and (read_job(row), row[-1])
-
-
-def replay(known: tuple[Job, bytes], fingerprint: bytes) -> Added | Conflict:
-    """The answer to a submission with a known key: the job, or Conflict if its request was another one."""
-    if known[1] == fingerprint:
-        return Added(known[0], True)
-    return Conflict("This Idempotency-Key was used with another request: use a new key for a new request.", 422)
-
-
-def _forget(execute: Execute, seqs: Collection[int]) -> None:
-    for key in ("pieces.job", "steps.job", "callbacks.job", "attempts.job", "jobs.seq"):
-        execute(f"DELETE FROM {key.partition('.')[0]} WHERE {key} IN ({','.join(map(str, seqs))})", ())
-
-
-def delete_job(execute: Execute, key: JobKey, lock: str = "") -> str:
-    """Delete a finished job. Returns deleted, running, owed or absent. `lock` is a clause that locks the row."""
-    sql = f"SELECT status, (SELECT state FROM callbacks WHERE job = seq) FROM jobs{OF_KEY}{lock}"
-    row = execute(sql, key).fetchone()
-    if row is None:
-        return "absent"
-    if row[0] == Status.RUNNING:
-        return "running"
-    if row[1] == "pending":
-        return "owed"
-    _forget(execute, [key.seq])
-    return "deleted"
-
-
-def purge_jobs(execute: Execute, now: int, limit: int, spared: Collection[int] = (), lock: str = "") -> list[JobKey]:
-    """Delete at most `limit` expired jobs, about _PURGE_BYTES of results, but none of `spared`. Returns their keys."""
-    others = f" AND seq NOT IN ({','.join(map(str, spared))})" if spared else ""
-    expired, total = [], 0
-    sql = f"SELECT seq, salt, size FROM jobs WHERE expires <= ?{others} ORDER BY expires LIMIT ?{lock}"
-    for seq, salt, size in execute(sql, (now, limit)).fetchall():
-        expired.append(JobKey(seq, salt))
-        total += size or 0
-        if total > _PURGE_BYTES:
-            break
-    if expired:
-        _forget(execute, [key.seq for key in expired])
-    return expired
+    def resend(self, key: JobKey, now: int, done: Done) -> None:
+        """Make the callback of a finished job due, with a new schedule; `done` gets whether the job has one."""
+        self._do("UPDATE callbacks SET state = 'pending', next = ?, attempts = 0 WHERE job = ?", (now, key.seq), done)
 
 
 def _owe(execute: Execute, finish: Finish) -> None:
@@ -5462,6 +5483,12 @@ class StoreReader:
         sql = "SELECT min(next) FROM callbacks WHERE state = 'pending' AND next > ?"
         return self._first(sql, (now,))[0] or None
 
+    def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
+        """The jobs among `keys` that are finished or deleted."""
+        seqs = ",".join(str(key.seq) for key in keys) or "NULL"
+        running = set(self._all(f"SELECT seq, salt FROM jobs WHERE seq IN ({seqs}) AND status = 'Running'"))
+        return [key for key in keys if key not in running]
+
     def last_seq(self) -> int:
         """The greatest `seq` stored; 0 if there is none."""
         return self._first("SELECT max(seq) FROM jobs")[0] or 0
@@ -5625,12 +5652,11 @@ class SqliteStore(SqliteReader, Writer):
 
     # --- writing ---
 
-    def _put(self, run: Callable[[Execute], Any], done: Done = ignore_result, keep: bool = True) -> None:
+    def _run(self, run: Callable[[Execute], Any], done: Done, keep: bool = False) -> None:
         self.put(_Write(run, done, keep))
 
-    def _do(self, sql: str, values: Sequence[Any], done: Done = ignore_result, keep: bool = True) -> None:
-        """Queue a statement; `done` gets whether it changed anything."""
-        self._put(partial(_execute, sql, values), done, keep)
+    def _do(self, sql: str, values: Sequence[Any], done: Done = ignore_result, keep: bool = False) -> None:
+        self._run(partial(_execute, sql, values), done, keep)
 
     def flush(self, post: Post = _here) -> None:
         """Store the jobs added so far, on the calling thread if that is quick. Call this method after `add`.
@@ -5663,7 +5689,7 @@ class SqliteStore(SqliteReader, Writer):
 
     def _probed(self, result: Any, error: AsteraError | None) -> None:
         if error is None:
-            self._do("DELETE FROM pieces WHERE job = 0", ())
+            self._do("DELETE FROM pieces WHERE job = 0", (), keep=True)
 
     def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
         failure = error if isinstance(error, AsteraError) else self._failure(error)
@@ -5753,7 +5779,7 @@ class SqliteStore(SqliteReader, Writer):
         if submission.idempotency_key is None and size <= _SMALL and (ended is None or ended.callback is None):
             self.new.append(_Write(partial(self._insert, submission, None), added, row=row))
         else:
-            self._put(partial(self._insert, submission, row), added, keep=False)
+            self._run(partial(self._insert, submission, row), added)
 
     def _insert(self, submission: Submission, row: Collection[Any] | None, execute: Execute) -> Added | Conflict:
         """Store a new job and what belongs to it, unless its key is known. Without `row`, its row is stored already."""
@@ -5784,10 +5810,6 @@ class SqliteStore(SqliteReader, Writer):
             if len(self._recent) > _RECENT:
                 self._recent.popitem(last=False)
 
-    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
-        """Find the job that has a key, after all earlier writes; `done` gets job and fingerprint, or None."""
-        self._put(partial(find_key, flow, token, idempotency_key, now), done, keep=False)
-
     def get(self, key: JobKey) -> Job | None:
         """A job."""
         end = self._recent.get(key)
@@ -5804,11 +5826,11 @@ class SqliteStore(SqliteReader, Writer):
     def delete(self, key: JobKey, done: Done) -> None:
         """Delete a finished job; `done` gets deleted, running, owed or absent."""
 
-        def run(execute: Execute) -> str:
+        def deleted(result: Any, error: AsteraError | None) -> None:
             self._recent.pop(key, None)  # here, where all ends that are on disk have been remembered
-            return delete_job(execute, key)
+            done(result, error)
 
-        self._put(run, done, keep=False)
+        super().delete(key, deleted)
 
     # --- runs ---
 
@@ -5825,21 +5847,16 @@ class SqliteStore(SqliteReader, Writer):
 
     def ask_cancel(self, key: JobKey, done: Done = ignore_result) -> None:
         """Record that a Running job is to be cancelled; `done` gets whether it is Running."""
-        self._do(f"UPDATE jobs SET error = 'null'{OF_KEY} AND status = 'Running'", key, done)
-
-    def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
-        """The jobs among `keys` that are finished or deleted."""
-        sql = f"SELECT 1 FROM jobs{OF_KEY} AND status = 'Running'"
-        return [key for key in keys if self._first(sql, key) is None]
+        self._do(f"UPDATE jobs SET error = 'null'{OF_KEY} AND status = 'Running'", key, done, keep=True)
 
     def start(self, key: JobKey, attempt: int, started: int, done: Done = ignore_result) -> None:
         """Record that a run began; `done` gets whether the job is Running, at this attempt or the one before."""
         sql = f"UPDATE jobs SET attempt = ?, started = ?, due = NULL{_FENCE}"
-        self._do(sql, (attempt, started, key.seq, attempt - 1, attempt), done)
+        self._do(sql, (attempt, started, key.seq, attempt - 1, attempt), done, keep=True)
 
     def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = ignore_result) -> None:
         """Save the output (JSON) of a finished step; `done` gets whether the job is Running at this attempt."""
-        self._do(_SAVE_STEP, (key.seq, path, None, output, key.seq, attempt, attempt), done)
+        self._do(_SAVE_STEP, (key.seq, path, None, output, key.seq, attempt, attempt), done, keep=True)
 
     def suspend(self, job: Job, path: str, until: int, trace: str, done: Done) -> None:
         """Record that a job waits until `job.due`, for a step that waits `until` then; `trace` is its steps as JSON.
@@ -5847,13 +5864,13 @@ class SqliteStore(SqliteReader, Writer):
         `done` gets whether the job is Running at this attempt.
         """
         fence = (job.key.seq, job.attempt - 1, job.attempt)
-        self._do(_SAVE_STEP, (job.key.seq, path, until, None, *fence))
+        self._do(_SAVE_STEP, (job.key.seq, path, until, None, *fence), keep=True)
         sql = f"UPDATE jobs SET attempt = ?, started = ?, due = ?, trace = ?{_FENCE}"
-        self._do(sql, (job.attempt, job.started, job.due, trace, *fence), done)
+        self._do(sql, (job.attempt, job.started, job.due, trace, *fence), done, keep=True)
 
     def requeue(self, key: JobKey, attempt: int) -> None:
         """Record that an orderly stop ended a run, which then does not count as an attempt."""
-        self._do(f"UPDATE jobs SET attempt = ?{_FENCE}", (attempt - 1, key.seq, attempt, attempt))
+        self._do(f"UPDATE jobs SET attempt = ?{_FENCE}", (attempt - 1, key.seq, attempt, attempt), keep=True)
 
     def finish(self, finish: Finish, done: Done) -> None:
         """End a Running job; `done` gets whether it was Running, at this attempt if it is fenced."""
@@ -5877,14 +5894,9 @@ class SqliteStore(SqliteReader, Writer):
                 self._remember(finish)
             done(moved, error)
 
-        self._put(run, finished)
+        self._run(run, finished, keep=True)
 
     # --- callbacks ---
-
-    def resend(self, key: JobKey, now: int, done: Done) -> None:
-        """Make the callback of a finished job due, with a new schedule; `done` gets whether the job has one."""
-        sql = "UPDATE callbacks SET state = 'pending', next = ?, attempts = 0 WHERE job = ?"
-        self._do(sql, (now, key.seq), done, keep=False)
 
     def claim_deliveries(
         self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
@@ -5914,6 +5926,7 @@ class SqliteStore(SqliteReader, Writer):
             "INSERT INTO attempts SELECT job, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = c.job) + 1,"
             " ?, ?, ?, ? FROM callbacks c WHERE job = ?",
             (*attempt, key.seq),
+            keep=True,
         )
         self._do(
             "UPDATE callbacks SET attempts = attempts + 1, last_status = ?,"
@@ -5921,6 +5934,7 @@ class SqliteStore(SqliteReader, Writer):
             " WHERE job = ? AND state = 'pending'",
             (attempt.status, seen, state, seen, next_at, key.seq),
             done,
+            keep=True,
         )
 
     # --- what is due for all ---
@@ -5937,7 +5951,7 @@ class SqliteStore(SqliteReader, Writer):
                 execute("PRAGMA incremental_vacuum(1)", ())
             return len(expired)
 
-        self._put(run, done, keep=False)
+        self._run(run, done)
 
     def forget_flows(self) -> None:
         """Delete the texts of flows that no job refers to."""
@@ -5952,7 +5966,7 @@ class SqliteStore(SqliteReader, Writer):
                 if _execute(sql, (version, young), execute):
                     self._versions.discard(version)
 
-        self._put(run, keep=False)
+        self._run(run, ignore_result)
 
     def leased(self) -> bool:
         """Whether no other server can have the jobs of this one; always true if the database is not shared."""
@@ -5966,7 +5980,7 @@ class SqliteStore(SqliteReader, Writer):
 
     def keep_clock_offset(self, offset: int) -> None:
         """Store the clock's offset. The next start adds a positive offset to all times."""
-        self._do("INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,))
+        self._do("INSERT OR REPLACE INTO clock VALUES (1, ?)", (offset,), keep=True)
 
 
 Store = SqliteStore  # what the other rooms know
@@ -8710,7 +8724,7 @@ def health(x: Exchange) -> Reply:
         document |= {"workers": x.app.settings.workers, "finished": finished}
         document |= {"node": x.app.node_name} if node else {}
     if node and x.caller.admin:
-        document["nodes"] = node.documents()
+        document["nodes"] = node.members
     code, more = (200, ()) if document["reason"] is None else (503, (("Retry-After", "5"),))
     return Reply(code, [JSON_TYPE, NO_STORE, *more], json_body(document))
 

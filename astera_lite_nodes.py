@@ -38,7 +38,6 @@ from astera_lite import (
     await_write,
     log,
     parse_flow_text,
-    timestamp,
 )
 
 _Refusal = Outcome | AsteraError
@@ -74,7 +73,7 @@ class Node:
         self.app = app
         self._store = cast(Any, app.store)  # with the methods that only a shared store has
         self.rows: dict[str, str] = dict(self._store.deployed())  # text of the shared flows, by name
-        self.members: list[Any] = []  # servers with a valid lease, as of the last second
+        self.members: list[dict[str, Any]] = []  # servers, as of the last second, for /health and the console
         self.size = 0  # bytes of the database, as of the last minute
         self._size_at = -math.inf  # when that was, monotonic
         #: Work of once a second, because news may be lost.
@@ -307,17 +306,3 @@ class Node:
         self.members, now = self._store.members(), time.monotonic()
         if now >= self._size_at + _SIZE_EVERY_S:
             self.size, self._size_at = self._store.size(), now
-
-    def documents(self) -> list[dict[str, Any]]:
-        """The servers with a valid lease, for /health and the console."""
-        return [
-            {
-                "name": node.name,
-                "number": node.number,
-                "since": timestamp(node.since),
-                "leaseLeftMs": node.lease_left_ms,
-                "jobs": node.jobs,
-                "self": node.is_self,
-            }
-            for node in self.members
-        ]

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 from astera_lite import (
     END_COLUMNS,
     FROM_JOBS,
-    INSERT_PIECE,
     JOB_COLUMNS,
     NEW_COLUMNS,
     OF_KEY,
@@ -50,7 +49,6 @@ from astera_lite import (
     StoreReader,
     Submission,
     Writer,
-    delete_job,
     end_columns,
     find_key,
     ignore_result,
@@ -61,6 +59,7 @@ from astera_lite import (
     read_deliveries,
     replay,
     resource,
+    timestamp,
     to_json,
 )
 
@@ -124,13 +123,17 @@ _RUN = "seq bigint, owner bigint, attempt int"
 def _end(fence: str) -> str:
     values = ", ".join(f"{column} = v.{column}" for column in END_COLUMNS)
     return (
-        f"WITH ended AS (UPDATE jobs j SET {values}, due = NULL, owner = NULL, cancel = false {_ROWS} WHERE {fence}"
-        " RETURNING j.seq), gone AS (DELETE FROM steps USING ended WHERE job = seq) SELECT seq FROM ended"
+        f"WITH v AS MATERIALIZED (SELECT * {_ROWS}),"
+        f" ended AS (UPDATE jobs j SET {values}, due = NULL, owner = NULL, cancel = false FROM v WHERE {fence}"
+        " RETURNING j.seq), gone AS (DELETE FROM steps USING ended WHERE job = seq)"
+        " SELECT seq FROM ended UNION ALL SELECT j.seq FROM v JOIN jobs j ON j.seq = v.seq AND j.attempt = v.attempt"
+        " AND j.finished = v.finished WHERE j.seq = ANY(%s) AND j.status <> 'Running'"
     )
 
 
 #: One statement makes all writes of a kind in a batch. Their rows `v` are sent as JSON; all other ways cost the driver
 #: four times as much. A statement that changes jobs gets their `seq` as well, and returns the `seq` of changed jobs.
+#: The end of a job also gets the `seq` of the writes that may have been committed before.
 _STATEMENTS = {
     "add": f"INSERT INTO jobs ({', '.join(NEW_COLUMNS)}, owner) SELECT {', '.join(NEW_COLUMNS)}, owner {_ROWS}"
     " ON CONFLICT (flow, token, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING RETURNING seq",
@@ -148,13 +151,17 @@ _STATEMENTS = {
     "requeue": f"UPDATE jobs j SET attempt = v.attempt - 1, owner = NULL {_ROWS} WHERE {_FENCE} RETURNING j.seq",
     "finish": _end(_FENCE),
     "end": _end(_HELD),  # of a job that no thread runs
-    "finished": f"SELECT j.seq {_ROWS} JOIN jobs j ON j.seq = v.seq AND j.attempt = v.attempt"
-    " AND j.finished = v.finished WHERE j.seq = ANY(%s) AND j.status <> 'Running'",
     "text": "INSERT INTO flows (version, name, text) SELECT version, name, text"
     " FROM json_populate_recordset(NULL::flows, %s) ON CONFLICT (version) DO UPDATE SET used = now()",
-    "owe": "INSERT INTO callbacks (job, receiver, state, next, body) SELECT job, receiver, 'pending', next, body"
-    " FROM json_populate_recordset(NULL::callbacks, %s)",
+    "owe": "INSERT INTO callbacks (job, receiver, state, next, body) SELECT job, receiver, 'pending', v.next, v.body"
+    " FROM json_populate_recordset(NULL::callbacks, %s) v JOIN jobs j ON j.seq = v.job AND j.attempt = v.attempts"
+    " AND j.finished = v.next WHERE j.seq = ANY(%s) ON CONFLICT (job) DO NOTHING",
 }
+#: A piece of a body; none if the write that it belongs to did not change its job.
+_PIECE = (
+    "INSERT INTO pieces SELECT %s, %s, %s, %s, %s FROM jobs"
+    " WHERE seq = %s AND attempt = %s AND finished IS NOT DISTINCT FROM %s::bigint ON CONFLICT DO NOTHING"
+)
 #: Faults that may pass, by the beginning of SQLSTATE: the write itself is correct and is tried again.
 _PASSING = {
     "23503": "this server did not renew its lease in time: it goes on as a new server",  # its row is gone
@@ -408,17 +415,6 @@ class PostgresReader(StoreReader):
         return int(self._first("SELECT pg_database_size(current_database())")[0])
 
 
-class NodeInfo(NamedTuple):
-    """One of the servers that share a database; `since` is when it started, in milliseconds since the epoch."""
-
-    name: str
-    number: int  # from 0
-    since: int
-    lease_left_ms: int
-    jobs: int  # Running ones that it owns
-    is_self: bool
-
-
 class _Write(NamedTuple):
     """A write of a kind in _STATEMENTS that belongs to a job, or a function to `run` by itself."""
 
@@ -470,7 +466,7 @@ class PostgresStore(PostgresReader, Writer):
 
     shared = True
     nodes = NODES
-    fault: str | None = None
+    _locked = " FOR UPDATE"
 
     def __init__(self, url: str, *, durability: str = "full", lease: float = 15.0, name: str = "") -> None:
         self._address = _Address(url, lease, durability)
@@ -652,15 +648,16 @@ class PostgresStore(PostgresReader, Writer):
         if gone:  # this server hears the notification, too
             db.execute("SELECT pg_notify(%s, 'freed jobs')", (CHANNEL,))
 
-    def members(self) -> list[NodeInfo]:
-        """The servers that use the database; their numbers of jobs are some seconds old."""
+    def members(self) -> list[dict[str, Any]]:
+        """The servers that use the database, as people see them; their numbers of jobs are some seconds old."""
         rows = self._all(
             "SELECT name, number, (extract(epoch FROM since) * 1000)::bigint,"
             " (extract(epoch FROM lease_until - clock_timestamp()) * 1000)::bigint,"
             " jobs, start = %s FROM nodes ORDER BY number",
             (self._start,),
         )
-        return [NodeInfo(*row) for row in rows]
+        members = ("name", "number", "since", "leaseLeftMs", "jobs", "self")
+        return [dict(zip(members, (*row[:2], timestamp(row[2]), *row[3:]), strict=True)) for row in rows]
 
     def progress(self, key: JobKey) -> Progress | None:
         """The progress of a job on any server, as of the last renewal of that server's lease."""
@@ -671,11 +668,11 @@ class PostgresStore(PostgresReader, Writer):
     # --- writing ---
 
     def _run(self, run: Callable[[Execute], Any], done: Done, keep: bool = False, word: str = "") -> None:
-        """Queue a write with a function of its own; `done` gets what `run` returns."""
         self.put(_Write(run=run, done=done, keep=keep, word=word))
 
-    def _do(self, sql: str, values: _ROW, done: Done = ignore_result, keep: bool = False, word: str = "") -> None:
-        """Queue a statement; `done` gets whether it changed anything. In a pipeline only returned rows tell."""
+    def _do(
+        self, sql: str, values: Sequence[Any], done: Done = ignore_result, keep: bool = False, word: str = ""
+    ) -> None:  # in a pipeline only returned rows tell whether anything changed
         self._run(lambda execute: bool(execute(f"{sql} RETURNING 1", values).fetchall()), done, keep, word)
 
     def _probe(self, execute: Execute) -> None:
@@ -750,25 +747,9 @@ class PostgresStore(PostgresReader, Writer):
         if first.kind == "add":
             return self._make_add(db, group)
         rows = [{"seq": write.seq, "owner": self._start, **write.values} for write in group]
-        cursor = _many(db, first.kind, rows)
-        is_end = isinstance(first.about, Finish)
-        if is_end and any(write.is_again or write.pieces or write.about.callback for write in group):
-            changed = self._complete(db, group, {seq for (seq,) in cursor})
-            return lambda: [write.seq in changed for write in group]
+        cursor = _many(db, first.kind, rows, [write.seq for write in group if write.is_again])
+        _store_belongings(db, group)
         return partial(_changed, group, cursor)
-
-    def _complete(self, db: Any, group: list[_Write], changed: set[int]) -> set[int]:
-        """Store what belongs to the jobs that have ended now; returns their `seq`."""
-        ends = [write for write in group if write.seq in changed]
-        _store_belongings(db, ends)
-        again = [
-            {"seq": write.seq, "attempt": write.about.job.attempt, "finished": write.about.job.finished}
-            for write in group
-            if write.is_again and write.seq not in changed
-        ]
-        if again:  # they may have been committed when the connection was lost
-            changed |= {seq for (seq,) in _many(db, "finished", again)}
-        return changed
 
     def _make_add(self, db: Any, group: list[_Write]) -> Callable[[], list[Any]]:
         now, owner = time.monotonic(), self._start
@@ -779,17 +760,15 @@ class PostgresStore(PostgresReader, Writer):
         }
         if texts:
             _many(db, "text", [texts[version] for version in sorted(texts)])
-        answers: dict[int, Added | AsteraError] = {}
         plain = [write for write in group if not write.limited]
+        single = [write for write in group if write.limited]
         if plain:
             cursor = _insert(db, plain, owner)
-            if any(write.about.idempotency_key is not None or write.pieces or write.about.ended for write in plain):
+            _store_belongings(db, plain)
+            if any(write.about.idempotency_key is not None for write in plain):
                 stored = {seq for (seq,) in cursor}
-                _store_belongings(db, [write for write in plain if write.seq in stored])
-                answers = {write.seq: _replay(db, write, owner) for write in plain if write.seq not in stored}
-        for write in group:
-            if write.limited:
-                answers[write.seq] = _add_limited(db, write, owner)
+                single += [write for write in plain if write.seq not in stored]
+        answers = {write.seq: _add_one(db, write, owner) for write in single}
 
         def read() -> list[Any]:
             self._used.update(dict.fromkeys(texts, now))
@@ -825,14 +804,6 @@ class PostgresStore(PostgresReader, Writer):
         self.new.append(write)
         if self._closed:
             self._refuse()
-
-    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
-        """Find the job that has a key, after all earlier writes; `done` gets job and fingerprint, or None."""
-        self._run(partial(find_key, flow, token, idempotency_key, now), done)
-
-    def delete(self, key: JobKey, done: Done) -> None:
-        """Delete a finished job; `done` gets deleted, running, owed or absent."""
-        self._run(lambda execute: delete_job(execute, key, " FOR UPDATE"), done)
 
     # --- runs ---
 
@@ -936,14 +907,6 @@ class PostgresStore(PostgresReader, Writer):
         else:
             self._run(run, left, word="ends")
 
-    def ended(self, keys: Collection[JobKey]) -> list[JobKey]:
-        """The jobs among `keys` that are finished or deleted."""
-        if not keys:
-            return []
-        sql = "SELECT seq, salt FROM jobs WHERE seq = ANY(%s) AND status = 'Running'"
-        running = set(self._all(sql, ([key.seq for key in keys],)))
-        return [key for key in keys if key not in running]
-
     def start(self, key: JobKey, attempt: int, started: int, done: Done = ignore_result) -> None:
         """Record that a run began; `done` gets whether the job is this server's, at this attempt or the one before."""
         self.put(_Write("start", key.seq, {"attempt": attempt, "started": started}, done=done, keep=True))
@@ -991,11 +954,6 @@ class PostgresStore(PostgresReader, Writer):
         return self._jobs(" WHERE jobs.owner = ? AND cancel AND status = 'Running' ORDER BY seq", (self._start,))
 
     # --- callbacks ---
-
-    def resend(self, key: JobKey, now: int, done: Done) -> None:
-        """Make the callback of a finished job due, with a new schedule; `done` gets whether the job has one."""
-        sql = "UPDATE callbacks SET state = 'pending', next = %s, attempts = 0 WHERE job = %s"
-        self._do(sql, (now, key.seq), done)
 
     def claim_deliveries(
         self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
@@ -1092,8 +1050,12 @@ def _execute(db: Any, sql: str, values: Sequence[Any] = ()) -> Any:
     return db.execute(sql.replace("?", "%s"), values)
 
 
-def _many(db: Any, kind: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Execute the statement of a kind with these rows."""
+def _ids(seqs: Iterable[Any]) -> str:
+    return f"{{{','.join(map(str, seqs))}}}"
+
+
+def _many(db: Any, kind: str, rows: Sequence[Mapping[str, Any]], again: Iterable[int] = ()) -> Any:
+    """Execute the statement of a kind with these rows; `again`: those that may have been committed before."""
     values = [
         {
             column: value if value.__class__ is not bytes else f"\\x{value.hex()}"
@@ -1102,8 +1064,8 @@ def _many(db: Any, kind: str, rows: Sequence[Mapping[str, Any]]) -> Any:
         }
         for row in rows
     ]
-    sql, ids = _STATEMENTS[kind], f"{{{','.join(str(row.get('seq')) for row in rows)}}}"
-    return db.execute(sql, [to_json(values), ids][: sql.count("%s")])
+    sql = _STATEMENTS[kind]
+    return db.execute(sql, [to_json(values), _ids(row.get("seq") for row in rows), _ids(again)][: sql.count("%s")])
 
 
 def _changed(group: list[_Write], cursor: Any) -> list[bool]:
@@ -1119,36 +1081,17 @@ def _insert(db: Any, writes: Sequence[_Write], owner: int) -> Any:
 
 
 def _store_belongings(db: Any, writes: Iterable[_Write]) -> None:
-    """Store the pieces of large bodies, and the callbacks that are owed."""
+    """Store the pieces of large bodies and the callbacks that are owed, of the writes that have changed their jobs."""
     owed = []
     for write in writes:
         for piece in write.pieces:
-            _execute(db, INSERT_PIECE, piece)
+            db.execute(_PIECE, (*piece, write.seq, write.values["attempt"], write.values["finished"]))
         end = write.about.ended if write.kind == "add" else write.about
         if end is not None and end.callback is not None:
-            receiver, body = end.callback
-            owed.append({"job": write.seq, "receiver": receiver, "next": end.job.finished, "body": body})
+            of_job = {"seq": write.seq, "job": write.seq, "attempts": end.job.attempt, "next": end.job.finished}
+            owed.append(of_job | dict(zip(("receiver", "body"), end.callback, strict=True)))
     if owed:
         _many(db, "owe", owed)
-
-
-def _replay(db: Any, write: _Write, owner: int) -> Added | AsteraError:
-    """The job that the key of a submission belongs to; the new job if the old one has expired."""
-    new = write.about
-    of_key = (new.job.flow, new.job.token, new.idempotency_key)
-    for _ in range(_TRIES):
-        known = find_key(*of_key, new.job.created, partial(_execute, db))
-        if known is not None:
-            return replay(known, new.fingerprint)
-        db.execute(
-            "UPDATE jobs SET idempotency_key = NULL"
-            " WHERE flow = %s AND token = %s AND idempotency_key = %s AND expires <= %s",
-            (*of_key, new.job.created),
-        )
-        if _insert(db, [write], owner).fetchall():
-            _store_belongings(db, [write])
-            return Added(new.job, False)
-    raise StoreError("other requests with that Idempotency-Key get in the way")
 
 
 def _full(execute: Execute, flow: str, limit: int) -> Busy | None:
@@ -1158,14 +1101,20 @@ def _full(execute: Execute, flow: str, limit: int) -> Busy | None:
     return Busy(f"The flow {flow} has as many jobs and calls as it takes.", 1, 429)
 
 
-def _add_limited(db: Any, write: _Write, owner: int) -> Added | AsteraError:
-    """Add a job, or refuse it if as many jobs of its flow as the limit allows are Running on all servers together."""
-    new, key = write.about, write.about.idempotency_key
-    if key is not None and find_key(new.job.flow, new.job.token, key, new.job.created, partial(_execute, db)):
-        return _replay(db, write, owner)
-    if full := _full(partial(_execute, db), new.job.flow, new.limit):
-        return full
-    if key is None and _insert(db, [write], owner).fetchall():
-        _store_belongings(db, [write])
-        return Added(new.job, False)
-    return _replay(db, write, owner)
+def _add_one(db: Any, write: _Write, owner: int) -> Added | AsteraError:
+    """Add a job whose key may belong to another one, or whose flow may have as many jobs as its limit allows."""
+    new, execute = write.about, partial(_execute, db)
+    of_key = (new.job.flow, new.job.token, new.idempotency_key)
+    for _ in range(_TRIES):
+        if new.idempotency_key is not None:
+            known = find_key(*of_key, new.job.created, execute)
+            if known is not None:
+                return replay(known, new.fingerprint)
+            expired = "UPDATE jobs SET idempotency_key = NULL WHERE (flow, token, idempotency_key) = (%s, %s, %s)"
+            db.execute(f"{expired} AND expires <= %s", (*of_key, new.job.created))
+        if write.limited and (full := _full(execute, new.job.flow, new.limit)):
+            return full
+        if _insert(db, [write], owner).fetchall():
+            _store_belongings(db, [write])
+            return Added(new.job, False)
+    raise StoreError("other requests with that Idempotency-Key get in the way")

@@ -1204,7 +1204,7 @@ def test_a_write_that_cannot_be_rolled_back_does_not_end_the_writer(store: Sqlit
             return self.connection.execute(sql, *values)
 
     store._db = Stubborn(store._db)  # type: ignore[assignment]
-    store._put(lambda execute: execute("SELECT * FROM nowhere", ()))
+    store._run(lambda execute: execute("SELECT * FROM nowhere", ()), lambda *told: None)
     new = added(store)
     assert store.get(new.key) == new
 

@@ -102,7 +102,7 @@ def test_a_job_is_its_acceptors_or_whoever_claims_it(open_store: Open) -> None:
     assert done(one.start, owned.key, 1, T) is True
     one._free_at = other._free_at = 0.0  # the next look counts
     wanted = [("a", 0, 3, True), ("b", 1, 4, False)]
-    until(lambda: [(node.name, node.number, node.jobs, node.is_self) for node in one.members()] == wanted)
+    until(lambda: [(node["name"], node["number"], node["jobs"], node["self"]) for node in one.members()] == wanted)
 
 
 def test_many_servers_claim_each_job_once(open_store: Open) -> None:
@@ -177,7 +177,7 @@ def test_a_lease_that_runs_out_frees_the_jobs_and_others_hear_of_it(open_store: 
     one._follower.join()
     look(url, "UPDATE nodes SET lease_until = now() WHERE start = %s", one._start)
     until(lambda: words.get(timeout=10) == "jobs" and claimed(other) == [new.key.seq])
-    assert [node.name for node in other.members()] == ["b"]
+    assert [node["name"] for node in other.members()] == ["b"]
 
 
 def test_an_orderly_stop_leaves_jobs_to_others_at_once(open_store: Open) -> None:
