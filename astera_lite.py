@@ -8069,7 +8069,6 @@ class RequestParser:
         self._max_header, self._max_url, self._max_body = max_header, max_url, max_body
         self._longest = max_url + 128 + max_header  # bytes of a head
         self._buffer = bytearray()
-        self._led = False  # whether an empty line was ignored before the head
         self._seen = 0  # bytes searched for the end of the head
         self._head: Head | None = None
         self._body = bytearray()  # decoded part of a chunked body
@@ -8083,7 +8082,7 @@ class RequestParser:
     @property
     def begun(self) -> bool:
         """Whether a part of a request has arrived."""
-        return self._head is not None or len(self._buffer) > 0
+        return self._head is not None or len(self._buffer) > 2 * self._buffer.startswith(b"\r\n")
 
     def feed(self, data: bytes) -> None:
         """Add bytes of the connection."""
@@ -8094,29 +8093,27 @@ class RequestParser:
         buffer = self._buffer
         if not buffer:
             return None
-        if not self._led and buffer.startswith(b"\r\n"):  # one empty line before a request is ignored (RFC 9112, 2.2)
-            del buffer[:2]
-            self._led, self._seen = True, 0
-        stop = self._longest + 4
+        start = 2 if buffer.startswith(b"\r\n") else 0  # one empty line before a request is ignored (RFC 9112, 2.2)
+        stop = start + self._longest + 4
         end = buffer.find(b"\r\n\r\n", max(self._seen - 3, 0), stop)
         if end < 0:
-            line = buffer.find(b"\r\n", 0, stop)
+            line = buffer.find(b"\r\n", start, stop)
             if _STRAY.search(buffer, max(self._seen - 1, 0), stop):
                 raise WireError(400, "Lines end with CR LF.")
             if line >= max(self._seen - 1, 0):  # it has just arrived; a TLS client, for instance, sends no more
-                _request_line(bytes(buffer[:line]))
+                _request_line(bytes(buffer[start:line]))
             if len(buffer) >= stop:
-                self._refuse_long(line)
+                self._refuse_long(line - start)
             self._seen = len(buffer)
             return None
-        head = (_known_head if end <= 1024 else parse_head)(bytes(buffer[: end + 2]), self._max_url)
-        if end > self._max_header and end + 2 - (line := buffer.find(b"\r\n")) > self._max_header:
-            self._refuse_long(line)
+        head = (_known_head if end <= 1024 else parse_head)(bytes(buffer[start : end + 2]), self._max_url)
+        if end > self._max_header and end + 2 - (line := buffer.find(b"\r\n", start)) > self._max_header:
+            self._refuse_long(line - start)
         self._head = head
         if head.length > self._max_body:
             raise WireError(413, f"The body is larger than {show_size(self._max_body)}.")
         del buffer[: end + 4]
-        self._led, self._seen, self._trailer = False, 0, None
+        self._seen, self._trailer = 0, None
         return head
 
     def _refuse_long(self, line: int) -> NoReturn:

@@ -75,6 +75,8 @@ ACCEPTED = {
     "IPv6 host": (get(host=b"Host: [::1]:9261\r\n"), [GET]),
     "lower-case host": (get(host=b"host: LOCALHOST\r\n"), [GET]),
     "empty line before": (b"\r\n" + get(), [GET]),
+    "empty line before the longest URL": (b"\r\n" + get(line=LONG_LINE), [("GET", "/" + "a" * (MAX_URL - 1), "", b"")]),
+    "empty line before the longest header block": (b"\r\n" + header_block(MAX_HEADER), [GET]),
     "empty line between": (get() + b"\r\n" + get(), [GET, GET]),
     "pipelined": (get() * 3, [GET, GET, GET]),
     "absolute form": (get(line=b"GET http://localhost:1/a?b HTTP/1.1"), [("GET", "/a", "b", b"")]),
@@ -415,6 +417,9 @@ def test_heads_with_the_same_headers_are_read_each_for_itself() -> None:
 def test_the_parser_tells_what_it_holds() -> None:
     parser = RequestParser(MAX_HEADER, MAX_URL, MAX_BODY)
     assert (parser.begun, parser.buffered) == (False, 0)
+    parser.feed(b"\r\n")
+    assert parser.head() is None
+    assert parser.begun is False
     parser.feed(chunked(b"3\r\nabc"))
     assert parser.head() is not None
     assert parser.body() is None
