@@ -3053,12 +3053,11 @@ class Steps(ListOf):
 class StepKind(Member):
     """A kind of step, as a member of steps: compiles to itself, its runner, and whether its value is saved.
 
-    If there are no faults, `make(build, values, place)` makes the runner of the values that `members` compile to;
-    without `make`, these values are the runner.
+    If there are no faults, `make(build, values, place)` makes the runner of the values that `members` compile to.
     """
 
     members: Member
-    make: Callable[[Build, Any, str], Runner] | None
+    make: Callable[[Build, Any, str], Runner]
     effect = False  # it may act on the world outside
     light = False  # it only computes, and takes no longer than its expressions
     answers = False  # its value is the response of an API or a flow
@@ -3070,9 +3069,8 @@ class StepKind(Member):
 
     def read(self, build: Build, value: Any, place: str) -> "tuple[StepKind, Any, bool]":
         before, volatile, build.volatile = len(build.faults), build.volatile, False
-        run = self.members.read(build, value, place)
-        if self.make is not None and len(build.faults) == before:
-            run = self.make(build, run, place)
+        given = self.members.read(build, value, place)
+        run = self.make(build, given, place) if len(build.faults) == before else None
         save, build.volatile = self.effect or build.volatile, volatile
         return self, run, save
 
