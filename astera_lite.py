@@ -477,7 +477,8 @@ class Metrics:
     def __init__(self) -> None:
         self.accepted: dict[str, int] = defaultdict(int)  # jobs by flow
         self.ended: dict[tuple[str, str], int] = defaultdict(int)  # jobs by flow and end
-        self.runs: dict[str, list[int]] = {}  # by flow: runs in each class of RUN_TIMES, then longer ones
+        #: By flow: runs in each class of RUN_TIMES, then longer ones.
+        self.runs: dict[str, list[int]] = defaultdict(lambda: [0] * (len(RUN_TIMES) + 1))
         self.run_seconds: dict[str, float] = defaultdict(float)  # by flow
         self.callbacks: dict[str, int] = defaultdict(int)  # attempts by outcome
         self.requests: dict[tuple[str, str, int], int] = defaultdict(int)  # by method, path of the route, and status
@@ -485,8 +486,7 @@ class Metrics:
 
     def ran(self, flow: str, seconds: float) -> None:
         """Count a run, synchronous or of a job."""
-        counts = self.runs.get(flow) or self.runs.setdefault(flow, [0] * (len(RUN_TIMES) + 1))
-        counts[bisect.bisect_left(RUN_TIMES, seconds)] += 1
+        self.runs[flow][bisect.bisect_left(RUN_TIMES, seconds)] += 1
         self.run_seconds[flow] += seconds
 
 
@@ -520,7 +520,6 @@ def shown(value: Any, limit: int = 60) -> str:
 _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, None: 1.0}
 _BYTES = {"GiB": 1 << 30, "MiB": 1 << 20, "KiB": 1 << 10, "B": 1, None: 1}
 _DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)?")
-_SIZE = re.compile(r"([0-9]{1,15})(B|KiB|MiB|GiB)?")
 
 
 def parse_duration(value: Any) -> float:
@@ -536,7 +535,7 @@ def parse_duration(value: Any) -> float:
 
 def parse_size(value: Any) -> int:
     """Bytes from `64KiB`, `10MiB`, `1GiB` or a number of bytes; ValueError says what to write."""
-    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9]{1,15})(B|KiB|MiB|GiB)?", value)):
         return int(match[1]) * _BYTES[match[2]]
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
@@ -660,8 +659,7 @@ def check_written(value: Any, limit: int = MAX_WRITTEN) -> None:
 MAX_JSON_DEPTH = 100
 MAX_JSON_CONTAINERS = 500_000  # lists and objects: each takes 30 times the memory of its two characters
 _TOO_DEEP = f"it is nested deeper than {MAX_JSON_DEPTH} levels"
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_NO_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[^\[\]{}"]++')
+_SURROGATE = "[\ud800-\udfff]"  # compiled when it is used: few texts need it
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -716,7 +714,7 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
 
 def _check_depth(text: str, most: int) -> None:
     """Raise ValueError for too many lists and objects, or too many levels. The decoder finds what is malformed."""
-    brackets = _NO_BRACKETS.sub("", text).replace("{", "[").replace("}", "]")
+    brackets = re.sub(r'"(?:[^"\\]|\\.)*+"|[^\[\]{}"]++', "", text).replace("{", "[").replace("}", "]")
     if brackets.count("[") > most:
         raise ValueError(f"it has more than {most:,} lists and objects")
     for _ in range(MAX_JSON_DEPTH):  # remove the innermost level: a loop over millions of brackets takes seconds
@@ -754,10 +752,10 @@ def from_json(text: str | bytes, decoder: json.JSONDecoder = _decoder) -> Any:
         value = decoder.decode(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    if ("\\ud" in text or "\\uD" in text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    if ("\\ud" in text or "\\uD" in text) and re.search(_SURROGATE, json.dumps(value, ensure_ascii=False)):
         if decoder is _decoder:
             raise ValueError("a string has half of a surrogate pair")
-        return _mapped(value, lambda text: _SURROGATE.sub("\ufffd", text))
+        return _mapped(value, lambda text: re.sub(_SURROGATE, "\ufffd", text))
     return value
 
 
@@ -1132,8 +1130,8 @@ class Trace(NamedTuple):
         return {"traceparent": parent} | ({"tracestate": self.state} if self.state else {})
 
 
-_TRACEPARENT = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(-.*)?")
-_STATE = re.compile(r"([a-z0-9][a-z0-9_\-*/@]{0,255})=[ -+\--<>-~]{0,255}[!-+\--<>-~]")
+_TRACEPARENT = r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(-.*)?"
+_STATE = r"([a-z0-9][a-z0-9_\-*/@]{0,255})=[ -+\--<>-~]{0,255}[!-+\--<>-~]"
 
 
 def parse_trace(headers: Mapping[str, str]) -> Trace | None:
@@ -1141,11 +1139,11 @@ def parse_trace(headers: Mapping[str, str]) -> Trace | None:
 
     A malformed `tracestate` is dropped. Members beyond 32, and beyond 512 characters in all, are dropped from its end.
     """
-    match = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    match = re.fullmatch(_TRACEPARENT, headers.get("traceparent", ""))
     if match is None or (match[1] == "00" and match[4]):  # only a later version may have more parts
         return None
     states = [text for part in headers.get("tracestate", "").split(",") if (text := part.strip(" \t"))]
-    keys = {state[1] for text in states if (state := _STATE.fullmatch(text))}
+    keys = {state[1] for text in states if (state := re.fullmatch(_STATE, text))}
     kept = states[:32] if len(keys) == len(states) else []
     while len(",".join(kept)) > 512:
         kept.pop()
@@ -1981,7 +1979,7 @@ class OutboundError(AsteraError):
 
 TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_NUMBERED = re.compile(r"(?:.*\.)?[0-9]+\.?")  # 10.0.0.256: no name ends in a number, so this is a wrong address
+_NUMBERED = r"(?:.*\.)?[0-9]+\.?"  # 10.0.0.256: no name ends in a number, so this is a wrong address
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.[A-Za-z0-9_-]{1,63})*\.?")
 _URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?"
@@ -2026,7 +2024,7 @@ class AddressPolicy:
                 fault = f"{shown(word)} is neither a host name nor a network such as 10.0.0.0/8"
                 if word in ("auto", "none"):
                     fault = f"{shown(word)} must be the only word: write localhost, 127.0.0.0/8, ::1/128 for loopback"
-                if word in ("auto", "none") or not _HOST_NAME.fullmatch(word) or _NUMBERED.fullmatch(word):
+                if word in ("auto", "none") or not _HOST_NAME.fullmatch(word) or re.fullmatch(_NUMBERED, word):
                     raise ConfigError([Fault("callback_allow", "", fault)]) from None
                 self.hosts.add(word.rstrip("."))
 
@@ -4626,7 +4624,7 @@ def build_flow(
         selection = wing("astera_lite_requests:join_selections")(build, selection, request["parameters"])
     try:
         text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_function_name)
-        if _SURROGATE.search(text):
+        if re.search(_SURROGATE, text):
             build.fault("", "a string has half of a surrogate pair")
     except ValueError as error:  # in a flow of an embedding program
         build.fault("", f"is not JSON: {error}")
