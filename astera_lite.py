@@ -573,8 +573,10 @@ class Mask:
 
     def hide(self, values: Iterable[str]) -> None:
         """Mask these values as well, until 100 others were hidden later: access tokens are renewed again and again."""
-        if self._known is None:  # connections are read before a run can renew a token
-            self._known = wing("astera_lite_secrets:Known")()
+        if self._known is None:
+            made = wing("astera_lite_secrets:Known")()
+            with _loading:  # two runs may use credentials for the first time
+                self._known = self._known or made
         self._known.hide(values)
 
     @property
@@ -694,7 +696,7 @@ def _int64(text: str) -> int:
     """An integer that other programs (also SQLite) can hold."""
     if len(text) <= 20 and (number := int(text)) in INT64:
         return number
-    raise ValueError(f"the number {shown(text, 20)} is beyond 64 bits: write it as text")
+    raise ValueError(f"the number {shown(text)} is beyond 64 bits: write it as text")
 
 
 _decoder = json.JSONDecoder(
@@ -2676,7 +2678,7 @@ def _bind_body(flow: "Flow", request: StoredRequest, errors: InputErrors) -> Any
     try:
         value = _read_body(request.body, media)
     except ValueError as error:
-        place, cure = (is_json_type(media) and optional("astera_lite_advice:on_body", request.body)) or ("", "")
+        place, cure = (is_json_type(media) and optional("astera_lite_advice:on_body", request.body, error)) or ("", "")
         errors.add("body", place, f"is not valid {media or 'JSON'}: {error}{cure}")
         return None
     return flow.body.check(value, "", errors) if flow.body else value

@@ -12,7 +12,7 @@ import keyword
 import os
 import re
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -189,22 +189,26 @@ def on_segment(segment: str) -> str:
     return ": a parameter is a whole segment in braces, such as /x/{id}" if braces else ": percent-encode the rest"
 
 
-def on_body(body: bytes) -> tuple[str, str]:
+def on_body(body: bytes, error: ValueError) -> tuple[str, str]:
     """The place of an integer beyond 64 bits, and what a shell may have done to JSON on a command line."""
     if body[:1] == b"'":
         return "", '; it begins with \', which shells of Windows do not remove: write "{\\"name\\": \\"Ada\\"}"'
     if re.match(rb"[ \t\r\n]*\{[ \t\r\n]*[A-Za-z_]", body):
         return "", '; a shell may have taken its double quotes: write \\" for each, or send a file with -d @body.json'
-    with contextlib.suppress(ValueError):
-        return next(_large_integers(from_json(body, LENIENT_DECODER), ""), ""), ""
+    if "64 bits" in str(error):  # to parse a large body again takes long
+        with contextlib.suppress(ValueError):
+            return _large_integer(from_json(body, LENIENT_DECODER), ""), ""
     return "", ""
 
 
-def _large_integers(value: Any, place: str) -> Iterator[str]:
-    if type(value) is int and value not in INT64:
-        yield place
+def _large_integer(value: Any, place: str) -> str:
+    """The place of the first integer beyond 64 bits inside a value, or ""; there may be millions of others."""
     for key, item in members_of(value):
-        yield from _large_integers(item, f"{place}/{pointer(str(key))}")
+        if type(item) is int and item not in INT64:
+            return f"{place}/{pointer(str(key))}"
+        if type(item) in (dict, list) and (found := _large_integer(item, f"{place}/{pointer(str(key))}")):
+            return found
+    return ""
 
 
 _STRAY_SUFFIX = re.compile(r"\.(ya?ml|json[c5]|(json|toml)(\.txt)?)$", re.IGNORECASE)

@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from support import Api, Client, Running, Sink, get_flow, process
 
 import astera_lite
+import astera_lite_secrets
 from astera_lite import AsteraLite, Mask, Server, main
 
 pytestmark = pytest.mark.both_stores
@@ -524,3 +526,16 @@ def test_renewed_tokens_make_masking_no_slower_and_what_is_used_stays_masked() -
         )
     assert time.process_time() - began < 5  # seconds; a pattern of all tokens would take minutes
     assert mask("pass-word-of-the-settings, pass-w…, pas…") == "***, ***…, pas…"
+
+
+def test_credentials_that_two_runs_use_first_at_the_same_time_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask, known = Mask(), astera_lite_secrets.Known
+
+    def slowly(*given: Any) -> astera_lite_secrets.Known:
+        time.sleep(0.1)
+        return known(*given)
+
+    monkeypatch.setattr(astera_lite_secrets, "Known", slowly)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda word: mask.hide([word]), ("first-word", "second-word")))
+    assert mask("first-word second-word") == "*** ***"

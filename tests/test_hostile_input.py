@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import threading
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,6 +205,20 @@ RIGHT_JSON = {
 @pytest.mark.parametrize("name", WRONG_JSON)
 def test_json_that_is_refused(run: Running, mode: str, name: str) -> None:
     refused(run.client.post(f"{mode}/anything", data=WRONG_JSON[name], headers=JSON))
+
+
+@pytest.mark.parametrize("end", [b'1], "b": 1, "b": 2}', b"9223372036854775808]}"])
+def test_the_message_about_a_large_body_takes_no_longer_than_the_body(end: bytes) -> None:
+    tree = {"request": {"method": "POST", "resource": "/x", "body": {}}, "response": {"body": 1}}
+    flow, body = astera_lite.build_flow(tree, "t"), b'{"a": [' + b"1," * 1_000_000 + end
+    began = time.process_time()
+    with pytest.raises(ValueError, match=r"occurs twice|64 bits"):
+        from_json(body)
+    parsed = time.process_time()
+    with pytest.raises(astera_lite.InputError) as refused:
+        flow.bind(astera_lite.StoredRequest("POST", "/x", "", {"content-type": "application/json"}, body))
+    assert time.process_time() - parsed < 3 * (parsed - began) + 0.2
+    assert refused.value.errors[0]["name"] == ("/a/1000000" if b"9" in end else "")
 
 
 @pytest.mark.parametrize("name", RIGHT_JSON)
