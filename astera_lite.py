@@ -3324,8 +3324,9 @@ class Cancelled(_Signal):
 class StepError(AsteraError):
     """A step has failed. The client may see `detail`; `status` is that of the response; `kinds` are words for `retry`.
 
-    `reason` is for the flow's author. `answer` is the response of the API, or of the called flow, if there is one.
-    `safe`: the step may be repeated even if `retry` does not name the kind.
+    If `detail` is None, the client only sees that the flow failed. `reason` is for the flow's author. `answer` is the
+    response of the API, or of the called flow, if there is one. `safe`: the step may be repeated even if `retry` does
+    not name the kind.
     """
 
     source: dict[str, Any] | None = None  # file and line of the exception, if it came from another process
@@ -3334,7 +3335,7 @@ class StepError(AsteraError):
     def __init__(
         self,
         status: int,
-        detail: str,
+        detail: str | None,
         reason: str,
         kinds: Collection[str] = (),
         answer: Fetched | None = None,
@@ -3371,7 +3372,7 @@ def _as_step_error(error: BaseException) -> StepError:
         return error
     is_expression = isinstance(error, ExpressionError)
     reason, kinds = (str(error), {"error", "expression"}) if is_expression else (named(error), {"error"})
-    failed = StepError(500, "", reason, kinds)
+    failed = StepError(500, None, reason, kinds)
     failed.__cause__ = error
     return failed
 
@@ -3664,7 +3665,7 @@ class _StepRun:
             try:
                 if step.on_error is not None and not final:
                     return self._value_instead(step.on_error, error, scope)
-                if error.detail and not final:
+                if error.detail is not None and not final:
                     error.detail, error.args = f'step "{step.name}": {error.detail}', (f"step {self.path}: {error}",)
                 raise
             finally:
@@ -3833,7 +3834,7 @@ def failed_run(run: Run, caught: BaseException) -> Outcome:
         step = next((step for step in run.flow.steps if step.name == name), _RESPONDING)
         _StepRun(run, step, step.name).fail(error)
     reason = failure_text(error.failure)
-    if error.detail:
+    if error.detail is not None:
         code = "timeout" if error.status == 504 and not isinstance(error, FlowFailure) else "failed"
         return Outcome.failed(code, error.status, run.outside.masked(error.detail), reason, error.headers)
     if not isinstance(error.__cause__, AsteraError):

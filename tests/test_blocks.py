@@ -329,6 +329,7 @@ def test_a_list_that_a_request_cannot_carry_is_refused(tmp_path: Path, params: A
     ("callee", "status", "detail"),
     [
         ({"steps": [{"name": "x", "fail": {"status": 422, "message": "no"}}]}, 422, 'step "c": no'),
+        ({"steps": [{"name": "x", "fail": {"status": 422, "message": ""}}]}, 422, 'step "c": '),
         ({"steps": [{"name": "x", "set": "${1 // 0}"}]}, 500, "The flow failed."),
         ({"request": {"parameters": {"n": {"in": "query", "required": True}}}}, 500, "refused its input"),
         ({"steps": [{"name": "x", "wait": 9}], "timeout": "20ms"}, 504, "exceeded"),

@@ -670,6 +670,9 @@ def test_fail_is_an_error_with_its_own_status() -> None:
     assert outcome.status == "Error"
     assert outcome.error is not None
     assert (outcome.error["status"], outcome.error["code"], outcome.error["detail"]) == (422, "failed", "no id-1")
+    silent = run_steps({"name": "f", "fail": {"status": 404, "message": ""}})
+    assert silent.error is not None
+    assert (silent.error["status"], silent.error["detail"]) == (404, "Not Found")
 
 
 def test_a_fault_tells_the_client_nothing_and_the_log_everything() -> None:
