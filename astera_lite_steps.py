@@ -234,7 +234,7 @@ def answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
         return answered.answer
     except FlowFailure as failed:
         answer = Fetched(failed.status, list(failed.headers), b"")
-        error = StepError(failed.status, failed.detail, failed.detail, {"fail"}, answer)
+        error = StepError(failed.status, failed.detail, str(failed), {"fail"}, answer)
         error.failure = failed.failure
         raise error from None
 
