@@ -4744,33 +4744,31 @@ def _faults_of(where: str) -> Iterator[None]:
         raise FlowError([Fault(where, "", f"cannot be deployed: {reason}")]) from error
 
 
-def _read_flow_file(folder: str | os.PathLike[str], name: str) -> Any:
+def _made_of_file(folder: str | os.PathLike[str], name: str, make: Callable[..., Any], *more: str) -> Any:
+    """What `make(tree, *more)` makes of the tree in a file; None if the file is not there. Raises FlowError."""
     path = os.path.join(folder, name)
     try:
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):  # a pipe would be waited for
             raise OSError("it is not a regular file")
         text = read_text(path)
-        with _faults_of(name):
-            return parse_flow_text(text, name)
     except FileNotFoundError:
         if not os.path.islink(path):
-            raise
+            return None
         message = "is a link to a file that does not exist"
     except UnicodeDecodeError as error:
         message = f"is not UTF-8 (byte {error.start}): save it with that encoding"
     except OSError as error:
         message = f"cannot be read: {reason_of(error)}"
+    else:
+        with _faults_of(name):
+            return make(parse_flow_text(text, name), *more)
     raise FlowError([Fault(name, "", message)])
 
 
 def load_connections(folder: str | os.PathLike[str], previous: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     """The connections of a folder's connections.json; if the file is faulty, `previous` stay in service."""
     try:
-        tree = _read_flow_file(folder, CONNECTIONS_FILE)
-        with _faults_of(CONNECTIONS_FILE):
-            return wing("astera_lite_requests:read_connections")(tree), []
-    except FileNotFoundError:
-        return {}, []
+        return _made_of_file(folder, CONNECTIONS_FILE, late("astera_lite_requests:read_connections")) or {}, []
     except FlowError as error:
         return previous, error.faults
 
@@ -4800,9 +4798,10 @@ def load_flows(
             if name in flows:
                 taken = flows[name].source
                 raise FlowError([Fault(file, "", f'"{name}" is deployed from {taken} already: rename one')])
-            flows[name] = build(_read_flow_file(folder, file), name, file)
-        except FileNotFoundError:
-            continue  # removed meanwhile
+            flow = _made_of_file(folder, file, build, name, file)
+            if flow is None:
+                continue
+            flows[name] = flow
         except FlowError as error:
             faults += error.faults
         if name not in flows and name in previous:
