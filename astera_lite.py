@@ -2479,39 +2479,11 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other) and (type(one) is bool) == (type(other) is bool)
 
 
-class Rule(NamedTuple):
-    """A rule of a schema that limits values."""
-
-    limit_type: str  # of VALUE_TYPES
-    applies: Collection[type]  # types of the values that it limits; empty: all
-    holds: Callable[[Any, Any], bool]  # (value, limit)
-    words: str
-
-    def fault(self, value: Any, limit: Any) -> str | None:
-        """What is wrong with a value, or None."""
-        if (self.applies and type(value) not in self.applies) or self.holds(value, limit):
-            return None
-        return self.words.format(", ".join(map(shown, limit)) if type(limit) is list else limit)
-
-
-_SIZED = (str, list)
-SCHEMA_RULES = {
-    "enum": Rule("array", (), lambda value, allowed: any(equal(value, one) for one in allowed), "must be one of {}"),
-    "pattern": Rule("string", (str,), lambda value, pattern: pattern.search(value), "must match the pattern {}"),
-    "minimum": Rule("number", (int, float), operator.ge, "must be at least {}"),
-    "maximum": Rule("number", (int, float), operator.le, "must be at most {}"),
-    "minLength": Rule("integer", _SIZED, lambda value, limit: len(value) >= limit, "must have at least {} characters"),
-    "maxLength": Rule("integer", _SIZED, lambda value, limit: len(value) <= limit, "must have at most {} characters"),
-    "minItems": Rule("integer", _SIZED, lambda value, limit: len(value) >= limit, "must have at least {} items"),
-    "maxItems": Rule("integer", _SIZED, lambda value, limit: len(value) <= limit, "must have at most {} items"),
-}
-
-
 class Schema(NamedTuple):
     """A compiled schema of a parameter or a body: a subset of JSON Schema."""
 
     types: Sequence[str] = ()  # empty: any
-    rules: Sequence[tuple[Rule, Any]] = ()  # each with its limit
+    rules: Sequence[tuple["Rule", Any]] = ()  # each with its limit
     items: "Schema | None" = None
     properties: Mapping[str, "Schema"] = {}
     required: Sequence[str] = ()
@@ -4336,20 +4308,42 @@ _SEGMENT = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+")
 _PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z][A-Za-z0-9_-]*)\}")
 
 
-def _parse_rule(name: str, kind: str, value: Any) -> Any:
-    if not VALUE_TYPES[kind].holds(value):
-        raise ValueError(f"must be {VALUE_TYPES[kind].words}, not {shown(value)}")
-    try:
-        return wing("astera_lite_requests:Pattern")(value) if name == "pattern" else value
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"is not a regular expression: {error}") from None
+class Rule(Member):
+    """A rule of a schema, which limits values; as a member of a flow file, the limit."""
+
+    kind: ValueType  # of the limit
+    applies: Collection[type]  # types of the values that it limits; empty: all
+    allows: Callable[[Any, Any], bool]  # (value, limit)
+    refusal: str
+    make: Callable[[Any], Any] | None  # compiles the limit
+
+    def __init__(self, kind: str, applies: Collection[type], allows: Any, refusal: str, make: Any = None) -> None:
+        super().__init__(kind=VALUE_TYPES[kind], applies=applies, allows=allows, refusal=refusal, make=make)
+        self.word, self.json = self.kind.words.partition(" such")[0], {"type": kind}
+
+    def parse(self, value: Any) -> Any:
+        if not self.kind.holds(value):
+            raise ValueError(f"must be {self.kind.words}, not {shown(value)}")
+        return self.make(value) if self.make else value
+
+    def fault(self, value: Any, limit: Any) -> str | None:
+        """What is wrong with a value, or None."""
+        if (self.applies and type(value) not in self.applies) or self.allows(value, limit):
+            return None
+        return self.refusal.format(", ".join(map(shown, limit)) if type(limit) is list else limit)
 
 
-_RULES: dict[str, Member] = {
-    name: Member(
-        parse=partial(_parse_rule, name, kind), word=VALUE_TYPES[kind].words.partition(" such")[0], json={"type": kind}
-    )
-    for name, kind in ((name, rule.limit_type) for name, rule in SCHEMA_RULES.items())
+_SIZED = (str, list)
+_PATTERN = late("astera_lite_requests:Pattern")
+SCHEMA_RULES: dict[str, Rule] = {
+    "enum": Rule("array", (), lambda value, allowed: any(equal(value, one) for one in allowed), "must be one of {}"),
+    "pattern": Rule("string", (str,), lambda text, limit: limit.search(text), "must match the pattern {}", _PATTERN),
+    "minimum": Rule("number", (int, float), operator.ge, "must be at least {}"),
+    "maximum": Rule("number", (int, float), operator.le, "must be at most {}"),
+    "minLength": Rule("integer", _SIZED, lambda value, limit: len(value) >= limit, "must have at least {} characters"),
+    "maxLength": Rule("integer", _SIZED, lambda value, limit: len(value) <= limit, "must have at most {} characters"),
+    "minItems": Rule("integer", _SIZED, lambda value, limit: len(value) >= limit, "must have at least {} items"),
+    "maxItems": Rule("integer", _SIZED, lambda value, limit: len(value) <= limit, "must have at most {} items"),
 }
 _NOTES: dict[str, Member] = {"description": Text(), "example": Member()}
 
@@ -4382,7 +4376,7 @@ _SCHEMA: dict[str, Member] = {
     "required": ListOf(Text("the name of a member")),
     "additionalProperties": Either(Flag(), VALUE_SCHEMA),
     "default": Member(),
-    **_RULES,
+    **SCHEMA_RULES,
     **_NOTES,
 }
 VALUE_SCHEMA.members = _SCHEMA  # which refers to VALUE_SCHEMA
@@ -4402,7 +4396,7 @@ _PARAMETER: dict[str, Member] = {
     "type": OneOf(*PARAMETER_TYPES, "array", default="string"),
     "items": VALUE_SCHEMA,
     "default": Member(),
-    **_RULES,
+    **SCHEMA_RULES,
     **_NOTES,
 }
 

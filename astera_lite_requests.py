@@ -109,13 +109,16 @@ class Pattern:
 
     A search takes time by the length of the text, because it follows all ways through a program at once. An
     instruction is the `match` of a regular expression, which takes one character; the name of a position; or a tuple
-    of jumps, each of which is a way to go on. Raises re.error or ValueError.
+    of jumps, each of which is a way to go on. Raises ValueError.
     """
 
     def __init__(self, text: str) -> None:
         with warnings.catch_warnings():  # about patterns that are refused below
             warnings.simplefilter("ignore")
-            re.compile(text)  # finds most faults
+            try:
+                re.compile(text)  # finds most faults
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"is not a regular expression: {error}") from None
         tokens, at = [], 0
         for match in _PATTERN_TOKEN.finditer(text):
             if match.start() == at:
