@@ -4513,19 +4513,12 @@ _RETRY = {
 }
 
 
-class _OnError(Value):
-    """The value that stands for that of a failed step."""
-
-    def read(self, build: Build, value: Any, place: str) -> Template:
-        return super().read(build, None if value == "continue" else value, place)
-
-
 _OPTIONS: dict[str, Member] = {
     "name": StepName("a name that expressions can use", required=True),
     "when": Condition(),
     "timeout": Duration(),
     "retry": Table(_RETRY, _make_retry, short="attempts"),
-    "onError": _OnError(word='"continue", or a value to use instead'),
+    "onError": Value(word='"continue", or a value to use instead'),
     "description": Text(),
 }
 STEP_OPTIONS = tuple(_OPTIONS)
@@ -4534,6 +4527,9 @@ STEP_OPTIONS = tuple(_OPTIONS)
 def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
     [(name, (kind, run, save))] = [item for item in given.items() if item[0] not in _OPTIONS]
     build.light = build.light and kind.light and not given.keys() & {"timeout", "retry"}
+    on_error = given.get("onError")
+    if on_error is not None and on_error.constant and on_error({}) == "continue":
+        on_error = build.template(None, place)
     return Step(
         name=given["name"],
         kind_name=name,
@@ -4543,7 +4539,7 @@ def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
         when=given.get("when"),
         timeout=given.get("timeout"),
         retry=given.get("retry", Retry()),
-        on_error=given.get("onError"),
+        on_error=on_error,
         place=f"{place}/{name}",
     )
 
