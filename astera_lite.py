@@ -6046,8 +6046,6 @@ class Prepared(NamedTuple):
 class State(IntEnum):
     """Where a job or a synchronous call stands in the engine."""
 
-    __hash__ = int.__hash__  # Enum's own is Python code, and states are looked up for each job
-
     NEW = auto()  # on its way to the disk; or a call that waits on its own thread
     READY = auto()  # waits for a thread, or until its flow's limit leaves room
     RUNNING = auto()  # has a thread
@@ -6361,7 +6359,6 @@ _MEASURING = MeasuringJournal()
 STOPPED = Outcome.failed("interrupted", 503, "The server is stopping.")
 NO_ROOM = Outcome.failed("timeout", 504, "The call waited too long to start.", "no thread, or its limit")
 _NOT_STORED = Outcome.failed("failed", 500, "The job's end could not be stored.")
-_NEVER = Cancel()  # of runs at once, which end before anybody could cancel them
 
 
 def await_write(write: Callable[[Done], None]) -> Any:
@@ -6441,7 +6438,7 @@ class Engine:
         if not flow.light or flow.version in self._costly or given.size > _LIGHT_BODY:
             return None
         began = self._clock.monotonic()
-        run = Run(flow, given, self._outside, began + 1, _MEASURING, trace, _NEVER)
+        run = Run(flow, given, self._outside, began + 1, _MEASURING, trace)
         run.budget = Budget(_LIGHT_BUDGET, whole_run=True)
         try:
             outcome = run_flow(run)

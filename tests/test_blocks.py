@@ -482,6 +482,27 @@ def test_a_job_that_is_cancelled_when_its_turn_comes_keeps_nobody_out(tmp_path: 
         assert [app.wait(job.id, 10).status for job in (first, second, third)] == ["Completed", "Error", "Completed"]
 
 
+def test_a_changed_limit_counts_for_jobs_that_wait_and_a_removed_flow_keeps_its_limit(tmp_path: Path) -> None:
+    gate, go_on = Gate(), threading.Semaphore(0)
+    gate.open.wait = lambda timeout=None: go_on.acquire(timeout=timeout)  # type: ignore[method-assign, misc, assignment]
+
+    def begun(count: int) -> bool:
+        return all(gate.begun.acquire(timeout=10) for _ in range(count))
+
+    with serving(tmp_path, {"f": steps(python(gate), concurrency=1)}) as app:
+        jobs = [app.submit("f") for _ in range(7)]
+        assert begun(1)
+        app.deploy("f", steps(python(gate), concurrency=3))
+        go_on.release()
+        assert begun(3)
+        assert (gate.most, app.engine.queue.counts()["queued"]) == (3, 3)
+        app.deployer.deployments = app.deployer.replaced("f")  # it is in service no more
+        for _ in jobs[1:]:
+            go_on.release()
+        assert [app.wait(job.id, 10).status for job in jobs] == [Status.COMPLETED] * 7
+    assert gate.most == 3
+
+
 def test_a_call_for_which_there_is_no_room_in_time_is_a_timeout(tmp_path: Path) -> None:
     gate, clock = Gate(), FakeClock()
     with serving(tmp_path, {"f": steps(python(gate), concurrency=1)}, clock) as app:
