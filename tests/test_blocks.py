@@ -497,7 +497,9 @@ def test_a_changed_limit_counts_for_jobs_that_wait_and_a_removed_flow_keeps_its_
         assert begun(3)
         assert (gate.most, app.engine.queue.counts()["queued"]) == (3, 3)
         app.deployer.deployments = app.deployer.replaced("f")  # it is in service no more
-        for _ in jobs[1:]:
+        go_on.release()
+        assert begun(1) and not gate.begun.acquire(timeout=0.1)
+        for _ in jobs[2:]:
             go_on.release()
         assert [app.wait(job.id, 10).status for job in jobs] == [Status.COMPLETED] * 7
     assert gate.most == 3
