@@ -672,12 +672,12 @@ class _ConnectedCall(HttpCall):
         auth = self._connection(run).auth if request.fixed else None
         if auth is None:
             return super().exchange(run, request, max_bytes)
-        for _ in range(2):
+        for is_last in (False, True):
             proven = copy.copy(request)
             proven.headers = dict(request.headers)
             auth.apply(run, proven)
             answer = super().exchange(run, proven, max_bytes)
-            if answer.status != 401 or not auth.forget():
+            if answer.status != 401 or is_last or not auth.forget():
                 break
         return answer
 

@@ -188,6 +188,9 @@ def test_an_oauth_token_is_got_once_kept_and_renewed(tmp_path: Path, where: str)
             assert len(tokens) == 4
             app.deploy("f", get_flow("/f", steps=[step(path="/revoked")]))
             assert app.run("f").status_code == 502  # a second 401 is the answer
+            assert len(tokens) == 5
+            assert app.run("f").status_code == 502  # it is no reason to get a token, which the next call would replace
+            assert len(tokens) == 6
 
 
 @pytest.mark.parametrize(
