@@ -8236,8 +8236,9 @@ def error_response(x: "Exchange", error: Exception) -> Reply:
     if x.head.path.startswith(tuple(PREFIXES.values())):
         headers += _VARY
     if not isinstance(error, AsteraError):
-        words = "request %s: %s %s"
-        log.error(words, x.request_id, x.head.method, shown(x.head.path, 200), exc_info=error, extra=x.about())
+        about = optional("astera_lite_notices:about", x) or None
+        told = (x.request_id, x.head.method, shown(x.head.path, 200))
+        log.error("request %s: %s %s", *told, exc_info=error, extra=about)
         detail = "The server failed. Its log has the reason under this request id."
         return Reply(500, headers, json_body(problem(500, detail, requestId=x.request_id)))
     headers += error.headers
@@ -8345,14 +8346,6 @@ class Exchange:
     def fail(self, error: Exception) -> None:
         """Send the reply to an error; only on the loop's thread."""
         self.answer(error_response(self, error))
-
-    def about(self) -> dict[str, Any]:
-        """What a line of the log says about the request."""
-        trace = parse_trace(self.head.headers)
-        job = JobKey.parse(self.values.get("id", ""))
-        this = {"request": self.request_id, "method": self.head.method, "path": self.head.path}
-        more = {"flow": self.flow and self.flow.name, "job": job and str(job), "trace": trace and trace.id}
-        return this | {name: value for name, value in more.items() if value}
 
 
 _PREFERENCES = {"wait": '[0-9]+|"[0-9]+"', "respond-async": '(?:"")?'}  # with patterns of their values
@@ -8960,7 +8953,7 @@ class Handler(BaseRequestHandler):
         server.at_work.discard(x)
         server.requests[head.method, x.route.path if x.route else "", reply.status] += 1
         if log.isEnabledFor(server.access_level):
-            self.log_access(x, reply)
+            optional("astera_lite_notices:log_access", self, x, reply)
         if x is not self.exchange:  # the client has gone
             return
         self.closing = closing
@@ -8976,15 +8969,6 @@ class Handler(BaseRequestHandler):
         self.deadline, self.taken = math.inf, 0
         self.state = _SENDING
         server.ready[self] = None
-
-    def log_access(self, x: Exchange, reply: Reply) -> None:
-        """Log a request, without its query, which may contain secrets."""
-        ms = round((time.monotonic() - x.began) * 1000, 1)
-        client = str(self.client_address[0])
-        extra = x.about() | {"status": reply.status, "ms": ms, "client": client, "token": x.caller.name or None}
-        caller = f"{client} {x.caller.name or '-'}"
-        arguments = (x.request_id, x.head.method, x.head.path, reply.status, ms, caller)
-        log.log(self.server.access_level, "%s %s %s %d %s ms, %s", *arguments, extra=extra)
 
     def later(self, x: Exchange, seconds: float, function: Callable[[], Reply | None], early: bool) -> None:
         """See Exchange.later."""
@@ -9161,6 +9145,8 @@ class Server(ThreadingHTTPServer):
         self.requests = app.metrics.requests
         app.metrics.connections.append(self.handlers)
         self.access_level = logging.INFO if self.settings.access_log else logging.DEBUG
+        if self.settings.access_log:
+            wing("astera_lite_notices:log_access")  # if the file is missing, the start says so
         self._request_count = itertools.count(1)
         self._request_prefix = os.urandom(5).hex()
         # for requests that take longer than a look-up, and for reads of a shared database

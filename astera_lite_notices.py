@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import socket
+import time
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,12 +23,17 @@ from astera_lite import (
     Application,
     ConfigError,
     Deployments,
+    Exchange,
     Flow,
+    Handler,
+    JobKey,
+    Reply,
     Server,
     as_text,
     is_json_type,
     log,
     log_message,
+    parse_trace,
     resource,
     shown,
     timestamp,
@@ -169,6 +175,25 @@ def send_state(state: str) -> None:
 
 
 # --- the log ---
+
+
+def about(x: Exchange) -> dict[str, Any]:
+    """What a line of the log says about a request."""
+    trace = parse_trace(x.head.headers)
+    job = JobKey.parse(x.values.get("id", ""))
+    this = {"request": x.request_id, "method": x.head.method, "path": x.head.path}
+    more = {"flow": x.flow and x.flow.name, "job": job and str(job), "trace": trace and trace.id}
+    return this | {name: value for name, value in more.items() if value}
+
+
+def log_access(handler: Handler, x: Exchange, reply: Reply) -> None:
+    """Log a request, without its query, which may contain secrets."""
+    ms = round((time.monotonic() - x.began) * 1000, 1)
+    client = str(handler.client_address[0])
+    extra = about(x) | {"status": reply.status, "ms": ms, "client": client, "token": x.caller.name or None}
+    caller = f"{client} {x.caller.name or '-'}"
+    arguments = (x.request_id, x.head.method, x.head.path, reply.status, ms, caller)
+    log.log(handler.server.access_level, "%s %s %s %d %s ms, %s", *arguments, extra=extra)
 
 
 class JsonLines(logging.Formatter):

@@ -33,7 +33,7 @@ LINES = {
     "astera_lite_documents.py": 800,
     "astera_lite_database.py": 200,
     "astera_lite_nodes.py": 400,
-    "astera_lite_notices.py": 200,
+    "astera_lite_notices.py": 250,
     "astera_lite_postgres.py": 1_120,
     "astera_lite_requests.py": 800,
     "astera_lite_python.py": 800,
@@ -236,6 +236,7 @@ def test_an_embedding_program_needs_the_wing_of_requests_alone(alone: Path) -> N
         ("secrets", "ASTERA_LITE_CALLBACK_SECRET", "whsec_" + "A" * 43 + "="),
         ("tls", "--tls-cert", "a.pem"),
         ("notices", "--log", "json"),
+        ("notices", "--access-log", "true"),
     ],
 )
 def test_a_setting_without_its_wing_is_one_sentence(alone: Path, wing: str, flag: str, value: str) -> None:
