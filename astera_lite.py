@@ -5135,6 +5135,7 @@ class Writer:
 
     fault: str | None = None  # why nothing can be written
     _locked = ""  # clause that locks the rows that a statement reads
+    _freed = ""  # assignment that leaves a callback to any server
     _write: Callable[[list[Any]], list[Any]]  # commits a batch: the result of each write
     _note: Callable[[Exception, list[Any]], tuple[AsteraError, bool]]  # error for the writes, and whether it may pass
     _with_probe: Callable[[list[Any]], list[Any]]  # adds a write that shows whether a fault has passed
@@ -5278,6 +5279,32 @@ class Writer:
     def resend(self, key: JobKey, now: int, done: Done) -> None:
         """Make the callback of a finished job due, with a new schedule; `done` gets whether the job has one."""
         self._do("UPDATE callbacks SET state = 'pending', next = ?, attempts = 0 WHERE job = ?", (now, key.seq), done)
+
+    def record_delivery(
+        self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
+    ) -> None:
+        """Store an attempt to deliver a callback, once, and the new state of the callback.
+
+        The state does not change if the callback was requested again meanwhile, so that its `next` is not `seen`.
+        """
+        attempt = attempt._replace(error=attempt.error and attempt.error.replace("\0", ""))
+
+        def run(execute: Execute) -> bool:
+            sql = f"SELECT state, next FROM callbacks WHERE job = ?{self._locked}"
+            found = execute(sql, (key.seq,)).fetchone()
+            known = execute("SELECT at, duration, status, error FROM attempts WHERE job = ?", (key.seq,)).fetchall()
+            if found is None or attempt in known:  # it may have been committed before
+                return False
+            execute("INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?)", (key.seq, len(known) + 1, *attempt))
+            if found[0] != "pending":
+                return False
+            if found[1] == seen:
+                execute("UPDATE callbacks SET state = ?, next = ? WHERE job = ?", (state, next_at, key.seq))
+            sql = f"UPDATE callbacks SET attempts = attempts + 1, last_status = ?{self._freed} WHERE job = ?"
+            execute(sql, (attempt.status, key.seq))
+            return True
+
+        self._run(run, done, keep=True)
 
 
 def _owe(execute: Execute, finish: Finish) -> None:
@@ -5902,28 +5929,6 @@ class SqliteStore(SqliteReader, Writer):
             (now, now, *busy, limit + len(skip)),
         )
         return read_deliveries([row for row in rows if row[0] not in skip][:limit])
-
-    def record_delivery(
-        self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
-    ) -> None:
-        """Store an attempt to deliver a callback, and the new state of the callback.
-
-        The state does not change if the callback was requested again meanwhile, so that its `next` is not `seen`.
-        """
-        self._do(
-            "INSERT INTO attempts SELECT job, (SELECT ifnull(max(n), 0) FROM attempts WHERE job = c.job) + 1,"
-            " ?, ?, ?, ? FROM callbacks c WHERE job = ?",
-            (*attempt, key.seq),
-            keep=True,
-        )
-        self._do(
-            "UPDATE callbacks SET attempts = attempts + 1, last_status = ?,"
-            " state = iif(next IS ?, ?, state), next = iif(next IS ?, ?, next)"
-            " WHERE job = ? AND state = 'pending'",
-            (attempt.status, seen, state, seen, next_at, key.seq),
-            done,
-            keep=True,
-        )
 
     # --- what is due for all ---
 

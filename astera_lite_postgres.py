@@ -32,7 +32,6 @@ from astera_lite import (
     PIECE,
     Added,
     AsteraError,
-    Attempt,
     Busy,
     Claimed,
     ConfigError,
@@ -466,7 +465,7 @@ class PostgresStore(PostgresReader, Writer):
 
     shared = True
     nodes = NODES
-    _locked = " FOR UPDATE"
+    _locked, _freed = " FOR UPDATE", ", owner = NULL"
 
     def __init__(self, url: str, *, durability: str = "full", lease: float = 15.0, name: str = "") -> None:
         self._address = _Address(url, lease, durability)
@@ -487,7 +486,6 @@ class PostgresStore(PostgresReader, Writer):
         self._waiting: dict[int, tuple[int, Flow, Done]] = {}  # calls by number, with the start of this server
         self._free_from = 0  # no job with a smaller `seq` is free
         self._free_at = 0.0  # time until which `_free_from` is valid, monotonic
-        self._alone = True  # no other server has a valid lease
         self._renew_at = 0.0  # time of the next renewal of the lease, monotonic
         self._bury_at = 0.0  # time until which live servers may seem gone, because this one was cut off, too; monotonic
         self._offset = 0.0  # milliseconds from the monotonic clock to the clock of the database
@@ -514,8 +512,7 @@ class PostgresStore(PostgresReader, Writer):
         self._follower.join(timeout_s)
         with contextlib.suppress(StoreError), self._reading() as db:
             db.execute("DELETE FROM nodes WHERE start = %s", (self._start,))
-            if not self._alone:
-                db.execute("SELECT pg_notify(%s, 'freed jobs')", (CHANNEL,))
+            db.execute("SELECT pg_notify(%s, 'freed jobs')", (CHANNEL,))
         super().close()
 
     # --- the server as one of several ---
@@ -539,14 +536,12 @@ class PostgresStore(PostgresReader, Writer):
         self._start, self.node = row
         self._leased_until = began + self._lease
         self._news("lost")  # at once: the next statements may fail
-        db.execute("SELECT pg_notify(%s, 'jobs')", (CHANNEL,))  # a server that was alone hears that it no longer is
         self._keep_time(db)
 
     def _keep_time(self, db: Any) -> None:
         before = time.monotonic()
-        now, others = db.execute(f"SELECT {_NOW}, count(*) FROM nodes WHERE start <> %s", (self._start,)).fetchone()
+        (now,) = db.execute(f"SELECT {_NOW}").fetchone()
         self._offset = now - (before + time.monotonic()) * 500
-        self._alone = not others
 
     def leased(self) -> bool:
         """Whether the lease is valid, so that no other server can have the jobs of this one."""
@@ -592,7 +587,6 @@ class PostgresStore(PostgresReader, Writer):
                 wait = max(0.0, min(self._renew_at, look_at) - time.monotonic())
                 for told in db.notifies(timeout=min(wait, 0.2), stop_after=1):
                     if told.pid != self._pid:
-                        self._alone = False  # until the next renewal
                         for word in told.payload.split():
                             if word == "freed":
                                 self._free_from, self._free_at = 0, 0.0
@@ -725,7 +719,7 @@ class PostgresStore(PostgresReader, Writer):
                 for group in _grouped(batch):
                     made.append((group, self._make(db, group)))
                 words = {write.word for write in batch if write.word}
-                if words and not self._alone:
+                if words:
                     db.execute("SELECT pg_notify(%s, %s)", (CHANNEL, " ".join(words)))
                 db.commit()
         except BaseException:
@@ -975,28 +969,6 @@ class PostgresStore(PostgresReader, Writer):
             return []
         sql = f"SELECT {JOB_COLUMNS}, request{FROM_JOBS} WHERE seq = ANY(?) ORDER BY c.next"
         return read_deliveries(self._all(sql, ([seq for (seq,) in ids],)))
-
-    def record_delivery(
-        self, key: JobKey, attempt: Attempt, seen: int | None, state: str, next_at: int | None, done: Done
-    ) -> None:
-        """Store an attempt to deliver a callback, and the callback's new state, unless it was requested again."""
-        at, duration, status, error = attempt
-        error = error and error.replace("\0", "")
-        is_same = "next IS NOT DISTINCT FROM %s::bigint"
-        sql = (
-            "WITH made AS (INSERT INTO attempts"
-            " SELECT job, (SELECT coalesce(max(n), 0) FROM attempts WHERE job = c.job) + 1, %s, %s, %s, %s"
-            " FROM callbacks c WHERE job = %s AND NOT EXISTS"  # it may have been committed before
-            " (SELECT 1 FROM attempts a WHERE a.job = c.job AND (a.at, a.duration) = (%s, %s)"
-            " AND (a.status, a.error) IS NOT DISTINCT FROM (%s::int, %s::text)) RETURNING job)"
-            " UPDATE callbacks c SET attempts = attempts + 1, last_status = %s, owner = NULL,"
-            f" state = CASE WHEN {is_same} THEN %s ELSE state END,"
-            f" next = CASE WHEN {is_same} THEN %s::bigint ELSE next END"
-            " FROM made WHERE c.job = made.job AND state = 'pending'"
-        )
-        made = (at, duration, status, error)
-        values = (*made, key.seq, *made, status, seen, state, seen, next_at)
-        self._do(sql, values, done, keep=True)
 
     # --- what is due for all ---
 
