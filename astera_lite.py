@@ -1357,9 +1357,6 @@ class Budget:
         self.spend(len(values) * price)
         return values
 
-    def member(self, values: Any, key: Any) -> Any:
-        return values[self.deep(key)]
-
     def optional(self, values: Any, name: str) -> Any:
         """A member that the flow declares and that a request may omit: null if it is absent."""
         return values.get(name) if type(values) is dict else values[name]
@@ -1783,10 +1780,9 @@ class _Compiler(ast.NodeTransformer):
         if isinstance(node.slice, ast.Slice):
             ends = (node.slice.lower, node.slice.upper, node.slice.step)
             return self.paid("slice", value, *(self.visit(end) if end else ast.Constant(None) for end in ends))
-        index = self.visit(node.slice)
-        if not isinstance(index, ast.Constant):
-            return self.paid("member", value, index)
-        if schema is not None and index.value in schema.properties and index.value not in schema.required:
+        index = self.key(node.slice)
+        name = getattr(index, "value", None)  # of a constant
+        if schema is not None and name in schema.properties and name not in schema.required:
             return self.paid("optional", value, index)
         return ast.Subscript(value, index, ast.Load())
 
