@@ -6595,17 +6595,24 @@ class Engine:
         outcome = self.run_at_once(flow, given, trace)
         if outcome is None or len(outcome.answer.body) > PIECE:
             return None
-        return self._finish(job._replace(started=job.created), outcome, trace)
+        return self._finish(job, outcome, trace, started=job.created)
 
     def _finish(
-        self, job: Job, outcome: Outcome, trace: Sequence[dict[str, Any]] | None = None, fenced: bool = True
+        self,
+        job: Job,
+        outcome: Outcome,
+        trace: Sequence[dict[str, Any]] | None = None,
+        *,
+        started: int | None = None,
+        fenced: bool = True,
     ) -> Finish:
-        """The end of a job, and the callback that the server owes."""
+        """The end of a job, which began at `job.started` or at `started`, and the callback that the server owes."""
         now, callback = self._clock.now(), None
         job = job._replace(
             status=outcome.status,
             attempt=max(job.attempt, 1),
             due=None,
+            started=started or job.started,
             finished=now,
             expires=now + self._retention_ms,
             error=outcome.error,
@@ -7468,8 +7475,9 @@ class Application:
         self._count_coming(len(request.body))
 
     def _count_coming(self, size: int) -> None:
-        with self.engine.queue.changed:
-            self._coming += size
+        if self.settings.max_database is not None:
+            with self.engine.queue.changed:
+                self._coming += size
 
     def _check_room(self, flow: Flow) -> None:
         """Raise Busy unless there is room for a job."""
