@@ -3416,10 +3416,9 @@ _JOURNAL_SUFFIXES = {
     "when": "?",  # the value of the condition
     "error": "!",  # the value of `error`, if the step failed and the flow went on
     "began": "<",  # the begin of the first attempt, in milliseconds since the epoch
-    "deadline": "@",  # of the suspended attempt, in milliseconds since the epoch
+    "deadline": "@",  # of the suspended attempt, or of the flow that a `call` runs, in milliseconds since the epoch
     "time": "=",  # the end of a `wait`
     "items": "/of",  # of an `each`
-    "flow deadline": "/@",  # of a called flow
 }
 
 

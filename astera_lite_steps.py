@@ -213,11 +213,9 @@ def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
             bound = flow.bind(request, str(run.input.request["id"]))
         except InputError as error:
             raise StepError(500, "the flow that it calls refused its input", f'"{name}": {error}', {"input"}) from None
-        part = run.branch(flow=flow, input=bound)
-        with (
-            part.within(flow.timeout, journal_key(path, "flow deadline")) if flow.timeout else contextlib.nullcontext()
-        ):
-            answer = answer_of(flow, part, f"{path}/")
+        part, inside = run.branch(flow=flow, input=bound), f"{path}/"
+        with part.within(flow.timeout, journal_key(inside, "deadline")) if flow.timeout else contextlib.nullcontext():
+            answer = answer_of(flow, part, inside)
         run.progress = part.progress
         fetched = Fetched(answer.code, list(answer.headers), answer.body)
         return {"status": answer.code, "headers": joined_headers(answer.headers), "body": read_answer(fetched)}
