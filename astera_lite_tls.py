@@ -9,7 +9,6 @@ import contextlib
 import os
 import ssl
 import time
-from pathlib import Path
 from typing import Any, NoReturn
 
 from astera_lite import ConfigError, Fault, Handler, Server, Settings, reason_of
@@ -26,7 +25,8 @@ def tls_context(settings: Settings) -> ssl.SSLContext:
         raise ConfigError([Fault("tls_cert", "", "is missing: tls_key goes with a certificate")])
     for name in ("tls_cert", "tls_key"):
         try:
-            Path(getattr(settings, name) or os.devnull).read_bytes()
+            with open(getattr(settings, name) or os.devnull, "rb"):
+                pass
         except OSError as error:
             raise ConfigError([Fault(name, "", f"cannot be read: {reason_of(error)}")]) from None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
