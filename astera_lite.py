@@ -6131,6 +6131,12 @@ class Queue:
         limit = self._limits.get(name)
         return limit is None or self._running[name] < limit
 
+    def exceeds(self, flow: Flow) -> bool:
+        """Whether the run of a job is one too many: the limit of a flow that is not in service was not known before."""
+        with self.changed:
+            limit = self._limits.setdefault(flow.name, flow.limit)
+            return limit is not None and self._running[flow.name] > limit
+
     # --- jobs and calls in hand: `enter`, `move` and `leave` need the lock ---
 
     def enter(self, number: int, flow: str) -> Entry:
@@ -6499,20 +6505,27 @@ class Engine:
         try:
             prepared = entry.prepared = entry.prepared or self._prepare(entry.number)
             if entry.state is State.RUNNING and prepared is not None:
-                self._run(entry, prepared)
+                if self.queue.exceeds(prepared.flow):
+                    self._put_off(entry)
+                else:
+                    self._run(entry, prepared)
             elif entry.state is State.RUNNING:  # it has ended
                 self.queue.dismiss(entry.number)
         except AsteraError as error:  # the database failed while the job was read
             log.error("job %s could not be started: %s", this, error, extra={"job": str(this)})
-            with self._changed:
-                entry.due = self._clock.now() + 1000
-                self.queue.move(entry, State.WAITING)
+            self._put_off(entry)
         except Exception:  # a fault of this program must not end the thread
             log.exception("job %s", this, extra=entry.run.about if entry.run else {"job": str(this)})
             if entry.job is not None:
                 self.end(entry.job, Outcome.failed("failed", 500, "The server failed to run the job."))
             else:
                 self.queue.dismiss(entry.number)
+
+    def _put_off(self, entry: Entry) -> None:
+        """Try a job again in a second."""
+        with self._changed:
+            entry.due = self._clock.now() + 1000
+            self.queue.move(entry, State.WAITING)
 
     def _run(self, entry: Entry, prepared: Prepared) -> None:
         job, flow, now = prepared.job, prepared.flow, self._clock.now()

@@ -871,6 +871,34 @@ def test_a_job_keeps_the_flow_it_was_accepted_with(tmp_path: Path, gate: Gate) -
         assert app.result(job.id).json() == "old"
 
 
+@pytest.mark.sqlite  # servers that share a database take only jobs of flows in service
+def test_jobs_of_a_flow_that_is_not_in_service_keep_within_its_limit(tmp_path: Path) -> None:
+    running, most, lock = [0], [0], threading.Lock()
+
+    def slow(context: Context) -> None:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.1)
+        with lock:
+            running[0] -= 1
+
+    def application(clock: Clock | None = None) -> AsteraLite:
+        app = AsteraLite(clock=clock, database=str(tmp_path / "jobs.db"), workers=8)
+        app.step("slow")(slow)
+        return app
+
+    steps = [{"name": "w", "wait": 60}, {"name": "s", "slow": {}}]
+    with application() as app:
+        app.deploy("f", get_flow("/f", steps=steps, concurrency=1))
+        jobs = [app.submit("f") for _ in range(4)]
+        suspended(app, 4)
+    with application(FakeClock(jobs[-1].created + 61_000)) as app:
+        until(lambda: app.engine.queue.release(1 << 62) is None and not app.engine.queue.entries)
+        assert [finished(app, job).status for job in jobs] == [Status.COMPLETED] * 4
+    assert most == [1]
+
+
 @pytest.mark.sqlite  # there is no store
 def test_who_waits_for_a_job_is_told_even_if_another_goes_at_that_moment() -> None:
     key, watchers, told = JobKey(1, 1), Watchers(), threading.Event()
