@@ -341,6 +341,7 @@ def transaction(url: str, locked: Collection[str], news: str = "") -> Iterator[A
         _prepare(db, address.place)
         with db.transaction():
             db.execute(f"LOCK TABLE {', '.join(locked)} IN SHARE ROW EXCLUSIVE MODE")
+            del db.wait  # what follows takes as long as it takes, and a person can end it
             yield db
             db.execute("SELECT pg_notify(%s, %s)", (CHANNEL, news))
 

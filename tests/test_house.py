@@ -34,7 +34,7 @@ LINES = {
     "astera_lite_database.py": 200,
     "astera_lite_nodes.py": 400,
     "astera_lite_notices.py": 250,
-    "astera_lite_postgres.py": 1_092,
+    "astera_lite_postgres.py": 1_093,
     "astera_lite_requests.py": 800,
     "astera_lite_python.py": 800,
     "astera_lite_secrets.py": 150,

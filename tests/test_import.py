@@ -11,11 +11,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from nodes import Cluster, free_port
+from nodes import Cluster, database_name, free_port
 from support import ROOT, Sink, get_flow, running
 
 import astera_lite
 from astera_lite import AsteraLite, SqliteStore, main
+from astera_lite_postgres import PostgresStore
 
 Command = Callable[..., tuple[int, str, str]]
 ECHO = get_flow(
@@ -113,6 +114,20 @@ def test_jobs_keep_their_ids_keys_and_bytes(database_url: str, tmp_path: Path, c
         assert client.finished(client.get(path))["id"] != first["id"]
 
 
+@pytest.mark.slow
+def test_a_table_may_take_the_database_longer_than_a_server_would_wait(
+    database_url: str, cluster: Cluster, old: str, command: Command
+) -> None:
+    PostgresStore(database_url).close()  # makes the tables
+    name = database_name(database_url)
+    body = "BEGIN PERFORM pg_sleep(17); RETURN NULL; END"
+    cluster.query(f"CREATE FUNCTION late() RETURNS trigger AS '{body}' LANGUAGE plpgsql", database=name)
+    statement = "CREATE TRIGGER late AFTER INSERT ON jobs FOR EACH STATEMENT EXECUTE FUNCTION late()"
+    cluster.query(statement, database=name)
+    code, _, told = command("import", old, "--database", database_url)
+    assert (code, told.partition(",")[0]) == (0, "imported flows: 5")
+
+
 def test_what_is_not_empty_not_there_or_in_use_is_refused(database_url: str, tmp_path: Path, command: Command) -> None:
     def refused(*words: str) -> str:
         code, out, told = command("import", *words)
@@ -143,7 +158,7 @@ def test_a_fault_in_the_middle_leaves_the_database_empty(
         db.commit()
     code, _, told = command("import", old, "--database", database_url)
     assert code == 4 and told.startswith("nothing was imported: ")
-    name = database_url.partition("?")[0].rpartition("/")[2]
+    name = database_name(database_url)
     assert cluster.query("SELECT (SELECT count(*) FROM jobs) + (SELECT count(*) FROM flows)", database=name) == [(0,)]
 
 
