@@ -2647,7 +2647,7 @@ def _bind_body(flow: "Flow", request: StoredRequest, errors: InputErrors) -> Any
         value = _read_body(request.body, media)
     except ValueError as error:
         place, cure = (is_json_type(media) and optional("astera_lite_advice:on_body", request.body, error)) or ("", "")
-        errors.add("body", place, f"is not valid {media or 'JSON'}: {error}{cure}")
+        errors.add("body", place, str(error) if place else f"is not valid {media or 'JSON'}: {error}{cure}")
         return None
     return flow.body.check(value, "", errors) if flow.body else value
 

@@ -467,6 +467,13 @@ def test_a_faulty_body_is_named_by_a_json_pointer(value: Any, name: str) -> None
     assert (error["in"], error["name"]) == ("body", name)
 
 
+def test_an_integer_beyond_64_bits_is_valid_json_that_is_refused() -> None:
+    with pytest.raises(InputError) as caught:
+        bind_json({"name": "A", "n": 1, "a/b~": [{"x": 2**63}]})
+    message = 'the number "9223372036854775808" is beyond 64 bits: write it as text'
+    assert caught.value.errors == [{"in": "body", "name": "/a~1b~0/0/x", "message": message}]
+
+
 def test_a_declared_member_that_was_not_sent_is_null(tmp_path: Path) -> None:
     row = {"type": "object", "properties": {"note": {}, "code": {}}, "required": ["code"]}
     body = {"type": "object", "properties": {"note": {}, "row": row, "rows": {"type": "array", "items": row}}}

@@ -27,14 +27,14 @@ TREES = {name: ast.parse((ROOT / name).read_text("utf-8")) for name in FILES}
 #: Lines that a file may have (wc -l). Where one is full, move what a server seldom needs to another wing, or to a new
 #: one. The core is to fall further: the plan allows it 7,500.
 LINES = {
-    "astera_lite.py": 10_580,
+    "astera_lite.py": 9_780,
     "astera_lite_admin.py": 800,
     "astera_lite_advice.py": 400,
     "astera_lite_documents.py": 800,
     "astera_lite_database.py": 200,
     "astera_lite_nodes.py": 400,
     "astera_lite_notices.py": 250,
-    "astera_lite_postgres.py": 1_093,
+    "astera_lite_postgres.py": 1_100,
     "astera_lite_requests.py": 800,
     "astera_lite_python.py": 800,
     "astera_lite_secrets.py": 150,
