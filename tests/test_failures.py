@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
-from support import Api, Client, Running, Sink, get_flow, process
+from support import Api, Client, Running, Sink, get_flow, process, until
 
 import astera_lite
 import astera_lite_secrets
@@ -281,6 +281,7 @@ def test_the_commands_and_the_log_tell_it(tmp_path: Path, api: str, capsys: pyte
     with process(tmp_path, "--log", "json") as (_, url, lines):
         api_ = Api(url)
         job = api_.job(api_.submit("/post"), wait=10)
+        until(lambda: any(job["id"] in text for text in lines))  # the log has a thread of its own
     [entry] = [entry for text in lines if text.startswith("{") and (entry := json.loads(text)).get("job") == job["id"]]
     assert json.loads(entry["message"].partition("failed: ")[2]).startswith(told)
 
