@@ -152,15 +152,10 @@ _STATEMENTS = {
     "end": _end(_HELD),  # of a job that no thread runs
     "text": "INSERT INTO flows (version, name, text) SELECT version, name, text"
     " FROM json_populate_recordset(NULL::flows, %s) ON CONFLICT (version) DO UPDATE SET used = now()",
-    "owe": "INSERT INTO callbacks (job, receiver, state, next, body) SELECT job, receiver, 'pending', v.next, v.body"
-    " FROM json_populate_recordset(NULL::callbacks, %s) v JOIN jobs j ON j.seq = v.job AND j.attempt = v.attempts"
-    " AND j.finished = v.next WHERE j.seq = ANY(%s) ON CONFLICT (job) DO NOTHING",
+    "owe": "INSERT INTO callbacks (job, receiver, state, next, body) SELECT job, receiver, 'pending', next, body"
+    " FROM json_populate_recordset(NULL::callbacks, %s) ON CONFLICT (job) DO NOTHING",
 }
-#: A piece of a body; none if the write that it belongs to did not change its job.
-_PIECE = (
-    "INSERT INTO pieces SELECT %s, %s, %s, %s, %s FROM jobs"
-    " WHERE seq = %s AND attempt = %s AND finished IS NOT DISTINCT FROM %s::bigint ON CONFLICT DO NOTHING"
-)
+_PIECE = "INSERT INTO pieces VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING"
 #: Faults that may pass, by the beginning of SQLSTATE: the write itself is correct and is tried again.
 _PASSING = {
     "23503": "this server did not renew its lease in time: it goes on as a new server",  # its row is gone
@@ -435,6 +430,12 @@ class _Write(NamedTuple):
         """Approximate number of bytes that are sent."""
         texts = [value for value in self.values.values() if isinstance(value, str | bytes)]
         return sum(map(len, texts)) + len(self.pieces) * PIECE + 300
+
+    @property
+    def owed(self) -> tuple[str, str] | None:
+        """Receiver and body of the callback that is owed once the write is made."""
+        end: Finish | None = self.about.ended if self.kind == "add" else self.about
+        return end and end.callback
 
 
 def _grouped(batch: Iterable[_Write]) -> list[list[_Write]]:
@@ -742,9 +743,12 @@ class PostgresStore(PostgresReader, Writer):
         if first.kind == "add":
             return self._make_add(db, group)
         rows = [{"seq": write.seq, "owner": self._start, **write.values} for write in group]
-        cursor = _many(db, first.kind, rows, [write.seq for write in group if write.is_again])
-        _store_belongings(db, group)
-        return partial(_changed, group, cursor)
+        stored = _many(db, first.kind, rows, [write.seq for write in group if write.is_again])
+        if any(write.pieces or write.owed for write in group):  # these wait for the answer: only what changed a job
+            stored = stored.fetchall()
+            changed = {seq for (seq,) in stored}
+            _store_belongings(db, [write for write in group if write.seq in changed])
+        return partial(_changed, group, stored)
 
     def _make_add(self, db: Any, group: list[_Write]) -> Callable[[], list[Any]]:
         now, owner = time.monotonic(), self._start
@@ -759,10 +763,11 @@ class PostgresStore(PostgresReader, Writer):
         single = [write for write in group if write.limited]
         if plain:
             cursor = _insert(db, plain, owner)
-            _store_belongings(db, plain)
             if any(write.about.idempotency_key is not None for write in plain):
                 stored = {seq for (seq,) in cursor}
                 single += [write for write in plain if write.seq not in stored]
+                plain = [write for write in plain if write.seq in stored]
+            _store_belongings(db, plain)
         answers = {write.seq: _add_one(db, write, owner) for write in single}
 
         def read() -> list[Any]:
@@ -1041,9 +1046,9 @@ def _many(db: Any, kind: str, rows: Sequence[Mapping[str, Any]], again: Iterable
     return db.execute(sql, [to_json(values), _ids(row.get("seq") for row in rows), _ids(again)][: sql.count("%s")])
 
 
-def _changed(group: list[_Write], cursor: Any) -> list[bool]:
+def _changed(group: list[_Write], stored: Iterable[tuple[int]]) -> list[bool]:
     """For each write of a group, whether it changed its job."""
-    seqs = {seq for (seq,) in cursor}
+    seqs = {seq for (seq,) in stored}
     return [write.seq in seqs for write in group]
 
 
@@ -1053,16 +1058,16 @@ def _insert(db: Any, writes: Sequence[_Write], owner: int) -> Any:
     return _many(db, "add", rows)
 
 
-def _store_belongings(db: Any, writes: Iterable[_Write]) -> None:
-    """Store the pieces of large bodies and the callbacks that are owed, of the writes that have changed their jobs."""
-    owed = []
+def _store_belongings(db: Any, writes: Sequence[_Write]) -> None:
+    """Store the pieces of large bodies and the callbacks that are owed, of writes that have changed their jobs."""
     for write in writes:
         for piece in write.pieces:
-            db.execute(_PIECE, (*piece, write.seq, write.values["attempt"], write.values["finished"]))
-        end = write.about.ended if write.kind == "add" else write.about
-        if end is not None and end.callback is not None:
-            of_job = {"seq": write.seq, "job": write.seq, "attempts": end.job.attempt, "next": end.job.finished}
-            owed.append(of_job | dict(zip(("receiver", "body"), end.callback, strict=True)))
+            db.execute(_PIECE, piece)
+    owed = [
+        {"job": write.seq, "receiver": write.owed[0], "next": write.values["finished"], "body": write.owed[1]}
+        for write in writes
+        if write.owed
+    ]
     if owed:
         _many(db, "owe", owed)
 
