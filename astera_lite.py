@@ -9658,6 +9658,8 @@ def serve(settings: Settings) -> int:
     stderr = cast(Stderr, sys.stderr)
     stderr.detach()
     _set_up_process(settings)
+    if os.environ.get("NOTIFY_SOCKET"):
+        wing("astera_lite_notices:send_state")  # if the file is missing, the start says so
     app = Application(settings)
     app.start()
     try:

@@ -303,7 +303,7 @@ def pages(browser: Browser) -> Iterator[Callable[..., Page]]:
         url: str, fragment: str = "", width: int = 1440, scheme: str = "light", clock: bool = False, **more: Any
     ) -> Page:
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **more)
-        context.set_default_timeout(30_000)  # a busy machine takes its time
+        context.set_default_timeout(8000)
         contexts.append(context)
         context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
         page = context.new_page()

@@ -8,7 +8,6 @@ import json
 import logging
 import re
 import threading
-import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from support import EVERYTHING, Running, get_flow, process, running, talk
 
 import astera_lite
+import astera_lite_advice
 import astera_lite_notices
 from astera_lite import Flow, from_json, parse_prefer, unquote
 from astera_lite_requests import Pattern
@@ -207,18 +207,21 @@ def test_json_that_is_refused(run: Running, mode: str, name: str) -> None:
     refused(run.client.post(f"{mode}/anything", data=WRONG_JSON[name], headers=JSON))
 
 
-@pytest.mark.parametrize("end", [b'1], "b": 1, "b": 2}', b"9223372036854775808]}"])
-def test_the_message_about_a_large_body_takes_no_longer_than_the_body(end: bytes) -> None:
+@pytest.mark.parametrize(
+    ("end", "place", "times"), [(b'1], "b": 1, "b": 2}', "", 0), (b"9223372036854775808]}", "/a/9", 1)]
+)
+def test_a_faulty_body_is_parsed_again_only_to_find_its_integer(
+    monkeypatch: pytest.MonkeyPatch, end: bytes, place: str, times: int
+) -> None:
+    """Parsing a body again takes as long as the first time, and searching it in Python ten times as long."""
+    parsed = []
+    monkeypatch.setattr(astera_lite_advice, "from_json", lambda *given: parsed.append(1) or from_json(*given))
     tree = {"request": {"method": "POST", "resource": "/x", "body": {}}, "response": {"body": 1}}
-    flow, body = astera_lite.build_flow(tree, "t"), b'{"a": [' + b"1," * 1_000_000 + end
-    began = time.process_time()
-    with pytest.raises(ValueError, match=r"occurs twice|64 bits"):
-        from_json(body)
-    parsed = time.process_time()
+    body = b'{"a": [' + b"1," * 9 + end
     with pytest.raises(astera_lite.InputError) as refused:
-        flow.bind(astera_lite.StoredRequest("POST", "/x", "", {"content-type": "application/json"}, body))
-    assert time.process_time() - parsed < 3 * (parsed - began) + 0.2
-    assert refused.value.errors[0]["name"] == ("/a/1000000" if b"9" in end else "")
+        sent = astera_lite.StoredRequest("POST", "/x", "", {"content-type": "application/json"}, body)
+        astera_lite.build_flow(tree, "t").bind(sent)
+    assert (refused.value.errors[0]["name"], len(parsed)) == (place, times)
 
 
 @pytest.mark.parametrize("name", RIGHT_JSON)

@@ -237,6 +237,7 @@ def test_an_embedding_program_needs_the_wing_of_requests_alone(alone: Path) -> N
         ("tls", "--tls-cert", "a.pem"),
         ("notices", "--log", "json"),
         ("notices", "--access-log", "true"),
+        ("notices", "NOTIFY_SOCKET", "/no/such/socket"),
     ],
 )
 def test_a_setting_without_its_wing_is_one_sentence(alone: Path, wing: str, flag: str, value: str) -> None:
