@@ -7316,12 +7316,17 @@ class Application:
         self.deployer = Deployer(settings.flows or None, self.outside.connections)
         self.watchers = Watchers()
         self.tokens: list[Token] = []
-        self.is_open = False  # from start to the very end of stop
+        self._process = 0  # the process in which it is open
         self._coming = 0  # bytes of requests on their way to the disk; the queue's lock guards them
         self.metrics = Metrics()
         self.started_at = 0  # milliseconds since the epoch, by the system's clock
 
     # --- life ---
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it runs, from start to the very end of stop. After a fork, only the parent has its threads."""
+        return self._process == os.getpid()
 
     def start(self) -> None:
         """Open the database, load the flows, take up what was left, and start the threads."""
@@ -7386,7 +7391,7 @@ class Application:
         self.engine.queue.start()
         self.housekeeper.start()
         self.started_at = self.clock.wall()
-        self.is_open = True
+        self._process = os.getpid()
 
     def stop(self) -> int:
         """Finish what runs, within `shutdown_timeout`, and close; how many jobs and calls still ran."""
@@ -7413,7 +7418,7 @@ class Application:
             self.node.stop(5.0)
         self.housekeeper.look_at_clock()  # for the last time: what is stored is to be understood by the next start
         self.store.close(10.0)
-        self.is_open = False
+        self._process = 0
         self.watchers.tell(*list(self.watchers.by_job))
         if not left:
             for logger in (log, _warnings_log):
@@ -9244,13 +9249,15 @@ class Server(ThreadingHTTPServer):
     def shutdown(self) -> None:
         """Stop serving, and wait until the loop has ended (http.server's method)."""
         self.request_stop()
-        self.ended(self.settings.shutdown_timeout + 5)
+        longest = self.settings.shutdown_timeout + 5
+        if self._thread is None:
+            self.ended(longest)
+        else:  # in the child of a fork the thread does not exist, and nothing would tell of its end
+            self._thread.join(longest)
 
     def stop(self) -> None:
         """Stop serving, and close."""
         self.shutdown()
-        if self._thread is not None:
-            self._thread.join(5)
         self.server_close()
 
     def server_close(self) -> None:

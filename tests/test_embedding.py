@@ -288,6 +288,32 @@ def test_importing_starts_nothing() -> None:
     assert (done.returncode, done.stdout) == (0, "1 False\n"), done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_leaves_the_application_to_its_parent(tmp_path: Path) -> None:
+    program = """
+import os, sys, urllib.request
+from astera_lite import AsteraLite, Context, Server, StoreError
+app = AsteraLite(database=sys.argv[1], shutdown_timeout=300)
+@app.flow("GET /one")
+def one(context: Context) -> int:
+    return 1
+with app, Server(app, port=0) as server:
+    if os.fork() == 0:
+        app.store.close = lambda *_: print("the child has closed the database", flush=True)
+        try:
+            app.submit("one")
+        except StoreError as error:
+            print(error, flush=True)
+        sys.exit(3)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+    print(app.wait(app.submit("one")).status, urllib.request.urlopen(f"{server.url}/api/publishing/one").status)
+"""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program, database_in(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    said = "The application is not running: enter it with `with app:`, or call app.start().\n3\nCompleted 200\n"
+    assert done.stdout == said, done.stderr
+
+
 # --- futures ---
 
 
