@@ -6101,7 +6101,7 @@ class Queue:
         self._waiting = 0  # jobs that are due later
         self._unfinished, self._running = Counter[str](), Counter[str]()  # entries, and those that run, by flow
         self._ready: list[int] = []  # calls, which come first, and jobs by age
-        self._held: defaultdict[str, list[int]] = defaultdict(list)  # those ready that found their flow at its limit
+        self._held: defaultdict[str, list[int]] = defaultdict(list)  # those that found their flow at its limit
         self._due: list[tuple[int, int]] = []  # (due, number) of those that wait
         self._flow_named, self._run = flow_named, run
         self._limits: dict[str, int | None] = {}  # of flows; they outlive the removal of a flow that still has jobs
@@ -6175,6 +6175,8 @@ class Queue:
                 entry = self.entries.get(seq)
                 if entry is not None and entry.state is State.WAITING and entry.due == due:
                     self.move(entry, State.READY)
+            for flow in self._held:  # whose limit may be higher by now
+                self.let_in(flow)
             self._call_thread()  # again, if none could be had when there was work
             return self._due[0][0] if self._due else None
 
@@ -6201,23 +6203,31 @@ class Queue:
             del self.entries[entry.number]
             self._unfinished[entry.flow] -= 1
         if before is State.READY:
-            self._let_in(entry.flow)
+            self.let_in(entry.flow)
         return True
 
     def leave(self, entry: Entry) -> None:
         """A run has ended, also if the thread came late and the entry has gone: a held one may begin."""
         self.busy -= entry.number >= 0
         self._running[entry.flow] -= 1
-        self._let_in(entry.flow)
+        self.let_in(entry.flow)
         self.changed.notify_all()
 
-    def _let_in(self, flow: str) -> None:
+    def hold(self, entry: Entry) -> None:
+        """Let a call that waits on its own thread run as soon as its flow has room."""
+        heapq.heappush(self._held[entry.flow], entry.number)
+        self.let_in(entry.flow)
+
+    def let_in(self, flow: str) -> None:
         """Let the oldest run that was held have its turn, if the flow has room by now."""
         held = self._held.get(flow)
-        while held and self.has_room(flow):
+        while held and not self.stopping and self.has_room(flow):
             number = heapq.heappop(held)
             entry = self.entries.get(number)
-            if entry is not None and entry.state is State.READY:
+            if entry is not None and entry.state is State.NEW:
+                self.move(entry, State.RUNNING)
+                self.changed.notify_all()
+            elif entry is not None and entry.state is State.READY:
                 heapq.heappush(self._ready, number)
                 self._call_thread()
                 return
@@ -6470,12 +6480,13 @@ class Engine:
         """Run a flow on the calling thread, which would wait anyway and may belong to the pool; raises Busy."""
         with self._changed:
             entry = self._enter_call(run)
-            while not self.queue.has_room(entry.flow):
-                self._changed.wait(0.2)
+            self.queue.hold(entry)
+            while entry.state is State.NEW:
                 if self.queue.stopping or self._clock.monotonic() >= run.deadline:
                     self.queue.move(entry, State.GONE)
                     return STOPPED if self.queue.stopping else NO_ROOM
-            self.queue.move(entry, State.RUNNING)
+                self._changed.wait(0.2)
+                self.queue.let_in(entry.flow)
         try:
             return self._run_call(entry, run)
         finally:

@@ -318,7 +318,7 @@ def test_no_call_begins_after_the_stop(tmp_path: Path, gate: Gate, limit: dict[s
         if not limit:
             gate.entered()  # who calls brings the thread
         else:
-            until(lambda: (held(app), len(app.engine.queue.entries)) == ((5, 1) if app.node else (4, 6)))
+            until(lambda: (held(app), len(app.engine.queue.entries)) == (5, 1 if app.node else 6))
         app.stop()
         assert [ended.get(timeout=10).answer.code for _ in range(5 - first)] == [503] * (5 - first)
         began = gate.runs
@@ -326,6 +326,40 @@ def test_no_call_begins_after_the_stop(tmp_path: Path, gate: Gate, limit: dict[s
         assert inside.result(10).status_code == (503 if limit else 409)
         assert {ended.get(timeout=10).answer.code for _ in range(first)} == {409}  # nobody waits for them any more
     assert gate.runs == began == first + (not limit)
+
+
+def test_a_call_of_a_program_comes_before_the_jobs_that_wait_for_the_same_limit(tmp_path: Path, gate: Gate) -> None:
+    order: list[int] = []
+
+    def step(context: Context) -> None:
+        order.append(context.params["n"])
+        gate(context)
+
+    request = {"parameters": {"n": {"in": "query", "type": "integer"}}}
+    flow = get_flow("/f", steps=[python(step)], concurrency=1, request=request)
+    with serving(tmp_path, {"f": flow}, workers=1) as app, ThreadPoolExecutor(1) as pool:
+        jobs = [app.submit("f", {"n": 1})]
+        gate.entered()
+        jobs += [app.submit("f", {"n": n}) for n in (2, 3)]
+        call = pool.submit(app.run, "f", {"n": 4})
+        until(lambda: app.node.calls if app.node else held(app))
+        gate.open.set()
+        assert call.result(10).status_code == 200
+        assert {finished(app, job).status for job in jobs} == {Status.COMPLETED}
+    assert order[:2] == [1, 4]
+
+
+def test_a_limit_that_a_deployment_raises_counts_at_once(tmp_path: Path, gate: Gate) -> None:
+    flow = get_flow("/f", steps=[python(gate)])
+    with serving(tmp_path, {"f": {**flow, "concurrency": 1}}) as app:
+        jobs = [app.submit("f") for _ in range(3)]
+        gate.entered()
+        until(lambda: app.node or held(app) == 2)
+        app.deploy("f", {**flow, "concurrency": 3})
+        gate.entered()
+        gate.entered()
+        gate.open.set()
+        assert {finished(app, job).status for job in jobs} == {Status.COMPLETED}
 
 
 @pytest.mark.parametrize("held_by", ["the threads", "a limit"])
