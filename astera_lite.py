@@ -8648,10 +8648,11 @@ def answer_submitted(
     def answer(seen: Seen) -> Reply:
         if wait_s is not None and seen[0].status is not Status.RUNNING:
             where = ("Content-Location", f"{x.base}/api/jobs/{job.id}/result")
-            return _result_response(x, seen, [where, *headers])
+            with contextlib.suppress(UnknownJob):  # a replayed job may expire at this moment
+                return _result_response(x, seen, [where, *headers])
         return status_response(x, seen, headers, 202)
 
-    if wait_s:
+    if wait_s and job.status is Status.RUNNING:
         answer_when_finished(x, job, wait_s, answer)
     elif replayed:
         x.read(lambda: answer(x.app.find(job.key, x.caller) or (job, None)))

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import pytest
 import requests
-from support import ECHO, Client, FakeClock, Running, Sink, get_flow, running, talk
+from support import ECHO, Client, FakeClock, Running, Sink, get_flow, running, talk, until
 
 from astera_lite import Answer, FlowError, Job, JobKey, Outcome, Store, StoreError
 
@@ -715,6 +715,31 @@ def test_a_key_of_an_expired_job_is_free_before_the_purge(tmp_path: Path) -> Non
         assert "Idempotency-Replayed" not in again.headers
         assert again.json()["id"] != first.json()["id"]
         run.client.finished(again)
+
+
+@pytest.mark.parametrize(("at", "status"), [("find", 200), ("result", 202)])
+def test_a_repeated_submission_whose_job_expires_at_that_moment_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, status: int
+) -> None:
+    clock = FakeClock()
+    with serving(tmp_path, FLOWS, clock=clock, retention="1h") as run:
+        first = keyed(run, "k-now", json=1)
+        run.client.finished(first)
+        clock.tick(3599)
+        job, where = JobKey.parse(first.json()["id"]), run.app if at == "find" else run.app.store
+        look = getattr(where, at)
+
+        def late(*given: Any) -> Any:
+            clock.tick(2)
+            if at == "result":
+                run.app.housekeeper.tick(clock.now())
+                until(lambda: job and run.app.store.get(job) is None)
+            return look(*given)
+
+        monkeypatch.setattr(where, at, late)
+        again = keyed(run, "k-now", json=1, headers={"Prefer": "wait=5"})
+        assert (again.status_code, again.headers["Idempotency-Replayed"]) == (status, "true")
+        assert first.json()["id"] in again.headers["Content-Location" if status == 200 else "Location"]
 
 
 # --- max_queue ---
