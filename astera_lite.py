@@ -101,6 +101,7 @@ import time
 import types
 import urllib.parse
 import warnings
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6176,7 +6177,7 @@ class Queue:
                 if entry is not None and entry.state is State.WAITING and entry.due == due:
                     self.move(entry, State.READY)
             for flow in self._held:  # whose limit may be higher by now
-                self.let_in(flow)
+                self._let_in(flow)
             self._call_thread()  # again, if none could be had when there was work
             return self._due[0][0] if self._due else None
 
@@ -6203,22 +6204,22 @@ class Queue:
             del self.entries[entry.number]
             self._unfinished[entry.flow] -= 1
         if before is State.READY:
-            self.let_in(entry.flow)
+            self._let_in(entry.flow)
         return True
 
     def leave(self, entry: Entry) -> None:
         """A run has ended, also if the thread came late and the entry has gone: a held one may begin."""
         self.busy -= entry.number >= 0
         self._running[entry.flow] -= 1
-        self.let_in(entry.flow)
+        self._let_in(entry.flow)
         self.changed.notify_all()
 
     def hold(self, entry: Entry) -> None:
         """Let a call that waits on its own thread run as soon as its flow has room."""
         heapq.heappush(self._held[entry.flow], entry.number)
-        self.let_in(entry.flow)
+        self._let_in(entry.flow)
 
-    def let_in(self, flow: str) -> None:
+    def _let_in(self, flow: str) -> None:
         """Let the oldest run that was held have its turn, if the flow has room by now."""
         held = self._held.get(flow)
         while held and not self.stopping and self.has_room(flow):
@@ -6486,7 +6487,6 @@ class Engine:
                     self.queue.move(entry, State.GONE)
                     return STOPPED if self.queue.stopping else NO_ROOM
                 self._changed.wait(0.2)
-                self.queue.let_in(entry.flow)
         try:
             return self._run_call(entry, run)
         finally:
@@ -7328,6 +7328,7 @@ class Application:
         self.watchers = Watchers()
         self.tokens: list[Token] = []
         self._process = 0  # the process in which it is open
+        self.threads = weakref.WeakSet[threading.Thread]()  # of futures
         self._coming = 0  # bytes of requests on their way to the disk; the queue's lock guards them
         self.metrics = Metrics()
         self.started_at = 0  # milliseconds since the epoch, by the system's clock
@@ -7388,10 +7389,8 @@ class Application:
         self.housekeeper = Housekeeper(self.store, self.engine, self.courier, self.clock, chores)
         self.clock.begin(self.store.last_seen())
         if self.clock.offset:
-            log.warning(
-                "the system's clock is %s behind the last recorded moment: the server's time continues from there",
-                datetime.timedelta(seconds=-self.clock.offset // 1000),
-            )
+            words = "the system's clock is %s behind the last recorded moment: the server's time continues from there"
+            log.warning(words, datetime.timedelta(seconds=-self.clock.offset // 1000))
             self.store.keep_clock_offset(self.clock.offset)
         self.keys = JobKeys(self.store.last_seq(), self.store.node, self.store.nodes)
         if self.node is not None:
@@ -7410,16 +7409,12 @@ class Application:
             return 0
         if self.node is not None:
             self.node.hand_over()
-        deadline = time.monotonic() + self.settings.shutdown_timeout
-        left = self.engine.stop(self.settings.shutdown_timeout)
+        timeout_s = self.settings.shutdown_timeout
+        deadline = time.monotonic() + timeout_s
+        left = self.engine.stop(timeout_s)
         successor = "another server" if self.node else "the next start"
         if left:
-            log.warning(
-                "still running after %gs: %d jobs or calls; %s resumes the jobs",
-                self.settings.shutdown_timeout,
-                left,
-                successor,
-            )
+            log.warning("still running after %gs: %d jobs or calls; %s resumes the jobs", timeout_s, left, successor)
         self.outside.close()
         undelivered = self.courier.stop(deadline - time.monotonic())
         if undelivered:
@@ -7431,6 +7426,9 @@ class Application:
         self.store.close(10.0)
         self._process = 0
         self.watchers.tell(*list(self.watchers.by_job))
+        deadline = max(deadline, time.monotonic() + 1)
+        for thread in self.threads - {threading.current_thread()}:  # the callback of a future may stop the application
+            thread.join(max(deadline - time.monotonic(), 0))
         if not left:
             for logger in (log, _warnings_log):
                 logger.removeFilter(self.outside.masked.log_record)

@@ -437,8 +437,10 @@ def future_of(app: Application, key: JobKey | None, find: Callable[[], Job]) -> 
                     future.set_result(job)
 
     def changed() -> None:
+        thread = threading.Thread(target=look, name="astera-future", daemon=True)
         try:
-            threading.Thread(target=look, name="astera-future", daemon=True).start()
+            thread.start()
+            app.threads.add(thread)
         except RuntimeError:  # no thread can be had
             if key is not None and app.is_open:
                 app.watchers.add(key, changed)  # the housekeeper tells again

@@ -418,6 +418,27 @@ def test_who_waits_for_a_job_when_the_application_stops_is_told(tmp_path: Path) 
         assert app.wait(job.id, timeout=10).status is Status.COMPLETED
 
 
+def test_the_stop_waits_for_the_callbacks_of_futures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    join, may_end, ended = threading.Thread.join, threading.Event(), threading.Event()
+
+    def open_and_join(thread: threading.Thread, timeout: float | None = None) -> None:
+        if thread.name == "astera-future":
+            may_end.set()
+        join(thread, timeout)
+
+    def callback(done: Future[Job]) -> None:
+        may_end.wait(10)
+        ended.set()
+
+    monkeypatch.setattr(threading.Thread, "join", open_and_join)
+    app = application(tmp_path)
+    with app:
+        app.future(app.submit("gate", {"name": "never"})).add_done_callback(callback)
+        until(lambda: "never" in app.gates)  # type: ignore[attr-defined]
+    assert ended.is_set()
+    open_gate(app, "never")
+
+
 # --- what is left ---
 
 

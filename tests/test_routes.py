@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import pytest
 import requests
-from support import ECHO, Client, FakeClock, Running, Sink, get_flow, running, talk, until
+from support import ECHO, Client, FakeClock, Running, Sink, get_flow, running, talk
 
 from astera_lite import Answer, FlowError, Job, JobKey, Outcome, Store, StoreError
 
