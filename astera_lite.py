@@ -4602,7 +4602,7 @@ def build_flow(
     where = source or name
     build = Build(where, step_table(kinds), folder, connections)
     if not FLOW_NAME.fullmatch(name):
-        cure = ", 64 at most" if len(name) > 64 else ""
+        cure = ", 64 at most" if len(name) > 64 else ", and begin with neither - nor _" if name[:1] in "-_" else ""
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _{cure}")
     build.names = dict.fromkeys(_BASE_NAMES) | {"request": _REQUEST_SCHEMA, "error": _ERROR_SCHEMA}
     given = FLOW.read(build, tree, "")
@@ -6436,7 +6436,7 @@ class Engine:
         """Count in a call, or a job on its way to the disk, until `dismiss`. Busy if the flow refuses more."""
         with self._changed:
             if not self._store.shared and self.queue.refuses(flow):  # a shared store counts for all servers
-                message = f"The flow runs {flow.limit} times at one time, and no more."
+                message = f"The flow has reached its limit of concurrent runs ({flow.limit}). Try again later."
                 raise Busy(message, self.retry_after(flow.name), 429)
             return self.queue.enter(number, flow.name)
 
@@ -8272,6 +8272,8 @@ def error_response(x: "Exchange", error: Exception) -> Reply:
     headers = [PROBLEM_TYPE, NO_STORE]
     if x.head.path.startswith(tuple(PREFIXES.values())):
         headers += _VARY
+    if x.job_status and not (isinstance(error, AsteraError) and "Job-Status" in dict(error.headers)):
+        headers.append(("Job-Status", x.job_status))
     if not isinstance(error, AsteraError):
         about = optional("astera_lite_notices:about", x) or None
         told = (x.request_id, x.head.method, shown(x.head.path, 200))
@@ -8319,6 +8321,7 @@ class Exchange:
     route: Route | None = None
     flow: Flow | None = None
     path = ""  # raw, behind the prefix of a publishing route
+    job_status = ""  # of the job that the request is about, once it is found
     answered = False
     refusal: AsteraError | None = None  # the reply, once the body has been read
     on_close: Callable[[], None] | None = None  # called if the client closes the connection before the answer
@@ -8499,6 +8502,7 @@ def find_job(x: Exchange, job_id: str) -> Seen:
     seen = x.app.find(key, x.caller) if key is not None else None
     if seen is None:
         raise UnknownJob(job_id, x.app.expired(key))
+    x.job_status = seen[0].status
     return seen
 
 

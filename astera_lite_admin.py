@@ -162,7 +162,7 @@ def _file_of(app: Application, name: str) -> str:
     """The path of a deployment's file, or only its name where servers share the text; raises NotFound, Conflict."""
     deployer = app.deployer
     if not FLOW_NAME.fullmatch(name):
-        raise NotFound(f"{shown(name)} is not a name of a deployment: use letters, digits, - and _.")
+        raise NotFound(f"{shown(name)} is not a name of a deployment: use up to 64 letters, digits, - and _.")
     if name + ".json" == CONNECTIONS_FILE:
         raise Conflict(f"{CONNECTIONS_FILE} holds the connections: choose another name.")
     if name in deployer.own or (deployer.folder is None and app.node is None):
@@ -302,7 +302,10 @@ def conditional(x: Exchange, reply: Reply) -> Reply:
     status = _precondition(x.head, True, own.get("etag", ""), own.get("last-modified"))
     if status == 304:
         return Reply(304, [pair for pair in reply.headers if pair[0].lower() not in _ABOUT_A_BODY])
-    return error_response(x, _precondition_failed()) if status else reply
+    if status:
+        x.job_status = own.get("job-status", "")
+        return error_response(x, _precondition_failed())
+    return reply
 
 
 _RANGE = re.compile("bytes=(?:([0-9]{1,18})-([0-9]{0,18})|-([0-9]{1,18}))", re.IGNORECASE)
@@ -427,10 +430,10 @@ def job_list(x: Exchange) -> Reply:
     query = {name: values[-1] for name, values in parse_query(x.head.query, errors).items()}
     limit, cursor = query.get("limit", str(DEFAULT_LIST)), query.get("cursor")
     words = [status.value for status in Status if status is not Status.UNKNOWN]
-    is_number = limit.isascii() and limit.isdecimal()
+    is_limit = re.fullmatch("[0-9]{1,9}", limit) and 1 <= int(limit) <= MAX_LIST
     is_cursor = cursor is None or re.fullmatch("[0-9a-f]{15}", cursor)
     rules = [
-        ("limit", is_number and 1 <= int(limit[:9]) <= MAX_LIST, f"must be an integer from 1 to {MAX_LIST}"),
+        ("limit", is_limit, f"must be an integer from 1 to {MAX_LIST}"),
         ("status", query.get("status", "Running") in words, "must be one of " + ", ".join(words)),
         ("cursor", is_cursor, "was not given by this server: leave it out"),
     ]
@@ -458,7 +461,7 @@ def _find_to_change(x: Exchange) -> Seen:
 def _find_finished(x: Exchange) -> Job:
     job = _find_to_change(x)[0]
     if job.status is Status.RUNNING:
-        raise Conflict("The job is still running.", job=job.status)
+        raise Conflict("The job is still running.")
     return job
 
 
@@ -488,12 +491,12 @@ def job_rerun(x: Exchange) -> None:
     found, deployments = app.store.request(job.key), app.deployments
     flow = deployments.by_name.get(job.flow)
     if found is None or flow is None:
-        raise Conflict(f'The flow "{job.flow}" is not deployed any more.', job=job.status)
+        raise Conflict(f'The flow "{job.flow}" is not deployed any more.')
     request = found[0]._replace(trace=parse_trace(x.head.headers))
     if flow not in [match.get(request.method) for match in deployments.match(request.path)]:
-        raise Conflict(f'The flow "{job.flow}" has another method or resource now.', job=job.status)
+        raise Conflict(f'The flow "{job.flow}" has another method or resource now.')
     if "asynchronous" not in flow.modes:
-        raise Conflict(f'The flow "{job.flow}" is published synchronously only now.', job=job.status)
+        raise Conflict(f'The flow "{job.flow}" is published synchronously only now.')
     new = app.new_job(flow, x.base, x.caller.name, job.callback.url if job.callback else None)
     given = flow.bind(request, new.id)
     done = partial(x.post, answer_submitted, x, None, ())
@@ -505,7 +508,7 @@ def job_callback(x: Exchange) -> None:
     """POST /api/jobs/{id}/callback"""
     job = _find_to_change(x)[0]
     if job.callback is None:
-        raise Conflict("The job was submitted without a callbackUrl.", job=job.status)
+        raise Conflict("The job was submitted without a callbackUrl.")
     _find_finished(x)
 
     def answer(result: Any, error: AsteraError | None) -> None:
@@ -526,7 +529,7 @@ def job_delete(x: Exchange) -> None:
             raise error or UnknownJob(job.id, False)
         if result != "deleted":
             owed = "Its callback is pending." if result == "owed" else "The job is still running: cancel it first."
-            raise Conflict(owed, job=job.status)
+            raise Conflict(owed)
         return Reply(204, [NO_STORE])
 
     x.app.store.delete(job.key, partial(x.post, answer))

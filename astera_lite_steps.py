@@ -250,7 +250,8 @@ def faulty_calls(flows: Mapping[str, Flow]) -> Iterator[tuple[Flow, str, str]]:
     for flow in flows.values():
         for name, place in flow.calls:
             if name not in flows:
-                yield flow, place, f'there is no flow "{name}"{suggest(name, flows)}'
+                others = flows.keys() - {flow.name}
+                yield flow, place, f'there is no flow "{name}" in service{suggest(name, others)}'
             elif way := _way(flows, name, flow.name):
                 circle = " calls ".join(f'"{each}"' for each in [flow.name, *way])
                 yield flow, place, f"it would never end: {circle}"

@@ -355,7 +355,7 @@ def test_flows_that_call_what_is_not_there_or_in_a_circle_are_faults() -> None:
     assert sorted(found.by_name) == ["leaf"]
     messages = {str(fault) for fault in found.faults}
     place = "/steps/0/choose/0/steps/0/call/flow"
-    assert f'd: {place}: there is no flow "leef"; did you mean "leaf"?' in messages
+    assert f'd: {place}: there is no flow "leef" in service; did you mean "leaf"?' in messages
     assert f'self: {place}: it would never end: "self" calls "self"' in messages
     assert f'a: {place}: it would never end: "a" calls "b" calls "c" calls "a"' in messages
 

@@ -1072,11 +1072,18 @@ def test_what_acts_does_not_if_a_precondition_fails(run: Running, name: str, val
     document = run.client.finished(run.client.get("/api/publishingAsync/hello/a"))
     for method, path in (("POST", "/cancel"), ("POST", "/rerun"), ("POST", "/callback"), ("DELETE", "")):
         refused = run.client(method, f"/api/jobs/{document['id']}{path}", headers={name: value})
-        assert refused.status_code == 412, path
+        assert (refused.status_code, refused.headers.get("Job-Status")) == (412, "Completed"), path
     assert run.client.get(document["resultUrl"]).status_code == 200
     other = {"If-Match": "If-None-Match", "If-None-Match": "If-Match"}[name]
     good = {"If-Match": "*", "If-None-Match": '"x"'}[other]
     assert run.client("DELETE", f"/api/jobs/{document['id']}", headers={other: good}).status_code == 204
+
+
+def test_a_412_about_a_job_tells_its_state(run: Running) -> None:
+    document = run.client.finished(run.client.get("/api/publishingAsync/hello/a"))
+    for path in (document["statusUrl"], document["resultUrl"], "/api/publishingAsync/hello/a"):
+        answer = run.client.get(path, headers={"If-Match": '"x"', "Prefer": "wait=5"})
+        assert (answer.status_code, answer.headers.get("Job-Status")) == (412, "Completed"), path
 
 
 def test_a_flow_that_declares_a_precondition_heeds_it_itself(tmp_path: Path) -> None:
@@ -1204,6 +1211,7 @@ def test_the_list_walks_over_all_jobs_newest_first(tmp_path: Path) -> None:
     [
         ("limit=0", {"limit"}), ("limit=1001", {"limit"}), ("limit=-1", {"limit"}), ("limit=", {"limit"}),
         ("limit=1.0", {"limit"}), ("limit=%C2%B2", {"limit"}), ("limit=99999999999999999999", {"limit"}),
+        ("limit=0000000501001", {"limit"}), (f"limit=000000050{'9' * 5000}", {"limit"}),
         ("status=running", {"status"}), ("status=Unknown", {"status"}), ("status=", {"status"}),
         ("cursor=", {"cursor"}), ("cursor=x", {"cursor"}), ("cursor=-1", {"cursor"}), ("cursor=' OR 1", {"cursor"}),
         ("cursor=ffffffffffffffff", {"cursor"}), ("limit=x&status=y&cursor=z", {"limit", "status", "cursor"}),
@@ -1324,7 +1332,8 @@ def test_rerun_of_input_that_the_flow_refuses_now_is_400(tmp_path: Path) -> None
         first = run.client.finished(run.client.post("/api/publishingAsync/echo?a=7"))
         less = ECHO["request"] | {"parameters": {"a": {"in": "query", "type": "integer", "maximum": 5}}}
         run.app.deploy("echo", ECHO | {"request": less})
-        assert run.client.post(f"/api/jobs/{first['id']}/rerun").status_code == 400
+        refused = run.client.post(f"/api/jobs/{first['id']}/rerun")
+        assert (refused.status_code, refused.headers.get("Job-Status")) == (400, "Completed")
         assert count(run) == 1
 
 
