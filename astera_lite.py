@@ -110,11 +110,13 @@ from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from http.server import ThreadingHTTPServer
 from socketserver import BaseRequestHandler, TCPServer
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, TextIO, cast
 
 if TYPE_CHECKING:
     import ssl
     import urllib.request
+
+    from astera_lite_embedding import AsteraLite, Context, Result
 
 __all__ = [
     "AsteraError",
@@ -341,7 +343,7 @@ def reason_of(error: Exception) -> str:
 
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql", "schema_postgres.sql")  # files that the module needs beside it
-_WINGS = "admin advice database documents nodes notices postgres python requests secrets steps tls tools"
+_WINGS = "admin advice database documents embedding nodes notices postgres python requests secrets steps tls tools"
 #: The wings: files of the module that a server loads on first use.
 WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS.split())
 #: The folder of this file, as given and with links resolved. Kept, because a program may change its working folder.
@@ -395,6 +397,24 @@ def optional(name: str, *arguments: Any) -> Any:
 def late(name: str) -> Callable[..., Any]:
     """A function of a wing, for a table: the wing is loaded when the function is first called."""
     return lambda *arguments, **keywords: wing(name)(*arguments, **keywords)
+
+
+if not TYPE_CHECKING:  # type checkers have the import at the top; from this they would conclude that every name exists
+    #: What this module has for programs that embed the server, in a wing.
+    _EMBEDDING = {
+        "AsteraLite": "astera_lite_embedding:AsteraLite",
+        "Context": "astera_lite_embedding:Context",
+        "Result": "astera_lite_embedding:Result",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in _EMBEDDING:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = wing(_EMBEDDING[name])
+        return globals()[name]
+
+    def __dir__() -> Collection[str]:
+        return globals().keys() | _EMBEDDING
 
 
 def is_postgres(database: str) -> bool:
@@ -2708,7 +2728,8 @@ class Input(NamedTuple):
 # defaults, compiles expressions, and names the place of each fault. The same table gives the JSON Schema of flow files,
 # the members that messages list, and the tables of docs/flows.md.
 
-_BASE_NAMES = ("params", "request", "env", "secrets")
+#: Names that every expression of a flow may use.
+BASE_NAMES = ("params", "request", "env", "secrets")
 
 
 def _record(members: Mapping[str, Schema]) -> Schema:
@@ -3174,12 +3195,6 @@ class Flow(NamedTuple):
                 self.bound.clear()
             self.bound[request.query] = params, query
         return params, query
-
-
-def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
-    """The request of a client that calls a flow with these parameters; InputError if no request can express them."""
-    request: StoredRequest = wing("astera_lite_requests:request_for")(flow, params, body)
-    return request
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -3968,32 +3983,6 @@ def _make_wait(build: Build, given: Any, place: str) -> Runner:
     return wait
 
 
-class Context:
-    """The first argument of a step's function: data of the run, and methods that report progress and wait."""
-
-    def __init__(self, run: Run, scope: Scope, path: str) -> None:
-        self._run, self._path = run, path
-        self.params: dict[str, Any] = scope["params"]
-        self.request: dict[str, Any] = scope["request"]
-        hidden = {*_BASE_NAMES, "error"} if scope["error"] is None else {*_BASE_NAMES}
-        self.steps: dict[str, Any] = {name: value for name, value in scope.items() if name not in hidden}
-        self.secrets: dict[str, str] = dict(run.outside.secrets)
-        self.log = logging.LoggerAdapter(log, run.about | {"step": path})
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the run should stop; a long function should check this from time to time."""
-        return self._run.cancel.is_set or self._run.outside.clock.monotonic() >= self._run.step_deadline
-
-    def progress(self, done: int, total: int) -> None:
-        """Show the progress of the step in the status document."""
-        self._run.progress = Progress(self._path, done, total)
-
-    def sleep(self, seconds: float) -> None:
-        """Wait so many seconds; raises an exception when the run is cancelled or exceeds its time limit."""
-        self._run.sleep(seconds)
-
-
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS"})  # RFC 9110, section 9.2.2
 _WORTH_RETRYING = frozenset({"transport", "timeout", "408", "429", "500", "502", "503", "504"})
@@ -4268,7 +4257,7 @@ class StepName(Text):
             build.fault(place, f"{shown(value)} has {len(value)} characters: at most 64")
         elif not isinstance(value, str) or not STEP_NAME.fullmatch(value) or keyword.iskeyword(value):
             build.fault(place, f"{shown(value)} must be a word of letters, digits and _ that expressions can use")
-        elif value in _BASE_NAMES or value in FUNCTIONS or value in _JSON_NAMES:
+        elif value in BASE_NAMES or value in FUNCTIONS or value in _JSON_NAMES:
             build.fault(place, f'"{value}" has a meaning in expressions already: choose another name')
         elif value in build.names and build.names[value] is not _ERROR_SCHEMA:  # a flow may have a step "error"
             what = "there is another step" if value in build.step_names else "something here has the name already,"
@@ -4519,7 +4508,6 @@ _OPTIONS: dict[str, Member] = {
     "onError": Value(word='"continue", or a value to use instead'),
     "description": Text(),
 }
-STEP_OPTIONS = tuple(_OPTIONS)
 
 
 def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
@@ -4580,10 +4568,7 @@ FLOW = Table(
 )
 _LIGHT_TEXT = 16 << 10  # the most characters of a light flow, with the constants in its responses
 _LIGHT_STEPS = 32
-
-
-def _function_name(value: Any) -> str:
-    return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', repr(type(value)))}"
+_FUNCTION_NAME = late("astera_lite_embedding:function_name")  # in a flow of a program, which has the function itself
 
 
 def build_flow(
@@ -4604,7 +4589,7 @@ def build_flow(
     if not FLOW_NAME.fullmatch(name):
         cure = ", 64 at most" if len(name) > 64 else ", and begin with neither - nor _" if name[:1] in "-_" else ""
         build.fault("", f"the name {shown(name)} must consist of letters, digits, - and _{cure}")
-    build.names = dict.fromkeys(_BASE_NAMES) | {"request": _REQUEST_SCHEMA, "error": _ERROR_SCHEMA}
+    build.names = dict.fromkeys(BASE_NAMES) | {"request": _REQUEST_SCHEMA, "error": _ERROR_SCHEMA}
     given = FLOW.read(build, tree, "")
     if build.faults:
         raise FlowError(build.faults)
@@ -4614,7 +4599,7 @@ def build_flow(
     if selection:
         selection = wing("astera_lite_requests:join_selections")(build, selection, request["parameters"])
     try:
-        text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_function_name)
+        text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_FUNCTION_NAME)
         if re.search(_SURROGATE, text):
             build.fault("", "a string has half of a surrogate pair")
     except ValueError as error:  # in a flow of an embedding program
@@ -7613,216 +7598,6 @@ class Application:
         """
         here = self.node is None or job.key.seq in self.engine.queue
         return self.engine.cancel(job) if here else bool(self.node.cancel(job))
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _key_of(job: str | Job) -> JobKey | None:
-    return job.key if isinstance(job, Job) else JobKey.parse(str(job))
-
-
-class Result:
-    """A flow's response, for an embedding program."""
-
-    status_code: int  #: 200 to 599
-    headers: dict[str, str]  #: those that the flow gives, and Content-Type
-    content: bytes  #: the body
-
-    def __init__(self, answer: Answer) -> None:
-        self.status_code = answer.code
-        self.headers = dict(answer.headers)
-        self.content = answer.body
-
-    @property
-    def text(self) -> str:
-        """The body as text."""
-        return self.content.decode(errors="replace")
-
-    def json(self) -> Any:
-        """The body as a JSON value. Raises ValueError if it is none."""
-        return json.loads(self.content)
-
-
-class AsteraLite(Application):
-    """The application for a program: flows, jobs, results, callbacks. `Server(app)` puts it on a socket.
-
-    A context manager; nothing starts before it is entered (or `start` is called), and all of it ends with it. Keywords
-    are settings, by their names in `Settings`: AsteraLite(workers=4, retention="1h"); flow files are read only where
-    `flows` names a folder. Raises ConfigError at once, StoreError on entering.
-
-        with AsteraLite(database="jobs.db") as app:
-            job = app.submit("hello", {"name": "Ada"})
-            print(app.wait(job.id).status, app.result(job.id).json())
-
-    `flow`, `step` and `deploy` publish; `run` calls; `submit`, `status`, `wait`, `future`, `result` and `cancel` deal
-    with jobs; all of them from any thread, and several applications may live in one process, each with its own
-    database. docs/embedding.md has examples.
-    """
-
-    def __init__(
-        self,
-        settings: Settings | None = None,
-        *,
-        clock: Clock | None = None,
-        environ: Mapping[str, str] | None = None,
-        **keywords: Any,
-    ) -> None:
-        if settings is None:
-            settings = Settings.load(**{"flows": "", **keywords})
-        elif keywords:
-            settings = Settings.load(**settings._asdict() | keywords)
-        super().__init__(settings, clock, environ)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
-
-    # --- flows ---
-
-    def deploy(self, name: str, tree: dict[str, Any]) -> Flow:
-        """Deploy the content of a flow file; it replaces a flow of the same name. Raises FlowError."""
-        return self.deployer.deploy(name, tree)
-
-    def flow(
-        self, route: str, *, name: str = "", processing: Sequence[str] = MODES, **options: Any
-    ) -> Callable[[_Function], _Function]:
-        """Publish a Python function as a flow: `@app.flow("GET /greet/{name}")`.
-
-        The function gets a Context and, by name, the parameters of its signature: those named in the resource from the
-        path, the rest from the query, typed by their annotation (str, int, float, bool, a list of these), optional if
-        they have a default or may be None. But for GET, an argument `body` gets the JSON body. It returns a JSON value.
-        `options` are members of a flow file: description, timeout, response, `parameters` to describe parameters
-        further, `body` for a schema of the body. The flow's name is `name`, or the function's with - for _. Raises
-        FlowError, also for an argument that no request could give.
-        """
-        decorate = wing("astera_lite_python:flow_decorator")
-        return cast(Callable[[_Function], _Function], decorate(self, route, name, processing, options))
-
-    def step(self, name: str) -> Callable[[_Function], _Function]:
-        """Add a kind of step: `@app.step("greet")` above `def greet(context, name: str, times: int = 1)`.
-
-        Flows then write `{"greet": {"name": "${params.name}"}}`: the function gets a Context and these arguments, each
-        of which may be an expression, and returns a JSON value. Raises ConfigError for a name that is taken.
-        """
-        return cast(Callable[[_Function], _Function], wing("astera_lite_python:step_decorator")(self, name))
-
-    def submit(
-        self,
-        flow: str,
-        params: Mapping[str, Any] | None = None,
-        body: Any = None,
-        *,
-        callback_url: str | None = None,
-        idempotency_key: str | None = None,
-        base: str = "",
-    ) -> Job:
-        """Submit a job and return once it is on disk.
-
-        `flow` is the name of a flow, `params` its parameters by name, `body` a JSON value (or bytes, as they are). The
-        same `idempotency_key` again brings the same job. `base` begins the URLs in callbacks; the server's if left out.
-        Raises NotFound, InputError, Conflict (the key had another input), Busy (the queue is full), StoreError.
-        """
-        target, request = self._request(flow, params, body)
-        errors = InputErrors()
-        if callback_url is not None:
-            check_callback(callback_url, self.policy, errors)
-        if idempotency_key is not None and re.search("[\0\ud800-\udfff]", idempotency_key):
-            errors.add("argument", "idempotency_key", "must not have a NUL or half of a surrogate pair")
-        job = self.new_job(target, base or self.base, ANYBODY.name, callback_url)
-        ready = Prepared(job, target, target.bind(request, job.id, errors))
-
-        def write(done: Done) -> None:
-            self.accept(ready, request, idempotency_key, done)
-            self.store.flush()
-
-        result = await_write(write)
-        if isinstance(result, Conflict):
-            raise result
-        return result.job  # type: ignore[no-any-return]
-
-    def run(self, flow: str, params: Mapping[str, Any] | None = None, body: Any = None) -> Result:
-        """Run a flow on the calling thread and return its response; an error of the flow is a response, too.
-
-        Raises NotFound, InputError, Busy, StoreError.
-        """
-        target, request = self._request(flow, params, body)
-        given = target.bind(request, str(self.keys.new(self.clock.now())))
-        return Result(self.runner(target).run_here(self.new_run(target, given)).answer)
-
-    def status(self, job_id: str | Job) -> Job | None:
-        """The present state of a job; None if the job is unknown or expired."""
-        self.check_open()
-        key = _key_of(job_id)
-        found = self.find(key, ANYBODY) if key else None
-        return found and found[0]
-
-    def wait(self, job_id: str | Job, timeout: float | None = None) -> Job:
-        """Wait until a job is finished, at most `timeout` seconds; return its state, which may still be Running.
-
-        Raises NotFound, and StoreError if the application stops meanwhile.
-        """
-        key = _key_of(job_id) or self._job(job_id).key  # which raises NotFound
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        while True:
-            changed = threading.Event()
-            self.watchers.add(key, changed.set)  # before the look: or a job that ends in between would not be seen
-            try:
-                job, left = self._job(job_id), deadline - time.monotonic()
-                if job.status is not Status.RUNNING or left <= 0:
-                    return job
-                changed.wait(None if timeout is None else left)
-            finally:
-                self.watchers.remove(key, changed.set)
-
-    def future(self, job_id: str | Job) -> Future[Job]:
-        """A future that gets the job when it is finished, or the error that `wait` raises; it holds no thread.
-
-        In a coroutine: `job = await asyncio.wrap_future(app.future(job.id))`. The future is completed on a thread of
-        its own, so what is added by add_done_callback may use the application.
-        """
-        future_of = wing("astera_lite_python:future_of")
-        return cast(Future[Job], future_of(self, _key_of(job_id), partial(self._job, job_id)))
-
-    def result(self, job_id: str | Job) -> Result:
-        """The response of a finished job. Raises NotFound, and Conflict while it runs."""
-        job = self._job(job_id)
-        stored = self.store.result(job.key)
-        if stored is None:
-            raise Conflict("The job is not finished.")
-        body = stored.body
-        if body is None:
-            body = b"".join(whole_body(self.store.result_pieces(job.key, stored.attempt), stored.size))
-        return Result(Answer(stored.code, tuple(stored.headers), body))
-
-    def cancel(self, job_id: str | Job) -> bool:
-        """Cancel a job; True if it ends now, False if it stops at its next step. Raises NotFound, Conflict."""
-        job = self._job(job_id)
-        if job.status is not Status.RUNNING:
-            raise already_finished(job)
-        if not self.ask_cancel(job):
-            return False
-        after = self.wait(job_id, self.node and CANCEL_ELSEWHERE_S)
-        if after.status is not Status.RUNNING:
-            check_cancelled(after)
-        return after.status is not Status.RUNNING
-
-    def _job(self, job_id: str | Job) -> Job:
-        job = self.status(job_id)
-        if job is None:
-            raise NotFound(f"there is no job {shown(job_id.id if isinstance(job_id, Job) else job_id)}")
-        return job
-
-    def _request(self, name: str, params: Mapping[str, Any] | None, body: Any) -> tuple[Flow, StoredRequest]:
-        self.check_open()
-        flow = self.deployments.by_name.get(name)
-        if flow is None:
-            raise NotFound(f'there is no flow "{name}"{suggest(str(name), self.deployments.by_name)}')
-        given = {name: value for name, value in (params or {}).items() if value is not None}
-        return flow, request_for(flow, given, body)
 
 
 # ======================================================================================================================

@@ -45,7 +45,6 @@ from astera_lite import (
     is_json_type,
     json_body,
     late,
-    request_for,
     resource,
     split_template,
     step_table,
@@ -682,7 +681,7 @@ def _sample_request(flow: Flow, mode: str) -> tuple[dict[str, Any], list[int]]:
     body = _sample_body(flow)
     refused, words = [], flow.description
     try:
-        request = request_for(flow, params, body and body[1])
+        request = wing("astera_lite_embedding:request_for")(flow, params, body and body[1])
         flow.bind(request)
     except InputError as error:
         refused = [error.status]

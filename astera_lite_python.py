@@ -1,6 +1,4 @@
-"""Code of a flow's author: Python functions (the step python, @app.flow, @app.step) and programs (the step run).
-
-Also futures of jobs, for programs that embed the server.
+"""Code of a flow's author: Python functions in files (the step `python`) and programs (the step `run`).
 
 A wing of astera_lite, which loads this file when one of them is first wanted.
 """
@@ -9,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import inspect
-import json
 import logging
 import os
 import queue
@@ -19,31 +15,18 @@ import sys
 import threading
 import time
 import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from astera_lite import (
     CHILDREN,
     LENIENT_DECODER,
-    STEP_KINDS,
-    STEP_NAME,
-    STEP_OPTIONS,
-    Application,
     Build,
-    ConfigError,
-    Context,
     ExpressionError,
-    Fault,
     Flag,
-    FlowError,
-    Job,
-    JobKey,
     ListOf,
     MapOf,
-    NotFound,
     Number,
     OneOf,
     Progress,
@@ -51,10 +34,8 @@ from astera_lite import (
     Runner,
     Scope,
     Size,
-    Status,
     StepError,
     StepKind,
-    StoreError,
     Surroundings,
     Table,
     Template,
@@ -73,8 +54,8 @@ from astera_lite import (
     show_size,
     shown,
     suggest,
-    to_json,
     to_saved,
+    wing,
 )
 
 #: Modules of flow folders, by path and time of change.
@@ -113,44 +94,23 @@ def _module(folder: str | None, name: str) -> types.ModuleType:
     return _modules[key]
 
 
-def as_json(value: Any, name: str) -> Any:
-    """The value of a function as it will be read back later: tuples are lists, names of members are text."""
-    if isinstance(value, bytes):
-        return value
-    try:
-        return json.loads(to_json(value))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}() did not return JSON: {error}") from None
-
-
 class _FunctionName(Text):
-    """The function of a `python` step: its name, or in an embedding program the function; compiles to both."""
+    """The name of the function of a `python` step; compiles to the name and the function."""
 
-    def read(self, build: Build, value: Any, place: str) -> tuple[str, Callable[..., Any] | None]:
+    def read(self, build: Build, value: Any, place: str) -> tuple[str, Callable[..., Any]] | None:
         try:
-            name = "" if callable(value) else self.parse(value)
-            function = load_function(build.folder, name) if name else value
+            name = self.parse(value)
+            return name, load_function(build.folder, name)
         except ValueError as error:
             build.fault(place, str(error))
-            return "", None
-        _refuse_async(build, function, place)
-        return name, function
-
-
-def _refuse_async(build: Build, function: Any, place: str) -> None:
-    if inspect.iscoroutinefunction(function):
-        build.fault(place, "is an async function, and steps run on threads: write def, and asyncio.run(…) inside it")
+            return None
 
 
 def _make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
     """The runner that calls a function, in a separate process if it is to be isolated."""
     (name, function), args = given["call"], given["args"]
-    if not given["isolate"]:
-        return partial(_call, function, args)
-    if not name:
-        cure = 'needs the function by name, "module:function": a separate process imports it'
-        build.fault(f"{place}/isolate", cure)
-    return partial(_call_isolated, name, args)
+    here: Runner = wing("astera_lite_embedding:runner_of")(build, function, args, f"{place}/call")
+    return partial(_call_isolated, name, args) if given["isolate"] else here
 
 
 _PYTHON = {
@@ -161,45 +121,25 @@ _PYTHON = {
 PYTHON = StepKind(Table(_PYTHON, short="call"), _make_python, "calls a Python function", effect=True, code=True)
 
 
-def _call(function: Callable[..., Any], args: Mapping[str, Template], run: Run, scope: Scope, path: str) -> Any:
-    value = function(Context(run, scope, path), **evaluated(args, scope))
-    run.check()
-    run.left()
-    return as_json(value, getattr(function, "__name__", "the function"))
-
-
 def _call_isolated(name: str, args: Mapping[str, Template], run: Run, scope: Scope, path: str) -> Any:
     kept, folder = run.outside.kept, run.outside.folder
-    processes = kept.get("isolated") or kept.setdefault("isolated", Isolated(folder))
-    return processes.call(run, name, Context(run, scope, path), evaluated(args, scope), path)
-
-
-def _own_kind(function: Callable[..., Any]) -> StepKind:
-    """The kind of step that an embedding program adds: its members are the arguments of the function."""
-    arguments = list(inspect.signature(function).parameters.values())[1:]  # after the context
-    named = {it.name: Value(required=it.default is it.empty) for it in arguments if it.kind != it.VAR_KEYWORD}
-    members = Table(named, more=None if len(named) == len(arguments) else Value())
-
-    def make(build: Build, given: dict[str, Any], place: str) -> Runner:
-        _refuse_async(build, function, place)
-        return partial(_call, function, given)
-
-    return StepKind(members, make, " ".join((function.__doc__ or "").split()), effect=True, code=True)
+    processes = kept.get("isolated") or kept.setdefault("isolated", Isolated())
+    context = wing("astera_lite_embedding:Context")(run, scope, path)
+    task = {"function": name, "folder": folder, "args": evaluated(args, scope), "params": context.params}
+    task |= {"request": context.request, "steps": context.steps, "secrets": context.secrets}
+    return processes.call(run, task, path)
 
 
 class Isolated:
     """Warm child processes for `python` steps with `isolate`, as many as there are cores."""
 
-    def __init__(self, folder: str | None) -> None:
-        self._folder = folder
+    def __init__(self) -> None:
         self._turns = threading.Semaphore(os.cpu_count() or 1)
         self._idle: list[Child] = []
         self._closed = False
 
-    def call(self, run: Run, function: str, context: Context, args: Mapping[str, Any], path: str) -> Any:
-        """The function's value; raises StepError if the function raised, or its process ended."""
-        task = {"function": function, "folder": self._folder, "args": args, "params": context.params}
-        task |= {"request": context.request, "steps": context.steps, "secrets": context.secrets}
+    def call(self, run: Run, task: Mapping[str, Any], path: str) -> Any:
+        """The value of a task's function; raises StepError if the function raised, or its process ended."""
         while not self._turns.acquire(timeout=min(run.left(), 0.1)):
             run.check()
         try:
@@ -313,6 +253,7 @@ def isolated_main() -> None:
 
     logging.basicConfig(level=logging.DEBUG, handlers=[Handler()])
     logging.captureWarnings(True)
+    as_json = wing("astera_lite_embedding:as_json")
     for line in sys.stdin.buffer:
         task = from_saved(line.decode())
         try:
@@ -322,182 +263,6 @@ def isolated_main() -> None:
         except (Exception, SystemExit) as error:
             source = optional("astera_lite_advice:source_of", error)
             say({"error": named(error), "source": source})
-
-
-_ARGUMENT_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array"}
-_NO_CONTEXT = (*_ARGUMENT_TYPES, *(kind.__name__ for kind in _ARGUMENT_TYPES))  # types of a first argument
-_ANNOTATIONS = "str, int, float, bool, a list of one of these, or one of them | None"
-
-
-def _annotated(function: Callable[..., Any], annotation: Any) -> tuple[Any, bool]:
-    """The type of an annotation without `| None`, and whether it had `| None`."""
-
-    def alone() -> None:
-        """Holds one annotation: the others of the function may be undefined at run time."""
-
-    alone.__annotations__ = {"it": annotation}
-    hint = typing.get_type_hints(alone, getattr(inspect.unwrap(function), "__globals__", {}))["it"]
-    inside = [part for part in typing.get_args(hint) if part is not type(None)]
-    optional = typing.get_origin(hint) in (typing.Union, types.UnionType) and len(inside) == 1
-    return (inside[0] if optional else hint), optional
-
-
-def _schema_of(hint: Any, in_body: bool) -> dict[str, Any] | None:
-    """The schema of the values that a type allows, in a JSON body or as a parameter; None for any other type."""
-    kind, inside = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if hint is Any:
-        return {} if in_body else {"type": "string"}
-    if kind is list and inside:
-        items = _schema_of(inside[0], in_body)
-        fits = items is not None and (in_body or items["type"] != "array")
-        return {"type": "array", "items": items} if fits else None
-    if in_body and (kind in (dict, Mapping) or typing.is_typeddict(hint)):
-        return {"type": "object"}
-    return {"type": _ARGUMENT_TYPES[hint]} if isinstance(hint, type) and hint in _ARGUMENT_TYPES else None
-
-
-def _argument_spec(
-    function: Callable[..., Any], item: inspect.Parameter, where: str, described: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The declaration of an argument in path, query or body; raises ValueError if no request can provide it."""
-    if item.kind not in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY):
-        raise ValueError("cannot be given by name, as each argument is: write the arguments one by one")
-    annotation = Any if item.annotation is item.empty else item.annotation
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    schema, optional, in_body = None, False, where == "body"
-    try:
-        hint, optional = _annotated(function, annotation)
-        schema = _schema_of(hint, in_body)
-        cure = f"dict, Any, {_ANNOTATIONS}, or give app.flow a schema, body={{…}}"
-        if not in_body:
-            cure = f'{_ANNOTATIONS}; for a date str, and parameters={{"{item.name}": {{"type": "date"}}}}'
-        fault = f"cannot be {text}: write {cure}"
-    except (NameError, AttributeError, TypeError, SyntaxError) as error:
-        fault = f"has an annotation that cannot be read where the function is defined, {text}: {error}"
-    if schema is None and "type" not in described:
-        raise ValueError(fault)
-    has_default = item.default is not item.empty
-    default = {"default": item.default} if has_default and item.default is not None else {}
-    if in_body and default:
-        raise ValueError("can have only the default None, for a body that is left out")
-    if in_body:
-        return (schema or {}) | ({"required": False} if optional or has_default else {})
-    needed = {} if has_default or optional or where == "path" else {"required": True}
-    return {"in": where, **(schema or {}), **default, **needed, **described}
-
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def flow_decorator(
-    app: Application, route: str, name: str, processing: Sequence[str], options: Mapping[str, Any]
-) -> Callable[[_Function], _Function]:
-    """The decorator that `AsteraLite.flow` returns; raises FlowError."""
-    if not isinstance(route, str):
-        fault = 'has @app.flow without arguments: write the method and the resource, @app.flow("GET /name")'
-        raise FlowError([Fault(getattr(route, "__name__", "flow"), "", fault)])
-    modes = [processing] if isinstance(processing, str) else list(processing)
-
-    def publish(function: _Function) -> _Function:
-        tree = _function_flow(function, route, modes, options)
-        app.deployer.deploy(name or function.__name__.replace("_", "-"), tree)
-        return function
-
-    return publish
-
-
-def step_decorator(app: Application, name: str) -> Callable[[_Function], _Function]:
-    """The decorator that `AsteraLite.step` returns; raises ConfigError."""
-    if name in STEP_KINDS or name in STEP_OPTIONS or not STEP_NAME.fullmatch(name):
-        raise ConfigError([Fault("step", name, "is not a new word of letters, digits and _: choose another name")])
-
-    def add(function: _Function) -> _Function:
-        app.deployer.kinds[name] = _own_kind(function)
-        if app.is_open:
-            app.deployer.reload()  # a file may have waited for it
-        return function
-
-    return add
-
-
-def future_of(app: Application, key: JobKey | None, find: Callable[[], Job]) -> Future[Job]:
-    """What `AsteraLite.future` returns. `find` raises NotFound if there is no such job, as for the key None."""
-    future = Future[Job]()
-
-    def look() -> None:
-        if key is not None and not future.done():
-            app.watchers.add(key, changed)  # before the look: or a job that ends in between would not be seen
-        with contextlib.suppress(InvalidStateError):  # cancelled, or another thread has just seen the end, too
-            try:
-                job = find()
-            except (StoreError, NotFound) as error:
-                future.set_exception(error)
-            else:
-                if job.status is not Status.RUNNING:
-                    future.set_result(job)
-
-    def changed() -> None:
-        thread = threading.Thread(target=look, name="astera-future", daemon=True)
-        try:
-            thread.start()
-            app.threads.add(thread)
-        except RuntimeError:  # no thread can be had
-            if key is not None and app.is_open:
-                app.watchers.add(key, changed)  # the housekeeper tells again
-            else:
-                look()
-
-    look()
-    if key is not None:
-        future.add_done_callback(lambda _: app.watchers.remove(key, changed))
-    return future
-
-
-def _function_flow(
-    function: Callable[..., Any], route: str, processing: list[str], options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The tree of a flow that calls one Python function; its parameters follow from the signature.
-
-    `options` are other members of a flow file, with `parameters` and `body` of its request. Raises FlowError for what
-    the signature has and a request cannot give.
-    """
-    method, _, resource = route.partition(" ")
-    described, body = dict(options.get("parameters", {})), options.get("body")
-    parameters: dict[str, Any] = {}
-    args: dict[str, str] = {}
-    faults: list[Fault] = []
-
-    def refuse(name: str, message: str) -> None:
-        faults.append(Fault(getattr(function, "__name__", "function"), name, message))
-
-    items = list(inspect.signature(function).parameters.values())
-    first = items[0] if items else None
-    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
-        refuse("", "has no argument for its Context: begin with `context: Context`")
-    elif first.name in ("self", "cls"):
-        refuse(first.name, "makes it a method: publish the bound method, app.flow(…)(object.method)")
-    elif f"{{{first.name}}}" in resource or first.annotation in _NO_CONTEXT:
-        refuse(first.name, "is the first argument, which gets the Context: put `context: Context` before it")
-    for item in items[1:]:
-        where = "path" if f"{{{item.name}}}" in resource else "query"
-        if item.name == "body" and where == "query" and (body is not None or method != "GET"):
-            where = "body"
-        args[item.name] = "${request.body}" if where == "body" else f"${{params.{item.name}}}"
-        try:
-            if where != "body":
-                parameters[item.name] = _argument_spec(function, item, where, described.pop(item.name, {}))
-            elif "body" not in options:
-                body = _argument_spec(function, item, where, {})
-        except ValueError as error:
-            refuse(item.name, str(error))
-    if faults:
-        raise FlowError(faults)
-    request: dict[str, Any] = {"method": method, "resource": resource.strip(), "processing": processing}
-    request |= {"parameters": parameters | described, **({} if body is None else {"body": body})}
-    others = {name: value for name, value in options.items() if name not in ("parameters", "body")}
-    description = " ".join((function.__doc__ or "").split())
-    step = {"name": "result", "python": {"call": function, "args": args}}
-    return {"description": description, **others, "request": request, "steps": [step]}
 
 
 _PIPE_BYTES = 1 << 16

@@ -1,8 +1,7 @@
 """Features of requests and responses that few flows use.
 
 Of those that come in: patterns; pages, filters and an order of a response's rows. Of those that go out: connections
-with their credentials; pages, until; answers in gzip or deflate. Also the request that calls a flow with
-given parameters.
+with their credentials; pages, until; answers in gzip or deflate.
 
 A wing of astera_lite, which loads this file for the first flow or answer that needs it.
 """
@@ -33,7 +32,6 @@ from astera_lite import (
     CONTENT_TYPES,
     KNOWN_CODINGS,
     LENIENT_DECODER,
-    MAX_NAME,
     MAX_WORK,
     Address,
     Budget,
@@ -41,11 +39,9 @@ from astera_lite import (
     Duration,
     ExpressionError,
     Fetched,
-    Flow,
     FlowError,
     FlowFailure,
     HttpCall,
-    InputError,
     InputErrors,
     MapOf,
     Member,
@@ -58,7 +54,6 @@ from astera_lite import (
     Runner,
     Scope,
     StepError,
-    StoredRequest,
     Table,
     Template,
     Text,
@@ -71,7 +66,6 @@ from astera_lite import (
     fetch,
     from_json,
     kind_of,
-    members_of,
     parse_retry_after,
     pointer,
     read_number,
@@ -742,54 +736,3 @@ def decoded(data: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
         if len(data) > max_bytes:
             raise answer_too_large(max_bytes)
     return data
-
-
-def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
-    """The request of a client that calls a flow with these parameters; InputError if no request can express them."""
-    known = {item.name: item for item in flow.parameters}
-    errors = InputErrors()
-    path, query, headers = flow.resource, [], {}
-    for name, value in params.items():
-        if name not in known and name not in flow.selecting:
-            errors.add("query", str(name), "is no parameter" + suggest(str(name), known))
-            continue
-        where, array = (known[name].where, known[name].array) if name in known else ("query", False)
-        many = isinstance(value, list | tuple)
-        texts = [_sent(item, where, name, as_text) for item in (value if many else [value])]
-        if many and array and "" in texts:
-            errors.add(where, name, "has an empty item")
-        elif many and array and where != "query" and "," in "".join(texts):
-            errors.add(where, name, "has an item with a comma, which divides items there")
-        elif many and not array and where != "query":
-            errors.add(where, name, "must be given once")
-        elif where == "query":
-            query += [(name, text) for text in texts]
-            if many and array and (not texts or (len(texts) == 1 and "," in texts[0])):
-                query.append((name, ""))  # see Parameter
-        elif where == "path":
-            path = path.replace(f"{{{name}}}", urllib.parse.quote(",".join(texts), safe=""))
-        else:
-            headers[name.lower()] = ",".join(texts)
-    for name in [item.name for item in flow.parameters if item.where == "path" and item.name not in params]:
-        errors.add("path", name, "is missing")
-    errors.check()
-    data = b""
-    if body is not None:
-        data = body if isinstance(body, bytes) else _sent(body, "body", "", to_json).encode()
-        accepts, binary = flow.content_types, CONTENT_TYPES["binary"]
-        as_it_is = isinstance(body, bytes) and binary in accepts
-        headers["content-type"] = binary if as_it_is else accepts[0] if accepts else CONTENT_TYPES["json"]
-    return StoredRequest(flow.method, path, urllib.parse.urlencode(query), headers, data)
-
-
-def _sent(value: Any, where: str, name: str, write: Callable[[Any], str]) -> str:
-    """A value as in a request; raises InputError with the member that JSON or UTF-8 cannot express."""
-    try:
-        text = write(value)
-        text.encode()
-        return text
-    except (TypeError, ValueError) as error:
-        if len(name) < MAX_NAME:
-            for key, member in members_of(value):
-                _sent(member, where, f"{name}/{pointer(str(key))}", to_json)
-        raise InputError([{"in": where, "name": name, "message": str(error)}]) from None

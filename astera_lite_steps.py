@@ -66,13 +66,13 @@ from astera_lite import (
     kind_of,
     pointer,
     read_answer,
-    request_for,
     response_of,
     run_flow,
     run_steps,
     shown,
     suggest,
     unexpected_answer,
+    wing,
 )
 
 _BRANCH = {"steps": Steps(required=True), "result": Value()}
@@ -202,6 +202,7 @@ def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: i
 def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
     name, params, body = given["flow"], given["params"], given.get("body")
     build.calls.append((name, f"{place}/flow"))
+    request_for = wing("astera_lite_embedding:request_for")
 
     def call(run: Run, scope: Scope, path: str) -> dict[str, Any]:
         flow = run.outside.flow_named(name)
@@ -495,7 +496,8 @@ def run_test(flow: Flow, test: Mapping[str, Any], outside: Surroundings) -> tupl
     """Run one test of a flow; what is not as expected, a line each, and how many outputs were canned."""
     canned = _Canned(test)
     try:
-        request = request_for(flow, test["request"]["params"], test["request"].get("body"))
+        sent = test["request"]
+        request = wing("astera_lite_embedding:request_for")(flow, sent["params"], sent.get("body"))
         given = flow.bind(request, "test")
         run = Run(flow, given, outside, outside.clock.monotonic() + _TEST_S)
         run.canned = canned

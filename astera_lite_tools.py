@@ -65,7 +65,6 @@ from astera_lite import (
     one_line,
     optional,
     reason_of,
-    request_for,
     resource,
     run_flow,
     serve,
@@ -276,7 +275,7 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
         except OSError as error:
             raise NotFound(f"{value[1:]}: cannot be read: {reason_of(error)}") from None
     params = {name: values if len(values) > 1 else values[0] for name, values in repeated.items()}
-    request = request_for(flow, params, body)
+    request = wing("astera_lite_embedding:request_for")(flow, params, body)
     given = flow.bind(request, "try")
     trace: list[dict[str, Any]] = []
     limit = flow.timeout or settings.job_timeout

@@ -75,7 +75,8 @@ def test_the_wheel_holds_the_module_and_what_it_needs(built: Built) -> None:
     found = members(built.wheel)
     for name in MODULES:
         assert found.pop(name) == (ROOT / name).read_bytes()
-    assert found.pop("astera_lite/py.typed") == b""
+    for name in ("astera_lite", "astera_lite_embedding"):
+        assert found.pop(f"{name}/py.typed") == b""
     for name in SHIPPED:
         assert found.pop(f"astera_lite/{name}") == (ROOT / name).read_bytes()
     assert {name.partition("/")[0] for name in found} == {f"astera_lite-{__version__}.dist-info"}
@@ -235,6 +236,7 @@ def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
         "astera_lite_advice.py",
         "astera_lite_database.py",
         "astera_lite_documents.py",
+        "astera_lite_embedding.py",
         "astera_lite_nodes.py",
         "astera_lite_notices.py",
         "astera_lite_postgres.py",

@@ -456,5 +456,9 @@ def test_more_calls_than_cores_take_turns(flows: Path) -> None:
 def test_a_function_object_cannot_be_isolated() -> None:
     def function(context: Context) -> None: ...
 
-    [fault] = faults({"python": {"call": function, "isolate": True}})
-    assert fault.startswith('/python/isolate: needs the function by name, "module:function"')
+    step = {"name": "x", "python": {"call": function, "isolate": True}}
+    with pytest.raises(FlowError) as caught:
+        AsteraLite().deploy("f", get_flow("/f", steps=[step]))  # not entered: nothing is opened
+    [fault] = caught.value.faults
+    assert fault.place == "/steps/0/python/isolate"
+    assert fault.message.startswith('needs the function by name, "module:function"')
