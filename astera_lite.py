@@ -2732,14 +2732,14 @@ class Input(NamedTuple):
 BASE_NAMES = ("params", "request", "env", "secrets")
 
 
-def _record(members: Mapping[str, Schema]) -> Schema:
+def _object_schema(members: Mapping[str, Schema]) -> Schema:
     """The schema of an object that has these members and no others."""
     return Schema(properties=members, required=tuple(members), additional=False)
 
 
-_REQUEST_SCHEMA = _record(dict.fromkeys(("method", "path", "query", "headers", "body", "id"), Schema()))
+_REQUEST_SCHEMA = _object_schema(dict.fromkeys(("method", "path", "query", "headers", "body", "id"), Schema()))
 #: The schema of `error` in expressions, after a step that failed while the flow went on.
-_ERROR_SCHEMA = _record(dict.fromkeys(("status", "headers", "body", "message", "kind"), Schema()))
+_ERROR_SCHEMA = _object_schema(dict.fromkeys(("status", "headers", "body", "message", "kind"), Schema()))
 MODES = ("synchronous", "asynchronous")
 FLOW_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 FLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -4461,9 +4461,9 @@ def _make_request(build: Build, given: dict[str, Any], place: str) -> dict[str, 
     if body is not None and given["method"] == "GET":
         build.fault(f"{place}/body", "a GET request has no body: use parameters, or another method")
     build.method = given["method"]
-    build.add_name("params", _record({name: item.schema for name, item in items.items()}))
+    build.add_name("params", _object_schema({name: item.schema for name, item in items.items()}))
     if body is not None:
-        build.add_name("request", _record({**_REQUEST_SCHEMA.properties, "body": body[0]}))
+        build.add_name("request", _object_schema({**_REQUEST_SCHEMA.properties, "body": body[0]}))
     headers = [name.lower() for name, item in items.items() if item.where == "header"]
     return {  # members of Flow
         "method": given["method"],
@@ -6506,7 +6506,7 @@ class Engine:
                 if self.queue.exceeds(prepared.flow):
                     self._put_off(entry)
                 else:
-                    self._run(entry, prepared)
+                    self._run_prepared(entry, prepared)
             elif entry.state is State.RUNNING:  # it has ended
                 self.queue.dismiss(entry.number)
         except AsteraError as error:  # the database failed while the job was read
@@ -6525,7 +6525,7 @@ class Engine:
             entry.due = self._clock.now() + 1000
             self.queue.move(entry, State.WAITING)
 
-    def _run(self, entry: Entry, prepared: Prepared) -> None:
+    def _run_prepared(self, entry: Entry, prepared: Prepared) -> None:
         job, flow, now = prepared.job, prepared.flow, self._clock.now()
         goes_on = job.due is not None and job.attempt > 0 and job.started is not None  # its wait is over
         attempt, started = (job.attempt, job.started or now) if goes_on else (job.attempt + 1, now)
@@ -6534,7 +6534,7 @@ class Engine:
         if interrupted and (job.attempt >= MAX_ATTEMPTS or flow.restart == "fail"):
             times = f"{job.attempt} times" if job.attempt > 1 else "once"
             detail = f"The server stopped {times} while the job ran; the job is not tried again."
-            self._record(entry.job, prepared, Outcome.failed("interrupted", 500, detail))
+            self._record_end(entry.job, prepared, Outcome.failed("interrupted", 500, detail))
             return
         if interrupted and flow.restart == "rerun":
             prepared = prepared._replace(saved={}, waits={}, trace=())
@@ -6556,7 +6556,7 @@ class Engine:
             self._suspend(entry, entry.job._replace(due=outcome), run, *journal.waiting)
         else:
             self._measure(flow, self._clock.monotonic() - began, spent)
-            self._record(entry.job, run, outcome)
+            self._record_end(entry.job, run, outcome)
 
     def _suspend(self, entry: Entry, job: Job, run: Run, path: str, until: int) -> None:
         def suspended(kept: Any, error: AsteraError | None) -> None:
@@ -6585,7 +6585,7 @@ class Engine:
 
     # --- ends ---
 
-    def _record(self, job: Job, ran: Prepared | Run, outcome: Outcome) -> None:
+    def _record_end(self, job: Job, ran: Prepared | Run, outcome: Outcome) -> None:
         """Record the end of a job that ran; wait if too many outcomes are on their way to the disk."""
         log_outcome("job", ran.flow, ran.input, outcome)
         self._store_end(self._finish(job, outcome, list(ran.trace or ())))
@@ -6723,7 +6723,7 @@ class Engine:
         run.cancel.set()
         self._measure(run.flow, (self._clock.now() - (job.started or 0)) / 1000)
         error = _TimedOut("the flow exceeded its time limit, and its thread does not end")
-        self._record(job, run, failed_run(run, error))
+        self._record_end(job, run, failed_run(run, error))
 
     def stop(self, timeout_s: float) -> int:
         """Begin nothing more, and wait for what runs; return how many runs are left to the next start."""
@@ -7423,7 +7423,7 @@ class Application:
         """Queue the Running jobs that nobody has in hand; return how many.
 
         They are the jobs of a server that died, those whose wake-up was lost, and those whose end could not be stored.
-        `_prepare` finds out which of them were interrupted, and `Engine._run` decides whether these run again.
+        `_prepare` finds out which of them were interrupted, and `Engine._run_prepared` decides whether these run again.
         """
         found = self.node.claim() if self.node else self.store.claim(self.engine.queue, _MAX_CLAIMED)
         for seq, due, flow, _ in found:
@@ -9527,7 +9527,7 @@ def _set_up_streams() -> Stderr:
     return stderr
 
 
-def _run(words: Sequence[str]) -> int:
+def _run_line(words: Sequence[str]) -> int:
     code = 0
     try:
         flags = serve_flags(words)
@@ -9549,7 +9549,7 @@ def _run(words: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default that of this process; return the exit code."""
     stderr = _set_up_streams()
-    code = _run([*(sys.argv[1:] if argv is None else argv)])
+    code = _run_line([*(sys.argv[1:] if argv is None else argv)])
     if not stderr.written():  # the interpreter would wait for its thread
         os._exit(code)
     return code
