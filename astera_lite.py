@@ -343,7 +343,9 @@ def reason_of(error: Exception) -> str:
 
 
 SHIPPED = ("console.html", "openapi.json", "schema.sql", "schema_postgres.sql")  # files that the module needs beside it
-_WINGS = "admin advice database documents embedding nodes notices postgres python requests secrets steps tls tools"
+_WINGS = (
+    "admin advice database documents embedding nodes notices postgres python requests secrets steps tls tools zipapp"
+)
 #: The wings: files of the module that a server loads on first use.
 WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS.split())
 #: The folder of this file, as given and with links resolved. Kept, because a program may change its working folder.

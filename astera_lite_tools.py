@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import compileall
 import contextlib
 import datetime
 import itertools
 import json
 import math
 import os
-import py_compile
 import re
 import secrets
 import sys
-import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -34,13 +30,10 @@ from astera_lite import (
     PHRASES,
     SETTING_FIELDS,
     SETTING_KINDS,
-    SHIPPED,
     STEP_KINDS,
-    WINGS,
     Application,
     Attempt,
     Clock,
-    ConfigError,
     Conflict,
     Fault,
     Job,
@@ -65,7 +58,6 @@ from astera_lite import (
     one_line,
     optional,
     reason_of,
-    resource,
     run_flow,
     serve,
     set_up_logging,
@@ -527,52 +519,6 @@ def _token_faults(name: str, role: str, flows: frozenset[str] | None, folder: st
             yield f'there is no flow "{word}" in {folder}{suggest(word, known)}'
 
 
-_ZIPPED_MAIN = b"""\
-import sys
-
-if sys.version_info < (3, 11):
-    this = "this is %d.%d.%d (%s)" % (sys.version_info[:3] + (sys.executable,))
-    sys.exit("Astera Lite needs Python 3.11 or later; " + this)
-
-import astera_lite
-
-sys.exit(astera_lite.main())
-"""
-
-
-def pack(args: argparse.Namespace, settings: Settings) -> int:
-    """zipapp: the server as one file, with bytecode for this Python version; other versions use the source."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("astera_lite.py", "schema.sql", *sorted({*WINGS, *SHIPPED} - {"schema.sql"})):
-            try:
-                data = resource(name)
-            except ConfigError:
-                if name in ("astera_lite.py", "schema.sql"):
-                    raise
-                print(f"{name} is missing, so it is left out", file=sys.stderr)
-                continue
-            with open(os.path.join(folder, name), "wb") as file:
-                file.write(data)
-        unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH  # times in a zip depend on the time zone
-        compileall.compile_dir(folder, stripdir=folder, quiet=1, legacy=True, invalidation_mode=unchecked)
-        with open(os.path.join(folder, "__main__.py"), "wb") as file:
-            file.write(_ZIPPED_MAIN)
-        try:
-            with open(args.file, "wb") as file:
-                file.write(b"#!/usr/bin/env python3\n")
-                with zipfile.ZipFile(file, "w") as archive:
-                    for name in sorted(os.listdir(folder)):
-                        whole = zipfile.ZipInfo(name)  # of 1980: the same file each time
-                        archive.writestr(whole, Path(folder, name).read_bytes(), zipfile.ZIP_DEFLATED)
-            mode = os.stat(args.file).st_mode
-            os.chmod(args.file, mode | (mode & 0o444) >> 2)  # everybody who may read the file may run it
-        except OSError as error:
-            raise Conflict(f"{args.file}: {reason_of(error)}") from None
-    version = ".".join(map(str, sys.version_info[:2]))
-    print(f"wrote {args.file}: for Python 3.11 or later, {version} starts it quickest", file=sys.stderr)
-    return 0
-
-
 def backup(args: argparse.Namespace, settings: Settings) -> int:
     """backup: a consistent copy of the database, also while the server runs."""
     if os.path.exists(args.copy):
@@ -690,7 +636,7 @@ COMMANDS = {
         ("database",),
     ),
     "zipapp": Command(
-        pack,
+        late("astera_lite_zipapp:pack"),
         "write the server as one file, which `python FILE` runs",
         [_word("file", "[FILE]", "(default: astera_lite.pyz)", nargs="?", default="astera_lite.pyz")],
     ),

@@ -44,6 +44,7 @@ LINES = {
     "astera_lite_steps.py": 800,
     "astera_lite_tls.py": 100,
     "astera_lite_tools.py": 800,
+    "astera_lite_zipapp.py": 100,
     "console.html": 1_000,
 }
 LARGEST_CLASS = 400  # lines; the plan aims at 300

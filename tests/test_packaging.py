@@ -226,7 +226,7 @@ def test_the_zipapp_is_the_same_each_time_and_everybody_may_run_it(tmp_path: Pat
 
 
 def test_a_zipapp_of_what_is_there(tmp_path: Path) -> None:
-    for name in ("astera_lite.py", "astera_lite_tools.py", "schema.sql"):
+    for name in ("astera_lite.py", "astera_lite_tools.py", "astera_lite_zipapp.py", "schema.sql"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     command = [sys.executable, "astera_lite.py", "zipapp"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
