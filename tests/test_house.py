@@ -97,6 +97,13 @@ def test_the_core_names_a_wing_as_text_alone() -> None:
             assert hasattr(__import__(module), attribute), text
 
 
+def test_a_process_that_a_test_starts_is_of_this_checkout(tmp_path: Path) -> None:
+    """Also if the environment has an editable install of another checkout."""
+    command = [sys.executable, "-c", "import astera_lite; print(astera_lite.__file__)"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"{ROOT / 'astera_lite.py'}\n"
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_a_file_is_no_longer_than_it_may_be(name: str) -> None:
     assert (ROOT / name).read_text("utf-8").count("\n") <= LINES[name]

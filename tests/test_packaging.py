@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from nodes import Cluster
-from support import PROGRAM, ROOT, SCRIPT, Api, process
+from support import ROOT, SCRIPT, Api, process
 
 from astera_lite import SHIPPED, WINGS, __version__
 
@@ -34,6 +34,11 @@ def run(*command: str | Path, folder: Path, code: int = 0) -> str:
     return done.stdout
 
 
+@pytest.fixture(autouse=True)
+def away_from_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH")
+
+
 class Built(NamedTuple):
     wheel: Path
     sdist: Path
@@ -46,7 +51,7 @@ class Built(NamedTuple):
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("built")
     run(sys.executable, "-m", "hatchling", "build", "-d", folder, folder=ROOT)
-    run(*PROGRAM, "zipapp", "one.pyz", folder=folder)
+    run(sys.executable, SCRIPT, "zipapp", "one.pyz", folder=folder)
     run(sys.executable, "-m", "venv", "--without-pip", folder / "env", folder=folder)
     scripts = folder / "env" / ("Scripts" if os.name == "nt" else "bin")
     wheel = folder / WHEEL
@@ -218,7 +223,9 @@ def test_the_zipapp_is_the_same_each_time_and_everybody_may_run_it(tmp_path: Pat
     pyz = tmp_path / "astera_lite.pyz"
     for mask, mode in ((0o022, 0o755), (0o027, 0o750), (0o077, 0o700)):
         pyz.unlink(missing_ok=True)
-        subprocess.run([*PROGRAM, "zipapp"], cwd=tmp_path, umask=mask, capture_output=True, timeout=60, check=True)
+        subprocess.run(
+            [sys.executable, SCRIPT, "zipapp"], cwd=tmp_path, umask=mask, capture_output=True, timeout=60, check=True
+        )
         assert pyz.stat().st_mode & 0o777 == mode
     assert run(pyz, "--version", folder=tmp_path) == f"Astera Lite {__version__}\n"
     with zipfile.ZipFile(pyz) as file:
