@@ -137,7 +137,7 @@ __all__ = [
     "StoreError",
     "main",
 ]
-__version__ = "1.0.0"
+__version__ = "1.1.0.dev0"
 
 log = logging.getLogger("astera_lite")
 _warnings_log = logging.getLogger("py.warnings")  # of logging.captureWarnings
