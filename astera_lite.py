@@ -4787,30 +4787,13 @@ def load_flows(
 # ======================================================================================================================
 # 7 Store
 # To add a column of a job: a row in new_columns() or end_columns(), and in TIMES if it is a time; the column in both
-# schemas, and a script in UPGRADES of both stores. A field of Job is read from the column of its name.
-# All SQL is in this room and in astera_lite_postgres. Rows do not leave them; records do.
+# schemas, and a script in UPGRADES of astera_lite_database and astera_lite_postgres. A field of Job is read from the
+# column of its name. All SQL is in this room and in these two wings. Rows do not leave them; records do.
 # ======================================================================================================================
 
 PIECE = 256 << 10  # bytes; larger values are stored in pieces of this size
 SCHEMA_VERSION = 3
 APPLICATION_ID = 0x41535431  # marks the file as ours (PRAGMA application_id)
-#: Scripts that upgrade the schema by one version, by the version before.
-UPGRADES: dict[int, str] = {
-    1: """
-    CREATE TABLE tokens (
-        name    TEXT    PRIMARY KEY,
-        hash    BLOB    NOT NULL,
-        role    TEXT    NOT NULL CHECK (role IN ('user', 'admin')),
-        flows   TEXT,
-        created INTEGER NOT NULL
-    ) WITHOUT ROWID;
-    CREATE TABLE clock (
-        one    INTEGER PRIMARY KEY CHECK (one = 1),
-        offset INTEGER NOT NULL
-    );
-    """,
-    2: "CREATE INDEX jobs_token ON jobs (token, seq) WHERE token <> '';",
-}
 
 Done = Callable[[Any, AsteraError | None], None]  # (result, error)
 Execute = Callable[[str, Sequence[Any]], Any]  # executes a statement, in which `?` stands for a value: the cursor
@@ -5331,6 +5314,14 @@ def _format(db: sqlite3.Connection, path: str) -> int:
     return version
 
 
+def _scripts(version: int) -> dict[int, str]:
+    """What brings the schema from a version to the present one: scripts by the version that they make."""
+    if not version:
+        return {SCHEMA_VERSION: f"{resource('schema.sql').decode()}\nPRAGMA application_id = {APPLICATION_ID};"}
+    upgrades = wing("astera_lite_database:UPGRADES") if version < SCHEMA_VERSION else {}
+    return {old + 1: upgrades[old] for old in range(version, SCHEMA_VERSION)}
+
+
 def _log_size(folder: str, max_bytes: int | None) -> int:
     """The size at which the log of a database of at most `max_bytes` in a folder starts again."""
     with contextlib.suppress(OSError):  # not every file system tells
@@ -5344,7 +5335,7 @@ def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3
     try:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         db.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
-        version = _format(db, path)
+        scripts = _scripts(_format(db, path))
         db.execute(f"PRAGMA page_size = {page_size}")  # has an effect only before the first table
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # the same
         mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
@@ -5354,10 +5345,6 @@ def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3
         db.execute(f"PRAGMA wal_autocheckpoint = {max(pages, 16)}")
         db.execute(f"PRAGMA journal_size_limit = {log_bytes}")
         db.execute(f"PRAGMA synchronous = {'FULL' if durability == 'full' else 'NORMAL'}")
-        scripts = {old + 1: UPGRADES[old] for old in range(version, SCHEMA_VERSION) if version}
-        if not version:
-            made = resource("schema.sql").decode()
-            scripts = {SCHEMA_VERSION: f"{made}\nPRAGMA application_id = {APPLICATION_ID};"}
         for new, script in scripts.items():
             db.executescript(f"BEGIN EXCLUSIVE;\n{script}\nPRAGMA user_version = {new};\nCOMMIT;")
         db.execute("BEGIN IMMEDIATE")  # so that a database that cannot be written is found now

@@ -1,4 +1,4 @@
-"""The commands on a whole database: tokens, the backup, and the import from SQLite into PostgreSQL.
+"""What changes or copies a whole database: upgrade, tokens, backup, and the import from SQLite into PostgreSQL.
 
 A wing of astera_lite. All tables and columns of the SQLite database exist in PostgreSQL under the same names.
 """
@@ -33,7 +33,25 @@ from astera_lite import (
     wing,
 )
 
-_TABLES = ("flows", "jobs", "pieces", "steps", "callbacks", "attempts", "tokens")
+# --- upgrade ---
+
+#: Scripts that upgrade the schema by one version, by the version before.
+UPGRADES: dict[int, str] = {
+    1: """
+    CREATE TABLE tokens (
+        name    TEXT    PRIMARY KEY,
+        hash    BLOB    NOT NULL,
+        role    TEXT    NOT NULL CHECK (role IN ('user', 'admin')),
+        flows   TEXT,
+        created INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE TABLE clock (
+        one    INTEGER PRIMARY KEY CHECK (one = 1),
+        offset INTEGER NOT NULL
+    );
+    """,
+    2: "CREATE INDEX jobs_token ON jobs (token, seq) WHERE token <> '';",
+}
 
 
 # --- tokens ---
@@ -120,6 +138,8 @@ def _give_name(part: str, path: str) -> None:
 
 
 # --- import ---
+
+_TABLES = ("flows", "jobs", "pieces", "steps", "callbacks", "attempts", "tokens")
 
 
 def import_command(args: Any, settings: Settings) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dis
 import inspect
 import os
 import pickle
 import shutil
+import sqlite3
 import subprocess
 import sys
 import types
@@ -33,7 +35,7 @@ LINES = {
     "astera_lite_admin.py": 800,
     "astera_lite_advice.py": 400,
     "astera_lite_documents.py": 800,
-    "astera_lite_database.py": 200,
+    "astera_lite_database.py": 260,
     "astera_lite_embedding.py": 600,
     "astera_lite_nodes.py": 400,
     "astera_lite_notices.py": 250,
@@ -309,6 +311,22 @@ def test_a_command_without_its_wing_is_one_sentence(alone: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "astera_lite_tools.py is missing: copy it beside astera_lite.py\n"
+
+
+def test_an_older_database_without_its_wing_is_one_sentence(alone: Path) -> None:
+    with contextlib.closing(sqlite3.connect(alone / "astera_lite.db")) as db:
+        db.executescript((ROOT / "tests" / "version-1.0.sql").read_text("utf-8"))
+        db.executescript("DROP TABLE tokens; DROP TABLE clock; PRAGMA user_version = 1; PRAGMA journal_mode = DELETE")
+    before = (alone / "astera_lite.db").read_bytes()
+    start = [sys.executable, "astera_lite.py", "--port", "0"]
+    done = subprocess.run(start, cwd=alone, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{NO_ADMIN.replace('admin', 'database')}\n")
+    assert (alone / "astera_lite.db").read_bytes() == before
+    shutil.copy(ROOT / "astera_lite_database.py", alone)
+    with process(alone, program=(sys.executable, "astera_lite.py")):
+        pass
+    with contextlib.closing(sqlite3.connect(alone / "astera_lite.db")) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (astera_lite.SCHEMA_VERSION,)
 
 
 def test_a_wing_of_another_version_is_told(alone: Path) -> None:

@@ -24,6 +24,7 @@ import pytest
 from support import ROOT, Sink, database_in, until
 
 import astera_lite
+import astera_lite_database
 from astera_lite import (
     PIECE,
     Added,
@@ -1090,7 +1091,7 @@ def test_an_older_database_is_upgraded_step_by_step(path: str, monkeypatch: pyte
         now + 1: "ALTER TABLE jobs ADD COLUMN shape TEXT; UPDATE jobs SET shape = colour || ' square';",
     }
     monkeypatch.setattr(astera_lite, "SCHEMA_VERSION", now + 2)
-    monkeypatch.setattr(astera_lite, "UPGRADES", scripts)
+    monkeypatch.setattr(astera_lite_database, "UPGRADES", scripts)
     for _ in range(2):
         with closing(SqliteStore(path)) as store:
             assert store.get(new.key) == new
@@ -1142,7 +1143,7 @@ def test_an_upgrade_that_fails_changes_nothing(path: str, monkeypatch: pytest.Mo
     with monkeypatch.context() as patched:
         now = astera_lite.SCHEMA_VERSION
         patched.setattr(astera_lite, "SCHEMA_VERSION", now + 1)
-        patched.setattr(astera_lite, "UPGRADES", {now: "ALTER TABLE jobs ADD COLUMN a; DROP TABLE nowhere;"})
+        patched.setattr(astera_lite_database, "UPGRADES", {now: "ALTER TABLE jobs ADD COLUMN a; DROP TABLE nowhere;"})
         with pytest.raises(StoreError):
             SqliteStore(path)
     with closing(SqliteStore(path)) as store:
