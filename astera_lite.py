@@ -4950,6 +4950,7 @@ _END_JOB = (
 )
 INSERT_PIECE = "INSERT INTO pieces VALUES (?, ?, ?, ?, ?)"
 _PROBE = "INSERT OR REPLACE INTO pieces VALUES (0, 'result', 0, 0, zeroblob(?))"  # tells whether there is room again
+_UNPROBE = "DELETE FROM pieces WHERE job = 0"
 _MOVE_TIMES = [
     f"UPDATE jobs SET {', '.join(f'{column} = {column} + :by' for column in TIMES)}",
     "UPDATE steps SET until = until + :by WHERE until NOT NULL",
@@ -5352,7 +5353,7 @@ def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3
             for statement in _MOVE_TIMES if offset > 0 else ():  # the system's clock leapt while the server ran
                 db.execute(statement, {"by": offset})
         db.execute("DELETE FROM clock")
-        db.execute("DELETE FROM pieces WHERE job NOT IN (SELECT seq FROM jobs)")
+        db.execute(_UNPROBE)
         db.execute("COMMIT")
     except BaseException as error:
         if db is not None:
@@ -5676,7 +5677,7 @@ class SqliteStore(SqliteReader, Writer):
 
     def _probed(self, result: Any, error: AsteraError | None) -> None:
         if error is None:
-            self._do("DELETE FROM pieces WHERE job = 0", (), keep=True)
+            self._do(_UNPROBE, (), keep=True)
 
     def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
         failure = error if isinstance(error, AsteraError) else self._failure(error)
@@ -5869,8 +5870,6 @@ class SqliteStore(SqliteReader, Writer):
             moved = _execute(_END_JOB, values, execute)
             if moved:
                 execute("DELETE FROM steps WHERE job = ?", (seq,))
-                if pieces:  # version 1.0 wrote pieces before the end of a run; a dead run may have left some
-                    execute("DELETE FROM pieces WHERE job = ? AND part = 'result'", (seq,))
                 for piece in pieces:
                     execute(INSERT_PIECE, piece)
                 _owe(execute, finish)

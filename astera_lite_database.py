@@ -50,7 +50,12 @@ UPGRADES: dict[int, str] = {
         offset INTEGER NOT NULL
     );
     """,
-    2: "CREATE INDEX jobs_token ON jobs (token, seq) WHERE token <> '';",
+    # Before, pieces were stored before their job or the end of its run: a server that died left some behind.
+    2: """
+    CREATE INDEX jobs_token ON jobs (token, seq) WHERE token <> '';
+    DELETE FROM pieces WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE seq = job
+        AND (part = 'request_body' OR status <> 'Running' AND jobs.attempt = pieces.attempt));
+    """,
 }
 
 

@@ -1069,10 +1069,10 @@ def test_full_durability_is_the_default(store: SqliteStore, tmp_path: Path) -> N
 
 
 @sqlite
-def test_pieces_without_a_job_are_gone_after_a_start(path: str) -> None:
+def test_the_trial_of_a_full_disk_is_gone_after_a_start(path: str) -> None:
     SqliteStore(path).close()
     with closing(sqlite3.connect(path)) as other:
-        other.execute("INSERT INTO pieces VALUES (1, 'request_body', 0, 0, x'00')")
+        other.execute(astera_lite._PROBE, (PIECE,))
         other.commit()
     SqliteStore(path).close()
     assert look(path, "SELECT count(*) FROM pieces") == [(0,)]
@@ -1136,6 +1136,21 @@ def test_a_database_of_version_1_0_opens_and_goes_on(path: str, sink: Sink) -> N
 
 
 @sqlite
+def test_an_upgrade_deletes_pieces_that_version_1_0_left_behind(path: str) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript((ROOT / "tests" / "version-1.0.sql").read_text("utf-8"))
+        before = db.execute("SELECT * FROM pieces").fetchall()
+        [(running, attempt)] = db.execute("SELECT seq, attempt FROM jobs WHERE flow = 'busy' LIMIT 1")
+        [(ended, last)] = db.execute("SELECT seq, attempt FROM jobs WHERE flow = 'big' AND status = 'Completed'")
+        left = [(1, "request_body", 0), (running, "result", attempt), (ended, "result", last + 1)]
+        db.executemany("INSERT INTO pieces VALUES (?, ?, ?, 0, x'00')", left)
+        db.execute("INSERT INTO pieces VALUES (?, 'request_body', 0, 0, x'00')", (running,))
+        db.commit()
+    SqliteStore(path).close()
+    assert sorted(look(path, "SELECT * FROM pieces")) == sorted([*before, (running, "request_body", 0, 0, b"\0")])
+
+
+@sqlite
 def test_an_upgrade_that_fails_changes_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(SqliteStore(path)) as old:
         new = added(old)
@@ -1173,18 +1188,6 @@ def test_the_schema_says_which_version_it_is(store: SqliteStore, path: str) -> N
     assert f"version {astera_lite.SCHEMA_VERSION} of the schema" in text
     assert look(path, "PRAGMA user_version") == [(astera_lite.SCHEMA_VERSION,)]
     assert look(path, "PRAGMA application_id") == [(astera_lite.APPLICATION_ID,)]
-
-
-@sqlite
-def test_pieces_of_a_run_that_died_are_no_part_of_the_result(store: SqliteStore, path: str) -> None:
-    new = added(store)
-    with closing(sqlite3.connect(path)) as other:  # a run of the same number, whose result was longer
-        rows = [(new.key.seq, "result", 1, n, b"old" * 90_000) for n in range(4)]
-        other.executemany("INSERT INTO pieces VALUES (?, ?, ?, ?, ?)", rows)
-        other.commit()
-    body = b"new" * 100_000
-    assert done(store.finish, finish(new, body=body)) is True
-    assert b"".join(store.result_pieces(new.key, 1)) == body
 
 
 @sqlite
