@@ -4836,13 +4836,15 @@ class Claimed(NamedTuple):
 
 
 class StoredResult(NamedTuple):
-    """The response of a finished job. `body` is None if it is stored in pieces."""
+    """The response of a finished job."""
 
-    code: int
-    headers: list[tuple[str, str]]
-    size: int
-    body: bytes | None
-    attempt: int
+    answer: Answer  # without its body if that is stored in pieces
+    size: int  # of the whole body
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the body is to be had from `result_pieces`."""
+        return len(self.answer.body) < self.size
 
 
 class Finish(NamedTuple):
@@ -5427,9 +5429,13 @@ class StoreReader:
 
     def result(self, key: JobKey) -> StoredResult | None:
         """The response of a finished job."""
-        columns = f"code, headers, size, {self._whole_result}, attempt"
+        columns = f"size, code, headers, {self._whole_result}"
         row = self._first(f"SELECT {columns} FROM jobs{OF_KEY} AND status <> 'Running'", key)
-        return row and StoredResult(row[0], [(name, value) for name, value in json.loads(row[1])], *row[2:])
+        if row is None:
+            return None
+        size, code, headers, body = row
+        answer = Answer(code, tuple((name, value) for name, value in json.loads(headers)), body or b"")
+        return StoredResult(answer, size)
 
     def trace(self, key: JobKey) -> list[dict[str, Any]]:
         """The steps of a job that is finished or waits."""
@@ -5548,20 +5554,21 @@ class SqliteReader(StoreReader):
         while self._idle:
             self._idle.pop().close()
 
-    def result_pieces(self, key: JobKey, attempt: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
+    def result_pieces(self, key: JobKey, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
         """The body of a large result, or a part of it. The purge spares it meanwhile; a deletion cuts it off."""
-        pieces = self._read_pieces(key, attempt, start, stop)
+        pieces = self._read_pieces(key.seq, start, stop)
         next(pieces)  # from here on the purge spares what is read
         return pieces
 
-    def _read_pieces(self, key: JobKey, attempt: int, start: int, stop: int) -> Iterator[bytes]:
-        sql = "SELECT data FROM pieces WHERE job = ? AND part = 'result' AND attempt = ? AND n = ?"
-        reading = (key.seq, object())
+    def _read_pieces(self, seq: int, start: int, stop: int) -> Iterator[bytes]:
+        last = "(SELECT attempt FROM jobs WHERE seq = ?)"  # part of the primary key
+        sql = f"SELECT data FROM pieces WHERE job = ? AND part = 'result' AND attempt = {last} AND n = ?"
+        reading = (seq, object())
         self._being_read.add(reading)
         try:
             yield b""
             for at in range(start - start % PIECE, stop, PIECE):
-                row = self._first(sql, (key.seq, attempt, at // PIECE))
+                row = self._first(sql, (seq, seq, at // PIECE))
                 if row is None:
                     return
                 yield row[0][max(start - at, 0) : stop - at]
@@ -5808,8 +5815,7 @@ class SqliteStore(SqliteReader, Writer):
         end = self._recent.get(key)
         if end is None:
             return super().result(key)
-        answer = end.outcome.answer
-        return StoredResult(answer.code, list(answer.headers), len(answer.body), answer.body, end.job.attempt)
+        return StoredResult(end.outcome.answer, len(end.outcome.answer.body))
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Delete a finished job; `done` gets deleted, running, owed or absent."""
@@ -8244,14 +8250,13 @@ def _result_response(x: Exchange, seen: Seen, more: Sequence[tuple[str, str]]) -
     stored = x.app.store.result(job.key)
     if stored is None:
         raise UnknownJob(job.id, x.app.expired(job.key))
-    names = {name.lower() for name, _ in stored.headers}
-    tag = [("ETag", f'"{job.id}"')] if stored.code < 300 and "etag" not in names else []  # a result never changes
-    answer = Answer(stored.code, tuple(stored.headers), stored.body or b"")
-    response = flow_response(answer, (("Job-Status", job.status.value), *tag, *more))
-    if stored.body is None:
-        pieces = x.app.store.result_pieces(job.key, stored.attempt)
-        response = response._replace(stream=pieces, length=stored.size)
-    if stored.size >= _RANGED and stored.code == 200 and x.flow is None and "accept-ranges" not in names:
+    code, headers, _ = stored.answer
+    names = {name.lower() for name, _ in headers}
+    tag = [("ETag", f'"{job.id}"')] if code < 300 and "etag" not in names else []  # a result never changes
+    response = flow_response(stored.answer, (("Job-Status", job.status.value), *tag, *more))
+    if stored.in_pieces:
+        response = response._replace(stream=x.app.store.result_pieces(job.key), length=stored.size)
+    if stored.size >= _RANGED and code == 200 and x.flow is None and "accept-ranges" not in names:
         response = optional("astera_lite_admin:with_ranges", x, job, stored, response) or response
     return response
 

@@ -327,9 +327,9 @@ def with_ranges(x: Exchange, job: Job, stored: StoredResult, whole: Reply) -> Re
         headers = [PROBLEM_TYPE, NO_STORE, ("Content-Range", f"bytes */{size}"), ("Job-Status", own["job-status"])]
         return Reply(416, headers, json_body(problem(416, f"The result has {size} bytes.")))
     part = Reply(206, [*whole.headers, ("Content-Range", f"bytes {first}-{last}/{size}")])
-    if stored.body is not None:
-        return part._replace(body=stored.body[first : last + 1])
-    pieces = x.app.store.result_pieces(job.key, stored.attempt, first, last + 1)
+    if not stored.in_pieces:
+        return part._replace(body=stored.answer.body[first : last + 1])
+    pieces = x.app.store.result_pieces(job.key, first, last + 1)
     return part._replace(stream=pieces, length=last + 1 - first)
 
 

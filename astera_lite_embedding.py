@@ -556,10 +556,10 @@ class AsteraLite(Application):
         stored = self.store.result(job.key)
         if stored is None:
             raise Conflict("The job is not finished.")
-        body = stored.body
-        if body is None:
-            body = b"".join(whole_body(self.store.result_pieces(job.key, stored.attempt), stored.size))
-        return Result(Answer(stored.code, tuple(stored.headers), body))
+        answer = stored.answer
+        if stored.in_pieces:
+            answer = answer._replace(body=b"".join(whole_body(self.store.result_pieces(job.key), stored.size)))
+        return Result(answer)
 
     def cancel(self, job_id: str | Job) -> bool:
         """Cancel a job; True if it ends now, False if it stops at its next step. Raises NotFound, Conflict."""

@@ -429,8 +429,7 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
         else:
             _print_job(_Sheet(stream, offset), job, stored, steps, attempts)
         if args.result and stored is not None:
-            in_pieces = stored.body is None
-            pieces = store.result_pieces(job.key, stored.attempt) if in_pieces else iter([stored.body or b""])
+            pieces = store.result_pieces(job.key) if stored.in_pieces else iter([stored.answer.body])
             _write_body(whole_body(pieces, stored.size))
     return 0
 
@@ -453,7 +452,7 @@ def _print_job(
         *times,
         ("took", _span(job.finished - job.started) if job.finished is not None and job.started is not None else ""),
         ("attempt", str(job.attempt) if job.attempt > 1 else ""),
-        ("result", f"{stored.code}, {stored.size:,} bytes" if stored else ""),
+        ("result", f"{stored.answer.code}, {stored.size:,} bytes" if stored else ""),
     ]
     if callback:
         pairs.append(("callback", f"{callback.state} ({callback.attempts}) {callback.url}"))

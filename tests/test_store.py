@@ -206,12 +206,13 @@ def test_request_and_result_come_back_byte_for_byte(store: SqliteStore, path: st
     assert done(store.finish, finish(new, given)) is True
     result = store.result(new.key)
     assert result is not None
-    assert (result.code, result.headers, result.size) == (200, [("Content-Type", "application/json")], size)
-    if size <= PIECE or is_postgres(path):
-        assert result.body == given
+    assert (result.answer[:2], result.size) == ((200, (("Content-Type", "application/json"),)), size)
+    assert result.in_pieces is (size > PIECE and not is_postgres(path))
+    if not result.in_pieces:
+        assert result.answer.body == given
     else:
-        pieces = list(store.result_pieces(new.key, result.attempt))
-        assert (result.body, b"".join(pieces)) == (None, given)
+        pieces = list(store.result_pieces(new.key))
+        assert (result.answer.body, b"".join(pieces)) == (b"", given)
         assert max(map(len, pieces)) <= PIECE
 
 
@@ -220,7 +221,7 @@ def test_values_in_pieces_are_forgotten_with_their_job(store: SqliteStore, path:
     new = job()
     done(store.add, submission(new, b"x" * LARGE[1]))
     done(store.finish, finish(new, b"y" * LARGE[2]))
-    pieces = store.result_pieces(new.key, 1)
+    pieces = store.result_pieces(new.key)
     assert len(next(pieces)) == PIECE
     assert done(store.delete, new.key) == "deleted"
     assert list(pieces) == []
@@ -312,10 +313,10 @@ def test_the_purge_spares_a_large_result_from_the_moment_it_is_asked_for(store: 
     new, body = added(store), b"y" * LARGE[2]
     end = finish(new, body)
     assert done(store.finish, end) is True
-    pieces = store.result_pieces(new.key, 1)  # not read yet: the head of the answer goes first
+    pieces = store.result_pieces(new.key)  # not read yet: the head of the answer goes first
     assert done(store.purge, end.job.expires, 10) == 0
     assert b"".join(pieces) == body
-    unread = store.result_pieces(new.key, 1)
+    unread = store.result_pieces(new.key)
     del unread  # whose reader has gone, or only wanted the head
     assert done(store.purge, end.job.expires, 10) == 1
 
@@ -349,7 +350,7 @@ def test_a_late_result_changes_nothing(store: SqliteStore, path: str) -> None:
         assert done(store.finish, finish(new, b"late" * PIECE, attempt=attempt, callback=("r:1", "x"))) is False
     assert store.get(new.key) == before
     result = store.result(new.key)
-    assert result is not None and result.body == b"first"
+    assert result is not None and result.answer.body == b"first"
     assert look(path, "SELECT (SELECT count(*) FROM pieces) + (SELECT count(*) FROM callbacks)") == [(0,)]
 
 
@@ -804,7 +805,7 @@ def test_a_full_disk_refuses_new_jobs_keeps_ends_and_mends(store: SqliteStore) -
     assert (end.get(), another.get()) == (True, True)
     assert store.fault is None
     result = store.result(first.key)
-    assert result is not None and result.body == large
+    assert result is not None and result.answer.body == large
     added(store)
 
 
