@@ -5891,11 +5891,11 @@ class SqliteStore(SqliteReader, Writer):
     # --- callbacks ---
 
     def claim_deliveries(
-        self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
+        self, now: int, limit: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
     ) -> list[tuple[Job, Delivery]]:
         """Take callbacks that are due, except those in `held` and those for busy receivers.
 
-        Nobody else gets them for `lease_ms`. `fresh`: only those not tried since they were last asked for.
+        `fresh`: only those not tried since they were last asked for.
         """
         skip = {key.seq for key in held}
         rows = self._all(
@@ -6806,8 +6806,7 @@ class Courier:
             room, busy, full = self._room()
             if room <= 0:
                 return None  # the end of a delivery wakes the housekeeper
-            lease_ms = round(self._lease_s * 1000)
-            due = self._store.claim_deliveries(now, room, lease_ms, held=self.under_way(), busy=busy, fresh=full)
+            due = self._store.claim_deliveries(now, room, held=self.under_way(), busy=busy, fresh=full)
             begun = [self._begin(job, delivery, wake) for job, delivery in due]
             if all(begun) or not any(begun):
                 return self._store.next_delivery(now)  # else some receivers are busy by now: look past their callbacks

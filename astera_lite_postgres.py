@@ -955,7 +955,7 @@ class PostgresStore(PostgresReader, Writer):
     # --- callbacks ---
 
     def claim_deliveries(
-        self, now: int, limit: int, lease_ms: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
+        self, now: int, limit: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
     ) -> list[tuple[Job, Delivery]]:
         """Take callbacks that are due, except those in `held` and those for busy receivers.
 

@@ -437,7 +437,7 @@ def test_no_callback_is_sent_for_an_expired_result(tmp_path: Path, sink: Sink) -
         tick.submit(sink.url)
         tick.tick()
         now = tick.clock.tick(3600)  # as if the machine had slept
-        assert tick.app.store.claim_deliveries(now, 10, 1000, held=(), busy=(), fresh=False) == []
+        assert tick.app.store.claim_deliveries(now, 10, held=(), busy=(), fresh=False) == []
 
 
 def test_the_debt_survives_a_restart(tmp_path: Path, sink: Sink) -> None:

@@ -155,7 +155,7 @@ def held(store: SqliteStore) -> Iterator[None]:
 
 
 def due(store: SqliteStore, now: int, limit: int = 10, **more: Any) -> list[tuple[Job, Delivery]]:
-    return store.claim_deliveries(now, limit, 1000, **{"held": (), "busy": (), "fresh": False, **more})
+    return store.claim_deliveries(now, limit, **{"held": (), "busy": (), "fresh": False, **more})
 
 
 def look(path: str, sql: str) -> Any:
