@@ -4808,13 +4808,6 @@ def _here(function: Callable[[], None]) -> None:
     function()
 
 
-class Added(NamedTuple):
-    """The result of adding a job: the new job, or the earlier job that has its idempotency key."""
-
-    job: Job
-    replayed: bool
-
-
 class Loaded(NamedTuple):
     """A stored job with all that its run needs."""
 
@@ -5059,21 +5052,16 @@ def read_deliveries(rows: Iterable[Sequence[Any]]) -> list[tuple[Job, Delivery]]
     return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
 
 
-def find_key(flow: str, token: str, key: str, now: int, execute: Execute) -> tuple[Job, bytes] | None:
-    """The job that has an idempotency key, and its fingerprint; None if the key is free."""
+def find_key(flow: str, token: str, key: str, fingerprint: bytes, now: int, execute: Execute) -> Job | Conflict | None:
+    """The job that has an idempotency key, or Conflict if its request was another one; None if the key is free."""
     row = execute(
         f"SELECT {JOB_COLUMNS}, fingerprint{FROM_JOBS}"
         " WHERE flow = ? AND token = ? AND idempotency_key = ? AND (expires IS NULL OR expires > ?)",
         (flow, token, key, now),
     ).fetchone()
-    return row and (read_job(row), row[-1])
-
-
-def replay(known: tuple[Job, bytes], fingerprint: bytes) -> Added | Conflict:
-    """The answer to a submission with a known key: the job, or Conflict if its request was another one."""
-    if known[1] == fingerprint:
-        return Added(known[0], True)
-    return Conflict("This Idempotency-Key was used with another request: use a new key for a new request.", 422)
+    if row is not None and row[-1] != fingerprint:
+        return Conflict("This Idempotency-Key was used with another request: use a new key for a new request.", 422)
+    return row and read_job(row)
 
 
 def _forget(execute: Execute, seqs: Collection[int]) -> None:
@@ -5100,8 +5088,9 @@ class Writer:
     """A thread that writes for a store, and the writes that are the same on both databases.
 
     All waiting writes are committed together, in one transaction. A write has `done`, which gets its result, and
-    `keep`: whether the write is tried again, instead of failing, while the database cannot be written. New jobs wait in
-    `new` for `flush`. A subclass provides the functions declared here.
+    `keep`: whether the write is tried again, instead of failing, while the database cannot be written. A write that is
+    refused returns the error, which `done` gets as such; it must not raise it, or the others would not be committed.
+    New jobs wait in `new` for `flush`. A subclass provides the functions declared here.
     """
 
     fault: str | None = None  # why nothing can be written
@@ -5222,13 +5211,16 @@ class Writer:
     def _tell(self, batch: list[_Write], results: list[Any] | None, error: AsteraError | None) -> None:
         for write, result in zip(batch, results or [None] * len(batch), strict=True):
             try:
-                write.done(result, error)
+                if isinstance(result, AsteraError):
+                    write.done(None, result)
+                else:
+                    write.done(result, error)
             except Exception:  # a faulty listener must not end the thread
                 log.exception("after a write")
 
-    def find_key(self, flow: str, token: str, idempotency_key: str, now: int, done: Done) -> None:
-        """Find the job that has a key, after all earlier writes; `done` gets job and fingerprint, or None."""
-        self._run(partial(find_key, flow, token, idempotency_key, now), done)
+    def find_key(self, flow: str, token: str, key: str, fingerprint: bytes, now: int, done: Done) -> None:
+        """Find the job that has an idempotency key, after all earlier writes; `done` gets the job, None or Conflict."""
+        self._run(partial(find_key, flow, token, key, fingerprint, now), done)
 
     def delete(self, key: JobKey, done: Done) -> None:
         """Delete a finished job; `done` gets deleted, running, owed or absent."""
@@ -5756,14 +5748,14 @@ class SqliteStore(SqliteReader, Writer):
     # --- jobs ---
 
     def add(self, submission: Submission, done: Done) -> None:
-        """Queue a new job for `flush`; `done` gets Added, or Conflict if its key was used with another fingerprint."""
+        """Queue a new job for `flush`; `done` gets the job, or the earlier one that has its key, or Conflict."""
         if self._is_damaged:
             done(None, StoreError(self.fault or ""))
             return
         job, ended = submission.job, submission.ended
 
         def added(result: Any, error: AsteraError | None) -> None:
-            if isinstance(result, Added) and not result.replayed:
+            if error is None and result.key == job.key:
                 self._versions.add(job.version)
                 if ended is not None:
                     self._remember(ended)
@@ -5776,14 +5768,14 @@ class SqliteStore(SqliteReader, Writer):
         else:
             self._run(partial(self._insert, submission, row), added)
 
-    def _insert(self, submission: Submission, row: Collection[Any] | None, execute: Execute) -> Added | Conflict:
+    def _insert(self, submission: Submission, row: Collection[Any] | None, execute: Execute) -> Job | Conflict:
         """Store a new job and what belongs to it, unless its key is known. Without `row`, its row is stored already."""
         job = submission.job
         if submission.idempotency_key is not None:
             of_key = (job.flow, job.token, submission.idempotency_key)
-            known = find_key(*of_key, job.created, execute)
+            known = find_key(*of_key, submission.fingerprint, job.created, execute)
             if known is not None:
-                return replay(known, submission.fingerprint)
+                return known
             expired = "UPDATE jobs SET idempotency_key = NULL WHERE flow = ? AND token = ? AND idempotency_key = ?"
             execute(expired, of_key)
         if job.version not in self._versions:
@@ -5794,7 +5786,7 @@ class SqliteStore(SqliteReader, Writer):
                 execute(INSERT_PIECE, piece)
             if submission.ended is not None:
                 _owe(execute, submission.ended)
-        return Added(job, False)
+        return job
 
     def _remember(self, end: Finish) -> None:
         """Hold the end of a small job in memory, unless it has a callback, which still changes."""
@@ -7452,9 +7444,9 @@ class Application:
         return Job(self.keys.new(now), flow.name, flow.version, Status.RUNNING, now, base, token, callback=callback)
 
     def accept(self, ready: Prepared, request: StoredRequest, idempotency_key: str | None, done: Done) -> None:
-        """Store a job, then run it. `done` gets Added or Conflict once the job is on disk (see Store for the thread).
+        """Store a job, then run it. `done` gets it once it is on disk (see Store for the thread).
 
-        Raises Busy.
+        If an earlier job has the idempotency key, `done` gets that one, or Conflict. Raises Busy.
         """
         job, flow = ready.job, ready.flow
         fingerprint = b"" if idempotency_key is None else _fingerprint(request, job.callback)
@@ -7467,8 +7459,12 @@ class Application:
         except Busy as full:
             if idempotency_key is None:
                 raise
-            replay = partial(self._replay, fingerprint, full, done)
-            self.store.find_key(job.flow, job.token, idempotency_key, job.created, replay)
+            no_room = full  # which the end of this block deletes
+
+            def found(known: Any, error: AsteraError | None) -> None:
+                done(known, error or (None if known else no_room))
+
+            self.store.find_key(job.flow, job.token, idempotency_key, fingerprint, job.created, found)
             return
         submission = Submission(job, request, flow.text, idempotency_key, fingerprint, ended)
         if self.node is not None:
@@ -7499,7 +7495,7 @@ class Application:
         """After the write: run a job that is on disk, forget one that is not."""
         self._count_coming(-len(submission.request.body))
         job, ended = ready.job, submission.ended
-        added = isinstance(result, Added) and not result.replayed
+        added = error is None and result.key == job.key
         if added:
             self.metrics.accepted[job.flow] += 1
         if ended is None:
@@ -7513,13 +7509,6 @@ class Application:
             log_outcome("job", ready.flow, ready.input, ended.outcome)
             self.engine.announce(ended)
         done(result, error)
-
-    def _replay(self, fingerprint: bytes, full: Busy, done: Done, known: Any, error: AsteraError | None) -> None:
-        """Answer with the job that an idempotency key belongs to; there is no room for a new one."""
-        if known is None:
-            done(None, error or full)
-        else:
-            done(replay(known, fingerprint), None)
 
     def find(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
         """A job and its progress; None if the job is unknown or expired, or belongs to another token."""
@@ -8404,13 +8393,17 @@ def _idempotency_key(x: Exchange, errors: InputErrors) -> str | None:
 
 
 def answer_submitted(
-    x: Exchange, wait_s: int | None, headers: Sequence[tuple[str, str]], result: Any, error: AsteraError | None
+    x: Exchange,
+    new: JobKey,
+    wait_s: int | None,
+    headers: Sequence[tuple[str, str]],
+    job: Any,
+    error: AsteraError | None,
 ) -> Reply | None:
-    """Answer once the job is on disk: 202, or the result if the client waits for it."""
-    refusal = error or (result if isinstance(result, Conflict) else None)
-    if refusal is not None:
-        raise refusal
-    job, replayed = result
+    """Answer once a job is on disk: 202, or the result if the client waits for it. `new` is the job that was sent."""
+    if error is not None:
+        raise error
+    replayed = job.key != new
     if replayed:
         headers = [*headers, ("Idempotency-Replayed", "true")]
 
@@ -8442,7 +8435,7 @@ def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: li
     if wait_s is not None:
         applied = [*applied, f"wait={wait_s}"]
     headers = (*_VARY, ("Preference-Applied", ", ".join(applied))) if applied else _VARY
-    done = partial(x.post, answer_submitted, x, wait_s, headers)
+    done = partial(x.post, answer_submitted, x, job.key, wait_s, headers)
     x.app.accept(Prepared(job, flow, given), request, idempotency_key, done)
 
 

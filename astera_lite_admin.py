@@ -499,7 +499,7 @@ def job_rerun(x: Exchange) -> None:
         raise Conflict(f'The flow "{job.flow}" is published synchronously only now.')
     new = app.new_job(flow, x.base, x.caller.name, job.callback.url if job.callback else None)
     given = flow.bind(request, new.id)
-    done = partial(x.post, answer_submitted, x, None, ())
+    done = partial(x.post, answer_submitted, x, new.key, None, ())
     # on the loop's thread, which commits what it stores
     x.post(app.accept, Prepared(new, flow, given), request, None, done)
 

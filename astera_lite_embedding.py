@@ -20,7 +20,7 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from astera_lite import (
     ANYBODY,
@@ -503,10 +503,7 @@ class AsteraLite(Application):
             self.accept(ready, request, idempotency_key, done)
             self.store.flush()
 
-        result = await_write(write)
-        if isinstance(result, Conflict):
-            raise result
-        return result.job  # type: ignore[no-any-return]
+        return cast(Job, await_write(write))
 
     def run(self, flow: str, params: Mapping[str, Any] | None = None, body: Any = None) -> Result:
         """Run a flow on the calling thread and return its response; an error of the flow is a response, too.

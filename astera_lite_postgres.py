@@ -30,7 +30,6 @@ from astera_lite import (
     NEW_COLUMNS,
     OF_KEY,
     PIECE,
-    Added,
     AsteraError,
     Busy,
     Claimed,
@@ -56,7 +55,6 @@ from astera_lite import (
     piece_rows,
     purge_jobs,
     read_deliveries,
-    replay,
     resource,
     timestamp,
     to_json,
@@ -771,9 +769,9 @@ class PostgresStore(PostgresReader, Writer):
 
         def read() -> list[Any]:
             self._used.update(dict.fromkeys(texts, now))
-            results = [answers.get(write.seq) or Added(write.about.job, False) for write in group]
+            results = [answers.get(write.seq) or write.about.job for write in group]
             for write, result in zip(group, results, strict=True):
-                if isinstance(result, Added) and not result.replayed and not write.about.ended:
+                if result is write.about.job and not write.about.ended:
                     if write.about.owned:
                         self._mine[write.seq] = owner
                     else:
@@ -785,19 +783,13 @@ class PostgresStore(PostgresReader, Writer):
     # --- jobs ---
 
     def add(self, submission: Submission, done: Done) -> None:
-        """Queue a new job for `flush`; `done` gets Added, or Conflict if its key was used with another fingerprint."""
+        """Queue a new job for `flush`; `done` gets the job, or the earlier one that has its key, Conflict or Busy."""
         job, ended = submission.job, submission.ended
         pieces = piece_rows(job.key, "request_body", 0, submission.request.body)
         if ended is not None:
             pieces += piece_rows(job.key, "result", ended.job.attempt, ended.outcome.answer.body)
         word = "" if submission.owned or ended else "jobs"
-
-        def added(result: Any, error: AsteraError | None) -> None:
-            if isinstance(result, Busy):
-                result, error = None, result
-            done(result, error)
-
-        write = _Write("add", job.key.seq, new_columns(submission), submission, pieces, done=added, word=word)
+        write = _Write("add", job.key.seq, new_columns(submission), submission, pieces, done=done, word=word)
         if submission.limit is not None:
             write = write._replace(limited=job.flow)
         self.new.append(write)
@@ -869,9 +861,9 @@ class PostgresStore(PostgresReader, Writer):
                 execute("INSERT INTO calls (owner, number, flow) VALUES (?, ?, ?)", (owner, number, flow.name))
             return full
 
-        def entered(full: Busy | None, error: AsteraError | None) -> None:
-            if (full or error) and self._waiting.pop(number, None) is not None:
-                done(None, full or error)
+        def entered(_: Any, error: AsteraError | None) -> None:
+            if error and self._waiting.pop(number, None) is not None:
+                done(None, error)
 
         self.put(_Write(run=run, done=entered, limited=flow.name))
 
@@ -1078,20 +1070,20 @@ def _full(execute: Execute, flow: str, limit: int) -> Busy | None:
     return Busy(f"The flow {flow} has as many jobs and calls as it takes.", 1, 429)
 
 
-def _add_one(db: Any, write: _Write, owner: int) -> Added | AsteraError:
+def _add_one(db: Any, write: _Write, owner: int) -> Job | AsteraError:
     """Add a job whose key may belong to another one, or whose flow may have as many jobs as its limit allows."""
     new, execute = write.about, partial(_execute, db)
     of_key = (new.job.flow, new.job.token, new.idempotency_key)
     for _ in range(_TRIES):
         if new.idempotency_key is not None:
-            known = find_key(*of_key, new.job.created, execute)
+            known = find_key(*of_key, new.fingerprint, new.job.created, execute)
             if known is not None:
-                return replay(known, new.fingerprint)
+                return known
             expired = "UPDATE jobs SET idempotency_key = NULL WHERE (flow, token, idempotency_key) = (%s, %s, %s)"
             db.execute(f"{expired} AND expires <= %s", (*of_key, new.job.created))
         if write.limited and (full := _full(execute, new.job.flow, new.limit)):
             return full
         if _insert(db, [write], owner).fetchall():
             _store_belongings(db, [write])
-            return Added(new.job, False)
+            return new.job  # type: ignore[no-any-return]
     raise StoreError("other requests with that Idempotency-Key get in the way")

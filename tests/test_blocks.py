@@ -612,7 +612,7 @@ def test_a_resumed_each_repeats_no_finished_item(tmp_path: Path, width: int) -> 
         job = app.submit("f")
         assert all(reached.acquire(timeout=10) for _ in range(3))  # every item is behind its first step
         app.engine._store.find_key(
-            "", "", "", 0, lambda result, error: reached.release()
+            "", "", "", b"", 0, lambda result, error: reached.release()
         )  # what is recorded is on disk
         assert reached.acquire(timeout=10)
         copy = crash(app, tmp_path, "crashed.db")

@@ -43,7 +43,7 @@ def tick(app: AsteraLite, clock: FakeClock, seconds: float = 0) -> None:
     until(lambda: not app.courier.under_way())
     until(lambda: app.engine.queue.counts()["running"] == 0 == app.engine.queue.counts()["queued"])
     written = threading.Event()
-    app.store.find_key("", "", "", 0, lambda result, error: written.set())
+    app.store.find_key("", "", "", b"", 0, lambda result, error: written.set())
     assert written.wait(10)
 
 

@@ -556,7 +556,7 @@ def test_a_cancel_that_meets_the_suspension_ends_the_job(tmp_path: Path) -> None
         suspend = app.store.suspend
 
         def hooked(job: Job, *more: Any) -> None:  # the thread has let go, its wait is not on record yet
-            app.store.find_key("", "", "", 0, hold)
+            app.store.find_key("", "", "", b"", 0, hold)
             assert begun.wait(10)
             suspend(job, *more)
             asked.append(app.cancel(job.id))
@@ -704,7 +704,7 @@ def test_a_step_that_does_not_end_is_ended_for_it_and_its_late_result_changes_no
         gate.open.set()
         until(lambda: app.engine.queue.counts()["running"] == 0)
         done = threading.Event()
-        app.store.find_key("", "", "", 0, lambda result, error: done.set())
+        app.store.find_key("", "", "", b"", 0, lambda result, error: done.set())
         assert done.wait(10)
         assert (app.status(job.id), app.result(job.id).json()) == (before, document)
     assert after == []

@@ -41,7 +41,7 @@ def tick(app: AsteraLite, now: int) -> int:
     """A tick, and what it wrote is on disk."""
     next_at = app.housekeeper.tick(now)
     written = threading.Event()
-    app.store.find_key("", "", "", 0, lambda result, error: written.set())
+    app.store.find_key("", "", "", b"", 0, lambda result, error: written.set())
     assert written.wait(10)
     return next_at
 

@@ -27,7 +27,6 @@ import astera_lite
 import astera_lite_database
 from astera_lite import (
     PIECE,
-    Added,
     Answer,
     AsteraLite,
     Attempt,
@@ -106,7 +105,7 @@ def finish(of: Job, body: bytes = b"{}", attempt: int = 1, expires: int = T + 10
 
 def added(store: SqliteStore, **more: Any) -> Job:
     new = job(**more)
-    assert done(store.add, submission(new)) == Added(new, False)
+    assert done(store.add, submission(new)) == new
     return new
 
 
@@ -146,7 +145,7 @@ def held(store: SqliteStore) -> Iterator[None]:
         begun.set()
         go_on.wait(10)
 
-    store.find_key("", "", "", 0, hold)
+    store.find_key("", "", "", b"", 0, hold)
     assert begun.wait(10)
     try:
         yield
@@ -323,8 +322,10 @@ def test_the_purge_spares_a_large_result_from_the_moment_it_is_asked_for(store: 
 
 def test_a_large_request_that_is_a_replay_leaves_no_pieces(store: SqliteStore, path: str) -> None:
     body = b"x" * LARGE[0]
-    for fingerprint in (b"1", b"1", b"2"):
+    for fingerprint in (b"1", b"1"):
         done(store.add, submission(job(), body, "k", fingerprint))
+    with pytest.raises(Conflict):
+        done(store.add, submission(job(), body, "k", b"2"))
     assert look(path, "SELECT count(*), count(DISTINCT job) FROM pieces") == [(2, 1)]
 
 
@@ -401,7 +402,7 @@ def test_nothing_is_recorded_of_a_job_that_is_finished(store: SqliteStore, path:
     assert done(store.save_step, new.key, 2, "a", "1") is False
     assert done(store.suspend, new._replace(attempt=2, started=T, due=T), "w", T, "[]") is False
     store.requeue(new.key, 1)
-    done(store.find_key, "", "", "", 0)
+    done(store.find_key, "", "", "", b"", 0)
     assert store.get(new.key) == before
     assert look(path, "SELECT count(*) FROM steps") == [(0,)]
 
@@ -436,12 +437,12 @@ def test_a_run_is_loaded_with_its_outputs_waits_and_trace(store: SqliteStore) ->
 def test_a_requeued_run_began_and_does_not_count(store: SqliteStore) -> None:
     new = added(store)
     store.requeue(new.key, 1)  # its beginning was not on record: there is nothing to take back
-    done(store.find_key, "", "", "", 0)
+    done(store.find_key, "", "", "", b"", 0)
     assert store.get(new.key) == new
     done(store.start, new.key, 1, T)
     for _ in range(2):
         store.requeue(new.key, 1)
-        done(store.find_key, "", "", "", 0)
+        done(store.find_key, "", "", "", b"", 0)
         assert store.get(new.key) == new._replace(started=T)
 
 
@@ -491,38 +492,39 @@ def test_a_key_belongs_to_one_job_also_when_many_come_together(store: SqliteStor
     with held(store):
         writes = [Written(store.add, submission(new, b"", "k", b"same")) for new in jobs]
     answers = [write.get() for write in writes]
-    assert answers == [Added(jobs[0], n > 0) for n in range(20)]
+    assert answers == [jobs[0]] * 20
     assert len(store.page(T, 100, None, None, None, None)) == 1
-    assert done(store.find_key, "f", "", "k", T) == (jobs[0], b"same")
+    assert done(store.find_key, "f", "", "k", b"same", T) == jobs[0]
 
 
 def test_a_key_with_another_payload_is_a_conflict(store: SqliteStore) -> None:
     first = job()
     done(store.add, submission(first, b"", "k", b"1"))
-    answer = done(store.add, submission(job(), b"", "k", b"2"))
-    assert isinstance(answer, Conflict)
-    assert done(store.find_key, "f", "", "k", T) == (first, b"1")
+    for write in (store.add, submission(job(), b"", "k", b"2")), (store.find_key, "f", "", "k", b"2", T):
+        with pytest.raises(Conflict, match="used with another request"):
+            done(*write)
+    assert done(store.find_key, "f", "", "k", b"1", T) == first
 
 
 def test_keys_are_scoped_to_flow_and_token(store: SqliteStore) -> None:
     scopes = [("f", ""), ("g", ""), ("f", "ada")]
     jobs = [job(flow, token=token) for flow, token in scopes]
     for new in jobs:
-        assert done(store.add, submission(new, b"", "k", new.flow.encode())).replayed is False
-    found = [done(store.find_key, flow, token, "k", T) for flow, token in scopes]
-    assert [each and each[0].key for each in found] == [new.key for new in jobs]
-    assert done(store.find_key, "g", "ada", "k", T) is None
+        assert done(store.add, submission(new, b"", "k", new.flow.encode())) == new
+    found = [done(store.find_key, flow, token, "k", flow.encode(), T) for flow, token in scopes]
+    assert found == jobs
+    assert done(store.find_key, "g", "ada", "k", b"g", T) is None
 
 
 def test_an_expired_jobs_key_is_free_before_the_purge(store: SqliteStore) -> None:
     old = job()
     done(store.add, submission(old, b"", "k", b"1"))
     done(store.finish, finish(old, expires=T + 100))
-    assert done(store.add, submission(job(created=T + 99), b"", "k", b"1")).job.key == old.key
-    assert done(store.find_key, "f", "", "k", T + 100) is None
+    assert done(store.add, submission(job(created=T + 99), b"", "k", b"1")).key == old.key
+    assert done(store.find_key, "f", "", "k", b"2", T + 100) is None
     new = job(created=T + 100)
-    assert done(store.add, submission(new, b"", "k", b"2")) == Added(new, False)
-    assert done(store.find_key, "f", "", "k", T + 100) == (new, b"2")
+    assert done(store.add, submission(new, b"", "k", b"2")) == new
+    assert done(store.find_key, "f", "", "k", b"2", T + 100) == new
 
 
 # ---- Callbacks -------------------------------------------------------------------------------------------------------
@@ -695,21 +697,21 @@ def test_a_list_of_few_among_many_jobs_does_not_look_at_all_of_them(store: Sqlit
 def test_flows_that_many_jobs_have_are_not_looked_for_among_all_of_them(store: SqliteStore, path: str) -> None:
     many(path, 20_000)
     assert work(store, store.forget_flows) < 500  # steps of 100; of the version that no job has 6,667 jobs' worth
-    done(store.find_key, "", "", "", 0)
+    done(store.find_key, "", "", "", b"", 0)
     assert texts(path) == {7, 8}  # 9 has no job; 7 has only old ones
 
 
 @sqlite
 def test_texts_of_flows_that_no_job_refers_to_are_forgotten_and_written_again(store: SqliteStore, path: str) -> None:
     old, new = added(store), job(version=8)
-    assert done(store.add, submission(new)) == Added(new, False)
+    assert done(store.add, submission(new)) == new
     store.forget_flows()
-    done(store.find_key, "", "", "", 0)
+    done(store.find_key, "", "", "", b"", 0)
     assert texts(path) == {7, 8}
     done(store.finish, finish(old))
     done(store.purge, T + 2000, 10)
     store.forget_flows()
-    done(store.find_key, "", "", "", 0)
+    done(store.find_key, "", "", "", b"", 0)
     assert texts(path) == {8}
     added(store)  # of the version that was forgotten
     assert texts(path) == {7, 8}
@@ -722,7 +724,7 @@ def test_a_text_that_a_job_came_for_meanwhile_is_kept(store: SqliteStore, path: 
         late = Written(store.add, submission(job()))
         store.forget_flows()
     late.get()
-    done(store.find_key, "", "", "", 0)
+    done(store.find_key, "", "", "", b"", 0)
     assert texts(path) == {7}
 
 
@@ -742,7 +744,7 @@ def test_a_row_that_cannot_be_written_does_not_fail_its_neighbours(store: Sqlite
         wrong = Written(store.add, spoiled)
         after = [Written(store.add, submission(new)) for new in jobs[4:]]
         ends = [Written(store.finish, finish(new)) for new in jobs]
-    assert [write.get() for write in before + after] == [Added(new, False) for new in jobs]
+    assert [write.get() for write in before + after] == jobs
     assert [write.get() for write in ends] == [True] * 9
     with pytest.raises((StoreError, Busy)):  # Busy: the number of a server that another has by now
         wrong.get()
@@ -770,7 +772,7 @@ def test_what_was_queued_is_written_when_the_store_is_closed(path: str) -> None:
     jobs = [job() for _ in range(2000)]
     with closing(opened(path)) as first:
         writes = [Written(first.add, submission(new)) for new in jobs]
-    assert all(write.get().replayed is False for write in writes)
+    assert [write.get() for write in writes] == jobs
     with closing(opened(path)) as again:
         assert [claimed.seq for claimed in again.claim((), 5000, {"f": None})] == [new.key.seq for new in jobs]
     assert not os.path.exists(path + "-wal")
@@ -823,7 +825,7 @@ def test_a_large_request_that_was_refused_leaves_no_pieces(
     no_room_but_for(store, 3 * PIECE)
     with pytest.raises(StoreError, match="the disk is full"):
         done(store.add, submission(job(), os.urandom(8 * PIECE)))
-    done(store.find_key, "", "", "", 0)
+    done(store.find_key, "", "", "", b"", 0)
     assert look(path, "SELECT count(*) FROM pieces WHERE job > 0") == [(0,)]
 
 
@@ -832,7 +834,7 @@ def test_a_commit_that_changes_nothing_does_not_pass_for_room_on_the_disk(store:
     no_room_but_for(store, 0)
     with pytest.raises(StoreError, match="the disk is full"):
         done(store.add, submission(job(), os.urandom(200_000)))
-    done(store.find_key, "", "", "", 0)
+    done(store.find_key, "", "", "", b"", 0)
     done(store.purge, T, 10)
     assert store.fault == "the disk is full: make room"
     store._db.execute("PRAGMA max_page_count = 1000000").fetchone()
@@ -1127,7 +1129,8 @@ def test_a_database_of_version_1_0_opens_and_goes_on(path: str, sink: Sink) -> N
         assert bodies == {"done": b'{"n":7}\n', "big": b"x" * 300_000, "waits": b'"one\\n"\n', "busy": b'"one\\n"\n'}
         assert sink.next()[1]["flow"] == "done"
         assert [token.name for token in app.store.tokens()] == ["ada"]
-        assert done(app.store.find_key, "done", "", "k1", 0)
+        with pytest.raises(Conflict):  # the key is taken
+            done(app.store.find_key, "done", "", "k1", b"", 0)
     SqliteStore(f"{path}-new").close()
     old, new = (
         look(file, "SELECT name, sql FROM sqlite_schema WHERE type = 'index' ORDER BY name")
@@ -1238,7 +1241,7 @@ def test_a_flush_commits_on_the_calling_thread(quick: SqliteStore, path: str) ->
     told = [add(quick, new) for new in jobs]
     assert not any(told), "nothing is told before it is committed"
     quick.flush()
-    assert [found[0] for found in told] == [(Added(new, False), None, threading.get_ident()) for new in jobs]
+    assert [found[0] for found in told] == [(new, None, threading.get_ident()) for new in jobs]
     assert look(path, "SELECT count(*) FROM jobs") == [(50,)]
 
 
