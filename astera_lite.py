@@ -4820,12 +4820,11 @@ class Loaded(NamedTuple):
 
 
 class Claimed(NamedTuple):
-    """A Running job that nobody holds. `due` is set while it waits; `cancelled` if it is to be cancelled."""
+    """A Running job that nobody holds. `due` is set while it waits."""
 
     seq: int
     due: int | None
     flow: str
-    cancelled: bool = False
 
 
 class StoredResult(NamedTuple):
@@ -5376,6 +5375,7 @@ class StoreReader:
     """
 
     _has_tokens = True  # False: the tables are older than tokens, or missing
+    _to_cancel = "error IS NOT NULL"  # condition of a Running job that is not to run again
     _whole_result = "result"  # expression for the body of a result; NULL if it is stored in pieces
 
     def _all(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
@@ -5394,7 +5394,7 @@ class StoreReader:
 
     def load(self, seq: int) -> Loaded | None:
         """A Running job with all that its run needs."""
-        columns = f"{JOB_COLUMNS}, trace, error IS NOT NULL"
+        columns = f"{JOB_COLUMNS}, trace, {self._to_cancel}"
         row = self._first(f"SELECT {columns}{FROM_JOBS} WHERE seq = ? AND status = 'Running'", (seq,))
         found = row and self.request(JobKey(*row[:2]))
         if not found:
@@ -7411,7 +7411,7 @@ class Application:
         `_prepare` finds out which of them were interrupted, and `Engine._run_prepared` decides whether these run again.
         """
         found = self.node.claim() if self.node else self.store.claim(self.engine.queue, _MAX_CLAIMED)
-        for seq, due, flow, _ in found:
+        for seq, due, flow in found:
             self.engine.queue.put(seq, flow, due=due)
         return len(found)
 

@@ -166,9 +166,7 @@ class Node:
         found: list[Claimed] = self._store.claim(queue, room, limits)
         # a flow that runs as often as it may leaves jobs for which there is room at the next end
         self._may_be_free = bool(found) or any(limits.values())
-        if any(claimed.cancelled for claimed in found):
-            self.tell("cancel")  # not here: if it failed, the other jobs would be lost
-        return [claimed for claimed in found if not claimed.cancelled]
+        return found
 
     def _look_for_jobs(self) -> None:
         self._may_be_free = True

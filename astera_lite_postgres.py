@@ -342,6 +342,7 @@ def transaction(url: str, locked: Collection[str], news: str = "") -> Iterator[A
 class PostgresReader(StoreReader):
     """Reads from a database."""
 
+    _to_cancel = "cancel"
     _whole_result = (
         "coalesce(result, (SELECT string_agg(data, '' ORDER BY n) FROM pieces WHERE job = seq AND part = 'result'))"
     )
@@ -835,7 +836,7 @@ class PostgresStore(PostgresReader, Writer):
 
     def _look_for_lost(self, db: Any, held: Container[int], now: float, flows: list[str]) -> list[_ROW]:
         """Jobs that this server owns but does not know, and free jobs whose flow no server has."""
-        sql = "SELECT seq, due, flow, cancel FROM jobs WHERE owner = %s"
+        sql = "SELECT seq, due, flow FROM jobs WHERE owner = %s"
         mine = [row for row in db.execute(sql, (self._start,)).fetchall() if row[0] not in held]
         found = [row for row in mine if row[0] in self._orphans]
         self._orphans = {row[0] for row in mine}
@@ -848,7 +849,7 @@ class PostgresStore(PostgresReader, Writer):
         self._strange = {seq: self._strange.get(seq, now) for (seq,) in db.execute(sql, (flows, flows))}
         old = [seq for seq, since in self._strange.items() if since <= now - _STRANGE_S]
         sql = "UPDATE jobs SET owner = %s WHERE seq = ANY(%s) AND status = 'Running' AND owner IS NULL"
-        return [*found, *db.execute(f"{sql} RETURNING seq, due, flow, cancel", (self._start, old))]
+        return [*found, *db.execute(f"{sql} RETURNING seq, due, flow", (self._start, old))]
 
     def enter_call(self, number: int, flow: Flow, done: Done) -> None:
         """Count a call of a flow with a limit on all servers; `done` gets True once it may run, Busy, or StoreError."""
@@ -1010,7 +1011,7 @@ _CLAIM = (
     f" fresh AS (SELECT seq FROM jobs WHERE {_FREE} NULL AND flow = ANY(%s) AND seq >= %s ORDER BY seq LIMIT %s"
     " FOR UPDATE SKIP LOCKED)"
     " UPDATE jobs SET owner = %s WHERE seq IN (SELECT seq FROM waited UNION ALL SELECT seq FROM fresh LIMIT %s)"
-    " RETURNING seq, due, flow, cancel"
+    " RETURNING seq, due, flow"
 )
 
 

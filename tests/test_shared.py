@@ -13,10 +13,20 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
-from nodes import Cluster
+from nodes import Cluster, database_name
 from support import Client, get_flow, until
 
-from astera_lite import AsteraLite, Claimed, ConfigError, JobKey, JobKeys, Server, Settings, StoreError
+from astera_lite import (
+    AsteraLite,
+    ConfigError,
+    JobKey,
+    JobKeys,
+    Server,
+    Settings,
+    StoreError,
+    Submission,
+    ignore_result,
+)
 
 TOKEN = "t0ken-of-the-admin"
 HELLO = get_flow("/hello", response={"body": "hello"})
@@ -325,19 +335,27 @@ def test_flows_that_could_not_be_read_are_read_again(two: Two, monkeypatch: pyte
     until(lambda: two.clients[0].get("/api/publishing/hello").status_code == 200)
 
 
-def test_jobs_that_were_claimed_are_run_though_others_cannot_be_cancelled(
-    two: Two, monkeypatch: pytest.MonkeyPatch
+def test_a_job_that_is_to_be_cancelled_is_not_run_by_the_server_that_claims_it(
+    two: Two, cluster: Cluster, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = two.apps[0]
-    app.housekeeper.stop(5)  # it claims, too
-
     def fail() -> Any:
         raise StoreError("cut")
 
-    claimed = [Claimed(64, None, "gate", True), Claimed(128, None, "gate", False)]
-    monkeypatch.setattr(app.store, "claim", lambda *_: claimed)
-    monkeypatch.setattr(app.store, "cancelled", fail)
-    assert app.node.claim() == claimed[1:]
+    app = two.apps[0]
+    flow, request = app._request("gate", {}, None)
+    new = app.new_job(flow, app.base, "")
+    with monkeypatch.context() as nobody:
+        for each in two.apps:
+            nobody.setattr(each.store, "claim", lambda *_: [])
+            monkeypatch.setattr(each.store, "cancelled", fail)
+        app.store.add(Submission(new, request, flow.text, owned=False), ignore_result)
+        app.store.flush()
+        until(lambda: app.store.get(new.key))
+        cluster.query("UPDATE jobs SET cancel = true", database=database_name(url))  # as a server asked that died then
+    app.take_up()
+    error = app.wait(new.id, 10).error
+    assert error is not None and error["code"] == "cancelled"
+    assert not two.gate.begun.acquire(blocking=False)
 
 
 def test_the_time_is_that_of_the_database(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -342,6 +342,12 @@ def test_a_finished_job_tells_its_end(store: SqliteStore) -> None:
     assert store.claim((), 10) == []
 
 
+def test_a_job_that_is_to_be_cancelled_says_so_to_the_run_that_loads_it(store: SqliteStore) -> None:
+    new, other = added(store), added(store)
+    assert done(store.ask_cancel, new.key) is True
+    assert [store.load(each.key.seq).cancelled for each in (new, other)] == [True, False]  # type: ignore[union-attr]
+
+
 def test_a_late_result_changes_nothing(store: SqliteStore, path: str) -> None:
     new = added(store)
     assert done(store.finish, finish(new, b"first", attempt=2)) is False  # the first one is not on record
@@ -429,7 +435,7 @@ def test_a_run_is_loaded_with_its_outputs_waits_and_trace(store: SqliteStore) ->
     assert loaded.waits == {"w": T + 900}
     assert loaded.trace == [{"path": "a"}]
     assert (loaded.job.attempt, loaded.job.started, loaded.job.due) == (1, T + 1, T + 500)
-    free = [] if store.shared else [(new.key.seq, T + 500, new.flow, False)]
+    free = [] if store.shared else [(new.key.seq, T + 500, new.flow)]
     assert store.claim((), 10, {new.flow: None}) == free  # its owner has it in hand
 
 
