@@ -7522,7 +7522,7 @@ class Application:
 
     def expired(self, key: JobKey | None) -> bool:
         """Whether the id of an unknown job is so old that the result would have expired."""
-        return key is not None and key.time_ms < self.clock.now() - round(self.settings.retention * 1000)
+        return key is not None and key.time_ms <= self.clock.now() - round(self.settings.retention * 1000)
 
     # --- running ---
 
