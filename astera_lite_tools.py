@@ -576,7 +576,7 @@ COMMANDS = {
         "run one flow in the terminal, and show its steps",
         [
             _word("name", "NAME", "name of the flow"),
-            _word("values", "[key=value …]", "parameters; body=TEXT or body=@FILE", nargs="*", type=_pair),
+            _word("values", "[key=value …]", "parameters; body=TEXT or body=@FILE", nargs="*", type=_pair, default=[]),
         ],
         (*_FOR_RUNS, "job_timeout"),
     ),

@@ -234,6 +234,7 @@ def test_wrong_usage_is_2(here: Here, tmp_path: Path, arguments: list[str]) -> N
         (["check", "--prot=1"], 'there is no --prot; did you mean "--port"?'),
         (["jobs", "--limt", "3"], 'there is no --limt; did you mean "--limit"?'),
         (["--limit", "5", "jobs"], "--limit must follow its command"),
+        (["try"], "the following arguments are required: NAME"),
         (["jobs", "--limit", "0"], 'argument --limit: "0" is not a whole number of 1 or more'),
         (["--token", "t"], "--token would show in `ps`: set ASTERA_LITE_TOKEN, or write it into the --config file"),
     ],
