@@ -228,6 +228,8 @@ def test_the_zipapp_is_the_same_each_time_and_everybody_may_run_it(tmp_path: Pat
         )
         assert pyz.stat().st_mode & 0o777 == mode
     assert run(pyz, "--version", folder=tmp_path) == f"Astera Lite {__version__}\n"
+    with process(tmp_path, program=(sys.executable, "./astera_lite.pyz")) as (_, url, _lines):
+        assert Api(url).counts()["running"] == 0
     with zipfile.ZipFile(pyz) as file:
         assert {each.date_time for each in file.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
