@@ -355,7 +355,11 @@ _loading = threading.RLock()  # held while a wing is loaded, so that no other th
 
 def resource(name: str) -> bytes:
     """The bytes of a file of SHIPPED: beside the module, or in `astera_lite/` of a wheel. Raises ConfigError."""
-    loader: Any = globals()["__loader__"]  # of a file or of a zipapp
+    loader: Any = globals().get("__loader__")  # of a file or of a zipapp
+    if loader is None:  # a profiler or a debugger has started the file
+        import importlib.machinery  # noqa: PLC0415
+
+        loader = importlib.machinery.SourceFileLoader(__name__, __file__)
     for path in (os.path.join(home, folder, name) for home in _HOME for folder in ("", "astera_lite")):
         try:
             return bytes(loader.get_data(path))

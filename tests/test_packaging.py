@@ -179,6 +179,12 @@ def test_a_script_is_compiled_once_where_no_bytecode_is_kept(tmp_path: Path) -> 
     assert (tmp_path / "compiled").read_text() == "again again "
 
 
+@pytest.mark.parametrize("by", [("-m", "cProfile", "-o", "profile"), ("-m", "trace", "--count", "--summary")])
+def test_a_profiler_may_start_the_script(tmp_path: Path, by: tuple[str, ...]) -> None:
+    with process(tmp_path, program=(sys.executable, *by, SCRIPT)) as (_, url, _lines):
+        assert Api(url).counts()["running"] == 0
+
+
 def _older_pythons() -> list[str]:
     names = [f"python3.{minor}" for minor in range(6, 11)]
     folders = [*map(Path, os.get_exec_path()), *Path.home().glob(".pyenv/versions/*/bin")]
