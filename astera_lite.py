@@ -3421,11 +3421,14 @@ class Journal:
 
     def __init__(self) -> None:
         self.saved: dict[str, Any] = {}  # also by the keys of `journal_key`
-        self.waits: Mapping[str, int] = {}
+        self.waits: dict[str, int] = {}
 
     def record(self, path: str, value: Any) -> int | None:
         """Save the output of a finished step; return its size in bytes."""
         return None
+
+    def forget(self, prefix: str) -> None:
+        """Drop what is saved under paths that begin with this: these steps run again."""
 
     def begin_wait(self, path: str, until: int) -> None:
         """Save the time until which a step waits, in milliseconds since the epoch."""
@@ -3440,6 +3443,7 @@ _JOURNAL_SUFFIXES = {
     "when": "?",  # the value of the condition
     "error": "!",  # the value of `error`, if the step failed and the flow went on
     "began": "<",  # the begin of the first attempt, in milliseconds since the epoch
+    "failed": "#",  # the number of attempts that failed, of a step with steps inside
     "deadline": "@",  # of the suspended attempt, or of the flow that a `call` runs, in milliseconds since the epoch
     "time": "=",  # the end of a `wait`
     "items": "/of",  # of an `each`
@@ -3668,7 +3672,7 @@ class _StepRun:
         """The value of the first attempt that succeeds. An attempt that comes further than those before counts as 1."""
         run, step, path, retry = self.run, self.step, self.path, self.step.retry
         run.reached.pop(path, None)  # of an earlier attempt of a step around this one
-        attempt, before = 0, None
+        attempt, before = run.journal.saved.get(journal_key(path, "failed"), 0), None
         while True:
             attempt += 1
             try:
@@ -3690,6 +3694,10 @@ class _StepRun:
                     pause = max(retry.pause(attempt), parse_retry_after(asked, run.outside.clock.wall()))
                 if not again or pause > run.left():  # the failure now says more than a timeout later
                     raise error from error.__cause__
+            if step.kind.nests:
+                run.journal.barrier()
+                run.journal.forget(f"{path}/")
+                run.journal.record(journal_key(path, "failed"), attempt)
             run.sleep(pause)
 
     def _value_instead(self, on_error: Template, error: StepError, scope: Scope) -> Any:
@@ -4952,7 +4960,7 @@ _UNPROBE = "DELETE FROM pieces WHERE job = 0"
 _MOVE_TIMES = [
     f"UPDATE jobs SET {', '.join(f'{column} = {column} + :by' for column in TIMES)}",
     "UPDATE steps SET until = until + :by WHERE until NOT NULL",
-    "UPDATE steps SET output = CAST(output + :by AS TEXT) WHERE path LIKE '%@'",  # until when a step may take
+    "UPDATE steps SET output = CAST(output + :by AS TEXT) WHERE path LIKE '%@' AND output <> ''",  # deadlines
     "UPDATE callbacks SET next = next + :by WHERE next NOT NULL",
     "UPDATE attempts SET at = at + :by",
 ]
@@ -5404,7 +5412,7 @@ class StoreReader:
         if not found:
             return None
         steps = self._all("SELECT path, until, output FROM steps WHERE job = ?", (seq,))
-        saved = {path: output for path, until, output in steps if until is None}
+        saved = {path: output for path, _, output in steps if output}
         waits = {path: until for path, until, _ in steps if until is not None}
         return Loaded(read_job(row), found[0], saved, waits, json.loads(row[-2] or "[]"), bool(row[-1]))
 
@@ -5845,7 +5853,7 @@ class SqliteStore(SqliteReader, Writer):
         self._do(sql, (attempt, started, key.seq, attempt - 1, attempt), done, keep=True)
 
     def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = ignore_result) -> None:
-        """Save the output (JSON) of a finished step; `done` gets whether the job is Running at this attempt."""
+        """Save a step's output (JSON; empty: there is none); `done` gets whether the job is Running at this attempt."""
         self._do(_SAVE_STEP, (key.seq, path, None, output, key.seq, attempt, attempt), done, keep=True)
 
     def suspend(self, job: Job, path: str, until: int, trace: str, done: Done) -> None:
@@ -6290,7 +6298,7 @@ class JobJournal(Journal):
         self._unwritten, self._begun = 0, False
         self.superseded = False  # the job has ended, or another run of it began
         self._error: AsteraError | None = None
-        self.saved, self.waits = dict(prepared.saved), prepared.waits
+        self.saved, self.waits = dict(prepared.saved), dict(prepared.waits)
         self.waiting: tuple[str, int] = ("", 0)
 
     def record(self, path: str, value: Any) -> int:
@@ -6301,6 +6309,15 @@ class JobJournal(Journal):
             self._unwritten += 1
         self._store.save_step(self._job.key, self._job.attempt, path, text, self._written)
         return len(text)
+
+    def forget(self, prefix: str) -> None:
+        """Save nothing in the place of what is on disk under paths that begin with this."""
+        stored = self._store.load(self._job.key.seq)
+        for path in [*stored.saved, *stored.waits] if stored else ():
+            if path.startswith(prefix):
+                self.saved.pop(path, None)
+                self.waits.pop(path, None)
+                self._store.save_step(self._job.key, self._job.attempt, path, "")
 
     def begin_wait(self, path: str, until: int) -> None:
         """Remember until when a step waits. `Store.suspend` stores it."""
@@ -6526,14 +6543,15 @@ class Engine:
             detail = f"The server stopped {times} while the job ran; the job is not tried again."
             self._record_end(entry.job, prepared, Outcome.failed("interrupted", 500, detail))
             return
-        if interrupted and flow.restart == "rerun":
-            prepared = prepared._replace(saved={}, waits={}, trace=())
         began, spent = self._clock.monotonic(), (now - started) / 1000
         deadline = began + (flow.timeout or self._job_timeout) - spent
         journal = JobJournal(self._store, self._outside, prepared, entry.job, deadline)
         if prepared.stored:  # an attempt counts even if it brings the server down before its first output
             journal.begin()
         trace = list(prepared.trace)
+        if interrupted and flow.restart == "rerun":
+            journal.forget("")
+            trace.clear()
         entry.run = run = Run(flow, prepared.input, self._outside, deadline, journal, trace, entry.cancel)
         outcome = run_flow(run)
         with self._changed:

@@ -538,6 +538,30 @@ def test_a_step_that_was_suspended_began_before_its_wait(tmp_path: Path) -> None
         assert took == [("s", 0), ("v", 60), ("w", 5), ("c", 65)]  # each once, however often the run was resumed
 
 
+@pytest.mark.parametrize(("attempts", "status"), [(3, Status.COMPLETED), (2, Status.ERROR)])
+def test_a_further_attempt_runs_all_steps_inside_also_after_a_wait(
+    tmp_path: Path, attempts: int, status: Status
+) -> None:
+    clock, ran = FakeClock(), list[str]()
+
+    def shaky(context: Context) -> None:
+        ran.append("c")
+        if len(ran) < 9:
+            raise ValueError("not yet")
+
+    inner = [python(lambda context: ran.append("a"), "a"), {"name": "v", "wait": 60}]
+    inner += [python(lambda context: ran.append("b"), "b"), {"name": "w", "wait": 60}, python(shaky, "c")]
+    outer = {"name": "o", "choose": [{"steps": inner}], "retry": {"attempts": attempts, "delay": 0, "on": ["error"]}}
+    with serving(tmp_path, {"f": get_flow("/f", steps=[outer])}, clock) as app:
+        job = app.submit("f")
+        for _ in range(2 * attempts):
+            until(lambda: (found := app.store.get(job.key)) and found.due == clock.ms + 60_000)
+            suspended(app)
+            app.housekeeper.tick(clock.tick(60))
+        assert finished(app, job).status is status
+    assert ran == ["a", "b", "c"] * attempts
+
+
 def test_a_cancel_that_meets_the_suspension_ends_the_job(tmp_path: Path) -> None:
     clock = FakeClock()
     flow = get_flow("/w", steps=[{"name": "w", "wait": 3000}], timeout=7200)
@@ -845,6 +869,26 @@ def test_an_interrupted_job_restarts_as_its_flow_says(
         assert code_of(app, job) == code
         assert app.result(job.id).status_code == (500 if code else 200)
     assert len(ran) == firsts
+
+
+@pytest.mark.sqlite  # the crash is made in its file
+def test_a_job_that_begins_anew_uses_nothing_of_before_also_after_a_wait(tmp_path: Path, gate: Gate) -> None:
+    clock, ran = FakeClock(), list[str]()
+    steps = [python(lambda context: ran.append("a"), "a"), {"name": "w", "wait": 60}]
+    steps += [python(lambda context: ran.append("b"), "b"), python(gate, "q")]
+    flows = {"f": get_flow("/f", steps=steps, restart="rerun")}
+    with serving(tmp_path, flows, clock, shutdown_timeout=0) as app:
+        job = app.submit("f")
+        suspended(app)
+        app.housekeeper.tick(clock.tick(60))
+        gate.entered()
+    interrupt(tmp_path, job, 1)
+    gate.open.set()
+    with serving(tmp_path, flows, clock) as app:
+        suspended(app)
+        app.housekeeper.tick(clock.tick(60))
+        assert finished(app, job).status is Status.COMPLETED
+    assert ran == ["a", "b", "a", "b"]
 
 
 @pytest.mark.sqlite  # the crash is made in its file

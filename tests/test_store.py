@@ -371,6 +371,18 @@ def test_the_end_of_an_earlier_attempt_does_not_end_a_later_one(store: SqliteSto
     assert done(store.finish, finish(new, attempt=3)) is True
 
 
+def test_an_empty_output_takes_the_place_of_what_was_saved(store: SqliteStore) -> None:
+    new = added(store)
+    done(store.start, new.key, 1, T)
+    for place in ("a", "b@"):
+        done(store.save_step, new.key, 1, place, "1")
+    done(store.suspend, new._replace(attempt=1, started=T, due=T + 5), "w", T + 5, "[]")
+    for place in ("a", "b@", "w"):
+        assert done(store.save_step, new.key, 1, place, "") is True
+    loaded = store.load(new.key.seq)
+    assert loaded is not None and (loaded.saved, loaded.waits) == ({}, {})
+
+
 @sqlite
 def test_claims_bring_what_nobody_holds_in_turn(store: SqliteStore) -> None:
     jobs = [added(store).key.seq for _ in range(5)]
