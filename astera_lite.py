@@ -348,8 +348,9 @@ _WINGS = (
 )
 #: The wings: files of the module that a server loads on first use.
 WINGS = tuple(f"astera_lite_{name}.py" for name in _WINGS.split())
-#: The folder of this file: as given, since a zipapp knows its files so, and for programs that change theirs.
-_HOME = [os.path.dirname(path) for path in (__file__, os.path.abspath(__file__), os.path.realpath(__file__))]
+_names = (__file__, os.path.abspath(__file__), os.path.realpath(__file__))
+#: The folder of this file, whatever the working folder: as given, since a zipapp knows its files so, or with links.
+_HOME = [os.path.dirname(name) for name in _names if os.path.isabs(name)]
 _loading = threading.RLock()  # held while a wing is loaded, so that no other thread finds it half loaded
 
 
