@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 from support import ROOT
 
 import astera_lite
+import astera_lite_admin
 import astera_lite_tools
 
-README, SETTINGS, HTTP = (
-    (ROOT / page).read_text("utf-8") for page in ("README.md", "docs/settings.md", "docs/http-api.md")
+README, SETTINGS, HTTP, OPERATIONS = (
+    (ROOT / page).read_text("utf-8")
+    for page in ("README.md", "docs/settings.md", "docs/http-api.md", "docs/operations.md")
 )
 
 
@@ -23,7 +27,15 @@ def test_the_settings_table_is_that_of_the_program() -> None:
 def test_every_route_is_in_the_document_of_the_http_interface() -> None:
     for route in astera_lite.ROUTES:
         path = route.path.replace("/*", "{resource}")
-        assert f"{path}`" in HTTP or f"{path}?" in HTTP or f"…/{path.rpartition('/')[2]}" in HTTP, path
+        is_there = f"{path}`" in HTTP or f"{path}?" in HTTP or f"…/{path.rpartition('/')[2]}" in HTTP
+        assert is_there, f"docs/http-api.md has no row of {route.method} {path}"
+
+
+def test_every_metric_is_in_the_table_of_operations(tmp_path: Path) -> None:
+    with astera_lite.AsteraLite(database=str(tmp_path / "jobs.db")) as app:
+        names = re.findall("^# TYPE (astera_[a-z_]+) ", astera_lite_admin.metrics_text(app), re.MULTILINE)
+    table = [line for line in OPERATIONS.split("\n") if line.startswith("| `astera_")]
+    assert [name for name in names if f"`{name}`" not in "".join(table)] == []
 
 
 def test_the_test_line_is_the_one_that_ci_runs() -> None:
