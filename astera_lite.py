@@ -270,7 +270,7 @@ class MissingFile(ConfigError):
         super().__init__([Fault("", "", f"{file} {what}")])
 
 
-_LEAP_MS = 2000  # a larger step of the system's clock is a jump, a smaller one a correction
+_JUMP_MS = 2000  # a larger step of the system's clock is a jump, a smaller one a correction
 
 
 class Clock:
@@ -305,7 +305,7 @@ class Clock:
     def begin(self, seen: int) -> None:
         """Start at the system's time, or at `seen`, the last recorded moment, if the system's time is earlier."""
         behind = seen - self.wall()
-        self.offset = -behind if behind > _LEAP_MS else 0
+        self.offset = -behind if behind > _JUMP_MS else 0
         self.forward(self.wall() - self.offset - self.now())
 
     def look(self) -> int:
@@ -314,7 +314,7 @@ class Clock:
         A smaller step is a correction, and moves `now` as well.
         """
         step = self.wall() - self.now() - self.offset
-        if abs(step) > _LEAP_MS:
+        if abs(step) > _JUMP_MS:
             self.offset += step
             return step
         if abs(step) > 100:  # less is rounding
@@ -994,10 +994,12 @@ class Settings(NamedTuple):
     tls_cert: str | None = _setting("file", None, "certificate chain (PEM) to serve https with")
     tls_key: str | None = _setting("file", None, "private key (PEM) of tls_cert, unless it is in the same file")
     durability: str = _setting("durability", "full", "full: accepted jobs survive a power cut; normal: only a crash")
-    page_size: str = _setting("page_size", "4KiB", "page size of a new database; 1KiB halves what small jobs write")
+    page_size: str = _setting(
+        "page_size", "4KiB", "page size of a new database: 1KiB, 4KiB or 16KiB; 1KiB halves what small jobs write"
+    )
     max_database: int | None = _setting("size", None, "database size at which new jobs are refused (503)", 1 << 20)
-    log: str = _setting("log", "text", "form of the log on stderr")
-    log_level: str = _setting("log_level", "info", "lowest level logged")
+    log: str = _setting("log", "text", "form of the log on stderr: text, json, or off for none")
+    log_level: str = _setting("log_level", "info", "lowest level logged: debug, info, warning or error")
     access_log: bool = _setting("bool", False, "log each request at level info instead of debug")
 
     @classmethod
@@ -5356,7 +5358,7 @@ def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3
             db.executescript(f"BEGIN EXCLUSIVE;\n{script}\nPRAGMA user_version = {new};\nCOMMIT;")
         db.execute("BEGIN IMMEDIATE")  # so that a database that cannot be written is found now
         for (offset,) in db.execute("SELECT offset FROM clock").fetchall():
-            for statement in _MOVE_TIMES if offset > 0 else ():  # the system's clock leapt while the server ran
+            for statement in _MOVE_TIMES if offset > 0 else ():  # the system's clock jumped while the server ran
                 db.execute(statement, {"by": offset})
         db.execute("DELETE FROM clock")
         db.execute(_UNPROBE)
@@ -5581,7 +5583,7 @@ class SqliteReader(StoreReader):
             self._being_read.discard(reading)
 
     def clock_offset(self) -> int:
-        """The milliseconds that stored times are behind the system's clock, after a leap of the clock."""
+        """The milliseconds that stored times are behind the system's clock, after a jump of the clock."""
         row = self._first("SELECT offset FROM clock") if self._has_tokens else None
         return row[0] if row else 0
 
@@ -5749,7 +5751,10 @@ class SqliteStore(SqliteReader, Writer):
                 self._folder.start()
 
     def _fold(self, long: bool) -> None:
-        """On a thread of its own: most is folded beside the commits; they wait for the rest, or it would never end."""
+        """On a thread of its own. Most of the log is copied while commits continue.
+
+        Commits wait for the last part; otherwise copying would never catch up.
+        """
         with contextlib.suppress(sqlite3.Error, _Moved):  # it is tried again
             self._check_files()
             with contextlib.closing(open_to_read(self.path, "rw")) as beside:
@@ -7023,17 +7028,17 @@ class Housekeeper:
             if str(error) not in (fault, *self._faults.values()):  # else the log would repeat it each second
                 log.error("housekeeping: %s", error)
             self._faults[do] = str(error)
-        except Exception:  # the door of a chore: a fault of ours must not end the thread
+        except Exception:  # a fault in a chore must not end the thread, which has other chores
             log.exception("housekeeping")
         return None
 
     def look_at_clock(self) -> None:
         """Find out whether the system's clock jumped."""
-        leap = self._clock.look()
-        if leap:
-            way = "ahead" if leap > 0 else "back"
+        jump = self._clock.look()
+        if jump:
+            way = "ahead" if jump > 0 else "back"
             message = "the system's clock jumped %s by %s: results and waits use the server's own time"
-            log.warning(message, way, datetime.timedelta(seconds=abs(leap) // 1000))
+            log.warning(message, way, datetime.timedelta(seconds=abs(jump) // 1000))
             self._store.keep_clock_offset(self._clock.offset)
             self._engine.queue.release(sys.maxsize)  # jobs that wait for a date look at the clock again; others wait on
 
@@ -7415,7 +7420,7 @@ class Application:
         self.housekeeper.stop(5.0)
         if self.node is not None:
             self.node.stop(5.0)
-        self.housekeeper.look_at_clock()  # for the last time: what is stored is to be understood by the next start
+        self.housekeeper.look_at_clock()  # for the last time: the next start needs the offset of the stored times
         self.store.close(10.0)
         self._process = 0
         self.watchers.tell(*list(self.watchers.by_job))
@@ -9245,7 +9250,8 @@ class Server(ThreadingHTTPServer):
     def route(self, x: Exchange) -> None:
         """Authorise a request and find its route; raises the error that refuses it before its body is read.
 
-        A call of a flow is routed like the last one with the same head: this saves a tenth of a synchronous call.
+        A call of a flow is routed like the last one with the same head: this saves a tenth of a synchronous call. Same
+        heads are one object, because `_known_head` returns the same object for the same bytes.
         """
         head, now = x.head, (self.app.deployments, self.app.tokens)
         if now != self._routed_for:

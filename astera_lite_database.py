@@ -199,5 +199,5 @@ def _copied(path: str) -> Iterator[sqlite3.Connection]:
                 raise DatabaseInUse(f"a server uses {path}: stop it, or import a backup") from None
         copy = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), "copy.db")
         backup(path, copy)
-        SqliteStore(copy).close()  # also corrects its times after a leap of the clock
+        SqliteStore(copy).close()  # also corrects its times after a jump of the clock
         yield stack.enter_context(contextlib.closing(sqlite3.connect(copy)))

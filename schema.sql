@@ -2,7 +2,7 @@
 --
 -- Times are integers: milliseconds since 1970-01-01 UTC. To read one:
 --   SELECT datetime(created / 1000, 'unixepoch') FROM jobs;
--- After a leap of the system's clock they are out by `clock.offset` until the database is opened again.
+-- After a jump of the system's clock they are out by `clock.offset` until the database is opened again.
 -- Values larger than 256 KiB stand in `pieces`, in order, instead of in their own column, which is then NULL.
 -- This file makes version 3 of the schema (PRAGMA user_version). A newer server upgrades an older database when it
 -- opens it; an older server refuses a newer one.
@@ -108,7 +108,7 @@ CREATE TABLE tokens (
     created INTEGER NOT NULL         -- when it was made
 ) WITHOUT ROWID;
 
--- How the server's time stands to the system's clock: a row once that has leapt.
+-- How the server's time stands to the system's clock: a row once that has jumped.
 CREATE TABLE clock (
     one    INTEGER PRIMARY KEY CHECK (one = 1), -- there is one row at the most
     offset INTEGER NOT NULL                     -- milliseconds that the times in this file are behind it

@@ -36,20 +36,20 @@ class FakeClock(Clock):
     def __init__(self, now_ms: int = 1_790_000_000_000) -> None:
         self.ms = now_ms
         self.seconds = 1000.0
-        self.leapt = 0  # how far the system's clock is ahead of the time that passed
+        self.jumped = 0  # how far the system's clock is ahead of the time that passed
 
     def now(self) -> int:
         return self.ms
 
     def wall(self) -> int:
-        return self.ms + self.leapt
+        return self.ms + self.jumped
 
     def monotonic(self) -> float:
         return self.seconds
 
     def forward(self, ms: int) -> None:
         self.ms += ms
-        self.leapt -= ms
+        self.jumped -= ms
 
     def tick(self, seconds: float) -> int:
         self.ms += round(seconds * 1000)

@@ -1,4 +1,4 @@
-"""The system's clock leaps: results that are fresh stay, what is due is done, and people are told the right time."""
+"""The system's clock jumps: results that are fresh stay, what is due is done, and people are told the right time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from astera_lite import AsteraLite, Clock, Job, SqliteStore, Status, main
 
 YEAR_S = 365 * 86400
 START_MS = 1_790_000_000_000  # 2026-09-21
-LEAPS = pytest.mark.parametrize("leap_s", [6 * YEAR_S, -6 * YEAR_S, 3 * 3600, -3 * 3600])
+JUMPS = pytest.mark.parametrize("jump_s", [6 * YEAR_S, -6 * YEAR_S, 3 * 3600, -3 * 3600])
 FLOWS = {
     "hello": get_flow("/hello", response={"body": "hi"}),
     "nap": get_flow("/nap", steps=[{"name": "w", "wait": 60}], response={"body": "slept"}),
@@ -59,12 +59,12 @@ def moment(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
-@LEAPS
-def test_a_fresh_result_stays_and_an_old_one_goes_by_the_time_that_passed(tmp_path: Path, leap_s: int) -> None:
+@JUMPS
+def test_a_fresh_result_stays_and_an_old_one_goes_by_the_time_that_passed(tmp_path: Path, jump_s: int) -> None:
     clock = FakeClock()
     with serving(tmp_path, clock, retention="1h") as run:
         job = done(run.app)
-        clock.leapt += leap_s * 1000
+        clock.jumped += jump_s * 1000
         assert run.app.status(job.id) is not None  # before anybody has noticed
         tick(run.app, clock, 1)
         young = done(run.app)
@@ -78,12 +78,12 @@ def test_a_fresh_result_stays_and_an_old_one_goes_by_the_time_that_passed(tmp_pa
         assert run.app.status(young.id) is None
 
 
-@LEAPS
-def test_people_are_told_what_the_systems_clock_says(tmp_path: Path, leap_s: int) -> None:
+@JUMPS
+def test_people_are_told_what_the_systems_clock_says(tmp_path: Path, jump_s: int) -> None:
     clock = FakeClock()
     with serving(tmp_path, clock) as run:
         before = done(run.app)
-        clock.leapt += leap_s * 1000
+        clock.jumped += jump_s * 1000
         tick(run.app, clock, 1)
         after = done(run.app)
         first, second = told(run, before), told(run, after)
@@ -94,15 +94,15 @@ def test_people_are_told_what_the_systems_clock_says(tmp_path: Path, leap_s: int
         assert [entry["createdAt"] for entry in listed] == [second["createdAt"], first["createdAt"]]
 
 
-@LEAPS
-def test_a_callback_is_tried_again_when_its_pause_has_passed(tmp_path: Path, leap_s: int) -> None:
+@JUMPS
+def test_a_callback_is_tried_again_when_its_pause_has_passed(tmp_path: Path, jump_s: int) -> None:
     clock = FakeClock()
     with Sink() as sink, serving(tmp_path, clock) as run:
         sink.answers = [500, 500]
         job = done(run.app, callback_url=sink.url)
         tick(run.app, clock)
         sent = sink.next()[0]
-        clock.leapt += leap_s * 1000
+        clock.jumped += jump_s * 1000
         tick(run.app, clock, 1)
         assert sink.got.empty()
         tick(run.app, clock, 6)
@@ -116,13 +116,13 @@ def test_a_callback_is_tried_again_when_its_pause_has_passed(tmp_path: Path, lea
         assert moment(callback["history"][-1]["at"]) == clock.wall() / 1000
 
 
-@LEAPS
-def test_a_job_waits_as_long_as_it_was_told_to(tmp_path: Path, leap_s: int) -> None:
+@JUMPS
+def test_a_job_waits_as_long_as_it_was_told_to(tmp_path: Path, jump_s: int) -> None:
     clock = FakeClock()
     with serving(tmp_path, clock) as run:
         nap, bounded = run.app.submit("nap"), run.app.submit("bounded")
         until(lambda: run.app.engine.queue.counts()["waiting"] == 2)
-        clock.leapt += leap_s * 1000
+        clock.jumped += jump_s * 1000
         tick(run.app, clock, 30)
         until(lambda: run.app.engine.queue.counts()["waiting"] == 2)
         assert run.app.wait(nap.id, 0).status is Status.RUNNING
@@ -139,22 +139,22 @@ def test_a_job_that_waits_for_a_date_goes_by_the_calendar(tmp_path: Path) -> Non
     with serving(tmp_path, clock) as run:
         job = run.app.submit("alarm")
         until(lambda: run.app.engine.queue.counts()["waiting"] == 1)
-        clock.leapt += 2 * YEAR_S * 1000
+        clock.jumped += 2 * YEAR_S * 1000
         tick(run.app, clock, 1)
         until(lambda: run.app.engine.queue.counts()["waiting"] == 1)
         assert run.app.wait(job.id, 0).status is Status.RUNNING
-        clock.leapt += 4 * YEAR_S * 1000
+        clock.jumped += 4 * YEAR_S * 1000
         tick(run.app, clock, 1)
         assert run.app.wait(job.id, 10).status is Status.COMPLETED
 
 
-def test_a_leap_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_jump_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     clock = FakeClock()
     with caplog.at_level(logging.WARNING), serving(tmp_path, clock) as run:
-        clock.leapt += 7_200_000
+        clock.jumped += 7_200_000
         for _ in range(3):
             tick(run.app, clock, 1)
-        clock.leapt -= 3_600_000
+        clock.jumped -= 3_600_000
         for _ in range(3):
             tick(run.app, clock, 1)
         assert [text for text in caplog.messages if "clock jumped" in text] == [
@@ -169,9 +169,9 @@ def test_a_small_step_is_a_correction_that_the_server_makes_too(
 ) -> None:
     clock = FakeClock()
     with caplog.at_level(logging.WARNING), serving(tmp_path, clock) as run:
-        clock.leapt = 1900
+        clock.jumped = 1900
         tick(run.app, clock, 1)
-        assert (clock.now(), clock.leapt, clock.offset) == (START_MS + 2900, 0, 0)
+        assert (clock.now(), clock.jumped, clock.offset) == (START_MS + 2900, 0, 0)
         assert told(run, done(run.app))["createdAt"] == "2026-09-21T14:13:22.900Z"
         assert caplog.messages == []
 
@@ -198,19 +198,19 @@ def test_a_boot_in_the_past_and_then_one_that_is_right_forget_nothing(tmp_path: 
             assert run.app.status(job.id) is None
 
 
-def test_a_server_that_stops_in_the_instant_of_a_leap_has_it_on_record(tmp_path: Path) -> None:
+def test_a_server_that_stops_in_the_instant_of_a_jump_has_it_on_record(tmp_path: Path) -> None:
     clock = FakeClock()
     with serving(tmp_path, clock, retention="1h") as run:
         job = done(run.app)
-        clock.leapt += YEAR_S * 1000
+        clock.jumped += YEAR_S * 1000
     again = FakeClock(clock.wall() + 1000)
     with serving(tmp_path, again, retention="1h") as run:
         assert run.client.get(f"/api/jobs/{job.id}/result").json() == "hi"
 
 
-@LEAPS
-def test_after_a_restart_what_is_stored_has_moved_with_the_clock(tmp_path: Path, leap_s: int) -> None:
-    """The time when the server was down cannot be told from a leap: a clock that has gone on is believed."""
+@JUMPS
+def test_after_a_restart_what_is_stored_has_moved_with_the_clock(tmp_path: Path, jump_s: int) -> None:
+    """The time when the server was down cannot be told from a jump: a clock that has gone on is believed."""
     clock = FakeClock()
     with Sink() as sink, serving(tmp_path, clock, retention="1h") as run:
         sink.answers = [500, 500]
@@ -218,7 +218,7 @@ def test_after_a_restart_what_is_stored_has_moved_with_the_clock(tmp_path: Path,
         until(lambda: run.app.engine.queue.counts()["waiting"] == 1)
         tick(run.app, clock)
         sink.next()
-        clock.leapt += leap_s * 1000
+        clock.jumped += jump_s * 1000
         tick(run.app, clock, 1)
         shown = told(run, job)
         run.server.stop()
@@ -226,10 +226,10 @@ def test_after_a_restart_what_is_stored_has_moved_with_the_clock(tmp_path: Path,
 
         again = FakeClock(clock.wall() + 1000)
         with serving(tmp_path, again, retention="1h") as run:
-            assert (again.offset == 0) == (leap_s > 0)
+            assert (again.offset == 0) == (jump_s > 0)
             seen = told(run, job)
             near = (
-                0 if leap_s > 0 else 3
+                0 if jump_s > 0 else 3
             )  # seconds: of a clock that went back, the last moment on record is what counts
             for name in ("createdAt", "startedAt", "finishedAt", "expiresAt"):
                 assert abs(moment(seen[name]) - moment(shown[name])) <= near
@@ -268,7 +268,7 @@ def test_a_machine_that_boots_in_the_past_forgets_nothing_and_goes_on(
             new = done(run.app)
             assert told(run, new)["createdAt"] == "2020-09-13T12:27:40.000Z"  # it is what the system says
             assert new.key.seq > job.key.seq
-            past.leapt = 86_400_000  # the network is there: a day has passed since the server stopped
+            past.jumped = 86_400_000  # the network is there: a day has passed since the server stopped
             tick(run.app, past, 1)
             assert moment(told(run, new)["createdAt"]) == START_MS / 1000 + 86400 + 60
             for _ in range(3):
@@ -305,7 +305,7 @@ def test_the_command_line_tells_the_same_times(
     clock = FakeClock()
     with serving(tmp_path, clock) as run:
         job = done(run.app)
-        clock.leapt += YEAR_S * 1000
+        clock.jumped += YEAR_S * 1000
         tick(run.app, clock, 1)
         shown = told(run, job)
         monkeypatch.setattr(time, "time_ns", lambda: clock.wall() * 1_000_000)
