@@ -85,7 +85,7 @@ _SYNTAX = {
     r"\|\|": "there is no ||: write `or`",
     "[=!]==": "there is no === or !==: write == or !=",
     "!(?!=)": "there is no !: write `not`",
-    r"\?\?": "there is no ??: write `a if a is not None else b`",
+    r"\?\?": "there is no ??: write `a if a != null else b`",
     r"\?[^:]*:": "there is no ? : here: write `a if condition else b`",
     "=>": "there is no =>: write a comprehension, [… for x in …]",
     "`": "there is no `…`: text stands in quotes",

@@ -506,7 +506,7 @@ def run_test(flow: Flow, test: Mapping[str, Any], outside: Surroundings) -> tupl
     except InputError as error:
         outcome = Outcome.failed("failed", error.status, str(error))
     if name := canned.missing:
-        return [f'the step "{name}" has an effect on the world: add its output, "steps": {{"{name}": …}}'], canned.used
+        return [f'the step "{name}" has side effects: add its output, "steps": {{"{name}": …}}'], canned.used
     return _differences(outcome, test["response"]), canned.used
 
 

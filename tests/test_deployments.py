@@ -464,7 +464,7 @@ TWO = {"place": {"status": 200, "headers": {}, "body": {"n": 2}}}
         ),
         ({"steps": ONE, "response": {"status": 404}}, ["status: expected 404, got 200"]),
         ({"steps": ONE, "response": {"headers": {"X-N": "9"}}}, ['header X-N: expected "9", got "1"']),
-        ({"response": {}}, ['the step "place" has an effect on the world: add its output, "steps": {"place": …}']),
+        ({"response": {}}, ['the step "place" has side effects: add its output, "steps": {"place": …}']),
         ({"request": {}, "response": {"status": 400}}, []),
     ],
 )  # fmt: skip

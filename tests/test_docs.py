@@ -1,6 +1,6 @@
 """Every command and output of README.md, docs/ and CONTRIBUTING.md: each document is followed as it stands.
 
-A document is run in a folder of its own that looks like a checkout, with free ports in place of 9261, 9262 and 9263
+A document is run in a folder of its own that looks like a checkout, with free ports in place of 9261 to 9264
 (and of nginx's 8080). Where it speaks of port 5432 there is a PostgreSQL, and `psql` is its superuser:
 
 - Lines that begin with `$ ` are typed into a shell; what follows, up to the next of them, is what it must print. `…`
@@ -42,7 +42,7 @@ from astera_lite_tools import COMMANDS
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 #: Whose other blocks are tested by themselves.
 ELSEWHERE = {"flows.md": "test_docs_flows.py", "embedding.md": "test_docs_embedding.py"}
-PORTS = ("9261", "9262", "9263", "8080")
+PORTS = ("9261", "9262", "9263", "9264", "8080")
 POSTGRES_PORT = "5432"
 #: What programs listen on by themselves, so that it can be replaced.
 DEFAULT_PORTS = {"examples/callback_listener.py": "9262", "examples/slow_api.py": "9263"}
