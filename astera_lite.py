@@ -5372,17 +5372,6 @@ def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3
     return db
 
 
-def whole_body(pieces: Iterator[bytes], length: int) -> Iterator[bytes]:
-    """The pieces of a body. Raises StoreError if they have another length: a client would misread what follows."""
-    for piece in pieces:
-        length -= len(piece)
-        if length < 0:
-            break
-        yield piece
-    if length:
-        raise StoreError("a part of it is missing, or belongs to another")
-
-
 class StoreReader:
     """The reads that are the same on both databases. A subclass executes the statements, in which `?` is a value.
 
@@ -5561,8 +5550,11 @@ class SqliteReader(StoreReader):
         while self._idle:
             self._idle.pop().close()
 
-    def result_pieces(self, key: JobKey, start: int = 0, stop: int = sys.maxsize) -> Iterator[bytes]:
-        """The body of a large result, or a part of it. The purge spares it meanwhile; a deletion cuts it off."""
+    def result_pieces(self, key: JobKey, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes of a large result from `start` to `stop`. The purge spares it meanwhile.
+
+        The iterator raises StoreError if some are missing, as after a deletion: a client would misread what follows.
+        """
         pieces = self._read_pieces(key.seq, start, stop)
         next(pieces)  # from here on the purge spares what is read
         return pieces
@@ -5576,9 +5568,10 @@ class SqliteReader(StoreReader):
             yield b""
             for at in range(start - start % PIECE, stop, PIECE):
                 row = self._first(sql, (seq, seq, at // PIECE))
-                if row is None:
-                    return
-                yield row[0][max(start - at, 0) : stop - at]
+                first, end = max(start - at, 0), min(stop - at, PIECE)
+                if row is None or not end <= len(row[0]) <= PIECE:
+                    raise StoreError("a part of the result is missing")
+                yield row[0][first:end]
         finally:  # also if nobody reads the rest
             self._being_read.discard(reading)
 
@@ -8271,7 +8264,7 @@ def _result_response(x: Exchange, seen: Seen, more: Sequence[tuple[str, str]]) -
     tag = [("ETag", f'"{job.id}"')] if code < 300 and "etag" not in names else []  # a result never changes
     response = flow_response(stored.answer, (("Job-Status", job.status.value), *tag, *more))
     if stored.in_pieces:
-        response = response._replace(stream=x.app.store.result_pieces(job.key), length=stored.size)
+        response = response._replace(stream=x.app.store.result_pieces(job.key, 0, stored.size), length=stored.size)
     if stored.size >= _RANGED and code == 200 and x.flow is None and "accept-ranges" not in names:
         response = optional("astera_lite_admin:with_ranges", x, job, stored, response) or response
     return response
@@ -8790,7 +8783,7 @@ class Handler(BaseRequestHandler):
         if head.method == "HEAD" or reply.status in (204, 304):
             self.out.append(data)
         elif reply.stream is not None:
-            self.out += (data, whole_body(reply.stream, reply.length))
+            self.out += (data, reply.stream)
         elif len(reply.body) <= _READ:
             self.out.append(data + reply.body)
         else:

@@ -76,7 +76,6 @@ from astera_lite import (
     step_table,
     suggest,
     to_json,
-    whole_body,
 )
 
 
@@ -555,7 +554,7 @@ class AsteraLite(Application):
             raise Conflict("The job is not finished.")
         answer = stored.answer
         if stored.in_pieces:
-            answer = answer._replace(body=b"".join(whole_body(self.store.result_pieces(job.key), stored.size)))
+            answer = answer._replace(body=b"".join(self.store.result_pieces(job.key, 0, stored.size)))
         return Result(answer)
 
     def cancel(self, job_id: str | Job) -> bool:

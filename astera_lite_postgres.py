@@ -395,9 +395,9 @@ class PostgresReader(StoreReader):
         while self._idle:
             self._idle.pop().close()
 
-    def result_pieces(self, key: JobKey, start: int = 0, stop: int = 1 << 62) -> Iterator[bytes]:
-        """Nothing: `result` has the whole body, unless the database lost it."""
-        return iter(())
+    def result_pieces(self, key: JobKey, start: int, stop: int) -> Iterator[bytes]:
+        """Raises StoreError: `result` has the whole body, unless the database has lost it."""
+        raise StoreError("a part of the result is missing")
 
     def clock_offset(self) -> int:
         """0: all times come from the database."""

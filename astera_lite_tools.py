@@ -66,7 +66,6 @@ from astera_lite import (
     suggest,
     timestamp,
     token_digest,
-    whole_body,
     wing,
 )
 
@@ -429,8 +428,8 @@ def show_job(args: argparse.Namespace, settings: Settings) -> int:
         else:
             _print_job(_Sheet(stream, offset), job, stored, steps, attempts)
         if args.result and stored is not None:
-            pieces = store.result_pieces(job.key) if stored.in_pieces else iter([stored.answer.body])
-            _write_body(whole_body(pieces, stored.size))
+            in_pieces = stored.in_pieces
+            _write_body(store.result_pieces(job.key, 0, stored.size) if in_pieces else iter([stored.answer.body]))
     return 0
 
 

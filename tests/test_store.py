@@ -210,7 +210,7 @@ def test_request_and_result_come_back_byte_for_byte(store: SqliteStore, path: st
     if not result.in_pieces:
         assert result.answer.body == given
     else:
-        pieces = list(store.result_pieces(new.key))
+        pieces = list(store.result_pieces(new.key, 0, size))
         assert (result.answer.body, b"".join(pieces)) == (b"", given)
         assert max(map(len, pieces)) <= PIECE
 
@@ -220,11 +220,22 @@ def test_values_in_pieces_are_forgotten_with_their_job(store: SqliteStore, path:
     new = job()
     done(store.add, submission(new, b"x" * LARGE[1]))
     done(store.finish, finish(new, b"y" * LARGE[2]))
-    pieces = store.result_pieces(new.key)
+    pieces = store.result_pieces(new.key, 0, LARGE[2])
     assert len(next(pieces)) == PIECE
     assert done(store.delete, new.key) == "deleted"
-    assert list(pieces) == []
+    with pytest.raises(StoreError, match="missing"):
+        next(pieces)
     assert look(path, "SELECT count(*) FROM pieces") == [(0,)]
+
+
+def test_a_result_of_which_a_part_is_lost_is_not_read_as_if_it_were_whole(store: SqliteStore) -> None:
+    new = added(store)
+    done(store.finish, finish(new, b"y" * LARGE[2]))
+    done(store._run, lambda execute: execute("DELETE FROM pieces WHERE n = 1", ()) and None)
+    result = store.result(new.key)
+    assert result is not None and result.in_pieces
+    with pytest.raises(StoreError, match="missing"):
+        list(store.result_pieces(new.key, 0, result.size))
 
 
 def from_disk(path: str, key: JobKey) -> tuple[Job | None, Any]:
@@ -312,10 +323,10 @@ def test_the_purge_spares_a_large_result_from_the_moment_it_is_asked_for(store: 
     new, body = added(store), b"y" * LARGE[2]
     end = finish(new, body)
     assert done(store.finish, end) is True
-    pieces = store.result_pieces(new.key)  # not read yet: the head of the answer goes first
+    pieces = store.result_pieces(new.key, 0, len(body))  # not read yet: the head of the answer goes first
     assert done(store.purge, end.job.expires, 10) == 0
     assert b"".join(pieces) == body
-    unread = store.result_pieces(new.key)
+    unread = store.result_pieces(new.key, 0, len(body))
     del unread  # whose reader has gone, or only wanted the head
     assert done(store.purge, end.job.expires, 10) == 1
 
