@@ -794,8 +794,6 @@ class PostgresStore(PostgresReader, Writer):
         if submission.limit is not None:
             write = write._replace(limited=job.flow)
         self.new.append(write)
-        if self._closed:
-            self._refuse()
 
     # --- runs ---
 
