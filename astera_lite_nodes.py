@@ -58,9 +58,6 @@ class DatabaseClock(Clock):
         """The time of the database, which people and other machines see, too."""
         return self.now()
 
-    def begin(self, seen: int) -> None:
-        """Do nothing: the time comes from the database."""
-
     def look(self) -> int:
         """Return 0: there is no jump."""
         return 0
