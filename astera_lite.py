@@ -5110,17 +5110,11 @@ class Writer:
     fault: str | None = None  # why nothing can be written
     _locked = ""  # clause that locks the rows that a statement reads
     _freed = ""  # assignment that leaves a callback to any server
+    _run: Callable[..., None]  # (run, done, keep=False): queues a write; `done` gets what `run` returns
+    _do: Callable[..., None]  # (sql, values, done, keep=False): queues a statement; `done` gets if it changed anything
     _write: Callable[[list[Any]], list[Any]]  # commits a batch: the result of each write
     _note: Callable[[Exception, list[Any]], tuple[AsteraError, bool]]  # error for the writes, and whether it may pass
     _with_probe: Callable[[list[Any]], list[Any]]  # adds a write that shows whether a fault has passed
-
-    def _run(self, run: Callable[[Execute], Any], done: Done, keep: bool = False) -> None:
-        """Queue a write; `done` gets what `run` returns."""
-        raise NotImplementedError
-
-    def _do(self, sql: str, values: Sequence[Any], done: Done = ignore_result, keep: bool = False) -> None:
-        """Queue a statement; `done` gets whether it changed anything."""
-        raise NotImplementedError
 
     def __init__(self) -> None:
         self.new: deque[Any] = deque()  # new jobs, until `flush`
@@ -5965,7 +5959,7 @@ def _save_bytes(value: Any) -> dict[str, str]:
     return {"\0bytes": base64.b64encode(value).decode()}
 
 
-_dump_saved = partial(json.dumps, ensure_ascii=True, separators=(",", ":"), default=lambda value: _save_bytes(value))
+_dump_saved = partial(json.dumps, ensure_ascii=True, separators=(",", ":"), default=_save_bytes)
 
 
 def to_saved(value: Any, secrets: Mapping[str, str] = types.MappingProxyType({})) -> str:
