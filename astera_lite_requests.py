@@ -651,7 +651,10 @@ class _ConnectedCall(HttpCall):
         """A request with the URL and the headers of the connection."""
         connection, request = self._connection(run), super().begin(run, scope)
         outer = {"env": run.outside.env, "secrets": run.outside.secrets}
-        request.url, request.fixed = connection.url(outer)[0].rstrip("/") + request.url, True
+        base, _, query = connection.url(outer)[0].partition("?")
+        path, _, more = request.url.partition("?")
+        both = "&".join(filter(None, (query, more)))
+        request.url, request.fixed = base.rstrip("/") + path + (both and f"?{both}"), True
         request.add_headers(evaluated(connection.headers, outer))
         return request
 

@@ -121,6 +121,25 @@ def test_a_connection_gives_address_headers_and_query(tmp_path: Path, monkeypatc
             assert app.run("f", {"v": ".."}).status_code == 500
 
 
+@pytest.mark.parametrize(
+    ("path", "asked", "query"),
+    [
+        (None, "/v2", {"key": "1"}),
+        ("/people", "/v2/people", {"key": "1", "q": "2"}),
+        ("/people?a=3", "/v2/people", {"key": "1", "a": "3", "q": "2"}),
+        ("?a=3", "/v2", {"key": "1", "a": "3"}),
+    ],
+)
+def test_the_query_of_a_connection_is_sent_with_every_path(
+    tmp_path: Path, path: str | None, asked: str, query: dict[str, str]
+) -> None:
+    spec = {} if path is None else {"path": path}
+    with api(echo) as there:
+        more = {"query": {"q": 2}} if "q" in query else {}
+        with serving(tmp_path, {"a": {"url": there.url + "/v2?key=1"}}, step(**spec, **more)) as app:
+            assert answer(app)["body"] == {"path": asked, "query": query}
+
+
 AUTHS = [
     ({"bearer": "${secrets.KEY}"}, "authorization", "Bearer hidden"),
     ({"basic": {"user": "ä", "password": "${secrets.KEY}"}}, "authorization", "Basic " + base64.b64encode("ä:hidden".encode()).decode()),  # noqa: E501
