@@ -7403,7 +7403,7 @@ class Application:
         self.outside.close()
         undelivered = self.courier.stop(deadline - time.monotonic())
         if undelivered:
-            log.warning("%d callbacks were still in progress; %s sends them again", undelivered, successor)
+            log.warning("callbacks that were still in progress: %d; %s sends them again", undelivered, successor)
         self.housekeeper.stop(5.0)
         if self.node is not None:
             self.node.stop(5.0)

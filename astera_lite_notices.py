@@ -154,14 +154,15 @@ def on_stopping(app: Application, again: str) -> str:
     """What the server waits for when it stops, and how long; `again` stops it at once."""
     running = app.engine.queue.running()
     jobs = sum(entry.number >= 0 for entry in running)
-    counts = [(jobs, "job"), (len(running) - jobs, "request")]
+    counts = [(jobs, "job"), (len(running) - jobs, "request"), (len(app.courier.under_way()), "callback")]
     what = " and ".join(f"{count} {noun}{'s' * (count > 1)}" for count, noun in counts if count)
     if not what:
         return ""
-    flows = shown(", ".join(sorted({entry.flow for entry in running})), 200)[1:-1]
+    if running:
+        what += f" ({shown(', '.join(sorted({entry.flow for entry in running})), 200)[1:-1]})"
     where = "on another server" if app.node else "at the next start"
     rest = f"; unfinished jobs run again {where}" if jobs else ""
-    return f": waiting up to {app.settings.shutdown_timeout:g} s for {what} ({flows}); {again} stops at once{rest}"
+    return f": waiting up to {app.settings.shutdown_timeout:g} s for {what}; {again} stops at once{rest}"
 
 
 def send_state(state: str) -> None:

@@ -567,6 +567,17 @@ def test_a_stop_says_what_it_waits_for_and_what_came_of_it(tmp_path: Path, numbe
         assert lines[-1].rstrip().endswith("info    stopped")
 
 
+def test_a_stop_says_that_it_waits_for_a_callback(tmp_path: Path) -> None:
+    write(tmp_path, hello=HELLO)
+    said = "stopping: waiting up to 30 s for 1 callback; a second signal stops at once"
+    with socket.create_server(("127.0.0.1", 0)) as receiver, process(tmp_path) as (started, url, lines):
+        get(f"{url}/api/publishingAsync/hello?callbackUrl=http%3A%2F%2F127.0.0.1%3A{receiver.getsockname()[1]}")
+        with receiver.accept()[0]:
+            started.send_signal(signal.SIGTERM)
+            until(lambda: any(line.rstrip().endswith(said) for line in lines), said)
+        assert started.wait(10) == 0
+
+
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     steps = [{"name": "hold", "python": "hold:hold"}]
     write(tmp_path, hold=get_flow("/hold", steps=steps, response={"body": 1}))
