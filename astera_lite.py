@@ -7392,9 +7392,15 @@ class Application:
         """Finish what runs, within `shutdown_timeout`, and close; how many jobs and calls still ran."""
         if not self.is_open or self.engine.queue.stopping:
             return 0
+        try:
+            return self._stop(self.settings.shutdown_timeout)
+        except KeyboardInterrupt:  # a person does not want to wait; but the database is to be closed
+            self._stop(0.0)
+            raise
+
+    def _stop(self, timeout_s: float) -> int:
         if self.node is not None:
             self.node.hand_over()
-        timeout_s = self.settings.shutdown_timeout
         deadline = time.monotonic() + timeout_s
         left = self.engine.stop(timeout_s)
         successor = "another server" if self.node else "the next start"

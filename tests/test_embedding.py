@@ -418,6 +418,26 @@ def test_who_waits_for_a_job_when_the_application_stops_is_told(tmp_path: Path) 
         assert app.wait(job.id, timeout=10).status is Status.COMPLETED
 
 
+def test_a_stop_that_a_person_interrupts_closes_the_database(tmp_path: Path) -> None:
+    app = application(tmp_path, shutdown_timeout=60)
+    with pytest.raises(KeyboardInterrupt), app:
+        job = app.submit("gate", {"name": "never"})
+        until(lambda: "never" in app.gates)  # type: ignore[attr-defined]
+        changed: Any = app.engine.queue.changed
+        wait = changed.wait
+
+        def interrupted(timeout: float | None = None) -> None:
+            changed.wait = wait
+            raise KeyboardInterrupt
+
+        changed.wait = interrupted
+    assert not app.is_open
+    open_gate(app, "never")
+    with application(tmp_path) as app:
+        open_gate(app, "never")
+        assert app.wait(job.id, timeout=10).status is Status.COMPLETED
+
+
 def test_the_stop_waits_for_the_callbacks_of_futures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     join, may_end, ended = threading.Thread.join, threading.Event(), threading.Event()
 
