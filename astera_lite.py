@@ -3685,7 +3685,7 @@ class _StepRun:
                     return step.run(run, scope, path)
             except _Signal:
                 raise
-            except Exception as caught:
+            except (Exception, SystemExit) as caught:
                 error = _as_step_error(caught)
                 if run.reached.get(path) is not before:
                     attempt, before = 1, run.reached[path]

@@ -373,10 +373,10 @@ def _make_run(build: Build, given: dict[str, Any], place: str) -> Runner:
         value = stdin(scope) if stdin else None
         code, out, err = _run_program(run, arguments, b"" if value is None else as_bytes(value), limit)
         if code not in given["expect"]:
-            tail = err.decode(errors="replace")[-2000:]
+            tail = err.decode(errors="replace")[-2000:].strip()
             detail = f"the program ended with code {code}"
-            raise StepError(500, detail, f"{arguments[0]}: {detail}: {tail}", {"exit"})
-        return {"code": code, "stdout": _read_output(out, output, place), "stderr": err.decode(errors="replace")}
+            raise StepError(500, detail, f"{arguments[0]}: {detail}{tail and f': {tail}'}", {"exit"})
+        return {"code": code, "stdout": _read_output(out, output), "stderr": err.decode(errors="replace")}
 
     return program
 
@@ -439,11 +439,11 @@ def _run_program(run: Run, arguments: list[str], given: bytes, limit: int | None
         child.close()
 
 
-def _read_output(data: bytes, output: str, place: str) -> Any:
+def _read_output(data: bytes, output: str) -> Any:
     text = data.decode(errors="replace")
     if output != "json":
         return text.splitlines() if output == "lines" else text
     try:
         return from_json(data, LENIENT_DECODER)
     except ValueError as error:
-        raise StepError(500, "its program did not write JSON", f"{place}: {error}", {"body"}) from None
+        raise StepError(500, "its program did not write JSON", f"the output is not JSON: {error}", {"body"}) from None

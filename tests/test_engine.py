@@ -230,6 +230,21 @@ def test_whatever_a_step_does_its_job_ends(tmp_path: Path, case: str) -> None:
         until(lambda: app.engine.queue.counts() == {"queued": 0, "running": 0, "waiting": 0})
 
 
+def test_a_step_that_leaves_has_failed_and_its_flow_goes_on(tmp_path: Path) -> None:
+    ran: list[int] = []
+
+    def leave_twice(context: Context) -> str:
+        ran.append(1)
+        return leave(context) or "" if len(ran) < 3 else "stayed"
+
+    steps = [
+        python(leave, onError="${error.message}"),
+        python(leave_twice, "q", retry={"attempts": 3, "delay": 0, "on": ["error"]}),
+    ]
+    with serving(tmp_path, {"f": get_flow("/f", steps=steps, response={"body": "${[p, q]}"})}) as app:
+        assert app.run("f").json() == ["SystemExit: 3", "stayed"]
+
+
 @pytest.mark.parametrize("until_s", ["${10**17}", "${1e300}"])
 def test_a_wait_beyond_all_times_ends_no_later_than_the_flow(tmp_path: Path, until_s: str) -> None:
     clock = FakeClock()
