@@ -4718,6 +4718,7 @@ def parse_flow_text(text: str, file_name: str) -> Any:
         message += optional("astera_lite_advice:on_json", error)
     except ValueError as error:
         message, _, place = str(error).removesuffix(")").partition(" (at ")
+        place = place or optional("astera_lite_advice:on_twice", text, message)
     raise FlowError([Fault(file_name, place, message)])
 
 

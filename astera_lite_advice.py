@@ -150,21 +150,40 @@ def _on_no_members(kind: str, part: str) -> str:
 # --- files and requests ---
 
 
+#: By what follows the message of Python's JSON parser: the last character before the place, a line feed, the place.
+_JSON_SLIPS = {
+    r"\n(//|/\*|#)": "JSON has no comments; use a description, or write the flow as TOML",
+    r"\n'": 'JSON has "double" quotes',
+    r"trailing comma|,\n[}\]]": "there is a comma after the last item",
+    r"control character.*\n[\r\n]": "a quote is missing on this line (a line break in a text is written \\n)",
+    r"Unterminated": "the text that begins here has no closing quote",
+    r"delimiter \"\n\w": 'a quote is missing before this place, or one inside a text is not written \\"',
+    r"':' delimiter": "a colon is missing before this place",
+    r"',' delimiter": "a comma or a closing bracket is missing before this place",
+    r"value.*\n(True|False|None)\b": "JSON writes true, false and null",
+    r"Expecting.*\n[A-Za-z]": 'names and texts stand in "double" quotes',
+    r"Extra.*\n[}\]]": "there is a bracket too many",
+}
+
+
 def on_json(error: json.JSONDecodeError) -> str:
     """What is wrong with a file that Python's JSON parser refuses; "" if there is no advice."""
-    before, at = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 1]
+    before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos : error.pos + 10]
     if not error.doc.strip():
         return ": the file is empty; `new NAME` writes a first flow"
-    if not at:
+    if not rest:
         return ": the file ends too early, a } or ] or a quote is missing"
-    if "delimiter" in error.msg:
-        return ": a comma or a closing bracket is missing before this place"
-    if before.endswith(",") or "trailing comma" in error.msg:
-        return ": there is a comma after the last item"
-    if at == "'":
-        return ': JSON has "double" quotes'
-    if error.doc[error.pos : error.pos + 2] in ("//", "/*") or at == "#":
-        return ": JSON has no comments; use a description, or write the flow as TOML"
+    found = f"{error.msg} {before[-1:]}\n{rest}"
+    return next((f": {advice}" for pattern, advice in _JSON_SLIPS.items() if re.search(pattern, found)), "")
+
+
+def on_twice(text: str, message: str) -> str:
+    """Where in a JSON file the second member of a name is, if `message` says that there are two."""
+    if message.endswith("occurs twice"):
+        try:
+            pointer_lines(text)
+        except json.JSONDecodeError as error:
+            return f"line {error.lineno}, column {error.colno}"
     return ""
 
 
@@ -265,7 +284,10 @@ _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{},:]|\n')
 
 
 def pointer_lines(text: str) -> dict[str, int]:
-    """The line on which each value of a well-formed JSON text begins, by its JSON Pointer without the first slash."""
+    """The line on which each value of a well-formed JSON text begins, by its JSON Pointer without the first slash.
+
+    Raises JSONDecodeError where an object has a second member of a name.
+    """
     lines: dict[str, int] = {}
     line = 1
     names: list[str | int] = []  # the path to the next value
@@ -285,6 +307,8 @@ def pointer_lines(text: str) -> dict[str, int]:
             expects_name = not isinstance(last, int)
         elif mark != ":" and expects_name:
             names[-1], expects_name = pointer(json.loads(mark)), False
+            if "/".join(map(str, names)) in lines:
+                raise json.JSONDecodeError("occurs twice", text, match.start())
         if names and not expects_name:
             lines.setdefault("/".join(map(str, names)), line)
     return lines

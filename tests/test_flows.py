@@ -214,7 +214,7 @@ def test_a_broken_flow_is_refused_with_place_and_cure(tree: dict[str, Any], plac
         ("a.json", "{'a': 1}", "line 1, column 2", '"double" quotes'),
         ("a.json", '{\n// note\n"a": 1}', "line 2, column 1", "no comments"),
         ("a.json", "", "line 1, column 1", "is not JSON"),
-        ("a.json", '{"a": 1, "a": 2}', "", 'the member "a" occurs twice'),
+        ("a.json", '{"a": 1, "a": 2}', "line 1, column 10", 'the member "a" occurs twice'),
         ("a.json", '{"a": NaN}', "", "NaN is not JSON"),
         ("a.json", "[]", "", "must be an object"),
         ("a.json", "[" * 200 + "]" * 200, "", "nested deeper"),
