@@ -1794,9 +1794,11 @@ class _Compiler(ast.NodeTransformer):
             return ast.Constant(_JSON_NAMES[name])
         if name in self.hints:
             raise ValueError(self.hints[name])
+        words = optional("astera_lite_advice:on_name", name, self.names)
         if name in FUNCTIONS:
-            raise ValueError(f"{name} is a function: write {name}(…)")
-        raise ValueError(f'there is nothing named "{name}"{suggest(name, [*self.names, *FUNCTIONS, *self.bound])}')
+            raise ValueError(f"{name} is a function: write {name}(…){words}")
+        words = words or suggest(name, [*self.names, *FUNCTIONS, *self.bound])
+        raise ValueError(f'there is nothing named "{name}"{words}')
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         schema = self.declared(node.value)

@@ -98,6 +98,20 @@ def on_word(word: str) -> str:
     return _WORDS.get(word, "")
 
 
+def on_name(name: str, known: Mapping[str, Any]) -> str:
+    """What an unknown name may stand for; "" if there is no advice. `known` are the names with their schemas."""
+    if name == "steps":
+        return ': write the name of the step without "steps."'
+    request = known.get("request")
+    places = {"params": known.get("params"), "request": request}
+    places["request.body"] = request and request.properties.get("body")
+    for place, schema in places.items():
+        if schema and name in schema.properties:
+            return f'; did you mean "{place}.{name}"?'
+    is_constant = name.isupper() and "env" in known and name.lower() not in known
+    return f'; did you mean "env.{name}" or "secrets.{name}"?' if is_constant else ""
+
+
 def on_syntax(source: str) -> str:
     """What is wrong with an expression that Python's parser refuses; "" if there is no advice."""
     if word := re.search(rf"\.({'|'.join(keyword.kwlist)})\b", source):
