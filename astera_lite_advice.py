@@ -5,6 +5,7 @@ A wing of astera_lite, which loads this file for the first message of this kind;
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import itertools
 import json
@@ -31,6 +32,7 @@ from astera_lite import (
     members_of,
     pointer,
     read_text,
+    suggest,
 )
 
 # --- expressions: what other languages have, and what to write instead ---
@@ -126,6 +128,7 @@ def on_failure(error: Exception, sources: Sequence[tuple[str, str]]) -> str:
     `sources` are the places and texts of the expressions, by the line numbers that their code has.
     """
     place = part = ""
+    names: Mapping[str, Any] = {}
     trace = error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
@@ -134,16 +137,37 @@ def on_failure(error: Exception, sources: Sequence[tuple[str, str]]) -> str:
             if line and line <= len(sources) and start is not None and end is not None:
                 place, source = sources[line - 1]
                 part = f"({source})".encode()[start:end].decode(errors="replace") or source
+                names = trace.tb_frame.f_locals
         trace = trace.tb_next
-    message = _message_of(error, part)
+    message = _on_no_member(error.args[0], part, names) if isinstance(error, KeyError) else _message_of(error, part)
     return f"{place}: {part}: {message}" if place else message
+
+
+_MAX_MEMBERS, _LISTED, _MAX_LISTED_NAME = 100, 10, 40  # looked at, listed in a message, and characters of each name
+
+
+def _on_no_member(key: Any, part: str, names: Mapping[str, Any]) -> str:
+    """What to write instead of a member that an object lacks. Names are listed whole, so that secrets are masked."""
+    message = f'there is no member "{key}"'
+    with contextlib.suppress(AttributeError, LookupError, SyntaxError, TypeError, ValueError):
+        node: Any = ast.parse(f"({part})", mode="eval").body
+        members = _value_of(node.value, {**names.get("_s", {}), **names})
+        short = [name for name in itertools.islice(members.keys(), _MAX_MEMBERS) if len(name) <= _MAX_LISTED_NAME]
+        known = [name for name in short if name.isprintable()]
+        more = ", …" if len(members) > len(known[:_LISTED]) else ""
+        message += f"{suggest(str(key), known)} (members: {', '.join(known[:_LISTED]) or 'none'}{more})"
+    return message + (f'; if it may be missing, write .get("{key}")' if isinstance(key, str) else "")
+
+
+def _value_of(node: Any, names: Mapping[str, Any]) -> Any:
+    """The value of a chain of names and members, such as `a.b[0]`, but of no other expression."""
+    if isinstance(node, ast.Name) and node.id not in ("env", "secrets"):
+        return names[node.id]
+    return _value_of(node.value, names)[node.attr if isinstance(node, ast.Attribute) else node.slice.value]
 
 
 def _message_of(error: Exception, part: str) -> str:
     message = str(error)
-    if isinstance(error, KeyError):
-        key = error.args[0]
-        return f'there is no "{key}"' + (f': .get("{key}") gives null instead' if isinstance(key, str) else "")
     if isinstance(error, MemoryError | RecursionError):
         return "it is too large or nested too deeply"
     if isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:

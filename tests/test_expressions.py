@@ -201,7 +201,7 @@ def test_a_row_without_the_field_is_named_by_its_number(function: str, rows: str
     [
         ("sort_by(5, 'a')", "an integer is not a list of rows"),
         ("sort_by([{'a': 1}, {'a': 'x'}], 'a')", 'the field "a" has values that cannot be compared'),
-        ("obj.missing", 'there is no "missing"'),
+        ("obj.missing", 'there is no member "missing"'),
         ("nothing.field", "null has no members"),
         ("numbers.field", "numbers.field: a list has no members"),
         ("data.field", "binary data has no members: parse_json(data) reads it if it is JSON"),
@@ -236,6 +236,30 @@ def test_a_failure_shows_the_part_that_failed_also_behind_umlauts() -> None:
     template = compile_template({"a": "${n}", "b": "x ${'äöü€' + obj.nope}"}, NAMES, "/body")
     with pytest.raises(ExpressionError, match=r"^/body/b: obj\.nope: "):
         template(SCOPE)
+
+
+@pytest.mark.parametrize(
+    ("source", "members", "advice"),
+    [
+        ("a.tmp", {"city": 1, "temp": 2}, '; did you mean "temp"? (members: city, temp)'),
+        ("b['row'][0]['tmp']", {"temp": 2}, '; did you mean "temp"? (members: temp)'),
+        ("a.tmp + 1", {}, " (members: none)"),
+        ("a.tmp", {"x" * 41: 1, "a\nb": 2, "n": 3}, " (members: n, …)"),
+        ("a.tmp", {f"m{at}": at for at in range(12)}, f" (members: {', '.join(f'm{at}' for at in range(10))}, …)"),
+        ("merge(a, a).tmp", {"temp": 1}, ""),
+        ("secrets.tmp", {"temp": 1}, ""),
+        ("env.tmp", {"temp": 1}, ""),
+    ],
+)
+def test_a_member_that_is_not_there_is_looked_for_among_those_that_are(
+    source: str, members: dict[str, Any], advice: str
+) -> None:
+    scope = {"a": members, "b": {"row": [members]}, "secrets": members, "env": members}
+    with pytest.raises(ExpressionError) as caught:
+        compile_template(f"x ${{ {source} }}", scope.keys(), "/p")(scope)
+    part = source.removesuffix(" + 1")
+    cure = 'if it may be missing, write .get("tmp")'
+    assert str(caught.value) == f'/p: {part}: there is no member "tmp"{advice}; {cure}'
 
 
 def test_a_list_that_cannot_be_joined_is_explained() -> None:
@@ -672,7 +696,10 @@ def test_what_a_loop_makes_is_paid_for() -> None:
 
 def test_a_failure_names_the_expression_and_the_part_of_it() -> None:
     template = compile_template(["${1}", "${[p for p, q in x]}", "${x[0][1]\r\n+ y.z}"], ["x", "y"], "/p")
-    for x, words in (([[1, 2, 3]], "/p/1: p, q: too many values to unpack"), ([[1, 2]], '/p/2: y.z: there is no "z"')):
+    for x, words in (
+        ([[1, 2, 3]], "/p/1: p, q: too many values to unpack"),
+        ([[1, 2]], '/p/2: y.z: there is no member "z"'),
+    ):
         with pytest.raises(ExpressionError) as caught:
             template({"x": x, "y": {}})
         assert str(caught.value).startswith(words)

@@ -230,7 +230,10 @@ def test_what_is_wrong_in_the_connections_has_the_place_of_the_step(tmp_path: Pa
     with failed_jobs(tmp_path, "crm") as found:
         failure = found["crm"]["failure"]
     assert failure["pointer"] == "/steps/0/http"
-    assert failure["message"] == '/crm/url: secrets.HOST: there is no "HOST": .get("HOST") gives null instead'
+    assert (
+        failure["message"]
+        == '/crm/url: secrets.HOST: there is no member "HOST"; if it may be missing, write .get("HOST")'
+    )
 
 
 def test_a_cancelled_job_has_a_word_of_its_own(tmp_path: Path) -> None:
@@ -357,6 +360,7 @@ def leaking_steps(url: str, secret: str) -> dict[str, list[Any]]:
     items = {"items": "${[1]}", "maxPages": 3}
     query = {"query": "SELECT json_extract('{}', :p)"}
     inner = [{"name": "b", "set": 1}]
+    keyed = [{"name": "b", "set": f"${{{{secrets.{secret}: 1}}}}"}, {"name": "c", "set": "${b.nope}"}]
     steps: dict[str, Any] = {
         "set": {"set": number},
         "key": {"set": f"${{{{'a': 1}}[secrets.{secret}]}}"},
@@ -394,6 +398,7 @@ def leaking_steps(url: str, secret: str) -> dict[str, list[Any]]:
         "each-result": {"each": {"of": [1], "steps": inner, "result": number}},
         "inside": {"each": {"of": [value], "steps": [{"name": "b", "fail": {"message": "${item}"}}]}},
         "choose": {"choose": [{"when": number, "steps": inner}]},
+        "choose-member": {"choose": [{"steps": keyed}]},
         "choose-result": {"choose": [{"steps": inner, "result": number}]},
         "call": {"call": "fail"},
         "call-params": {"call": {"flow": "takes", "params": {"n": value, "m": value}}},
