@@ -2751,6 +2751,8 @@ def _object_schema(members: Mapping[str, Schema]) -> Schema:
 _REQUEST_SCHEMA = _object_schema(dict.fromkeys(("method", "path", "query", "headers", "body", "id"), Schema()))
 #: The schema of `error` in expressions, after a step that failed while the flow went on.
 _ERROR_SCHEMA = _object_schema(dict.fromkeys(("status", "headers", "body", "message", "kind"), Schema()))
+#: The schema of the value of a step that `answers`; the last three members are those of `pages`.
+_ANSWER_SCHEMA = _object_schema(dict.fromkeys(("status", "headers", "body", "items", "pages", "more"), Schema()))
 MODES = ("synchronous", "asynchronous")
 FLOW_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 FLOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -3043,9 +3045,10 @@ class Steps(ListOf):
         build.hints |= {name: f'step "{name}" comes later: move it up' for name in names if name not in build.names}
         volatile, steps = build.volatile, []
         for position, spec in enumerate(super().read(build, value, place)):
-            steps.append(build.step.read(build, spec, f"{place}/{position}"))
+            steps.append(step := build.step.read(build, spec, f"{place}/{position}"))
             if isinstance(spec, dict) and isinstance(name := spec.get("name"), str):
-                build.add_name(name)
+                answers = step is not None and step.kind.answers and step.on_error is None
+                build.add_name(name, _ANSWER_SCHEMA if answers else None)
                 build.step_names.add(name)
         build.volatile = volatile  # each step counts for itself
         return steps

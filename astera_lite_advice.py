@@ -105,13 +105,12 @@ def on_name(name: str, known: Mapping[str, Any]) -> str:
     if name == "steps":
         return ': write the name of the step without "steps."'
     request = known.get("request")
-    places = {"params": known.get("params"), "request": request}
-    places["request.body"] = request and request.properties.get("body")
-    for place, schema in places.items():
-        if schema and name in schema.properties:
-            return f'; did you mean "{place}.{name}"?'
-    is_constant = name.isupper() and "env" in known and name.lower() not in known
-    return f'; did you mean "env.{name}" or "secrets.{name}"?' if is_constant else ""
+    places = {"params": known.get("params"), "request.body": request and request.properties.get("body"), **known}
+    found = [place for place, schema in places.items() if schema and place != "error" and name in schema.properties]
+    if not found and name.isupper() and "env" in known and name.lower() not in known:
+        found = ["env", "secrets"]
+    nearest = " or ".join(f'"{place}.{name}"' for place in found[:3])
+    return f"; did you mean {nearest}?" if found else ""
 
 
 def on_syntax(source: str) -> str:

@@ -63,12 +63,15 @@ BROKEN: list[tuple[str, str, list[str]]] = [
     ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"set": 1}]}', ['/steps/0: needs a member "name": a name that expressions can use']),
     ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"name": "a", "set": "${b}"}, {"name": "b", "set": 1}]}', ['/steps/0/set: ${b}: step "b" comes later: move it up']),
     ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"name": "a", "set": "${param.p}"}]}', ['/steps/0/set: ${param.p}: there is nothing named "param"; did you mean "params"?']),
-    ('json', '{"request": {"method": "POST", "resource": "/x/{city}", "parameters": {"min": {"in": "query"}}, "body": {"properties": {"rows": {}, "city": {}}}}, "steps": [{"name": "a", "set": "${city}"}]}', ['/steps/0/set: ${city}: there is nothing named "city"; did you mean "params.city"?']),
+    ('json', '{"request": {"method": "POST", "resource": "/x/{city}", "parameters": {"min": {"in": "query"}}, "body": {"properties": {"rows": {}, "city": {}}}}, "steps": [{"name": "a", "set": "${city}"}]}', ['/steps/0/set: ${city}: there is nothing named "city"; did you mean "params.city" or "request.body.city"?']),
     ('json', '{"request": {"method": "POST", "resource": "/x/{city}", "parameters": {"min": {"in": "query"}}, "body": {"properties": {"rows": {}, "city": {}}}}, "steps": [{"name": "a", "set": "${rows[0].name}"}]}', ['/steps/0/set: ${rows[0].name}: there is nothing named "rows"; did you mean "request.body.rows"?']),
     ('json', '{"request": {"method": "POST", "resource": "/x/{city}", "parameters": {"min": {"in": "query"}}, "body": {"properties": {"rows": {}, "city": {}}}}, "steps": [{"name": "a", "set": "${body.rows}"}]}', ['/steps/0/set: ${body.rows}: there is nothing named "body"; did you mean "request.body"?']),
     ('json', '{"request": {"method": "POST", "resource": "/x/{city}", "parameters": {"min": {"in": "query"}}, "body": {"properties": {"rows": {}, "city": {}}}}, "steps": [{"name": "a", "set": "${API_KEY}"}]}', ['/steps/0/set: ${API_KEY}: there is nothing named "API_KEY"; did you mean "env.API_KEY" or "secrets.API_KEY"?']),
     ('json', '{"request": {"method": "POST", "resource": "/x/{city}", "parameters": {"min": {"in": "query"}}, "body": {"properties": {"rows": {}, "city": {}}}}, "steps": [{"name": "a", "set": "${steps.a.body}"}]}', ['/steps/0/set: ${steps.a.body}: there is nothing named "steps": write the name of the step without "steps."']),
     ('json', '{"request": {"method": "POST", "resource": "/x/{city}", "parameters": {"min": {"in": "query"}}, "body": {"properties": {"rows": {}, "city": {}}}}, "steps": [{"name": "a", "set": "${[min, params.min]}"}]}', ['/steps/0/set: ${[min, params.min]}: min is a function: write min(…); did you mean "params.min"?']),
+    ('json', '{"request": {"method": "GET", "resource": "/x"}, "steps": [{"name": "got", "http": "http://x/"}, {"name": "b", "set": "${got.statuscode}"}]}', ['/steps/1/set: ${got.statuscode}: there is no "got.statuscode"; did you mean "status"?']),
+    ('json', '{"request": {"method": "GET", "resource": "/x"}, "steps": [{"name": "got", "call": "f"}, {"name": "b", "set": "${got.statuscode}"}]}', ['/steps/1/set: ${got.statuscode}: there is no "got.statuscode"; did you mean "status"?']),
+    ('json', '{"request": {"method": "GET", "resource": "/x"}, "steps": [{"name": "got", "http": "http://x/"}, {"name": "b", "set": "${status}"}]}', ['/steps/1/set: ${status}: there is nothing named "status"; did you mean "got.status"?']),
     ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"name": "a", "set": "${params.q}"}]}', ['/steps/0/set: ${params.q}: there is no "params.q"']),
     ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"name": "a", "set": "${lenght(params.p)}"}]}', ['/steps/0/set: ${lenght(params.p)}: there is no function lenght(); did you mean "len"?']),
     ('json', '{"request": {"method": "GET", "resource": "/x", "parameters": {"p": {"in": "query"}}}, "steps": [{"name": "a", "set": "${params.p"}]}', ['/steps/0/set: the ${ is never closed by a } (a literal ${ is written $${)']),
@@ -132,6 +135,23 @@ def test_a_broken_file_is_told_where_what_and_how(kind: str, text: str, faults: 
     if faults[0].startswith("…"):  # the rest is the library's, and differs between its versions
         found[0] = "…: " + found[0].rpartition(": ")[2]
     assert found == faults
+
+
+@pytest.mark.parametrize(
+    ("step", "member"),
+    [
+        ({"http": "http://x/"}, "status + got.headers.x + got.body.y"),
+        ({"http": {"url": "http://x/", "pages": {"link": True}}}, "items + [got.pages, got.more]"),
+        ({"http": "http://x/", "onError": {"mine": 1}}, "mine"),
+        ({"http": "http://x/", "onError": "continue"}, "mine"),
+        ({"call": "g"}, "body[0].mine"),
+        ({"set": {"mine": 1}}, "mine"),
+        ({"http": "http://x/"}, "get('mine')"),
+    ],
+)
+def test_what_the_value_of_a_step_may_have_is_not_refused(step: dict[str, Any], member: str) -> None:
+    steps = [{"name": "got", **step}, {"name": "b", "set": f"${{got.{member}}}"}]
+    build_flow({"request": {"method": "GET", "resource": "/x"}, "steps": steps}, "f")
 
 
 def test_odd_files_in_the_folder(tmp_path: Path) -> None:
