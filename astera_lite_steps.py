@@ -485,7 +485,10 @@ class _Canned:
             raise StepError(failure, "it fails in this test", "fails", {"timeout" if failure == 504 else "transport"})
         if name in steps:
             self.used += 1
-            return True, copy.deepcopy(steps[name])
+            value = copy.deepcopy(steps[name])
+            if step.kind.answers and isinstance(value, dict) and "body" in value:
+                value = {"status": 200, "headers": {}} | value
+            return True, value
         if step.kind.effect:
             self.missing = path
             raise Cancelled
@@ -515,6 +518,8 @@ def _differences(outcome: Outcome, expected: Mapping[str, Any]) -> list[str]:
     if answer.code != expected["status"]:
         reason = outcome.reason or (outcome.error or {}).get("detail", "")
         lines.append(f"status: expected {expected['status']}, got {answer.code} {reason}".rstrip())
+        if "requestId" in (outcome.error or {}):  # the body is a document for clients, which does not give the reason
+            return lines
     headers = {name.lower(): value for name, value in answer.headers}
     for name, value in expected["headers"].items():
         if headers.get(name.lower()) != as_text(value):

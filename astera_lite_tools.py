@@ -276,6 +276,8 @@ def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     _Sheet(sys.stderr).steps(trace)
     if outcome.reason:
         print(f"reason: {one_line(outcome.reason)}", file=sys.stderr)
+    if "requestId" in (outcome.error or {}):  # the body is a document for clients, which does not give the reason
+        outcome = Outcome.failed("failed", 500, outcome.reason)
     answer = outcome.answer
     print(f"{outcome.status.value} {answer.code} {PHRASES.get(answer.code, '')}", file=sys.stderr)
     for name, value in answer.headers:
@@ -304,7 +306,7 @@ def test(args: argparse.Namespace, settings: Settings) -> int:
             differences, canned = wing("astera_lite_steps:run_test")(flow, each, app.outside)
             show(total, total)  # clears the line for the output that follows
             passed, failed = passed + (not differences), failed + bool(differences)
-            print(f"{'FAILED' if differences else 'ok':<6} {flow.name}: {each['name']} ({canned} canned)")
+            print(f"{'FAILED' if differences else 'ok':<6} {flow.name}: {each['name']} (steps replaced: {canned})")
             for line in differences:
                 print(f"         {app.outside.masked(line)}")
     app.outside.close()

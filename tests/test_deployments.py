@@ -463,6 +463,10 @@ TWO = {"place": {"status": 200, "headers": {}, "body": {"n": 2}}}
             ["body/n: expected 2, got 1", "body/extra: expected nothing, got null"],
         ),
         ({"steps": ONE, "response": {"status": 404}}, ["status: expected 404, got 200"]),
+        ({"steps": {"place": {"body": {}}}, "response": {"body": {}}}, [
+            'status: expected 200, got 500 t: /steps/2/when: step extra: place.body.n: there is no member "n" '
+            '(members: none); if it may be missing, write .get("n")',
+        ]),
         ({"steps": ONE, "response": {"headers": {"X-N": "9"}}}, ['header X-N: expected "9", got "1"']),
         ({"response": {}}, ['the step "place" has side effects: add its output, "steps": {"place": …}']),
         ({"request": {}, "response": {"status": 400}}, []),
@@ -470,6 +474,17 @@ TWO = {"place": {"status": 200, "headers": {}, "body": {"n": 2}}}
 )  # fmt: skip
 def test_the_tests_of_a_flow(test: Any, lines: list[str]) -> None:
     assert result_of(**test) == lines
+
+
+def test_the_output_of_a_step_that_answers_need_not_be_whole() -> None:
+    steps = [{"name": name, "http": "http://nowhere.invalid/"} for name in ("a", "b", "c")]
+    steps.append({"name": "d", "set": 1})
+    outputs = {"a": {"body": 1}, "b": {"status": 404, "body": 2}, "c": "none", "d": {"body": 3}}
+    seen = {"a": {"status": 200, "headers": {}, "body": 1}, "b": {"status": 404, "headers": {}, "body": 2}}
+    test = {"name": "t", "steps": outputs, "response": {"body": outputs | seen}}
+    response = {"body": {name: f"${{{name}}}" for name in outputs}}
+    flow = build_flow(get_flow("/t", steps=steps, response=response, tests=[test]), "t")
+    assert run_test(flow, flow.tests[0], AsteraLite().outside) == ([], 4)
 
 
 @pytest.mark.parametrize(
