@@ -1926,7 +1926,8 @@ class Template:
             return self._run(scope, scope.get(BUDGET) or Budget(MAX_WORK))
         except Exception as error:
             words = optional("astera_lite_advice:on_failure", error, self._sources)
-            raise ExpressionError(words or str(error)) from None
+            plain = f"there is no member {error}" if isinstance(error, KeyError) else str(error) or named(error)
+            raise ExpressionError(words or plain) from None
 
 
 def _refuse(place: str, message: str) -> NoReturn:
@@ -3846,7 +3847,7 @@ def failed_run(run: Run, caught: BaseException) -> Outcome:
         return Outcome.failed(code, error.status, run.outside.masked(error.detail), reason, error.headers)
     if not isinstance(error.__cause__, AsteraError):
         log.debug("flow %s", run.flow.name, exc_info=error.__cause__, extra=run.about)
-    detail = "The flow failed. The server's log has the reason under this id."
+    detail = "The flow failed. Look up `requestId` in the server's log for the reason."
     return Outcome.failed("failed", 500, detail, reason, requestId=run.input.request["id"])
 
 
@@ -7156,7 +7157,7 @@ class Deployer:
             flows, faults = flows + read, faults + found
         elif self.folder is not None:
             what = "is no folder" if os.path.exists(self.folder) else "there is no such folder"
-            cure = "start where it is, or name it (--flows); `new NAME` makes one with a first flow"
+            cure = "start where it is, or set `flows` to its path; `new NAME` makes one with a first flow"
             faults = [Fault(self.folder, "", f"{what}: {cure}")]
         shared, found = self.shared()  # they replace files of the same name
         return Deployments([*flows, *shared], [*faults, *found], self.deployments.by_name)
@@ -7166,8 +7167,10 @@ class Deployer:
         before, self._seen = self._seen, _signature(self.folder)
         if anyway or (self._seen != self._read and self._seen == before):
             self.reload()
-            count = len(self.deployments.by_name)
-            log.info("read the flows again: %d published, %d faults", count, len(self.deployments.faults))
+            flows, faults = self.deployments.by_name.values(), self.deployments.faults
+            kept = ", ".join(sorted({flow.source for flow in flows} & {fault.where for fault in faults}))
+            stays, s = f"; the version before stays in service: {kept}" if kept else "", "s" * (len(faults) != 1)
+            log.info("read the flows again: %d published, %d fault%s%s", len(flows), len(faults), s, stays)
 
     def deploy(self, name: str, tree: Any) -> Flow:
         """Deploy a flow for the program; it replaces a flow of the same name. Raises FlowError."""

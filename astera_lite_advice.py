@@ -165,12 +165,21 @@ def _value_of(node: Any, names: Mapping[str, Any]) -> Any:
     return _value_of(node.value, names)[node.attr if isinstance(node, ast.Attribute) else node.slice.value]
 
 
+_TYPE_ERRORS = {
+    "'NoneType' object is not subscriptable": "null has no members",
+    r"concatenate str|for \+: .*'str'": "+ joins text only with text: write ${…} inside the text, or str(…)",
+    "concatenate list": "+ joins a list only with a list: write list + [x]",
+}
+
+
 def _message_of(error: Exception, part: str) -> str:
     message = str(error)
     if isinstance(error, MemoryError | RecursionError):
         return "it is too large or nested too deeply"
-    if isinstance(error, TypeError) and "'NoneType' object is not subscriptable" in message:
-        return "null has no members"
+    if isinstance(error, TypeError):
+        for pattern, words in _TYPE_ERRORS.items():
+            if re.search(pattern, message):
+                return words
     if isinstance(error, TypeError) and "indices must be integers" in message:
         kind = {"list": "a list", "tuple": "a list", "byte": "binary data"}.get(message.partition(" ")[0], "text")
         return f"{kind} has no members{_on_no_members(kind, part)}"

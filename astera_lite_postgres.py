@@ -1066,7 +1066,7 @@ def _full(execute: Execute, flow: str, limit: int) -> Busy | None:
     """The refusal of a flow of which as many jobs and calls are unfinished, on all servers together."""
     if execute(f"SELECT {_UNFINISHED}", (flow,) * 4).fetchone()[0] < limit:
         return None
-    return Busy(f"The flow {flow} has as many jobs and calls as it takes.", 1, 429)
+    return Busy(f"The flow has reached its limit of concurrent runs ({limit}). Try again later.", 1, 429)
 
 
 def _add_one(db: Any, write: _Write, owner: int) -> Job | AsteraError:

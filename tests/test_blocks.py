@@ -529,6 +529,7 @@ def test_a_flow_that_refuses_is_429_with_retry_after(tmp_path: Path) -> None:
         for path in ("/api/publishingAsync/f", "/api/publishing/f"):
             refused = server.client.get(path)
             assert refused.status_code == 429
+            assert refused.json()["detail"] == "The flow has reached its limit of concurrent runs (2). Try again later."
             assert int(refused.headers["Retry-After"]) >= 1
         replay = server.client.get("/api/publishingAsync/f", headers={"Idempotency-Key": "a"})
         assert (replay.status_code, replay.headers["Location"]) == (202, accepted[0].headers["Location"])

@@ -447,7 +447,7 @@ def test_what_a_start_prints_works_behind_curl(tmp_path: Path, slow_api: str, fl
 def test_serve_works_without_a_flow(tmp_path: Path) -> None:
     with process(tmp_path) as (_, url, lines):
         assert get(url + "/health").status_code == 200
-        assert any("there is no such folder: start where it is, or name it (--flows)" in line for line in lines)
+        assert any("there is no such folder: start where it is, or set `flows` to its path" in line for line in lines)
         assert "published: no flow; `new NAME` writes a first flow" in lines
 
 
@@ -607,7 +607,13 @@ def test_sighup_reads_the_flows_again_and_goes_on_serving(tmp_path: Path) -> Non
         until(lambda: get(url + "/api/publishing/new").status_code == 200, "the new flow is not served")
         assert get(url + "/api/publishing/old").status_code == 404
         assert get(url + "/api/publishing/hello").json() == {"hello": "world"}  # what was there stays in service
-        until(lambda: [line for line in lines if "hello.json" in line], "the fault is not told")
+        told = "read the flows again: 2 published, 1 fault; the version before stays in service: hello.json"
+        until(lambda: [line for line in lines if told in line], "the fault is not told")
+        assert [line for line in lines if "hello.json: line 1" in line]
+        write(tmp_path, hello=HELLO)
+        started.send_signal(signal.SIGHUP)
+        well = "read the flows again: 2 published, 0 faults\n"
+        until(lambda: [line for line in lines if well in line], "the cure is not told")
 
 
 # --- the log ---
@@ -882,7 +888,7 @@ def test_a_database_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
 def test_check_without_a_folder_names_the_cure(here: Here, tmp_path: Path) -> None:
     done = here("check")
     assert done.returncode == 1
-    cure = "start where it is, or name it (--flows); `new NAME` makes one with a first flow"
+    cure = "start where it is, or set `flows` to its path; `new NAME` makes one with a first flow"
     assert done.stdout == f"flows: there is no such folder: {cure}\n"
     (tmp_path / "flows").write_text("")
     assert here("check").stdout == f"flows: is no folder: {cure}\n"

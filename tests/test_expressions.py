@@ -201,6 +201,9 @@ def test_a_row_without_the_field_is_named_by_its_number(function: str, rows: str
     [
         ("sort_by(5, 'a')", "an integer is not a list of rows"),
         ("sort_by([{'a': 1}, {'a': 'x'}], 'a')", 'the field "a" has values that cannot be compared'),
+        ("text + 1", "+ joins text only with text: write ${…} inside the text, or str(…)"),
+        ("n + text", "+ joins text only with text: write ${…} inside the text, or str(…)"),
+        ("numbers + n", "+ joins a list only with a list: write list + [x]"),
         ("obj.missing", 'there is no member "missing"'),
         ("nothing.field", "null has no members"),
         ("numbers.field", "numbers.field: a list has no members"),

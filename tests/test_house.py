@@ -400,12 +400,15 @@ def test_calls_and_functions_need_the_wing_that_programs_need(alone: Path) -> No
 
 def test_a_failed_expression_is_told_without_the_wing_of_advice(alone: Path) -> None:
     """The log then lacks the place and the remedy."""
-    flow = get_flow("/sum", steps=[{"name": "s", "set": "${1 + request.path}"}])
-    (alone / "flows" / "sum.json").write_text(astera_lite.to_json(flow))
+    told = {"sum": ("1 + request.path", "unsupported operand type"), "get": ("env.tmp", "there is no member 'tmp'")}
+    for name, (source, _) in told.items():
+        flow = get_flow(f"/{name}", steps=[{"name": "s", "set": f"${{{source}}}"}])
+        (alone / "flows" / f"{name}.json").write_text(astera_lite.to_json(flow))
     with process(alone, program=(sys.executable, "astera_lite.py")) as (_, url, lines):
-        answer = Api(url).session.get(f"{url}/api/publishing/sum", timeout=10)
-        assert (answer.status_code, answer.json()["title"]) == (500, "Internal Server Error")
-        until(lambda: any("unsupported operand type" in line for line in lines))
+        for name, (_, message) in told.items():
+            answer = Api(url).session.get(f"{url}/api/publishing/{name}", timeout=10)
+            assert (answer.status_code, answer.json()["title"]) == (500, "Internal Server Error")
+            until(lambda message=message: any(message in line for line in lines))  # type: ignore[misc]
 
 
 def test_two_files_follow_redirects(alone: Path, sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:

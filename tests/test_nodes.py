@@ -906,6 +906,9 @@ def test_a_limit_that_refuses_counts_calls_over_all_nodes(folder: Path, database
         refused = [call(a, "/one"), call(b, "/one")]
         refused += [requests.get(f"{node.url}/api/publishingAsync/one", timeout=HANG_S) for node in (a, b)]
         assert [answer.status_code for answer in refused] == [429] * 4
+        assert {answer.json()["detail"] for answer in refused} == {
+            "The flow has reached its limit of concurrent runs (2). Try again later."
+        }
         assert all("Retry-After" in answer.headers for answer in refused)
         (folder / "go").touch()
         assert running.result().status_code == 200

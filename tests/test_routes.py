@@ -840,6 +840,7 @@ def test_an_error_has_the_response_of_the_synchronous_call(run: Running, flow: s
     assert result.json() == document["error"]
     assert result.json()["detail"] == sync.json()["detail"]
     if code == 500:
+        assert sync.json()["detail"] == "The flow failed. Look up `requestId` in the server's log for the reason."
         assert sync.json()["requestId"] == sync.headers["X-Request-Id"]
         assert result.json()["requestId"] == document["id"]
 
