@@ -511,7 +511,10 @@ def test_one_answer_of_a_server_that_is_not_well_is_not_the_end(console: Seen) -
     page.get_by_role("link", name="Open the job").click()
     page.get_by_text("The server answers 503 Service Unavailable; trying again.").wait_for()
     passing(page, page.get_by_label("Raw response").is_visible)
-    assert raw(page, "Raw response").startswith("HTTP/1.1 200 OK")
+    assert raw(page, "Raw response").startswith("HTTP/1.1 200 OK\n")
+    assert not re.search(r"(?m)^(Date|X-Request-Id): ", raw(page, "Raw response"))  # they are those of a look at it
+    zoned = r"\d{4}(-\d\d){2} \d\d(:\d\d){2} GMT(.\d\d:\d\d)? \(\d{4}.*T.*Z\)"
+    assert re.fullmatch(zoned, page.locator("time").first.get_attribute("title") or "")
 
 
 def test_one_flow_that_cannot_be_drawn_leaves_the_others_alone(console: Seen) -> None:
@@ -962,6 +965,7 @@ def test_every_view_fits_and_is_accessible(console: Seen, width: int, scheme: st
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), fragment
         found = Axe().run(page)
         assert found.violations_count == 0, found.generate_report()
+    assert page.get_by_text("Colours").is_visible()
     page.get_by_label("Colours").select_option("light")
     assert page.evaluate("getComputedStyle(document.body).colorScheme") == "light"
     page.reload()
