@@ -7167,10 +7167,7 @@ class Deployer:
         before, self._seen = self._seen, _signature(self.folder)
         if anyway or (self._seen != self._read and self._seen == before):
             self.reload()
-            flows, faults = self.deployments.by_name.values(), self.deployments.faults
-            kept = ", ".join(sorted({flow.source for flow in flows} & {fault.where for fault in faults}))
-            stays, s = f"; the version before stays in service: {kept}" if kept else "", "s" * (len(faults) != 1)
-            log.info("read the flows again: %d published, %d fault%s%s", len(flows), len(faults), s, stays)
+            log.info("read the flows again%s", optional("astera_lite_notices:on_reload", self.deployments))
 
     def deploy(self, name: str, tree: Any) -> Flow:
         """Deploy a flow for the program; it replaces a flow of the same name. Raises FlowError."""
@@ -8065,7 +8062,7 @@ def error_response(x: "Exchange", error: Exception) -> Reply:
         about = optional("astera_lite_notices:about", x) or None
         told = (x.request_id, x.head.method, shown(x.head.path, 200))
         log.error("request %s: %s %s", *told, exc_info=error, extra=about)
-        detail = "The server failed. Its log has the reason under this request id."
+        detail = "The server failed. Look up `requestId` in its log for the reason."
         return Reply(500, headers, json_body(problem(500, detail, requestId=x.request_id)))
     headers += error.headers
     detail = str(error)

@@ -37,6 +37,7 @@ from astera_lite import (
     Submission,
     await_write,
     log,
+    optional,
     parse_flow_text,
 )
 
@@ -274,7 +275,7 @@ class Node:
             except BaseException:  # the next look is to try again
                 self.rows = before
                 raise
-            log.info("read the flows again: %d published", len(self.app.deployments.by_name))
+            log.info("read the flows again%s", optional("astera_lite_notices:on_reload", self.app.deployments))
 
     def flows(self) -> tuple[list[Flow], list[Fault]]:
         """The shared flows, and their faults; a flow whose new text is faulty stays in service."""

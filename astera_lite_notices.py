@@ -165,6 +165,13 @@ def on_stopping(app: Application, again: str) -> str:
     return f": waiting up to {app.settings.shutdown_timeout:g} s for {what}; {again} stops at once{rest}"
 
 
+def on_reload(found: Deployments) -> str:
+    """How many flows and faults there are now, and the faulty files whose previous version stays in service."""
+    kept = {flow.source for flow in found.by_name.values()} & {fault.where for fault in found.faults}
+    stays = f"; the version before stays in service: {', '.join(sorted(kept))}" if kept else ""
+    return f": {len(found.by_name)} published, {len(found.faults)} fault{'s' * (len(found.faults) != 1)}{stays}"
+
+
 def send_state(state: str) -> None:
     """Send a state to the service manager, at the address in NOTIFY_SOCKET (sd_notify(3))."""
     name = os.environ["NOTIFY_SOCKET"]

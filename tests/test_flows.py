@@ -780,7 +780,7 @@ def test_rows_that_would_take_for_ever_to_sort_or_filter_are_a_500(tmp_path: Pat
     with running(tmp_path, {"rows": flow}) as (_, _, client):
         for query in ("sort_by=k", "k=x"):
             answer = client.get(f"/api/publishing/rows?{query}")
-            assert answer.status_code == 500 and "log has the reason" in answer.json()["detail"]
+            assert answer.status_code == 500 and "Look up `requestId`" in answer.json()["detail"]
 
 
 def test_what_a_client_selects_costs_no_more_than_the_rows(tmp_path: Path) -> None:

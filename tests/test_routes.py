@@ -1564,6 +1564,7 @@ def test_an_unforeseen_error_is_a_500_that_tells_nothing(run: Running, monkeypat
     monkeypatch.setattr(run.app.store, "page", fail)
     answer = run.client.get("/api/jobs")
     assert answer.status_code == 500
+    assert answer.json()["detail"] == "The server failed. Look up `requestId` in its log for the reason."
     assert answer.json()["requestId"] == answer.headers["X-Request-Id"]
 
 
