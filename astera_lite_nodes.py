@@ -76,7 +76,6 @@ class Node:
         self._size_at = -math.inf  # when that was, monotonic
         #: Work of once a second, because news may be lost.
         self.chores = (self.read_flows, self.cancel_asked, self.read_members, self.end_overdue_calls)
-        self.calls: dict[int, tuple[Run, Callable[[_Refusal | None], None]]] = {}  # that wait, by number
         self._call_numbers = itertools.count()
         self._may_be_free = True  # jobs that no server owns
         self._news: deque[str] = deque()
@@ -110,8 +109,8 @@ class Node:
                 queue.move(entry, State.GONE)
         if jobs:
             self._store.release([entry.number for entry in jobs])
-        for number in list(self.calls):
-            self._let_in(number, STOPPED)
+        for number in list(self._store.calls):
+            self._store.answer_call(number, STOPPED)
 
     # --- news ---
 
@@ -248,20 +247,14 @@ class Node:
         """Wait until the limit leaves room for a call; `tell` gets None then, or why the call cannot begin."""
         if self.app.engine.queue.stopping:
             raise Busy("The server is stopping.", 5)
-        self.calls[number] = run, tell
-        self._store.enter_call(number, run.flow, lambda _, error: self._let_in(number, error))
-
-    def _let_in(self, number: int, refusal: _Refusal | None) -> None:
-        found = self.calls.pop(number, None)
-        if found is not None:
-            found[1](refusal)
+        self._store.enter_call(number, run.flow, run.deadline, tell)
 
     def end_overdue_calls(self) -> None:
         """Answer calls that waited too long."""
         now = self.app.clock.monotonic()
-        for number, (run, _) in list(self.calls.items()):
-            if run.deadline <= now:
-                self._let_in(number, NO_ROOM)
+        for number, (_, deadline, _) in list(self._store.calls.items()):
+            if deadline <= now:
+                self._store.answer_call(number, NO_ROOM)
 
     # --- flows ---
 

@@ -483,7 +483,7 @@ class PostgresStore(PostgresReader, Writer):
         self._orphans: set[int] = set()  # jobs that this server owned but did not know at the last look
         self._orphans_at = 0.0  # time of the next such look, monotonic
         self._mine: dict[int, int] = {}  # by `seq` of a job in hand: the start of this server that took the job
-        self._waiting: dict[int, tuple[int, Flow, Done]] = {}  # calls by number, with the start of this server
+        self.calls: dict[int, tuple[Flow, float, Callable[[Any], None]]] = {}  # that wait, by number: see `enter_call`
         self._free_from = 0  # no job with a smaller `seq` is free
         self._free_at = 0.0  # time until which `_free_from` is valid, monotonic
         self._renew_at = 0.0  # time of the next renewal of the lease, monotonic
@@ -532,10 +532,12 @@ class PostgresStore(PostgresReader, Writer):
             ).fetchone()
         if row is None:
             raise StoreError(f"{NODES} servers use this database, which is as many as can: stop one")
-        self._mine = {}
+        self._mine, lost = {}, list(self.calls)
         self._start, self.node = row
         self._leased_until = began + self._lease
         self._news("lost")  # at once: the next statements may fail
+        for number in lost:  # which no server counts any more
+            self.answer_call(number, StoreError(_PASSING["23503"]))
         self._keep_time(db)
 
     def _keep_time(self, db: Any) -> None:
@@ -563,7 +565,7 @@ class PostgresStore(PostgresReader, Writer):
         """The thread that renews the lease and hears of other servers."""
         db, look_at, was_cut = None, 0.0, False
         while not self._end.is_set():
-            if self._waiting:  # something may have ended, or the database is away
+            if self.calls:  # something may have ended, or the database is away
                 self.put(None)
             try:
                 if db is None or db.closed:
@@ -676,7 +678,7 @@ class PostgresStore(PostgresReader, Writer):
 
     def _with_probe(self, batch: list[Any]) -> list[Any]:
         probes = [_Write(run=self._probe)] if self.fault else []
-        if self._waiting:  # last, for what ends with the batch leaves room
+        if self.calls:  # last, for what ends with the batch leaves room
             probes.append(_Write(run=self._may_run, done=self._let_in))
         return [*batch, *probes]
 
@@ -849,38 +851,42 @@ class PostgresStore(PostgresReader, Writer):
         sql = "UPDATE jobs SET owner = %s WHERE seq = ANY(%s) AND status = 'Running' AND owner IS NULL"
         return [*found, *db.execute(f"{sql} RETURNING seq, due, flow", (self._start, old))]
 
-    def enter_call(self, number: int, flow: Flow, done: Done) -> None:
-        """Count a call of a flow with a limit on all servers; `done` gets True once it may run, Busy, or StoreError."""
+    def enter_call(self, number: int, flow: Flow, deadline: float, tell: Callable[[Any], None]) -> None:
+        """Count a call of a flow with a limit on all servers; `tell` gets None once it may run, Busy, or StoreError."""
         owner = self._start
-        self._waiting[number] = owner, flow, done
+        self.calls[number] = flow, deadline, tell
 
         def run(execute: Execute) -> Busy | None:
             full = _full(execute, flow.name, flow.limit or 0) if flow.when_full == "refuse" else None
-            if full is None and number in self._waiting:  # else it was refused meanwhile
+            if full is None and number in self.calls:  # else it was refused meanwhile
                 execute("INSERT INTO calls (owner, number, flow) VALUES (?, ?, ?)", (owner, number, flow.name))
             return full
 
         def entered(_: Any, error: AsteraError | None) -> None:
-            if error and self._waiting.pop(number, None) is not None:
-                done(None, error)
+            if error:
+                self.answer_call(number, error)
 
         self.put(_Write(run=run, done=entered, limited=flow.name))
 
     def _may_run(self, execute: Execute) -> set[int]:
-        limits = {flow.name: flow.limit for _, flow, _ in list(self._waiting.values())}
+        limits = {flow.name: flow.limit for flow, _, _ in list(self.calls.values())}
         rows = execute(_MAY_RUN, (list(limits), list(limits.values()), self._start)).fetchall()
         return {number for (number,) in rows}
 
     def _let_in(self, may_run: Any, error: AsteraError | None) -> None:
-        """Tell calls that wait that they may run, or that they are not counted any more."""
-        for number, (owner, _, done) in list(self._waiting.items()):
-            lost = error if owner == self._start else StoreError(_PASSING["23503"])
-            if (lost or number in may_run) and self._waiting.pop(number, None) is not None:
-                done(True, lost)
+        """Tell the calls that may run, or all that wait why they cannot."""
+        for number in list(self.calls) if error else may_run:
+            self.answer_call(number, error)
+
+    def answer_call(self, number: int, refusal: Any) -> None:
+        """Tell a call, if it still waits, that it may run (None), or why not. Any thread may call."""
+        call = self.calls.pop(number, None)
+        if call is not None:
+            call[2](refusal)
 
     def leave_call(self, number: int, done: Done = ignore_result) -> None:
         """Count a call no longer; `done` is called once that is stored, or at once if the database is away."""
-        self._waiting.pop(number, None)
+        self.calls.pop(number, None)
 
         def run(execute: Execute) -> None:
             execute("DELETE FROM calls WHERE owner = ? AND number = ?", (self._start, number))

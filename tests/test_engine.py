@@ -77,7 +77,7 @@ def held(app: AsteraLite) -> int:
     """The jobs and calls that wait because their flow is at its limit; calls wait outside the engine on PostgreSQL."""
     numbers = [number for held in list(app.engine.queue._held.values()) for number in held]
     return len([each for each in numbers if each in app.engine.queue.entries]) + (
-        len(app.node.calls) if app.node else 0
+        len(app.store.calls) if app.node else 0
     )
 
 
@@ -357,7 +357,7 @@ def test_a_call_of_a_program_comes_before_the_jobs_that_wait_for_the_same_limit(
         gate.entered()
         jobs += [app.submit("f", {"n": n}) for n in (2, 3)]
         call = pool.submit(app.run, "f", {"n": 4})
-        until(lambda: app.node.calls if app.node else held(app))
+        until(lambda: app.store.calls if app.node else held(app))
         gate.open.set()
         assert call.result(10).status_code == 200
         assert {finished(app, job).status for job in jobs} == {Status.COMPLETED}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import re
 import threading
@@ -31,7 +32,6 @@ from astera_lite import (
     StoreError,
     Token,
     build_flow,
-    ignore_result,
 )
 from astera_lite_database import edit_tokens
 from astera_lite_postgres import PostgresReader, PostgresStore
@@ -250,9 +250,9 @@ def limited(limit: int, when_full: str = "queue", name: str = "f") -> Flow:
 
 
 def entered(store: PostgresStore, number: int, flow: Flow) -> queue.SimpleQueue[Any]:
-    """What a call is told."""
+    """What a call is told: None if it may run."""
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    store.enter_call(number, flow, lambda may_run, error: answers.put(error or may_run))
+    store.enter_call(number, flow, math.inf, answers.put)
     done(store.find_key, "", "", "", b"", 0)  # what was written before is
     return answers
 
@@ -264,12 +264,12 @@ def test_calls_run_in_their_order_and_share_their_limit_with_jobs(open_store: Op
     assert claimed(one, flows=limits) == [running]
     add(one, owned=False)
     calls = [entered(store, -n, flow) for n, store in enumerate((one, other, one, other))]
-    assert calls[0].get(timeout=10) is True
+    assert calls[0].get(timeout=10) is None
     done(one.leave_call, -2)  # it waits no longer
     assert claimed(other, flows=limits) == claimed(one, flows=limits) == []
     assert calls[1].empty() and calls[3].empty()
     done(one.leave_call, 0)
-    assert calls[1].get(timeout=10) is True
+    assert calls[1].get(timeout=10) is None
     assert calls[3].empty()
     assert (
         done(
@@ -277,7 +277,7 @@ def test_calls_run_in_their_order_and_share_their_limit_with_jobs(open_store: Op
         )
         is True
     )
-    assert calls[3].get(timeout=10) is True
+    assert calls[3].get(timeout=10) is None
     assert claimed(one, flows=limits) == []
     bury(url, other)
     assert len(claimed(one, flows=limits)) == 1
@@ -288,26 +288,26 @@ def test_calls_run_in_their_order_and_share_their_limit_with_jobs(open_store: Op
 def test_a_call_that_waits_is_refused_where_its_server_lost_its_lease(open_store: Open, url: str) -> None:
     one, other = open_store(name="a"), open_store(name="b")
     flow = limited(1)
-    assert entered(other, -1, flow).get(timeout=10) is True
+    assert entered(other, -1, flow).get(timeout=10) is None
     waiting = entered(one, -1, flow)
     bury(url, one)
     assert isinstance(waiting.get(timeout=10), Busy | StoreError)
     again = entered(one, -2, flow)
     done(other.leave_call, -1)
-    assert again.get(timeout=10) is True
+    assert again.get(timeout=10) is None
 
 
 def test_a_flow_that_refuses_counts_calls_and_jobs(open_store: Open) -> None:
     one, other = open_store(name="a"), open_store(name="b")
     flow = limited(2, "refuse")
     add(one, owned=False, limit=2)
-    assert entered(one, -1, flow).get(timeout=10) is True
+    assert entered(one, -1, flow).get(timeout=10) is None
     refused = [entered(other, -1, flow).get(timeout=10)]
     with pytest.raises(Busy) as error:
         done(other.add, submission(job())._replace(owned=False, limit=2))
     assert [each.status for each in (*refused, error.value)] == [429, 429]
     done(one.leave_call, -1)
-    assert entered(other, -2, flow).get(timeout=10) is True
+    assert entered(other, -2, flow).get(timeout=10) is None
 
 
 def test_a_limit_counts_over_all_servers(open_store: Open) -> None:
@@ -942,7 +942,7 @@ def hot(store: PostgresStore, nth: int) -> None:
     assert len(store.claim_deliveries(T + 10**9, 16, held=(), busy=(), fresh=False)) == 16
     store.next_delivery(T), store.last_seq(), store.flow_text(7)
     for number, flow in ((1, limited(10**6, "refuse", "f1")), (2, limited(1, name="f1"))):
-        store.enter_call(number, flow, ignore_result)
+        store.enter_call(number, flow, math.inf, lambda refusal: None)
     done(store.leave_call, 1)  # and the other call is looked for
     done(store.ask_cancel, fresh.key)
     waiting = fresh._replace(attempt=1, started=T, due=T + 5)
