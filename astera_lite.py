@@ -8394,7 +8394,9 @@ def _take_callback(x: Exchange, flow: Flow, asynchronous: bool, errors: InputErr
     url = None
     try:
         if not asynchronous:
-            raise ValueError("is for asynchronous requests: call /api/publishingAsync, or send Prefer: respond-async")
+            cure = "call /api/publishingAsync, or send Prefer: respond-async"
+            cure = cure if "asynchronous" in flow.modes else "leave it out, or publish the flow asynchronously too"
+            raise ValueError(f"is for asynchronous requests: {cure}")
         if len(given) > 1:
             raise ValueError("must be given once")
         url = unquote(given[0], plus=False)

@@ -477,6 +477,14 @@ def test_a_callback_url_on_a_synchronous_request_is_400_unless_respond_async_app
     assert sink.next()[1]["id"] == accepted.json()["id"]
 
 
+def test_a_callback_url_for_a_flow_without_jobs_is_told_a_cure_that_helps(run: Running) -> None:
+    answer = run.client.get(
+        "/api/publishing/only/sync?callbackUrl=http%3A%2F%2Fh%2F", headers={"Prefer": "respond-async"}
+    )
+    assert answer.status_code == 400
+    assert "leave it out, or publish the flow asynchronously too" in answer.json()["detail"]
+
+
 def test_the_callback_url_is_not_handed_to_the_flow(tmp_path: Path, sink: Sink) -> None:
     flow = get_flow(
         "/query", response={"body": "${request.query}"}, request={"strict": True, "parameters": {"x": {"in": "query"}}}
