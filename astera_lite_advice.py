@@ -142,7 +142,7 @@ def on_failure(error: Exception, sources: Sequence[tuple[str, str]]) -> str:
     return f"{place}: {part}: {message}" if place else message
 
 
-_MAX_MEMBERS, _LISTED, _MAX_LISTED_NAME = 100, 10, 40  # looked at, listed in a message, and characters of each name
+_MAX_MEMBERS, _LISTED, _MAX_LISTED_NAME = 30, 10, 40  # looked at, listed in a message, and characters of each name
 
 
 def _on_no_member(key: Any, part: str, names: Mapping[str, Any]) -> str:
@@ -169,6 +169,8 @@ _TYPE_ERRORS = {
     "'NoneType' object is not subscriptable": "null has no members",
     r"concatenate str|for \+: .*'str'": "+ joins text only with text: write ${…} inside the text, or str(…)",
     "concatenate list": "+ joins a list only with a list: write list + [x]",
+    r"(operand|instances).*'NoneType'": "one side is null: `… or 0` gives a number instead",
+    r"(operand|instances).*'str'": "text is not a number: int(…) or float(…) reads one",
 }
 
 

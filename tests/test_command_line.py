@@ -947,9 +947,9 @@ def test_try_tells_what_is_wrong(here: Here, tmp_path: Path, arguments: list[str
 
 def test_try_and_test_say_why_a_flow_failed_for_there_is_no_log(here: Here, tmp_path: Path) -> None:
     tests = [{"name": "t", "response": {"body": 1}}]
-    write(tmp_path, bad=get_flow("/bad", steps=[{"name": "a", "set": "${1 // 0}"}], tests=tests))
+    write(tmp_path, bad=get_flow("/bad", steps=[{"name": "a", "set": "${1 / 0}"}], tests=tests))
     done, tested = here("try", "bad"), here("test", "bad")
-    reason = "bad.json:1: step a: 1 // 0: integer division or modulo by zero"
+    reason = "bad.json:1: step a: 1 / 0: division by zero"
     assert f"reason: {reason}" in done.stderr
     answer = json.loads(done.stdout)
     assert (answer["status"], answer["detail"], answer.get("requestId")) == (500, reason, None)
