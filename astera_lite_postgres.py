@@ -792,10 +792,9 @@ class PostgresStore(PostgresReader, Writer):
         if ended is not None:
             pieces += piece_rows(job.key, "result", ended.job.attempt, ended.outcome.answer.body)
         word = "" if submission.owned or ended else "jobs"
-        write = _Write("add", job.key.seq, new_columns(submission), submission, pieces, done=done, word=word)
-        if submission.limit is not None:
-            write = write._replace(limited=job.flow)
-        self.new.append(write)
+        limited = "" if submission.limit is None else job.flow
+        values = new_columns(submission)
+        self.new.append(_Write("add", job.key.seq, values, submission, pieces, done=done, word=word, limited=limited))
 
     # --- runs ---
 
