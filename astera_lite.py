@@ -6743,6 +6743,9 @@ class Engine:
         left = self.queue.stop(deadline)
         for entry in left:
             assert entry.cancel is not None
+            if entry.job is not None:
+                this = about("job", entry.job.id, entry.flow, None)
+                log.warning("job %s: flow %s does not end in time", entry.job.id, entry.flow, extra=this)
             if entry.job is not None and entry.cancel.is_set:  # the next start must not run it
                 self.end(entry.job, _CANCELLED)
             elif entry.job is not None:

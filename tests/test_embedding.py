@@ -399,7 +399,9 @@ def test_many_futures_in_an_event_loop_hold_no_threads(tmp_path: Path) -> None:
         assert app.watchers.by_job == {}  # the one that was given up watches no more
 
 
-def test_who_waits_for_a_job_when_the_application_stops_is_told(tmp_path: Path) -> None:
+def test_who_waits_for_a_job_when_the_application_stops_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     app = application(tmp_path)
     with ThreadPoolExecutor(1) as pool:
         with app:
@@ -407,6 +409,7 @@ def test_who_waits_for_a_job_when_the_application_stops_is_told(tmp_path: Path) 
             until(lambda: "never" in app.gates)  # type: ignore[attr-defined]
             future, waiting, given_up = app.future(job.id), pool.submit(app.wait, job.id), app.future(job.id)
             given_up.cancel()
+        assert f"job {job.id}: flow gate does not end in time" in caplog.messages
         for each in (future, waiting):
             with pytest.raises(StoreError, match="is not running"):
                 each.result(10)
