@@ -262,7 +262,7 @@ class DatabaseInUse(StoreError):
 
 
 class MissingFile(ConfigError):
-    """A file that belongs beside the module is missing, or is of another version."""
+    """A file that belongs beside the module is missing, cannot be read, or is of another version."""
 
     status = 501
 
@@ -389,6 +389,8 @@ def wing(name: str) -> Any:
             except ImportError as error:  # the files were replaced while this one runs
                 log.debug("%s", module, exc_info=True)
                 raise MissingFile(f"{module}.py", "has another version: restart the server") from error
+            except OSError as error:
+                raise MissingFile(f"{module}.py", f"cannot be read: {reason_of(error)}") from error
             sys.modules[module] = made
         return getattr(sys.modules[module], attribute)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import dis
+import errno
+import importlib.machinery
 import inspect
 import os
 import pickle
@@ -336,6 +338,18 @@ def test_a_wing_of_another_version_is_told(alone: Path) -> None:
         answer = Api(url).session.get(f"{url}/openapi.json", timeout=10)
         words = "astera_lite_documents.py has another version: restart the server"
         assert (answer.status_code, answer.json()["detail"]) == (501, words)
+
+
+def test_a_wing_that_cannot_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.delitem(sys.modules, "astera_lite_tools", raising=False)
+    monkeypatch.setattr(importlib.machinery.SourceFileLoader, "exec_module", refuse)
+    assert astera_lite.main(["check"]) == 1
+    assert capsys.readouterr().err == "astera_lite_tools.py cannot be read: Permission denied\n"
 
 
 def test_a_wing_is_found_wherever_the_program_goes(tmp_path: Path) -> None:
