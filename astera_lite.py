@@ -1072,10 +1072,10 @@ class Token(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """An HTTP response that a flow gives: status code, header pairs, body."""
+    """An HTTP response, from a flow or to an outgoing request: status code, pairs of headers in their order, body."""
 
     code: int
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Pairs = ()
     body: bytes = b""
 
 
@@ -2301,26 +2301,18 @@ def content_codings(headers: Iterable[tuple[str, str]]) -> list[str]:
     return [word.removeprefix("x-") for word in words if word not in ("", "identity")]
 
 
-class Fetched(NamedTuple):
-    """The response to an outgoing request: status code, pairs of headers in the order received, body."""
-
-    status: int
-    headers: list[tuple[str, str]]
-    body: bytes
-
-
-def _read_answer_whole(response: http.client.HTTPResponse, stream: _BoundedStream, max_bytes: int) -> Fetched:
+def _read_answer_whole(response: http.client.HTTPResponse, stream: _BoundedStream, max_bytes: int) -> Answer:
     cut_short = stream.ended  # in the head: for http.client the end of input is the end of the headers
     data = response.read(max_bytes + 1) if max_bytes and not cut_short else b""
     if len(data) > max_bytes:
         raise answer_too_large(max_bytes)
     if cut_short or (max_bytes and response.length):
         raise OutboundError("transport", "the answer was cut short")
-    headers = response.getheaders()
+    headers = tuple(response.getheaders())
     codings = content_codings(headers)
     if data and codings:  # rare: the request did not ask for a coding
         data = wing("astera_lite_requests:decoded")(data, codings, max_bytes)
-    return Fetched(response.status, headers, data)
+    return Answer(response.status, headers, data)
 
 
 def _outbound_error(error: Exception, timeout: float) -> OutboundError:
@@ -2358,7 +2350,7 @@ def fetch(
     timeout: float,
     max_bytes: int,
     policy: AddressPolicy | None = None,
-) -> Fetched:
+) -> Answer:
     """Send one request on a connection of its own; return its response, whatever the status, redirects too.
 
     `timeout` (seconds) covers everything from the look-up of the name to the last byte. `max_bytes` limits the
@@ -3268,7 +3260,7 @@ def make_answer(
 _NO_CHARSETS = frozenset({"punycode", "idna", "unicode-escape", "raw-unicode-escape", "undefined"})
 
 
-def read_answer(answer: Fetched) -> Any:
+def read_answer(answer: Answer) -> Any:
     """The value of a response's body by its content type: JSON, text or bytes; None if empty. Raises ValueError."""
     if not answer.body:
         return None
@@ -3341,7 +3333,7 @@ class StepError(AsteraError):
         detail: str | None,
         reason: str,
         kinds: Collection[str] = (),
-        answer: Fetched | None = None,
+        answer: Answer | None = None,
         safe: bool = True,
     ) -> None:
         super().__init__(reason)
@@ -3384,7 +3376,7 @@ def _error_value(error: StepError, masked: Mask) -> dict[str, Any]:
     """The value of `error` in expressions; a body that cannot be read is text."""
     answer, status, headers, body = error.answer, None, {}, None
     if answer is not None:
-        status, headers = answer.status, joined_headers(answer.headers)
+        status, headers = answer.code, joined_headers(answer.headers)
         try:
             body = read_answer(answer)
         except ValueError:
@@ -4063,7 +4055,7 @@ class OutgoingRequest:
 
 
 def http_failure(
-    method: str, status: int, detail: str, *kinds: str, answer: Fetched | None = None, more: str = ""
+    method: str, status: int, detail: str, *kinds: str, answer: Answer | None = None, more: str = ""
 ) -> StepError:
     """A failure of an `http` step; `more` is only for the flow's author. `method` is that before any redirect."""
     found = {*kinds, *(f"{kind[0]}xx" for kind in kinds if kind.isdigit())}
@@ -4071,9 +4063,9 @@ def http_failure(
     return StepError(status, detail, detail + more, found, answer, safe)
 
 
-def unexpected_answer(method: str, answer: Fetched) -> StepError:
+def unexpected_answer(method: str, answer: Answer) -> StepError:
     """The failure of an `http` step whose API responds with an unexpected status."""
-    return http_failure(method, 502, f"the API it calls answered {answer.status}", str(answer.status), answer=answer)
+    return http_failure(method, 502, f"the API it calls answered {answer.code}", str(answer.code), answer=answer)
 
 
 #: A compiled URL: gives the URL, and whether the flow's author chose its scheme, host and port.
@@ -4171,23 +4163,23 @@ class HttpCall:
         timeout = self.given.get("timeout")
         with run.within(timeout, "") if timeout else _UNBOUND:
             answer = self._fetch(run, request, max_bytes)
-        if not {str(answer.status), f"{answer.status // 100}xx"} & set(map(str, self.given["expect"])):
+        if not {str(answer.code), f"{answer.code // 100}xx"} & set(map(str, self.given["expect"])):
             raise unexpected_answer(self.method, answer)
         try:
             body = read_answer(answer)
         except ValueError as error:
             raise http_failure(self.method, 502, f"the API it calls answered {error}", "body", answer=answer) from None
-        return {"status": answer.status, "headers": joined_headers(answer.headers), "body": body}, len(answer.body)
+        return {"status": answer.code, "headers": joined_headers(answer.headers), "body": body}, len(answer.body)
 
-    def _fetch(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
+    def _fetch(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Answer:
         """The response behind all redirects."""
         for _ in range(_MAX_REDIRECTS + 1):
             answer = self.exchange(run, request, max_bytes)
             location = header_value(answer.headers, "location")
-            if not self._follow or answer.status not in _REDIRECTS or not location:
+            if not self._follow or answer.code not in _REDIRECTS or not location:
                 return answer
-            to_get = request.method != "HEAD" if answer.status == 303 else request.method == "POST"
-            if to_get and answer.status in (301, 302, 303):
+            to_get = request.method != "HEAD" if answer.code == 303 else request.method == "POST"
+            if to_get and answer.code in (301, 302, 303):
                 request.method, request.body = "GET", None
                 request.headers = {name: text for name, text in request.headers.items() if name != "Content-Type"}
             self.go_to_next(request, location)
@@ -4213,7 +4205,7 @@ class HttpCall:
             request.headers = {name: text for name, text in request.headers.items() if name in kept}
         request.url = url
 
-    def exchange(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
+    def exchange(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Answer:
         """The response to one request; raises StepError if there is none."""
         policy = None if request.fixed else run.outside.policy
         try:
@@ -6916,7 +6908,7 @@ class Courier:
         started = self._clock.monotonic()
         try:
             answer = fetch("POST", delivery.url, headers, body, timeout=self._timeout, max_bytes=0, policy=self._policy)
-            status = answer.status
+            status = answer.code
             retry_after_s = parse_retry_after(header_value(answer.headers, "retry-after"), self._clock.wall())
         except AddressRefused as refused:
             log.warning("callback of job %s: %s", job.id, refused, extra=this)

@@ -308,7 +308,7 @@ def explain(failure: dict[str, Any], error: BaseException, run: Run, step: Step)
         if error.answer is not None:
             masked = outside.masked
             head = masked(error.answer.body[: _MAX_BODY + masked.longest].decode("utf-8", "replace"))
-            failure["status"] = error.answer.status
+            failure["status"] = error.answer.code
             failure["body"] = head.encode()[:_MAX_BODY].decode("utf-8", "ignore")
         if error.source:
             failure["source"] = error.source

@@ -34,11 +34,11 @@ from astera_lite import (
     LENIENT_DECODER,
     MAX_WORK,
     Address,
+    Answer,
     Budget,
     Build,
     Duration,
     ExpressionError,
-    Fetched,
     FlowError,
     FlowFailure,
     HttpCall,
@@ -544,8 +544,8 @@ class _ClientCredentials(Auth):
         detail = "no token could be obtained for the API it calls"
         try:
             answer = fetch("POST", url, headers, body, timeout=run.left(), max_bytes=64 << 10)
-            if not 200 <= answer.status < 300:
-                raise OutboundError("transport", f"the token server answered {answer.status}")
+            if not 200 <= answer.code < 300:
+                raise OutboundError("transport", f"the token server answered {answer.code}")
             given = from_json(answer.body, LENIENT_DECODER)
             token = given["access_token"]
             if not isinstance(token, str) or not token:
@@ -664,7 +664,7 @@ class _ConnectedCall(HttpCall):
         with run.within(timeout, "") if timeout else contextlib.nullcontext():
             return super().send(run, request, max_bytes)
 
-    def exchange(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Fetched:
+    def exchange(self, run: Run, request: OutgoingRequest, max_bytes: int) -> Answer:
         """The response to one request; refused credentials are renewed once. Another origin gets none."""
         auth = self._connection(run).auth if request.fixed else None
         if auth is None:
@@ -674,7 +674,7 @@ class _ConnectedCall(HttpCall):
             proven.headers = dict(request.headers)
             auth.apply(run, proven)
             answer = super().exchange(run, proven, max_bytes)
-            if answer.status != 401 or is_last or not auth.forget():
+            if answer.code != 401 or is_last or not auth.forget():
                 break
         return answer
 

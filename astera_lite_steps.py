@@ -32,7 +32,6 @@ from astera_lite import (
     Condition,
     Either,
     ExpressionError,
-    Fetched,
     Flag,
     Flow,
     FlowFailure,
@@ -218,8 +217,7 @@ def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
         with part.within(flow.timeout, journal_key(inside, "deadline")) if flow.timeout else contextlib.nullcontext():
             answer = answer_of(flow, part, inside)
         run.progress = part.progress
-        fetched = Fetched(answer.code, list(answer.headers), answer.body)
-        return {"status": answer.code, "headers": joined_headers(answer.headers), "body": read_answer(fetched)}
+        return {"status": answer.code, "headers": joined_headers(answer.headers), "body": read_answer(answer)}
 
     return call
 
@@ -232,7 +230,7 @@ def answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
     except Answered as answered:
         return answered.answer
     except FlowFailure as failed:
-        answer = Fetched(failed.status, list(failed.headers), b"")
+        answer = Answer(failed.status, failed.headers)
         error = StepError(failed.status, failed.detail, str(failed), {"fail"}, answer)
         error.failure = failed.failure
         raise error from None
@@ -480,7 +478,7 @@ class _Canned:
         name = path if path in steps or path in fails else step.name
         if isinstance(failure := fails.get(name), dict):
             body = json_body(failure["body"]) if "body" in failure else b""
-            raise unexpected_answer("GET", Fetched(failure["status"], [("Content-Type", "application/json")], body))
+            raise unexpected_answer("GET", Answer(failure["status"], (("Content-Type", "application/json"),), body))
         if failure is not None:
             raise StepError(failure, "it fails in this test", "fails", {"timeout" if failure == 504 else "transport"})
         if name in steps:
@@ -525,7 +523,7 @@ def _differences(outcome: Outcome, expected: Mapping[str, Any]) -> list[str]:
         if headers.get(name.lower()) != as_text(value):
             lines.append(f"header {name}: expected {shown(value)}, got {shown(headers.get(name.lower()))}")
     if "body" in expected:
-        lines += _unlike(expected["body"], read_answer(Fetched(answer.code, list(answer.headers), answer.body)), "body")
+        lines += _unlike(expected["body"], read_answer(answer), "body")
     return lines
 
 

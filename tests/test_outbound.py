@@ -24,8 +24,8 @@ import astera_lite
 from astera_lite import (
     AddressPolicy,
     AddressRefused,
+    Answer,
     ConfigError,
-    Fetched,
     OutboundError,
     literal_addresses,
     parse_target,
@@ -310,7 +310,7 @@ def serving() -> Iterator[Serving]:
         server.close()
 
 
-def fetch(url: str, **more: Any) -> Fetched:
+def fetch(url: str, **more: Any) -> Answer:
     given: dict[str, Any] = {"method": "GET", "headers": {}, "body": None, "timeout": 10.0, "max_bytes": 1 << 20}
     given |= {"policy": LOOPBACK, **more}
     return astera_lite.fetch(given.pop("method"), url, given.pop("headers"), given.pop("body"), **given)
@@ -325,7 +325,7 @@ def failure(url: str, **more: Any) -> OutboundError:
 def test_an_answer_comes_back_whole(serving: Serving) -> None:
     server = serving(b"HTTP/1.1 418 I'm a teapot\r\nX-A: 1\r\nX-A: 2\r\nContent-Length: 3\r\n\r\nabc")
     answer = fetch(server.url + "p?q=1", headers={"X-B": "3"})
-    assert (answer.status, answer.body) == (418, b"abc")
+    assert (answer.code, answer.body) == (418, b"abc")
     assert [value for name, value in answer.headers if name == "X-A"] == ["1", "2"]
     head = server.heads[0].decode()
     assert head.startswith("GET /p?q=1 HTTP/1.1\r\n")
@@ -378,7 +378,7 @@ def test_codings_are_undone_within_the_limit(serving: Serving, coding: str, body
     server = serving(coded(coding, body))
     assert fetch(server.url, max_bytes=len(TEXT)).body == TEXT
     assert failure(server.url, max_bytes=len(TEXT) - 1).kind == "too_large"
-    assert fetch(server.url, max_bytes=0).status == 200
+    assert fetch(server.url, max_bytes=0).code == 200
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ def test_a_damaged_coding_is_a_transport_error(serving: Serving, coding: str, bo
 
 def test_the_answer_to_head_has_no_body(serving: Serving) -> None:
     server = serving(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-    assert fetch(server.url, method="HEAD") == Fetched(200, [("Content-Length", "1000")], b"")
+    assert fetch(server.url, method="HEAD") == Answer(200, (("Content-Length", "1000"),))
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -406,13 +406,13 @@ def test_redirects_are_not_followed(serving: Serving, status: int) -> None:
     elsewhere = serving(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
     server = serving(f"HTTP/1.1 {status} Go\r\nLocation: {elsewhere.url}\r\nContent-Length: 0\r\n\r\n".encode())
     answer = fetch(server.url, method="POST", body=b"x")
-    assert answer.status == status
+    assert answer.code == status
     assert elsewhere.heads == []
 
 
 @pytest.mark.parametrize("status", [401, 404, 407, 500, 503])
 def test_any_status_is_an_answer(serving: Serving, status: int) -> None:
-    assert fetch(serving(f"HTTP/1.1 {status} X\r\nContent-Length: 0\r\n\r\n".encode()).url).status == status
+    assert fetch(serving(f"HTTP/1.1 {status} X\r\nContent-Length: 0\r\n\r\n".encode()).url).code == status
 
 
 def test_proxy_variables_mean_nothing(serving: Serving, sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,7 +420,7 @@ def test_proxy_variables_mean_nothing(serving: Serving, sink: Sink, monkeypatch:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, proxy.url)
     monkeypatch.setenv("no_proxy", "")
-    assert fetch(sink.url, method="POST", body=b"{}").status == 204
+    assert fetch(sink.url, method="POST", body=b"{}").code == 204
     assert proxy.heads == []
 
 
@@ -457,7 +457,7 @@ def test_a_name_is_looked_up_once_and_its_judged_address_connected_to(
 ) -> None:
     asked = lookups(monkeypatch, ["127.0.0.1"], ["192.0.2.1"])
     url = sink.url.replace("127.0.0.1", "rebind.example")
-    assert fetch(url, method="POST", body=b"{}", policy=AddressPolicy("127.0.0.1")).status == 204
+    assert fetch(url, method="POST", body=b"{}", policy=AddressPolicy("127.0.0.1")).code == 204
     assert asked == ["rebind.example"]
     assert sink.got.get(timeout=5)[0]["host"].startswith("rebind.example:")
 
@@ -493,7 +493,7 @@ def test_loopback_is_refused_in_every_spelling(sink: Sink, host: str) -> None:
 def test_the_next_address_is_tried(sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
     lookups(monkeypatch, ["127.0.0.2", "127.0.0.1"])
     url = sink.url.replace("127.0.0.1", "two.example")
-    assert fetch(url, method="POST", body=b"{}").status == 204
+    assert fetch(url, method="POST", body=b"{}").code == 204
 
 
 def test_of_thousands_of_addresses_a_few_are_tried(sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -680,7 +680,7 @@ def test_headers_are_limited_too(serving: Serving) -> None:
 
 def test_no_body_is_read_when_none_is_wanted(serving: Serving) -> None:
     server = serving(endless(OK + b"Content-Length: 99999999999\r\n\r\n", b"x" * 65536))
-    assert fetch(server.url, max_bytes=0).status == 200
+    assert fetch(server.url, max_bytes=0).code == 200
 
 
 @pytest.mark.parametrize(
@@ -727,13 +727,13 @@ def test_a_callback_s_answer_that_is_not_http_is_no_answer(serving: Serving, lin
     ],
 )  # fmt: skip
 def test_a_callback_is_answered_by_a_whole_head(serving: Serving, answer: bytes, status: int) -> None:
-    assert fetch(serving(answer).url, method="POST", body=b"{}", max_bytes=0).status == status
+    assert fetch(serving(answer).url, method="POST", body=b"{}", max_bytes=0).code == status
 
 
 @pytest.mark.parametrize("size", [2, 16 << 20])
 def test_an_answer_that_comes_before_the_request_is_read_counts(serving: Serving, size: int) -> None:
     server = serving(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n", read_first=False)  # and then it resets
-    assert fetch(server.url, method="POST", body=bytes(size)).status == 413
+    assert fetch(server.url, method="POST", body=bytes(size)).code == 413
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def attempt(name, allow, *found):
     asked.clear(), reached.clear()
     url = f"http://{name}:{receiver.getsockname()[1]}/"
     try:
-        outcome = fetch("POST", url, {}, b"{}", timeout=5, max_bytes=0, policy=AddressPolicy(allow)).status
+        outcome = fetch("POST", url, {}, b"{}", timeout=5, max_bytes=0, policy=AddressPolicy(allow)).code
     except AddressRefused as refused:
         outcome = str(refused)
     except OutboundError as error:
