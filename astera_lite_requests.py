@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 from astera_lite import (
     CONNECTIONS_FILE,
     CONTENT_TYPES,
-    KNOWN_CODINGS,
     LENIENT_DECODER,
     MAX_WORK,
     Address,
@@ -49,6 +48,7 @@ from astera_lite import (
     OneOf,
     OutboundError,
     OutgoingRequest,
+    Pairs,
     Parameter,
     Run,
     Runner,
@@ -722,9 +722,26 @@ def join_selections(build: Build, each: Sequence[Selection], parameters: Sequenc
     return selection
 
 
-def decoded(data: bytes, codings: Sequence[str], max_bytes: int) -> bytes:
+_CODINGS = ("gzip", "deflate")
+
+
+def _codings(headers: Pairs) -> list[str]:
+    """The codings of a body, in the order in which they were applied (RFC 9110, section 8.4)."""
+    values = [value for name, value in headers if name.lower() == "content-encoding"]
+    words = [word.strip().lower() for word in ",".join(values).split(",")]
+    return [word.removeprefix("x-") for word in words if word not in ("", "identity")]
+
+
+def check_codings(headers: Pairs) -> None:
+    """Raise ValueError if a body has a coding that is unknown here."""
+    for coding in _codings(headers):
+        if coding not in _CODINGS:
+            raise ValueError(f"in the Content-Encoding {shown(coding)}: {' and '.join(_CODINGS)} are known here")
+
+
+def decoded(data: bytes, headers: Pairs, max_bytes: int) -> bytes:
     """A body decoded from gzip and deflate, up to the first unknown coding; raises OutboundError."""
-    for coding in itertools.takewhile(KNOWN_CODINGS.__contains__, reversed(codings)):
+    for coding in itertools.takewhile(_CODINGS.__contains__, reversed(_codings(headers))):
         try:
             if coding == "gzip":
                 data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(max_bytes + 1)
