@@ -1164,26 +1164,6 @@ class Trace(NamedTuple):
         return {"traceparent": parent} | ({"tracestate": self.state} if self.state else {})
 
 
-_TRACEPARENT = r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(-.*)?"
-_STATE = r"([a-z0-9][a-z0-9_\-*/@]{0,255})=[ -+\--<>-~]{0,255}[!-+\--<>-~]"
-
-
-def parse_trace(headers: Mapping[str, str]) -> Trace | None:
-    """The trace that a request belongs to; None without a `traceparent`, or with a malformed one.
-
-    A malformed `tracestate` is dropped. Members beyond 32, and beyond 512 characters in all, are dropped from its end.
-    """
-    match = re.fullmatch(_TRACEPARENT, headers.get("traceparent", ""))
-    if match is None or (match[1] == "00" and match[4]):  # only a later version may have more parts
-        return None
-    states = [text for part in headers.get("tracestate", "").split(",") if (text := part.strip(" \t"))]
-    keys = {state[1] for text in states if (state := re.fullmatch(_STATE, text))}
-    kept = states[:32] if len(keys) == len(states) else []
-    while len(",".join(kept)) > 512:
-        kept.pop()
-    return Trace(match[2], int(match[3], 16) & 3, ",".join(kept))
-
-
 def about(what: str, its_id: str, flow: str, trace: Trace | None) -> dict[str, str]:
     """The `extra` of a log record about a job or a request."""
     return {what: its_id, "flow": flow} | ({"trace": trace.id} if trace else {})
@@ -8337,7 +8317,7 @@ def _stored_request(x: Exchange, flow: Flow, query: str) -> StoredRequest:
     check_coding(x)
     sent = x.head.headers
     declared = {name: sent[name] for name in flow.header_names if name in sent}
-    trace = parse_trace(sent) if "traceparent" in sent else None
+    trace = (optional("astera_lite_notices:parse_trace", sent) or None) if "traceparent" in sent else None
     return StoredRequest(flow.method, x.path, query, declared, x.body, trace)
 
 

@@ -78,9 +78,9 @@ from astera_lite import (
     late,
     log,
     one_line_each,
+    optional,
     parse_flow_text,
     parse_query,
-    parse_trace,
     problem,
     reason_of,
     resource,
@@ -492,7 +492,7 @@ def job_rerun(x: Exchange) -> None:
     flow = deployments.by_name.get(job.flow)
     if found is None or flow is None:
         raise Conflict(f'The flow "{job.flow}" is not deployed any more.')
-    request = found[0]._replace(trace=parse_trace(x.head.headers))
+    request = found[0]._replace(trace=optional("astera_lite_notices:parse_trace", x.head.headers) or None)
     if flow not in [match.get(request.method) for match in deployments.match(request.path)]:
         raise Conflict(f'The flow "{job.flow}" has another method or resource now.')
     if "asynchronous" not in flow.modes:

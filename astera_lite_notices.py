@@ -1,4 +1,4 @@
-"""What a server tells people and service managers: calls, examples of requests, its state, the log as JSON.
+"""What a server tells people and other programs: calls, examples of requests, its state, traces, the log as JSON.
 
 A wing of astera_lite, which loads this file when a server starts; without the file, the start prints the address only.
 """
@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import time
 import urllib.parse
@@ -29,11 +30,11 @@ from astera_lite import (
     JobKey,
     Reply,
     Server,
+    Trace,
     as_text,
     is_json_type,
     log,
     log_message,
-    parse_trace,
     resource,
     shown,
     timestamp,
@@ -183,6 +184,26 @@ def send_state(state: str) -> None:
 
 
 # --- the log ---
+
+
+_TRACEPARENT = r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-([0-9a-f]{2})(-.*)?"
+_STATE = r"([a-z0-9][a-z0-9_\-*/@]{0,255})=[ -+\--<>-~]{0,255}[!-+\--<>-~]"
+
+
+def parse_trace(headers: Mapping[str, str]) -> Trace | None:
+    """The trace that a request belongs to; None without a `traceparent`, or with a malformed one.
+
+    A malformed `tracestate` is dropped. Members beyond 32, and beyond 512 characters in all, are dropped from its end.
+    """
+    match = re.fullmatch(_TRACEPARENT, headers.get("traceparent", ""))
+    if match is None or (match[1] == "00" and match[4]):  # only a later version may have more parts
+        return None
+    states = [text for part in headers.get("tracestate", "").split(",") if (text := part.strip(" \t"))]
+    keys = {state[1] for text in states if (state := re.fullmatch(_STATE, text))}
+    kept = states[:32] if len(keys) == len(states) else []
+    while len(",".join(kept)) > 512:
+        kept.pop()
+    return Trace(match[2], int(match[3], 16) & 3, ",".join(kept))
 
 
 def about(x: Exchange) -> dict[str, Any]:

@@ -174,13 +174,17 @@ def test_two_files_are_a_server(alone: Path, sink: Sink) -> None:
         api = Api(url)
         assert api.session.get(f"{url}/api/publishing/hello?name=Ada", timeout=10).json() == {"greeting": "Hello, Ada!"}
         accepted = api.session.get(
-            f"{url}/api/publishingAsync/slow", params={"seconds": "0.3", "callbackUrl": f"{sink.url}/done"}, timeout=10
+            f"{url}/api/publishingAsync/slow",
+            params={"seconds": "0.3", "callbackUrl": f"{sink.url}/done"},
+            headers={"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"},  # which needs a file, too
+            timeout=10,
         )
         assert accepted.status_code == 202
         status = api.session.get(accepted.headers["Location"], headers={"Prefer": "wait=10"}, timeout=20)
         assert status.json()["status"] == "Completed"
         assert api.session.get(status.headers["Location"], timeout=10).json()["waited"] == 0.3
-        assert sink.next()[0]["location"] == status.headers["Location"]
+        told = sink.next()[0]
+        assert (told["location"], told.get("traceparent")) == (status.headers["Location"], None)
         missing = api.session.get(f"{url}/openapi.json", timeout=10)
         assert missing.status_code == 501
         assert missing.json()["detail"] == "astera_lite_documents.py is missing: copy it beside astera_lite.py"

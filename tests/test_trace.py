@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support import Api, Sink, get_flow, process, running, until
 
-from astera_lite import parse_trace
+from astera_lite_notices import parse_trace
 
 ID, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SENT = {"traceparent": f"00-{ID}-{PARENT}-01", "tracestate": "rojo=00f067aa0ba902b7,congo@x=t61 a"}
