@@ -1429,30 +1429,6 @@ def _extreme(choose: Callable[..., Any], *values: Any, default: Any = None) -> A
     return choose(values[0] if len(values) == 1 else values, default=default)
 
 
-def _range(start: int, stop: int | None = None, step: int = 1) -> list[int]:
-    numbers = range(start) if stop is None else range(start, stop, step)
-    if len(numbers) > MAX_WORK // 10:
-        raise ExpressionError(f"the range has more than {MAX_WORK // 10:,} numbers")
-    return list(numbers)
-
-
-def _unique(values: Any) -> list[Any]:
-    try:
-        return list(dict.fromkeys(values))
-    except TypeError:
-        return list({to_json(value): value for value in values}.values())
-
-
-def _merge(*objects: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for each in objects for name, value in dict(each).items()}
-
-
-def _parse_json(text: Any) -> Any:
-    if not isinstance(text, str | bytes):
-        raise ExpressionError(f"{kind_of(text)} is not text")
-    return from_json(text, LENIENT_DECODER)
-
-
 def encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plus) -> str:
     """An object as a query or a form: lists repeat the name, null is left out. Raises ExpressionError."""
     if type(values) is not dict:
@@ -1462,10 +1438,6 @@ def encode_query(values: Any, quote: Callable[..., str] = urllib.parse.quote_plu
         items = value if type(value) in (list, tuple) else [value]
         pairs += [(name, as_text(item)) for item in items if item is not None]
     return urllib.parse.urlencode(pairs, quote_via=quote)
-
-
-def _urlencode(value: Any) -> str:
-    return encode_query(value) if type(value) is dict else urllib.parse.quote(as_text(value), safe="")
 
 
 def _now() -> str:
@@ -1508,19 +1480,19 @@ FUNCTIONS = {
         Function("all(values, /)", all),
         Function("zip(*lists)", lambda *lists: list(zip(*lists, strict=False))),
         Function("enumerate(values, start=0)", lambda values, start=0: list(enumerate(values, start))),
-        Function("range(start, stop=null, step=1)", _range),
+        Function("range(start, stop=null, step=1)", "astera_lite_steps:numbers"),
         Function("str(value)", as_text, _whole),
         Function("list(values=[])", lambda values=(): list(values)),
         Function("json(value)", to_json, _whole),
-        Function("parse_json(text)", _parse_json),
+        Function("parse_json(text)", "astera_lite_steps:parse_json"),
         Function("base64(value)", lambda value: base64.b64encode(as_bytes(value)).decode(), _whole),
         Function("sha256(value)", lambda value: hashlib.sha256(as_bytes(value)).hexdigest(), _whole),
-        Function("urlencode(value)", _urlencode, _whole),
+        Function("urlencode(value)", "astera_lite_steps:urlencode", _whole),
         Function("sort_by(rows, *fields)", "astera_lite_steps:sort_by", "astera_lite_steps:field_values"),
         Function("group_by(rows, name)", "astera_lite_steps:group_by", "astera_lite_steps:field_values"),
         Function("index_by(rows, name)", "astera_lite_steps:index_by", "astera_lite_steps:field_values"),
-        Function("unique(values)", _unique, _whole),
-        Function("merge(*objects)", _merge, lambda *objects: map(list, objects)),
+        Function("unique(values)", "astera_lite_steps:unique", _whole),
+        Function("merge(*objects)", "astera_lite_steps:merge", lambda *objects: map(list, objects)),
     )
 }
 #: Functions whose results differ each time. Results are saved with the job, so that a resumed run sees the same.

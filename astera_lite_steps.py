@@ -1,4 +1,4 @@
-"""The steps choose, each, call and sql; `until` of a wait; tests and TOML of flows; the functions that take rows.
+"""The steps choose, each, call and sql; `until` of a wait; tests and TOML of flows; some functions of expressions.
 
 A wing of astera_lite, which loads this file when one of them is first wanted.
 """
@@ -15,6 +15,7 @@ import os
 import re
 import sqlite3
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +23,9 @@ from typing import Any, NamedTuple
 from astera_lite import (
     FLOW_NAME,
     INT64,
+    LENIENT_DECODER,
     MAX_JSON_DEPTH,
+    MAX_WORK,
     VALUE_TYPES,
     Answer,
     Answered,
@@ -57,8 +60,10 @@ from astera_lite import (
     Value,
     as_text,
     check_whens,
+    encode_query,
     equal,
     evaluated,
+    from_json,
     joined_headers,
     journal_key,
     json_body,
@@ -70,6 +75,7 @@ from astera_lite import (
     run_steps,
     shown,
     suggest,
+    to_json,
     unexpected_answer,
     wing,
 )
@@ -618,3 +624,36 @@ def field_values(rows: Any, *names: Any, **named: Any) -> list[Any]:
         return []
     names = tuple(name.removeprefix("-") for name in (*names, *named.values()) if type(name) is str)
     return [row.get(name) for row in rows if type(row) is dict for name in names]
+
+
+def numbers(start: int, stop: int | None = None, step: int = 1) -> list[int]:
+    """The numbers of Python's range()."""
+    found = range(start) if stop is None else range(start, stop, step)
+    if len(found) > MAX_WORK // 10:
+        raise ExpressionError(f"the range has more than {MAX_WORK // 10:,} numbers")
+    return list(found)
+
+
+def unique(values: Any) -> list[Any]:
+    """The values without those that were there before."""
+    try:
+        return list(dict.fromkeys(values))
+    except TypeError:
+        return list({to_json(value): value for value in values}.values())
+
+
+def merge(*objects: dict[str, Any]) -> dict[str, Any]:
+    """One object with the members of all; of members with the same name, the last one."""
+    return {name: value for each in objects for name, value in dict(each).items()}
+
+
+def parse_json(text: Any) -> Any:
+    """The value of a text in JSON."""
+    if not isinstance(text, str | bytes):
+        raise ExpressionError(f"{kind_of(text)} is not text")
+    return from_json(text, LENIENT_DECODER)
+
+
+def urlencode(value: Any) -> str:
+    """An object as a query; other values percent-encoded."""
+    return encode_query(value) if type(value) is dict else urllib.parse.quote(as_text(value), safe="")

@@ -374,6 +374,7 @@ STEPS = {
     "each": {"each": {"of": [], "steps": [{"name": "t", "set": 1}]}},
     "call": {"call": "hello"},
     "rows": {"set": "${sort_by([], 'k')}"},
+    "numbers": {"set": "${range(3)}"},
     "until_then": {"wait": {"until": "2026-11-23T20:31:05Z"}},
     "pages": {"http": {"url": "http://127.0.0.1/", "pages": {"link": True}}},
     "until": {"http": {"url": "http://127.0.0.1/", "until": "${answer.body}"}},
