@@ -171,6 +171,9 @@ _TYPE_ERRORS = {
     "concatenate list": "+ joins a list only with a list: write list + [x]",
     r"(operand|instances).*'NoneType'": "one side is null: `… or 0` gives a number instead",
     r"(operand|instances).*'str'": "text is not a number: int(…) or float(…) reads one",
+    r"has no len\(\)": "only text, lists and objects have a length",
+    "is not .*iterable": "only lists, objects and text have items; where it may be null, write `… or []`",
+    "unhashable type": "a list or an object cannot be the name of a member or a group",
 }
 
 
