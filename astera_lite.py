@@ -7092,14 +7092,6 @@ class Deployer:
             self.reload()
             log.info("read the flows again%s", optional("astera_lite_notices:on_reload", self.deployments))
 
-    def deploy(self, name: str, tree: Any) -> Flow:
-        """Deploy a flow for the program; it replaces a flow of the same name. Raises FlowError."""
-        with self.changing:
-            flow = self.build(tree, name)
-            self.deployments = self.replaced(name, flow)
-            self.own[name] = flow
-        return flow
-
     def replaced(self, name: str, *flow: Flow) -> Deployments:
         """The deployments with this flow under a name, or without one; raises FlowError for the flow's faults."""
         others = {other.name: other for other in self.deployments.by_name.values() if other.name != name}

@@ -430,7 +430,12 @@ class AsteraLite(Application):
 
     def deploy(self, name: str, tree: dict[str, Any]) -> Flow:
         """Deploy the content of a flow file; it replaces a flow of the same name. Raises FlowError."""
-        return self.deployer.deploy(name, tree)
+        deployer = self.deployer
+        with deployer.changing:
+            flow = deployer.build(tree, name)
+            deployer.deployments = deployer.replaced(name, flow)
+            deployer.own[name] = flow
+        return flow
 
     def flow(
         self, route: str, *, name: str = "", processing: Sequence[str] = MODES, **options: Any
@@ -451,7 +456,7 @@ class AsteraLite(Application):
 
         def publish(function: _Function) -> _Function:
             tree = _function_flow(function, route, modes, options)
-            self.deployer.deploy(name or function.__name__.replace("_", "-"), tree)
+            self.deploy(name or function.__name__.replace("_", "-"), tree)
             return function
 
         return publish
