@@ -7468,12 +7468,11 @@ class Application:
 
     # --- running ---
 
-    def run_sync(self, flow: Flow, given: Input, done: Callable[[Outcome | AsteraError], None]) -> None:
-        """Run a flow for a caller who waits; `done` gets the outcome, or why the run cannot begin, on any thread."""
-        self.runner(flow).run_sync(self.new_run(flow, given), done)
-
     def runner(self, flow: Flow) -> Any:
-        """What runs synchronous calls of a flow: the engine, or the node, which shares the flow's limit with others."""
+        """What runs synchronous calls of a flow: the engine, or the node, which shares the flow's limit with others.
+
+        The `done` of its `run_sync` gets the outcome, or why the run cannot begin, on any thread.
+        """
         return self.node if self.node and flow.limit is not None else self.engine
 
     def new_run(self, flow: Flow, given: Input) -> Run:
@@ -8403,10 +8402,10 @@ def _call_flow(x: Exchange, flow: Flow) -> Reply | None:
             raise outcome
         return flow_response(outcome.answer)
 
-    limit = min(flow.timeout or x.app.settings.sync_timeout, x.app.settings.sync_timeout)
+    run = x.app.new_run(flow, given)
     late = Outcome.failed("timeout", 504, "The flow exceeded its time limit.")
-    x.later(limit + 0.25, partial(answer, late), False)
-    x.app.run_sync(flow, given, partial(x.post, answer))
+    x.later(run.deadline + 0.25 - x.app.clock.monotonic(), partial(answer, late), False)
+    x.app.runner(flow).run_sync(run, partial(x.post, answer))
     return None
 
 

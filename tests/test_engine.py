@@ -283,7 +283,7 @@ def test_a_call_that_finds_no_thread_ends_at_its_deadline(tmp_path: Path, gate: 
         flow = app.deployments.by_name["f"]
         given = flow.bind(StoredRequest("GET", "/f", "", {}, b""), "id")
         for _ in range(3):  # as the server calls; there are two threads
-            app.run_sync(flow, given, ended.put)
+            app.runner(flow).run_sync(app.new_run(flow, given), ended.put)
         gate.entered()
         gate.entered()
         clock.tick(app.settings.sync_timeout)
@@ -300,12 +300,14 @@ def test_a_call_that_was_let_in_and_ends_at_its_deadline_gives_its_place_on(tmp_
         one, f = (app.deployments.by_name[name] for name in ("one", "f"))
         first = pool.submit(app.run, "one")  # on a thread that is not the engine's
         gate.entered()
-        app.run_sync(one, one.bind(StoredRequest("GET", "/one", "", {}, b""), "id"), ended.put)
+        given = one.bind(StoredRequest("GET", "/one", "", {}, b""), "id")
+        app.runner(one).run_sync(app.new_run(one, given), ended.put)
         until(lambda: held(app) == 1)
         job = app.submit("one")
         until(lambda: held(app) + app.store.queued == 2)
         for _ in range(2):  # which takes both threads
-            app.run_sync(f, f.bind(StoredRequest("GET", "/f", "", {}, b""), "id"), lambda outcome: None)
+            given = f.bind(StoredRequest("GET", "/f", "", {}, b""), "id")
+            app.runner(f).run_sync(app.new_run(f, given), lambda outcome: None)
             busy.entered()
         gate.open.set()
         first.result(10)  # the call is let in, and there is no thread for it
@@ -325,7 +327,7 @@ def test_no_call_begins_after_the_stop(tmp_path: Path, gate: Gate, limit: dict[s
         flow = app.deployments.by_name["f"]
         given = flow.bind(StoredRequest("GET", "/f", "", {}, b""), "id")
         for _ in range(5):
-            app.run_sync(flow, given, ended.put)
+            app.runner(flow).run_sync(app.new_run(flow, given), ended.put)
         first = 1 if limit else 2
         for _ in range(first):
             gate.entered()
