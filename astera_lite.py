@@ -6533,24 +6533,15 @@ class Engine:
         outcome = self.run_at_once(flow, given, trace)
         if outcome is None or len(outcome.answer.body) > PIECE:
             return None
-        return self._finish(job, outcome, trace, started=job.created)
+        return self._finish(job._replace(started=job.created), outcome, trace)
 
-    def _finish(
-        self,
-        job: Job,
-        outcome: Outcome,
-        trace: Sequence[dict[str, Any]] | None = None,
-        *,
-        started: int | None = None,
-        fenced: bool = True,
-    ) -> Finish:
-        """The end of a job, which began at `job.started` or at `started`, and the callback that the server owes."""
+    def _finish(self, job: Job, outcome: Outcome, trace: Sequence[dict[str, Any]] = (), fenced: bool = True) -> Finish:
+        """The end of a job, and the callback that the server owes."""
         now, callback = self._clock.now(), None
         job = job._replace(
             status=outcome.status,
             attempt=max(job.attempt, 1),
             due=None,
-            started=started or job.started,
             finished=now,
             expires=now + self._retention_ms,
             error=outcome.error,
@@ -6599,12 +6590,6 @@ class Engine:
         run, prepared = entry.run, entry.prepared  # which the job's thread may drop at any moment
         job = entry.job or (prepared.job if prepared else None)
         return job if job and job.key == key else None, run.progress if run else entry.progress
-
-    def trace(self, key: JobKey) -> list[dict[str, Any]] | None:
-        """The steps so far of a running job."""
-        entry = self.queue.entries.get(key.seq)
-        run = entry.run if entry else None
-        return list(run.trace) if run and run.trace else None
 
     def retry_after(self, flow: str) -> int:
         """Whole seconds, at least 1, after which a new job of this flow is likely to be finished."""
@@ -7161,8 +7146,6 @@ def check_callback(url: str, policy: AddressPolicy, errors: InputErrors) -> None
 
 def _fingerprint(request: StoredRequest, callback: Delivery | None) -> bytes:
     """A hash of a request: the same for the same request under one idempotency key."""
-    import hashlib  # noqa: PLC0415 (for bodies of any size OpenSSL's code is worth its memory)
-
     query = [part.partition("=")[::2] for part in request.query.split("&") if part]
     decoded = [(unquote(name, plus=True), unquote(value, plus=True)) for name, value in query]
     segments = [unquote(segment) for segment in request.path.split("/")]

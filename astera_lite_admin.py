@@ -555,7 +555,9 @@ def job_details(x: Exchange) -> Reply:
     job, progress = find_job(x, x.values["id"])
     app, offset = x.app, x.app.clock.offset
     document = status_document(job, x.base, progress, offset=offset) | {"request": _request_document(app, job)}
-    steps = app.engine.trace(job.key) or app.store.trace(job.key)
+    entry = app.engine.queue.entries.get(job.key.seq)
+    run = entry.run if entry else None
+    steps = list(run.trace) if run and run.trace else app.store.trace(job.key)
     is_local = is_loopback(app.settings.host) and app.settings.public_url is None
     if x.caller.admin and (x.caller is not ANYBODY or is_local):
         document["failure"] = failure_of(job, steps)
