@@ -1066,9 +1066,22 @@ class Token(NamedTuple):
 
     name: str
     digest: bytes
-    role: str = "user"  # or admin: sees every job, and may deploy
+    role: str = "user"  # or admin: sees every job, and may deploy; a user sees the jobs of this token
     flows: frozenset[str] | None = None
     created: int = 0  # milliseconds since the epoch, by the system's clock
+
+    @property
+    def admin(self) -> bool:
+        """Whether the role is admin."""
+        return self.role == "admin"
+
+    def may_call(self, flow: str) -> bool:
+        """Whether the caller may call a flow."""
+        return self.flows is None or flow in self.flows
+
+
+ANYBODY = Token("", b"", "admin")  # every caller of a server without tokens
+NOBODY = Token("", b"", flows=frozenset())  # a caller without a token, on a route that needs none
 
 
 class Answer(NamedTuple):
@@ -6950,25 +6963,6 @@ class Housekeeper:
 # ======================================================================================================================
 
 
-class Principal(NamedTuple):
-    """The caller: name of the token, whether its role is admin, and the flows that it may call (None: all).
-
-    A token sees its own jobs, an admin sees all jobs.
-    """
-
-    name: str = ""
-    admin: bool = True
-    flows: frozenset[str] | None = None
-
-    def may_call(self, flow: str) -> bool:
-        """Whether the caller may call a flow."""
-        return self.flows is None or flow in self.flows
-
-
-ANYBODY = Principal()  # every caller of a server without tokens
-NOBODY = Principal(admin=False, flows=frozenset())  # a caller without a token, on a route that needs none
-
-
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a listener on this host."""
     addresses = literal_addresses(host)
@@ -7435,7 +7429,7 @@ class Application:
             self.engine.announce(ended)
         done(result, error)
 
-    def find(self, key: JobKey, caller: Principal) -> tuple[Job, Progress | None] | None:
+    def find(self, key: JobKey, caller: Token) -> tuple[Job, Progress | None] | None:
         """A job and its progress; None if the job is unknown or expired, or belongs to another token."""
         job, progress = self.engine.peek(key)
         job = job or self.store.get(key)
@@ -7592,8 +7586,8 @@ class Access:
         if headers.get("sec-fetch-site") == "cross-site" and not _is_followed_link(head):
             raise AccessError(403, "Pages of other sites may not call this server.")
 
-    def principal(self, authorization: str | None) -> Principal:
-        """The caller to whom a bearer token belongs; raises AccessError (RFC 6750)."""
+    def caller(self, authorization: str | None) -> Token:
+        """The token that a request has (RFC 6750), or ANYBODY on an open server without tokens; raises AccessError."""
         tokens = [*self._setting, *self._app.tokens]
         if not tokens and self._open:
             return ANYBODY
@@ -7606,7 +7600,7 @@ class Access:
         found = [token for token in tokens if hmac.compare_digest(digest, token.digest)]  # all, so that none is faster
         if not found:
             raise AccessError(401, "The token is unknown or revoked.", "invalid_token")
-        return Principal(found[0].name, found[0].role == "admin", found[0].flows)
+        return found[0]
 
 
 # ======================================================================================================================
@@ -8487,7 +8481,7 @@ def route_request(x: Exchange, access: Access) -> None:
     routes, x.values = find_routes(head.path)
     route = routes.get(head.method) or (routes.get("GET") if head.method == "HEAD" else None) or routes.get("*")
     try:
-        x.caller = access.principal(head.headers.get("authorization"))
+        x.caller = access.caller(head.headers.get("authorization"))
     except AccessError:
         if route is None or not route.is_open:
             raise

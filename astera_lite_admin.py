@@ -53,11 +53,11 @@ from astera_lite import (
     Job,
     NotFound,
     Prepared,
-    Principal,
     Reply,
     Seen,
     Status,
     StoredResult,
+    Token,
     UnknownJob,
     __version__,
     allowed_methods,
@@ -413,7 +413,7 @@ DEFAULT_LIST, MAX_LIST = 50, 1000  # jobs on a page
 
 
 def page_of_jobs(
-    app: Application, caller: Principal, flow: str | None, status: Status | None, limit: int, before: int | None
+    app: Application, caller: Token, flow: str | None, status: Status | None, limit: int, before: int | None
 ) -> tuple[list[Job], int | None]:
     """Jobs that the caller may see, newest first, and the `before` of the next page."""
     token = None if caller.admin else caller.name

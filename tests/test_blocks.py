@@ -14,6 +14,7 @@ import pytest
 from support import FakeClock, get_flow, running, until
 
 from astera_lite import (
+    ANYBODY,
     AsteraLite,
     Busy,
     Clock,
@@ -21,7 +22,6 @@ from astera_lite import (
     FlowError,
     InputError,
     Job,
-    Principal,
     Status,
     build_flow,
     from_saved,
@@ -633,7 +633,7 @@ def test_a_wait_inside_each_holds_no_thread_and_resumes(tmp_path: Path) -> None:
         for turn in (1, 2, 3):
             until(lambda: app.engine.queue.counts() == {"queued": 0, "running": 0, "waiting": 1})
             assert ran == list(range(1, turn + 1))
-            found = app.find(job.key, Principal())
+            found = app.find(job.key, ANYBODY)
             assert found is not None and found[1] is not None
             assert (found[1].step, found[1].done, found[1].total) == ("every", turn - 1, 3) or turn == 1
             clock.tick(60)
