@@ -4929,7 +4929,7 @@ _BATCH = 512  # maximum of writes committed together; with more, the first would
 _RETRY_S = 0.5  # pause between attempts to write while the database cannot be written
 _BUSY_MS = 1000  # wait of a write for the lock of another process
 _SMALL = 16 << 10  # maximum bytes, request and result, of a job that the thread that answers requests writes itself
-_QUICK_S = 0.003  # that a commit may take; for a hundred times as long as a longer one took the thread commits
+_QUICK_S = 0.003  # that commits may take; if they take longer, the thread commits for a hundred times as long
 _FOLD_AFTER = 6000  # writes, some 5 MB of the log, after which the thread folds it into the file
 _COMMIT_COSTS = 16  # writes that the log could hold instead of the pages that each commit writes again
 _LOG_BYTES = 128 << 20  # of the log, at which a commit folds it, for the thread did not come to it
@@ -5575,6 +5575,7 @@ class SqliteStore(SqliteReader, Writer):
         self._claimed_to = 0  # the last `seq` that `claim` has looked at
         self._unfolded = 0  # writes since the log was folded into the file
         self._folder: threading.Thread | None = None
+        self._took = deque[float](maxlen=8)  # seconds of commits; all but the shortest may have waited for something
         self._slow_until = 0.0  # on the monotonic clock
         self._log_bytes = _log_size(folder, max_bytes)
         with contextlib.ExitStack() as undone:
@@ -5676,10 +5677,13 @@ class SqliteStore(SqliteReader, Writer):
                 if db.in_transaction:
                     db.execute("ROLLBACK")
             raise
-        if ended - began > _QUICK_S:
-            self._slow_until = ended + 100 * (ended - began)
         self._unfolded += len(batch) + _COMMIT_COSTS
-        if self.fault and not self._is_damaged and db.total_changes > before:  # else nothing is known yet
+        if db.total_changes == before:  # nothing was written: this tells nothing of the disk
+            return results
+        self._took.append(ended - began)
+        if (shortest := min(self._took)) > _QUICK_S:
+            self._slow_until = ended + 100 * shortest
+        if self.fault and not self._is_damaged:
             self.fault = None  # before another thread has its turn, which may find damage
             log.info("the database can be written again")
         return results

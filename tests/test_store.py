@@ -1291,6 +1291,31 @@ def test_after_a_slow_commit_the_thread_commits_for_a_while(
 
 
 @sqlite
+def test_a_disk_is_slow_when_all_of_the_last_commits_were(quick: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, took = [1000.0], [0.001]
+
+    def add_time(sql: str) -> None:
+        now[0] += took[0] if sql == "COMMIT" else 0
+
+    def is_committed_here() -> bool:
+        told = add(quick, job())
+        quick.flush()
+        until(lambda: told)
+        return told[0][2] == threading.get_ident()
+
+    monkeypatch.setattr(astera_lite, "_QUICK_S", 0.003)
+    monkeypatch.setattr(astera_lite.time, "monotonic", lambda: now[0])
+    quick._db.set_trace_callback(add_time)
+    assert all(is_committed_here() for _ in range(8))
+    took[0] = 0.5
+    assert [is_committed_here() for _ in range(9)] == [True] * 8 + [False]
+    took[0] = 0.001  # as told by the thread, which may have waited for the interpreter
+    assert not is_committed_here()
+    now[0] += 100
+    assert is_committed_here()
+
+
+@sqlite
 def test_what_the_thread_commits_is_told_by_one_message(quick: SqliteStore) -> None:
     quick._slow_until = time.monotonic() + 600
     posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
