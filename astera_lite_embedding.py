@@ -68,7 +68,9 @@ from astera_lite import (
     await_write,
     check_callback,
     check_cancelled,
+    encode_query,
     evaluated,
+    is_json_type,
     log,
     members_of,
     pointer,
@@ -306,11 +308,18 @@ def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> Stor
     errors.check()
     data = b""
     if body is not None:
-        data = body if isinstance(body, bytes) else _sent(body, "body", "", to_json).encode()
         accepts, binary = flow.content_types, CONTENT_TYPES["binary"]
         as_it_is = isinstance(body, bytes) and binary in accepts
-        headers["content-type"] = binary if as_it_is else accepts[0] if accepts else CONTENT_TYPES["json"]
+        media = binary if as_it_is else accepts[0] if accepts else CONTENT_TYPES["json"]
+        data = body if isinstance(body, bytes) else _sent(body, "body", "", partial(_written, media=media)).encode()
+        headers["content-type"] = media
     return StoredRequest(flow.method, path, urllib.parse.urlencode(query), headers, data)
+
+
+def _written(body: Any, media: str) -> str:
+    if is_json_type(media):
+        return to_json(body)
+    return encode_query(body) if media == CONTENT_TYPES["form"] and isinstance(body, dict) else as_text(body)
 
 
 def _sent(value: Any, where: str, name: str, write: Callable[[Any], str]) -> str:

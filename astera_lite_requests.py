@@ -1,7 +1,7 @@
 """Features of requests and responses that few flows use.
 
-Of those that come in: patterns; pages, filters and an order of a response's rows. Of those that go out: connections
-with their credentials; pages, until; answers in gzip or deflate.
+Of those that come in: patterns; forms; pages, filters and an order of a response's rows. Of those that go out:
+connections with their credentials; pages, until; answers in gzip or deflate.
 
 A wing of astera_lite, which loads this file for the first flow or answer that needs it.
 """
@@ -32,6 +32,7 @@ from astera_lite import (
     CONTENT_TYPES,
     LENIENT_DECODER,
     MAX_WORK,
+    VALUE_TYPES,
     Address,
     Answer,
     Budget,
@@ -52,6 +53,7 @@ from astera_lite import (
     Parameter,
     Run,
     Runner,
+    Schema,
     Scope,
     StepError,
     Table,
@@ -66,6 +68,7 @@ from astera_lite import (
     fetch,
     from_json,
     kind_of,
+    parse_query,
     parse_retry_after,
     pointer,
     read_number,
@@ -75,6 +78,36 @@ from astera_lite import (
     to_json,
     with_query,
 )
+
+_MAX_FIELDS = 10_000  # of a form: half a million took seconds
+
+
+def _field(texts: list[str], schema: Any) -> Any:
+    """The value of a field in the type of its schema. A text that is not of this type stays: the check refuses it."""
+    kinds = schema.types if isinstance(schema, Schema) else ()
+    if "array" in kinds:
+        return [_field([text], schema.items) for text in texts]
+    if len(texts) > 1:
+        return texts
+    for kind in kinds:
+        read = VALUE_TYPES[kind].read
+        value = read(texts[0]) if read else None
+        if value is not None:
+            return value
+    return texts[0]
+
+
+def read_form(text: str, schema: Schema | None) -> dict[str, Any]:
+    """The value of a form, for the schema of the body; the message of a ValueError says what is wrong."""
+    if text.count("&") >= _MAX_FIELDS:
+        raise ValueError(f"it has more than {_MAX_FIELDS:,} fields")
+    errors = InputErrors()
+    fields = parse_query(text, errors)
+    if errors:
+        raise ValueError(errors[0]["name"] + ": " + errors[0]["message"])
+    of = schema or Schema()
+    return {name: _field(texts, of.properties.get(name, of.additional)) for name, texts in fields.items()}
+
 
 # Python's white space differs from ECMA's, its `$` also matches before a last line feed, and its `.` more line ends.
 _SPACES = "\\t-\\r \\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000\\ufeff"

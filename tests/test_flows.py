@@ -39,6 +39,7 @@ from astera_lite import (
     parse_flow_text,
     run_flow,
 )
+from astera_lite_steps import run_test
 
 
 def surroundings(**more: Any) -> Surroundings:
@@ -557,6 +558,53 @@ def test_bodies_of_other_kinds() -> None:
         }
         found = bind(body({}, contentTypes=[name]), headers={"content-type": media[name]}, data=data)
         assert found.request["body"] == value
+
+
+def test_the_fields_of_a_form_have_the_types_of_the_body(tmp_path: Path) -> None:
+    properties = {
+        "name": {"type": "string"}, "age": {"type": "integer", "maximum": 99}, "size": {"type": ["null", "number"]},
+        "ok": {"type": "boolean"}, "day": {"type": "date"}, "tags": {"type": "array", "items": {"type": "string"}},
+        "numbers": {"type": "array", "items": {"type": "integer"}}, "any": {},
+    }  # fmt: skip
+    schema = {"type": "object", "required": ["name", "age"], "properties": properties, "additionalProperties": False}
+    request = {"method": "POST", "resource": "/join", "contentTypes": ["form"], "body": schema}
+    with running(tmp_path, {"join": {"request": request, "response": {"body": "${request.body}"}}}) as (app, _, client):
+        example = client.get("/api/deployments/join").json()["example"]
+        answer = client.post("/api/publishing/join", data=example["body"], headers=example["headers"])
+        assert (answer.status_code, answer.json()["name"], answer.json()["age"]) == (200, "name", 1)
+        fields = {"name": "7", "age": "7", "size": "1.5", "ok": "false", "day": "2026-11-23", "tags": "a,b", "any": "1"}
+        answer = client.post("/api/publishing/join", data={**fields, "numbers": ["1", "2"]})
+        assert answer.json() == {
+            "name": "7", "age": 7, "size": 1.5, "ok": False, "day": "2026-11-23", "tags": ["a,b"], "any": "1",
+            "numbers": [1, 2],
+        }  # fmt: skip
+        assert app.run("join", body={"name": "n", "age": 3, "tags": ["a"]}).json()["age"] == 3
+        wrong = {"name": ["a", "b"], "age": "100", "size": "", "ok": "yes", "day": "x", "numbers": "1,2", "more": "1"}
+        faults = client.post("/api/publishing/join", data=wrong).json()["errors"]
+    assert [fault["name"] for fault in faults] == [
+        "/name", "/age", "/size", "/ok", "/day", "/numbers/0", "/more"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("media", "sent", "heard"),
+    [
+        ("text", "a b", "a b"), ("text", {"a": 1}, '{"a":1}'), ("form", {"a": 1, "b": ["x&", "y"]}, {"a": "1", "b": ["x&", "y"]}),  # noqa: E501
+        ("form", "a=1&b=x+y", {"a": "1", "b": "x y"}), ("json", "a b", "a b"), ("application/x+json", "a b", "a b"),
+        ("text/xml", "<a/>", "<a/>"), ("text", "é", "é"),
+    ],
+)  # fmt: skip
+def test_a_call_of_a_flow_sends_the_body_in_the_first_type_that_the_flow_accepts(
+    tmp_path: Path, media: str, sent: Any, heard: Any
+) -> None:
+    request = {"method": "POST", "resource": "/one", "contentTypes": [media, "binary"]}
+    test = {"name": "t", "request": {"body": sent}, "response": {"body": heard}}
+    one = {"request": request, "response": {"body": "${request.body}"}, "tests": [test]}
+    step = {"name": "said", "call": {"flow": "one", "body": sent}}
+    with running(tmp_path, {"one": one, "other": get_flow("/other", steps=[step])}) as (app, _, _):
+        assert app.run("one", body=sent).json() == app.run("other").json()["body"] == heard
+        flow = app.deployments.by_name["one"]
+        assert run_test(flow, flow.tests[0], app.outside) == ([], 0)
 
 
 @pytest.mark.parametrize("data", [b"a=%zz", b"a=%ff", b"\xff=1"])
