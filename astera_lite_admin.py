@@ -247,7 +247,7 @@ def undeploy(x: Exchange) -> Reply:
         check_conditions(x, True, flows.get(name))
         callers = [flow.name for flow in flows.values() if name in [called for called, _ in flow.calls]]
         if callers:
-            raise Conflict(f"It is called by {', '.join(callers)}.")
+            raise Conflict(f"Other flows call it: change or delete {', '.join(callers)} first.")
         if node is not None:
             node.deploy(name, None)
         else:

@@ -322,7 +322,7 @@ def test_conflicts(tmp_path: Path) -> None:
         for method, name in (("PUT", "own"), ("DELETE", "own"), ("PUT", "t"), ("DELETE", "t"), ("DELETE", "hello")):
             answer = client(method, f"/api/deployments/{name}", json=get_flow("/new"))
             assert answer.status_code == 409, (method, name, answer.text)
-        assert "called by caller" in client("DELETE", "/api/deployments/hello").json()["detail"]
+        assert "change or delete caller first" in client("DELETE", "/api/deployments/hello").json()["detail"]
 
 
 def test_deploying_needs_the_admin_token(tmp_path: Path) -> None:
