@@ -2523,7 +2523,7 @@ CONTENT_TYPES = {
     "text": "text/plain",
     "binary": "application/octet-stream",
 }
-_CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*+"?+(?!(?:utf-?8|us-ascii)[ \t]*"?[ \t]*(?:;|$))', re.IGNORECASE)
+_CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*+"?+(?!(?:utf-?8|us-ascii)[ \t]*"?[ \t]*(?:;|$))[^;]*', re.I)
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*+\\u0000")
 _PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 
@@ -3191,6 +3191,8 @@ def make_answer(
         return Answer(status, pairs)
     content_type = (header_value(pairs, "content-type") or "") if pairs else ""
     media = content_type.partition(";")[0].strip().lower()
+    if content_type and type(body) is not bytes:  # text is written in UTF-8, whatever the charset of its source
+        content_type = _CHARSET.sub("; charset=utf-8", content_type)
     if type(body) is bytes:
         data, default = body, CONTENT_TYPES["binary"]
     elif media and not is_json_type(media):
@@ -4093,9 +4095,12 @@ class HttpCall:
         """The request of the step in a scope."""
         request = self.begin(run, scope)
         request.url = with_query(_encoded_address(request.url), evaluated(self.given["query"], scope))
+        value = self.given[self._body](scope) if self._body else b""
         if self._body:
-            request.set_body(self._body, self.given[self._body](scope))
+            request.set_body(self._body, value)
         request.add_headers(evaluated(self.given["headers"], scope))
+        if type(value) is not bytes:
+            request.headers["Content-Type"] = _CHARSET.sub("; charset=utf-8", request.headers["Content-Type"])
         if run.input.trace is not None and "Traceparent" not in request.headers:
             request.add_headers(run.input.trace.headers() | request.headers)
         for name, text in request.headers.items():

@@ -768,8 +768,12 @@ def test_no_response_that_holds_is_a_500_and_the_first_that_holds_answers() -> N
         ({"headers": {"Content-Type": "text/plain"}, "body": "é"}, 200, "text/plain; charset=utf-8", "é".encode()),
         ({"headers": {"content-type": "text/csv"}, "body": "a"}, 200, "text/csv; charset=utf-8", b"a"),
         ({"headers": {"Content-Type": "application/hal+json"}, "body": "a"}, 200, "application/hal+json", b'"a"\n'),
+        ({"headers": {"Content-Type": "text/csv; charset=latin-1"}, "body": "é"}, 200, "text/csv; charset=utf-8", "é".encode()),  # noqa: E501
+        ({"headers": {"Content-Type": 'a/xml;charset="UTF-16" ;b=c'}, "body": "é"}, 200, "a/xml; charset=utf-8;b=c", "é".encode()),  # noqa: E501
+        ({"headers": {"Content-Type": "application/json; charset=latin-1"}, "body": "é"}, 200, "application/json; charset=utf-8", '"é"\n'.encode()),  # noqa: E501
+        ({"headers": {"Content-Type": "text/csv; charset=UTF-8"}, "body": "é"}, 200, "text/csv; charset=UTF-8", "é".encode()),  # noqa: E501
     ],
-)
+)  # fmt: skip
 def test_response_bodies(spec: Any, code: int, media: str | None, data: bytes) -> None:
     answer = run_steps(response=spec).answer
     headers = {name.lower(): value for name, value in answer.headers}
@@ -1059,6 +1063,18 @@ def test_an_http_step_sends_what_it_says(api: Api) -> None:
     assert (api.got[1][0], api.got[1][3]) == ("PUT", b"a=b+c&d=e&d=f")
     call(api, {"url": api.url + "/t", "body": "é", "headers": {"content-type": "text/x"}})
     assert (api.got[2][2]["content-type"], api.got[2][3]) == ("text/x", "é".encode())
+    call(api, {"url": api.url + "/t", "body": "é", "headers": {"content-type": "text/x; charset=latin-1"}})
+    assert (api.got[3][2]["content-type"], api.got[3][3]) == ("text/x; charset=utf-8", "é".encode())
+
+
+def test_bytes_are_passed_on_with_the_charset_that_their_source_names(api: Api) -> None:
+    media = "application/vnd.x; charset=latin-1"
+    api.answers["/b"] = [(200, {"Content-Type": "application/octet-stream"}, b"\xe9")]
+    get = {"name": "got", "http": {"url": api.url + "/b"}}
+    put = {"name": "put", "http": {"url": api.url + "/c", "body": "${got.body}", "headers": {"Content-Type": media}}}
+    found = run_steps(get, put, response={"headers": {"Content-Type": media}, "body": "${got.body}"}).answer
+    assert (api.got[1][2]["content-type"], api.got[1][3]) == (media, b"\xe9")
+    assert (dict(found.headers)["Content-Type"], found.body) == (media, b"\xe9")
 
 
 @pytest.mark.parametrize(
