@@ -294,9 +294,7 @@ class Clock:
         """The system's time."""
         return time.time_ns() // 1_000_000
 
-    def monotonic(self) -> float:
-        """Seconds of a clock that never goes back; for deadlines."""
-        return time.monotonic()
+    monotonic = staticmethod(time.monotonic)  #: seconds of a clock that never goes back; for deadlines
 
     def forward(self, ms: int) -> None:
         """Move `now` ahead by so many milliseconds."""
@@ -1329,10 +1327,10 @@ class Budget:
     budget for all its evaluations (`whole_run`), and its end raises BudgetExceeded.
     """
 
-    __slots__ = ("left", "whole_run")
+    __slots__ = ("left", "units", "whole_run")
 
     def __init__(self, units: int, whole_run: bool = False) -> None:
-        self.left, self.whole_run = units, whole_run
+        self.left, self.units, self.whole_run = units, units, whole_run
 
     def spend(self, units: int) -> None:
         self.left -= units
@@ -3162,6 +3160,7 @@ _UNSENDABLE = re.compile(r"[^\t\x20-\x7e\x80-\xff]+")
 _NO_URL = re.compile(r"[^\t\x20-\x7e]+")
 ENTITY_TAG = re.compile(r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"')
 _WITHOUT_BODY = (204, 205, 304)
+_NO_BODY = object()  # instead of the value of a body
 
 
 def _field_value(name: str, text: str) -> str:
@@ -3175,9 +3174,12 @@ def _field_value(name: str, text: str) -> str:
 
 
 def make_answer(
-    status: Any, headers: Mapping[str, Any], body: Any, max_bytes: int, *, empty: bool = False, method: str = "GET"
+    status: Any, headers: Mapping[str, Any], body: Any, max_bytes: int, method: str = "GET", shares: bool = True
 ) -> Answer:
-    """The response to a method with a flow's values; raises ExpressionError or ValueError if they make none."""
+    """The response to a method with a flow's values; raises ExpressionError or ValueError if they make none.
+
+    `shares`: a step or an expression, which pays for that, may have put one part into the body many times.
+    """
     if type(status) is not int or not 200 <= status <= 599:
         raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
     pairs: Pairs = ()
@@ -3187,10 +3189,10 @@ def make_answer(
         pairs = with_owed(status, pairs, method)
     except ValueError as error:
         raise ExpressionError(f"/response/status: {error}") from None
-    if empty or status in _WITHOUT_BODY:
+    if body is _NO_BODY or status in _WITHOUT_BODY:
         return Answer(status, pairs)
-    content_type = (header_value(pairs, "content-type") or "") if pairs else ""
-    media = content_type.partition(";")[0].strip().lower()
+    content_type = (pairs and header_value(pairs, "content-type")) or ""
+    media = content_type and content_type.partition(";")[0].strip().lower()
     if content_type and type(body) is not bytes:  # text is written in UTF-8, whatever the charset of its source
         content_type = _CHARSET.sub("; charset=utf-8", content_type)
     if type(body) is bytes:
@@ -3200,7 +3202,8 @@ def make_answer(
         if media.startswith("text/") and content_type.lower() == media:
             content_type += "; charset=utf-8"
     else:
-        check_written(body, max_bytes)
+        if shares:
+            check_written(body, max_bytes)
         data, default = json_body(body), CONTENT_TYPES["json"]
     if len(data) > max_bytes:
         raise ExpressionError(f"/response/body: it is larger than max_result ({show_size(max_bytes)})")
@@ -3547,10 +3550,10 @@ def evaluate_response(response: Response, run: Run, scope: Scope) -> Answer:
     """The response with the values of its templates in a scope."""
     selection, body = response.selection, response.body
     scope = selection.scope(run.input.selected, scope) if selection else scope
-    status, headers = response.status(scope), evaluated(response.headers, scope)
-    value = selection.body(body, run.input.selected, scope) if selection else body(scope) if body else None
-    empty = not (selection or body)
-    return make_answer(status, headers, value, run.outside.max_result, empty=empty, method=run.flow.method)
+    status, headers = response.status(scope), response.headers and evaluated(response.headers, scope)
+    value = selection.body(body, run.input.selected, scope) if selection else body(scope) if body else _NO_BODY
+    shares = bool(run.flow.steps) or run.budget is None or run.budget.left < run.budget.units
+    return make_answer(status, headers, value, run.outside.max_result, run.flow.method, shares)
 
 
 def failure_text(failure: Mapping[str, Any]) -> str:
@@ -3926,7 +3929,7 @@ def _make_fail(build: Build, given: dict[str, Any], place: str) -> Runner:
         try:
             status = _FAIL_STATUS.parse(given["status"](scope))
             headers = {name: None if value is None else masked(as_text(value)) for name, value in headers.items()}
-            answer = make_answer(status, headers, None, 0, empty=True)
+            answer = make_answer(status, headers, _NO_BODY, 0)
         except ValueError as error:
             raise ExpressionError(f"{place}/status: {error}") from None
         raise FlowFailure(status, text, answer.headers)
@@ -4852,7 +4855,7 @@ def end_columns(end: Finish) -> dict[str, Any]:
     """The columns of the table `jobs` that are written at the end of a job."""
     job, answer = end.job, end.outcome.answer
     return {
-        "status": job.status.value,
+        "status": str(job.status),
         "attempt": job.attempt,
         "started": job.started,
         "finished": job.finished,
@@ -7399,10 +7402,9 @@ class Application:
         except Busy as full:
             if idempotency_key is None:
                 raise
-            no_room = full  # which the end of this block deletes
 
-            def found(known: Any, error: AsteraError | None) -> None:
-                done(known, error or (None if known else no_room))
+            def found(known: Any, error: AsteraError | None, full: Busy = full) -> None:
+                done(known, error or (None if known else full))
 
             self.store.find_key(job.flow, job.token, idempotency_key, fingerprint, job.created, found)
             return
@@ -8088,10 +8090,10 @@ _PREFERENCES = {"wait": '[0-9]+|"[0-9]+"', "respond-async": '(?:"")?'}  # with p
 _LIST_ITEM = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*+"?)++')  # a comma in quotes separates nothing
 
 
-def parse_prefer(value: str | None) -> dict[str, str]:
+def parse_prefer(value: str) -> dict[str, str]:
     """The preferences `wait` and `respond-async` (RFC 7240); the first of each counts, a malformed one does not."""
     found: dict[str, str] = {}
-    for item in _LIST_ITEM.findall(value or ""):
+    for item in _LIST_ITEM.findall(value):
         name, _, given = (part.strip(" \t") for part in item.partition(";")[0].lower().partition("="))
         if name in _PREFERENCES and re.fullmatch(_PREFERENCES[name], given):
             found.setdefault(name, given.strip('"'))
@@ -8112,8 +8114,8 @@ def check_may_call(x: Exchange, flow: str) -> None:
 
 def check_coding(x: Exchange) -> None:
     """Raise InputError for a body that is compressed (RFC 9110, section 15.5.16)."""
-    coding = x.head.headers.get("content-encoding", "identity")
-    if x.body and coding.strip().lower() not in ("", "identity"):
+    coding = x.head.headers.get("content-encoding")
+    if coding and x.body and coding.lower() != "identity":
         message = "must be identity: send the body as it is"
         raise InputError([{"in": "header", "name": "Content-Encoding", "message": message}], status=415)
 
@@ -8232,7 +8234,7 @@ def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable
 def job_state(answer: Callable[[Exchange, Seen, Pairs], Reply], x: Exchange) -> Reply | None:
     """GET /api/jobs/{id}/status, GET /api/jobs/{id}/result: at once, or with `Prefer: wait=N` when it is finished"""
     seen = find_job(x, x.values["id"])
-    wait_s = _wait_of(x, parse_prefer(x.head.headers.get("prefer")))
+    wait_s = _wait_of(x, parse_prefer(x.head.headers.get("prefer", "")))
     applied = () if wait_s is None else (("Preference-Applied", f"wait={wait_s}"),)
     if not wait_s or seen[0].status is not Status.RUNNING:
         return answer(x, seen, applied)
@@ -8409,8 +8411,8 @@ def _call_flow(x: Exchange, flow: Flow) -> Reply | None:
 
 def publish(mode: str, x: Exchange) -> Reply | None:
     """METHOD /api/publishing{resource}, METHOD /api/publishingAsync{resource}"""
-    flow = cast(Flow, x.flow)
-    preferences = parse_prefer(x.head.headers.get("prefer"))
+    flow, prefer = cast(Flow, x.flow), x.head.headers.get("prefer")
+    preferences = parse_prefer(prefer) if prefer else {}
     prefers = "respond-async" in preferences and "asynchronous" in flow.modes and x.head.method != "HEAD"
     if mode == "synchronous" and not prefers:
         return _call_flow(x, flow)
@@ -8689,9 +8691,9 @@ class Handler(BaseRequestHandler):
             reply = error_response(x, Busy("The responses in memory have reached their limit.", 5))
         if server.with_cors is not None:
             reply = server.with_cors(x, reply)
-        closing = self.closing or not head.keep_alive or server.stopping or reply.status == 405
+        self.closing = self.closing or not head.keep_alive or server.stopping or reply.status == 405
         has_length = reply.status != 405 or head.method != "HEAD"  # it would have to be that of a GET
-        data = response_head(reply, x.request_id, not closing, head.version, has_length)
+        data = response_head(reply, x.request_id, not self.closing, head.version, has_length)
         x.answered = True
         server.at_work.discard(x)
         server.requests[head.method, x.route.path if x.route else "", reply.status] += 1
@@ -8699,7 +8701,6 @@ class Handler(BaseRequestHandler):
             optional("astera_lite_notices:log_access", self, x, reply)
         if x is not self.exchange:  # the client has gone
             return
-        self.closing = closing
         if head.method == "HEAD" or reply.status in (204, 304):
             self.out.append(data)
         elif reply.stream is not None:
@@ -8804,12 +8805,11 @@ class Handler(BaseRequestHandler):
 
     def overdue(self) -> None:
         """Act after the deadline: refuse an incomplete request, close for a client that reads too slowly."""
-        enough = _SLOWEST_READER * self.server.settings.request_timeout
         if self.at_deadline is not None:
             self.call_deadline()
         elif self.state is _RECEIVING and self.parser.begun:
             self.refuse(WireError(408, "The request was not complete in time."))
-        elif self.state is _SENDING and self.taken >= enough:
+        elif self.state is _SENDING and self.taken >= _SLOWEST_READER * self.server.settings.request_timeout:
             self.deadline, self.taken = time.monotonic() + self.server.settings.request_timeout, 0
         else:
             self.close()

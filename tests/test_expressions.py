@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT
+from support import ROOT, running
 
 import astera_lite
 from astera_lite import (
@@ -696,6 +697,18 @@ def test_a_value_whose_parts_are_shared_is_not_written_out() -> None:
         value("${json(v)}", {"v": shared})
     with pytest.raises(ExpressionError):
         value("${v == w}", {"v": shared, "w": value("${[v[0], v[0]]}", {"v": shared})})
+
+
+@pytest.mark.parametrize("steps", [[], [{"name": "v", "set": {"a": "${request.body}"}}]])
+def test_a_response_whose_parts_are_shared_is_not_written_out(tmp_path: Path, steps: list[Any]) -> None:
+    shared = "v.a" if steps else "request.body"
+    for name in "abcdefghij":  # written out, the part is in the response 8**10 times
+        shared = f"[[{', '.join([name] * 8)}] for {name} in [{shared}]]"
+    request = {"method": "POST", "resource": "/shared", "processing": ["synchronous", "asynchronous"], "body": {}}
+    flow = {"request": request, "steps": steps, "response": {"body": "${" + shared + "}"}}
+    with running(tmp_path, {"shared": flow}) as (_, _, client):
+        assert client.post("/api/publishing/shared", json=[1]).status_code == 500
+        assert client.finished(client.post("/api/publishingAsync/shared", json=[1]))["status"] == "Error"
 
 
 def test_what_a_loop_makes_is_paid_for() -> None:
