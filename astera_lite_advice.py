@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 from astera_lite import (
+    CONNECTIONS_FILE,
     EXPRESSION_FILE,
     INT64,
     LENIENT_DECODER,
@@ -145,9 +146,17 @@ def on_failure(error: Exception, sources: Sequence[tuple[str, str]]) -> str:
 _MAX_MEMBERS, _LISTED, _MAX_LISTED_NAME = 30, 10, 40  # looked at, listed in a message, and characters of each name
 
 
+_ON_OUTSIDE = {
+    "env": ": set this environment variable, which env_allow must name",
+    "secrets": ": the setting secrets must name it",
+}
+
+
 def _on_no_member(key: Any, part: str, names: Mapping[str, Any]) -> str:
     """What to write instead of a member that an object lacks. Names are listed whole, so that secrets are masked."""
     message = f'there is no member "{key}"'
+    if outside := re.match(r"(env|secrets)\b", part):
+        message += _ON_OUTSIDE[outside[1]]
     with contextlib.suppress(AttributeError, LookupError, SyntaxError, TypeError, ValueError):
         node: Any = ast.parse(f"({part})", mode="eval").body
         members = _value_of(node.value, {**names.get("_s", {}), **names})
@@ -318,7 +327,9 @@ def explain(failure: dict[str, Any], error: BaseException, run: Run, step: Step)
     elif kind == "error" and step.kind.code:
         failure["source"] = source_of(error)
     elif kind == "expression" and failure["message"].startswith(step.place.rpartition("/")[0] + "/"):
-        failure["pointer"], _, failure["message"] = failure["message"].partition(": ")  # else in connections.json
+        failure["pointer"], _, failure["message"] = failure["message"].partition(": ")
+    elif kind == "expression" and failure["message"].startswith("/"):
+        failure["message"] = f"{CONNECTIONS_FILE}: {failure['message']}"
     path = os.path.join(outside.folder, failure["file"]) if outside.folder else ""
     failure["line"] = line_of(path, failure["pointer"], run.flow.text)
 

@@ -258,8 +258,8 @@ def test_a_failure_shows_the_part_that_failed_also_behind_umlauts() -> None:
         ("a.tmp", {"x" * 41: 1, "a\nb": 2, "n": 3}, " (members: n, …)"),
         ("a.tmp", {f"m{at}": at for at in range(12)}, f" (members: {', '.join(f'm{at}' for at in range(10))}, …)"),
         ("merge(a, a).tmp", {"temp": 1}, ""),
-        ("secrets.tmp", {"temp": 1}, ""),
-        ("env.tmp", {"temp": 1}, ""),
+        ("secrets.tmp", {"temp": 1}, ": the setting secrets must name it"),
+        ("env.tmp", {"temp": 1}, ": set this environment variable, which env_allow must name"),
     ],
 )
 def test_a_member_that_is_not_there_is_looked_for_among_those_that_are(

@@ -230,10 +230,27 @@ def test_what_is_wrong_in_the_connections_has_the_place_of_the_step(tmp_path: Pa
     with failed_jobs(tmp_path, "crm") as found:
         failure = found["crm"]["failure"]
     assert failure["pointer"] == "/steps/0/http"
-    assert (
-        failure["message"]
-        == '/crm/url: secrets.HOST: there is no member "HOST"; if it may be missing, write .get("HOST")'
+    assert failure["message"] == (
+        'connections.json: /crm/url: secrets.HOST: there is no member "HOST": the setting secrets must name it; '
+        'if it may be missing, write .get("HOST")'
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "cure"),
+    [
+        ("secrets.KEY", 'secrets.KEY: there is no member "KEY": the setting secrets must name it'),
+        (
+            "env['KEY']",
+            "env['KEY']: there is no member \"KEY\": set this environment variable, which env_allow must name",
+        ),
+        ("{'secrets': {}}.secrets.KEY", 'no member "KEY"; if it may'),
+    ],
+)
+def test_a_secret_or_a_variable_that_is_not_there_names_the_setting(tmp_path: Path, code: str, cure: str) -> None:
+    flow_file(tmp_path, "key", {"name": "a", "set": f"${{{code}}}"})
+    with failed_jobs(tmp_path, "key") as found:
+        assert cure in found["key"]["failure"]["message"]
 
 
 def test_a_cancelled_job_has_a_word_of_its_own(tmp_path: Path) -> None:
