@@ -1766,20 +1766,18 @@ class _Compiler(ast.NodeTransformer):
         raise ValueError(f'there is nothing named "{name}"{words}')
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        schema = self.declared(node.value)
-        if schema is not None and schema.additional is False and node.attr not in schema.properties:
-            near = suggest(node.attr, schema.properties)
-            raise ValueError(f'there is no "{ast.unparse(node.value)}.{node.attr}"{near}')
         return self.visit_Subscript(ast.Subscript(node.value, ast.Constant(node.attr), ast.Load()))
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        schema, value = self.declared(node.value), self.visit(node.value)
+        schema, name = self.declared(node.value), getattr(node.slice, "value", None)  # of a constant
+        if isinstance(name, str) and schema and schema.additional is False and name not in schema.properties:
+            raise ValueError(f'there is no "{ast.unparse(node.value)}.{name}"{suggest(name, schema.properties)}')
+        value = self.visit(node.value)
         if isinstance(node.slice, ast.Slice):
             ends = (node.slice.lower, node.slice.upper, node.slice.step)
             return self.paid("slice", value, *(self.visit(end) if end else ast.Constant(None) for end in ends))
         index = self.key(node.slice)
-        name = getattr(index, "value", None)  # of a constant
-        if schema is not None and name in schema.properties and name not in schema.required:
+        if isinstance(name, str) and schema and name in schema.properties and name not in schema.required:
             return self.paid("optional", value, index)
         return ast.Subscript(value, index, ast.Load())
 
@@ -4435,9 +4433,10 @@ def _make_request(build: Build, given: dict[str, Any], place: str) -> dict[str, 
         build.fault(f"{place}/body", "a GET request has no body: use parameters, or another method")
     build.method = given["method"]
     build.add_name("params", _object_schema({name: item.schema for name, item in items.items()}))
-    if body is not None:
-        build.add_name("request", _object_schema({**_REQUEST_SCHEMA.properties, "body": body[0]}))
-    headers = [name.lower() for name, item in items.items() if item.where == "header"]
+    headers = (*(name.lower() for name, item in items.items() if item.where == "header"), "content-type")
+    known = Schema(properties=dict.fromkeys(headers, Schema()), additional=False)
+    seen = {"headers": known, "body": body[0] if body else Schema()}
+    build.add_name("request", _object_schema({**_REQUEST_SCHEMA.properties, **seen}))
     return {  # members of Flow
         "method": given["method"],
         "resource": resource,
@@ -4447,7 +4446,7 @@ def _make_request(build: Build, given: dict[str, Any], place: str) -> dict[str, 
         "content_types": tuple(given.get("contentTypes", [CONTENT_TYPES["json"]] if body else [])),
         "body": body and body[0],
         "body_required": bool(body and body[1]),
-        "header_names": (*headers, "content-type"),
+        "header_names": headers,
     }
 
 

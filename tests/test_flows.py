@@ -160,6 +160,9 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     (step(set="${b}"), "/steps/0/set", 'nothing named "b"'),
     (step(set={"x": ["${nope}"]}), "/steps/0/set/x/0", 'nothing named "nope"'),
     (step(set="${params.q}"), "/steps/0/set", 'there is no "params.q"'),
+    (step(set="${params['q']}"), "/steps/0/set", 'there is no "params.q"'),
+    (step(set="${request['methd']}"), "/steps/0/set", 'there is no "request.methd"; did you mean "method"?'),
+    (step(set="${request.headers['user-agent']}"), "/steps/0/set", 'there is no "request.headers.user-agent"'),
     (step(set="${request.boddy}"), "/steps/0/set", 'did you mean "body"?'),
     (step(set="${"), "/steps/0/set", "never closed"),
     (step(set=1, when="${1 +}"), "/steps/0/when", "invalid syntax"),
@@ -490,6 +493,15 @@ def test_a_declared_member_that_was_not_sent_is_null(tmp_path: Path) -> None:
     with running(tmp_path, {"f": flow}) as (_, _, client):
         answer = client.post("/api/publishing/f", json=sent).json()
     assert answer == [[None, None, None], [None, "x"], [None], "a note: null", sent]
+
+
+def test_the_headers_of_a_request_are_the_declared_ones(tmp_path: Path) -> None:
+    parameters = {"X-Who": {"in": "header"}, "X-None": {"in": "header"}}
+    body = {"all": "${request.headers}", "one": "${[request.headers['x-who'], request.headers['x-none']]}"}
+    flow = get_flow("/h", request={"parameters": parameters}, response={"body": body})
+    with running(tmp_path, {"h": flow}) as (_, _, client):
+        found = client.get("/api/publishing/h", headers={"X-Who": "me", "X-Other": "a"}).json()
+    assert found == {"all": {"x-who": "me"}, "one": ["me", None]}
 
 
 @pytest.mark.parametrize("source", ["request.body.other", "request.body.row.code", "request.query.note", "data.note"])
