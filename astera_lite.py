@@ -597,29 +597,21 @@ class Mask:
     """
 
     def __init__(self, secrets: Collection[str] = ()) -> None:
-        self._known: Any = wing("astera_lite_secrets:Known")(secrets) if secrets else None
-
-    def hide(self, values: Iterable[str]) -> None:
-        """Mask these values as well, until 100 others were hidden later: access tokens are renewed again and again."""
-        if self._known is None:
-            made = wing("astera_lite_secrets:Known")()
-            with _loading:  # two runs may use credentials for the first time
-                self._known = self._known or made
-        self._known.hide(values)
+        self.known: Any = wing("astera_lite_secrets:Known")(secrets) if secrets else None
 
     @property
     def longest(self) -> int:
         """Bytes of the longest form of a secret: text is cut only after so much more of it was masked."""
-        return self._known.longest if self._known else 0
+        return self.known.longest if self.known else 0
 
     def __call__(self, text: str) -> str:
         """The text with every secret replaced."""
-        return self._known.masked(text) if self._known else text
+        return self.known.masked(text) if self.known else text
 
     def log_record(self, record: logging.LogRecord) -> bool:
         """Mask a record of the log, as its filter."""
-        if self._known:
-            self._known.mask_record(record)
+        if self.known:
+            self.known.mask_record(record)
         return True
 
 
@@ -2567,11 +2559,6 @@ def _plain(query: Mapping[str, list[str]]) -> dict[str, str | list[str]]:
     return {name: values[0] if len(values) == 1 else values.copy() for name, values in query.items()}
 
 
-def members_of(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Pairs of the name and the value of each member, or the position and the item; none of a plain value."""
-    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-
-
 @lru_cache(maxsize=16)
 def _media_type(content_type: str, accepts: tuple[str, ...]) -> tuple[str, str]:
     """The media type of a request's body, and why the flow does not accept it, or ""."""
@@ -3472,12 +3459,6 @@ class Run:
         """The members of log records about this run."""
         its_id = str(self.input.request["id"])
         return about("job" if JobKey.parse(its_id) else "request", its_id, self.flow.name, self.input.trace)
-
-    def branch(self, **changes: Any) -> "Run":
-        """A part of this run, with the same deadlines; `changes` are attributes that differ."""
-        part = copy.copy(self)
-        vars(part).update(changes)
-        return part
 
     def evaluated_once(self, template: Template, scope: Scope, key: str) -> Any:
         """The value of a template; if it may differ the next time, it is saved for a resumed run."""

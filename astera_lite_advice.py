@@ -30,7 +30,6 @@ from astera_lite import (
     StepError,
     from_json,
     is_flow_file,
-    members_of,
     pointer,
     read_text,
     suggest,
@@ -282,7 +281,8 @@ def on_body(body: bytes, error: ValueError) -> tuple[str, str]:
 
 def _large_integer(value: Any, place: str) -> str:
     """The place of the first integer beyond 64 bits inside a value, or ""; there may be millions of others."""
-    for key, item in members_of(value):
+    members = value.items() if type(value) is dict else enumerate(value) if type(value) is list else ()
+    for key, item in members:
         if type(item) is int and item not in INT64:
             return f"{place}/{pointer(str(key))}"
         if type(item) in (dict, list) and (found := _large_integer(item, f"{place}/{pointer(str(key))}")):

@@ -72,7 +72,6 @@ from astera_lite import (
     evaluated,
     is_json_type,
     log,
-    members_of,
     pointer,
     shown,
     step_table,
@@ -329,8 +328,8 @@ def _sent(value: Any, where: str, name: str, write: Callable[[Any], str]) -> str
         text.encode()
         return text
     except (TypeError, ValueError) as error:
-        if len(name) < MAX_NAME:
-            for key, member in members_of(value):
+        if len(name) < MAX_NAME and isinstance(value, dict | list | tuple):
+            for key, member in value.items() if isinstance(value, dict) else enumerate(value):
                 _sent(member, where, f"{name}/{pointer(str(key))}", to_json)
         raise InputError([{"in": where, "name": name, "message": str(error)}]) from None
 

@@ -68,6 +68,7 @@ from astera_lite import (
     fetch,
     from_json,
     kind_of,
+    late,
     parse_query,
     parse_retry_after,
     pointer,
@@ -502,6 +503,9 @@ class Connection(NamedTuple):
     auth: Auth | None
 
 
+_hide = late("astera_lite_secrets:hide")
+
+
 class Auth:
     """How a connection authenticates the caller."""
 
@@ -513,10 +517,10 @@ class Auth:
         outside = run.outside
         scope = {"env": outside.env, "secrets": outside.secrets}
         values = {name: as_text(value(scope)) for name, value in self.values.items()}
-        outside.masked.hide(values[name] for name in ("token", "password", "value") if name in values)
+        _hide(outside.masked, [values[name] for name in ("token", "password", "value") if name in values])
         if self.kind == "basic":
             proof = base64.b64encode(f"{values['user']}:{values['password']}".encode()).decode()
-            outside.masked.hide([proof])
+            _hide(outside.masked, [proof])
             request.headers["Authorization"] = f"Basic {proof}"
         elif self.kind == "bearer":
             request.headers["Authorization"] = f"Bearer {values['token']}"
@@ -550,7 +554,7 @@ class _ClientCredentials(Auth):
             if clock.monotonic() >= self._until:
                 self._token, life = self._fetch(run)
                 self._until = clock.monotonic() + life - min(30.0, life / 10)
-                run.outside.masked.hide([self._token])
+                _hide(run.outside.masked, [self._token])
             request.headers["Authorization"] = f"Bearer {self._token}"
         finally:
             self._lock.release()
@@ -565,7 +569,7 @@ class _ClientCredentials(Auth):
         outside = run.outside
         values = evaluated(self.values, {"env": outside.env, "secrets": outside.secrets})
         client, secret = as_text(values["clientId"]), as_text(values["clientSecret"])
-        outside.masked.hide([secret])
+        _hide(outside.masked, [secret])
         form = {"grant_type": "client_credentials", "scope": values.get("scope")}
         headers = {"Accept": "application/json", "Content-Type": CONTENT_TYPES["form"]}
         if values["in"] == "body":

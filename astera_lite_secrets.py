@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from astera_lite import ConfigError, Fault, log_message, read_toml, reason_of
+from astera_lite import ConfigError, Fault, Mask, log_message, read_toml, reason_of
 
 
 def read_secrets(setting: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -82,7 +82,7 @@ class Known:
         self._learn()
 
     def hide(self, values: Iterable[str]) -> None:
-        """Mask these values as well, until 100 others were hidden later."""
+        """Mask these values as well, but only the last 100 of those that were hidden."""
         given = list(values)
         with self._lock:
             known, others = self._hidden, [value for value in self._hidden if value not in given]
@@ -123,3 +123,14 @@ class Known:
             vars(record)["path"] = self.masked(str(vars(record)["path"]))
         if record.exc_info:
             record.exc_text = self.masked(record.exc_text or logging.Formatter().formatException(record.exc_info))
+
+
+_first = threading.Lock()  # held while a mask gets its first values: two runs may use credentials at the same time
+
+
+def hide(mask: Mask, values: Iterable[str]) -> None:
+    """Mask these values as well, until 100 others were hidden later: access tokens are renewed again and again."""
+    made = mask.known or Known()
+    with _first:
+        mask.known = mask.known or made
+    mask.known.hide(values)

@@ -83,6 +83,13 @@ from astera_lite import (
 _BRANCH = {"steps": Steps(required=True), "result": Value()}
 
 
+def _part_of(run: Run, **changes: Any) -> Run:
+    """A part of a run, with the same deadlines; `changes` are attributes that differ."""
+    part = copy.copy(run)
+    vars(part).update(changes)
+    return part
+
+
 def _steps_runner(given: Mapping[str, Any]) -> Callable[[Run, Scope, str], Any]:
     """What runs the `steps` of a step, and computes their `result`; it takes the prefix of their paths."""
     steps, result = given["steps"], given.get("result")
@@ -171,7 +178,7 @@ def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: i
     turns, stop = itertools.count(), Cancel()
 
     def work() -> None:
-        part = run.branch(cancel=stop, held=True)
+        part = _part_of(run, cancel=stop, held=True)
         while not stop.is_set and (at := next(turns)) < count:
             try:
                 results[at] = one(part, at)
@@ -219,7 +226,7 @@ def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
             bound = flow.bind(request, str(run.input.request["id"]))
         except InputError as error:
             raise StepError(500, "the flow that it calls refused its input", f'"{name}": {error}', {"input"}) from None
-        part, inside = run.branch(flow=flow, input=bound), f"{path}/"
+        part, inside = _part_of(run, flow=flow, input=bound), f"{path}/"
         with part.within(flow.timeout, journal_key(inside, "deadline")) if flow.timeout else contextlib.nullcontext():
             answer = answer_of(flow, part, inside)
         run.progress = part.progress

@@ -21,6 +21,7 @@ from support import Api, Client, Running, Sink, get_flow, process, until
 import astera_lite
 import astera_lite_secrets
 from astera_lite import AsteraLite, Mask, Server, main
+from astera_lite_secrets import hide
 
 pytestmark = pytest.mark.both_stores
 
@@ -541,8 +542,8 @@ def test_renewed_tokens_make_masking_no_slower_and_what_is_used_stays_masked() -
     tokens = [f"{n:04}" + "eyJhbGciOi" * 80 for n in range(600)]
     began = time.process_time()
     for token in tokens:
-        mask.hide([token])
-        mask.hide(["constant-key"])  # another connection's, which is used each time
+        hide(mask, [token])
+        hide(mask, ["constant-key"])  # another connection's, which is used each time
     for _ in range(20):
         assert mask(f"a {tokens[-1]} b {tokens[-2]} c constant-key d " + tokens[-3][:50] + "…") == (
             "a *** b *** c *** d ***…"
@@ -560,5 +561,5 @@ def test_credentials_that_two_runs_use_first_at_the_same_time_are_masked(monkeyp
 
     monkeypatch.setattr(astera_lite_secrets, "Known", at_the_same_time)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda word: mask.hide([word]), ("first-word", "second-word")))
+        list(pool.map(lambda word: hide(mask, [word]), ("first-word", "second-word")))
     assert mask("first-word second-word") == "*** ***"
