@@ -1708,13 +1708,14 @@ class _Compiler(ast.NodeTransformer):
         if name not in _PLAIN_NODES and not hasattr(self, f"visit_{name}"):
             words = optional("astera_lite_advice:on_word", name)
             raise ValueError(words or f"{name} is not part of the language")
-        self.depth += 1
+        levels = 3 if hasattr(node, "generators") else 1  # Python 3.12 crashes at 21 comprehensions inside one another
+        self.depth += levels
         if self.depth > MAX_NESTING:
             raise ValueError(f"it is nested deeper than {MAX_NESTING} levels: split it over several steps")
         if isinstance(node, ast.expr):
             node.lineno = node.end_lineno = len(self.sources)
         result = ast.copy_location(super().visit(node), node)
-        self.depth -= 1
+        self.depth -= levels
         return result
 
     def paid(self, operation: str, *args: ast.expr) -> ast.expr:
@@ -1906,16 +1907,12 @@ def compile_template(
     body = compiler.tree(value, place)
     arguments = ast.arguments([], [ast.arg("_s"), ast.arg("_b")], None, [], [], None, [])
     tree = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))
-    run = None
-    try:
-        with warnings.catch_warnings():  # such as "perhaps you missed a comma": the evaluation reports it
-            warnings.simplefilter("ignore")
-            run = eval(compile(tree, EXPRESSION_FILE, "eval"), _GLOBALS)  # noqa: S307 (a checked tree, no builtins)
-    except (RecursionError, MemoryError, ValueError):
-        fault(place, "is too large or nested too deeply")
+    with warnings.catch_warnings():  # such as "perhaps you missed a comma": the evaluation reports it
+        warnings.simplefilter("ignore")
+        run = eval(compile(tree, EXPRESSION_FILE, "eval"), _GLOBALS)  # noqa: S307 (a checked tree, no builtins)
     if not isinstance(value, str):
         compiler.schema = None
-    return Template(run or (lambda scope, budget: None), compiler)
+    return Template(run, compiler)
 
 
 # ======================================================================================================================
@@ -4191,16 +4188,6 @@ def _make_http(build: Build, given: dict[str, Any], place: str) -> Runner:
     return call
 
 
-#: Processes that steps have started and that may still run; each has a method `kill`.
-CHILDREN: set[Any] = set()
-
-
-def kill_children() -> None:
-    """Kill every child process, because this process exits without its threads, which would do so."""
-    for child in list(CHILDREN):
-        child.kill()
-
-
 class StepName(Text):
     """A name that later expressions use."""
 
@@ -4469,18 +4456,8 @@ def _make_step(build: Build, given: dict[str, Any], place: str) -> Step:
     on_error = given.get("onError")
     if on_error is not None and on_error.constant and on_error({}) == "continue":
         on_error = build.template(None, place)
-    return Step(
-        name=given["name"],
-        kind_name=name,
-        kind=kind,
-        run=run,
-        save=save,
-        when=given.get("when"),
-        timeout=given.get("timeout"),
-        retry=given.get("retry", Retry()),
-        on_error=on_error,
-        place=f"{place}/{name}",
-    )
+    others = {option: given[option] for option in ("when", "timeout", "retry") if option in given}
+    return Step(given["name"], name, kind, run, save, on_error=on_error, place=f"{place}/{name}", **others)
 
 
 def step_table(kinds: Mapping[str, Member]) -> Table:
@@ -9322,6 +9299,13 @@ def _reload(app: Application) -> None:
         notify("READY=1")
 
 
+def _leave(code: int) -> NoReturn:
+    """End the process without its threads; those that run programs would kill them."""
+    if python := sys.modules.get("astera_lite_python"):
+        python.kill_children()
+    os._exit(code)
+
+
 def _install_signals(app: Application, server: Server) -> Callable[[], bool]:
     """Let signals stop the server, or reload flows and tokens; return a function that tells if a stop is overdue."""
     stop_by = math.inf
@@ -9329,8 +9313,7 @@ def _install_signals(app: Application, server: Server) -> Callable[[], bool]:
     def stop(number: int, frame: object) -> None:
         nonlocal stop_by
         if stop_by < math.inf:
-            kill_children()
-            os._exit(0)  # acknowledged jobs are on disk
+            _leave(0)  # acknowledged jobs are on disk
         stop_by = time.monotonic() + app.settings.shutdown_timeout + 5
         again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
         server.post(lambda: log.info("stopping%s", optional("astera_lite_notices:on_stopping", app, again)))
@@ -9398,8 +9381,7 @@ def serve(settings: Settings) -> int:
     logging.shutdown()
     if left or stuck or server.at_work:  # the interpreter would wait for their threads
         stderr.written()
-        kill_children()
-        os._exit(code)
+        _leave(code)
     return code
 
 

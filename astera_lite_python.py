@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 from astera_lite import (
-    CHILDREN,
     LENIENT_DECODER,
     Build,
     ExpressionError,
@@ -270,6 +269,15 @@ _LAST_WORDS_S = 0.5  # time in which the last output of an ended program arrives
 _STDERR_BYTES = 64 << 10
 
 
+_children: set[Child] = set()  # those that may still run
+
+
+def kill_children() -> None:
+    """Kill every child process: the server ends without the threads that would do so."""
+    for child in list(_children):
+        child.kill()
+
+
 class Child:
     """A child process in a group of its own, whose output arrives in `events`: (stream's name, bytes), b"" at its end.
 
@@ -289,7 +297,7 @@ class Child:
         self.events: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._killed = False
-        CHILDREN.add(self)
+        _children.add(self)
 
     def follow(self, given: bytes) -> None:
         """Write the input of the program, and put its output and its end into `events`."""
@@ -331,7 +339,7 @@ class Child:
         if self._killed:  # another group may have its number by now
             return
         self._killed = True
-        CHILDREN.discard(self)
+        _children.discard(self)
         if os.name == "nt":
             import subprocess  # noqa: PLC0415
 
