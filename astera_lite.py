@@ -900,10 +900,7 @@ class _Setting(NamedTuple):
         return parsed
 
 
-def _setting(*row: Any, **more: Any) -> Any:
-    return _Setting(*row, **more)  # typed Any, because the field has the type of the setting
-
-
+_setting: Any = _Setting  # Any, because the field of a setting has the type of the setting
 _PREFIX = "ASTERA_LITE_"
 
 
@@ -1438,10 +1435,6 @@ def _round(value: Any, digits: int = 0) -> Any:
     return round(value, digits) if digits else round(value)
 
 
-def _sorted(values: Any, reverse: bool = False) -> list[Any]:
-    return sorted(values, reverse=reverse)
-
-
 def _sum(values: Any, start: int | float = 0) -> Any:
     return math.fsum(values) + start if any(type(v) is float for v in values) else sum(values, start + 0)
 
@@ -1495,7 +1488,9 @@ FUNCTIONS = {
         Function("min(*values, default=null)", partial(_extreme, min), _whole),
         Function("max(*values, default=null)", partial(_extreme, max), _whole),
         Function("sum(values, start=0)", _sum),
-        Function("sorted(values, reverse=false)", _sorted, _whole),
+        Function(
+            "sorted(values, reverse=false)", lambda values, reverse=False: sorted(values, reverse=reverse), _whole
+        ),
         Function("reversed(values)", lambda values: list(values)[::-1]),
         Function("any(values, /)", any),
         Function("all(values, /)", all),
@@ -2125,11 +2120,7 @@ def resolve(host: str, deadline: float) -> list[IPAddress]:
             if len(_lookups) >= _MAX_LOOKUPS:
                 raise OutboundError("transport", "too many host names are being resolved")
             lookup = Future()
-            thread = threading.Thread(target=_look_up, args=(host, lookup), name="astera-resolve", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:
-                raise OutboundError("transport", "there is no thread left to resolve the host name") from None
+            threading.Thread(target=_look_up, args=(host, lookup), name="astera-resolve", daemon=True).start()
             _lookups[host] = lookup
     try:
         return _addresses(lookup.result(_seconds_left(deadline)))
@@ -2290,7 +2281,6 @@ def fetch(
     url: str,
     headers: Mapping[str, str],
     body: bytes | None,
-    *,
     timeout: float,
     max_bytes: int,
     policy: AddressPolicy | None = None,
@@ -4141,15 +4131,7 @@ class HttpCall:
         """The response to one request; raises StepError if there is none."""
         policy = None if request.fixed else run.outside.policy
         try:
-            return fetch(
-                request.method,
-                request.url,
-                request.headers,
-                request.body,
-                timeout=run.left(),
-                max_bytes=max_bytes,
-                policy=policy,
-            )
+            return fetch(request.method, request.url, request.headers, request.body, run.left(), max_bytes, policy)
         except AddressRefused as error:
             # The client must not learn the address of a name in the inner network.
             detail = "the API's address is refused: it is not a public one"
