@@ -6427,15 +6427,15 @@ class Engine:
 
     def _run_prepared(self, entry: Entry, prepared: Prepared) -> None:
         job, flow, now = prepared.job, prepared.flow, self._clock.now()
-        goes_on = job.due is not None and job.attempt > 0 and job.started is not None  # its wait is over
-        attempt, started = (job.attempt, job.started or now) if goes_on else (job.attempt + 1, now)
-        entry.job = job._replace(attempt=attempt, started=started)
         interrupted = job.started is not None and job.due is None  # a server ended before the run that it began
         if interrupted and (job.attempt >= MAX_ATTEMPTS or flow.restart == "fail"):
             times = f"{job.attempt} times" if job.attempt > 1 else "once"
             detail = f"The server stopped {times} while the job ran; the job is not tried again."
-            self._record_end(entry.job, prepared, Outcome.failed("interrupted", 500, detail))
+            self._record_end(job, prepared, Outcome.failed("interrupted", 500, detail))
             return
+        goes_on = job.due is not None and job.attempt > 0 and job.started is not None  # its wait is over
+        attempt, started = (job.attempt, job.started or now) if goes_on else (job.attempt + 1, now)
+        entry.job = job._replace(attempt=attempt, started=started)
         began, spent = self._clock.monotonic(), (now - started) / 1000
         deadline = began + (flow.timeout or self._job_timeout) - spent
         journal = JobJournal(self._store, self._outside, prepared, entry.job, deadline)
@@ -6515,7 +6515,7 @@ class Engine:
         now, callback = self._clock.now(), None
         job = job._replace(
             status=outcome.status,
-            attempt=max(job.attempt, 1),
+            attempt=job.attempt or (1 if started or job.started else 0),
             due=None,
             started=started or job.started,
             finished=now,

@@ -152,6 +152,7 @@ def test_a_run_that_was_killed_is_attempted_again_and_at_last_given_up(folder: P
         api = Api(url)
         document = api.job(job_id, wait=10)
         assert (document["status"], document["error"]["code"]) == ("Error", "interrupted")
+        assert document["attempt"] == 3
         assert api.session.get(document["resultUrl"], timeout=10).status_code == 500
     assert marks(folder)[7] == 3
 
@@ -272,7 +273,7 @@ def test_a_run_that_the_server_broke_off_was_interrupted_however_it_stopped(
         assert (document["status"], document["error"] and document["error"]["code"]) == (
             ("Error", "interrupted") if restart == "fail" else ("Completed", None)
         )
-        assert document["attempt"] == (1 if how == "stopped" else 2)  # a stop is no crash
+        assert document["attempt"] == (1 if how == "stopped" or restart == "fail" else 2)  # a stop is no crash
     assert marks(folder) == {1: 2 if restart == "rerun" else 1, 7: 1 if restart == "fail" else 2}
 
 

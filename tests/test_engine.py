@@ -481,7 +481,7 @@ def test_a_queued_job_is_cancelled_at_once_and_never_runs(tmp_path: Path, gate: 
         gate.entered()
         assert app.cancel(second.id) is True
         done = finished(app, second)
-        assert (done.attempt, done.started) == (1, None) or (done.attempt, done.started) == (0, None)
+        assert (done.attempt, done.started) == (0, None)
         assert code_of(app, second) == "cancelled"
         assert app.result(second.id).status_code == 409
         gate.open.set()
@@ -917,7 +917,7 @@ def test_a_job_interrupted_too_often_is_given_up(tmp_path: Path, gate: Gate, bef
     gate.open.set()
     with serving(tmp_path, {"f": flow}) as app:
         assert code_of(app, job) == code
-        assert finished(app, job).attempt == before + 1
+        assert finished(app, job).attempt == (before + 1 if code is None else before)  # a job given up does not run
     assert gate.runs == (2 if code is None else 1)
 
 

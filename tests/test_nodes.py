@@ -295,7 +295,7 @@ class Load:
         for job_id, sent in self.accepted.items():
             document, seen = found[job_id], [mark.what for mark in effects[job_id]]
             if document["status"] != "Completed":  # the promise has one exception
-                assert (document["error"]["code"], document["attempt"]) == ("interrupted", 4), document
+                assert (document["error"]["code"], document["attempt"]) == ("interrupted", 3), document
                 continue
             assert results[job_id] == {"n": sent.n, "job": job_id, "said": f"second of {job_id}"}
             assert list(dict.fromkeys(seen)) == (["second"] if sent.flow == "single" else ["first", "second"])
