@@ -7781,10 +7781,11 @@ class RequestParser:
             raise WireError(431, f"The header block is longer than {show_size(self._max_header)}.")
         raise WireError(414, f"The URL is longer than {show_size(self._max_url)}.")
 
-    def origin(self) -> dict[str, str]:
-        """The header Origin of a request that is refused before its head is complete; empty if it has not arrived."""
+    def refused_head(self) -> Head:
+        """The head of a request that is refused early: its header Origin, and its method if that is HEAD."""
         match = _ORIGIN_LINE.search(self._buffer)
-        return {"origin": match[1].decode()} if match else {}
+        method = "HEAD" if self._buffer.lstrip(b"\r\n").startswith(b"HEAD ") else ""
+        return Head(method, "", "", 11, {"origin": match[1].decode()} if match else {}, 0, False, False, False)
 
     def body(self) -> bytes | None:
         """The complete body of the request whose head was returned last; may be empty. Call `head()` next."""
@@ -8476,7 +8477,6 @@ _LARGE_BODY = 64 << 10  # bytes; a larger body is parsed and checked on another 
 _ACCEPTS_A_TURN = 64
 _GRACE_S = 0.01  # a client that connected or was answered more recently is about to send a request
 _SWEEP_S = 0.02  # least time between two sweeps
-_NO_HEAD = Head("", "", "", 11, {}, 0, False, False, False)
 
 
 class ConnectionState(StrEnum):
@@ -8617,7 +8617,7 @@ class Handler(BaseRequestHandler):
     def refuse(self, error: AsteraError) -> None:
         """Answer a request without reading the rest of it, and close."""
         if self.exchange is None:
-            self.exchange = Exchange(self, _NO_HEAD._replace(headers=self.parser.origin()))
+            self.exchange = Exchange(self, self.parser.refused_head())
         self.closing = True
         self.exchange.fail(error)
 

@@ -471,6 +471,27 @@ def test_limits_of_url_header_and_body(limited: Running, wire: bytes, status: in
     assert found[-1].headers["connection"] == "close"
 
 
+@pytest.mark.parametrize(
+    ("wire", "status"),
+    [
+        (request("HEAD", "/" + "a" * 256), 414),
+        (b"HEAD /" + b"a" * 9000, 414),
+        (b"\r\n" + request("HEAD", "/health", "X: " + "a" * 1024), 431),
+        (b"HEAD /health HTTP/1.1\r\nX: " + b"a" * 9000, 431),
+        (request("HEAD", "/health", "Content-Length: 101"), 413),
+        (request("HEAD", "/health", "Expect: more"), 417),
+        (request("HEAD", "/health", "Host: localhost"), 400),
+        (request("HEAD", "/health", version="2.0"), 505),
+    ],
+)
+def test_a_head_request_that_is_refused_early_is_answered_without_body(
+    limited: Running, wire: bytes, status: int
+) -> None:
+    _, refused = answers(talk(limited.server, request("HEAD", "/health") + wire), head_only=True)
+    assert (refused.status, refused.headers["connection"]) == (status, "close")
+    assert int(refused.headers["content-length"]) > 0
+
+
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with running(tmp_path_factory.mktemp("limited"), FLOWS, max_url=256, max_header=1024, max_body=100) as it:
