@@ -38,6 +38,7 @@ if sys.version_info < (needed := (3, 11)):  # Astera Lite needs Python 3.11 or l
 if __name__ == "__main__":
     import os
 
+    sys.excepthook = lambda *error: None if error[0] is KeyboardInterrupt else sys.__excepthook__(*error)  # Ctrl-C
     __name__ = "astera_lite"  # plugins and wings import it by this name, and get this copy
     sys.modules[__name__] = sys.modules["__main__"]
     flags = sys.orig_argv[1 : -len(sys.argv)]  # of the interpreter
@@ -9336,10 +9337,9 @@ def serve(settings: Settings) -> int:
         app.stop()
         if isinstance(error, ConfigError):
             raise
-        address = f"{settings.host}:{settings.port}"
         is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
         cure = "choose another --host" if is_host else "choose another --port"
-        print(f"cannot listen on {address}: {reason_of(error)}; {cure}", file=sys.stderr)
+        print(f"cannot listen on {settings.host}:{settings.port}: {reason_of(error)}; {cure}", file=sys.stderr)
         return 3
     overdue = _install_signals(app, server)
     stderr.write(optional("astera_lite_notices:announcement", server))

@@ -521,6 +521,19 @@ def test_a_missing_schema_says_what_to_do(tmp_path: Path) -> None:
 # --- signals ---
 
 
+@pytest.mark.parametrize("program", [PROGRAM, (sys.executable, SCRIPT)], ids=["module", "script"])
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_ctrl_c_while_the_program_loads_ends_it_without_a_traceback(
+    tmp_path: Path, program: tuple[str, ...], command: str
+) -> None:
+    (tmp_path / "bisect.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )  # stands in for Python's
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = run(tmp_path, command, program=program, env=env)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")  # a shell says 130
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_gracefully(tmp_path: Path, sink: Sink, number: int) -> None:
     call = {"name": "call", "http": {"method": "POST", "url": sink.url, "body": {}}}
