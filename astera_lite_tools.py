@@ -17,6 +17,7 @@ import math
 import os
 import re
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -52,6 +53,7 @@ from astera_lite import (
     failure_text,
     is_flow_file,
     is_postgres,
+    kill_children,
     late,
     load_settings,
     log,
@@ -244,8 +246,16 @@ def _tokens_of(database: str) -> list[Token]:
         return store.tokens()
 
 
+def _end(number: int, frame: object) -> None:
+    kill_children()
+    os._exit(128 + number)  # like shells
+
+
 def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     """try: run one flow in the terminal, and show its steps."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:  # else nohup has it ignored
+            signal.signal(number, _end)
     set_up_logging(settings._replace(log_level="warning"))
     app = Application(settings)
     log.addFilter(app.outside.masked.log_record)

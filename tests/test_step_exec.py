@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Api, get_flow, process, until
+from support import PROGRAM, Api, get_flow, process, until
 
 from astera_lite import AsteraLite, Context, FlowError, Result, Status, build_flow
 
@@ -331,6 +332,21 @@ def test_no_program_outlives_the_server(tmp_path: Path, how: str) -> None:
             until(lambda: any("for 1 job" in line for line in lines))
             server.send_signal(signal.SIGINT)
         assert server.wait(20) == 0
+    until(lambda: not any(alive(pid) for pid in both))
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_no_program_outlives_the_command_try(tmp_path: Path, number: signal.Signals) -> None:
+    note = tmp_path / "pids"
+    (tmp_path / "flows").mkdir()
+    step = program(PARENT + "time.sleep(60)\n", str(note))
+    flow = get_flow("/f", steps=[{"name": "e", "each": {"of": [1], "as": "n", "concurrency": 2, "steps": [step]}}])
+    (tmp_path / "flows" / "f.json").write_text(json.dumps(flow))
+    with subprocess.Popen([*PROGRAM, "try", "f"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as started:
+        both = pids(note)
+        started.send_signal(number)
+        assert (started.communicate(timeout=20)[1], started.returncode) == ("", 128 + number)
     until(lambda: not any(alive(pid) for pid in both))
 
 
