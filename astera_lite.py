@@ -181,7 +181,7 @@ class _FaultyError(AsteraError):
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         # file names and messages of other libraries may have characters that UTF-8 cannot encode
-        self.faults = [Fault(*(part.encode(errors="replace").decode() for part in fault)) for fault in faults]
+        self.faults = [Fault(*(str(part).encode(errors="replace").decode() for part in fault)) for fault in faults]
         super().__init__("\n".join(map(str, self.faults)))
 
 

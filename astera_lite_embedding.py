@@ -420,11 +420,10 @@ class AsteraLite(Application):
         environ: Mapping[str, str] | None = None,
         **keywords: Any,
     ) -> None:
-        if settings is None:
-            settings = Settings.load(**{"flows": "", **keywords})
-        elif keywords:
-            settings = Settings.load(**settings._asdict() | keywords)
-        super().__init__(settings, clock, environ)
+        if not isinstance(settings, Settings | None):
+            raise TypeError('settings are given by name: AsteraLite(database="…")')
+        given = {"flows": ""} if settings is None else settings._asdict()
+        super().__init__(Settings.load(**given | keywords), clock, environ)
         self.deployer.kinds["python"] = _PythonStep("astera_lite_python:PYTHON")
 
     def __enter__(self) -> Self:
@@ -464,7 +463,7 @@ class AsteraLite(Application):
 
         def publish(function: _Function) -> _Function:
             tree = _function_flow(function, route, modes, options)
-            self.deploy(name or function.__name__.replace("_", "-"), tree)
+            self.deploy(name or getattr(function, "__name__", "").replace("_", "-"), tree)
             return function
 
         return publish
@@ -475,7 +474,7 @@ class AsteraLite(Application):
         Flows then write `{"greet": {"name": "${params.name}"}}`: the function gets a Context and these arguments, each
         of which may be an expression, and returns a JSON value. Raises ConfigError for a name that is taken.
         """
-        if name in step_table(STEP_KINDS).members or not STEP_NAME.fullmatch(name):
+        if not isinstance(name, str) or name in step_table(STEP_KINDS).members or not STEP_NAME.fullmatch(name):
             raise ConfigError([Fault("step", name, "is not a new word of letters, digits and _: choose another name")])
 
         def add(function: _Function) -> _Function:
@@ -593,5 +592,7 @@ class AsteraLite(Application):
         flow = self.deployments.by_name.get(name)
         if flow is None:
             raise NotFound(f'there is no flow "{name}"{suggest(str(name), self.deployments.by_name)}')
+        if not isinstance(params, Mapping | None):
+            raise TypeError(f'params are given by name, such as {{"n": 1}}, not {shown(params)}')
         given = {name: value for name, value in (params or {}).items() if value is not None}
         return flow, request_for(flow, given, body)

@@ -17,6 +17,7 @@ import urllib.request
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -34,6 +35,7 @@ from astera_lite import (
     Job,
     NotFound,
     Server,
+    Settings,
     Status,
     StoreError,
 )
@@ -98,6 +100,32 @@ def test_an_application_that_does_not_run_says_so(
 def test_a_database_that_is_no_file_is_refused(path: str) -> None:
     with pytest.raises(ConfigError, match=r"database: .* is not the path of a file"):
         AsteraLite(database=path)
+
+
+@pytest.mark.parametrize(
+    ("misuse", "kind", "message"),
+    [
+        (lambda app: AsteraLite("jobs.db"), TypeError, r'^settings are given by name: AsteraLite\(database="…"\)$'),
+        (lambda app: AsteraLite({"database": "jobs.db"}), TypeError, "^settings are given by name"),
+        (lambda app: AsteraLite(Settings(workers="x")), ConfigError, '^workers: "x" is not a whole number$'),
+        (lambda app: app.run("double", 7), TypeError, r'^params are given by name, such as \{"n": 1\}, not 7$'),
+        (lambda app: app.submit("double", ["n"]), TypeError, "^params are given by name"),
+        (lambda app: app.deploy({}, "name"), FlowError, "^{}: cannot be deployed: .*expected string .* got 'dict'$"),
+        (lambda app: app.step(print), ConfigError, "^step: <built-in function print>: is not a new word"),
+        (lambda app: app.flow("GET /f")(partial(lambda context: 1)), FlowError, r'the name "" must consist of'),
+    ],
+)
+def test_a_misuse_is_told_in_one_sentence(
+    tmp_path: Path, misuse: Callable[[Any], Any], kind: type[Exception], message: str
+) -> None:
+    with application(tmp_path) as app, pytest.raises(kind, match=message) as told:
+        misuse(app)
+    assert "\n" not in str(told.value)
+
+
+def test_settings_of_a_program_are_read_as_keywords_are(tmp_path: Path) -> None:
+    settings = Settings(database=tmp_path / "jobs.db", retention="1h", workers="8", flows="")  # type: ignore[arg-type]
+    assert AsteraLite(settings).settings[:] == AsteraLite(**settings._asdict()).settings[:]
 
 
 def test_an_async_function_is_refused_where_it_is_published(tmp_path: Path) -> None:
