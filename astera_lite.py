@@ -9282,7 +9282,7 @@ def _reload(app: Application) -> None:
         notify("READY=1")
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """End the process without its threads; those that run programs would kill them."""
     if python := sys.modules.get("astera_lite_python"):
         python.kill_children()
@@ -9296,7 +9296,7 @@ def _install_signals(app: Application, server: Server) -> Callable[[], bool]:
     def stop(number: int, frame: object) -> None:
         nonlocal stop_by
         if stop_by < math.inf:
-            _leave(0)  # acknowledged jobs are on disk
+            leave(0)  # acknowledged jobs are on disk
         stop_by = time.monotonic() + app.settings.shutdown_timeout + 5
         again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
         server.post(lambda: log.info("stopping%s", optional("astera_lite_notices:on_stopping", app, again)))
@@ -9363,7 +9363,7 @@ def serve(settings: Settings) -> int:
     logging.shutdown()
     if left or stuck or server.at_work:  # the interpreter would wait for their threads
         stderr.written()
-        _leave(code)
+        leave(code)
     return code
 
 

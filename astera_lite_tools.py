@@ -53,8 +53,8 @@ from astera_lite import (
     failure_text,
     is_flow_file,
     is_postgres,
-    kill_children,
     late,
+    leave,
     load_settings,
     log,
     one_line,
@@ -246,16 +246,11 @@ def _tokens_of(database: str) -> list[Token]:
         return store.tokens()
 
 
-def _end(number: int, frame: object) -> None:
-    kill_children()
-    os._exit(128 + number)  # like shells
-
-
 def try_flow(args: argparse.Namespace, settings: Settings) -> int:
     """try: run one flow in the terminal, and show its steps."""
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:  # else nohup has it ignored
-            signal.signal(number, _end)
+            signal.signal(number, lambda number, frame: leave(128 + number))  # like shells
     set_up_logging(settings._replace(log_level="warning"))
     app = Application(settings)
     log.addFilter(app.outside.masked.log_record)
