@@ -350,6 +350,13 @@ _STATEMENT: dict[str, Member] = {
 }
 
 
+_SQL_CURES = {
+    "write a readonly database": ': a step that writes needs "write": true',
+    "one statement at a time": ': list them in "statements"',
+    "unable to open database file": ": its folder must exist, and the server must be allowed to write there",
+}
+
+
 def _make_sql(build: Build, given: dict[str, Any], place: str) -> Runner:
     listed, database, write, one = given.get("statements"), given["database"], given["write"], given["one"]
     if listed is not None and given["params"]:
@@ -367,7 +374,9 @@ def _make_sql(build: Build, given: dict[str, Any], place: str) -> Runner:
             run.left()
             locked = getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
             kind = "locked" if locked else "sql"
-            raise StepError(500, "its database failed", f"{name}: {error}", {kind}, safe=locked) from None
+            said = str(error).rstrip(".")
+            said += next((cure for fault, cure in _SQL_CURES.items() if fault in said), "")
+            raise StepError(500, "its database failed", f"{name}: {said}", {kind}, safe=locked) from None
         return results if listed is not None else results[0]
 
     return sql
@@ -414,7 +423,8 @@ def _sql_connect(run: Run, name: str, write: bool) -> sqlite3.Connection:
     if write:
         os.makedirs(root, exist_ok=True)
     elif not os.path.isfile(file):
-        raise StepError(500, "its database is missing", f"there is no {shown(name)} in the data folder", {"missing"})
+        reason = f'there is no {shown(name)} in the data folder: a step with "write": true makes it'
+        raise StepError(500, "its database is missing", reason, {"missing"})
     from pathlib import Path  # noqa: PLC0415 (0.2 MB that flows without SQL do without)
 
     uri = f"{Path(file).as_uri()}?mode={'rwc' if write else 'ro'}"

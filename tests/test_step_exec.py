@@ -106,6 +106,22 @@ def test_a_list_and_bytes_are_told_with_what_to_write(shop: Path, caplog: pytest
     assert run(shop, picture, response={"body": "${base64(q.picture)}"}).json() == "AP8="
 
 
+@pytest.mark.parametrize(
+    ("step", "cure"),
+    [
+        (sql("DELETE FROM item"), 'readonly database: a step that writes needs "write": true'),
+        (sql("SELECT 1; SELECT 2"), 'one statement at a time: list them in "statements"'),
+        (sql("SELECT 1", database="none.db"), 'there is no "none.db" in the data folder: a step with "write": true'),
+        (sql("SELECT 1", database="none/a.db", write=True), "unable to open database file: its folder must exist"),
+    ],
+)
+def test_a_failure_of_a_database_says_what_to_write(
+    shop: Path, caplog: pytest.LogCaptureFixture, step: dict[str, Any], cure: str
+) -> None:
+    assert run(shop, step).status_code == 500
+    assert cure in caplog.text.replace("\\", "")
+
+
 def test_a_write_tells_what_it_did_and_statements_are_one_transaction(shop: Path) -> None:
     insert = "INSERT INTO item (name, price) VALUES (:name, 1)"
     assert value(shop, sql(insert, {"name": "cap"}, write=True)) == {"rowcount": 1, "lastrowid": 4}
