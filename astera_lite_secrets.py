@@ -10,6 +10,7 @@ import binascii
 import json
 import logging
 import os
+import re
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
@@ -93,7 +94,8 @@ class Known:
     def _learn(self) -> None:
         forms: set[str] = set()
         for value in filter(None, self._secrets.union(self._hidden)):
-            quoted = (urllib.parse.quote(value, safe=""), urllib.parse.quote(value), urllib.parse.quote_plus(value))
+            quoted = {urllib.parse.quote(value, safe=""), urllib.parse.quote(value), urllib.parse.quote_plus(value)}
+            quoted |= {re.sub("%..", lambda triplet: triplet[0].lower(), form) for form in quoted}  # as curl sends them
             written = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
             forms |= {value, *quoted, *written}
         self._forms = sorted(forms, key=len, reverse=True)  # one secret may begin with another

@@ -552,6 +552,11 @@ def test_renewed_tokens_make_masking_no_slower_and_what_is_used_stays_masked() -
     assert mask("pass-word-of-the-settings, pass-w…, pas…") == "***, ***…, pas…"
 
 
+def test_a_secret_in_a_url_is_masked_whatever_the_case_of_its_percent_encoding() -> None:
+    mask = Mask(["a/b+ü"])
+    assert mask("?q=a%2Fb%2B%C3%BC ?q=a%2fb%2b%c3%bc /a/b%2B%C3%BC /a/b%2b%c3%bc") == "?q=*** ?q=*** /*** /***"
+
+
 def test_credentials_that_two_runs_use_first_at_the_same_time_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     mask, known, both = Mask(), astera_lite_secrets.Known, threading.Barrier(2)
 
