@@ -502,9 +502,10 @@ def token(args: argparse.Namespace, settings: Settings) -> int:
         print(*faults, sep="\n", file=sys.stderr)
         return 2
     text = "astera_" + secrets.token_urlsafe(32)
-    if settings.token is None and not _tokens_of(path):
-        print("this is the first token: from now on the server refuses requests without a token", file=sys.stderr)
+    is_first = settings.token is None and not _tokens_of(path)
     edit(path, name, Token(name, token_digest(text), role, flows, Clock().wall()))
+    if is_first:
+        print("this is the first token: from now on the server refuses requests without a token", file=sys.stderr)
     print("send it as `Authorization: Bearer TOKEN`; it is not shown again:", file=sys.stderr)
     print(text)
     return 0
