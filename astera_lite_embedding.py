@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import math
+import os
 import re
 import threading
 import time
@@ -422,8 +423,9 @@ class AsteraLite(Application):
     ) -> None:
         if not isinstance(settings, Settings | None):
             raise TypeError('settings are given by name: AsteraLite(database="…")')
-        given = {"flows": ""} if settings is None else settings._asdict()
-        super().__init__(Settings.load(**given | keywords), clock, environ)
+        settings = Settings.load(**({"flows": ""} if settings is None else settings._asdict()) | keywords)
+        at = {name: os.path.abspath(way) for name in ("flows", "data") if os.path.isdir(way := getattr(settings, name))}
+        super().__init__(settings._replace(**at), clock, environ)  # a program may change its working folder
         self.deployer.kinds["python"] = _PythonStep("astera_lite_python:PYTHON")
 
     def __enter__(self) -> Self:

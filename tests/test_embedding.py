@@ -10,6 +10,7 @@ import json
 import math
 import os
 import queue
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import urllib.request
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
@@ -399,6 +401,20 @@ def test_a_future_that_finds_no_thread_is_completed_all_the_same(
         open_gate(app, "a")
         assert future.result(10).status is Status.COMPLETED
         assert refused
+
+
+def test_a_program_may_change_its_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with closing(sqlite3.connect("data/stock.db")) as db:
+        db.execute("CREATE TABLE parts (name)")
+    flow = get_flow("/parts", steps=[{"name": "rows", "sql": {"database": "stock.db", "query": "SELECT * FROM parts"}}])
+    Path("flows/parts.json").write_text(json.dumps(flow | {"response": {"body": "${rows}"}}))
+    with AsteraLite(database="jobs.db", flows="flows") as app:
+        monkeypatch.chdir("/")
+        app.deployer.refresh(anyway=True)
+        assert app.run("parts").json() == []
 
 
 @pytest.mark.parametrize("unknown", ["nonsense", "01a20d86-331a-7000-abe7-ee1e3f366187"])
