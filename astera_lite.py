@@ -54,6 +54,7 @@ if __name__ == "__main__":
     elif (
         (sys.argv[1:] or ["serve"])[0].startswith(("serve", "-"))
         and hasattr(os, "memfd_create")
+        and None not in (sys.stdin, sys.stdout, sys.stderr)  # the file would get the descriptor of a closed one
         and set("".join(flags)) <= set("-BEIPsSu")
     ):
         # Python keeps the syntax tree of a script (30 MB) until the script ends. So a server continues in a new
@@ -106,6 +107,7 @@ import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from email.utils import formatdate
 from enum import IntEnum, StrEnum, auto
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
@@ -2542,11 +2544,6 @@ def parse_query(query: str, errors: InputErrors) -> dict[str, list[str]]:
     return result
 
 
-def _plain(query: Mapping[str, list[str]]) -> dict[str, str | list[str]]:
-    """A query as expressions see it: names that occur several times have lists."""
-    return {name: values[0] if len(values) == 1 else values.copy() for name, values in query.items()}
-
-
 @lru_cache(maxsize=16)
 def _media_type(content_type: str, accepts: tuple[str, ...]) -> tuple[str, str]:
     """The media type of a request's body, and why the flow does not accept it, or ""."""
@@ -3091,7 +3088,7 @@ class Flow(NamedTuple):
         seen = {
             "method": request.method,
             "path": request.path,
-            "query": _plain(query),
+            "query": {name: values[:] if len(values) > 1 else values[0] for name, values in query.items()},
             "headers": request.headers,
             "body": _bind_body(self, request, errors),
             "id": request_id,
@@ -4716,10 +4713,6 @@ def ignore_result(result: Any, error: AsteraError | None) -> None:
     """The `done` of a write whose result nobody needs."""
 
 
-def _here(function: Callable[[], None]) -> None:
-    function()
-
-
 class Loaded(NamedTuple):
     """A stored job with all that its run needs."""
 
@@ -4881,6 +4874,7 @@ _MINUTE_OF_SEQ = 60_000 << 12  # difference in `seq` of two jobs that were creat
 _PASSING = {
     "SQLITE_FULL": "the disk is full: make room",
     "SQLITE_IOERR_WRITE": "the disk is full, or a file may not grow: make room, or raise the limit",
+    "SQLITE_IOERR_SHMSIZE": "the disk is full: make room",
     "SQLITE_IOERR": "the disk fails: look at the system's log",
     "SQLITE_BUSY": "the database is locked by another process: end that process",
     "SQLITE_READONLY": "the database is read-only: let this user write it and its folder",
@@ -5020,7 +5014,7 @@ class Writer:
         self._kept: list[Any] = []  # writes to try again
         self._give_up_at = math.inf  # time at which a closing store stops trying, monotonic
         self._stopping = self._closed = False
-        self._post: Post = _here
+        self._post: Post = operator.call
         self._thread = threading.Thread(target=self._serve, name="astera-store", daemon=True)
 
     def put(self, write: Any) -> None:
@@ -5029,7 +5023,7 @@ class Writer:
         if self._closed:
             self._refuse()
 
-    def flush(self, post: Post = _here) -> None:
+    def flush(self, post: Post = operator.call) -> None:
         """Have the thread store the jobs added so far, and tell their results through `post`."""
         if self.new:
             self._post = post
@@ -5235,6 +5229,7 @@ def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3
     try:
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         db.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+        db.execute("PRAGMA temp_store = MEMORY")  # no other folder need be writable
         scripts = _scripts(_format(db, path))
         db.execute(f"PRAGMA page_size = {page_size}")  # has an effect only before the first table
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # the same
@@ -5507,6 +5502,8 @@ class SqliteStore(SqliteReader, Writer):
         folder = os.path.dirname(path)
         if not os.path.isdir(folder):
             raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise StoreError(f"{path} is not a regular file: set `database` to the path of one")
         #: The latest finished jobs: polls and fetches of them need not read the database. Jobs with a callback, which
         #: still changes, are left out. A dict would look for its first key past all deleted ones.
         self._recent = OrderedDict[JobKey, Finish]()
@@ -5523,10 +5520,11 @@ class SqliteStore(SqliteReader, Writer):
             self._db = _open(path, durability, self._log_bytes, page_size)
             undone.callback(self._db.close)
             super().__init__(path)
+            undone.callback(super().close)
+            self._pinned = {path: _identity(path) for path in (path, f"{path}-wal", f"{path}.lock")}
+            Writer.__init__(self)
+            self._thread.start()
             undone.pop_all()
-        self._pinned = {path: _identity(path) for path in (path, f"{path}-wal", f"{path}.lock")}
-        Writer.__init__(self)
-        self._thread.start()
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Make all queued writes, and close the database."""
@@ -5545,7 +5543,7 @@ class SqliteStore(SqliteReader, Writer):
     def _do(self, sql: str, values: Sequence[Any], done: Done = ignore_result, keep: bool = False) -> None:
         self._run(partial(_execute, sql, values), done, keep)
 
-    def flush(self, post: Post = _here) -> None:
+    def flush(self, post: Post = operator.call) -> None:
         """Store the jobs added so far, on the calling thread if that is quick. Call this method after `add`.
 
         If it takes longer, the results are told through `post`, which has a function called soon.
@@ -7245,8 +7243,8 @@ class Application:
         left = sum(iter(self.take_up, 0))  # whole before the first one runs: the database may be damaged
         if left:
             log.info("resumed %d jobs that were not finished when the server stopped", left)
+        self.housekeeper.start()  # first: if no thread can be had, no job has begun
         self.engine.queue.start()
-        self.housekeeper.start()
         self.started_at = self.clock.wall()
         self._process = os.getpid()
 
@@ -7845,13 +7843,7 @@ class RequestParser:
 
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
-@lru_cache(maxsize=1)
-def _http_date(seconds: int) -> str:
-    from email.utils import formatdate  # noqa: PLC0415 (http.client has loaded it)
-
-    return formatdate(seconds, usegmt=True)
+_http_date = lru_cache(maxsize=1)(partial(formatdate, usegmt=True))
 
 
 def response_head(
@@ -9172,8 +9164,9 @@ class Stderr:
 
     def detach(self) -> None:
         """Write on a separate thread from now on, which alone waits for a slow disk or reader."""
-        self._texts = queue.SimpleQueue()
-        threading.Thread(target=self._write_all, args=[self._texts], name="astera-stderr", daemon=True).start()
+        texts = queue.SimpleQueue[str | threading.Event]()
+        threading.Thread(target=self._write_all, args=[texts], name="astera-stderr", daemon=True).start()
+        self._texts = texts
 
     def _write_all(self, texts: queue.SimpleQueue[str | threading.Event]) -> None:
         while True:
@@ -9337,7 +9330,7 @@ def serve(settings: Settings) -> int:
         app.stop()
         if isinstance(error, ConfigError):
             raise
-        is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        is_host = isinstance(error, socket.gaierror) or error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
         cure = "choose another --host" if is_host else "choose another --port"
         print(f"cannot listen on {settings.host}:{settings.port}: {reason_of(error)}; {cure}", file=sys.stderr)
         return 3
@@ -9409,9 +9402,16 @@ def _run_line(words: Sequence[str]) -> int:
         return 4 if isinstance(error, StoreError) else 1
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT, like shells
+    except (MemoryError, RuntimeError) as error:
+        if str(error) not in ("", "can't start new thread"):
+            raise
+        print(f"{str(error) or 'out of memory'}: allow this process more threads and memory", file=sys.stderr)
+        return 5
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # a reader such as `head` has closed the pipe
-            print(f"the output cannot be written: {reason_of(error)}", file=sys.stderr)
+            gone = isinstance(error, FileNotFoundError)  # of os.getcwd
+            what = "the working folder was deleted: change to another" if gone else "the output cannot be written"
+            print(f"{what}: {reason_of(error)}", file=sys.stderr)
             code = 1
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (the interpreter flushes it at exit)
     return code

@@ -474,6 +474,41 @@ def test_an_address_that_is_not_here_is_3(tmp_path: Path) -> None:
     assert "cannot listen on 192.0.2.1:0: " in done.stderr and "--host" in done.stderr
 
 
+def test_an_address_of_a_family_that_is_not_here_is_3(tmp_path: Path) -> None:
+    code = """
+import errno, os, socket, sys, astera_lite
+class WithoutIpv6(socket.socket):
+    def __init__(self, family=-1, *more, **named):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        super().__init__(family, *more, **named)
+socket.socket = WithoutIpv6
+sys.exit(astera_lite.main(["--host", "::1", "--port", "0"]))
+"""
+    done = run(tmp_path, program=(sys.executable, "-c", code))
+    assert done.returncode == 3
+    assert "cannot listen on ::1:0: " in done.stderr and "--host" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["stderr", "store", "housekeeper", "loop"])
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["thread", "memory"])
+def test_a_start_that_gets_too_little_is_no_fault_in_settings(tmp_path: Path, name: str, error: Exception) -> None:
+    code = f"""
+import sys, threading, astera_lite
+start = threading.Thread.start
+def start_or_refuse(thread):
+    if thread.name == "astera-{name}":
+        raise {error!r}
+    start(thread)
+threading.Thread.start = start_or_refuse
+sys.exit(astera_lite.main(["--port", "0"]))
+"""
+    done = run(tmp_path, program=(sys.executable, "-c", code))
+    assert done.returncode == 5
+    told = f"{str(error) or 'out of memory'}: allow this process more threads and memory"
+    assert done.stderr.splitlines()[-1] == told
+
+
 def test_a_database_that_is_in_use_is_4(tmp_path: Path) -> None:
     with process(tmp_path):
         done = run(tmp_path, "--port", "0")
@@ -1114,11 +1149,13 @@ def test_help_is_given_in_ascii_too(tmp_path: Path, command: str) -> None:
 
 
 @contextmanager
-def serving_with(folder: Path, streams: str, *arguments: str, stderr: int | None = None) -> Iterator[tuple[str, int]]:
+def serving_with(
+    folder: Path, streams: str, *arguments: str, stderr: int | None = None, program: Sequence[str] = PROGRAM
+) -> Iterator[tuple[str, int]]:
     """A server whose standard streams are as the shell is told: its URL and process id. It must stop when told to."""
     ports = iter(lambda: random.randrange(15_000, 32_000), 0)  # of those that the system gives to nobody by itself
     port = next(port for port in ports if refuses(port))
-    words = f"exec {shlex.join(PROGRAM)} --port {port} {' '.join(arguments)} {streams}"
+    words = f"exec {shlex.join(program)} --port {port} {' '.join(arguments)} {streams}"
     with subprocess.Popen(words, cwd=folder, env=environment(), shell=True, stderr=stderr) as server:
         try:
             until(lambda: server.poll() is not None or not refuses(port), "it does not start")
@@ -1129,9 +1166,11 @@ def serving_with(folder: Path, streams: str, *arguments: str, stderr: int | None
             server.kill()
 
 
-@pytest.mark.parametrize("streams", ["2>&-", ">&- 2>&- <&-", "2>/dev/full", ">/dev/full 2>&1"])
-def test_a_server_serves_whatever_its_streams_are(tmp_path: Path, streams: str) -> None:
-    with serving_with(write(tmp_path, hello=HELLO, faulty="{"), streams, "--access-log") as (url, pid):
+@pytest.mark.parametrize("program", [PROGRAM, (sys.executable, SCRIPT)], ids=["module", "script"])
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&- <&-", "2>/dev/full", ">/dev/full 2>&1"])
+def test_a_server_serves_whatever_its_streams_are(tmp_path: Path, streams: str, program: Sequence[str]) -> None:
+    folder = write(tmp_path, hello=HELLO, faulty="{")
+    with serving_with(folder, streams, "--access-log", program=program) as (url, pid):
         for _ in range(20):
             assert get(f"{url}/api/publishing/hello").json() == {"hello": "world"}
         if "2>&-" in streams and Path("/proc/self/fd").exists():  # else the database would be what is written to
@@ -1194,6 +1233,15 @@ def test_files_are_found_from_the_working_directory(
     below.mkdir()
     monkeypatch.chdir(below)
     assert here("check", "--flows", "../flows").returncode == 0
+
+
+@pytest.mark.parametrize("command", [[], ["check"], ["jobs"]])
+def test_a_working_folder_that_was_deleted_is_told(tmp_path: Path, command: list[str]) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = run(gone, *command, program=("sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", *PROGRAM))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("the working folder was deleted: change to another")
 
 
 def test_a_backup_under_load_is_whole_and_a_server_goes_on_from_it(here: Here, tmp_path: Path) -> None:

@@ -240,12 +240,13 @@ def test_a_limit_on_file_sizes_refuses_new_jobs_and_mends(folder: Path) -> None:
 
 
 def test_a_disk_that_is_full_at_the_start(folder: Path, small_disk: Path) -> None:
-    ballast = fill(small_disk)
-    done = serve(folder, "--database", "disk/jobs.db", "--log", "off")
-    assert done.returncode == 4
-    assert done.stderr.count("\n") == 1
-    assert "disk/jobs.db" in done.stderr and "the disk is full" in done.stderr
-    ballast.unlink()
+    for room in (0, 16 << 10):  # the second is too small for the file with which SQLite shares memory
+        ballast = fill(small_disk, room)
+        done = serve(folder, "--database", "disk/jobs.db", "--log", "off")
+        assert done.returncode == 4
+        assert done.stderr.count("\n") == 1
+        assert "disk/jobs.db" in done.stderr and "the disk is full" in done.stderr
+        ballast.unlink()
     with process(folder, "--database", "disk/jobs.db") as (_, url, _lines):
         api = Faulty(url)
         api.send("now")
@@ -697,6 +698,39 @@ def test_a_database_that_may_not_be_written_is_4_and_unchanged(folder: Path, nam
         again.all_there()
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_database_that_is_no_regular_file_is_4(folder: Path, make: Callable[[Path], None]) -> None:
+    make(folder / "jobs.db")
+    done = serve(folder, "--database", "jobs.db", "--log", "off")
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1)
+    assert "jobs.db is not a regular file: set `database` to the path of one" in done.stderr
+
+
+def test_an_upgrade_needs_no_folder_but_that_of_the_database(folder: Path, tmp_path: Path) -> None:
+    """As in a container whose own files are read-only."""
+    with closing(sqlite3.connect(folder / "jobs.db")) as db:
+        db.executescript((ROOT / "tests" / "version-1.0.sql").read_text("utf-8"))
+        columns = [row[1] for row in db.execute("PRAGMA table_info(jobs)")]
+        values = ", ".join({"seq": "seq + n", "token": "printf('%0300d', n)"}.get(name, name) for name in columns)
+        numbers = "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 20000)"
+        one = "(SELECT * FROM jobs ORDER BY seq DESC LIMIT 1)"
+        db.execute(f"{numbers} INSERT INTO jobs SELECT {values} FROM numbers, {one}")
+        db.commit()
+    script = """
+mount --bind "$1" /mnt
+for each in /tmp /var/tmp /usr/tmp; do
+    [ ! -d $each ] || { mount --bind $each $each && mount -o remount,ro,bind $each; }
+done || exit 9
+cd /proc && shift && exec "$@"
+"""
+    code = "import astera_lite; astera_lite.SqliteStore('/mnt/jobs.db').close()"
+    command = ["unshare", "-m", "sh", "-c", script, "sh", str(folder), sys.executable, "-c", code]
+    if shutil.which("unshare") is None or os.geteuid():
+        pytest.skip("no folder can be made read-only here: run as root on Linux")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # ---- A second server -------------------------------------------------------------------------------------------------
 
 
@@ -801,6 +835,27 @@ def test_a_backup_of_a_damaged_database_says_so(folder: Path) -> None:
     assert done.returncode == 4
     assert "is damaged" in done.stderr and "astera_lite.db" in done.stderr and "Traceback" not in done.stderr
     assert not (folder / "copy.db").exists()
+
+
+@pytest.mark.parametrize("name", ["astera-store", "astera-housekeeper"])
+def test_a_program_that_gets_no_thread_gets_its_database_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    start = threading.Thread.start
+
+    def start_or_refuse(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    before = set(threading.enumerate())
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start_or_refuse)
+        with pytest.raises(RuntimeError):
+            AsteraLite(database=str(folder / "jobs.db")).start()
+    until(lambda: set(threading.enumerate()) <= before)
+    with AsteraLite(database=str(folder / "jobs.db")):
+        pass
 
 
 def test_a_program_gets_its_database_back_when_it_cannot_start(folder: Path) -> None:

@@ -1021,7 +1021,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 @sqlite
 def test_a_folder_is_no_database(tmp_path: Path) -> None:
     (tmp_path / "jobs.db").mkdir()
-    with pytest.raises(StoreError, match="cannot be opened"):
+    with pytest.raises(StoreError, match="is not a regular file"):
         SqliteStore(str(tmp_path / "jobs.db"))
 
 
