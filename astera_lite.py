@@ -1946,16 +1946,16 @@ _METADATA = _networks(
 )
 
 
-class AddressRefused(AsteraError):
-    """The address policy forbids a request to this address."""
-
-
 class OutboundError(AsteraError):
-    """A request got no usable response; `kind` is transport, timeout, too_large or address."""
+    """A request got no usable response; `kind` is transport, timeout, too_large, or address: it was not sent."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class AddressRefused(OutboundError):
+    """The address policy forbids a request to this address."""
 
 
 TOKEN_TEXT = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -2138,7 +2138,7 @@ def _connect(target: Target, policy: AddressPolicy | None, deadline: float) -> s
     addresses = resolve(target.host, deadline)
     for address in addresses:  # if one address is refused, the name is refused
         if policy is not None and (refusal := policy.refusal(target.host, address)):
-            raise AddressRefused(refusal)
+            raise AddressRefused("address", f"its address is refused: {refusal}")
     failure: OSError = OSError("the name has no address")
     tried = addresses[:_MAX_TRIED]
     for position, address in enumerate(tried):
@@ -2291,7 +2291,7 @@ def fetch(
     """Send one request on a connection of its own; return its response, whatever the status, redirects too.
 
     `timeout` (seconds) covers everything from the look-up of the name to the last byte. `max_bytes` limits the
-    body; 0 leaves it unread. Without a `policy` every address is allowed. Raises OutboundError, AddressRefused.
+    body; 0 leaves it unread. Without a `policy` every address is allowed. Raises OutboundError.
     """
     try:
         target = parse_target(url)
@@ -4130,14 +4130,10 @@ class HttpCall:
         policy = None if request.fixed else run.outside.policy
         try:
             return fetch(request.method, request.url, request.headers, request.body, run.left(), max_bytes, policy)
-        except AddressRefused as error:
-            # The client must not learn the address of a name in the inner network.
-            detail = "the API's address is refused: it is not a public one"
-            raise StepError(502, detail, f"the API's address is refused: {error}", {"address"}, safe=False) from None
         except OutboundError as error:
             run.check()
             status = 504 if error.kind == "timeout" else 502
-            said, colon, more = str(error).partition(": ")  # the system's own words may name hosts of the inner network
+            said, colon, more = str(error).partition(": ")  # the client must not learn names of the inner network
             detail = f"the API it calls gave no answer: {said}"
             raise http_failure(self.method, status, detail, error.kind, more=colon + more) from None
 

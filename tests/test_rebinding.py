@@ -97,10 +97,10 @@ def test_each_attempt_looks_a_name_up_once_and_goes_where_it_was_judged(tmp_path
         pytest.skip(f"cannot mount: {found.stderr}")
     assert found.returncode == 0, found.stderr
     assert json.loads(found.stdout) == [
-        ["127.0.0.1 is not a public address", 1, 0],
+        ["its address is refused: 127.0.0.1 is not a public address", 1, 0],
         ["transport", 1, 0],  # no route to the address that was judged; the second answer was never asked for
         [204, 1, 1],
-        ["10.0.0.1 is not a public address", 1, 0],
+        ["its address is refused: 10.0.0.1 is not a public address", 1, 0],
         [204, 1, 1],
-        ["169.254.169.254 is a cloud metadata address", 1, 0],
+        ["its address is refused: 169.254.169.254 is a cloud metadata address", 1, 0],
     ]
