@@ -8722,10 +8722,6 @@ class Handler(BaseRequestHandler):
 
     # --- closing ---
 
-    def gives_way(self) -> bool:
-        """Whether it may be closed for a newcomer: it is idle, its request is incomplete, or its client has gone."""
-        return self.state is _RECEIVING or (self.state is _HANDLING and self.at_end)
-
     def overdue(self) -> None:
         """Act after the deadline: refuse an incomplete request, close for a client that reads too slowly."""
         if self.at_deadline is not None:
@@ -9069,13 +9065,13 @@ class Server(ThreadingHTTPServer):
             self.finish_request(request, client_address)  # makes a Handler
 
     def _make_room(self) -> bool:
-        """Close the connection that has been idle longest; False if all are busy, or recent."""
+        """Close the connection that has waited longest for its client; False if none does, or all are recent."""
         fresh_from = time.monotonic() - _GRACE_S
-        oldest = next((each for each in self.handlers if each.gives_way() or each.since >= fresh_from), None)
-        if oldest is None or oldest.since >= fresh_from:
-            return False
-        oldest.close()
-        return True
+        for each in itertools.takewhile(lambda each: each.since < fresh_from, self.handlers):
+            if each.state is _RECEIVING or (each.state is _HANDLING and each.at_end):
+                each.close()
+                return True
+        return False
 
     # --- requests ---
 
@@ -9313,6 +9309,8 @@ def serve(settings: Settings) -> int:
     _set_up_process(settings)
     if os.environ.get("NOTIFY_SOCKET"):
         wing("astera_lite_notices:send_state")  # if the file is missing, the start says so
+    signal.signal(signal.SIGINT, lambda number, frame: leave(130))  # until the server can stop
+    signal.signal(signal.SIGTERM, lambda number, frame: leave(0))
     app = Application(settings)
     app.start()
     try:

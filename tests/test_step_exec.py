@@ -352,6 +352,34 @@ def test_no_program_outlives_the_server(tmp_path: Path, how: str) -> None:
 
 
 @linux
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_no_program_outlives_or_holds_up_a_start_that_is_broken_off(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    note = tmp_path / "pids"
+    (tmp_path / "flows").mkdir()
+    flow = get_flow("/f", steps=[program(PARENT + "time.sleep(60)\n", str(note))])
+    (tmp_path / "flows" / "f.json").write_text(json.dumps(flow))
+    with process(tmp_path) as (server, url, _):
+        Api(url).submit("/f")
+        both = pids(note)
+        server.kill()
+    os.killpg(both[0], signal.SIGKILL)
+    note.unlink()
+    os.mkfifo(tmp_path / "cert")  # holds the start, whose job runs again
+    command = [*PROGRAM, "--port", "0", "--tls-cert", "cert"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as started:
+        both = pids(note)
+        started.send_signal(number)
+        os.close(os.open(tmp_path / "cert", os.O_RDWR))
+        try:
+            assert started.wait(20) == code
+        finally:
+            started.kill()
+    until(lambda: not any(alive(pid) for pid in both))
+
+
+@linux
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_no_program_outlives_the_command_try(tmp_path: Path, number: signal.Signals) -> None:
     note = tmp_path / "pids"
