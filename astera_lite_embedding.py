@@ -422,7 +422,7 @@ class AsteraLite(Application):
         **keywords: Any,
     ) -> None:
         if not isinstance(settings, Settings | None):
-            raise TypeError('settings are given by name: AsteraLite(database="…")')
+            raise ConfigError([Fault("settings", "", 'are given by name: AsteraLite(database="…")')])
         settings = Settings.load(**({"flows": ""} if settings is None else settings._asdict()) | keywords)
         at = {name: os.path.abspath(way) for name in ("flows", "data") if os.path.isdir(way := getattr(settings, name))}
         super().__init__(settings._replace(**at), clock, environ)  # a program may change its working folder
@@ -595,6 +595,6 @@ class AsteraLite(Application):
         if flow is None:
             raise NotFound(f'there is no flow "{name}"{suggest(str(name), self.deployments.by_name)}')
         if not isinstance(params, Mapping | None):
-            raise TypeError(f'params are given by name, such as {{"n": 1}}, not {shown(params)}')
+            raise InputError([{"in": "argument", "name": "params", "message": 'are given by name, as in {"n": 1}'}])
         given = {name: value for name, value in (params or {}).items() if value is not None}
         return flow, request_for(flow, given, body)

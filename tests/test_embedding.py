@@ -107,11 +107,11 @@ def test_a_database_that_is_no_file_is_refused(path: str) -> None:
 @pytest.mark.parametrize(
     ("misuse", "kind", "message"),
     [
-        (lambda app: AsteraLite("jobs.db"), TypeError, r'^settings are given by name: AsteraLite\(database="…"\)$'),
-        (lambda app: AsteraLite({"database": "jobs.db"}), TypeError, "^settings are given by name"),
+        (lambda app: AsteraLite("jobs.db"), ConfigError, r'^settings: are given by name: AsteraLite\(database="…"\)$'),
+        (lambda app: AsteraLite({"database": "jobs.db"}), ConfigError, "^settings: are given by name"),
         (lambda app: AsteraLite(Settings(workers="x")), ConfigError, '^workers: "x" is not a whole number$'),
-        (lambda app: app.run("double", 7), TypeError, r'^params are given by name, such as \{"n": 1\}, not 7$'),
-        (lambda app: app.submit("double", ["n"]), TypeError, "^params are given by name"),
+        (lambda app: app.run("double", 7), InputError, r'^argument params: are given by name, as in \{"n": 1\}$'),
+        (lambda app: app.submit("double", ["n"]), InputError, "^argument params: are given by name"),
         (lambda app: app.deploy({}, "name"), FlowError, "^{}: cannot be deployed: .*expected string .* got 'dict'$"),
         (lambda app: app.step(print), ConfigError, "^step: <built-in function print>: is not a new word"),
         (lambda app: app.flow("GET /f")(partial(lambda context: 1)), FlowError, r'the name "" must consist of'),
