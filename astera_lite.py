@@ -4856,8 +4856,6 @@ _QUICK_S = 0.003  # that commits may take; if they take longer, the thread commi
 _FOLD_AFTER = 6000  # writes, some 5 MB of the log, after which the thread folds it into the file
 _COMMIT_COSTS = 16  # writes that the log could hold instead of the pages that each commit writes again
 _LOG_BYTES = 128 << 20  # of the log, at which a commit folds it, for the thread did not come to it
-_RECENT = 1024  # finished jobs held in memory; with 16 MiB of them an accept would cost a tenth more
-_RECENT_BYTES = 4 << 10  # maximum of the texts of such a job: result, headers, trace, base of its URLs
 _PURGE_BYTES = 16 << 20  # of results deleted in one transaction; the last one may exceed this
 _GIVE_BACK = 512  # maximum of pages that a purge returns to the system, so that no write waits long
 _MINUTE_OF_SEQ = 60_000 << 12  # difference in `seq` of two jobs that were created a minute apart
@@ -5495,9 +5493,6 @@ class SqliteStore(SqliteReader, Writer):
             raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
         if os.path.exists(path) and not os.path.isfile(path):
             raise StoreError(f"{path} is not a regular file: set `database` to the path of one")
-        #: The latest finished jobs: polls and fetches of them need not read the database. Jobs with a callback, which
-        #: still changes, are left out. A dict would look for its first key past all deleted ones.
-        self._recent = OrderedDict[JobKey, Finish]()
         self._versions: set[int] = set()  # of flows whose text is stored
         self._claimed_to = 0  # the last `seq` that `claim` has looked at
         self._unfolded = 0  # writes since the log was folded into the file
@@ -5652,8 +5647,6 @@ class SqliteStore(SqliteReader, Writer):
         def added(result: Any, error: AsteraError | None) -> None:
             if error is None and result.key == job.key:
                 self._versions.add(job.version)
-                if ended is not None:
-                    self._remember(ended)
             done(result, error)
 
         row = new_columns(submission).values()
@@ -5682,36 +5675,6 @@ class SqliteStore(SqliteReader, Writer):
             if submission.ended is not None:
                 _owe(execute, submission.ended)
         return job
-
-    def _remember(self, end: Finish) -> None:
-        """Hold the end of a small job in memory, unless it has a callback, which still changes."""
-        answer, texts = end.outcome.answer, [end.job.base, end.trace or ""]
-        size = len(answer.body) + sum(map(len, texts + [text for _, text in answer.headers]))
-        if end.job.callback is None and size <= _RECENT_BYTES:
-            self._recent[end.job.key] = end
-            if len(self._recent) > _RECENT:
-                self._recent.popitem(last=False)
-
-    def get(self, key: JobKey) -> Job | None:
-        """A job."""
-        end = self._recent.get(key)
-        return end.job if end else super().get(key)
-
-    def result(self, key: JobKey) -> StoredResult | None:
-        """The response of a finished job."""
-        end = self._recent.get(key)
-        if end is None:
-            return super().result(key)
-        return StoredResult(end.outcome.answer, len(end.outcome.answer.body))
-
-    def delete(self, key: JobKey, done: Done) -> None:
-        """Delete a finished job; `done` gets deleted, running, owed or absent."""
-
-        def deleted(result: Any, error: AsteraError | None) -> None:
-            self._recent.pop(key, None)  # here, where all ends that are on disk have been remembered
-            done(result, error)
-
-        super().delete(key, deleted)
 
     # --- runs ---
 
@@ -5768,12 +5731,7 @@ class SqliteStore(SqliteReader, Writer):
                 _owe(execute, finish)
             return moved
 
-        def finished(moved: Any, error: AsteraError | None) -> None:
-            if moved:
-                self._remember(finish)
-            done(moved, error)
-
-        self._run(run, finished, keep=True)
+        self._run(run, done, keep=True)
 
     # --- callbacks ---
 
@@ -5801,8 +5759,6 @@ class SqliteStore(SqliteReader, Writer):
 
         def run(execute: Execute) -> int:
             expired = purge_jobs(execute, now, limit, {seq for seq, _ in tuple(self._being_read)})
-            for key in expired:
-                self._recent.pop(key, None)
             free = execute("PRAGMA freelist_count", ()).fetchone()[0]
             for _ in range(min(free, _GIVE_BACK)):  # one by one: before CPython 3.13 only the first step takes place
                 execute("PRAGMA incremental_vacuum(1)", ())
@@ -5898,6 +5854,8 @@ _MAX_UNWRITTEN = 32 << 20  # bytes of outcomes on their way to the disk; above t
 _MIN_UNWRITTEN = 16 << 10  # bytes that an outcome counts for at least
 _LIGHT_BUDGET = 10_000  # units that a run on the calling thread may spend: a few milliseconds
 _LIGHT_BODY = 16 << 10  # bytes of the largest request that runs on the calling thread
+_RECENT = 1024  # finished jobs held in memory; with 16 MiB of them an accept would cost a tenth more
+_RECENT_BYTES = 4 << 10  # maximum of the texts of such a job: result, headers, trace, base of its URLs
 
 
 class Prepared(NamedTuple):
@@ -6306,6 +6264,10 @@ class Engine:
         self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
         self._costly: set[int] = set()  # versions of light flows that once exceeded the budget
         self._unwritten = 0  # bytes of outcomes on their way to the disk
+        #: The latest finished jobs: polls and fetches of them need not read the database. Left out are those that may
+        #: still change: jobs with a callback, and those that other servers see. A dict would look for its first key
+        #: past all deleted ones.
+        self._recent = OrderedDict[JobKey, Finish]()
 
     def admit(self, number: int, flow: Flow) -> Entry:
         """Count in a call, or a job on its way to the disk, until `dismiss`. Busy if the flow refuses more."""
@@ -6544,18 +6506,40 @@ class Engine:
         """Count an end that is on disk, and tell the others. `moved`: the job was Running until then."""
         if moved:
             self._metrics.ended[finish.job.flow, finish.outcome.end] += 1
+            self._remember(finish)
         self._job_changed(finish.job.key, finish.callback is not None)
+
+    def _remember(self, end: Finish) -> None:
+        """Hold the end of a small job in memory."""
+        answer, texts = end.outcome.answer, [end.job.base, end.trace or ""]
+        size = len(answer.body) + sum(map(len, texts + [text for _, text in answer.headers]))
+        if end.job.callback is None and size <= _RECENT_BYTES and not self._store.shared:
+            self._recent[end.job.key] = end
+            if len(self._recent) > _RECENT:
+                self._recent.popitem(last=False)
 
     # --- questions and orders ---
 
     def peek(self, key: JobKey) -> tuple[Job | None, Progress | None]:
         """A job that is in memory, and its progress; None if it is not, whatever the store has."""
+        if end := self._recent.get(key):
+            return end.job, None
         entry = self.queue.entries.get(key.seq)
         if entry is None or (entry.state is State.ENDING and self._store.shared):  # another server may see its end
             return None, None
         run, prepared = entry.run, entry.prepared  # which the job's thread may drop at any moment
         job = entry.job or (prepared.job if prepared else None)
         return job if job and job.key == key else None, run.progress if run else entry.progress
+
+    def result(self, key: JobKey) -> StoredResult | None:
+        """The response of a finished job."""
+        if end := self._recent.get(key):
+            return StoredResult(end.outcome.answer, len(end.outcome.answer.body))
+        return self._store.result(key)
+
+    def forget(self, key: JobKey) -> None:
+        """Drop a job that was deleted from the store; one that has expired may stay, for nobody sees it any more."""
+        self._recent.pop(key, None)
 
     def retry_after(self, flow: str) -> int:
         """Whole seconds, at least 1, after which a new job of this flow is likely to be finished."""
@@ -8100,7 +8084,7 @@ def _result_response(x: Exchange, seen: Seen, more: Sequence[tuple[str, str]]) -
     job = seen[0]
     if job.status is Status.RUNNING:
         return status_response(x, seen, more, 202)
-    stored = x.app.store.result(job.key)
+    stored = x.app.engine.result(job.key)
     if stored is None:
         raise UnknownJob(job.id, x.app.expired(job.key))
     code, headers, _ = stored.answer

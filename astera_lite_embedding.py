@@ -563,7 +563,7 @@ class AsteraLite(Application):
     def result(self, job_id: str | Job) -> Result:
         """The response of a finished job. Raises NotFound, and Conflict while it runs."""
         job = self._job(job_id)
-        stored = self.store.result(job.key)
+        stored = self.engine.result(job.key)
         if stored is None:
             raise Conflict("The job is not finished.")
         answer = stored.answer

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Api, FakeClock, Sink, database_in, get_flow, process, until
+import requests
+from support import Api, FakeClock, Sink, database_in, get_flow, process, running, until
 
+import astera_lite
 from astera_lite import (
     ANYBODY,
     MAX_ATTEMPTS,
@@ -28,6 +30,7 @@ from astera_lite import (
     Clock,
     Conflict,
     Context,
+    Finish,
     Housekeeper,
     Job,
     JobKey,
@@ -35,6 +38,7 @@ from astera_lite import (
     Outcome,
     Queue,
     Result,
+    SqliteReader,
     SqliteStore,
     Status,
     StoredRequest,
@@ -103,6 +107,94 @@ def gate() -> Iterator[Gate]:
     made = Gate()
     yield made
     made.open.set()
+
+
+# ---- What has just ended is answered from memory ---------------------------------------------------------------------
+
+
+def held_in_memory(app: AsteraLite, job: Job) -> bool:
+    return job.key in app.engine._recent
+
+
+@pytest.mark.sqlite  # which others do not change
+@pytest.mark.parametrize("how", ["after", "at once", "failed", "cancelled"])
+def test_what_has_just_ended_is_the_same_from_memory_and_from_disk(tmp_path: Path, gate: Gate, how: str) -> None:
+    step = {"after": python(lambda context: 1), "cancelled": python(gate)}.get(how, {"name": "p", "set": 1})
+    step = {"name": "p", "fail": {"status": 422, "message": "why"}} if how == "failed" else step
+    with serving(tmp_path, {"f": get_flow("/f", steps=[step])}) as app:
+        job = app.submit("f")
+        if how == "cancelled":
+            gate.entered()
+            app.cancel(job)
+            gate.open.set()
+        ended = finished(app, job)
+        assert (ended.error and ended.error["code"]) == {"failed": "failed", "cancelled": "cancelled"}.get(how)
+        assert held_in_memory(app, job)
+        with closing(SqliteReader(app.settings.database)) as disk:
+            assert (ended, app.engine.result(job.key)) == (disk.get(job.key), disk.result(job.key))
+        other = job.key._replace(salt=job.key.salt ^ 1)
+        assert (app.find(other, ANYBODY), app.engine.result(other)) == (None, None)
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_a_job_that_is_deleted_as_soon_as_its_end_is_on_disk_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, light: bool
+) -> None:
+    step = {"name": "p", "set": 1} if light else python(lambda context: 1)
+    with running(tmp_path, {"f": get_flow("/f", steps=[step])}) as run, ThreadPoolExecutor(1) as pool:
+        announce, deleted = run.app.engine.announce, []
+
+        def late(end: Finish, moved: Any = True) -> None:
+            path = f"/api/jobs/{end.job.id}"
+            deleted.append(pool.submit(requests.delete, run.server.url + path, timeout=10))
+            announce(end, moved)
+
+        monkeypatch.setattr(run.app.engine, "announce", late)
+        job = run.app.submit("f")
+        until(lambda: deleted)
+        assert deleted[0].result().status_code == 204
+        assert run.app.status(job) is None
+        assert run.client("GET", f"/api/jobs/{job.id}/result").status_code == 404
+
+
+def test_a_job_that_expires_is_gone_from_memory_too(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with serving(tmp_path, {"f": get_flow("/f")}, clock, retention=60) as app:
+        job = app.submit("f")
+        assert finished(app, job).status is Status.COMPLETED
+        clock.tick(60)
+        assert app.status(job) is None
+        with pytest.raises(NotFound):
+            app.result(job)
+
+
+def test_a_job_whose_callback_changes_is_not_held_in_memory(tmp_path: Path, sink: Sink) -> None:
+    with serving(tmp_path, {"f": get_flow("/f")}) as app:
+        job = app.submit("f", callback_url=sink.url)
+        sink.next()
+        until(lambda: (found := app.status(job)) and found.callback and found.callback.state == "delivered")
+        assert not held_in_memory(app, job)
+
+
+@pytest.mark.sqlite
+def test_what_is_held_in_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(astera_lite, "_RECENT", 3)
+    body = "${'x' * params.n}"
+    parameters = {"n": {"in": "query", "type": "integer"}}
+    flows = {
+        "body": get_flow("/body", request={"parameters": parameters}, response={"body": body}),
+        "header": get_flow(
+            "/header", request={"parameters": parameters}, response={"headers": {"X-Text": body}, "body": 1}
+        ),
+    }
+    with serving(tmp_path, flows) as app:
+        jobs = [app.submit("body", {"n": 3000}) for _ in range(8)]
+        assert [held_in_memory(app, job) for job in jobs] == [False] * 5 + [True] * 3
+        assert {len(app.result(job).content) for job in jobs} == {3003}
+        large = [app.submit("body", {"n": 5000}), app.submit("header", {"n": 5000})]
+        large.append(app.submit("body", {"n": 1}, base=f"http://h/{'x' * 5000}"))
+        assert {finished(app, job).status for job in large} == {Status.COMPLETED}
+        assert not any(held_in_memory(app, job) for job in large)
 
 
 # ---- Running ---------------------------------------------------------------------------------------------------------

@@ -238,29 +238,7 @@ def test_a_result_of_which_a_part_is_lost_is_not_read_as_if_it_were_whole(store:
         list(store.result_pieces(new.key, 0, result.size))
 
 
-def from_disk(path: str, key: JobKey) -> tuple[Job | None, Any]:
-    with closing(SqliteReader(path)) as other:
-        return other.get(key), other.result(key)
-
-
-@sqlite
-@pytest.mark.parametrize("how", ["after", "at once", "failed", "cancelled"])
-def test_what_has_just_ended_is_the_same_from_memory_and_from_disk(store: SqliteStore, path: str, how: str) -> None:
-    more = {} if how in ("after", "at once") else {"outcome": Outcome.failed(how, 500, "why")}
-    new = job()
-    if how == "at once":
-        done(store.add, submission(new)._replace(ended=finish(new)))
-    else:
-        done(store.add, submission(new))
-        done(store.start, new.key, 1, T)
-        assert done(store.finish, finish(new, **more)) is True
-    assert store._recent.get(new.key) is not None
-    assert (store.get(new.key), store.result(new.key)) == from_disk(path, new.key)
-    other = new.key._replace(salt=new.key.salt ^ 1)
-    assert (store.get(other), store.result(other)) == (None, None)
-
-
-def test_what_is_forgotten_is_forgotten_in_memory_too(store: SqliteStore) -> None:
+def test_what_is_forgotten_is_gone_and_the_rest_stays_as_it_ended(store: SqliteStore) -> None:
     first, second, third = added(store), added(store), added(store)
     for each in (first, second, third):
         assert done(store.finish, finish(each, expires=T + 10)) is True
@@ -271,51 +249,6 @@ def test_what_is_forgotten_is_forgotten_in_memory_too(store: SqliteStore) -> Non
     assert store.get(third.key) == third._replace(
         status=Status.COMPLETED, attempt=1, started=T, finished=T + 10, expires=T + 10
     )
-
-
-@sqlite
-def test_a_job_that_is_deleted_as_soon_as_its_end_is_on_disk_is_gone(
-    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended, remember = finish(added(store)), store._remember
-    deleted = []
-
-    def late(end: Finish) -> None:
-        deleted.append(Written(store.delete, end.job.key))
-        remember(end)
-
-    monkeypatch.setattr(store, "_remember", late)
-    assert done(store.finish, ended) is True
-    assert deleted[0].get() == "deleted"
-    assert store.get(ended.job.key) is None
-
-
-def test_a_job_whose_callback_changes_is_not_held_in_memory(store: SqliteStore, path: str) -> None:
-    new = job(callback="http://h/")
-    done(store.add, submission(new))
-    assert done(store.finish, finish(new, callback=("http://h", "{}"))) is True
-    done(store.record_delivery, new.key, Attempt(T, 1, 200), T + 10, "delivered", None)
-    found = store.get(new.key)
-    assert found is not None and found.callback is not None and found.callback.state == "delivered"
-
-
-@sqlite
-def test_what_is_held_in_memory_is_bounded(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(astera_lite, "_RECENT", 3)
-    jobs = [added(store) for _ in range(8)]
-    for each in jobs:
-        assert done(store.finish, finish(each, b"x" * 3_000)) is True
-    assert [each.key in store._recent for each in jobs] == [False] * 5 + [True] * 3
-    assert all(store.result(each.key).size == 3_000 for each in jobs)  # type: ignore[union-attr]
-    text = "x" * 5_000
-    outcomes = [
-        Outcome(Answer(200, (), text.encode())),
-        Outcome(Answer(200, (("X-Text", text),))),
-    ]
-    large = [finish(added(store), outcome=outcome) for outcome in outcomes]
-    for end in [*large, finish(added(store)._replace(base=text))]:
-        assert done(store.finish, end) is True
-        assert end.job.key not in store._recent
 
 
 @sqlite
