@@ -1142,7 +1142,8 @@ class Delivery(NamedTuple):
     next_at: int | None = None
     body: str = ""
     tries: int = 0  # attempts since the last resend, which determine the next pause
-    trace: "Trace | None" = None  # set when the callback is due
+    receiver: str = ""  # host:port; set when the callback is due, as is the next one
+    trace: "Trace | None" = None
 
 
 class Attempt(NamedTuple):
@@ -4894,6 +4895,15 @@ def store_error(error: Exception) -> StoreError:
     return StoreError(_words(error, _PASSING | _DAMAGE) or f"the database failed ({name})")
 
 
+@contextlib.contextmanager
+def errors_of_database(path: str) -> Iterator[None]:
+    """Raise errors of SQLite as StoreError with the path."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreError(f"{path}: {store_error(error)}") from None
+
+
 def _identity(path: str) -> tuple[int, int] | None:
     with contextlib.suppress(OSError):  # by name only: closing an opened file would drop SQLite's locks on it
         about = os.stat(path)
@@ -4941,9 +4951,9 @@ def _read_request(text: str, body: bytes) -> StoredRequest:
 
 
 def read_deliveries(rows: Iterable[Sequence[Any]]) -> list[tuple[Job, Delivery]]:
-    """Rows of JOB_COLUMNS and `request` as callbacks that are owed."""
-    jobs = [(read_job(row), _read_request(row[-1], b"").trace) for row in rows]
-    return [(job, job.callback._replace(trace=trace)) for job, trace in jobs if job.callback]
+    """Rows of JOB_COLUMNS, `receiver` and `request` as callbacks that are owed."""
+    more = [(read_job(row), row[-2], _read_request(row[-1], b"").trace) for row in rows]
+    return [(job, job.callback._replace(receiver=host, trace=trace)) for job, host, trace in more if job.callback]
 
 
 def find_key(flow: str, token: str, key: str, fingerprint: bytes, now: int, execute: Execute) -> Job | Conflict | None:
@@ -5184,12 +5194,9 @@ def _own(path: str) -> sqlite3.Connection:
 
 def _format(db: sqlite3.Connection, path: str) -> int:
     """The version of the schema, 0 for a new file. Raises StoreError if the file is not ours, or too new."""
-    try:
-        tables = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
-        ours = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
-        version: int = db.execute("PRAGMA user_version").fetchone()[0]
-    except sqlite3.Error as error:
-        raise StoreError(f"{path}: {store_error(error)}") from None
+    tables = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+    ours = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
+    version: int = db.execute("PRAGMA user_version").fetchone()[0]
     if tables and not ours:
         raise StoreError(f"{path} is a database of another program: set `database` to another path")
     if version > SCHEMA_VERSION:
@@ -5214,9 +5221,9 @@ def _log_size(folder: str, max_bytes: int | None) -> int:
 
 def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3.Connection:
     """Open a database for writing. Creates the file, or upgrades it to the present version of the schema."""
-    db = None
-    try:
+    with contextlib.ExitStack() as undone, errors_of_database(path):
         db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        undone.callback(db.close)  # or the connection keeps its locks as long as the exception exists
         db.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
         db.execute("PRAGMA temp_store = MEMORY")  # no other folder need be writable
         scripts = _scripts(_format(db, path))
@@ -5238,12 +5245,7 @@ def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3
         db.execute("DELETE FROM clock")
         db.execute(_UNPROBE)
         db.execute("COMMIT")
-    except BaseException as error:
-        if db is not None:
-            db.close()  # or the connection keeps its locks as long as the exception exists
-        if isinstance(error, sqlite3.Error):
-            raise StoreError(f"{path}: {store_error(error)}") from None
-        raise
+        undone.pop_all()
     return db
 
 
@@ -5256,6 +5258,14 @@ class StoreReader:
     _has_tokens = True  # False: the tables are older than tokens, or missing
     _to_cancel = "error IS NOT NULL"  # condition of a Running job that is not to run again
     _whole_result = "result"  # expression for the body of a result; NULL if it is stored in pieces
+
+    def __init__(self) -> None:
+        self._idle: list[Any] = []  # connections
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Close the connections."""
+        while self._idle:
+            self._idle.pop().close()
 
     def _all(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         """The rows of a statement."""
@@ -5371,24 +5381,18 @@ class SqliteReader(StoreReader):
     """Reads from a database, also while a server writes to it."""
 
     def __init__(self, path: str) -> None:
+        super().__init__()
         self.path = os.path.realpath(path)
         self.fault: str | None = None
         self._is_damaged = False  # which does not pass: `fault` says how
         self._pinned = dict[str, Any]()  # files that must stay what they are, by path
-        self._idle: list[sqlite3.Connection] = []
         self._being_read: set[tuple[int, object]] = set()  # large results, which the purge spares until they are read
         if not os.path.isfile(self.path):
             raise StoreError(f"there is no database {self.path}: a server makes it when it starts")
-        try:
-            with self._reading() as db:
-                self._has_tokens = _format(db, self.path) > 1  # a look at an older database does not upgrade it
-        except StoreError:
-            SqliteReader.close(self)
-            raise
+        with errors_of_database(self.path), contextlib.closing(open_to_read(self.path)) as db:
+            self._has_tokens = _format(db, self.path) > 1  # a look at an older database does not upgrade it
 
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """Borrow a connection."""
+    def _all(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         db = None
         try:
             with contextlib.suppress(IndexError):  # another thread may take the last one
@@ -5396,7 +5400,7 @@ class SqliteReader(StoreReader):
             if db is None:
                 self._check_files()  # or this connection would read another database than the others
                 db = open_to_read(self.path)
-            yield db
+            return db.execute(sql, values).fetchall()
         except sqlite3.Error as error:
             raise self._failure(error) from None
         finally:
@@ -5415,15 +5419,6 @@ class SqliteReader(StoreReader):
         if any(_identity(path) != identity for path, identity in self._pinned.items()):
             moved = "a file of the database was moved, deleted or replaced while the server runs"
             raise _Moved(f"{moved}: put it back, or restart the server")
-
-    def _all(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
-        with self._reading() as db:
-            return db.execute(sql, values).fetchall()
-
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Close the connections."""
-        while self._idle:
-            self._idle.pop().close()
 
     def result_pieces(self, key: JobKey, start: int, stop: int) -> Iterator[bytes]:
         """The bytes of a large result from `start` to `stop`. The purge spares it meanwhile.
@@ -5744,7 +5739,7 @@ class SqliteStore(SqliteReader, Writer):
         """
         skip = {key.seq for key in held}
         rows = self._all(
-            f"SELECT {JOB_COLUMNS}, request FROM jobs JOIN callbacks c ON c.job = seq"
+            f"SELECT {JOB_COLUMNS}, receiver, request FROM jobs JOIN callbacks c ON c.job = seq"
             " WHERE c.state = 'pending' AND c.next <= ? AND expires > ?"
             f" AND c.receiver NOT IN ({','.join('?' * len(busy))}){' AND c.attempts = 0' if fresh else ''}"
             " ORDER BY c.next LIMIT ?",
@@ -6555,8 +6550,7 @@ class Engine:
                     self._store.ask_cancel(job.key)  # or the job would run again if a crash broke the run off
                 entry.cancel.set()
                 return False
-            self.queue.move(entry, State.ENDING)
-        self.end(job, _CANCELLED)
+            self.end(job, _CANCELLED)
         return True
 
     def overdue(self) -> None:
@@ -6698,21 +6692,15 @@ class Courier:
 
     def _begin(self, job: Job, delivery: Delivery, wake: Callable[[], None]) -> bool:
         """Begin a delivery unless its receiver is busy."""
-        try:
-            receiver = parse_target(delivery.url).receiver
-        except ValueError:  # an older version accepted the URL; the attempt will say what is wrong
-            receiver = delivery.url
         with self._changed:
             if delivery.tries and delivery.last_status is None:  # also after a restart
-                self._doubtful.add(receiver)
+                self._doubtful.add(delivery.receiver)
             room, busy, _ = self._room()
-            if room <= 0 or receiver in busy:
+            if room <= 0 or delivery.receiver in busy:
                 return False
-            self._leases[job.key] = receiver, self._clock.monotonic() + self._lease_s
+            self._leases[job.key] = delivery.receiver, self._clock.monotonic() + self._lease_s
         # A daemon, because a receiver that hangs must not delay the end of the process, as a thread of a pool would.
-        thread = threading.Thread(
-            target=self._send, args=(job, delivery, receiver, wake), name="astera-courier", daemon=True
-        )
+        thread = threading.Thread(target=self._send, args=(job, delivery, wake), name="astera-courier", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # no thread can be had
@@ -6725,9 +6713,9 @@ class Courier:
             self._leases.pop(key, None)
             self._changed.notify_all()
 
-    def _send(self, job: Job, delivery: Delivery, receiver: str, wake: Callable[[], None]) -> None:
+    def _send(self, job: Job, delivery: Delivery, wake: Callable[[], None]) -> None:
         attempt, retry_after_s = self.deliver(job, delivery)
-        answered = attempt.status is not None
+        answered, receiver = attempt.status is not None, delivery.receiver
         with self._changed:
             if answered and attempt.duration_ms <= _LATE_MS:
                 self._doubtful.discard(receiver)

@@ -24,6 +24,7 @@ from astera_lite import (
     SqliteStore,
     StoreError,
     Token,
+    errors_of_database,
     is_postgres,
     open_to_read,
     reason_of,
@@ -73,13 +74,13 @@ def edit_tokens(database: str, name: str, add: Token | None = None) -> None:
         return
     with contextlib.suppress(DatabaseInUse):
         SqliteStore(database).close()  # makes or upgrades it, unless a server has it
-    try:
-        with contextlib.closing(sqlite3.connect(database, timeout=10, isolation_level=None)) as db:
-            db.execute("BEGIN IMMEDIATE")
-            _change(db.execute, name, add)
-            db.execute("COMMIT")
-    except sqlite3.Error as error:
-        raise StoreError(f"{database}: {store_error(error)}") from None
+    with (
+        errors_of_database(database),
+        contextlib.closing(sqlite3.connect(database, timeout=10, isolation_level=None)) as db,
+    ):
+        db.execute("BEGIN IMMEDIATE")
+        _change(db.execute, name, add)
+        db.execute("COMMIT")
 
 
 def _change(execute: Execute, name: str, add: Token | None) -> None:

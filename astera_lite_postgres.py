@@ -354,7 +354,7 @@ class PostgresReader(StoreReader):
             self._has_tokens = _format(db, self._address.place) > 0
 
     def _begin(self) -> None:
-        self._idle: list[Any] = []  # connections
+        StoreReader.__init__(self)
         self._room = threading.BoundedSemaphore(_READERS)
 
     @contextlib.contextmanager
@@ -372,7 +372,7 @@ class PostgresReader(StoreReader):
                     db.close()
                 if db is None or not db.closed:
                     raise _store_error(error) from None
-                PostgresReader.close(self)  # the idle connections are of no use either
+                StoreReader.close(self)  # the idle connections are of no use either
                 raise _LostConnection(str(_store_error(error))) from None
             finally:
                 if db is not None and not db.closed:
@@ -389,11 +389,6 @@ class PostgresReader(StoreReader):
             except _LostConnection:
                 if not was_idle:
                     raise
-
-    def close(self, timeout_s: float = 10.0) -> None:
-        """Close the connections."""
-        while self._idle:
-            self._idle.pop().close()
 
     def result_pieces(self, key: JobKey, start: int, stop: int) -> Iterator[bytes]:
         """Raises StoreError: `result` has the whole body, unless the database has lost it."""
@@ -968,7 +963,7 @@ class PostgresStore(PostgresReader, Writer):
             ids = db.execute(sql, values).fetchall()
         if not ids:
             return []
-        sql = f"SELECT {JOB_COLUMNS}, request{FROM_JOBS} WHERE seq = ANY(?) ORDER BY c.next"
+        sql = f"SELECT {JOB_COLUMNS}, receiver, request{FROM_JOBS} WHERE seq = ANY(?) ORDER BY c.next"
         return read_deliveries(self._all(sql, ([seq for (seq,) in ids],)))
 
     # --- what is due for all ---
