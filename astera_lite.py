@@ -3347,6 +3347,7 @@ class Journal:
     def __init__(self) -> None:
         self.saved: dict[str, Any] = {}  # also by the keys of `journal_key`
         self.waits: dict[str, int] = {}
+        self.waiting: tuple[str, int] = ("", 0)  # the step that suspended the run, and until when (ms) it waits
 
     def record(self, path: str, value: Any) -> int | None:
         """Save the output of a finished step; return its size in bytes."""
@@ -3354,9 +3355,6 @@ class Journal:
 
     def forget(self, prefix: str) -> None:
         """Drop what is saved under paths that begin with this: these steps run again."""
-
-    def begin_wait(self, path: str, until: int) -> None:
-        """Save the time until which a step waits, in milliseconds since the epoch."""
 
     def barrier(self) -> None:
         """Return when everything recorded is committed; called before each side effect."""
@@ -3485,7 +3483,7 @@ class Run:
         if wait_ms <= _WORTH_SUSPENDING_MS or self.held or not self.journal.suspendable:
             self.sleep(wait_ms / 1000)
             return
-        self.journal.begin_wait(path, min(until, INT64.stop - 1))  # what the database can keep
+        self.journal.waiting = path, min(until, INT64.stop - 1)  # what the database can keep
         raise _Suspend(min(until, clock.now() + math.ceil(self.left() * 1000)))
 
     @contextlib.contextmanager
@@ -6135,7 +6133,6 @@ class JobJournal(Journal):
         self.superseded = False  # the job has ended, or another run of it began
         self._error: AsteraError | None = None
         self.saved, self.waits = dict(prepared.saved), dict(prepared.waits)
-        self.waiting: tuple[str, int] = ("", 0)
 
     def record(self, path: str, value: Any) -> int:
         """Save a step's output, without waiting for the disk; return the number of bytes."""
@@ -6154,10 +6151,6 @@ class JobJournal(Journal):
                 self.saved.pop(path, None)
                 self.waits.pop(path, None)
                 self._store.save_step(self._job.key, self._job.attempt, path, "")
-
-    def begin_wait(self, path: str, until: int) -> None:
-        """Remember until when a step waits. `Store.suspend` stores it."""
-        self.waiting = (path, until)
 
     def barrier(self) -> None:
         """Wait until the beginning of this attempt, and all outputs so far, are on disk."""
@@ -7076,15 +7069,10 @@ CANCEL_ELSEWHERE_S = 2  # time that a cancel waits for another server, which run
 _MAX_CLAIMED = 2000  # Running jobs that `take_up` looks at each time, for some milliseconds
 
 
-def already_finished(job: Job) -> Conflict:
-    """The error of a cancel that comes too late."""
-    return Conflict(f"The job is finished: {job.status.value}.", job=job.status)
-
-
-def check_cancelled(job: Job) -> None:
-    """Raise Conflict if a finished job ended by itself, before the cancel could end it."""
-    if job.error is None or job.error["code"] != "cancelled":
-        raise already_finished(job)
+def check_unfinished(job: Job, but: str = "") -> None:
+    """Raise Conflict for a job that is finished, unless its error has the code `but`."""
+    if job.status is not Status.RUNNING and not (job.error and job.error["code"] == but):
+        raise Conflict(f"The job is finished: {job.status.value}.", job=job.status)
 
 
 class Application:

@@ -61,12 +61,11 @@ from astera_lite import (
     UnknownJob,
     __version__,
     allowed_methods,
-    already_finished,
     answer_submitted,
     answer_when_finished,
-    check_cancelled,
     check_coding,
     check_may_call,
+    check_unfinished,
     error_response,
     find_job,
     find_routes,
@@ -469,16 +468,13 @@ def job_cancel(x: Exchange) -> Reply | None:
     """POST /api/jobs/{id}/cancel"""
     seen = _find_to_change(x)
     job = seen[0]
-    if job.status is not Status.RUNNING:
-        raise already_finished(job)
+    check_unfinished(job)
     if not x.app.ask_cancel(job):
         return status_response(x, seen, code=202)
 
     def answer(seen: Seen) -> Reply:
-        if seen[0].status is Status.RUNNING:
-            return status_response(x, seen, code=202)
-        check_cancelled(seen[0])
-        return status_response(x, seen)
+        check_unfinished(seen[0], but="cancelled")
+        return status_response(x, seen, code=202 if seen[0].status is Status.RUNNING else 200)
 
     answer_when_finished(x, job, CANCEL_ELSEWHERE_S if x.app.node else 30, answer)
     return None

@@ -64,11 +64,10 @@ from astera_lite import (
     Table,
     Template,
     Value,
-    already_finished,
     as_text,
     await_write,
     check_callback,
-    check_cancelled,
+    check_unfinished,
     encode_query,
     evaluated,
     is_json_type,
@@ -574,13 +573,11 @@ class AsteraLite(Application):
     def cancel(self, job_id: str | Job) -> bool:
         """Cancel a job; True if it ends now, False if it stops at its next step. Raises NotFound, Conflict."""
         job = self._job(job_id)
-        if job.status is not Status.RUNNING:
-            raise already_finished(job)
+        check_unfinished(job)
         if not self.ask_cancel(job):
             return False
         after = self.wait(job_id, self.node and CANCEL_ELSEWHERE_S)
-        if after.status is not Status.RUNNING:
-            check_cancelled(after)
+        check_unfinished(after, but="cancelled")
         return after.status is not Status.RUNNING
 
     def _job(self, job_id: str | Job) -> Job:
