@@ -5948,14 +5948,14 @@ class Queue:
         flow = self._flow_named(name)
         if flow is not None:
             self._limits[name] = flow.limit
-        limit = self._limits.get(name)
+        limit = self._limits.get(name, 1)  # the first job of a flow that is not in service tells the limit
         return limit is None or self._running[name] < limit
 
-    def exceeds(self, flow: Flow) -> bool:
-        """Whether the run of a job is one too many: the limit of a flow that is not in service was not known before."""
+    def learn(self, flow: Flow) -> None:
+        """Note the limit of a flow that a job has, if it is not known."""
         with self.changed:
-            limit = self._limits.setdefault(flow.name, flow.limit)
-            return limit is not None and self._running[flow.name] > limit
+            self._limits.setdefault(flow.name, flow.limit)
+            self._let_in(flow.name)
 
     # --- jobs and calls in hand: `enter`, `move` and `leave` need the lock ---
 
@@ -6343,27 +6343,21 @@ class Engine:
         try:
             prepared = entry.prepared = entry.prepared or self._prepare(entry.number)
             if entry.state is State.RUNNING and prepared is not None:
-                if self.queue.exceeds(prepared.flow):
-                    self._put_off(entry)
-                else:
-                    self._run_prepared(entry, prepared)
+                self.queue.learn(prepared.flow)
+                self._run_prepared(entry, prepared)
             elif entry.state is State.RUNNING:  # it has ended
                 self.queue.dismiss(entry.number)
         except AsteraError as error:  # the database failed while the job was read
             log.error("job %s could not be started: %s", this, error, extra={"job": str(this)})
-            self._put_off(entry)
+            with self._changed:
+                entry.due = self._clock.now() + 1000  # it is tried again
+                self.queue.move(entry, State.WAITING)
         except Exception:  # a fault of this program must not end the thread
             log.exception("job %s", this, extra=entry.run.about if entry.run else {"job": str(this)})
             if entry.job is not None:
                 self.end(entry.job, Outcome.failed("failed", 500, "The server failed to run the job."))
             else:
                 self.queue.dismiss(entry.number)
-
-    def _put_off(self, entry: Entry) -> None:
-        """Try a job again in a second."""
-        with self._changed:
-            entry.due = self._clock.now() + 1000
-            self.queue.move(entry, State.WAITING)
 
     def _run_prepared(self, entry: Entry, prepared: Prepared) -> None:
         job, flow, now = prepared.job, prepared.flow, self._clock.now()

@@ -409,8 +409,9 @@ class _Write(NamedTuple):
     kind: str = ""
     seq: int = 0
     values: Mapping[str, Any] = {}  # by column; `owner` is added
-    about: Any = None  # the Submission or the Finish
+    new: Any = None  # the Submission of an "add"
     pieces: Sequence[_ROW] = ()  # of bodies that are too large for their columns
+    owed: tuple[str, str] | None = None  # receiver and body of the callback that is owed once the write is made
     run: Callable[[Execute], Any] | None = None
     done: Done = ignore_result
     keep: bool = False  # tried again when the database cannot be reached, instead of failed
@@ -423,12 +424,6 @@ class _Write(NamedTuple):
         """Approximate number of bytes that are sent."""
         texts = [value for value in self.values.values() if isinstance(value, str | bytes)]
         return sum(map(len, texts)) + len(self.pieces) * PIECE + 300
-
-    @property
-    def owed(self) -> tuple[str, str] | None:
-        """Receiver and body of the callback that is owed once the write is made."""
-        end: Finish | None = self.about.ended if self.kind == "add" else self.about
-        return end and end.callback
 
 
 def _grouped(batch: Iterable[_Write]) -> list[list[_Write]]:
@@ -749,7 +744,7 @@ class PostgresStore(PostgresReader, Writer):
         now, owner = time.monotonic(), self._start
         texts = {
             new.job.version: {"version": new.job.version, "name": new.job.flow, "text": new.flow_text}
-            for new in (write.about for write in group)
+            for new in (write.new for write in group)
             if self._used.get(new.job.version, -math.inf) < now - _USED_S
         }
         if texts:
@@ -758,7 +753,7 @@ class PostgresStore(PostgresReader, Writer):
         single = [write for write in group if write.limited]
         if plain:
             cursor = _insert(db, plain, owner)
-            if any(write.about.idempotency_key is not None for write in plain):
+            if any(write.new.idempotency_key is not None for write in plain):
                 stored = {seq for (seq,) in cursor}
                 single += [write for write in plain if write.seq not in stored]
                 plain = [write for write in plain if write.seq in stored]
@@ -767,10 +762,10 @@ class PostgresStore(PostgresReader, Writer):
 
         def read() -> list[Any]:
             self._used.update(dict.fromkeys(texts, now))
-            results = [answers.get(write.seq) or write.about.job for write in group]
+            results = [answers.get(write.seq) or write.new.job for write in group]
             for write, result in zip(group, results, strict=True):
-                if result is write.about.job and not write.about.ended:
-                    if write.about.owned:
+                if result is write.new.job and not write.new.ended:
+                    if write.new.owned:
                         self._mine[write.seq] = owner
                     else:
                         self.queued += 1
@@ -786,8 +781,10 @@ class PostgresStore(PostgresReader, Writer):
         pieces = piece_rows(job.key, "request_body", 0, submission.request.body)
         word = "" if submission.owned or ended else "jobs"
         limited = "" if submission.limit is None else job.flow
-        values = new_columns(submission)
-        self.new.append(_Write("add", job.key.seq, values, submission, pieces, done=done, word=word, limited=limited))
+        values, owed = new_columns(submission), ended and ended.callback
+        self.new.append(
+            _Write("add", job.key.seq, values, submission, pieces, owed, done=done, word=word, limited=limited)
+        )
 
     # --- runs ---
 
@@ -927,8 +924,8 @@ class PostgresStore(PostgresReader, Writer):
         key = finish.job.key
         self._mine.pop(key.seq, None)
         pieces = piece_rows(key, "result", finish.job.attempt, finish.outcome.answer.body)
-        kind, values = "finish" if finish.fenced else "end", end_columns(finish)
-        self.put(_Write(kind, key.seq, values, finish, pieces, done=done, keep=True, word="ends"))
+        kind, values, owed = "finish" if finish.fenced else "end", end_columns(finish), finish.callback
+        self.put(_Write(kind, key.seq, values, None, pieces, owed, done=done, keep=True, word="ends"))
 
     def ask_cancel(self, key: JobKey, done: Done = ignore_result) -> None:
         """Ask the owner of a Running job, or this server if it has none, to cancel it; `done` gets whether it runs."""
@@ -1041,7 +1038,7 @@ def _changed(group: list[_Write], stored: Iterable[tuple[int]]) -> list[bool]:
 
 
 def _insert(db: Any, writes: Sequence[_Write], owner: int) -> Any:
-    owners = [owner if write.about.owned and write.about.ended is None else None for write in writes]
+    owners = [owner if write.new.owned and write.new.ended is None else None for write in writes]
     rows = [{**write.values, "owner": owner} for write, owner in zip(writes, owners, strict=True)]
     return _many(db, "add", rows)
 
@@ -1069,7 +1066,7 @@ def _full(execute: Execute, flow: str, limit: int) -> Busy | None:
 
 def _add_one(db: Any, write: _Write, owner: int) -> Job | AsteraError:
     """Add a job whose key may belong to another one, or whose flow may have as many jobs as its limit allows."""
-    new, execute = write.about, partial(_execute, db)
+    new, execute = write.new, partial(_execute, db)
     of_key = (new.job.flow, new.job.token, new.idempotency_key)
     for _ in range(_TRIES):
         if new.idempotency_key is not None:
