@@ -78,6 +78,7 @@ import contextlib
 import copy
 import datetime
 import errno
+import gc
 import hashlib
 import heapq
 import http.client
@@ -5220,10 +5221,10 @@ def _log_size(folder: str, max_bytes: int | None) -> int:
 def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3.Connection:
     """Open a database for writing. Creates the file, or upgrades it to the present version of the schema."""
     with contextlib.ExitStack() as undone, errors_of_database(path):
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
         undone.callback(db.close)  # or the connection keeps its locks as long as the exception exists
-        db.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
         db.execute("PRAGMA temp_store = MEMORY")  # no other folder need be writable
+        db.execute("PRAGMA secure_delete = FAST")  # or a purge may write as much as it deletes
         scripts = _scripts(_format(db, path))
         db.execute(f"PRAGMA page_size = {page_size}")  # has an effect only before the first table
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # the same
@@ -5486,6 +5487,8 @@ class SqliteStore(SqliteReader, Writer):
             raise StoreError(f"there is no folder {folder}: create it, or set `database` to another path")
         if os.path.exists(path) and not os.path.isfile(path):
             raise StoreError(f"{path} is not a regular file: set `database` to the path of one")
+        if os.access(path, os.R_OK) and not os.access(path, os.W_OK):  # SQLite would leave such files beside it
+            raise StoreError(f"{path}: {_PASSING['SQLITE_READONLY']}")
         self._versions: set[int] = set()  # of flows whose text is stored
         self._claimed_to = 0  # the last `seq` that `claim` has looked at
         self._unfolded = 0  # writes since the log was folded into the file
@@ -7787,7 +7790,6 @@ class RequestParser:
         return size
 
 
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _http_date = lru_cache(maxsize=1)(partial(formatdate, usegmt=True))
 
 
@@ -8547,7 +8549,7 @@ class Handler(BaseRequestHandler):
             if x.refusal is not None:  # the client does not send the body, or we do not read it
                 self.refuse(x.refusal)
                 return None
-            self.out.append(_CONTINUE)
+            self.out.append(b"HTTP/1.1 100 Continue\r\n\r\n")
         return x
 
     # --- answering ---
@@ -9248,9 +9250,7 @@ def _install_signals(app: Application, server: Server) -> Callable[[], bool]:
 
 
 def _settle() -> None:
-    """Tell the garbage collector that all objects loaded so far stay."""
-    import gc  # noqa: PLC0415 (an embedding program decides this itself)
-
+    """Tell the garbage collector that all objects loaded so far stay. An embedding program decides this itself."""
     gc.freeze()
     gc.enable()
     gc.set_threshold(10_000, 20, 50)  # the default is too often: requests make many objects, but no cycles
@@ -9352,7 +9352,7 @@ def _run_line(words: Sequence[str]) -> int:
         return 5
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # a reader such as `head` has closed the pipe
-            gone = isinstance(error, FileNotFoundError)  # of os.getcwd
+            gone = error.strerror == os.strerror(errno.ENOENT)  # of os.getcwd; tempfile has other words
             what = "the working folder was deleted: change to another" if gone else "the output cannot be written"
             print(f"{what}: {reason_of(error)}", file=sys.stderr)
             code = 1

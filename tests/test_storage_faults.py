@@ -731,6 +731,18 @@ cd /proc && shift && exec "$@"
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="root heeds modes only where it can be made to")
+def test_a_database_that_may_be_written_again_is_served(folder: Path) -> None:
+    SqliteStore(str(folder / "astera_lite.db")).close()
+    (folder / "astera_lite.db").chmod(0o444)
+    assert serve(folder, "--log", "off", preexec_fn=as_modes_say).returncode == 4
+    (folder / "astera_lite.db").chmod(0o644)  # as the message says
+    with process(folder, preexec_fn=as_modes_say) as (_, url, _lines):
+        api = Faulty(url)
+        api.send("now")
+        api.all_there()
+
+
 # ---- A second server -------------------------------------------------------------------------------------------------
 
 

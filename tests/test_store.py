@@ -584,6 +584,17 @@ def test_expired_jobs_are_purged_in_batches_oldest_first(store: SqliteStore, pat
 
 
 @sqlite
+def test_a_purge_does_not_write_what_it_deletes(path: str) -> None:
+    """Some SQLites, that of Debian among them, fill deleted pages with zeros: it wears out a card."""
+    with closing(SqliteStore(path)) as store:
+        for _ in range(8):
+            done(store.finish, finish(added(store), b"x" * (4 * PIECE)))
+    with closing(SqliteStore(path)) as store:
+        assert done(store.purge, T + 1000, 100) == 8
+        assert os.path.getsize(f"{path}-wal") < PIECE
+
+
+@sqlite
 def test_the_file_shrinks_after_a_purge(store: SqliteStore, path: str) -> None:
     for _ in range(8):
         new = added(store)
