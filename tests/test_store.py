@@ -1345,7 +1345,8 @@ def test_the_log_begins_anew_under_a_steady_load(
     monkeypatch.setattr(astera_lite, "_FOLD_AFTER", 400)
     quick._slow_until = 0.0 if here else time.monotonic() + 600
 
-    def is_folded() -> bool:  # by its thread, which a busy machine may start late
+    def is_folded() -> bool:  # by its thread, which a busy machine may start late; then the next write begins anew
+        quick.put(None)
         return quick._unfolded < 400 and not (quick._folder and quick._folder.is_alive())
 
     for _ in range(12):
