@@ -5592,6 +5592,7 @@ class SqliteStore(SqliteReader, Writer):
             db.execute("COMMIT")
             ended = time.monotonic()
         except BaseException:
+            self._versions.clear()
             with contextlib.suppress(sqlite3.Error):
                 if db.in_transaction:
                     db.execute("ROLLBACK")
@@ -5638,19 +5639,12 @@ class SqliteStore(SqliteReader, Writer):
         if self._is_damaged:
             done(None, StoreError(self.fault or ""))
             return
-        job, ended = submission.job, submission.ended
-
-        def added(result: Any, error: AsteraError | None) -> None:
-            if error is None and result.key == job.key:
-                self._versions.add(job.version)
-            done(result, error)
-
-        row = new_columns(submission).values()
+        ended, row = submission.ended, new_columns(submission).values()
         size = len(submission.request.body) + (len(ended.outcome.answer.body) if ended else 0)
         if submission.idempotency_key is None and size <= _SMALL and (ended is None or ended.callback is None):
-            self.new.append(_Write(partial(self._insert, submission, None), added, row=row))
+            self.new.append(_Write(partial(self._insert, submission, None), done, row=row))
         else:
-            self._run(partial(self._insert, submission, row), added)
+            self._run(partial(self._insert, submission, row), done)
 
     def _insert(self, submission: Submission, row: Collection[Any] | None, execute: Execute) -> Job | Conflict:
         """Store a new job and what belongs to it, unless its key is known. Without `row`, its row is stored already."""
@@ -5664,6 +5658,7 @@ class SqliteStore(SqliteReader, Writer):
             execute(expired, of_key)
         if job.version not in self._versions:
             execute("INSERT OR IGNORE INTO flows VALUES (?, ?, ?)", (job.version, job.flow, submission.flow_text))
+            self._versions.add(job.version)
         if row is not None:
             _insert_jobs(execute, [row])
             for piece in piece_rows(job.key, "request_body", 0, submission.request.body):
