@@ -4841,12 +4841,12 @@ _END_JOB = (
 INSERT_PIECE = "INSERT INTO pieces VALUES (?, ?, ?, ?, ?)"
 _PROBE = "INSERT OR REPLACE INTO pieces VALUES (0, 'result', 0, 0, zeroblob(?))"  # tells whether there is room again
 _UNPROBE = "DELETE FROM pieces WHERE job = 0"
-_MOVE_TIMES = [
-    f"UPDATE jobs SET {', '.join(f'{column} = {column} + :by' for column in TIMES)}",
-    "UPDATE steps SET until = until + :by WHERE until NOT NULL",
-    "UPDATE steps SET output = CAST(output + :by AS TEXT) WHERE path LIKE '%@' AND output <> ''",  # deadlines
-    "UPDATE callbacks SET next = next + :by WHERE next NOT NULL",
-    "UPDATE attempts SET at = at + :by",
+_MOVE_TIMES = [  # OR FAIL, because the transaction undoes them: to undo one alone, SQLite would copy the table
+    f"UPDATE OR FAIL jobs SET {', '.join(f'{column} = {column} + :by' for column in TIMES)}",
+    "UPDATE OR FAIL steps SET until = until + :by WHERE until NOT NULL",
+    "UPDATE OR FAIL steps SET output = CAST(output + :by AS TEXT) WHERE path LIKE '%@' AND output <> ''",  # deadlines
+    "UPDATE OR FAIL callbacks SET next = next + :by WHERE next NOT NULL",
+    "UPDATE OR FAIL attempts SET at = at + :by",
 ]
 _BATCH = 512  # maximum of writes committed together; with more, the first would wait long
 _RETRY_S = 0.5  # pause between attempts to write while the database cannot be written

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -356,3 +358,37 @@ def test_a_database_of_the_first_version_is_upgraded(tmp_path: Path) -> None:
         return " ".join(re.sub("--.*", "", sql).split())
 
     assert {name: bare(sql) for name, sql in upgraded.items()} == {name: bare(sql) for name, sql in today.items()}
+
+
+_OPENS = """
+import sys
+from astera_lite import SqliteStore
+
+def peak():  # KB; of this program alone, unlike ru_maxrss
+    return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+
+before = peak()
+SqliteStore(sys.argv[1]).close()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells the peak")
+def test_a_start_after_a_jump_does_not_hold_the_database_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+    SqliteStore(str(path)).close()
+    with closing(sqlite3.connect(path)) as db:
+        db.executemany(
+            "INSERT INTO jobs (seq, salt, flow, version, status, created, token, base, request, result)"
+            " VALUES (?, 1, 'f', 1, 'Completed', 1, '', '', '{}', zeroblob(1500))",
+            ((seq,) for seq in range(1, 40_001)),
+        )
+        db.execute("INSERT INTO clock VALUES (1, 60000)")
+        db.commit()
+    assert path.stat().st_size > 60 << 20
+    opened = subprocess.run(
+        [sys.executable, "-c", _OPENS, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert int(opened.stdout) < 30 << 10
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT min(created), max(created) FROM jobs").fetchone() == (60_001, 60_001)
