@@ -150,11 +150,11 @@ def test_a_job_that_is_deleted_as_soon_as_its_end_is_on_disk_is_gone(
             announce(end, moved)
 
         monkeypatch.setattr(run.app.engine, "announce", late)
-        job = run.app.submit("f")
+        its_id = run.client.get("/api/publishingAsync/f").json()["id"]
         until(lambda: deleted)
         assert deleted[0].result().status_code == 204
-        assert run.app.status(job) is None
-        assert run.client("GET", f"/api/jobs/{job.id}/result").status_code == 404
+        assert run.app.status(its_id) is None
+        assert run.client.get(f"/api/jobs/{its_id}/result").status_code == 404
 
 
 def test_a_job_that_expires_is_gone_from_memory_too(tmp_path: Path) -> None:
