@@ -411,17 +411,13 @@ def late(name: str) -> Callable[..., Any]:
 
 
 if not TYPE_CHECKING:  # type checkers have the import at the top; from this they would conclude that every name exists
-    #: What this module has for programs that embed the server, in a wing.
-    _EMBEDDING = {
-        "AsteraLite": "astera_lite_embedding:AsteraLite",
-        "Context": "astera_lite_embedding:Context",
-        "Result": "astera_lite_embedding:Result",
-    }
+    #: What this module has for programs that embed the server, and the wing that has it.
+    _EMBEDDING = dict.fromkeys(("AsteraLite", "Context", "Result"), "astera_lite_embedding")
 
     def __getattr__(name: str) -> Any:
         if name not in _EMBEDDING:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = wing(_EMBEDDING[name])
+        globals()[name] = wing(f"{_EMBEDDING[name]}:{name}")
         return globals()[name]
 
     def __dir__() -> Collection[str]:
