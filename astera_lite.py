@@ -4238,7 +4238,8 @@ SCHEMA_RULES: dict[str, Rule] = {
     "minItems": Rule("integer", _SIZED, lambda value, limit: len(value) >= limit, "must have at least {} items"),
     "maxItems": Rule("integer", _SIZED, lambda value, limit: len(value) <= limit, "must have at most {} items"),
 }
-_NOTES: dict[str, Member] = {"description": Text(), "example": Member()}
+#: Members that a schema and a parameter have in common.
+_OF_VALUES: dict[str, Member] = {"default": Member(), **SCHEMA_RULES, "description": Text(), "example": Member()}
 
 
 def _make_schema(build: Build, given: dict[str, Any], place: str) -> Schema:
@@ -4268,9 +4269,7 @@ _SCHEMA: dict[str, Member] = {
     "properties": MapOf(VALUE_SCHEMA),
     "required": ListOf(Text("the name of a member")),
     "additionalProperties": Either(Flag(), VALUE_SCHEMA),
-    "default": Member(),
-    **SCHEMA_RULES,
-    **_NOTES,
+    **_OF_VALUES,
 }
 VALUE_SCHEMA.members = _SCHEMA  # which refers to VALUE_SCHEMA
 
@@ -4282,26 +4281,23 @@ def _make_body(build: Build, given: dict[str, Any], place: str) -> tuple[Schema,
     return schema, bool(required)
 
 
-_BODY = _SCHEMA | {"required": Either(Flag(), ListOf(Text("the name of a member")))}
+_BODY = _SCHEMA | {"required": Either(Flag(), _SCHEMA["required"])}
 _PARAMETER: dict[str, Member] = {
     "in": OneOf("path", "query", "header", required=True),
     "required": Flag(),
     "type": OneOf(*PARAMETER_TYPES, "array", default="string"),
     "items": VALUE_SCHEMA,
-    "default": Member(),
-    **SCHEMA_RULES,
-    **_NOTES,
+    **_OF_VALUES,
 }
 
 
 def _make_parameter(build: Build, given: dict[str, Any], place: str) -> Parameter:
     kind, where = given["type"], given["in"]
-    items = given.get("items") or _make_schema(build, {"type": ["string"]}, place)
+    items = given.get("items", Schema(("string",)))
     schema = _make_schema(build, given | {"type": [kind], "items": items, "required": ()}, place)
     item_kind = (items.types or ("string",))[0] if kind == "array" else kind
     if item_kind not in PARAMETER_TYPES:
         build.fault(f"{place}/items/type", f"{shown(item_kind)} is not one of {', '.join(PARAMETER_TYPES)}")
-        item_kind = "string"
     required = given.get("required", where == "path")
     if required and schema.has_default:
         cure = 'leave out "required" or "default"'
