@@ -4661,18 +4661,16 @@ def load_flows(
                 faults.append(Fault(file, "", reason))
             continue
         name = os.path.splitext(file)[0]
+        if name in flows:
+            faults.append(Fault(file, "", f'"{name}" is deployed from {flows[name].source} already: rename one'))
+            continue
         try:
-            if name in flows:
-                taken = flows[name].source
-                raise FlowError([Fault(file, "", f'"{name}" is deployed from {taken} already: rename one')])
             flow = _made_of_file(folder, file, build, name, file)
-            if flow is None:
-                continue
-            flows[name] = flow
         except FlowError as error:
             faults += error.faults
-        if name not in flows and name in previous:
-            flows[name] = previous[name]
+            flow = previous.get(name)
+        if flow is not None:
+            flows[name] = flow
     return list(flows.values()), faults
 
 
