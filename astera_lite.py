@@ -457,11 +457,6 @@ class JobKey(NamedTuple):
         head, tail = f"{self.seq:015x}", f"{self.salt | 1 << 63:016x}"
         return f"{head[:8]}-{head[8:12]}-7{head[12:]}-{tail[:4]}-{tail[4:]}"
 
-    @property
-    def time_ms(self) -> int:
-        """The time in the id, in milliseconds since the epoch."""
-        return self.seq >> 12
-
     @classmethod
     def parse(cls, text: str) -> "JobKey | None":
         """The key of a well-formed UUIDv7 in either case, else None."""
@@ -1059,11 +1054,9 @@ class Token(NamedTuple):
 
     @property
     def admin(self) -> bool:
-        """Whether the role is admin."""
         return self.role == "admin"
 
     def may_call(self, flow: str) -> bool:
-        """Whether the caller may call a flow."""
         return self.flows is None or flow in self.flows
 
 
@@ -1111,7 +1104,6 @@ class Outcome(NamedTuple):
 
     @property
     def status(self) -> Status:
-        """Completed, or Error."""
         return Status.COMPLETED if self.error is None else Status.ERROR
 
     @property
@@ -2779,13 +2771,11 @@ def _is_status_word(value: Any) -> bool:
 
 
 _JSON_NUMBER_OR_TEXT = {"type": ["number", "string"]}
+_ANYTHING = Member()
 Flag = partial(Member, holds=lambda value: type(value) is bool, word="true or false", json={"type": "boolean"})
 Duration = partial(Member, parse=parse_duration, word="a duration such as 250ms, 30s, 5m", json=_JSON_NUMBER_OR_TEXT)
 Size = partial(Member, parse=parse_size, word="a size such as 64KiB, 10MiB", json=_JSON_NUMBER_OR_TEXT)
 _STATUS_WORD = Member(holds=_is_status_word, word='a status such as 200 or "2xx"', json=_JSON_NUMBER_OR_TEXT)
-
-
-_ANYTHING = Member()
 
 
 class Value(Member):
@@ -4401,8 +4391,6 @@ _RETRY = {
     "maxDelay": Duration(default="30s"),
     "on": ListOf(_RETRY_ON, least=1),
 }
-
-
 _OPTIONS: dict[str, Member] = {
     "name": StepName("a name that expressions can use", required=True),
     "when": Condition(),
@@ -7335,7 +7323,8 @@ class Application:
 
     def expired(self, key: JobKey | None) -> bool:
         """Whether the id of an unknown job is so old that the result would have expired."""
-        return key is not None and key.time_ms <= self.clock.now() - round(self.settings.retention * 1000)
+        oldest = self.clock.now() - round(self.settings.retention * 1000)
+        return key is not None and key.seq >> 12 <= oldest  # without its counter, `seq` is a time
 
     # --- running ---
 
