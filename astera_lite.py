@@ -6131,14 +6131,13 @@ class JobJournal(Journal):
     def barrier(self) -> None:
         """Wait until the beginning of this attempt, and all outputs so far, are on disk."""
         with self._changed:
-            self.begin()
             self._await()
             if not self._store.leased():  # the job may be another server's by now: ask the store again
                 self._begun = False
-                self.begin()
                 self._await()
 
     def _await(self) -> None:
+        self.begin()
         if not self._changed.wait_for(lambda: not self._unwritten, self._deadline - self._clock.monotonic()):
             raise _TimedOut
         if self._error is not None:
@@ -6149,11 +6148,10 @@ class JobJournal(Journal):
     def begin(self) -> None:
         """Put the attempt on record, before the first output: whoever finds the job knows that this run began."""
         with self._changed:
-            if self._begun:
-                return
-            self._begun = True
-            self._unwritten += 1
-            self._store.start(self._job.key, self._job.attempt, self._job.started or 0, self._written)
+            if not self._begun:
+                self._begun = True
+                self._unwritten += 1
+                self._store.start(self._job.key, self._job.attempt, self._job.started or 0, self._written)
 
     def _written(self, current: Any, error: AsteraError | None) -> None:
         with self._changed:
@@ -6257,18 +6255,22 @@ class Engine:
         """
         if not flow.light or flow.version in self._costly or given.size > _LIGHT_BODY:
             return None
-        began = self._clock.monotonic()
-        run = Run(flow, given, self._outside, began + 1, _MEASURING, trace)
+        run = Run(flow, given, self._outside, self._clock.monotonic() + 1, _MEASURING, trace)
         run.budget = Budget(_LIGHT_BUDGET, whole_run=True)
         try:
-            outcome = run_flow(run)
+            return self._run_whole(run)
         except BudgetExceeded:
             self._costly.add(flow.version)
             return None
+
+    def _run_whole(self, run: Run) -> Outcome:
+        """Run a flow to its end, because nothing can suspend the run."""
+        began = self._clock.monotonic()
+        outcome = run_flow(run)
         assert isinstance(outcome, Outcome)
-        self._measure(flow, self._clock.monotonic() - began)
-        if trace is None:
-            log_outcome("request", flow, given, outcome)
+        self._measure(run.flow, self._clock.monotonic() - began)
+        if run.trace is None:
+            log_outcome("request", run.flow, run.input, outcome)
         return outcome
 
     def run_sync(self, run: Run, done: Callable[[Outcome], None]) -> None:
@@ -6302,15 +6304,10 @@ class Engine:
         return entry
 
     def _run_call(self, entry: Entry, run: Run) -> Outcome:
-        began = self._clock.monotonic()
         try:
-            outcome = run_flow(run)
+            return self._run_whole(run)
         finally:
             self.queue.dismiss(entry.number)  # first, because a client that sees the end may call the flow at once
-        assert isinstance(outcome, Outcome)
-        self._measure(run.flow, self._clock.monotonic() - began)
-        log_outcome("request", run.flow, run.input, outcome)
-        return outcome
 
     # --- jobs ---
 
@@ -6558,10 +6555,10 @@ class Engine:
             if entry.job is not None:
                 this = about("job", entry.job.id, entry.flow, None)
                 log.warning("job %s: flow %s does not end in time", entry.job.id, entry.flow, extra=this)
-            if entry.job is not None and entry.cancel.is_set:  # the next start must not run it
-                self.end(entry.job, _CANCELLED)
-            elif entry.job is not None:
-                self._store.requeue(entry.job.key, entry.job.attempt)
+                if entry.cancel.is_set:  # the next start must not run it
+                    self.end(entry.job, _CANCELLED)
+                else:
+                    self._store.requeue(entry.job.key, entry.job.attempt)
             entry.cancel.set()
         return max(len(left), self.queue.working)
 
@@ -6883,21 +6880,17 @@ def _check_database(path: str) -> None:
         raise ValueError(f"{shown(path)} is not the path of a file, which jobs need: use one in a temporary folder")
 
 
-_Signature = tuple[tuple[str, int, int], ...]
-
-
-def _signature(folder: str | None) -> _Signature:
-    """Name, time and size of every file in a folder that its flows depend on."""
-    found = []
+def _signature(folder: str | None) -> dict[str, tuple[int, int]]:
+    """Time and size of every file in a folder that its flows depend on, by name."""
+    found: dict[str, tuple[int, int]] = {}
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder) if folder is not None else ():
             if is_flow_file(entry.name) or entry.name == CONNECTIONS_FILE or entry.name.endswith(".py"):
-                try:
+                found[entry.name] = 0, 0  # also of a dangling link
+                with contextlib.suppress(OSError):
                     about = entry.stat()
-                    found.append((entry.name, about.st_mtime_ns, about.st_size))
-                except OSError:  # a dangling link counts as a file
-                    found.append((entry.name, 0, 0))
-    return tuple(sorted(found))
+                    found[entry.name] = about.st_mtime_ns, about.st_size
+    return found
 
 
 class Deployer:
@@ -6915,7 +6908,7 @@ class Deployer:
         self.shared: Callable[[], tuple[list[Flow], list[Fault]]] = lambda: ([], [])  # deployed on all servers
         self._by_version: dict[int, Flow] = {}  # flows that are replaced or removed, but still have jobs
         self.changing = threading.RLock()  # held while flows are read and put into service
-        self._read = self._seen = _Signature()
+        self._read = self._seen = _signature(None)
 
     def build(self, tree: Any, name: str, source: str = "") -> Flow:
         """Compile a flow; raises FlowError with every fault."""
