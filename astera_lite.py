@@ -7879,6 +7879,11 @@ class Exchange:
         self._handler, self._server = handler, handler.server
 
     @property
+    def is_open(self) -> bool:
+        """Whether the reply is still to come, and the client still there."""
+        return self._handler.exchange is self
+
+    @property
     def origin(self) -> str:
         """The server's origin, as the request names it."""
         return f"{self._server.scheme}://{self.head.headers.get('host') or self._server.url.partition('//')[2]}"
@@ -7909,11 +7914,11 @@ class Exchange:
 
     def read(self, function: Callable[[], Reply | None]) -> None:
         """`call` a function that reads the store: on the loop's thread, or on another if servers share the store."""
-        if not self.app.store.shared:
+        if self.app.store.shared:
+            with contextlib.suppress(RuntimeError):  # the server has stopped
+                self._server.pool.submit(self.call, function)
+        else:
             self.post(function)
-            return
-        with contextlib.suppress(RuntimeError):  # the server has stopped
-            self._server.pool.submit(self.call, function)
 
     def later(self, seconds: float, function: Callable[[], Reply | None], early: bool) -> None:
         """`call` a function on the loop's thread after so many seconds, unless the request is answered by then.
@@ -8052,13 +8057,9 @@ def find_job(x: Exchange, job_id: str) -> Seen:
 
 def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable[[Seen], Reply]) -> None:
     """Answer when the job is finished, or after so many seconds with its state at that time."""
-    has_gone = False
-
-    def changed() -> None:
-        x.read(look)
 
     def look(final: bool = False) -> Reply | None:
-        if x.answered or has_gone:
+        if not x.is_open:
             return None
         if not final:
             x.app.watchers.add(job.key, changed)  # before the look: a change in between is not missed
@@ -8068,12 +8069,8 @@ def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable
             return answer(seen or find_job(x, job.id))
         return None
 
-    def gone() -> None:
-        nonlocal has_gone
-        has_gone = True  # another thread may be looking
-        x.app.watchers.remove(job.key, changed)
-
-    x.on_close = gone
+    changed = partial(x.read, look)
+    x.on_close = partial(x.app.watchers.remove, job.key, changed)
     x.later(seconds, lambda: x.read(partial(look, True)), True)
     x.read(look)
 
@@ -8164,10 +8161,9 @@ def _take_callback(x: Exchange, flow: Flow, asynchronous: bool, errors: InputErr
         if behind and "?" in given[0]:
             whole = urllib.parse.quote("&".join([url, *behind]), safe="")
             raise ValueError(f"ends at its first &, because it is not percent-encoded: write callbackUrl={whole}")
+        check_callback(url, x.app.policy, errors)
     except ValueError as error:
         errors.add("query", "callbackUrl", str(error))
-    else:
-        check_callback(url, x.app.policy, errors)
     return url, "&".join(rest)
 
 
@@ -8473,8 +8469,7 @@ class Handler(BaseRequestHandler):
             self.parser.feed(data)
         else:
             self.at_end = True
-            if self.at_deadline is not None and self.at_deadline[1]:
-                self.call_deadline()  # the client may have gone: no long poll for it
+            self.call_deadline(early=True)  # the client may have gone: no long poll for it
 
     def not_ready(self, error: OSError) -> None:
         """Wait for the socket if it would block; close it if the connection has failed."""
@@ -8523,8 +8518,7 @@ class Handler(BaseRequestHandler):
 
     def refuse(self, error: AsteraError) -> None:
         """Answer a request without reading the rest of it, and close."""
-        if self.exchange is None:
-            self.exchange = Exchange(self, self.parser.refused_head())
+        self.exchange = self.exchange or Exchange(self, self.parser.refused_head())
         self.closing = True
         self.exchange.fail(error)
 
@@ -8567,9 +8561,9 @@ class Handler(BaseRequestHandler):
             self.deadline = time.monotonic() + (0 if early and (self.server.stopping or self.at_end) else seconds)
             self.server.sweep_by(self.deadline)
 
-    def call_deadline(self) -> None:
-        """Call the function that `later` got."""
-        if self.at_deadline is not None:
+    def call_deadline(self, early: bool = False) -> None:
+        """Call the function that `later` got; before its time only if it was given as `early`."""
+        if self.at_deadline is not None and (self.at_deadline[1] or not early):
             function, self.at_deadline, self.deadline = self.at_deadline[0], None, math.inf
             function()
 
@@ -8683,7 +8677,7 @@ class Handler(BaseRequestHandler):
             return
         self.state = _CLOSED
         x, self.exchange = self.exchange, None
-        if x is not None and not x.answered and x.on_close is not None:
+        if x is not None and x.on_close is not None:
             x.on_close()
         self.out.clear()
         self.server.buffered -= self.counted
@@ -8950,9 +8944,8 @@ class Server(ThreadingHTTPServer):
             self.selector.unregister(self.socket)
         self.socket.close()
         for handler in list(self.handlers):
-            if handler.at_deadline is not None and handler.at_deadline[1]:
-                handler.call_deadline()  # a long poll is answered with the present state
-            elif handler.state is _RECEIVING and not handler.parser.begun:
+            handler.call_deadline(early=True)  # a long poll is answered with the present state
+            if handler.state is _RECEIVING and not handler.parser.begun:
                 handler.close()
 
     def _accept(self) -> None:
@@ -8971,12 +8964,11 @@ class Server(ThreadingHTTPServer):
             try:
                 if self.verify_request(request, client_address):
                     self.process_request(request, client_address)
-                else:
-                    self.shutdown_request(request)
+                    continue
             except Exception as error:
                 if not isinstance(error, OSError):  # otherwise the client has gone
                     self.handle_error(request, client_address)
-                self.shutdown_request(request)
+            self.shutdown_request(request)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Register a new connection with the selector; http.server's hook."""
