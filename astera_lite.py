@@ -45,7 +45,7 @@ if __name__ == "__main__":
     if __file__.startswith("/proc/self/fd/"):  # the new interpreter, which the code below starts
         import gc
 
-        gc.disable()  # objects of the start stay: _settle enables it again
+        gc.disable()  # objects of the start stay: `serve` enables it again
         os.close(int(__file__.rpartition("/")[2]))
         del sys.argv[0]
         __file__ = os.path.realpath(sys.argv[0])
@@ -9208,13 +9208,6 @@ def _install_signals(app: Application, server: Server) -> Callable[[], bool]:
     return lambda: time.monotonic() > stop_by
 
 
-def _settle() -> None:
-    """Tell the garbage collector that all objects loaded so far stay. An embedding program decides this itself."""
-    gc.freeze()
-    gc.enable()
-    gc.set_threshold(10_000, 20, 50)  # the default is too often: requests make many objects, but no cycles
-
-
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code."""
     stderr = cast(Stderr, sys.stderr)
@@ -9238,7 +9231,9 @@ def serve(settings: Settings) -> int:
         return 3
     overdue = _install_signals(app, server)
     stderr.write(optional("astera_lite_notices:announcement", server))
-    _settle()
+    gc.freeze()  # the objects that are loaded by now stay: the collector need not look at them
+    gc.enable()
+    gc.set_threshold(10_000, 20, 50)  # the default is too often: requests make many objects, but no cycles
     stderr.write(f"listening on {server.url}\n")  # one write, so that no line of the log gets into it
     notify(f"READY=1\nSTATUS=listening on {server.url}")
     if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
