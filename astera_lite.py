@@ -6227,9 +6227,9 @@ class Engine:
         self._costly: set[int] = set()  # versions of light flows that once exceeded the budget
         self._unwritten = 0  # bytes of outcomes on their way to the disk
         #: The latest finished jobs: polls and fetches of them need not read the database. Left out are those that may
-        #: still change: jobs with a callback, and those that other servers see. A dict would look for its first key
-        #: past all deleted ones.
-        self._recent = OrderedDict[JobKey, Finish]()
+        #: still change: jobs with a callback, and those that other servers see. None: the job was deleted, perhaps
+        #: before its end was told. A dict would look for its first key past all deleted ones.
+        self._recent = OrderedDict[JobKey, Finish | None]()
 
     def admit(self, number: int, flow: Flow) -> Entry:
         """Count in a call, or a job on its way to the disk, until `dismiss`. Busy if the flow refuses more."""
@@ -6469,9 +6469,12 @@ class Engine:
         answer, texts = end.outcome.answer, [end.job.base, end.trace or ""]
         size = len(answer.body) + sum(map(len, texts + [text for _, text in answer.headers]))
         if end.job.callback is None and size <= _RECENT_BYTES and not self._store.shared:
-            self._recent[end.job.key] = end
-            if len(self._recent) > _RECENT:
-                self._recent.popitem(last=False)
+            self._recent.setdefault(end.job.key, end)
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        if len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
 
     # --- questions and orders ---
 
@@ -6494,7 +6497,8 @@ class Engine:
 
     def forget(self, key: JobKey) -> None:
         """Drop a job that was deleted from the store; one that has expired may stay, for nobody sees it any more."""
-        self._recent.pop(key, None)
+        self._recent[key] = None
+        self._drop_oldest()
 
     def retry_after(self, flow: str) -> int:
         """Whole seconds, at least 1, after which a new job of this flow is likely to be finished."""

@@ -526,7 +526,7 @@ def job_delete(x: Exchange) -> None:
         if result != "deleted":
             owed = "Its callback is pending." if result == "owed" else "The job is still running: cancel it first."
             raise Conflict(owed)
-        x.app.engine.forget(job.key)  # here, where all ends on disk have been remembered
+        x.app.engine.forget(job.key)
         return Reply(204, [NO_STORE])
 
     x.app.store.delete(job.key, partial(x.post, answer))

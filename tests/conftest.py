@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,11 @@ from support import Sink, databases
 # Hundreds of tests start Python. It compiles nothing that has been compiled, whatever the environment says.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+# A signal that is ignored stays so in the programs that the tests start: nohup ignores SIGHUP, `&` in a script SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 #: What takes long by nature and does not depend on the version of Python: whole files, or tests by name. A plain run
 #: leaves them out; `pytest -m slow` runs them, as .ci/run does once.
