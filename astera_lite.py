@@ -4835,6 +4835,7 @@ _FOLD_AFTER = 6000  # writes, some 5 MB of the log, after which the thread folds
 _COMMIT_COSTS = 16  # writes that the log could hold instead of the pages that each commit writes again
 _LOG_BYTES = 128 << 20  # of the log, at which a commit folds it, for the thread did not come to it
 _PURGE_BYTES = 16 << 20  # of results deleted in one transaction; the last one may exceed this
+_RESERVE = 4 << 20  # bytes of a disk (of a small one: a quarter) that are left for folding the log and for purges
 _GIVE_BACK = 512  # maximum of pages that a purge returns to the system, so that no write waits long
 _MINUTE_OF_SEQ = 60_000 << 12  # difference in `seq` of two jobs that were created a minute apart
 #: Faults that may pass, by the beginning of SQLite's name for them: the write itself is correct and is tried again.
@@ -4854,8 +4855,8 @@ _DAMAGE = {
 }
 
 
-class _Moved(StoreError):
-    """The file was moved, deleted or replaced: what is written now would be lost."""
+class _Passing(StoreError):
+    """A fault that may pass, found before the database is asked."""
 
 
 def _words(error: Exception, table: Mapping[str, str]) -> str | None:
@@ -4881,6 +4882,12 @@ def errors_of_database(path: str) -> Iterator[None]:
         raise StoreError(f"{path}: {store_error(error)}") from None
 
 
+def _size_of(path: str) -> int:
+    with contextlib.suppress(OSError):
+        return os.stat(path).st_size
+    return 0
+
+
 def _identity(path: str) -> tuple[int, int] | None:
     with contextlib.suppress(OSError):  # by name only: closing an opened file would drop SQLite's locks on it
         about = os.stat(path)
@@ -4893,6 +4900,7 @@ class _Write(NamedTuple):
     done: Done = ignore_result
     keep: bool = False  # tried again when the disk is full or the database locked, instead of failed
     row: Collection[Any] | None = None  # of a new job; all rows of a batch are inserted together, before any `run`
+    size: int | None = None  # bytes that the write adds, for which there must be room; None: few, or it makes room
 
 
 def _insert_jobs(execute: Execute, rows: Sequence[Collection[Any]]) -> None:
@@ -5070,7 +5078,10 @@ class Writer:
                 self._kept += [write for write in batch if write.keep]
             elif len(batch) > 1:  # one bad write must not fail the others
                 for write in batch:
-                    self._commit([write])
+                    if write.keep and self._kept:  # after those that came before
+                        self._kept.append(write)
+                    else:
+                        self._commit([write])
                 return
             elif not isinstance(failure, Busy):
                 is_strange = str(failure).startswith("the database failed")
@@ -5395,7 +5406,7 @@ class SqliteReader(StoreReader):
     def _check_files(self) -> None:
         if any(_identity(path) != identity for path, identity in self._pinned.items()):
             moved = "a file of the database was moved, deleted or replaced while the server runs"
-            raise _Moved(f"{moved}: put it back, or restart the server")
+            raise _Passing(f"{moved}: put it back, or restart the server")
 
     def result_pieces(self, key: JobKey, start: int, stop: int) -> Iterator[bytes]:
         """The bytes of a large result from `start` to `stop`. The purge spares it meanwhile.
@@ -5429,11 +5440,7 @@ class SqliteReader(StoreReader):
 
     def size(self) -> int:
         """Bytes on disk, with the write-ahead log."""
-        total = 0
-        for path in (self.path, f"{self.path}-wal"):
-            with contextlib.suppress(OSError):
-                total += os.stat(path).st_size
-        return total
+        return _size_of(self.path) + _size_of(f"{self.path}-wal")
 
 
 class SqliteStore(SqliteReader, Writer):
@@ -5497,8 +5504,8 @@ class SqliteStore(SqliteReader, Writer):
 
     # --- writing ---
 
-    def _run(self, run: Callable[[Execute], Any], done: Done, keep: bool = False) -> None:
-        self.put(_Write(run, done, keep))
+    def _run(self, run: Callable[[Execute], Any], done: Done, keep: bool = False, size: int | None = None) -> None:
+        self.put(_Write(run, done, keep, size=size))
 
     def _do(self, sql: str, values: Sequence[Any], done: Done = ignore_result, keep: bool = False) -> None:
         self._run(partial(_execute, sql, values), done, keep)
@@ -5530,7 +5537,7 @@ class SqliteStore(SqliteReader, Writer):
     def _with_probe(self, batch: list[Any]) -> list[Any]:
         if batch or self.fault is None or self._is_damaged:
             return batch
-        return [_Write(partial(_execute, _PROBE, (PIECE,)), self._probed)]
+        return [_Write(partial(_execute, _PROBE, (PIECE,)), self._probed, size=PIECE)]
 
     def _probed(self, result: Any, error: AsteraError | None) -> None:
         if error is None:
@@ -5538,7 +5545,8 @@ class SqliteStore(SqliteReader, Writer):
 
     def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
         failure = error if isinstance(error, AsteraError) else self._failure(error)
-        passing = isinstance(error, MemoryError | _Moved) or _words(error, _PASSING) is not None
+        alone = isinstance(error, MemoryError | _Passing) and len(batch) == 1  # others may be possible
+        passing = alone or _words(error, _PASSING) is not None
         if passing:
             self._unfolded = _FOLD_AFTER  # on a full disk there is room in the log once it is folded
             if not self._is_damaged:
@@ -5562,6 +5570,8 @@ class SqliteStore(SqliteReader, Writer):
         try:
             if db.in_transaction:  # the last one could not be rolled back
                 db.execute("ROLLBACK")
+            if sizes := [write.size for write in batch if write.size is not None]:
+                self._check_room(sum(sizes), busy_ms)
             db.execute(f"PRAGMA busy_timeout = {busy_ms}")
             db.execute("BEGIN IMMEDIATE")
             _insert_jobs(db.execute, [write.row for write in batch if write.row])
@@ -5581,16 +5591,25 @@ class SqliteStore(SqliteReader, Writer):
         self._took.append(ended - began)
         if (shortest := min(self._took)) > _QUICK_S:
             self._slow_until = ended + 100 * shortest
-        if self.fault and not self._is_damaged:
+        if self.fault and not (self._is_damaged or self._kept):
             self.fault = None  # before another thread has its turn, which may find damage
             log.info("the database can be written again")
         return results
 
+    def _check_room(self, size: int, busy_ms: int) -> None:
+        """Leave room to fold the log and to delete jobs, or a disk that the database filled would stay full."""
+        with contextlib.suppress(OSError):  # not every file system tells
+            disk = shutil.disk_usage(self.path)
+            log_size, reserve = _size_of(f"{self.path}-wal"), min(_RESERVE, disk.total // 4)
+            if disk.total and disk.free < 2 * size + log_size + reserve:
+                if not busy_ms:
+                    raise _Passing(_PASSING["SQLITE_FULL"])
+                self._fold_rest("TRUNCATE")
+                self._check_room(size, 0)
+
     def _fold_if_due(self) -> None:
         """Have the log folded into the file now and then, so that it begins anew, or cut if a reader let it grow."""
-        long = False
-        with contextlib.suppress(OSError):
-            long = os.stat(f"{self.path}-wal").st_size > self._log_bytes * 5 // 4
+        long = _size_of(f"{self.path}-wal") > self._log_bytes * 5 // 4
         if (long or self._unfolded >= _FOLD_AFTER) and (self._folder is None or not self._folder.is_alive()):
             self._unfolded = 0
             self._folder = threading.Thread(target=self._fold, args=[long], name="astera-fold", daemon=True)
@@ -5602,13 +5621,16 @@ class SqliteStore(SqliteReader, Writer):
 
         Commits wait for the last part; otherwise copying would never catch up.
         """
-        with contextlib.suppress(sqlite3.Error, _Moved):  # it is tried again
+        with contextlib.suppress(sqlite3.Error, _Passing):  # it is tried again
             self._check_files()
             with contextlib.closing(open_to_read(self.path, "rw")) as beside:
                 beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
             with self._lock:
-                self._db.execute("PRAGMA busy_timeout = 0")
-                self._db.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'PASSIVE'})").fetchone()
+                self._fold_rest("TRUNCATE" if long else "PASSIVE")
+
+    def _fold_rest(self, mode: str) -> None:
+        self._db.execute("PRAGMA busy_timeout = 0")
+        self._db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
 
     # --- jobs ---
 
@@ -5620,9 +5642,9 @@ class SqliteStore(SqliteReader, Writer):
         ended, row = submission.ended, new_columns(submission).values()
         size = len(submission.request.body) + (len(ended.outcome.answer.body) if ended else 0)
         if submission.idempotency_key is None and size <= _SMALL and (ended is None or ended.callback is None):
-            self.new.append(_Write(partial(self._insert, submission, None), done, row=row))
+            self.new.append(_Write(partial(self._insert, submission, None), done, row=row, size=size))
         else:
-            self._run(partial(self._insert, submission, row), done)
+            self._run(partial(self._insert, submission, row), done, size=size)
 
     def _insert(self, submission: Submission, row: Collection[Any] | None, execute: Execute) -> Job | Conflict:
         """Store a new job and what belongs to it, unless its key is known. Without `row`, its row is stored already."""
@@ -5669,7 +5691,8 @@ class SqliteStore(SqliteReader, Writer):
 
     def save_step(self, key: JobKey, attempt: int, path: str, output: str, done: Done = ignore_result) -> None:
         """Save a step's output (JSON; empty: there is none); `done` gets whether the job is Running at this attempt."""
-        self._do(_SAVE_STEP, (key.seq, path, None, output, key.seq, attempt, attempt), done, keep=True)
+        values = (key.seq, path, None, output, key.seq, attempt, attempt)
+        self._run(partial(_execute, _SAVE_STEP, values), done, keep=True, size=len(output))
 
     def suspend(self, job: Job, path: str, until: int, trace: str, done: Done) -> None:
         """Record that a job waits until `job.due`, for a step that waits `until` then; `trace` is its steps as JSON.
@@ -5700,7 +5723,7 @@ class SqliteStore(SqliteReader, Writer):
                 _owe(execute, finish)
             return moved
 
-        self._run(run, done, keep=True)
+        self._run(run, done, keep=True, size=len(finish.outcome.answer.body) + len(finish.trace or ""))
 
     # --- callbacks ---
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 import requests
-from support import PROGRAM, ROOT, Api, get_flow, process, until
+from support import PROGRAM, ROOT, Api, FakeClock, get_flow, process, until
 
 import astera_lite_database
-from astera_lite import AsteraLite, Busy, SqliteReader, SqliteStore, StoreError
+from astera_lite import AsteraLite, Busy, SqliteReader, SqliteStore, Status, StoreError, ignore_result
 
 PROMPT = 0.7  # seconds in which /health answers, whatever the disk does
 HELD = '''
@@ -198,6 +198,50 @@ def test_a_full_disk_refuses_new_jobs_keeps_ends_and_mends_without_a_restart(fol
     assert 1 <= len(told) <= 3, told  # once for each time it became so
     assert any("can be written again" in line for line in lines)
     assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize("size", [1_000, 100_000, 1_000_000])
+def test_a_disk_that_only_the_database_filled_has_room_again_once_results_expire(small_disk: Path, size: int) -> None:
+    clock = FakeClock()
+    with AsteraLite(clock=clock, database=str(small_disk / "jobs.db"), shutdown_timeout=5) as app:
+        app.deploy("echo", FLOWS["echo"])
+
+        def accepted() -> bool:
+            try:
+                app.submit("echo", body="y" * size)
+            except StoreError as error:
+                assert "the disk is full" in str(error)
+                return False
+            return True
+
+        refused = 0
+        while refused < 30:  # the log is folded meanwhile, which makes some room
+            refused = 0 if accepted() else refused + 1
+        clock.tick(24 * 60 * 60)
+        for _ in range(1_000_000 // size):
+            until(lambda: clock.tick(1) and accepted(), 20)
+        clock.tick(24 * 60 * 60)
+        until(lambda: clock.tick(1) and app.store.fault is None, 20)
+
+
+def test_a_step_whose_output_has_no_room_yet_is_not_run_again(small_disk: Path) -> None:
+    runs = []
+
+    def large(context: Any) -> str:
+        runs.append(context)
+        fill(small_disk, room=4 << 20)
+        return "x" * 1_000_000
+
+    steps = [{"name": "large", "python": {"call": large}}, {"name": "pause", "wait": 0.2}]
+    with AsteraLite(database=str(small_disk / "jobs.db"), shutdown_timeout=5) as app:
+        app.deploy("f", get_flow("/f", steps=steps))
+        job = app.submit("f")
+        until(lambda: app.store.fault)
+        app.store.purge(0, 1, ignore_result)  # a write that needs no room, in one batch with those that wait for room
+        assert app.wait(job, 1.5).status is Status.RUNNING
+        (small_disk / "ballast").unlink()
+        assert app.wait(job, 10).status is Status.COMPLETED
+    assert len(runs) == 1
 
 
 def test_large_requests_that_were_refused_leave_nothing_on_the_disk(folder: Path, small_disk: Path) -> None:
