@@ -7183,7 +7183,7 @@ class Application:
             self.node.start()
         left = sum(iter(self.take_up, 0))  # whole before the first one runs: the database may be damaged
         if left:
-            log.info("resumed %d jobs that were not finished when the server stopped", left)
+            log.info("jobs resumed that were not finished when the server stopped: %d", left)
         self.housekeeper.start()  # first: if no thread can be had, no job has begun
         self.engine.queue.start()
         self.started_at = self.clock.wall()
