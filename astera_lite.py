@@ -620,7 +620,7 @@ _encoder = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False, default=_not_json
 )
 #: JSONEncoder.encode makes this object for each value: to keep it saves a fifteenth of an accept.
-_c_encoder: Any = getattr(json.encoder, "c_make_encoder", lambda *given: None)(
+_c_encoder: Any = (getattr(json.encoder, "c_make_encoder", None) or (lambda *given: None))(
     None, _not_json, json.encoder.encode_basestring, None, ":", ",", False, False, False
 )
 _TOO_DEEP_TO_WRITE = "the value is nested too deeply to be written as JSON"

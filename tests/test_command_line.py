@@ -553,6 +553,13 @@ def test_a_missing_schema_says_what_to_do(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, f"{tmp_path / 'schema.sql'}: cannot be read: Is a directory\n")
 
 
+def test_it_serves_on_a_python_whose_json_has_no_part_in_c(tmp_path: Path) -> None:
+    (tmp_path / "_json.py").write_text("raise ImportError\n")  # stands in for the part in C
+    write(tmp_path, hello=get_flow("/hello", response={"body": {"é": [1, None, 0.5]}}))
+    with process(tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as (_, url, _lines):
+        assert get(url + "/api/publishing/hello").text == '{"é":[1,null,0.5]}\n'
+
+
 # --- signals ---
 
 
