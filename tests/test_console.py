@@ -695,6 +695,23 @@ def test_the_list_of_jobs_is_live_filtered_and_paged(console: Seen) -> None:
     assert page.get_by_label("Raw response").inner_text().startswith("HTTP/1.1 409 Conflict")
 
 
+def test_a_choice_that_is_made_while_an_earlier_one_loads_is_kept(console: Seen) -> None:
+    page, held, running = console.open("#/jobs"), list[Any](), re.compile("/api/jobs.*status=Running")
+    page.add_init_script("addEventListener('hashchange', (event) => window.late && event.stopImmediatePropagation())")
+    page.reload()
+    page.route(running, lambda route: held.append(route))
+    status = page.get_by_role("combobox", name="Status")
+    status.focus()
+    with page.expect_request(running):
+        page.keyboard.press("ArrowDown")
+    page.evaluate("window.late = true")  # the event that tells the page of its new address; the address has changed
+    page.keyboard.press("ArrowDown")
+    with page.expect_response(running):
+        held[0].continue_()
+    page.evaluate("new Promise((done) => setTimeout(done, 100))")  # what the page makes of the response
+    assert status.input_value() == "Completed"
+
+
 def test_a_job_is_cancelled_run_again_and_deleted(console: Seen) -> None:
     job = console.api.submit("/slow", seconds=300)
     page = console.open(f"#/jobs/{job}")
