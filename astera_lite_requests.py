@@ -407,11 +407,15 @@ class _Pages:
         return None if ended else count if self.style == "offset" else self.start + pages
 
 
+_LINK_PARAMETER = r';\s*+([\w!#$%&\'*+.^`|~-]*+)(?:\s*+=\s*+("(?:[^"\\]|\\.)*+"?|[^\s;,"]*+))?+\s*+'
+
+
 def _next_link(text: str) -> str | None:
     """The target of rel=next in a Link header (RFC 8288)."""
-    for match in re.finditer(r"<([^<>]*)>((?:\s*;\s*[\w!#$&+.^`|~*-]+\s*=\s*(?:\"[^\"]*\"|[^\s;,\"]+))*)", text):
-        relation = re.search(r';\s*rel\s*=\s*(?:"([^"]*)"|([^\s;,"]+))', match[2], re.IGNORECASE)
-        if relation and "next" in (relation[1] or relation[2]).lower().split():
+    for match in re.finditer(rf"<([^<>]*)>\s*+((?:{_LINK_PARAMETER})*+)", text):
+        parameters = re.findall(_LINK_PARAMETER, match[2])
+        relations = [value.strip('"').lower().split() for name, value in parameters if name.lower() == "rel"]
+        if relations and "next" in relations[0]:  # of several, the first one counts
             return match[1]
     return None
 

@@ -464,7 +464,8 @@ def paged(path: str, query: dict[str, str], handler: Any) -> Reply:
     begin = int(query.get("offset", query.get("cursor", number * size)))
     rows, more = ROWS[begin : begin + size], begin + size < len(ROWS)
     following = f"/list?cursor={begin + size}"
-    link = f'<{following}>; title="a, b"; rel="next", </list>; rel=first' if more else "</list>; rel=first"
+    end = '</list>; crossorigin; rel=first; title="a \\" <b>; rel=next"'
+    link = f'<{following}>; crossorigin; title="a, \\"b\\""; rel="next", {end}' if more else end
     body = {"rows": rows, "next": following if more else None, "cursor": str(begin + size) if more else ""}
     return 200, {"Link": link}, rows if path == "/plain" else body
 
