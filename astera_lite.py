@@ -2489,7 +2489,7 @@ CONTENT_TYPES = {
     "text": "text/plain",
     "binary": "application/octet-stream",
 }
-_CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*+"?+(?!(?:utf-?8|us-ascii)[ \t]*"?[ \t]*(?:;|$))[^;]*', re.I)
+_CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*+"?+(?!utf-?8[ \t]*"?[ \t]*(?:;|$))[^;]*', re.I)
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*+\\u0000")
 _PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 
@@ -2533,7 +2533,7 @@ def parse_query(query: str, errors: InputErrors) -> dict[str, list[str]]:
 
 
 @lru_cache(maxsize=16)
-def _media_type(content_type: str, accepts: tuple[str, ...]) -> tuple[str, str]:
+def read_media_type(content_type: str, accepts: tuple[str, ...]) -> tuple[str, str]:
     """The media type of a request's body, and why the flow does not accept it, or ""."""
     media = content_type.partition(";")[0].strip().lower()
     if not media and CONTENT_TYPES["binary"] in accepts:  # RFC 9110, section 8.3
@@ -2543,7 +2543,7 @@ def _media_type(content_type: str, accepts: tuple[str, ...]) -> tuple[str, str]:
     message = ""
     if accepts and media not in accepts and not (is_json and CONTENT_TYPES["json"] in accepts):
         message = f"must be {' or '.join(accepts)}, and the Content-Type must say so"
-    elif is_text and _CHARSET.search(content_type):
+    elif is_text and _CHARSET.search(re.sub("us-ascii", "utf-8", content_type, flags=re.I)):  # a part of UTF-8
         message = "the charset must be utf-8"
     return media, message
 
@@ -2572,7 +2572,7 @@ def _bind_body(flow: "Flow", request: StoredRequest, errors: InputErrors) -> Any
         if flow.body_required:
             errors.add("body", "", "is missing: send " + flow.content_types[0])
         return None
-    media, refusal = _media_type(request.headers.get("content-type", ""), flow.content_types)
+    media, refusal = read_media_type(request.headers.get("content-type", ""), flow.content_types)
     if refusal:
         errors.add("header", "Content-Type", refusal, status=415)
         return None
@@ -3155,7 +3155,7 @@ def make_answer(
         data, default = body, CONTENT_TYPES["binary"]
     elif media and not is_json_type(media):
         data, default = as_text(body).encode(), ""
-        if media.startswith("text/") and content_type.lower() == media:
+        if media.startswith("text/") and "charset" not in content_type.lower():
             content_type += "; charset=utf-8"
     else:
         if shares:

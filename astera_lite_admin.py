@@ -71,7 +71,6 @@ from astera_lite import (
     find_routes,
     health_document,
     http_date,
-    is_json_type,
     is_loopback,
     json_body,
     late,
@@ -81,6 +80,7 @@ from astera_lite import (
     parse_flow_text,
     parse_query,
     problem,
+    read_media_type,
     reason_of,
     resource,
     shown,
@@ -201,11 +201,10 @@ def _changing(path: str) -> Iterator[None]:
 def deploy(x: Exchange) -> Reply:
     """PUT /api/deployments/{name}: check the flow in the body, write its file, publish it."""
     check_coding(x)
-    name, media = x.values["name"], x.head.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not is_json_type(media):
-        message = "must be application/json: a flow"
-        raise InputError([{"in": "header", "name": "Content-Type", "message": message}], status=415)
-    deployer = x.app.deployer
+    name, deployer = x.values["name"], x.app.deployer
+    _, refusal = read_media_type(x.head.headers.get("content-type", ""), (JSON_TYPE[1],))
+    if refusal:
+        raise InputError([{"in": "header", "name": "Content-Type", "message": refusal}], status=415)
     with deployer.changing:
         path = _file_of(x.app, name)
         file, known = os.path.basename(path), deployer.deployments.by_name.get(name)
@@ -218,7 +217,12 @@ def deploy(x: Exchange) -> Reply:
             message = f"byte {error.start} is not valid UTF-8"
             raise InputError([{"in": "body", "name": "", "message": message}], "The flow has faults.") from None
         except FlowError as error:
-            faults = [{"in": "body", "name": fault.place, "message": fault.message} for fault in error.faults]
+            faults = [
+                {"in": "body", "name": place, "message": message}
+                if place[:1] in ("", "/")
+                else {"in": "body", "name": "", "message": f"{place}: {message}"}  # a line
+                for _, place, message in error.faults
+            ]
             raise InputError(faults, "The flow has faults.") from None
         text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
         if x.app.node is not None:

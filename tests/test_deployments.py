@@ -296,9 +296,10 @@ def test_a_faulty_flow_is_refused_with_every_fault_and_changes_nothing(tmp_path:
         assert json.loads((tmp_path / "flows" / "hello.json").read_text()) == HELLO
         for text, code in ((b"{", 400), (b"\xff", 400), (b"[]", 400)):
             answer = client("PUT", "/api/deployments/x", data=text, headers={"Content-Type": "application/json"})
-            assert answer.status_code == code
-        answer = client("PUT", "/api/deployments/x", data=b"{}", headers={"Content-Type": "text/plain"})
-        assert answer.status_code == 415
+            assert (answer.status_code, answer.json()["errors"][0]["name"]) == (code, "")  # the place as a JSON Pointer
+        for media in ("text/plain", "application/json; charset=latin-1"):
+            answer = client("PUT", "/api/deployments/x", data=b"{}", headers={"Content-Type": media})
+            assert answer.status_code == 415
         thief = client("PUT", "/api/deployments/thief", json=HELLO)
         assert thief.status_code == 400 and '"hello"' in thief.json()["errors"][0]["message"]
         assert sorted(os.listdir(tmp_path / "flows")) == ["hello.json"]

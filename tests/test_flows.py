@@ -784,6 +784,8 @@ def test_no_response_that_holds_is_a_500_and_the_first_that_holds_answers() -> N
         ({"headers": {"Content-Type": 'a/xml;charset="UTF-16" ;b=c'}, "body": "é"}, 200, "a/xml; charset=utf-8;b=c", "é".encode()),  # noqa: E501
         ({"headers": {"Content-Type": "application/json; charset=latin-1"}, "body": "é"}, 200, "application/json; charset=utf-8", '"é"\n'.encode()),  # noqa: E501
         ({"headers": {"Content-Type": "text/csv; charset=UTF-8"}, "body": "é"}, 200, "text/csv; charset=UTF-8", "é".encode()),  # noqa: E501
+        ({"headers": {"Content-Type": "text/csv; charset=US-ASCII"}, "body": "é"}, 200, "text/csv; charset=utf-8", "é".encode()),  # noqa: E501
+        ({"headers": {"Content-Type": "text/csv; header=present"}, "body": "é"}, 200, "text/csv; header=present; charset=utf-8", "é".encode()),  # noqa: E501
     ],
 )  # fmt: skip
 def test_response_bodies(spec: Any, code: int, media: str | None, data: bytes) -> None:
