@@ -7625,7 +7625,7 @@ def _request_line(line: bytes) -> Sequence[Any]:
     """Method, target, host, path and query of the target, and the two digits of the version."""
     match = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if match is None:
-        raise WireError(400, "The request line is malformed.")
+        raise WireError(400, "The request line is malformed; in a URL, percent-encode blanks and letters beyond ASCII.")
     return match.groups()
 
 
@@ -8008,11 +8008,11 @@ def entity_tag(body: bytes) -> str:
 
 
 def one_line_each(headers: Iterable[tuple[str, str]]) -> Pairs:
-    """Headers with one line for each name: the last one counts, which is the server's own; Vary joins them all."""
+    """Headers with one line for each name: the last one counts, which is the server's own; two lists join them all."""
     lines: dict[str, tuple[str, str]] = {}
     for name, value in headers:
         key = name.lower()
-        if key == "vary" and key in lines:
+        if key in ("vary", "access-control-expose-headers") and key in lines:
             value = ", ".join(dict.fromkeys(re.split("[ \t]*,[ \t]*", f"{lines[key][1]},{value}")))
         lines[key] = (name, value)
     return tuple(lines.values())

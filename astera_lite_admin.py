@@ -141,7 +141,7 @@ def deployment_one(x: Exchange) -> Reply:
     flow = x.app.deployments.by_name.get(name)
     if flow is None:
         known = suggest(name, filter(x.caller.may_call, x.app.deployments.by_name))
-        raise NotFound(f"There is no deployment {shown(name)}{known}.")
+        raise NotFound(f"There is no deployment {shown(name)}{known or '.'}")
     check_may_call(x, flow.name)
     headers = [JSON_TYPE, REVALIDATED, ("ETag", deployment_tag(flow))]
     return Reply(200, headers, json_body(deployment_document(flow, x.base)))
@@ -430,7 +430,8 @@ def page_of_jobs(
 def job_list(x: Exchange) -> Reply:
     """GET /api/jobs"""
     errors = InputErrors()
-    query = {name: values[-1] for name, values in parse_query(x.head.query, errors).items()}
+    given = parse_query(x.head.query, errors)
+    query = {name: values[0] for name, values in given.items()}
     limit, cursor = query.get("limit", str(DEFAULT_LIST)), query.get("cursor")
     words = [status.value for status in Status if status is not Status.UNKNOWN]
     is_limit = re.fullmatch("[0-9]{1,9}", limit) and 1 <= int(limit) <= MAX_LIST
@@ -439,9 +440,12 @@ def job_list(x: Exchange) -> Reply:
         ("limit", is_limit, f"must be an integer from 1 to {MAX_LIST}"),
         ("status", query.get("status", "Running") in words, "must be one of " + ", ".join(words)),
         ("cursor", is_cursor, "was not given by this server: leave it out"),
+        ("flow", True, ""),
     ]
     for name, holds, message in rules:
-        if not holds:
+        if len(given.get(name, ())) > 1:
+            errors.add("query", name, "must be given once")
+        elif not holds:
             errors.add("query", name, message)
     errors.check()
     status = Status(query["status"]) if "status" in query else None

@@ -420,6 +420,7 @@ def test_a_header_has_one_line_whoever_sets_it(tmp_path: Path) -> None:
             assert answer.headers["Access-Control-Allow-Origin"] == origin
             assert answer.headers["Vary"].endswith("Origin")
         assert sync.headers["Vary"] == "Accept, prefer, Prefer, Origin"
+        assert sync.headers["Access-Control-Expose-Headers"].startswith("X-A, Location, Retry-After, ")
         assert sync.headers["ETag"] == result.headers["ETag"] == '"v1"'
         assert job.headers["Content-Location"].startswith(run.server.url)
         assert job.headers["Preference-Applied"] == "wait=9"

@@ -1225,6 +1225,7 @@ def test_the_list_walks_over_all_jobs_newest_first(tmp_path: Path) -> None:
         ("status=running", {"status"}), ("status=Unknown", {"status"}), ("status=", {"status"}),
         ("cursor=", {"cursor"}), ("cursor=x", {"cursor"}), ("cursor=-1", {"cursor"}), ("cursor=' OR 1", {"cursor"}),
         ("cursor=ffffffffffffffff", {"cursor"}), ("limit=x&status=y&cursor=z", {"limit", "status", "cursor"}),
+        ("status=Running&status=Error&flow=a&flow=b", {"status", "flow"}), ("limit=1&limit=1", {"limit"}),
     ],
 )  # fmt: skip
 def test_a_bad_list_query_is_400_and_names_every_fault(run: Running, query: str, names: set[str]) -> None:
