@@ -8764,7 +8764,7 @@ class Server(ThreadingHTTPServer):
         self.ident = 0  # of the thread that serves
         self.fault: Exception | None = None  # the exception that has ended the loop
         self.stopping = False
-        self._stop_at = self._sweep_at = 0.0
+        self._stop_at = self._sweep_at = self._fresh_from = 0.0
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
         self._ended.set()  # the loop has not begun
@@ -8978,6 +8978,7 @@ class Server(ThreadingHTTPServer):
     def _accept(self) -> None:
         if self.stopping:  # after the selector reported a newcomer
             return
+        self._fresh_from = time.monotonic() - _GRACE_S  # those that come in this turn do not close each other
         for _ in range(_ACCEPTS_A_TURN):
             try:
                 request, client_address = self.get_request()
@@ -9008,8 +9009,7 @@ class Server(ThreadingHTTPServer):
 
     def _make_room(self) -> bool:
         """Close the connection that has waited longest for its client; False if none does, or all are recent."""
-        fresh_from = time.monotonic() - _GRACE_S
-        for each in itertools.takewhile(lambda each: each.since < fresh_from, self.handlers):
+        for each in itertools.takewhile(lambda each: each.since < self._fresh_from, self.handlers):
             if each.state is _RECEIVING or (each.state is _HANDLING and each.at_end):
                 each.close()
                 return True

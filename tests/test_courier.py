@@ -609,7 +609,11 @@ def hanging(count: int) -> Iterator[list[str]]:
     """Receivers that take a connection and never say a word."""
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        yield [f"http://127.0.0.1:{listener.getsockname()[1]}/" for listener in listeners]
+        yield [url_of(listener) for listener in listeners]
+
+
+def url_of(listener: socket.socket) -> str:
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/"
 
 
 def attempts(client: Client, job: dict[str, Any]) -> int:
@@ -637,16 +641,19 @@ def test_many_hanging_receivers_delay_nobody_else_nor_do_their_retries(
 ) -> None:
     monkeypatch.setattr(astera_lite, "_MAX_DELIVERIES", 50)
     monkeypatch.setattr(astera_lite, "_MAX_DOUBTFUL", 8)
-    more: dict[str, Any] = {"callback_timeout": "3s", "callback_retries": "1s,1s,1s,1s,1s", "shutdown_timeout": 0.1}
-    with hanging(40) as urls, running(tmp_path, FLOWS, **more) as (app, _, client), Sink() as later:
-        for url in urls:
-            submitted(client, url)
+    more: dict[str, Any] = {"callback_timeout": "30s", "callback_retries": "1s,1s,1s", "shutdown_timeout": 0.1}
+    with contextlib.ExitStack() as stack, running(tmp_path, FLOWS, **more) as (app, _, client), Sink() as later:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(40)]
+        hung = [submitted(client, url_of(listener)) for listener in listeners]
         until(lambda: len(app.courier.under_way()) == 40)
         job = submitted(client, sink.url)
-        assert sink.next()[1]["id"] == job["id"]
+        assert sink.next(timeout=20)[1]["id"] == job["id"]
+        for listener in listeners:
+            listener.accept()[0].close()
+        until(lambda: all(attempts(client, each) for each in hung), 20)
         until(lambda: len(app.courier.under_way()) == 8)  # each failed: they share
         job = submitted(client, later.url)
-        assert later.next()[1]["id"] == job["id"]
+        assert later.next(timeout=20)[1]["id"] == job["id"]
 
 
 class Outcomes:
