@@ -2359,7 +2359,7 @@ Runner = Callable[["Run", Scope, str], Any]  # (run, scope, path of the step) ->
 _INTEGER = re.compile("-?[0-9]{1,19}")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,308})(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?")
 _DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
-_DATE_TIME = re.compile(_DATE.pattern + r"[Tt][0-9:]{8}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})")
+_DATE_TIME = re.compile(_DATE.pattern + r"[Tt]([0-9]{2}:){2}[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})")
 
 
 def _read_integer(text: str) -> int | None:
