@@ -4855,10 +4855,6 @@ _DAMAGE = {
 }
 
 
-class _Passing(StoreError):
-    """A fault that may pass, found before the database is asked."""
-
-
 def _words(error: Exception, table: Mapping[str, str]) -> str | None:
     """The entry of a table for an error of SQLite."""
     name = getattr(error, "sqlite_errorname", "")
@@ -5406,7 +5402,7 @@ class SqliteReader(StoreReader):
     def _check_files(self) -> None:
         if any(_identity(path) != identity for path, identity in self._pinned.items()):
             moved = "a file of the database was moved, deleted or replaced while the server runs"
-            raise _Passing(f"{moved}: put it back, or restart the server")
+            raise StoreError(f"{moved}: put it back, or restart the server")
 
     def result_pieces(self, key: JobKey, start: int, stop: int) -> Iterator[bytes]:
         """The bytes of a large result from `start` to `stop`. The purge spares it meanwhile.
@@ -5545,7 +5541,7 @@ class SqliteStore(SqliteReader, Writer):
 
     def _note(self, error: Exception, batch: list[Any]) -> tuple[AsteraError, bool]:
         failure = error if isinstance(error, AsteraError) else self._failure(error)
-        alone = isinstance(error, MemoryError | _Passing) and len(batch) == 1  # others may be possible
+        alone = isinstance(error, MemoryError | StoreError) and len(batch) == 1  # others may be possible
         passing = alone or _words(error, _PASSING) is not None
         if passing:
             self._unfolded = _FOLD_AFTER  # on a full disk there is room in the log once it is folded
@@ -5603,7 +5599,7 @@ class SqliteStore(SqliteReader, Writer):
             log_size, reserve = _size_of(f"{self.path}-wal"), min(_RESERVE, disk.total // 4)
             if disk.total and disk.free < 2 * size + log_size + reserve:
                 if not busy_ms:
-                    raise _Passing(_PASSING["SQLITE_FULL"])
+                    raise StoreError(_PASSING["SQLITE_FULL"])
                 self._fold_rest("TRUNCATE")
                 self._check_room(size, 0)
 
@@ -5621,7 +5617,7 @@ class SqliteStore(SqliteReader, Writer):
 
         Commits wait for the last part; otherwise copying would never catch up.
         """
-        with contextlib.suppress(sqlite3.Error, _Passing):  # it is tried again
+        with contextlib.suppress(sqlite3.Error, StoreError):  # it is tried again
             self._check_files()
             with contextlib.closing(open_to_read(self.path, "rw")) as beside:
                 beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
