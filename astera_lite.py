@@ -663,10 +663,8 @@ def check_written(value: Any, limit: int = MAX_WRITTEN) -> None:
 
     A value of a flow may hold one part many times: a few steps of `[x, x]` make a text that no memory can hold.
     """
-    total = len(value) + 2 if type(value) in (str, bytes) else 0
     try:
-        if type(value) in (list, tuple, dict):
-            total = _least_size(value, {})
+        total = _least_size([value], {}) - 2  # without this list
     except RecursionError:
         raise ValueError(_TOO_DEEP_TO_WRITE) from None
     if total > limit:
