@@ -2517,15 +2517,13 @@ def unquote(text: str, plus: bool = False) -> str:
 def parse_query(query: str, errors: InputErrors) -> dict[str, list[str]]:
     """The values of a query by their names; those that cannot be decoded are added to `errors`."""
     result: dict[str, list[str]] = {}
-    encoded = "%" in query or "+" in query
     for pair in query.split("&"):
         if pair:
             name, _, value = pair.partition("=")
-            if encoded:
-                try:
-                    name, value = unquote(name, plus=True), unquote(value, plus=True)
-                except ValueError as error:
-                    errors.add("query", name, str(error))
+            try:
+                name, value = unquote(name, plus=True), unquote(value, plus=True)
+            except ValueError as error:
+                errors.add("query", name, str(error))
             result.setdefault(name, []).append(value)
     return result
 
