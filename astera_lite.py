@@ -1630,9 +1630,8 @@ def _check_arguments(name: str, count: int, words: list[str]) -> None:
 class _Compiler(ast.NodeTransformer):
     """Compiles a JSON tree to one syntax tree. The line number of a node is the number of its expression."""
 
-    def __init__(self, names: Collection[str], hints: Mapping[str, str], fault: Callable[[str, str], None]) -> None:
-        self.names = names if isinstance(names, Mapping) else dict.fromkeys(names)
-        self.hints, self.fault = hints, fault
+    def __init__(self, names: Mapping[str, Any], hints: Mapping[str, str], fault: Callable[[str, str], None]) -> None:
+        self.names, self.hints, self.fault = names, hints, fault
         self.bound: dict[str, Any] = {}  # the variables of the comprehensions around, with their schemas
         self.depth = 0
         self.sources: list[tuple[str, str]] = []  # (place, expression) by line
@@ -1869,24 +1868,20 @@ class Template:
             raise ExpressionError(words or plain) from None
 
 
-def _refuse(place: str, message: str) -> NoReturn:
-    raise FlowError([Fault("", place, message)])
-
-
 def compile_template(
     value: Any,
-    names: Collection[str],
-    place: str = "",
-    fault: Callable[[str, str], None] = _refuse,
-    hints: Mapping[str, str] | None = None,
+    names: Mapping[str, Any],
+    place: str,
+    fault: Callable[[str, str], None],
+    hints: Mapping[str, str],
 ) -> Template:
     """Compile every `${…}` in a JSON tree.
 
-    `names` are the names of the scope; a mapping has the schema of each, or None if its value is not declared. Optional
-    members of a declared value are null if they are absent. `hints` are messages for names that are not in the scope.
-    `fault(place, message)` gets each fault, and the template has null in its place; without it, FlowError is raised.
+    `names` are the names of the scope, each with its schema, or None if its value is not declared. Optional members of
+    a declared value are null if they are absent. `hints` are messages for names that are not in the scope.
+    `fault(place, message)` gets each fault, and the template has null in its place.
     """
-    compiler = _Compiler(names, hints or {}, fault)
+    compiler = _Compiler(names, hints, fault)
     body = compiler.tree(value, place)
     arguments = ast.arguments([], [ast.arg("_s"), ast.arg("_b")], None, [], [], None, [])
     tree = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import requests
 
-from astera_lite import AsteraLite, Clock, Server
+from astera_lite import AsteraLite, Clock, Fault, FlowError, Server, Template, compile_template
 
 ROOT = Path(__file__).resolve().parent.parent
 #: What some tests look with; all at once, for npm removes what is not named.
@@ -55,6 +55,16 @@ class FakeClock(Clock):
         self.ms += round(seconds * 1000)
         self.seconds += seconds
         return self.ms
+
+
+def compiled(value: Any, names: Iterable[str] | Mapping[str, Any] = (), place: str = "") -> Template:
+    """A compiled JSON tree for a scope of these names, of which a mapping has the schemas; FlowError has its faults."""
+    faults: list[Fault] = []
+    known = names if isinstance(names, Mapping) else dict.fromkeys(names)
+    made = compile_template(value, known, place, lambda *found: faults.append(Fault("", *found)), {})
+    if faults:
+        raise FlowError(faults)
+    return made
 
 
 ECHO: dict[str, Any] = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import ROOT, Client
+from support import ROOT, Client, compiled
 
 from astera_lite import (
     FLOW,
@@ -25,7 +25,6 @@ from astera_lite import (
     Server,
     StepKind,
     Table,
-    compile_template,
     step_table,
     to_json,
     wing,
@@ -230,7 +229,7 @@ def test_the_table_of_functions_has_the_functions_of_the_language() -> None:
 @pytest.mark.parametrize(("name", "source", "value"), [(row[0], *row[2:]) for row in ROWS_OF_FUNCTIONS])
 def test_the_example_of_a_function_is_true(name: str, source: str, value: str) -> None:
     assert name in source
-    found, expected = compile_template(f"${{[{source}, {value}]}}", [])({})
+    found, expected = compiled(f"${{[{source}, {value}]}}")({})
     assert (found, type(found)) == (expected, type(expected))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, running
+from support import ROOT, compiled, running
 
 import astera_lite
 from astera_lite import (
@@ -52,12 +52,12 @@ def processor_time(seconds: float) -> Iterator[None]:
 
 
 def value(template: Any, scope: dict[str, Any] | None = None) -> Any:
-    return compile_template(template, dict.fromkeys(scope) if scope else NAMES)(scope or SCOPE)
+    return compiled(template, dict.fromkeys(scope) if scope else NAMES)(scope or SCOPE)
 
 
-def deployment_fault(template: Any, **more: Any) -> str:
+def deployment_fault(template: Any) -> str:
     with pytest.raises(FlowError) as caught:
-        compile_template(template, NAMES, **more)
+        compiled(template, NAMES)
     return str(caught.value)
 
 
@@ -239,7 +239,7 @@ def test_a_row_without_the_field_is_named_by_its_number(function: str, rows: str
     ],
 )
 def test_a_failure_names_the_place_and_the_part(source: str, message: str) -> None:
-    template = compile_template({"a": [1, f"so: ${{[1, {source}][1]}}"]}, NAMES, "/steps/2/set")
+    template = compiled({"a": [1, f"so: ${{[1, {source}][1]}}"]}, NAMES, "/steps/2/set")
     with pytest.raises(ExpressionError) as caught:
         template(SCOPE)
     assert str(caught.value).startswith("/steps/2/set/a/1: ")
@@ -247,7 +247,7 @@ def test_a_failure_names_the_place_and_the_part(source: str, message: str) -> No
 
 
 def test_a_failure_shows_the_part_that_failed_also_behind_umlauts() -> None:
-    template = compile_template({"a": "${n}", "b": "x ${'äöü€' + obj.nope}"}, NAMES, "/body")
+    template = compiled({"a": "${n}", "b": "x ${'äöü€' + obj.nope}"}, NAMES, "/body")
     with pytest.raises(ExpressionError, match=r"^/body/b: obj\.nope: "):
         template(SCOPE)
 
@@ -270,7 +270,7 @@ def test_a_member_that_is_not_there_is_looked_for_among_those_that_are(
 ) -> None:
     scope = {"a": members, "b": {"row": [members]}, "secrets": members, "env": members}
     with pytest.raises(ExpressionError) as caught:
-        compile_template(f"x ${{ {source} }}", scope.keys(), "/p")(scope)
+        compiled(f"x ${{ {source} }}", scope.keys(), "/p")(scope)
     part = source.removesuffix(" + 1")
     cure = 'if it may be missing, write .get("tmp")'
     assert str(caught.value) == f'/p: {part}: there is no member "tmp"{advice}; {cure}'
@@ -364,17 +364,17 @@ def test_every_fault_of_a_tree_is_reported_with_its_place() -> None:
 def test_known_members_are_checked_and_unknown_ones_left_to_the_run() -> None:
     names = {"params": Schema(properties={"city": Schema()}, required=["city"], additional=False)}
     with pytest.raises(FlowError, match=r'there is no "params\.citi"; did you mean "city"'):
-        compile_template("${params.citi}", names)
-    assert compile_template("${[params.x for params in [{'x': 1}]]}", names)({"params": {}}) == [1]
+        compiled("${params.citi}", names)
+    assert compiled("${[params.x for params in [{'x': 1}]]}", names)({"params": {}}) == [1]
 
 
 def test_a_template_knows_what_it_reads() -> None:
-    template = compile_template("${n + [half for half in numbers][0]}", NAMES)
+    template = compiled("${n + [half for half in numbers][0]}", NAMES)
     assert template.names == {"n", "numbers"}
     assert not template.constant
     assert not template.volatile
-    assert compile_template("$${n}", NAMES).constant
-    assert all(compile_template(f"${{{name}()}}", NAMES).volatile for name in ("now", "today", "uuid"))
+    assert compiled("$${n}", NAMES).constant
+    assert all(compiled(f"${{{name}()}}", NAMES).volatile for name in ("now", "today", "uuid"))
 
 
 # --- escapes ---
@@ -536,7 +536,7 @@ for text in sys.argv[1:]:
     if not os.fork():
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
         resource.setrlimit(resource.RLIMIT_CPU, (4, 4))
-        template = compile_template(text, scope)
+        template = compile_template(text, dict.fromkeys(scope), "", print, {})
         try:
             template(scope)
             end = "done"
@@ -633,7 +633,7 @@ def test_many_expressions_in_one_tree_compile() -> None:
 def test_a_hostile_text_is_split_in_linear_time(text: str) -> None:
     with processor_time(4):
         try:
-            compile_template(text, ["a"])
+            compiled(text, ["a"])
         except FlowError as error:
             assert error.faults
 
@@ -649,7 +649,7 @@ def test_doubling_over_steps_is_bounded() -> None:
 
 def test_a_failing_expression_raises_nothing_but_our_own_error() -> None:
     odd: list[Any] = [None, True, 0, -1, 1.5, float("inf"), "", "x", [], [1], {}, {"a": 1}, (), (1, 2), b"x", 10**400]
-    templates = [compile_template(f"${{{source}}}", ["x", "y"]) for source in _TWO]
+    templates = [compiled(f"${{{source}}}", ["x", "y"]) for source in _TWO]
     for x in odd:
         for y in odd:
             for template in templates:
@@ -722,7 +722,7 @@ def test_what_a_loop_makes_is_paid_for() -> None:
 
 
 def test_a_failure_names_the_expression_and_the_part_of_it() -> None:
-    template = compile_template(["${1}", "${[p for p, q in x]}", "${x[0][1]\r\n+ y.z}"], ["x", "y"], "/p")
+    template = compiled(["${1}", "${[p for p, q in x]}", "${x[0][1]\r\n+ y.z}"], ["x", "y"], "/p")
     for x, words in (
         ([[1, 2, 3]], "/p/1: p, q: too many values to unpack"),
         ([[1, 2]], '/p/2: y.z: there is no member "z"'),
