@@ -3228,7 +3228,7 @@ class StepError(AsteraError):
         status: int,
         detail: str | None,
         reason: str,
-        kinds: Collection[str] = (),
+        kinds: Collection[str],
         answer: Answer | None = None,
         safe: bool = True,
     ) -> None:
@@ -3238,7 +3238,7 @@ class StepError(AsteraError):
     @property
     def kind(self) -> str:
         """The kind of the failure, in one word."""
-        word = max(self.kinds, default="error")
+        word = max(self.kinds)
         return "status" if word[0].isdigit() else "size" if word == "too_large" else word
 
 
@@ -3364,10 +3364,10 @@ class Surroundings(NamedTuple):
     connections: dict[str, Any]  # a reload replaces them
     masked: Mask  # of secrets and credentials
     kept: dict[str, Any]  # objects that kinds of steps keep between runs, by name; each has a method `close`
-    flow_named: Callable[[str], Flow | None] = lambda name: None  # for `call`
-    data: str = "data"  # the folder that sql steps may reach
-    own_database: str = "\0"  # the file that sql steps may not reach
-    folder: str | None = None  # of the flows; programs run in it
+    flow_named: Callable[[str], Flow | None]  # for `call`
+    data: str  # the folder that sql steps may reach
+    own_database: str  # the file that sql steps may not reach
+    folder: str | None  # of the flows; programs run in it
 
     def close(self) -> None:
         """Close the objects that are kept between runs."""

@@ -47,6 +47,7 @@ def surroundings(**more: Any) -> Surroundings:
         "clock": FakeClock(), "policy": AddressPolicy("none"), "env": {}, "secrets": {},
         "max_result": 1 << 20, "max_step_response": 1 << 20, "kept": {},
         "connections": {}, "masked": Mask(more.get("secrets", {}).values()),
+        "flow_named": lambda name: None, "data": "data", "own_database": "jobs.db", "folder": None,
     }  # fmt: skip
     return Surroundings(**values | more)
 
