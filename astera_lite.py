@@ -239,10 +239,9 @@ class NotFound(AsteraError):
 class Conflict(AsteraError):
     """The state does not allow this; `status` is 409, 412 for a precondition, 422 for a reused idempotency key."""
 
-    def __init__(self, detail: str, status: int = 409, job: "Status | None" = None) -> None:
+    def __init__(self, detail: str, status: int = 409) -> None:
         super().__init__(detail)
         self.status = status
-        self.headers = () if job is None else (("Job-Status", job.value),)
 
 
 class Busy(AsteraError):
@@ -7041,7 +7040,7 @@ _MAX_CLAIMED = 2000  # Running jobs that `take_up` looks at each time, for some 
 def check_unfinished(job: Job, but: str = "") -> None:
     """Raise Conflict for a job that is finished, unless its error has the code `but`."""
     if job.status is not Status.RUNNING and not (job.error and job.error["code"] == but):
-        raise Conflict(f"The job is finished: {job.status.value}.", job=job.status)
+        raise Conflict(f"The job is finished: {job.status.value}.")
 
 
 class Application:
@@ -7823,7 +7822,7 @@ def error_response(x: "Exchange", error: Exception) -> Reply:
     headers = [PROBLEM_TYPE, NO_STORE]
     if x.head.path.startswith(tuple(PREFIXES.values())):
         headers += _VARY
-    if x.job_status and not (isinstance(error, AsteraError) and "Job-Status" in dict(error.headers)):
+    if x.job_status and not isinstance(error, UnknownJob):
         headers.append(("Job-Status", x.job_status))
     if not isinstance(error, AsteraError):
         about = optional("astera_lite_notices:about", x) or None

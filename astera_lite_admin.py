@@ -481,6 +481,7 @@ def job_cancel(x: Exchange) -> Reply | None:
         return status_response(x, seen, code=202)
 
     def answer(seen: Seen) -> Reply:
+        x.job_status = seen[0].status
         check_unfinished(seen[0], but="cancelled")
         return status_response(x, seen, code=202 if seen[0].status is Status.RUNNING else 200)
 
