@@ -5495,9 +5495,8 @@ class SqliteStore(SqliteReader, Writer):
         """
         if not self.new:
             return
-        self._post = post
         if self.fault or time.monotonic() < self._slow_until or not self._lock.acquire(blocking=False):
-            self.put(None)
+            super().flush(post)
             return
         batch = self._take_new()
         try:
