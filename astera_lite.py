@@ -1111,7 +1111,9 @@ class Outcome(NamedTuple):
     ) -> "Outcome":
         """An Error whose response is a problem document with this status and detail."""
         error = problem(status, detail, code=code, **members)
-        headers = with_owed(status, (("Content-Type", "application/problem+json"), *headers))
+        headers = (("Content-Type", "application/problem+json"), *headers)
+        with contextlib.suppress(ValueError):  # the `fails` of a flow's test have no headers
+            headers = with_owed(status, headers)
         return cls(Answer(status, headers, json_body(error)), error, reason)
 
 

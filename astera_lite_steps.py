@@ -245,7 +245,7 @@ def answer_of(flow: Flow, run: Run, prefix: str) -> Answer:
     except FlowFailure as failed:
         answer = Answer(failed.status, failed.headers)
         error = StepError(failed.status, failed.detail, str(failed), {"fail"}, answer)
-        error.failure = failed.failure
+        error.headers, error.failure = failed.headers, failed.failure
         raise error from None
 
 

@@ -620,6 +620,21 @@ def test_a_call_of_a_flow_sends_the_body_in_the_first_type_that_the_flow_accepts
         assert run_test(flow, flow.tests[0], app.outside) == ([], 0)
 
 
+def test_a_failure_has_the_header_that_its_status_requires_also_behind_a_call(tmp_path: Path) -> None:
+    fail = {"status": 416, "message": "${request.path}", "headers": {"Content-Range": "bytes */5"}}
+    tests = [{"name": str(status), "fails": {"got": status}, "response": {"status": status}} for status in (416, 426)]
+    outer = get_flow("/outer", steps=[{"name": "got", "call": "inner"}]) | {"tests": tests}
+    with running(tmp_path, {"inner": get_flow("/inner", steps=[{"name": "no", "fail": fail}]), "outer": outer}) as run:
+        app, _, client = run
+        for name in ("inner", "outer"):
+            answer = client.get(f"/api/publishing/{name}", timeout=5)
+            assert (answer.status_code, answer.headers["Content-Range"]) == (416, "bytes */5")
+        answer = client.get("/api/publishingAsync/outer", headers={"Prefer": "wait=5"})
+        assert (answer.status_code, answer.headers["Content-Range"]) == (416, "bytes */5")
+        flow = app.deployments.by_name["outer"]
+        assert [run_test(flow, test, app.outside) for test in flow.tests] == [([], 0), ([], 0)]
+
+
 @pytest.mark.parametrize("data", [b"a=%zz", b"a=%ff", b"\xff=1"])
 def test_a_malformed_form_is_a_fault_of_the_body(data: bytes) -> None:
     with pytest.raises(InputError) as caught:
