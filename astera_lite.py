@@ -1848,16 +1848,35 @@ class _Compiler(ast.NodeTransformer):
 class Template:
     """A compiled JSON tree with `${…}` in its strings. A call with a scope returns the value.
 
+    To compile one, `names` are the names of the scope, each with its schema, or None if its value is not declared.
+    Optional members of a declared value are null if they are absent. `hints` are messages for names that are not in the
+    scope. `fault(place, message)` gets each fault, and the template has null in its place.
+
     `constant`: without expressions. `volatile`: the value may differ each time. `names`: those that it reads in a
     scope. `schema`: of the value, or None if the flow declares none.
     """
 
     __slots__ = ("_run", "_sources", "constant", "names", "schema", "volatile")
 
-    def __init__(self, run: Callable[..., Any], compiler: _Compiler) -> None:
-        self._run, self._sources = run, compiler.sources
-        self.names, self.volatile, self.schema = frozenset(compiler.used), compiler.volatile, compiler.schema
-        self.constant = not compiler.sources
+    def __init__(
+        self,
+        value: Any,
+        names: Mapping[str, Any],
+        place: str,
+        fault: Callable[[str, str], None],
+        hints: Mapping[str, str],
+    ) -> None:
+        compiler = _Compiler(names, hints, fault)
+        body = compiler.tree(value, place)
+        arguments = ast.arguments([], [ast.arg("_s"), ast.arg("_b")], None, [], [], None, [])
+        tree = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))
+        with warnings.catch_warnings():  # such as "perhaps you missed a comma": the evaluation reports it
+            warnings.simplefilter("ignore")
+            code = compile(tree, EXPRESSION_FILE, "eval")
+        self._run = eval(code, _GLOBALS)  # noqa: S307 (a checked tree, no builtins)
+        self._sources, self.constant = compiler.sources, not compiler.sources
+        self.names, self.volatile = frozenset(compiler.used), compiler.volatile
+        self.schema = compiler.schema if isinstance(value, str) else None
 
     def __call__(self, scope: Mapping[str, Any]) -> Any:
         """The value; the message of an ExpressionError names the place and the part that failed."""
@@ -1867,31 +1886,6 @@ class Template:
             words = optional("astera_lite_advice:on_failure", error, self._sources)
             plain = f"there is no member {error}" if isinstance(error, KeyError) else str(error) or named(error)
             raise ExpressionError(words or plain) from None
-
-
-def compile_template(
-    value: Any,
-    names: Mapping[str, Any],
-    place: str,
-    fault: Callable[[str, str], None],
-    hints: Mapping[str, str],
-) -> Template:
-    """Compile every `${…}` in a JSON tree.
-
-    `names` are the names of the scope, each with its schema, or None if its value is not declared. Optional members of
-    a declared value are null if they are absent. `hints` are messages for names that are not in the scope.
-    `fault(place, message)` gets each fault, and the template has null in its place.
-    """
-    compiler = _Compiler(names, hints, fault)
-    body = compiler.tree(value, place)
-    arguments = ast.arguments([], [ast.arg("_s"), ast.arg("_b")], None, [], [], None, [])
-    tree = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))
-    with warnings.catch_warnings():  # such as "perhaps you missed a comma": the evaluation reports it
-        warnings.simplefilter("ignore")
-        run = eval(compile(tree, EXPRESSION_FILE, "eval"), _GLOBALS)  # noqa: S307 (a checked tree, no builtins)
-    if not isinstance(value, str):
-        compiler.schema = None
-    return Template(run, compiler)
 
 
 # ======================================================================================================================
@@ -2672,7 +2666,7 @@ class Build:
 
     def template(self, value: Any, place: str) -> Template:
         """Compile a value that may have expressions."""
-        template = compile_template(value, self.names, place, self.fault, self.hints)
+        template = Template(value, self.names, place, self.fault, self.hints)
         self.schema, self.volatile = template.schema, self.volatile or template.volatile
         return template
 

@@ -15,11 +15,11 @@ from support import ROOT
 
 from astera_lite import (
     AsteraLite,
+    Build,
     Deployments,
     FlowError,
     Template,
     build_flow,
-    compile_template,
     load_connections,
     parse_flow_text,
     to_json,
@@ -256,22 +256,19 @@ def _nodes(tree: Any, *way: Any) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
 
 
 def remembering(file: dict[str, Any]) -> Callable[..., Template]:
-    """`compile_template` for many flows that differ in one node: what compiled without faults is not compiled again."""
+    """`Build.template` for many flows that differ in one node: what compiled without faults is not compiled again."""
     known: dict[str, Template] = {}
     whole = file["tree"]
+    compiled = Build.template
 
-    def compile_once(value: Any, names: Any, place: str, fault: Callable[[str, str], None], *more: Any) -> Template:
-        request = whole.get("request")
-        key = repr((value, names, place, request.get("body") if isinstance(request, dict) else None))
-        if key not in known:
-            faults: list[tuple[str, str]] = []
-            template = compile_template(value, names, place, lambda *found: faults.append(found), *more)
-            if faults:
-                for found in faults:
-                    fault(*found)
-                return template
+    def compile_once(build: Build, value: Any, place: str) -> Template:
+        request, before = whole.get("request"), len(build.faults)
+        key = repr((value, build.names, place, request.get("body") if isinstance(request, dict) else None))
+        template = known.get(key) or compiled(build, value, place)
+        if len(build.faults) == before:
             known[key] = template
-        return known[key]
+        build.schema, build.volatile = template.schema, build.volatile or template.volatile
+        return template
 
     return compile_once
 
@@ -283,7 +280,7 @@ def test_with_any_node_replaced_a_shipped_file_is_well_or_has_faults(
     app = AsteraLite(flows=str(path.parent))
     assert not app.deployer.reload()
     file = {"tree": parse_flow_text(path.read_text(), path.name)}
-    monkeypatch.setattr("astera_lite.compile_template", remembering(file))
+    monkeypatch.setattr(Build, "template", remembering(file))
     for parent, key, way in _nodes(file):
         original = parent[key]
         for parent[key] in INSTEAD:

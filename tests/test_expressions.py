@@ -21,9 +21,9 @@ from astera_lite import (
     ExpressionError,
     FlowError,
     Schema,
+    Template,
     _check_arguments,
     as_text,
-    compile_template,
     make_answer,
     to_saved,
     wing,
@@ -355,7 +355,7 @@ def test_the_arguments_that_a_signature_allows_fit_the_function(name: str) -> No
 def test_every_fault_of_a_tree_is_reported_with_its_place() -> None:
     faults: dict[str, str] = {}
     tree = {"a": "${nope}", "b/c": ["ok", "${1 +}"], "d": "${"}
-    template = compile_template(tree, NAMES, "/steps/0/set", faults.__setitem__, {"nope": "comes later"})
+    template = Template(tree, NAMES, "/steps/0/set", faults.__setitem__, {"nope": "comes later"})
     assert list(faults) == ["/steps/0/set/a", "/steps/0/set/b~1c/1", "/steps/0/set/d"]
     assert "comes later" in faults["/steps/0/set/a"]
     assert template(SCOPE)["b/c"][0] == "ok"
@@ -518,7 +518,7 @@ def test_what_would_eat_time_or_memory_is_refused_soon(source: str, monkeypatch:
 _CHILD = """
 import os, resource, sys
 import astera_lite
-from astera_lite import ExpressionError, compile_template
+from astera_lite import ExpressionError, Template
 astera_lite.MAX_WORK = 2_000_000
 scope = {
     "big": "x" * 1000000,
@@ -536,7 +536,7 @@ for text in sys.argv[1:]:
     if not os.fork():
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
         resource.setrlimit(resource.RLIMIT_CPU, (4, 4))
-        template = compile_template(text, dict.fromkeys(scope), "", print, {})
+        template = Template(text, dict.fromkeys(scope), "", print, {})
         try:
             template(scope)
             end = "done"
