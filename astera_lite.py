@@ -8597,10 +8597,10 @@ class Handler(BaseRequestHandler):
 
     def answer_sent(self) -> None:
         """Expect the next request, which may have arrived already; close after the last response."""
-        if self.closing:
+        settings, begun = self.server.settings, self.parser.begun
+        if self.closing or (self.server.stopping and not begun):
             self.linger()
             return
-        settings, begun = self.server.settings, self.parser.begun
         del self.server.handlers[self]
         self.server.handlers[self] = None
         self.since = time.monotonic()

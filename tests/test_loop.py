@@ -1146,6 +1146,20 @@ def test_stopping_answers_open_requests_and_closes_idle_connections(tmp_path: Pa
         assert it.server.ended(10)  # well before shutdown_timeout, which is for who does not end
 
 
+def test_stopping_does_not_wait_for_a_client_that_has_read_its_answer_to_the_end(
+    large: tuple[Running, str, bytes],
+) -> None:
+    it, path, text = large
+    with connected(it.server, 4096) as sock:
+        sock.sendall(request("GET", path))  # and the connection is to be kept
+        begun = receive(sock, b"\r\n\r\n").partition(b"\r\n\r\n")[2]
+        it.server.settings = it.server.settings._replace(shutdown_timeout=60)
+        it.server.request_stop()
+        eventually(lambda: it.server.stopping)
+        assert begun + read_to_end(sock) == text
+    assert it.server.ended(10)
+
+
 def test_stopping_answers_long_polls_at_once(tmp_path: Path) -> None:
     with running(tmp_path, {"long": get_flow("/long", steps=[{"name": "w", "wait": 60}])}) as it:
         job = it.client.get("/api/publishingAsync/long").json()["id"]
