@@ -6409,18 +6409,15 @@ class Engine:
         outcome = self.run_at_once(flow, given, trace)
         if outcome is None or len(outcome.answer.body) > PIECE:
             return None
-        return self._finish(job, outcome, trace, started=job.created)
+        return self._finish(job._replace(attempt=1, started=job.created), outcome, trace)
 
-    def _finish(
-        self, job: Job, outcome: Outcome, trace: Sequence[dict[str, Any]] = (), fenced: bool = True, started: int = 0
-    ) -> Finish:
-        """The end of a job, which began at `job.started` or at `started`, and the callback that the server owes."""
+    def _finish(self, job: Job, outcome: Outcome, trace: Sequence[dict[str, Any]] = (), fenced: bool = True) -> Finish:
+        """The end of a job, and the callback that the server owes."""
         now, callback = self._clock.now(), None
         job = job._replace(
             status=outcome.status,
-            attempt=job.attempt or (1 if started or job.started else 0),
+            attempt=job.attempt or (1 if job.started else 0),
             due=None,
-            started=started or job.started,
             finished=now,
             expires=now + self._retention_ms,
             error=outcome.error,
