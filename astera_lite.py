@@ -7890,8 +7890,6 @@ class Exchange:
         """The base of URLs in responses."""
         return self._server.base or self.origin
 
-    # Methods, not attributes that hold functions: an exchange that refers to itself would need the garbage collector.
-
     def call(self, function: Callable[..., Reply | None], *arguments: Any) -> None:
         """Call a function, on any thread: what it returns or raises is the answer."""
         try:
@@ -8533,7 +8531,7 @@ class Handler(BaseRequestHandler):
         data = response_head(reply, x.request_id, not self.closing, head.version, has_length)
         x.answered = True
         server.at_work.discard(x)
-        server.requests[head.method, x.route.path if x.route else "", reply.status] += 1
+        server.app.metrics.requests[head.method, x.route.path if x.route else "", reply.status] += 1
         if log.isEnabledFor(server.access_level):
             optional("astera_lite_notices:log_access", self, x, reply)
         if x is not self.exchange:  # the client has gone
@@ -8718,7 +8716,6 @@ class Server(ThreadingHTTPServer):
         self.ready: dict[Handler, None] = {}  # connections whose turn it is, in this order
         self.buffered = 0
         # requests
-        self.requests = app.metrics.requests
         app.metrics.connections.append(self.handlers)
         self.access_level = logging.INFO if self.settings.access_log else logging.DEBUG
         if self.settings.access_log:
