@@ -917,7 +917,7 @@ class PostgresStore(PostgresReader, Writer):
     def release(self, seqs: list[int]) -> None:
         """Leave jobs of this server that no thread runs to any server."""
         sql = "UPDATE jobs SET owner = NULL WHERE seq = ANY(%s) AND owner = %s AND status = 'Running'"
-        self._do(sql, (seqs, self._start), keep=True, word="jobs")
+        self._do(sql, (seqs, self._start), keep=True, word="freed jobs")
 
     def finish(self, finish: Finish, done: Done) -> None:
         """End a job of this server; `done` gets whether it was Running, at this attempt if it is fenced."""

@@ -194,6 +194,18 @@ def test_an_orderly_stop_leaves_jobs_to_others_at_once(open_store: Open) -> None
     assert found is not None and (found.attempt, found.started) == (0, T)
 
 
+def test_what_a_server_leaves_that_stops_is_found_at_once_however_old(open_store: Open) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    old = add(one)
+    young = job()._replace(key=JobKey(old.key.seq + (60_000 << 12), 1))
+    assert done(one.add, submission(young)) == young
+    until(lambda: other._free_from > old.key.seq)  # it looks no longer at what is as old
+    words = told(other)
+    one.release([old.key.seq])
+    while words.get(timeout=10) != "jobs" or claimed(other) != [old.key.seq]:
+        pass
+
+
 def test_numbers_are_the_smallest_that_are_free(open_store: Open) -> None:
     stores = [open_store() for _ in range(3)]
     assert [store.node for store in stores] == [0, 1, 2]
