@@ -5667,10 +5667,10 @@ class SqliteStore(SqliteReader, Writer):
         values = (key.seq, path, None, output, key.seq, attempt, attempt)
         self._run(partial(_execute, _SAVE_STEP, values), done, keep=True, size=len(output))
 
-    def suspend(self, job: Job, path: str, until: int, trace: str, done: Done) -> None:
+    def suspend(self, job: Job, path: str, until: int, trace: str, is_free: bool, done: Done) -> None:
         """Record that a job waits until `job.due`, for a step that waits `until` then; `trace` is its steps as JSON.
 
-        `done` gets whether the job is Running at this attempt.
+        `is_free`: any server may take the job then. `done` gets whether the job is Running at this attempt.
         """
         fence = (job.key.seq, job.attempt - 1, job.attempt)
         self._do(_SAVE_STEP, (job.key.seq, path, until, None, *fence), keep=True)
@@ -6363,12 +6363,15 @@ class Engine:
             self._record_end(entry.job, run, outcome)
 
     def _suspend(self, entry: Entry, job: Job, run: Run, path: str, until: int) -> None:
+        flow = self._outside.flow_named(job.flow)
+        # for any server that has room when the wait is over
+        is_free = self._store.shared and flow is not None and flow.limit is not None
+
         def suspended(kept: Any, error: AsteraError | None) -> None:
             with self._changed:
                 cancelled = run.cancel.is_set
                 if kept and not cancelled:
                     entry.due, entry.progress = job.due, run.progress
-                    is_free = self._store.shared and run.flow.limit is not None  # for any server that has room then
                     self.queue.move(entry, State.GONE if is_free else State.WAITING)
             if error is not None:
                 self.end(job, Outcome.failed("failed", 500, "The job's wait could not be stored."))
@@ -6379,7 +6382,7 @@ class Engine:
             else:
                 self._job_changed(job.key, True)
 
-        self._store.suspend(job, path, until, to_json(run.trace or []), suspended)
+        self._store.suspend(job, path, until, to_json(run.trace or []), is_free, suspended)
 
     def _measure(self, flow: Flow, seconds: float, waited: float = 0.0) -> None:
         """Count a run: how long it held its thread, and how long the job had run before (both in seconds)."""

@@ -467,7 +467,7 @@ class PostgresStore(PostgresReader, Writer):
         self._news: Callable[[str], None] = lambda word: None
         self._words: set[str] = set()  # news that this server may have missed
         self._progress: Callable[[], Mapping[int, Progress]] = dict
-        self._limits: Mapping[str, int | None] = {}  # of the flows in service
+        self._flows: Collection[str] = ()  # names of those in service
         self._used: dict[int, float] = {}  # by version of a flow: when its text was marked as used, monotonic
         self._strange: dict[int, float] = {}  # by `seq` of a free job of an unknown flow: when it was found, monotonic
         self._orphans: set[int] = set()  # jobs that this server owned but did not know at the last look
@@ -601,7 +601,7 @@ class PostgresStore(PostgresReader, Writer):
         progress = to_json({str(seq): list(far) for seq, far in self._progress().items()})
         sql = "UPDATE nodes SET lease_until = now() + %s * interval '1s', progress = %s, flows = %s WHERE start = %s"
         began = time.monotonic()
-        is_there = db.execute(sql, (self._lease, progress, to_json(sorted(self._limits)), self._start)).rowcount
+        is_there = db.execute(sql, (self._lease, progress, to_json(sorted(self._flows)), self._start)).rowcount
         if self._is_late():  # the others may have been held up as long, and are to have a lease to come back
             self._bury_at = time.monotonic() + self._lease
         if is_there:
@@ -794,7 +794,7 @@ class PostgresStore(PostgresReader, Writer):
         The limit of a flow counts on all servers together. Also returns jobs that this server owns but that were not in
         `held` at two looks, and jobs whose flow no server has had for an hour.
         """
-        self._limits = flows
+        self._flows = flows
         found, start = list[_ROW](), self._start
         try:
             with self._reading() as db:
@@ -901,9 +901,8 @@ class PostgresStore(PostgresReader, Writer):
         values = {"attempt": attempt, "path": path, "output": output}
         self.put(_Write("save", key.seq, values, done=done, keep=True))
 
-    def suspend(self, job: Job, path: str, until: int, trace: str, done: Done) -> None:
-        """Record that a job waits until it is `due`. If its flow has a limit, the job is free while it waits."""
-        is_free = self._limits.get(job.flow) is not None
+    def suspend(self, job: Job, path: str, until: int, trace: str, is_free: bool, done: Done) -> None:
+        """Record that a job waits until it is `due`. If `is_free`, no server owns the job while it waits."""
         if is_free:
             self._mine.pop(job.key.seq, None)
         of_job = {"attempt": job.attempt, "started": job.started, "due": job.due, "trace": trace, "free": is_free}

@@ -226,6 +226,27 @@ def test_a_job_of_a_limited_flow_leaves_its_place_while_it_waits(two: Two) -> No
     assert {ended(b, one)["status"] for one in accepted} == {"Completed"}
 
 
+@pytest.mark.parametrize("later", [{}, {"concurrency": 1}], ids=["no limit any more", "a limit by now"])
+def test_the_limit_in_service_says_whether_a_job_leaves_its_server_while_it_waits(
+    two: Two, later: dict[str, Any]
+) -> None:
+    before: dict[str, Any] = {} if later else {"concurrency": 1}
+    steps = [{"name": "g", "python": {"call": two.gate}}, {"name": "w", "wait": 60}]
+    for limit in (before, later):
+        for app in two.apps:
+            app.deploy("nap", get_flow("/nap", steps=steps, **limit))
+        if limit is before:
+            accepted = two.clients[0].get("/api/publishingAsync/nap")
+            assert two.gate.begun.acquire(timeout=10)
+    key = JobKey.parse(accepted.json()["id"])
+    [queue] = [app.engine.queue for app in two.apps if app.engine.queue.busy]
+    two.gate.open.release()
+    if later:
+        until(lambda: key is not None and key.seq not in queue)  # it waits in the database
+    else:
+        until(lambda: queue.counts()["waiting"] == 1)
+
+
 def test_what_waits_in_the_database_counts_for_the_queue_of_each_server(url: str, tmp_path: Path) -> None:
     gate = Gate()
     with ExitStack() as stack:

@@ -320,7 +320,7 @@ def test_an_empty_output_takes_the_place_of_what_was_saved(store: SqliteStore) -
     done(store.start, new.key, 1, T)
     for place in ("a", "b@"):
         done(store.save_step, new.key, 1, place, "1")
-    done(store.suspend, new._replace(attempt=1, started=T, due=T + 5), "w", T + 5, "[]")
+    done(store.suspend, new._replace(attempt=1, started=T, due=T + 5), "w", T + 5, "[]", False)
     for place in ("a", "b@", "w"):
         assert done(store.save_step, new.key, 1, place, "") is True
     loaded = store.load(new.key.seq)
@@ -362,7 +362,7 @@ def test_nothing_is_recorded_of_a_job_that_is_finished(store: SqliteStore, path:
     before = store.get(new.key)
     assert done(store.start, new.key, 2, T) is False
     assert done(store.save_step, new.key, 2, "a", "1") is False
-    assert done(store.suspend, new._replace(attempt=2, started=T, due=T), "w", T, "[]") is False
+    assert done(store.suspend, new._replace(attempt=2, started=T, due=T), "w", T, "[]", False) is False
     store.requeue(new.key, 1)
     done(store.find_key, "", "", "", b"", 0)
     assert store.get(new.key) == before
@@ -384,7 +384,7 @@ def test_a_run_is_loaded_with_its_outputs_waits_and_trace(store: SqliteStore) ->
     for place, value in outputs.items():
         assert done(store.save_step, new.key, 1, place, astera_lite.to_saved(value)) is True
     waiting = new._replace(attempt=1, started=T + 1, due=T + 500)
-    assert done(store.suspend, waiting, "w", T + 900, '[{"path": "a"}]') is True
+    assert done(store.suspend, waiting, "w", T + 900, '[{"path": "a"}]', False) is True
     loaded = store.load(new.key.seq)
     assert loaded is not None
     assert {place: astera_lite.from_saved(text) for place, text in loaded.saved.items()} == outputs

@@ -126,7 +126,7 @@ def test_what_a_run_writes_is_fenced_by_the_owner(open_store: Open, url: str) ->
     suspended = new._replace(attempt=2, started=T, due=T + 5)
     for late in (
         (one.save_step, new.key, 2, "a", "1"),
-        (one.suspend, suspended, "w", T, "[]"),
+        (one.suspend, suspended, "w", T, "[]", False),
         (one.finish, finish(new, attempt=2, fenced=False)),
         (one.start, new.key, 2, T),
     ):
@@ -333,7 +333,7 @@ def test_a_limit_counts_over_all_servers(open_store: Open) -> None:
     assert done(one.finish, finish(jobs[0])) is True
     assert claimed(other, 10, limit) == seqs[3:4]
     waiting = jobs[2]._replace(attempt=1, started=T, due=T + 5)
-    assert done(other.suspend, waiting, "w", T + 5, "[]") is True  # it is free, and due
+    assert done(other.suspend, waiting, "w", T + 5, "[]", True) is True  # it is due
     assert sorted(claimed(one, 10, limit)) in ([seqs[2]], [seqs[4]])
     assert claimed(one, 10, limit) == []
 
@@ -422,7 +422,8 @@ def test_a_cancel_of_a_job_that_becomes_free_reaches_whoever_looks(open_store: O
     died = add(other)
     for each in (limited, died):
         assert done(one.ask_cancel, each.key) is True
-    assert done(one.suspend, limited._replace(attempt=1, started=T, due=T + 5), "w", T + 5, "[]") is True
+    waiting = limited._replace(attempt=1, started=T, due=T + 5)
+    assert done(one.suspend, waiting, "w", T + 5, "[]", True) is True
     assert [each.key for each in one.cancelled()] == [limited.key]  # it was not set free
     look(url, "UPDATE jobs SET owner = NULL WHERE seq = %s", died.key.seq)  # as if its owner had died
     assert [each.key for each in one.cancelled()] == [limited.key, died.key]
@@ -958,7 +959,7 @@ def hot(store: PostgresStore, nth: int) -> None:
     done(store.leave_call, 1)  # and the other call is looked for
     done(store.ask_cancel, fresh.key)
     waiting = fresh._replace(attempt=1, started=T, due=T + 5)
-    done(store.suspend, waiting, "w", T, "[]")
+    done(store.suspend, waiting, "w", T, "[]", False)
     assert done(store.finish, finish(fresh, callback=("r:80", "{}"))) is True
     done(store.record_delivery, fresh.key, Attempt(T, 1, 204), T + 10, "delivered", None)
     done(store.resend, fresh.key, T)
