@@ -4794,6 +4794,7 @@ _END_JOB = (
     f"UPDATE jobs SET {', '.join(f'{column} = ?' for column in END_COLUMNS)}, due = NULL"
     " WHERE seq = ? AND status = 'Running' AND (? OR attempt IN (?, ?))"
 )
+LIKELY = " AND (c.attempts = 0 OR c.last_status IS NOT NULL)"  # condition of `claim_deliveries`
 INSERT_PIECE = "INSERT INTO pieces VALUES (?, ?, ?, ?, ?)"
 _PROBE = "INSERT OR REPLACE INTO pieces VALUES (0, 'result', 0, 0, zeroblob(?))"  # tells whether there is room again
 _UNPROBE = "DELETE FROM pieces WHERE job = 0"
@@ -5701,18 +5702,17 @@ class SqliteStore(SqliteReader, Writer):
     # --- callbacks ---
 
     def claim_deliveries(
-        self, now: int, limit: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
+        self, now: int, limit: int, *, held: Collection[JobKey], busy: Collection[str], likely: bool
     ) -> list[tuple[Job, Delivery]]:
         """Take callbacks that are due, except those in `held` and those for busy receivers.
 
-        `fresh`: only those not tried since they were last asked for.
+        `likely`: only those not tried since they were last asked for, and those whose receiver answered the last time.
         """
         skip = {key.seq for key in held}
         rows = self._all(
             f"SELECT {JOB_COLUMNS}, receiver, request FROM jobs JOIN callbacks c ON c.job = seq"
             " WHERE c.state = 'pending' AND c.next <= ? AND expires > ?"
-            f" AND c.receiver NOT IN ({','.join('?' * len(busy))}){' AND c.attempts = 0' if fresh else ''}"
-            " ORDER BY c.next LIMIT ?",
+            f" AND c.receiver NOT IN ({','.join('?' * len(busy))}){LIKELY if likely else ''} ORDER BY c.next LIMIT ?",
             (now, now, *busy, limit + len(skip)),
         )
         return read_deliveries([row for row in rows if row[0] not in skip][:limit])
@@ -6632,13 +6632,13 @@ class Courier:
             room, busy, full = self._room()
             if room <= 0:
                 return None  # the end of a delivery wakes the housekeeper
-            due = self._store.claim_deliveries(now, room, held=self.under_way(), busy=busy, fresh=full)
+            due = self._store.claim_deliveries(now, room, held=self.under_way(), busy=busy, likely=full)
             begun = [self._begin(job, delivery, wake) for job, delivery in due]
             if all(begun) or not any(begun):
                 return self._store.next_delivery(now)  # else some receivers are busy by now: look past their callbacks
 
     def _room(self) -> tuple[int, set[str], bool]:
-        """How many deliveries can begin, which receivers get none, and whether only new callbacks are sent."""
+        """How many deliveries can begin, which receivers get none, and whether only `likely` callbacks are sent."""
         with self._changed:
             now = self._clock.monotonic()
             for key in [key for key, (_, end) in self._leases.items() if end <= now]:

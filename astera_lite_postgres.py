@@ -27,6 +27,7 @@ from astera_lite import (
     END_COLUMNS,
     FROM_JOBS,
     JOB_COLUMNS,
+    LIKELY,
     NEW_COLUMNS,
     OF_KEY,
     PIECE,
@@ -940,7 +941,7 @@ class PostgresStore(PostgresReader, Writer):
     # --- callbacks ---
 
     def claim_deliveries(
-        self, now: int, limit: int, *, held: Collection[JobKey], busy: Collection[str], fresh: bool
+        self, now: int, limit: int, *, held: Collection[JobKey], busy: Collection[str], likely: bool
     ) -> list[tuple[Job, Delivery]]:
         """Take callbacks that are due, except those in `held` and those for busy receivers.
 
@@ -949,7 +950,7 @@ class PostgresStore(PostgresReader, Writer):
         sql = (
             "WITH due AS (SELECT job FROM callbacks c JOIN jobs ON seq = job WHERE state = 'pending' AND next <= %s"
             " AND expires > %s AND receiver <> ALL(%s) AND job <> ALL(%s) AND (c.owner IS NULL OR c.owner = %s)"
-            f"{' AND c.attempts = 0' if fresh else ''} ORDER BY next LIMIT %s FOR UPDATE OF c SKIP LOCKED)"
+            f"{LIKELY if likely else ''} ORDER BY next LIMIT %s FOR UPDATE OF c SKIP LOCKED)"
             " UPDATE callbacks SET owner = %s WHERE job IN (SELECT job FROM due) RETURNING job"
         )
         values = (now, now, list(busy), [key.seq for key in held], self._start, limit, self._start)

@@ -454,7 +454,7 @@ def test_a_callback_is_delivered_by_one_server_and_by_another_when_that_is_gone(
     done(one.finish, finish(new, callback=("r:80", "the body"), expires=T + 10**6))
 
     def due(store: PostgresStore) -> list[JobKey]:
-        found = store.claim_deliveries(T + 20, 10, held=(), busy=(), fresh=False)
+        found = store.claim_deliveries(T + 20, 10, held=(), busy=(), likely=False)
         return [each.key for each, _ in found]
 
     assert (due(one), due(other), due(one)) == ([new.key], [], [new.key])
@@ -952,7 +952,7 @@ def hot(store: PostgresStore, nth: int) -> None:
     store.get(old), store.result(old), store.request(old), store.load(fresh.key.seq), store.trace(old)
     store.attempts(old), store.ended([old, fresh.key]), store.cancelled(), store.progress(fresh.key), store.members()
     assert len(store.claim((), 16, {"f0": None, "f1": 10**6})) == 16
-    assert len(store.claim_deliveries(T + 10**9, 16, held=(), busy=(), fresh=False)) == 16
+    assert len(store.claim_deliveries(T + 10**9, 16, held=(), busy=(), likely=False)) == 16
     store.next_delivery(T), store.last_seq(), store.flow_text(7)
     for number, flow in ((1, limited(10**6, "refuse", "f1")), (2, limited(1, name="f1"))):
         store.enter_call(number, flow, math.inf, lambda refusal: None)
