@@ -513,8 +513,8 @@ class PostgresStore(PostgresReader, Writer):
         began = time.monotonic()
         with db.transaction():
             db.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-            if began >= self._bury_at:
-                db.execute(f"DELETE FROM nodes WHERE {_GONE}", (self._lease,))
+            if began >= self._bury_at and db.execute(f"DELETE FROM nodes WHERE {_GONE}", (self._lease,)).rowcount:
+                db.execute("SELECT pg_notify(%s, 'freed jobs')", (CHANNEL,))
             row = db.execute(
                 "INSERT INTO nodes (number, name, lease_until) SELECT min(n), %s, now() + %s * interval '1 second'"
                 " FROM generate_series(0, %s) n WHERE n NOT IN (SELECT number FROM nodes) HAVING min(n) IS NOT NULL"

@@ -206,6 +206,22 @@ def test_what_a_server_leaves_that_stops_is_found_at_once_however_old(open_store
         pass
 
 
+def test_what_a_start_frees_is_found_at_once_however_old(open_store: Open, url: str) -> None:
+    one, other = open_store(name="a"), open_store(name="b")
+    old = add(one)
+    young = job()._replace(key=JobKey(old.key.seq + (60_000 << 12), 1))
+    assert done(other.add, submission(young)) == young
+    one._end.set()  # its thread renews no more
+    one._follower.join()
+    other._bury_at = math.inf  # the start comes first
+    until(lambda: other._free_from > old.key.seq)
+    words = told(other)
+    look(url, "UPDATE nodes SET lease_until = now() WHERE start = %s", one._start)
+    open_store(name="c", lease=1)
+    while words.get(timeout=10) != "jobs" or claimed(other) != [old.key.seq]:
+        pass
+
+
 def test_numbers_are_the_smallest_that_are_free(open_store: Open) -> None:
     stores = [open_store() for _ in range(3)]
     assert [store.node for store in stores] == [0, 1, 2]
