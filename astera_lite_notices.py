@@ -226,7 +226,7 @@ def log_access(handler: Handler, x: Exchange, reply: Reply) -> None:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object on each line; further members come from `about` and `Exchange.about`."""
+    """One JSON object on each line; further members come from `about`, here and in the core."""
 
     _MEMBERS = ("request", "method", "path", "status", "ms", "client", "token", "job", "flow", "step", "trace")
 
