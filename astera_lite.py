@@ -6653,7 +6653,8 @@ class Courier:
     def _begin(self, job: Job, delivery: Delivery, wake: Callable[[], None]) -> bool:
         """Begin a delivery unless its receiver is busy."""
         with self._changed:
-            if delivery.tries and delivery.last_status is None:  # also after a restart
+            was_silent = delivery.tries and delivery.last_status is None  # also before a restart
+            if was_silent and len(self._doubtful) < _MAX_DOUBTFUL_KNOWN:
                 self._doubtful.add(delivery.receiver)
             room, busy, _ = self._room()
             if room <= 0 or delivery.receiver in busy:
@@ -6682,8 +6683,7 @@ class Courier:
             elif len(self._doubtful) < _MAX_DOUBTFUL_KNOWN:
                 self._doubtful.add(receiver)
         now = self._clock.now()
-        number, expires = delivery.tries + 1, job.expires or now
-        state, next_at = next_try(attempt, number, retry_after_s, self._retries, now, expires)
+        state, next_at = next_try(attempt, delivery.tries + 1, retry_after_s, self._retries, now, job.expires or now)
         words = f"answered {attempt.status}" if answered else f"gave no answer: {attempt.error}"
         level = logging.DEBUG if state == "delivered" else logging.WARNING
         this = about("job", job.id, job.flow, delivery.trace)

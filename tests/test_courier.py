@@ -703,6 +703,21 @@ def test_a_receiver_that_answers_late_gets_one_at_a_time_until_it_is_quick_again
             assert store.got.get(timeout=5) == "delivered"
 
 
+@pytest.mark.sqlite  # the store is not what is tested
+def test_the_receivers_that_were_silent_before_a_restart_are_bounded(
+    tick: Ticking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(astera_lite, "_MAX_DOUBTFUL_KNOWN", 2)
+    courier = a_courier(Outcomes())
+    tick.submit("http://127.0.0.1:9/")
+    courier.stop(0)  # it judges what is due, and sends nothing
+    (job,) = tick.app.store.page(tick.clock.now(), 9, None, None, None, None)
+    assert job.callback is not None
+    for n in range(5):
+        assert not courier._begin(job, job.callback._replace(receiver=f"r{n}:80", tries=1), lambda: None)
+    assert courier._doubtful == {"r0:80", "r1:80"}
+
+
 def test_a_delivery_whose_outcome_cannot_be_recorded_is_made_again_when_its_lease_has_ended(
     tick: Ticking, sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
