@@ -5131,8 +5131,10 @@ class Writer:
         self._run(run, done, keep=True)
 
 
-def _owe(execute: Execute, finish: Finish) -> None:
-    """Store the callback that a finished job owes, if it owes one."""
+def _store_belongings(execute: Execute, finish: Finish) -> None:
+    """Store the pieces of a large result, and the callback that the job owes."""
+    for piece in piece_rows(finish.job.key, "result", finish.job.attempt, finish.outcome.answer.body):
+        execute(INSERT_PIECE, piece)
     if finish.callback is not None:
         values = (finish.job.key.seq, finish.callback[0], finish.job.finished, finish.callback[1])
         execute("INSERT INTO callbacks (job, receiver, state, next, body) VALUES (?, ?, 'pending', ?, ?)", values)
@@ -5638,7 +5640,7 @@ class SqliteStore(SqliteReader, Writer):
             for piece in piece_rows(job.key, "request_body", 0, submission.request.body):
                 execute(INSERT_PIECE, piece)
             if submission.ended is not None:
-                _owe(execute, submission.ended)
+                _store_belongings(execute, submission.ended)
         return job
 
     # --- runs ---
@@ -5685,16 +5687,13 @@ class SqliteStore(SqliteReader, Writer):
     def finish(self, finish: Finish, done: Done) -> None:
         """End a Running job; `done` gets whether it was Running, at this attempt if it is fenced."""
         seq, attempt = finish.job.key.seq, finish.job.attempt
-        pieces = piece_rows(finish.job.key, "result", attempt, finish.outcome.answer.body)
         values = (*end_columns(finish).values(), seq, not finish.fenced, attempt - 1, attempt)
 
         def run(execute: Execute) -> bool:
             moved = _execute(_END_JOB, values, execute)
             if moved:
                 execute("DELETE FROM steps WHERE job = ?", (seq,))
-                for piece in pieces:
-                    execute(INSERT_PIECE, piece)
-                _owe(execute, finish)
+                _store_belongings(execute, finish)
             return moved
 
         self._run(run, done, keep=True, size=len(finish.outcome.answer.body) + len(finish.trace or ""))
@@ -6410,9 +6409,7 @@ class Engine:
         """Run a job that is not stored yet, if its flow is light; how it ended, None if it is to be queued."""
         trace: list[dict[str, Any]] = []
         outcome = self.run_at_once(flow, given, trace)
-        if outcome is None or len(outcome.answer.body) > PIECE:
-            return None
-        return self._finish(job._replace(attempt=1, started=job.created), outcome, trace)
+        return outcome and self._finish(job._replace(attempt=1, started=job.created), outcome, trace)
 
     def _finish(self, job: Job, outcome: Outcome, trace: Sequence[dict[str, Any]] = (), fenced: bool = True) -> Finish:
         """The end of a job, and the callback that the server owes."""

@@ -780,6 +780,8 @@ class PostgresStore(PostgresReader, Writer):
         """Queue a new job for `flush`; `done` gets the job, or the earlier one that has its key, Conflict or Busy."""
         job, ended = submission.job, submission.ended
         pieces = piece_rows(job.key, "request_body", 0, submission.request.body)
+        if ended:
+            pieces += piece_rows(job.key, "result", ended.job.attempt, ended.outcome.answer.body)
         word = "" if submission.owned or ended else "jobs"
         limited = "" if submission.limit is None else job.flow
         values, owed = new_columns(submission), ended and ended.callback
