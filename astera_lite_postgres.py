@@ -69,6 +69,7 @@ logging.getLogger("psycopg").addHandler(logging.NullHandler())  # `fault` report
 SCHEMA_VERSION = 1
 #: Scripts that upgrade the schema by one version, by the version before.
 UPGRADES: dict[int, str] = {}
+_OLDEST = 14  # version of PostgreSQL; 13 cannot take the largest batches of writes
 NODES = 64  # maximum number of servers
 CHANNEL = "astera_lite"  # of NOTIFY; a message is words for `news`, separated by spaces
 
@@ -105,6 +106,15 @@ _MAY_RUN = (
     "SELECT number FROM unnest(%s::text[], %s::int[]) AS f (name, most), LATERAL"
     " (SELECT owner, number FROM calls WHERE flow = f.name ORDER BY place LIMIT greatest(0, most -"
     " (SELECT count(*) FROM nodes JOIN jobs ON owner = start WHERE flow = f.name))) AS first WHERE owner = %s"
+)
+#: Takes free jobs, those first whose wait is over.
+_CLAIM = (
+    f"WITH waited AS (SELECT seq FROM jobs WHERE {_FREE} NOT NULL AND due <= {_NOW} AND flow = ANY(%s)"
+    " ORDER BY due LIMIT %s FOR UPDATE SKIP LOCKED),"
+    f" fresh AS (SELECT seq FROM jobs WHERE {_FREE} NULL AND flow = ANY(%s) AND seq >= %s ORDER BY seq LIMIT %s"
+    " FOR UPDATE SKIP LOCKED)"
+    " UPDATE jobs SET owner = %s WHERE seq IN (SELECT seq FROM waited UNION ALL SELECT seq FROM fresh LIMIT %s)"
+    " RETURNING seq, due, flow"
 )
 #: Condition for a server that is gone. If the database itself was away, all leases have run out, and servers that still
 #: run get one lease to come back.
@@ -213,9 +223,6 @@ def _parameters(url: str) -> dict[str, Any]:
 def _place(parameters: Mapping[str, Any]) -> str:
     """The part of an address that people may see: host and name of the database."""
     return f"PostgreSQL {parameters.get('host') or 'here'}/{parameters.get('dbname') or parameters.get('user') or ''}"
-
-
-_OLDEST = 14  #: version of PostgreSQL; 13 cannot take the largest batches of writes
 
 
 def _format(db: Any, place: str) -> int:
@@ -445,6 +452,81 @@ def _grouped(batch: Iterable[_Write]) -> list[list[_Write]]:
         groups[at].append(write)
         last[write.seq] = at
     return groups
+
+
+def _execute(db: Any, sql: str, values: Sequence[Any] = ()) -> Any:
+    """Execute a statement of astera_lite, in which `?` stands for a value."""
+    return db.execute(sql.replace("?", "%s"), values)
+
+
+def _ids(seqs: Iterable[Any]) -> str:
+    return f"{{{','.join(map(str, seqs))}}}"
+
+
+def _many(db: Any, kind: str, rows: Sequence[Mapping[str, Any]], again: Iterable[int] = ()) -> Any:
+    """Execute the statement of a kind with these rows; `again`: those that may have been committed before."""
+    values = [
+        {
+            column: value if value.__class__ is not bytes else f"\\x{value.hex()}"
+            for column, value in row.items()
+            if value is not None
+        }
+        for row in rows
+    ]
+    sql = _STATEMENTS[kind]
+    return db.execute(sql, [to_json(values), _ids(row.get("seq") for row in rows), _ids(again)][: sql.count("%s")])
+
+
+def _changed(group: list[_Write], stored: Iterable[tuple[int]]) -> list[bool]:
+    """For each write of a group, whether it changed its job."""
+    seqs = {seq for (seq,) in stored}
+    return [write.seq in seqs for write in group]
+
+
+def _insert(db: Any, writes: Sequence[_Write], owner: int) -> Any:
+    owners = [owner if write.new.owned and write.new.ended is None else None for write in writes]
+    rows = [{**write.values, "owner": owner} for write, owner in zip(writes, owners, strict=True)]
+    return _many(db, "add", rows)
+
+
+def _store_belongings(db: Any, writes: Sequence[_Write]) -> None:
+    """Store the pieces of large bodies and the callbacks that are owed, of writes that have changed their jobs."""
+    for write in writes:
+        for piece in write.pieces:
+            db.execute(_PIECE, piece)
+    owed = [
+        {"job": write.seq, "receiver": write.owed[0], "next": write.values["finished"], "body": write.owed[1]}
+        for write in writes
+        if write.owed
+    ]
+    if owed:
+        _many(db, "owe", owed)
+
+
+def _full(execute: Execute, flow: str, limit: int) -> Busy | None:
+    """The refusal of a flow of which as many jobs and calls are unfinished, on all servers together."""
+    if execute(f"SELECT {_UNFINISHED}", (flow,) * 4).fetchone()[0] < limit:
+        return None
+    return Busy(f"The flow has reached its limit of concurrent runs ({limit}). Try again later.", 1, 429)
+
+
+def _add_one(db: Any, write: _Write, owner: int) -> Job | AsteraError:
+    """Add a job whose key may belong to another one, or whose flow may have as many jobs as its limit allows."""
+    new, execute = write.new, partial(_execute, db)
+    of_key = (new.job.flow, new.job.token, new.idempotency_key)
+    for _ in range(_TRIES):
+        if new.idempotency_key is not None:
+            known = find_key(*of_key, new.fingerprint, new.job.created, execute)
+            if known is not None:
+                return known
+            expired = "UPDATE jobs SET idempotency_key = NULL WHERE (flow, token, idempotency_key) = (%s, %s, %s)"
+            db.execute(f"{expired} AND expires <= %s", (*of_key, new.job.created))
+        if write.limited and (full := _full(execute, new.job.flow, new.limit)):
+            return full
+        if _insert(db, [write], owner).fetchall():
+            _store_belongings(db, [write])
+            return new.job  # type: ignore[no-any-return]
+    raise StoreError("other requests with that Idempotency-Key get in the way")
 
 
 class PostgresStore(PostgresReader, Writer):
@@ -998,88 +1080,3 @@ class PostgresStore(PostgresReader, Writer):
         put = f"{put}, changed = excluded.changed"
         sql, values = (put, (name, text)) if text is not None else ("DELETE FROM deployments WHERE name = %s", (name,))
         self._do(sql, values, done, word="flows")
-
-
-_CLAIM = (
-    f"WITH waited AS (SELECT seq FROM jobs WHERE {_FREE} NOT NULL AND due <= {_NOW} AND flow = ANY(%s)"
-    " ORDER BY due LIMIT %s FOR UPDATE SKIP LOCKED),"
-    f" fresh AS (SELECT seq FROM jobs WHERE {_FREE} NULL AND flow = ANY(%s) AND seq >= %s ORDER BY seq LIMIT %s"
-    " FOR UPDATE SKIP LOCKED)"
-    " UPDATE jobs SET owner = %s WHERE seq IN (SELECT seq FROM waited UNION ALL SELECT seq FROM fresh LIMIT %s)"
-    " RETURNING seq, due, flow"
-)
-
-
-def _execute(db: Any, sql: str, values: Sequence[Any] = ()) -> Any:
-    """Execute a statement of astera_lite, in which `?` stands for a value."""
-    return db.execute(sql.replace("?", "%s"), values)
-
-
-def _ids(seqs: Iterable[Any]) -> str:
-    return f"{{{','.join(map(str, seqs))}}}"
-
-
-def _many(db: Any, kind: str, rows: Sequence[Mapping[str, Any]], again: Iterable[int] = ()) -> Any:
-    """Execute the statement of a kind with these rows; `again`: those that may have been committed before."""
-    values = [
-        {
-            column: value if value.__class__ is not bytes else f"\\x{value.hex()}"
-            for column, value in row.items()
-            if value is not None
-        }
-        for row in rows
-    ]
-    sql = _STATEMENTS[kind]
-    return db.execute(sql, [to_json(values), _ids(row.get("seq") for row in rows), _ids(again)][: sql.count("%s")])
-
-
-def _changed(group: list[_Write], stored: Iterable[tuple[int]]) -> list[bool]:
-    """For each write of a group, whether it changed its job."""
-    seqs = {seq for (seq,) in stored}
-    return [write.seq in seqs for write in group]
-
-
-def _insert(db: Any, writes: Sequence[_Write], owner: int) -> Any:
-    owners = [owner if write.new.owned and write.new.ended is None else None for write in writes]
-    rows = [{**write.values, "owner": owner} for write, owner in zip(writes, owners, strict=True)]
-    return _many(db, "add", rows)
-
-
-def _store_belongings(db: Any, writes: Sequence[_Write]) -> None:
-    """Store the pieces of large bodies and the callbacks that are owed, of writes that have changed their jobs."""
-    for write in writes:
-        for piece in write.pieces:
-            db.execute(_PIECE, piece)
-    owed = [
-        {"job": write.seq, "receiver": write.owed[0], "next": write.values["finished"], "body": write.owed[1]}
-        for write in writes
-        if write.owed
-    ]
-    if owed:
-        _many(db, "owe", owed)
-
-
-def _full(execute: Execute, flow: str, limit: int) -> Busy | None:
-    """The refusal of a flow of which as many jobs and calls are unfinished, on all servers together."""
-    if execute(f"SELECT {_UNFINISHED}", (flow,) * 4).fetchone()[0] < limit:
-        return None
-    return Busy(f"The flow has reached its limit of concurrent runs ({limit}). Try again later.", 1, 429)
-
-
-def _add_one(db: Any, write: _Write, owner: int) -> Job | AsteraError:
-    """Add a job whose key may belong to another one, or whose flow may have as many jobs as its limit allows."""
-    new, execute = write.new, partial(_execute, db)
-    of_key = (new.job.flow, new.job.token, new.idempotency_key)
-    for _ in range(_TRIES):
-        if new.idempotency_key is not None:
-            known = find_key(*of_key, new.fingerprint, new.job.created, execute)
-            if known is not None:
-                return known
-            expired = "UPDATE jobs SET idempotency_key = NULL WHERE (flow, token, idempotency_key) = (%s, %s, %s)"
-            db.execute(f"{expired} AND expires <= %s", (*of_key, new.job.created))
-        if write.limited and (full := _full(execute, new.job.flow, new.limit)):
-            return full
-        if _insert(db, [write], owner).fetchall():
-            _store_belongings(db, [write])
-            return new.job  # type: ignore[no-any-return]
-    raise StoreError("other requests with that Idempotency-Key get in the way")
