@@ -7084,8 +7084,8 @@ class Application:
         self.watchers = Watchers()
         self.tokens: list[Token] = []
         self._process = 0  # the process in which it is open
-        self.threads = weakref.WeakSet[threading.Thread]()  # of futures
-        self._coming = 0  # bytes of requests on their way to the disk; the queue's lock guards them
+        self.future_threads = weakref.WeakSet[threading.Thread]()
+        self._coming_bytes = 0  # of requests on their way to the disk; the queue's lock guards them
         self.metrics = Metrics()
         self.started_at = 0  # milliseconds since the epoch, by the system's clock
 
@@ -7189,7 +7189,7 @@ class Application:
         self._process = 0
         self.watchers.tell(*list(self.watchers.by_job))
         deadline = max(deadline, time.monotonic() + 1)
-        for thread in self.threads - {threading.current_thread()}:  # the callback of a future may stop the application
+        for thread in self.future_threads - {threading.current_thread()}:  # which may run the callback of a future
             thread.join(max(deadline - time.monotonic(), 0))
         if not left:
             for logger in (log, _warnings_log):
@@ -7270,14 +7270,14 @@ class Application:
     def _count_coming(self, size: int) -> None:
         if self.settings.max_database is not None:
             with self.engine.queue.changed:
-                self._coming += size
+                self._coming_bytes += size
 
     def _check_room(self, flow: Flow) -> None:
         """Raise Busy unless there is room for a job."""
         if self.engine.queue.queued + self.store.queued >= self.settings.max_queue:
             raise Busy("The queue of jobs is full.", self.engine.retry_after(flow.name))
         most = self.settings.max_database
-        if most is not None and not self.store.shared and self.store.size() + self._coming >= most:
+        if most is not None and not self.store.shared and self.store.size() + self._coming_bytes >= most:
             raise Busy("The database has reached its maximum size: results that expire free space.", 60)
 
     def _accepted(
@@ -7846,7 +7846,7 @@ class Route(NamedTuple):
     method: str
     path: str
     handle: "Callable[[Exchange], Reply | None]"
-    is_open: bool = False  # needs no token
+    without_token: bool = False  # anybody may call it
     check: "Callable[[Exchange], None] | None" = None  # raises the error that refuses a request before its body is read
     slow: bool = False  # takes longer than a look-up, and so runs on another thread than the loop's
 
@@ -7876,7 +7876,7 @@ class Exchange:
         self._handler, self._server = handler, handler.server
 
     @property
-    def is_open(self) -> bool:
+    def awaited(self) -> bool:
         """Whether the reply is still to come, and the client still there."""
         return self._handler.exchange is self
 
@@ -8054,7 +8054,7 @@ def answer_when_finished(x: Exchange, job: Job, seconds: float, answer: Callable
     """Answer when the job is finished, or after so many seconds with its state at that time."""
 
     def look(final: bool = False) -> Reply | None:
-        if not x.is_open:
+        if not x.awaited:
             return None
         if not final:
             x.app.watchers.add(job.key, changed)  # before the look: a change in between is not missed
@@ -8304,12 +8304,12 @@ ROUTES = [
     Route("DELETE", "/api/deployments/{name}", late("astera_lite_admin:undeploy"), check=_MAY_DEPLOY, slow=True),
     Route("GET", "/openapi.json", late("astera_lite_documents:openapi"), slow=True),
     Route("GET", "/postman.json", late("astera_lite_documents:postman"), slow=True),
-    Route("GET", "/health", health, is_open=True),
+    Route("GET", "/health", health, without_token=True),
     Route("GET", "/metrics", late("astera_lite_admin:metrics"), check=late("astera_lite_admin:check_may_measure")),
-    Route("GET", "/", late("astera_lite_admin:console"), is_open=True),
+    Route("GET", "/", late("astera_lite_admin:console"), without_token=True),
 ]
 
-_PREFLIGHT = Route("OPTIONS", "*", late("astera_lite_admin:options"), is_open=True)
+_PREFLIGHT = Route("OPTIONS", "*", late("astera_lite_admin:options"), without_token=True)
 _BY_PATH: dict[str, dict[str, Route]] = {}
 for _row in ROUTES:
     _BY_PATH.setdefault(_row.path, {})[_row.method] = _row
@@ -8344,7 +8344,7 @@ def route_request(x: Exchange, access: Access) -> None:
     try:
         x.caller = access.caller(head.headers.get("authorization"))
     except AccessError:
-        if route is None or not route.is_open:
+        if route is None or not route.without_token:
             raise
         x.caller = NOBODY
     if not routes:
@@ -9012,7 +9012,7 @@ class Server(ThreadingHTTPServer):
     def handle(self, x: Exchange) -> None:
         """Have a request handled: on the loop's thread, or on another if it may take long."""
         assert x.route is not None
-        is_read = x.flow is None and self.app.store.shared and not x.route.is_open
+        is_read = x.flow is None and self.app.store.shared and not x.route.without_token
         if x.route.slow or is_read or (len(x.body) > _LARGE_BODY and x.flow is not None):
             self.at_work.add(x)
             self.pool.submit(x.call, x.route.handle, x)

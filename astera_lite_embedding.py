@@ -383,7 +383,7 @@ def _future_of(app: Application, key: JobKey | None, find: Callable[[], Job]) ->
         thread = threading.Thread(target=look, name="astera-future", daemon=True)
         try:
             thread.start()
-            app.threads.add(thread)
+            app.future_threads.add(thread)
         except RuntimeError:  # no thread can be had
             if key is not None and app.is_open:
                 app.watchers.add(key, changed)  # the housekeeper tells again
