@@ -539,10 +539,24 @@ def test_a_flow_that_refuses_is_429_with_retry_after(tmp_path: Path) -> None:
         assert server.client.get("/api/publishing/f").status_code == 200
 
 
-def test_one_key_twice_at_one_instant_is_one_job_also_where_there_is_room_for_one(tmp_path: Path) -> None:
+def test_one_key_twice_at_one_instant_is_one_job_also_where_there_is_room_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = Gate()
     tree = steps(python(gate), concurrency={"limit": 1, "whenFull": "refuse"})
     with serving(tmp_path, {"f": tree}) as app:
+        add, find_key, looked = app.store.add, app.store.find_key, threading.Event()
+
+        def add_late(*arguments: Any) -> None:
+            looked.wait(0.05)  # the other must not look for the key before the job is on its way
+            add(*arguments)
+
+        def look(*arguments: Any) -> None:
+            find_key(*arguments)
+            looked.set()
+
+        monkeypatch.setattr(app.store, "add", add_late)
+        monkeypatch.setattr(app.store, "find_key", look)
         ids: list[str] = []
         start = threading.Barrier(2, timeout=10)
 
@@ -562,6 +576,7 @@ def test_one_key_twice_at_one_instant_is_one_job_also_where_there_is_room_for_on
             assert app.wait(ids[0], 10).status is Status.COMPLETED
             until(lambda: not app.engine.queue._unfinished["f"])
             ids.clear()
+            looked.clear()
 
 
 def test_unfinished_jobs_count_after_a_restart(tmp_path: Path) -> None:
