@@ -60,6 +60,16 @@ FLOWS: dict[str, dict[str, Any]] = {
         response={"status": 200, "headers": {"Content-Type": "text/html"}, "body": "${said}"},
     ),
     "numbers": get_flow("/numbers", response={"body": {"long": 9007199254740993, "none": {}, "list": [1, 2]}}),
+    "written": get_flow("/written", response={"body": {"שלום": "عالم", "n": "عالم"}}),
+    "written_long": get_flow("/written-long", response={"body": "${'ש' * 300000}"}),
+    "upload": {
+        "request": {
+            "method": "POST",
+            "resource": "/upload",
+            "processing": ["asynchronous"],
+            "contentTypes": ["binary", "text"],
+        }
+    },
     "away": get_flow("/away", response={"status": 302, "headers": {"Location": "http://127.0.0.1:1/"}}),
     "bytes": get_flow("/bytes", response={"body": "${[1] * 90000}"}),
     "broken": {"request": {"method": "GTE", "resource": "/broken"}},
@@ -441,6 +451,7 @@ def test_bodies_are_shown_as_they_were_sent(console: Seen) -> None:
     page.get_by_role("heading", level=1, name="/away").wait_for()
     page.get_by_role("button", name="Send", exact=True).click()
     page.get_by_text("A redirect, which browsers do not show to pages").wait_for()
+    said(page, "The answer is a redirect")
     page.goto(f"{console.url}/#/flows/bytes")
     page.get_by_role("heading", level=1, name="/bytes").wait_for()
     page.get_by_role("button", name="Send", exact=True).click()
@@ -451,6 +462,24 @@ def test_bodies_are_shown_as_they_were_sent(console: Seen) -> None:
     page.get_by_text("Content-Length: 1800").wait_for()
     shown = raw(page, "Request: response").rstrip()
     assert shown.endswith("[1," + "1," * 89_998 + "1" + "]" * 21)  # indented, it is 3.9 MB
+
+
+def test_what_is_not_shown_of_a_request_is_told(console: Seen) -> None:
+    page = console.open("#/jobs")
+
+    def shown(body: bytes, media: str = "text/plain") -> str:
+        url = f"{console.url}/api/publishingAsync/upload"
+        job = console.api.session.post(url, body, headers={"Content-Type": media}, timeout=10).json()["id"]
+        page.goto(f"{console.url}/#/jobs/{job}")
+        page.locator("main code", has_text=job).wait_for()
+        return raw(page, "Raw request").partition("\n\n")[2]
+
+    assert shown(b"\xff\x89PNG" * 300, "application/octet-stream") == "(1.5 KiB that are not text)"
+    assert shown(b"\0\1" * 300, "application/octet-stream") == "(600 bytes that are not text)"
+    assert shown(b"x" * 4096) == "x" * 4096
+    assert shown(b"x" * 5000) == "x" * 4096 + "\n… 4.9 KiB in all"
+    cut = shown(("x" + "é" * 3000).encode())  # inside a character
+    assert cut.startswith("xé") and cut.endswith("\n… 5.9 KiB in all")
 
 
 def test_a_body_has_an_example_its_rules_and_its_content_type(console: Seen) -> None:
@@ -520,7 +549,7 @@ def test_one_answer_of_a_server_that_is_not_well_is_not_the_end(console: Seen) -
 def test_one_flow_that_cannot_be_drawn_leaves_the_others_alone(console: Seen) -> None:
     page = console.open()
     for name in ("names", "nothing", "hello"):
-        page.get_by_role("link", name=f"Try {name}", exact=True).wait_for()
+        page.get_by_role("link", name=f"Try it: {name}", exact=True).wait_for()
     page.goto(f"{console.url}/#/flows/names")
     page.get_by_label("constructor").fill("x")
     page.get_by_role("button", name="Send", exact=True).click()
@@ -532,7 +561,7 @@ def test_one_flow_that_cannot_be_drawn_leaves_the_others_alone(console: Seen) ->
     page.route("**/api/deployments", lambda route: route.fulfill(json=flows))
     page.get_by_role("link", name="Flows", exact=True).click()
     page.get_by_text("names cannot be shown").wait_for()
-    page.get_by_role("link", name="Try hello").wait_for()
+    page.get_by_role("link", name="Try it: hello").wait_for()
     page.route("**/api/deployments", lambda route: route.fulfill(json={}))
     page.goto(f"{console.url}/#/jobs/x")
     page.get_by_role("link", name="Flows", exact=True).click()
@@ -592,6 +621,20 @@ def test_what_was_typed_is_there_when_one_comes_back(console: Seen) -> None:
     page.get_by_role("heading", level=1, name="/every").wait_for()
     assert page.locator("#curl").inner_text() == line
     assert page.get_by_label("many *").input_value() == "1\n2"
+
+
+def test_what_was_typed_outlives_another_token(tmp_path: Path, pages: Callable[..., Page]) -> None:
+    write_flows(tmp_path)
+    with process(tmp_path, env={"ASTERA_LITE_TOKEN": "a-token-of-some-length"}) as (_, url, _):
+        page = pages(url, "#/flows/hello")
+        for asking in ("Enter token", "Token ✓"):
+            page.get_by_role("button", name=asking).click()
+            page.locator("#token-text").fill("a-token-of-some-length")
+            page.keyboard.press("Enter")
+            page.locator("h1:focus").get_by_text("/hello").wait_for()  # where a reader goes on
+            if asking == "Enter token":
+                page.get_by_label("name").fill("Grace")
+        assert page.get_by_label("name").input_value() == "Grace"
 
 
 def test_a_double_click_makes_one_job(console: Seen) -> None:
@@ -830,6 +873,26 @@ def test_no_space_is_left_empty_and_no_word_is_broken(console: Seen, width: int)
     assert {count for _, count in parts} == {1}
 
 
+@pytest.mark.parametrize("width", [320, 390, 768, 1440])
+def test_buttons_that_belong_together_stand_together(console: Seen, width: int) -> None:
+    tops = (
+        "boxes => boxes.map((box) => box.map((one) => one.getBoundingClientRect().top)).map((at) => new Set(at).size)"
+    )
+    page = console.open("#/flows", width=width)
+    buttons = "ways => ways.map((way) => [...way.querySelectorAll('button')])"
+    ways = page.locator(".way")
+    assert set(ways.evaluate_all(f"ways => ({tops})(({buttons})(ways))")) == {1}
+    job = console.api.submit("/hello")
+    page.goto(f"{console.url}/#/jobs/{job}")
+    page.get_by_role("button", name="Copy result URL").wait_for()
+    bottom = page.get_by_role("button", name="Copy result URL").evaluate("one => one.getBoundingClientRect().bottom")
+    top, _, _, last = (
+        page.get_by_role("button", name=name, exact=True).evaluate("one => one.getBoundingClientRect().top")
+        for name in ("Cancel", "Run again", "Send callback again", "Delete")
+    )
+    assert top >= bottom if width < 1000 else top == last
+
+
 def test_values_are_rounded_before_they_are_written(console: Seen) -> None:
     page = console.open("#/flows", clock=True)
     shown = {
@@ -884,6 +947,26 @@ def test_a_server_that_is_not_well_says_why(console: Seen) -> None:
     passing(page, alert.is_hidden)
 
 
+def test_a_view_that_is_awaited_says_so(console: Seen) -> None:
+    page, held = console.open("#/flows"), list[Any]()
+    page.route("**/api/jobs?*", lambda route: held.append(route))
+    with page.expect_request("**/api/jobs?*"):
+        page.get_by_role("link", name="Jobs", exact=True).click()
+    assert page.get_by_role("main").get_attribute("aria-busy") == "true"
+    held[0].continue_()
+    page.get_by_role("heading", level=1, name="Jobs").wait_for()
+    assert page.get_by_role("main").get_attribute("aria-busy") is None
+
+
+@pytest.mark.parametrize("view", ["flows", "flows/hello", "jobs", "jobs/any"])
+def test_what_is_not_an_answer_of_the_server_is_not_taken_for_one(console: Seen, view: str) -> None:
+    page = console.open("#/jobs?status=Error")
+    page.route("**/api/**", lambda route: route.fulfill(body="<title>Log in</title>", content_type="text/html"))
+    page.goto(f"{console.url}/#/{view}")
+    page.get_by_text("The answer is not from Astera Lite: its content type is text/html").wait_for()
+    assert page.get_by_role("main").get_by_role("button").count() == 0
+
+
 def test_a_page_that_is_not_seen_asks_for_nothing(console: Seen) -> None:
     page = console.open("#/jobs", clock=True)
     asked: list[str] = []
@@ -917,7 +1000,7 @@ def test_tokens_are_asked_for_and_kept_in_memory_only(tmp_path: Path, pages: Cal
         page.keyboard.press("Enter")
         page.get_by_text("No jobs yet").wait_for()
         page.get_by_role("link", name="try a flow").click()
-        page.get_by_role("link", name="Try hello").click()
+        page.get_by_role("link", name="Try it: hello").click()
         page.get_by_role("button", name="Send", exact=True).click()
         said(page, "The answer is 200 OK")
         assert "Authorization: Bearer ••••" in raw(page, "Request: request")
@@ -949,7 +1032,7 @@ def test_a_server_that_is_gone_is_told_and_looked_for(tmp_path: Path, pages: Cal
     with process(tmp_path, "--port", url.rpartition(":")[2]):
         passing(page, alert.is_hidden)
         said(page, "The server answers again")
-        page.get_by_role("link", name="Try hello").wait_for()
+        page.get_by_role("link", name="Try it: hello").wait_for()
         passing(other, other.get_by_text("newest first, live").is_visible)
 
 
@@ -1009,7 +1092,7 @@ def test_everything_can_be_done_by_keyboard(console: Seen) -> None:
     assert page.evaluate("document.activeElement.innerText") == "Skip to the content"
     press("Enter")
     assert page.evaluate("document.activeElement.id") == "main"
-    tab_to("Try slow")
+    tab_to("Try it: slow")
     press("Enter")
     page.get_by_role("heading", level=1, name="/slow").wait_for()
     assert page.evaluate("document.activeElement.tagName") == "H1"  # so that a reader begins there
@@ -1029,6 +1112,27 @@ def test_everything_can_be_done_by_keyboard(console: Seen) -> None:
     page.once("dialog", lambda dialog: dialog.accept())
     press("Space")
     page.get_by_role("heading", level=1, name="Jobs").wait_for()
+
+
+def test_names_stand_before_their_values_in_every_script(console: Seen) -> None:
+    page = console.open("#/flows/written")
+    page.get_by_role("button", name="Send", exact=True).click()
+    left = """(body, text) => {
+        const texts = document.createTreeWalker(body, NodeFilter.SHOW_TEXT), range = document.createRange();
+        while (!texts.nextNode().data.includes(text));
+        const at = texts.currentNode.data.indexOf(text);
+        range.setStart(texts.currentNode, at);
+        range.setEnd(texts.currentNode, at + text.length);
+        return range.getBoundingClientRect().left;
+    }"""
+    answer = page.get_by_label("Request: response")
+    answer.get_by_text("שלום").wait_for()
+    assert answer.evaluate(left, "שלום") < answer.evaluate(left, "عالم")
+    assert '"שלום": "عالم",\n' in answer.text_content()  # with nothing in it that was not sent
+    page.goto(f"{console.url}/#/flows/written_long")
+    page.get_by_role("heading", level=1, name="/written-long").wait_for()
+    page.get_by_role("button", name="Send", exact=True).click()
+    page.get_by_text("truncated").wait_for()  # soon: the quotation that is cut has no end
 
 
 def test_hostile_texts_stay_texts(console: Seen) -> None:
