@@ -219,6 +219,14 @@ class Walk:
     def __enter__(self) -> Walk:
         return self
 
+    def leave(self) -> None:
+        """At the end of a document: what still runs is stopped, and ids mean nothing any more."""
+        for terminal in self.others:
+            assert terminal.ended or terminal.interrupt(), f"{self.page}: {terminal.command} does not stop"
+            terminal.close()
+        self.others.clear()
+        self.same.clear()
+
     def __exit__(self, *error: object) -> None:
         for terminal in (*self.others, self.here):
             terminal.close()
@@ -387,6 +395,21 @@ def test_what_a_document_says(page: Path, tmp_path: Path, cache: Path) -> None:
         walk.run(items_of(text))
     if walk.missing:
         pytest.skip(f"{page.name}: {'; '.join(walk.missing)}; all else was run")
+
+
+@posix
+def test_one_reader_follows_them_all_in_one_folder(tmp_path: Path, cache: Path) -> None:
+    """In the order of the README: what one document leaves behind is not in the way of the next."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    names = re.findall(r"^\| \[.+?\]\((docs/.+?)\)", readme, re.MULTILINE)
+    assert len(names) > 6
+    with Walk("README.md", tmp_path, cache) as walk:
+        for name in ("README.md", *names):
+            text = (ROOT / name).read_text("utf-8")
+            if POSTGRES_PORT not in text:
+                walk.page = Path(name).name
+                walk.run(items_of(text))
+                walk.leave()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
