@@ -1747,7 +1747,8 @@ class _Compiler(ast.NodeTransformer):
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
         schema, name = self.declared(node.value), getattr(node.slice, "value", None)  # of a constant
         if isinstance(name, str) and schema and schema.additional is False and name not in schema.properties:
-            raise ValueError(f'there is no "{ast.unparse(node.value)}.{name}"{suggest(name, schema.properties)}')
+            cure = suggest(name, schema.properties) or f" (known: {', '.join(schema.properties) or 'none'})"
+            raise ValueError(f'there is no "{ast.unparse(node.value)}.{name}"{cure}')
         value = self.visit(node.value)
         if isinstance(node.slice, ast.Slice):
             ends = (node.slice.lower, node.slice.upper, node.slice.step)
@@ -8230,8 +8231,7 @@ def _call_flow(x: Exchange, flow: Flow) -> Reply | None:
         if "asynchronous" in flow.modes:
             cure = f"call {PREFIXES['asynchronous']}{flow.resource} with Prefer: wait=60"
         errors.add("header", "Idempotency-Key", f"is for asynchronous requests, which are stored: {cure}")
-    request = _stored_request(x, flow, query)
-    given = flow.bind(request, x.request_id, errors)
+    given = flow.bind(_stored_request(x, flow, query), x.request_id, errors)
     outcome = x.app.engine.run_at_once(flow, given)
     if outcome is not None:
         return flow_response(outcome.answer)

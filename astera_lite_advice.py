@@ -175,7 +175,7 @@ def _value_of(node: Any, names: Mapping[str, Any]) -> Any:
 
 _TYPE_ERRORS = {
     "'NoneType' object is not subscriptable": "null has no members",
-    r"concatenate str|for \+: .*'str'": "+ joins text only with text: write ${…} inside the text, or str(…)",
+    r"concatenate str|for \+: .*'str'": "+ joins text with text: write ${…} inside it, str(…), or int(…) for numbers",
     "concatenate list": "+ joins a list only with a list: write list + [x]",
     r"(operand|instances).*'NoneType'": "one side is null: `… or 0` gives a number instead",
     r"(operand|instances).*'str'|type str ": "text is not a number: int(…) or float(…) reads one",
@@ -202,10 +202,10 @@ def _message_of(error: Exception, part: str) -> str:
 
 
 def _on_no_members(kind: str, part: str) -> str:
-    before, _, name = part.rstrip().rpartition(".")
-    if name == "length":
-        return ": len(…) is the length"
-    return f": parse_json({before.lstrip('(')}) reads it if it is JSON" if before and kind != "a list" else ""
+    before, _, name = part.strip("( ").rpartition(".")
+    if kind == "a list" or name == "length":
+        return ": len(…) is the length" if name == "length" else ": [0] is its first item"
+    return f": parse_json({before}) reads it if it is JSON" if before else ""
 
 
 # --- files and requests ---

@@ -105,9 +105,26 @@ class _FunctionName(Text):
             return None
 
 
+def _misfit(name: str, function: Callable[..., Any], args: Mapping[str, Any]) -> str:
+    """Why a function does not take a context and these arguments; "" if it does."""
+    import inspect  # noqa: PLC0415 (not for the child processes, which start more often)
+
+    try:
+        signature = inspect.signature(function, follow_wrapped=False)  # a decorator may add arguments
+        signature.bind(None, **args)
+    except ValueError:  # a function in C, which does not tell its arguments
+        return ""
+    except TypeError as error:
+        call = ", ".join(["context", *(f"{arg}=…" for arg in args)])
+        return f"the function {name}{signature} is called as {name}({call}): {error}"
+    return ""
+
+
 def _make_python(build: Build, given: dict[str, Any], place: str) -> Runner:
     """The runner that calls a function, in a separate process if it is to be isolated."""
     (name, function), args = given["call"], given["args"]
+    if fault := _misfit(name.partition(":")[2], function, args):
+        build.fault(f"{place}/call", fault)
     here: Runner = wing("astera_lite_embedding:runner_of")(build, function, args, f"{place}/call")
     return partial(_call_isolated, name, args) if given["isolate"] else here
 

@@ -338,7 +338,7 @@ def _make_statement(build: Build, given: dict[str, Any], place: str) -> _Stateme
     for name in sorted(wanted - params.keys()):
         build.fault(f"{place}/params", f"lacks {shown(name)}, which the query uses{suggest(name, params)}")
     for name in sorted(params.keys() - wanted):
-        cure = suggest(name, wanted)
+        cure = suggest(name, wanted) or " outside quotes"
         build.fault(f"{place}/params/{pointer(name)}", f"is not used by the query: it has no :{name}{cure}")
     return _Statement(query, partial(evaluated, params), place)
 

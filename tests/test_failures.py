@@ -336,7 +336,7 @@ def raising(ctx, text):
     ctx.log.warning("with %s", text)
     raise ValueError(f"bad: {text!r}")
 
-def giving(ctx, text):
+def giving(ctx, text, **more):
     return {text: [text]}
 """
 

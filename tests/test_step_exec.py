@@ -224,6 +224,7 @@ def test_a_locked_database_can_be_tried_again(shop: Path) -> None:
         ({"query": "SELECT ?"}, "/sql/query: has a ? parameter: write :name and give it by params"),
         ({"query": "SELECT :id"}, '/sql/params: lacks "id", which the query uses'),
         ({"query": "SELECT :id", "params": {"ID": 1}}, 'not used by the query: it has no :ID; did you mean "id"?'),
+        ({"query": "SELECT ':id'", "params": {"id": 1}}, "not used by the query: it has no :id outside quotes"),
         ({}, '/sql: needs exactly one of query, statements'),
         ({"statements": []}, '/sql/statements: must be a list with at least one item'),
         ({"query": "SELECT 1", "write": "yes"}, '/sql/write: "yes" is not true or false'),
@@ -522,3 +523,35 @@ def test_a_function_object_cannot_be_isolated() -> None:
     [fault] = caught.value.faults
     assert fault.place == "/steps/0/python/isolate"
     assert fault.message.startswith('needs the function by name, "module:function"')
+
+
+TAKING = """
+import functools
+
+def alone(x):
+    return x
+
+def with_database(function):
+    @functools.wraps(function)
+    def call(context, **args):
+        return function(context, "db", **args)
+    return call
+
+@with_database
+def needs(context, database, x):
+    return [database, x]
+"""
+
+
+def test_a_function_that_does_not_take_its_arguments_is_a_fault_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "taking.py").write_text(TAKING)
+
+    def calling(function: str) -> dict[str, Any]:
+        return {"name": "p", "python": {"call": f"taking:{function}", "args": {"x": 1}}}
+
+    with serving(tmp_path, calling("needs"), flows=str(tmp_path)) as app:
+        assert app.run("f").json() == ["db", 1]
+        with pytest.raises(
+            FlowError, match=r"alone\(x\) is called as alone\(context, x=…\): multiple values for argument 'x'"
+        ):
+            app.deploy("f", get_flow("/f", steps=[calling("alone")]))
