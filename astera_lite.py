@@ -2437,8 +2437,7 @@ class Schema(NamedTuple):
         if type(value) is float and self.types == ("integer",):
             value = int(value)
         for rule, limit in self.rules:
-            fault = rule.fault(value, limit)
-            if fault:
+            if fault := rule.fault(value, limit):
                 errors.add(where, place, fault)
         if type(value) is list and self.items is not None:
             return [self.items.check(item, f"{place}/{at}", errors, where) for at, item in enumerate(value)]
@@ -5628,8 +5627,7 @@ class SqliteStore(SqliteReader, Writer):
         job = submission.job
         if submission.idempotency_key is not None:
             of_key = (job.flow, job.token, submission.idempotency_key)
-            known = find_key(*of_key, submission.fingerprint, job.created, execute)
-            if known is not None:
+            if (known := find_key(*of_key, submission.fingerprint, job.created, execute)) is not None:
                 return known
             expired = "UPDATE jobs SET idempotency_key = NULL WHERE flow = ? AND token = ? AND idempotency_key = ?"
             execute(expired, of_key)
@@ -5917,8 +5915,7 @@ class Queue:
 
     def has_room(self, name: str) -> bool:
         """Whether the limit of a flow leaves room for a run."""
-        flow = self._flow_named(name)
-        if flow is not None:
+        if (flow := self._flow_named(name)) is not None:
             self._limits[name] = flow.limit
         limit = self._limits.get(name, 1)  # the first job of a flow that is not in service tells the limit
         return limit is None or self._running[name] < limit
@@ -5953,8 +5950,7 @@ class Queue:
     def dismiss(self, number: int) -> None:
         """Forget a job or call that has ended, or was not stored."""
         with self.changed:
-            entry = self.entries.get(number)
-            if entry is not None:
+            if (entry := self.entries.get(number)) is not None:
                 self.move(entry, State.GONE)
 
     def release(self, now: int) -> int | None:
@@ -6832,8 +6828,7 @@ class Housekeeper:
 
     def look_at_clock(self) -> None:
         """Find out whether the system's clock jumped."""
-        jump = self._clock.look()
-        if jump:
+        if jump := self._clock.look():
             way = "ahead" if jump > 0 else "back"
             message = "the system's clock jumped %s by %s: results and waits use the server's own time"
             log.warning(message, way, datetime.timedelta(seconds=abs(jump) // 1000))
@@ -6989,8 +6984,7 @@ class Watchers:
     def remove(self, key: JobKey, watcher: Callable[[], None]) -> None:
         """Forget a watcher."""
         with self._lock:
-            left = [each for each in self.by_job.get(key, ()) if each != watcher]
-            if left:
+            if left := [each for each in self.by_job.get(key, ()) if each != watcher]:
                 self.by_job[key] = left
             else:
                 self.by_job.pop(key, None)
@@ -7010,8 +7004,7 @@ def check_callback(url: str, policy: AddressPolicy, errors: InputErrors) -> None
     try:
         target = parse_target(url)
         for address in literal_addresses(target.host):
-            refusal = policy.refusal(target.host, address)
-            if refusal:
+            if refusal := policy.refusal(target.host, address):
                 raise ValueError(f"is refused: {refusal}; the setting callback_allow names those that are allowed")
     except ValueError as error:
         errors.add("query", "callbackUrl", str(error))
@@ -7179,8 +7172,7 @@ class Application:
         if left:
             log.warning("still running after %gs: %d jobs or calls; %s resumes the jobs", timeout_s, left, successor)
         self.outside.close()
-        undelivered = self.courier.stop(deadline - time.monotonic())
-        if undelivered:
+        if undelivered := self.courier.stop(deadline - time.monotonic()):
             log.warning("callbacks that were still in progress: %d; %s sends them again", undelivered, successor)
         self.housekeeper.stop(5.0)
         if self.node is not None:
@@ -7895,8 +7887,7 @@ class Exchange:
     def call(self, function: Callable[..., Reply | None], *arguments: Any) -> None:
         """Call a function, on any thread: what it returns or raises is the answer."""
         try:
-            reply = function(*arguments)
-            if reply is None:
+            if (reply := function(*arguments)) is None:
                 return
             if threading.get_ident() == self._server.ident:
                 self.answer(reply)
@@ -8214,8 +8205,7 @@ def _submit(x: Exchange, flow: Flow, preferences: Mapping[str, str], applied: li
     request = _stored_request(x, flow, query)
     job = x.app.new_job(flow, x.base, x.caller.name, callback_url)
     given = flow.bind(request, job.id, errors)
-    wait_s = _wait_of(x, preferences)
-    if wait_s is not None:
+    if (wait_s := _wait_of(x, preferences)) is not None:
         applied = [*applied, f"wait={wait_s}"]
     headers = (*_VARY, ("Preference-Applied", ", ".join(applied))) if applied else _VARY
     done = partial(x.post, answer_submitted, x, job.key, wait_s, headers)
@@ -8998,8 +8988,7 @@ class Server(ThreadingHTTPServer):
         head, now = x.head, (self.app.deployments, self.app.tokens)
         if now != self._routed_for:
             self._routed, self._routed_for = {}, now
-        known = self._routed.get(id(head))
-        if known is not None:
+        if (known := self._routed.get(id(head))) is not None:
             vars(x).update(known[1])
             return
         route_request(x, self.access)
