@@ -3339,6 +3339,7 @@ _JOURNAL_SUFFIXES = {
     "deadline": "@",  # of the suspended attempt, or of the flow that a `call` runs, in milliseconds since the epoch
     "time": "=",  # the end of a `wait`
     "items": "/of",  # of an `each`
+    "input": "/>",  # of a `call`
 }
 
 

@@ -212,7 +212,7 @@ def _concurrently(run: Run, one: Callable[[Run, int], Any], count: int, width: i
 
 
 def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
-    name, params, body = given["flow"], given["params"], given.get("body")
+    name, params, body, volatile = given["flow"], given["params"], given.get("body"), build.volatile
     build.calls.append((name, f"{place}/flow"))
     request_for = wing("astera_lite_embedding:request_for")
 
@@ -220,9 +220,12 @@ def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
         flow = run.outside.flow_named(name)
         if flow is None:
             raise StepError(500, "the flow that it calls is not deployed", f'"{name}" is not deployed', {"missing"})
-        values = {key: value for key, value in evaluated(params, scope).items() if value is not None}
+        key, saved = journal_key(path, "input"), run.journal.saved
+        values, sent = saved.get(key) or (evaluated(params, scope), body(scope) if body else None)
+        if volatile and key not in saved:  # the steps of the other flow that are finished had this input
+            run.journal.record(key, (values, sent))
         try:
-            request = request_for(flow, values, body(scope) if body else None)
+            request = request_for(flow, {key: value for key, value in values.items() if value is not None}, sent)
             bound = flow.bind(request, str(run.input.request["id"]))
         except InputError as error:
             raise StepError(500, "the flow that it calls refused its input", f'"{name}": {error}', {"input"}) from None

@@ -657,6 +657,27 @@ def test_a_wait_inside_each_holds_no_thread_and_resumes(tmp_path: Path) -> None:
         assert app.result(job.id).json() == [1, 2, 3]
 
 
+def test_a_called_flow_keeps_its_input_across_a_suspension(tmp_path: Path) -> None:
+    clock = FakeClock()
+    id_ = {"in": "query"}
+    kept = python(lambda context, id: id, "kept", {"id": "${params.id + request.body}"})
+    inner = get_flow(
+        "/g", steps=[kept, {"name": "w", "wait": 60}, {"name": "again", "set": "${params.id + request.body}"}]
+    )
+    inner["request"] |= {"method": "POST", "parameters": {"id": id_}, "contentTypes": ["text"]}
+    inner["response"] = {"body": "${[kept, again]}"}
+    call = {"name": "c", "call": {"flow": "g", "params": {"id": "${uuid()}", "none": "${null}"}, "body": "${uuid()}"}}
+    inner["request"]["parameters"]["none"] = id_
+    with serving(tmp_path, {"g": inner, "f": steps(call, response={"body": "${c.body}"})}, clock) as app:
+        job = app.submit("f")
+        until(lambda: app.engine.queue.counts()["waiting"] == 1)
+        clock.tick(60)
+        app.housekeeper.tick(clock.now())
+        assert app.wait(job.id, 10).status is Status.COMPLETED
+        kept_id, later_id = app.result(job.id).json()
+    assert kept_id == later_id
+
+
 def test_a_timeout_holds_across_a_suspension(tmp_path: Path) -> None:
     clock = FakeClock()
     inner = [{"name": "w", "wait": 40}]
