@@ -3101,14 +3101,19 @@ _WITHOUT_BODY = (204, 205, 304)
 _NO_BODY = object()  # instead of the value of a body
 
 
-def _field_value(name: str, text: str) -> str:
-    """A text as the value of a header. Characters that no header may have (RFC 9110, section 5.5) are percent-encoded.
+def header_lines(name: str, given: Any) -> list[tuple[str, str]]:
+    """The lines of a header with a flow's value: none for null; a list is joined by commas, but each cookie has a line.
 
-    The text may come from a client, and must neither split the response nor turn it into a 5xx.
+    Characters that no header may have (RFC 9110, section 5.5) are percent-encoded: the text may come from a client, and
+    must neither split the response nor turn it into a 5xx.
     """
-    unsendable = _NO_URL if name.lower() in ("location", "content-location") else _UNSENDABLE
-    value = unsendable.sub(lambda match: urllib.parse.quote(match[0], safe="", errors="replace"), text).strip(" \t")
-    return f'"{urllib.parse.quote(value)}"' if name.lower() == "etag" and not ENTITY_TAG.fullmatch(value) else value
+    key, items = name.lower(), given if type(given) in (list, tuple) else [given]
+    unsendable = _NO_URL if key in ("location", "content-location") else _UNSENDABLE
+    encoded = partial(unsendable.sub, lambda match: urllib.parse.quote(match[0], safe="", errors="replace"))
+    texts = [encoded(as_text(item)).strip(" \t") for item in items if item is not None]
+    if key == "etag":
+        texts = [text if ENTITY_TAG.fullmatch(text) else f'"{urllib.parse.quote(text)}"' for text in texts]
+    return [(name, text) for text in (texts if key == "set-cookie" else [", ".join(texts)] * bool(texts))]
 
 
 def make_answer(
@@ -3122,7 +3127,7 @@ def make_answer(
         raise ExpressionError(f"/response/status: {shown(status)} is not a status from 200 to 599")
     pairs: Pairs = ()
     if headers:  # most flows set none: that saves some 3 % of a synchronous call
-        pairs = tuple((name, _field_value(name, as_text(text))) for name, text in headers.items() if text is not None)
+        pairs = tuple(line for name, given in headers.items() for line in header_lines(name, given))
     try:
         pairs = with_owed(status, pairs, method)
     except ValueError as error:
@@ -3856,10 +3861,9 @@ def _make_fail(build: Build, given: dict[str, Any], place: str) -> Runner:
 
     def fail(run: Run, scope: Scope, path: str) -> NoReturn:
         text = as_text(given["message"](scope)).encode("utf-8", "replace").decode()  # a lone surrogate cannot be sent
-        masked, headers = run.outside.masked, evaluated(given["headers"], scope)
+        headers = _mapped(evaluated(given["headers"], scope), run.outside.masked)
         try:
             status = _FAIL_STATUS.parse(given["status"](scope))
-            headers = {name: None if value is None else masked(as_text(value)) for name, value in headers.items()}
             answer = make_answer(status, headers, _NO_BODY, 0)
         except ValueError as error:
             raise ExpressionError(f"{place}/status: {error}") from None
@@ -7973,7 +7977,7 @@ def one_line_each(headers: Iterable[tuple[str, str]]) -> Pairs:
     """Headers with one line for each name: the last one counts, which is the server's own; two lists join them all."""
     lines: dict[str, tuple[str, str]] = {}
     for name, value in headers:
-        key = name.lower()
+        key = name.lower() if name.lower() != "set-cookie" else f"{name}: {value}"  # each cookie keeps its line
         if key in ("vary", "access-control-expose-headers") and key in lines:
             value = ", ".join(dict.fromkeys(re.split("[ \t]*,[ \t]*", f"{lines[key][1]},{value}")))
         lines[key] = (name, value)

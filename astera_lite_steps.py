@@ -64,6 +64,7 @@ from astera_lite import (
     equal,
     evaluated,
     from_json,
+    header_lines,
     joined_headers,
     journal_key,
     json_body,
@@ -544,10 +545,11 @@ def _differences(outcome: Outcome, expected: Mapping[str, Any]) -> list[str]:
         lines.append(f"status: expected {expected['status']}, got {answer.code} {reason}".rstrip())
         if "requestId" in (outcome.error or {}):  # the body is a document for clients, which does not give the reason
             return lines
-    headers = {name.lower(): value for name, value in answer.headers}
+    headers = joined_headers(answer.headers)
     for name, value in expected["headers"].items():
-        if headers.get(name.lower()) != as_text(value):
-            lines.append(f"header {name}: expected {shown(value)}, got {shown(headers.get(name.lower()))}")
+        found = headers.get(name.lower())
+        if joined_headers(header_lines(name, value)).get(name.lower()) != found:
+            lines.append(f"header {name}: expected {shown(value)}, got {shown(found)}")
     if "body" in expected:
         lines += _unlike(expected["body"], read_answer(answer), "body")
     return lines

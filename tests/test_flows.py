@@ -831,6 +831,47 @@ def test_a_header_cannot_be_injected(text: str, sent: str) -> None:
     assert (outcome.answer.code, dict(outcome.answer.headers)["X-A"]) == (200, sent)
 
 
+@pytest.mark.parametrize("kind", ["respond", "fail"])
+def test_a_list_is_a_line_for_each_cookie_and_one_line_of_any_other_header(kind: str, tmp_path: Path) -> None:
+    headers = {
+        "Set-Cookie": ["a=1, 2", "b=${1 + 1}", None],
+        "X-List": "${['x', 1, null]}",
+        "X-None": [],
+        "Vary": ["A", "B"],
+    }
+    step = {"name": "s", kind: {"headers": headers} | ({"status": 409, "message": "m"} if kind == "fail" else {})}
+    with running(tmp_path, {"f": get_flow("/f", steps=[step])}) as run:
+        answer = run.client.get("/api/publishing/f")
+    assert answer.status_code == (409 if kind == "fail" else 200)
+    assert answer.raw.headers.getlist("set-cookie") == ["a=1, 2", "b=2"]
+    assert (answer.headers["X-List"], answer.headers["Vary"], "X-None" in answer.headers) == (
+        "x, 1",
+        "A, B, Prefer",
+        False,
+    )
+
+
+def test_cookies_of_a_called_flow_are_passed_on_and_tested(tmp_path: Path) -> None:
+    login = get_flow("/login", response={"headers": {"Set-Cookie": ["a=1", "b=2"]}})
+    tests = [
+        {
+            "name": "t",
+            "steps": {"in": {"headers": {"set-cookie": cookies}, "body": None}},
+            "response": {"headers": headers},
+        }
+        for cookies, headers in ((["a", "b"], {"set-cookie": ["a", "b"]}), (["a"], {"set-cookie": "a"}))
+    ]
+    passing = {"headers": {"Set-Cookie": "${login.headers['set-cookie']}"}}
+    tree = get_flow("/f", steps=[{"name": "login", "call": "login"}], response=passing, tests=tests)
+    for test in tests:
+        test["steps"] = {"login": test["steps"]["in"]}
+    with running(tmp_path, {"login": login, "f": tree}) as run:
+        answer = run.client.get("/api/publishing/f")
+        assert answer.raw.headers.getlist("set-cookie") == ["a=1", "b=2"]
+        flow = run.app.deployments.by_name["f"]
+        assert [run_test(flow, test, run.app.outside)[0] for test in flow.tests] == [[], []]
+
+
 @pytest.mark.parametrize(
     "spec", [{"status": "${99}"}, {"status": "${'200'}"}, {"status": "${true}"}, {"body": "${1e308 * 10}"}]
 )
