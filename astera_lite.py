@@ -3819,7 +3819,7 @@ def _make_response(build: Build, given: dict[str, Any], place: str) -> Response:
 
 
 _STATUS = partial(Number, 200, 599, "a status")
-_FIELD = Text("the name of a field")
+_FIELD = Text("the name of a field", r"(?!.*\$\{)(?s:.+)")
 _ANSWER: dict[str, Member] = {
     "status": Value(_STATUS(), default=200),
     "headers": _headers(_SET_BY_SERVER),
@@ -4114,7 +4114,7 @@ _HTTP = {
     "query": MapOf(Value(), default={}),
     "headers": _headers(dict.fromkeys(("connection", "content-length", "transfer-encoding"), "follows from the body")),
     "json": Value(),
-    "form": Value(),
+    "form": Value(Member(holds=lambda value: isinstance(value, dict), word="an object", json={"type": "object"})),
     "body": Value(),
     "timeout": Duration(),
     "expect": ListOf(_STATUS_WORD, default=["2xx"], least=1, lone=True),
@@ -4175,6 +4175,7 @@ STEP_KINDS: dict[str, Member] = {
 # --- flow files -------------------------------------------------------------------------------------------------------
 
 _SEGMENT = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})+")
+_SIZED = (str, list)  # types of values that have a length
 _PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z][A-Za-z0-9_-]*)\}")
 
 
@@ -4194,6 +4195,8 @@ class Rule(Member):
     def parse(self, value: Any) -> Any:
         if not self.kind.holds(value):
             raise ValueError(f"must be {self.kind.words}, not {shown(value)}")
+        if self.applies is _SIZED and value < 0:
+            raise ValueError(f"must be 0 or more, not {shown(value)}")
         return self.make(value) if self.make else value
 
     def fault(self, value: Any, limit: Any) -> str | None:
@@ -4203,7 +4206,6 @@ class Rule(Member):
         return self.refusal.format(", ".join(map(shown, limit)) if type(limit) is list else limit)
 
 
-_SIZED = (str, list)
 _PATTERN = late("astera_lite_requests:Pattern")
 SCHEMA_RULES: dict[str, Rule] = {
     "enum": Rule("array", (), lambda value, allowed: any(equal(value, one) for one in allowed), "must be one of {}"),

@@ -158,7 +158,9 @@ def _make_each(build: Build, given: dict[str, Any], place: str) -> Runner:
 
 
 _EACH = {
-    "of": Value(required=True),
+    "of": Value(
+        Member(holds=lambda value: isinstance(value, list), word="a list", json={"type": "array"}), required=True
+    ),
     "as": _ItemName("a name that expressions can use", default="item"),
     "concurrency": Number(1, 64, default=1),
     **_BRANCH,
