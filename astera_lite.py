@@ -6937,6 +6937,8 @@ class Deployer:
                 del self._connections[name]
             self._connections.update(connections)
             read, found = load_flows(self.folder, self.build, self.deployments.by_name)
+            if faults:  # of connections.json: a flow that misses a connection in this file is no further fault
+                found = [fault for fault in found if CONNECTIONS_FILE not in fault.message]
             flows, faults = flows + read, faults + found
         elif self.folder is not None:
             what = "is no folder" if os.path.exists(self.folder) else "there is no such folder"

@@ -282,6 +282,13 @@ def test_faults_of_connections(tmp_path: Path, connections: Any, message: str) -
         assert any(message in str(fault) for fault in app.deployments.faults), app.deployments.faults
 
 
+def test_a_flow_that_lacks_a_connection_is_no_further_fault_of_a_faulty_file(tmp_path: Path) -> None:
+    with serving(tmp_path, {"a": {}}, step()) as app:
+        assert [str(fault) for fault in app.deployments.faults] == [
+            'connections.json: /a: needs a member "url": an http or https URL'
+        ]
+
+
 def test_a_changed_connection_counts_at_once_and_a_faulty_one_not_at_all(tmp_path: Path) -> None:
     with (
         api(lambda *_: (200, {}, 1)) as one,
