@@ -13,7 +13,7 @@ import os
 import re
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -71,10 +71,22 @@ def signer(secret: str) -> Callable[[str, int, bytes], str]:
     return partial(sign, signing_key(secret))
 
 
+def _in_base64(data: bytes) -> Iterator[str]:
+    """What the Base64 of any text has in it if the text has this; it depends on how many bytes come before."""
+    yield base64.b64encode(data).decode()
+    for before in range(3):
+        text = base64.b64encode(bytes(before) + data).decode()
+        text = text[
+            -(-before * 8 // 6) : (before + len(data)) * 8 // 6
+        ]  # without characters that others have a part in
+        if len(text) >= 8:  # fewer characters may stand anywhere
+            yield from (text, text.replace("+", "-").replace("/", "_"))
+
+
 class Known:
     """The secrets of a server.
 
-    It recognises a secret itself, its forms in URLs, JSON and Python, and its beginning before a … that cuts text off.
+    It recognises a secret, its forms in URLs, JSON, Base64 and Python, and its beginning before a … that cuts text off.
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
@@ -97,7 +109,7 @@ class Known:
             quoted = {urllib.parse.quote(value, safe=""), urllib.parse.quote(value), urllib.parse.quote_plus(value)}
             quoted |= {re.sub("%..", lambda triplet: triplet[0].lower(), form) for form in quoted}  # as curl sends them
             written = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1])
-            forms |= {value, *quoted, *written}
+            forms |= {value, *quoted, *written, *_in_base64(value.encode("utf-8", "replace"))}
         self._forms = sorted(forms, key=len, reverse=True)  # one secret may begin with another
         self.longest = max((len(form.encode("utf-8", "replace")) for form in forms), default=0)  # bytes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import sqlite3
@@ -555,6 +556,19 @@ def test_renewed_tokens_make_masking_no_slower_and_what_is_used_stays_masked() -
 def test_a_secret_in_a_url_is_masked_whatever_the_case_of_its_percent_encoding() -> None:
     mask = Mask(["a/b+ü"])
     assert mask("?q=a%2Fb%2B%C3%BC ?q=a%2fb%2b%c3%bc /a/b%2B%C3%BC /a/b%2b%c3%bc") == "?q=*** ?q=*** /*** /***"
+
+
+@pytest.mark.parametrize("secret", ["secret-pass", "a?b>c~d\xff", "1234567"])
+def test_a_secret_in_base64_is_masked_wherever_it_stands(secret: str) -> None:
+    mask = Mask([secret])
+    for before in ("", "u", "me", "you", "user:"):
+        for after in ("", "!", "?!", ", and more"):
+            data = f"{before}{secret}{after}".encode()
+            for encode in (base64.b64encode, base64.urlsafe_b64encode):
+                text = mask(f"Basic {encode(data).decode()}")
+                rest = text.removeprefix("Basic ").replace("***", "")
+                assert "***" in text and len(rest) <= len(base64.b64encode((before + after).encode())) + 4
+    assert Mask(["ab"])("aYWIb") == "aYWIb", "what is short may stand anywhere"
 
 
 def test_credentials_that_two_runs_use_first_at_the_same_time_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
