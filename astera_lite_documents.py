@@ -214,14 +214,11 @@ _TYPE_SCHEMAS: dict[str, dict[str, Any]] = {
     "date": {"type": "string", "format": "date"},
     "date-time": {"type": "string", "format": "date-time"},
 }
-#: Limits of flow files for text and lists, by their names in JSON Schema.
-_LENGTHS = {"minItems": "minLength", "maxItems": "maxLength"}
-_SIZES: dict[str, Mapping[str, str]] = {
-    "array": {length: items for items, length in _LENGTHS.items()},
-    "string": _LENGTHS,
-    "date": _LENGTHS,
-    "date-time": _LENGTHS,
-}
+#: Limits of flow files, which hold for texts and lists alike, by their names in JSON Schema; and the narrower of two.
+_SIZES: list[tuple[str, str, Callable[[list[int]], int]]] = [
+    ("minLength", "minItems", max),
+    ("maxLength", "maxItems", min),
+]
 
 
 def _json_schema(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,10 +230,11 @@ def _json_schema(spec: Mapping[str, Any]) -> dict[str, Any]:
         schema = dict(_TYPE_SCHEMAS[kinds[0]])
     elif kinds:
         schema = {"anyOf": [_TYPE_SCHEMAS[kind] for kind in kinds]}
-    sizes = _SIZES.get(kinds[0], {}) if len(kinds) == 1 else {}
-    for name in SCHEMA_RULES:
-        if name in spec:
-            schema[sizes.get(name, name)] = spec[name]
+    schema |= {name: spec[name] for name in SCHEMA_RULES if name in spec}
+    for length, items, narrower in _SIZES:
+        if limits := [schema.pop(name) for name in (length, items) if name in schema]:
+            names = [length] * (kinds != ["array"]) + [items] * (not kinds or "array" in kinds)
+            schema |= dict.fromkeys(names, narrower(limits))
     if kinds == ["integer"]:  # the narrower limit of the two
         schema["minimum"] = max(schema["minimum"], INT64.start)
         schema["maximum"] = min(schema["maximum"], INT64.stop - 1)
@@ -248,7 +246,7 @@ def _json_schema(spec: Mapping[str, Any]) -> dict[str, Any]:
         schema["required"] = spec["required"]
     additional = spec.get("additionalProperties", True)
     if additional is not True:
-        schema["additionalProperties"] = _json_schema(additional) if additional else False
+        schema["additionalProperties"] = False if additional is False else _json_schema(additional)
     if "default" in spec:
         schema["default"] = spec["default"]
     if "example" in spec:

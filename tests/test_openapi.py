@@ -193,6 +193,22 @@ def test_paths_that_differ_in_the_names_of_parameters_are_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "schema"),
+    [
+        ({"additionalProperties": {}}, {"additionalProperties": {}}),
+        ({"additionalProperties": False}, {"additionalProperties": False}),
+        ({"minItems": 2, "maxLength": 3}, {"minLength": 2, "minItems": 2, "maxLength": 3, "maxItems": 3}),
+        ({"type": "array", "minLength": 1, "minItems": 2}, {"type": "array", "minItems": 2}),
+        ({"type": "string", "maxLength": 1, "maxItems": 2}, {"type": "string", "maxLength": 1}),
+    ],
+)
+def test_the_document_refuses_and_allows_what_the_server_does(spec: dict[str, Any], schema: dict[str, Any]) -> None:
+    tree = get_flow("/x", request={"method": "POST", "body": spec})
+    operation = document(("x", tree))["paths"]["/api/publishing/x"]["post"]
+    assert operation["requestBody"]["content"]["application/json"]["schema"] == schema
+
+
+@pytest.mark.parametrize(
     "text", ["^[a-z]+$", r"^\d{2,3}(?:-[A-Z])?$", r"a\.b|c", "[^,]*", r"\u00e9+?", "a{2}", r"[\w-]x", "[!&|~/]"]
 )
 def test_a_pattern_of_json_schema_is_told_as_it_was_written(text: str) -> None:
