@@ -543,13 +543,13 @@ _DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)(ms|s|m|h|d)?")
 
 def parse_duration(value: Any) -> float:
     """Seconds from `250ms`, `30s`, `5m`, `24h`, `7d` or a number of seconds; ValueError says what to write."""
-    seconds = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
+    seconds: float = value if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
     if isinstance(value, str) and (match := _DURATION.fullmatch(value)):
         seconds = float(match[1]) * _SECONDS[match[2]]
     if not 0 <= seconds < 1e10:
         cure = "write 250ms, 30s, 5m, 24h or a number of seconds, at most 300 years"
         raise ValueError(f"{shown(value)} is not a duration: {cure}")
-    return seconds
+    return float(seconds)
 
 
 def parse_size(value: Any) -> int:
@@ -1460,18 +1460,17 @@ class Function(NamedTuple):
     reads: Callable[..., Iterable[Any]] | str | None = lambda *_, **__: ()
 
 
-_FREE = None
 _DIGITS, _DECIMALS = r"\s*-?[0-9]{1,400}", r"(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?\s*"
 FUNCTIONS = {
     row.signature.partition("(")[0]: row
     for row in (
-        Function("len(value, /)", len, _FREE),
-        Function("abs(value, /)", abs, _FREE),
-        Function("round(value, digits=0)", _round, _FREE),
-        Function("bool(value=null, /)", bool, _FREE),
-        Function("now()", _now, _FREE),
-        Function("today()", lambda: _now()[:10], _FREE),
-        Function("uuid()", lambda: str(JobKeys().new(time.time_ns() // 1_000_000)), _FREE),
+        Function("len(value, /)", len, None),
+        Function("abs(value, /)", abs, None),
+        Function("round(value, digits=0)", _round, None),
+        Function("bool(value=null, /)", bool, None),
+        Function("now()", _now, None),
+        Function("today()", lambda: _now()[:10], None),
+        Function("uuid()", lambda: str(JobKeys().new(time.time_ns() // 1_000_000)), None),
         Function("int(value)", partial(_number, int, _DIGITS + r"\s*", "a whole number")),
         Function("float(value)", partial(_number, float, _DIGITS + _DECIMALS, "a number")),
         Function("min(*values, default=null)", partial(_extreme, min), _whole),
@@ -1483,8 +1482,8 @@ FUNCTIONS = {
         Function("reversed(values)", lambda values: list(values)[::-1]),
         Function("any(values, /)", any),
         Function("all(values, /)", all),
-        Function("zip(*lists)", lambda *lists: list(zip(*lists, strict=False))),
-        Function("enumerate(values, start=0)", lambda values, start=0: list(enumerate(values, start))),
+        Function("zip(*lists)", lambda *lists: list(map(list, zip(*lists, strict=False)))),
+        Function("enumerate(values, start=0)", lambda values, start=0: list(map(list, enumerate(values, start)))),
         Function("range(start, stop=null, step=1)", "astera_lite_steps:numbers"),
         Function("str(value)", as_text, _whole),
         Function("list(values=[])", lambda values=(): list(values)),
@@ -1536,7 +1535,7 @@ METHODS: dict[type, dict[str, Callable[..., Any]]] = {
         "get": dict.get,
         "keys": list,
         "values": lambda value: list(value.values()),
-        "items": lambda value: list(value.items()),
+        "items": lambda value: list(map(list, value.items())),
     },
 }
 _METHOD_NAMES = frozenset(name for methods in METHODS.values() for name in methods)
@@ -1561,6 +1560,7 @@ def _paid_function(function: Function) -> Callable[..., Any]:
 def _paid_method(name: str) -> Callable[..., Any]:
     by_type = {kind: methods[name] for kind, methods in METHODS.items() if name in methods}
     linear = name in ("join", "startswith", "endswith", "removeprefix", "removesuffix")
+    wide = name in ("ljust", "rjust", "center")
 
     def paid(budget: Budget, value: Any, *args: Any, **named: Any) -> Any:
         method = by_type.get(type(value))
@@ -1570,12 +1570,12 @@ def _paid_method(name: str) -> Callable[..., Any]:
             budget.deep(args[0] if args else None)
             return method(value, *args, **named)
         budget.flat(value, 8)
-        if args or named:
-            for part in (*args, *named.values()):  # a number may be a width
-                budget.flat(part, max(part, 0) >> 2 if type(part) is int else 0)
-            for item in () if linear else (*args[:1], *named.values()):
-                budget.search(item, value)
-        return budget.flat(method(value, *args, **named))
+        for part in (*args, *named.values()):
+            budget.flat(part, max(part, 0) >> 2 if wide and type(part) is int else 0)
+        for item in () if linear else (*args[:1], *named.values()):
+            budget.search(item, value)
+        result = method(value, *args, **named)
+        return budget.flat(list(result) if type(result) is tuple else result)
 
     return paid
 
@@ -1583,6 +1583,7 @@ def _paid_method(name: str) -> Callable[..., Any]:
 #: What the code of expressions can name: the functions and methods that some expression calls.
 _GLOBALS: dict[str, Any] = {"__builtins__": {}}
 _JSON_NAMES = {"true": True, "false": False, "null": None}
+_SAME = {ast.Is: ast.Eq(), ast.IsNot: ast.NotEq()}  # equal numbers may be different objects
 _PAID_OPERATORS = {ast.Add: "add", ast.Mult: "multiply", ast.Mod: "modulo", ast.Pow: "power"}
 #: Nodes that stay as they are, except for the nodes inside them.
 _PLAIN_NODES = frozenset("Load List Tuple IfExp BoolOp And Or UnaryOp Not UAdd USub".split())
@@ -1804,7 +1805,7 @@ class _Compiler(ast.NodeTransformer):
             return inside if isinstance(node.ops[0], ast.In) else ast.UnaryOp(ast.Not(), inside)
         if len(others) > 1 or not any(isinstance(side, ast.Constant) for side in (left, *others)):
             left, *others = [self.paid("deep", side) for side in (left, *others)]
-        return ast.Compare(left, node.ops, others)
+        return ast.Compare(left, [_SAME.get(type(operation), operation) for operation in node.ops], others)
 
     def visit_Dict(self, node: ast.Dict) -> ast.expr:
         if None in node.keys:

@@ -91,7 +91,7 @@ _SYNTAX = {
     r"\?[^:]*:": "there is no ? : here: write `a if condition else b`",
     "=>": "there is no =>: write a comprehension, [… for x in …]",
     "`": "there is no `…`: text stands in quotes",
-    "(?<![=!<>:])=(?!=)": "= does not compare: write ==",
+    "(?<![=!<>:])(?<!default)(?<!digits)(?<!reverse)(?<!start)(?<!step)=(?!=)": "= does not compare: write ==",
 }
 
 
@@ -174,7 +174,6 @@ def _value_of(node: Any, names: Mapping[str, Any]) -> Any:
 
 
 _TYPE_ERRORS = {
-    "'NoneType' object is not subscriptable": "null has no members",
     r"concatenate str|for \+: .*'str'": "+ joins text with text: write ${…} inside it, str(…), or int(…) for numbers",
     "concatenate list": "+ joins a list only with a list: write list + [x]",
     r"(operand|instances).*'NoneType'": "one side is null: `… or 0` gives a number instead",
@@ -189,23 +188,25 @@ _TYPE_ERRORS = {
 
 def _message_of(error: Exception, part: str) -> str:
     message = str(error)
-    if isinstance(error, MemoryError | RecursionError):
+    if isinstance(error, MemoryError | OverflowError | RecursionError):
         return "it is too large or nested too deeply"
     if isinstance(error, TypeError):
-        for pattern, words in _TYPE_ERRORS.items():
-            if re.search(pattern, message):
-                return words
-    if isinstance(error, TypeError) and "indices must be integers" in message:
-        kind = {"list": "a list", "tuple": "a list", "byte": "binary data"}.get(message.partition(" ")[0], "text")
-        return f"{kind} has no members{_on_no_members(kind, part)}"
+        if words := next((words for pattern, words in _TYPE_ERRORS.items() if re.search(pattern, message)), ""):
+            return words
+        if "indices must be integers" in message or "is not subscriptable" in message:
+            kinds = {"list": "a list", "tuple": "a list", "byte": "binary data", "'NoneType'": "null"}
+            kind = kinds.get(message.partition(" ")[0], "text" if "indices" in message else "a number or a boolean")
+            return f"{kind} has no members{_on_no_members(kind, part)}"
     return message
 
 
 def _on_no_members(kind: str, part: str) -> str:
-    before, _, name = part.strip("( ").rpartition(".")
-    if kind == "a list" or name == "length":
-        return ": len(…) is the length" if name == "length" else ": [0] is its first item"
-    return f": parse_json({before}) reads it if it is JSON" if before else ""
+    node: Any = ast.parse(f"({part})", mode="eval").body
+    is_length = isinstance(node, ast.Attribute) and node.attr == "length"
+    if kind == "a list" or is_length:
+        return ": len(…) is the length" if is_length else ": [0] is its first item"
+    has_text = isinstance(node, ast.Attribute | ast.Subscript) and kind in ("text", "binary data")
+    return f": parse_json({ast.unparse(node.value)}) reads it if it is JSON" if has_text else ""
 
 
 # --- files and requests ---
@@ -254,11 +255,10 @@ def on_member(name: str) -> str:
         return f": it belongs to the step, beside its kind: {name}"
     if name in ("contentTypes", "strict"):
         return f": it belongs to request, beside body: /request/{name}"
-    others = {
+    return {
         "parameters": ": it belongs to request: /request/parameters",
         "steps": ": it stands beside request: /steps",
-    }
-    return others.get(name, "")
+    }.get(name, "")
 
 
 def on_segment(segment: str) -> str:

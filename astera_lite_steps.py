@@ -76,7 +76,6 @@ from astera_lite import (
     run_steps,
     shown,
     suggest,
-    to_json,
     unexpected_answer,
     wing,
 )
@@ -605,9 +604,11 @@ def _as_json(value: Any, place: str) -> Any:
 # --- functions of expressions ---
 
 
-def _field_of(rows: Any, name: str) -> list[Any]:
+def _field_of(rows: Any, name: Any) -> list[Any]:
     if type(rows) is not list:
         raise ExpressionError(f"{kind_of(rows)} is not a list of rows")
+    if type(name) is not str:
+        raise ExpressionError(f"{kind_of(name)} is not the name of a field")
     try:
         return [row[name] for row in rows]
     except (KeyError, TypeError):
@@ -615,10 +616,11 @@ def _field_of(rows: Any, name: str) -> list[Any]:
         raise ExpressionError(f'row {at} has no field "{name}"') from None
 
 
-def sort_by(rows: Any, *fields: str) -> list[Any]:
+def sort_by(rows: Any, *fields: Any) -> list[Any]:
     """The rows sorted by these fields, descending after a leading "-"; rows whose field is null come last."""
-    for name in reversed(fields):
-        descending, name = name.startswith("-"), name.removeprefix("-")
+    for field in reversed(fields):
+        descending = type(field) is str and field.startswith("-")
+        name = field[1:] if descending else field
         nulls = [row for row, value in zip(rows, _field_of(rows, name), strict=True) if value is None]
         rows = [row for row in rows if row[name] is not None]
         try:
@@ -629,17 +631,24 @@ def sort_by(rows: Any, *fields: str) -> list[Any]:
     return list(rows)
 
 
-def group_by(rows: Any, name: str) -> dict[Any, list[Any]]:
+def _groups_of(rows: Any, name: Any) -> list[Any]:
+    """The value of a field in each row; of values that are one name in JSON, such as 1 and "1", the first."""
+    first: dict[str, Any] = {}
+    values = _field_of(rows, name)
+    return values if {*map(type, values)} <= {str} else [first.setdefault(as_text(value), value) for value in values]
+
+
+def group_by(rows: Any, name: Any) -> dict[Any, list[Any]]:
     """An object of lists: the rows by the value of a field."""
     groups: dict[Any, list[Any]] = {}
-    for value, row in zip(_field_of(rows, name), rows, strict=True):
+    for value, row in zip(_groups_of(rows, name), rows, strict=True):
         groups.setdefault(value, []).append(row)
     return groups
 
 
-def index_by(rows: Any, name: str) -> dict[Any, Any]:
+def index_by(rows: Any, name: Any) -> dict[Any, Any]:
     """An object of rows by the value of a field; of rows with the same value, the last one."""
-    return dict(zip(_field_of(rows, name), rows, strict=True))
+    return dict(zip(_groups_of(rows, name), rows, strict=True))
 
 
 def field_values(rows: Any, *names: Any, **named: Any) -> list[Any]:
@@ -652,7 +661,7 @@ def field_values(rows: Any, *names: Any, **named: Any) -> list[Any]:
 
 def numbers(start: int, stop: int | None = None, step: int = 1) -> list[int]:
     """The numbers of Python's range()."""
-    found = range(start) if stop is None else range(start, stop, step)
+    found = range(0, start, step) if stop is None else range(start, stop, step)
     if len(found) > MAX_WORK // 10:
         raise ExpressionError(f"the range has more than {MAX_WORK // 10:,} numbers")
     return list(found)
@@ -660,10 +669,17 @@ def numbers(start: int, stop: int | None = None, step: int = 1) -> list[int]:
 
 def unique(values: Any) -> list[Any]:
     """The values without those that were there before."""
-    try:
-        return list(dict.fromkeys(values))
-    except TypeError:
-        return list({to_json(value): value for value in values}.values())
+    first: dict[Any, Any] = {}
+    for value in values:
+        first.setdefault(_hashable(value), value)
+    return list(first.values())
+
+
+def _hashable(value: Any) -> Any:
+    """What is equal for equal values, and can be the name of a member."""
+    if type(value) is dict:
+        return frozenset((name, _hashable(item)) for name, item in value.items())
+    return tuple(map(_hashable, value)) if type(value) in (list, tuple) else value
 
 
 def merge(*objects: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 import time
@@ -160,7 +161,8 @@ def test_an_expression_that_is_never_closed_says_how_to_write_a_literal(template
         ("sum([0.1] * 10)", 1.0),
         ("round(2.5), round(2.345, 1), round(1234, -2), abs(-2)", (2, 2.3, 1200, 2)),
         ("any([0, 1]), all([0, 1]), bool('')", (True, False, False)),
-        ("range(3), range(1, 6, 2), enumerate(['a'], start=1)", ([0, 1, 2], [1, 3, 5], [(1, "a")])),
+        ("range(3), range(1, 6, 2), enumerate(['a'], start=1)", ([0, 1, 2], [1, 3, 5], [[1, "a"]])),
+        ("range(5, step=2), range(5, null, -1)", ([0, 2, 4], [])),
         ("int(' -12 '), int(2.9), float('1e3'), str(1.5), str([1])", (-12, 2, 1000.0, "1.5", "[1]")),
         ("json({'a': [1, null]}), parse_json('[1]')", ('{"a":[1,null]}', [1])),
         ("base64('a'), base64(data)", ("YQ==", "/wA=")),
@@ -168,6 +170,14 @@ def test_an_expression_that_is_never_closed_says_how_to_write_a_literal(template
         ("urlencode('a b/ü'), urlencode({'q': 'a b', 'r': [1, 2]})", ("a%20b%2F%C3%BC", "q=a+b&r=1&r=2")),
         ("urlencode({'a': true, 'b': null, 'c': 'ü'})", "a=true&c=%C3%BC"),
         ("unique([3, 1, 3]), unique([[1], [1]])", ([3, 1], [[1]])),
+        ("unique([{'a': 1, 'b': 2}, {'b': 2, 'a': 1}]), unique([[1], [1.0], 2])", ([{"a": 1, "b": 2}], [[1], 2])),
+        ("404 + n is 407, 404 + n is not 407, nothing is null, n is not null", (True, False, True, True)),
+        ("zip([1], [2]), zip([1], [2])[0] + [3]", ([[1, 2]], [1, 2, 3])),
+        (
+            "{'a': 1}.items()[0].index(1), 'a=b'.partition('='), 'a'.rpartition('=')",
+            (1, ["a", "=", "b"], ["", "", "a"]),
+        ),
+        ("[10 ** 12].index(10 ** 12), [1].count(10 ** 12), 'abc'.find('c', 0, 10 ** 12)", (0, 0, 2)),
         ("merge({'a': 1}, {'a': 2, 'b': 3})", {"a": 2, "b": 3}),
         ("len(uuid()), len(now()), len(today())", (36, 24, 10)),
     ],
@@ -191,6 +201,20 @@ def test_rows_are_grouped_and_indexed() -> None:
     assert value("${None in group_by(rows, 'at')}") is True
 
 
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [([1, "1", 1.0, 2], "1"), ([None, "null"], "null"), ([True, "true"], "true"), (["1.5", 1.5], "1.5")],
+)
+def test_values_that_are_one_name_in_json_are_one_group(keys: list[Any], name: str) -> None:
+    rows = [{"key": key, "at": at} for at, key in enumerate(keys)]
+    grouped, indexed = value("${[json(group_by(rows, 'key')), json(index_by(rows, 'key'))]}", {"rows": rows})
+    same = [row for row in rows if as_text(row["key"]) == name or row["key"] == 1.0]
+    for text, expected in ((grouped, same), (indexed, same[-1])):
+        pairs = json.loads(text, object_pairs_hook=list)
+        assert len({key for key, _ in pairs}) == len(pairs)
+        assert json.loads(text)[name] == expected
+
+
 @pytest.mark.parametrize("function", ["sort_by", "group_by", "index_by"])
 @pytest.mark.parametrize("rows", ["[{'a': 1}, {'b': 2}]", "[{'a': 1}, null]", "[{'a': 1}, 5]", "[{'a': 1}, [1]]"])
 def test_a_row_without_the_field_is_named_by_its_number(function: str, rows: str) -> None:
@@ -201,6 +225,11 @@ def test_a_row_without_the_field_is_named_by_its_number(function: str, rows: str
     ("source", "message"),
     [
         ("sort_by(5, 'a')", "an integer is not a list of rows"),
+        ("sort_by([{'a': 1}], nothing)", "null is not the name of a field"),
+        ("group_by([{'a': 1}], 1)", "an integer is not the name of a field"),
+        ("2.0 ** 5000", "it is too large"),
+        ("obj['k'].deep[0].x", "a number or a boolean has no members"),
+        ("obj['get']['x']", "text has no members: parse_json(obj['get']) reads it if it is JSON"),
         ("sort_by([{'a': 1}, {'a': 'x'}], 'a')", 'the field "a" has values that cannot be compared'),
         ("text + 1", "+ joins text with text: write ${…} inside it, str(…), or int(…) for numbers"),
         ("n + text", "+ joins text with text: write ${…} inside it, str(…), or int(…) for numbers"),
