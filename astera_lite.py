@@ -7899,7 +7899,7 @@ class Exchange:
         try:
             if (reply := function(*arguments)) is None:
                 return
-            if threading.get_ident() == self._server.ident:
+            if threading.get_ident() == self._server.ident or self._server.ended(0):  # then the client has gone
                 self.answer(reply)
             else:
                 self.post(lambda: reply)

@@ -1188,6 +1188,19 @@ def test_a_request_that_never_ends_does_not_hold_up_stopping_for_ever(tmp_path: 
         read_to_end(sock)  # it is closed
 
 
+def test_a_call_that_ends_after_the_server_has_is_no_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with running(tmp_path, FLOWS, shutdown_timeout=0.1) as it, connected(it.server) as sock:
+        gate = Gate(it.app)
+        sock.sendall(request("GET", sync("/gate")))
+        assert gate.entered.wait(5)
+        it.server.stop()
+        assert it.server.ended(0)
+        gate.opened.set()
+        eventually(lambda: sum(it.server.requests.values()) == 1)
+        assert read_to_end(sock) == b""
+    assert "failed" not in caplog.text
+
+
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
