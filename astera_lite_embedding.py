@@ -278,6 +278,7 @@ def _function_flow(
 
 def request_for(flow: Flow, params: Mapping[str, Any], body: Any = None) -> StoredRequest:
     """The request of a client that calls a flow with these parameters; InputError if no request can express them."""
+    params = {name: value for name, value in params.items() if value is not None}  # null counts as missing
     known = {item.name: item for item in flow.parameters}
     errors = InputErrors()
     path, query, headers = flow.resource, [], {}
@@ -593,5 +594,4 @@ class AsteraLite(Application):
             raise NotFound(f'there is no flow "{name}"{suggest(str(name), self.deployments.by_name)}')
         if not isinstance(params, Mapping | None):
             raise InputError([{"in": "argument", "name": "params", "message": 'are given by name, as in {"n": 1}'}])
-        given = {name: value for name, value in (params or {}).items() if value is not None}
-        return flow, request_for(flow, given, body)
+        return flow, request_for(flow, params or {}, body)

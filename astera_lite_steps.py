@@ -227,7 +227,7 @@ def _make_call(build: Build, given: dict[str, Any], place: str) -> Runner:
         if volatile and key not in saved:  # the steps of the other flow that are finished had this input
             run.journal.record(key, (values, sent))
         try:
-            request = request_for(flow, {key: value for key, value in values.items() if value is not None}, sent)
+            request = request_for(flow, values, sent)
             bound = flow.bind(request, str(run.input.request["id"]))
         except InputError as error:
             raise StepError(500, "the flow that it calls refused its input", f'"{name}": {error}', {"input"}) from None

@@ -477,6 +477,13 @@ def test_the_tests_of_a_flow(test: Any, lines: list[str]) -> None:
     assert result_of(**test) == lines
 
 
+def test_a_parameter_that_is_null_in_a_test_is_missing_as_in_a_call() -> None:
+    request = {"parameters": {"n": {"in": "query", "type": "integer", "default": 3}}}
+    tests = [{"name": "t", "request": {"params": {"n": None}}, "response": {"body": 3}}]
+    flow = build_flow(get_flow("/t", request=request, response={"body": "${params.n}"}, tests=tests), "t")
+    assert run_test(flow, flow.tests[0], AsteraLite().outside) == ([], 0)
+
+
 def test_the_output_of_a_step_that_answers_need_not_be_whole() -> None:
     steps = [{"name": name, "http": "http://nowhere.invalid/"} for name in ("a", "b", "c")]
     steps.append({"name": "d", "set": 1})

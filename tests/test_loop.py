@@ -1196,7 +1196,7 @@ def test_a_call_that_ends_after_the_server_has_is_no_fault(tmp_path: Path, caplo
         it.server.stop()
         assert it.server.ended(0)
         gate.opened.set()
-        eventually(lambda: sum(it.server.requests.values()) == 1)
+        eventually(lambda: sum(it.app.metrics.requests.values()) == 1)
         assert read_to_end(sock) == b""
     assert "failed" not in caplog.text
 
