@@ -1201,13 +1201,18 @@ class Progress(NamedTuple):
     total: int
 
 
-def status_document(
-    job: Job, base: str, progress: Progress | None = None, *, offset: int = 0, with_callback: bool = True
-) -> dict[str, Any]:
+def status_document(job: Job, base: str, progress: Progress | None = None, *, offset: int = 0) -> dict[str, Any]:
     """The status document of http-api.md; `base` is the base of its URLs, `offset` the clock's, in milliseconds."""
     url = f"{base}/api/jobs/{job.id}"
     finished = job.status is not Status.RUNNING
-    document: dict[str, Any] = {
+    callback = job.callback and {
+        "url": job.callback.url,
+        "state": job.callback.state,
+        "attempts": job.callback.attempts,
+        "lastStatus": job.callback.last_status,
+        "nextAttemptAt": timestamp(job.callback.next_at, offset),
+    }
+    return {
         "id": job.id,
         "status": job.status,
         "flow": job.flow,
@@ -1220,16 +1225,8 @@ def status_document(
         "statusUrl": f"{url}/status",
         "resultUrl": f"{url}/result" if finished else None,
         "error": job.error,
+        "callback": callback,
     }
-    if with_callback:
-        document["callback"] = job.callback and {
-            "url": job.callback.url,
-            "state": job.callback.state,
-            "attempts": job.callback.attempts,
-            "lastStatus": job.callback.last_status,
-            "nextAttemptAt": timestamp(job.callback.next_at, offset),
-        }
-    return document
 
 
 _SAMPLE = JobKey(0, int.from_bytes(os.urandom(8)) >> 2)  # random, so that no text of a client contains it
@@ -6428,7 +6425,8 @@ class Engine:
             error=outcome.error,
         )
         if job.callback is not None:
-            document = status_document(job, job.base, offset=self._clock.offset, with_callback=False)
+            document = status_document(job, job.base, offset=self._clock.offset)
+            del document["callback"]  # which tells of its delivery
             callback = parse_target(job.callback.url).receiver, to_json(document)
         return Finish(job, outcome, to_json(trace) if trace else None, callback, fenced)
 
