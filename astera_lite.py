@@ -1626,8 +1626,13 @@ def _check_arguments(name: str, count: int, words: list[str]) -> None:
         raise ValueError(f"{name}() is called as {signature.replace(', /', '')}") from None
 
 
-class _Compiler(ast.NodeTransformer):
-    """Compiles a JSON tree to one syntax tree. The line number of a node is the number of its expression."""
+class Compiler(ast.NodeTransformer):
+    """Compiles a JSON tree to one syntax tree. The line number of a node is the number of its expression.
+
+    `names` are the names of the scope, each with its schema, or None if its value is not declared. Optional members of
+    a declared value are null if they are absent. `hints` are messages for names that are not in the scope.
+    `fault(place, message)` gets each fault, and the tree has null in its place.
+    """
 
     def __init__(self, names: Mapping[str, Any], hints: Mapping[str, str], fault: Callable[[str, str], None]) -> None:
         self.names, self.hints, self.fault = names, hints, fault
@@ -1847,25 +1852,13 @@ class _Compiler(ast.NodeTransformer):
 class Template:
     """A compiled JSON tree with `${…}` in its strings. A call with a scope returns the value.
 
-    To compile one, `names` are the names of the scope, each with its schema, or None if its value is not declared.
-    Optional members of a declared value are null if they are absent. `hints` are messages for names that are not in the
-    scope. `fault(place, message)` gets each fault, and the template has null in its place.
-
     `constant`: without expressions. `volatile`: the value may differ each time. `names`: those that it reads in a
     scope. `schema`: of the value, or None if the flow declares none.
     """
 
     __slots__ = ("_run", "_sources", "constant", "names", "schema", "volatile")
 
-    def __init__(
-        self,
-        value: Any,
-        names: Mapping[str, Any],
-        place: str,
-        fault: Callable[[str, str], None],
-        hints: Mapping[str, str],
-    ) -> None:
-        compiler = _Compiler(names, hints, fault)
+    def __init__(self, value: Any, place: str, compiler: Compiler) -> None:
         body = compiler.tree(value, place)
         arguments = ast.arguments([], [ast.arg("_s"), ast.arg("_b")], None, [], [], None, [])
         tree = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, body)))
@@ -2664,7 +2657,7 @@ class Build:
 
     def template(self, value: Any, place: str) -> Template:
         """Compile a value that may have expressions."""
-        template = Template(value, self.names, place, self.fault, self.hints)
+        template = Template(value, place, Compiler(self.names, self.hints, self.fault))
         self.schema, self.volatile = template.schema, self.volatile or template.volatile
         return template
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import requests
 
-from astera_lite import AsteraLite, Clock, Fault, FlowError, Server, Template
+from astera_lite import AsteraLite, Clock, Compiler, Fault, FlowError, Server, Template
 
 ROOT = Path(__file__).resolve().parent.parent
 #: What some tests look with; all at once, for npm removes what is not named.
@@ -61,7 +61,7 @@ def compiled(value: Any, names: Iterable[str] | Mapping[str, Any] = (), place: s
     """A compiled JSON tree for a scope of these names, of which a mapping has the schemas; FlowError has its faults."""
     faults: list[Fault] = []
     known = names if isinstance(names, Mapping) else dict.fromkeys(names)
-    made = Template(value, known, place, lambda *found: faults.append(Fault("", *found)), {})
+    made = Template(value, place, Compiler(known, {}, lambda *found: faults.append(Fault("", *found))))
     if faults:
         raise FlowError(faults)
     return made

@@ -19,6 +19,7 @@ import astera_lite
 from astera_lite import (
     FUNCTIONS,
     AsteraError,
+    Compiler,
     ExpressionError,
     FlowError,
     Schema,
@@ -384,7 +385,7 @@ def test_the_arguments_that_a_signature_allows_fit_the_function(name: str) -> No
 def test_every_fault_of_a_tree_is_reported_with_its_place() -> None:
     faults: dict[str, str] = {}
     tree = {"a": "${nope}", "b/c": ["ok", "${1 +}"], "d": "${"}
-    template = Template(tree, NAMES, "/steps/0/set", faults.__setitem__, {"nope": "comes later"})
+    template = Template(tree, "/steps/0/set", Compiler(NAMES, {"nope": "comes later"}, faults.__setitem__))
     assert list(faults) == ["/steps/0/set/a", "/steps/0/set/b~1c/1", "/steps/0/set/d"]
     assert "comes later" in faults["/steps/0/set/a"]
     assert template(SCOPE)["b/c"][0] == "ok"
@@ -547,7 +548,7 @@ def test_what_would_eat_time_or_memory_is_refused_soon(source: str, monkeypatch:
 _CHILD = """
 import os, resource, sys
 import astera_lite
-from astera_lite import ExpressionError, Template
+from astera_lite import Compiler, ExpressionError, Template
 astera_lite.MAX_WORK = 2_000_000
 scope = {
     "big": "x" * 1000000,
@@ -565,7 +566,7 @@ for text in sys.argv[1:]:
     if not os.fork():
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
         resource.setrlimit(resource.RLIMIT_CPU, (4, 4))
-        template = Template(text, dict.fromkeys(scope), "", print, {})
+        template = Template(text, "", Compiler(dict.fromkeys(scope), {}, print))
         try:
             template(scope)
             end = "done"
