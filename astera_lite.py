@@ -2203,8 +2203,7 @@ def _opener() -> "urllib.request.OpenerDirector":
 
 
 def _is_coded(headers: Pairs) -> bool:
-    codings = [value.lower() for name, value in headers if name.lower() == "content-encoding"]
-    return bool({*codings} - {"", "identity"})
+    return any(name.lower() == "content-encoding" and value.lower() not in ("", "identity") for name, value in headers)
 
 
 def _read_answer_whole(response: http.client.HTTPResponse, stream: _BoundedStream, max_bytes: int) -> Answer:
@@ -4456,9 +4455,8 @@ def build_flow(
         raise FlowError(build.faults)
     request, responses = given["request"], given["response"]
     check_whens(build, [response.when for response in responses], "/response")
-    selection: Any = [response.selection for response in responses if response.selection] or None
-    if selection:
-        selection = wing("astera_lite_requests:join_selections")(build, selection, request["parameters"])
+    selections = [response.selection for response in responses if response.selection]
+    selection = selections and wing("astera_lite_requests:join_selections")(build, selections, request["parameters"])
     try:
         text = json.dumps(tree, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_FUNCTION_NAME)
         if re.search(_SURROGATE, text):
@@ -4475,7 +4473,7 @@ def build_flow(
         **request,
         steps=tuple(given["steps"]),
         responses=tuple(responses),
-        selection=selection,
+        selection=selection or None,
         timeout=given.get("timeout"),
         restart=given["restart"],
         limit=limit["limit"],
