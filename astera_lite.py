@@ -3634,7 +3634,7 @@ class _StepRun:
             return  # added before the run was suspended
         masked = run.outside.masked
         # Headers would fill the preview. A value from `onError` may be anything.
-        answers = step.kind.answers and isinstance(value, dict) and value.keys() >= {"status", "headers", "body"}
+        answers = step.kind.answers and isinstance(value, dict) and "body" in value and type(value.get("status")) is int
         preview = value.get("items", value["body"]) if answers else value
         line: dict[str, Any] = {
             "path": self.path,

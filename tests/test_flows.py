@@ -975,6 +975,15 @@ class Kept(Journal):
         return 1
 
 
+def test_what_a_flow_puts_in_the_place_of_an_api_is_no_status_of_an_api() -> None:
+    step = {"name": "got", "http": "http://127.0.0.1:1/", "onError": {"status": "s3same", "headers": {}, "body": 1}}
+    flow, outside = build_flow(get_flow("/x", steps=[step]), "t"), surroundings(secrets={"key": "s3same"})
+    journal, trace = Journal(), list[dict[str, Any]]()
+    journal.saved["got"] = {"status": "s3same", "headers": {}, "body": 1}  # as before a crash
+    run_flow(Run(flow, flow.bind(StoredRequest("GET", "/x"), "id-1"), outside, 2000.0, journal, trace))
+    assert (trace[0]["state"], "status" in trace[0], "s3same" in json.dumps(trace)) == ("resumed", False, False)
+
+
 def test_a_long_wait_suspends_and_a_resumed_run_repeats_nothing(tmp_path: Path) -> None:
     (tmp_path / "mod.py").write_text("calls = []\ndef f(context):\n    calls.append(1)\n    return len(calls)\n")
     steps = [{"name": "a", "python": "mod:f"}, {"name": "id", "set": "${uuid()}"}, {"name": "w", "wait": "1h"},
