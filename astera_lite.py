@@ -1085,7 +1085,8 @@ def with_owed(status: int, headers: Pairs, method: str = "GET") -> Pairs:
     if not name or any(name.lower() == given.lower() for given, _ in headers):
         return headers
     if value is None:
-        raise ValueError(f"status {status} needs the header {name}")
+        cure = ", which flows cannot set: choose another status" if status in (407, 426) else ""
+        raise ValueError(f"status {status} needs the header {name}{cure}")
     return (*headers, (name, value))
 
 

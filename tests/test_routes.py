@@ -896,6 +896,9 @@ def test_a_status_brings_what_it_owes(tmp_path: Path, method: str, response: Any
             assert answer.content == b"" or code in (206, 500)
 
 
+_UNSETTABLE = ", which flows cannot set: choose another status"
+
+
 @pytest.mark.parametrize(
     ("method", "response", "fault"),
     [
@@ -903,7 +906,8 @@ def test_a_status_brings_what_it_owes(tmp_path: Path, method: str, response: Any
         ("GET", {"status": 206}, "/response/status: status 206 needs the header Content-Range"),
         ("GET", {"status": 416}, "/response/status: status 416 needs the header Content-Range"),
         ("GET", {"status": 302}, "/response/status: status 302 needs the header Location"),
-        ("GET", {"status": 426}, "/response/status: status 426 needs the header Upgrade"),
+        ("GET", {"status": 426}, f"/response/status: status 426 needs the header Upgrade{_UNSETTABLE}"),
+        ("GET", {"status": 407}, f"/response/status: status 407 needs the header Proxy-Authenticate{_UNSETTABLE}"),
         ("POST", {"status": 304}, "/response/status: status 304 is only for GET and HEAD"),
         (
             "GET",
