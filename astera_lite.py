@@ -2071,7 +2071,7 @@ _lookups_lock = threading.Lock()
 def _look_up(host: str, lookup: Future[Any]) -> None:
     try:
         lookup.set_result(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM))
-    except (OSError, UnicodeError) as error:
+    except BaseException as error:  # or requests for this name would wait for this look-up, for ever
         lookup.set_exception(error)
     with _lookups_lock:
         del _lookups[host]

@@ -509,6 +509,23 @@ def test_of_thousands_of_addresses_a_few_are_tried(sink: Sink, monkeypatch: pyte
     assert 1 < len(tried) <= 16
 
 
+def test_a_look_up_without_memory_is_not_the_last_one_of_its_name(sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
+    lookups(monkeypatch, ["127.0.0.1"])
+    resolving, without_memory = socket.getaddrinfo, [MemoryError()]
+
+    def getaddrinfo(host: Any, *more: Any, **named: Any) -> Any:
+        if "flags" not in named and without_memory:
+            raise without_memory.pop()
+        return resolving(host, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    url = sink.url.replace("127.0.0.1", "poor.example")
+    with pytest.raises(MemoryError):
+        fetch(url, timeout=3)
+    until(lambda: not [t for t in threading.enumerate() if t.name == "astera-resolve"])
+    assert fetch(url, method="POST").code == 204
+
+
 def test_lookups_left_behind_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     release, waiting = threading.Event(), threading.Semaphore(0)
 
