@@ -914,7 +914,7 @@ def _from_environment(environ: Mapping[str, str], known: Collection[str]) -> dic
         if not key.startswith(_PREFIX):
             continue
         if text.startswith("tcp://") or (name not in known and not suggest(name, known)):
-            log.warning("%s is not a setting: ignored", key)
+            log.warning("%s is ignored: it is not a setting, or a container platform has set it", key)
         else:
             found[name] = text
     return found
