@@ -428,9 +428,12 @@ def is_postgres(database: str) -> bool:
     return database.startswith(("postgresql://", "postgres://"))
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean "x"?` if a known word is similar, else an empty string."""
-    words = list(known) if len(word) <= 100 else []  # a longer one is not a misspelling
+def suggest(word: str, known: Iterable[str], faults: Collection[Any] = ()) -> str:
+    """`; did you mean "x"?` if a known word is similar, else an empty string.
+
+    To find one takes milliseconds: a request with many `faults` so far gets no more, or it would hold up the others.
+    """
+    words = list(known) if len(word) <= 100 and len(faults) < 3 else []  # a longer one is not a misspelling
     near = [each for each in words if each.lower() == word.lower()]
     if words and not near:
         import difflib  # noqa: PLC0415 (only for misspellings)
@@ -2444,7 +2447,7 @@ class Schema(NamedTuple):
                 continue
             at = f"{place}/{pointer(name)}"
             if schema is False:
-                errors.add(where, at, "is not a member of this object" + suggest(name, self.properties))
+                errors.add(where, at, "is not a member of this object" + suggest(name, self.properties, errors))
             else:
                 result[name] = schema.check(item, at, errors, where)
         for name in self.required:
@@ -3074,7 +3077,7 @@ class Flow(NamedTuple):
             known = [item.name for item in self.parameters if item.where == "query"] + self.selecting
             for name in query:
                 if name not in known:
-                    errors.add("query", name, "is not declared" + suggest(name, known))
+                    errors.add("query", name, "is not declared" + suggest(name, known, errors))
         of_query = all(item.where == "query" and not item.array for item in self.parameters)
         if of_query and not errors and len(request.query) <= _MAX_BOUND:
             if len(self.bound) >= _MAX_BOUND:

@@ -338,7 +338,7 @@ def read_selection(selection: Selection, path: str, query: Mapping[str, list[str
     known = selection.sort if isinstance(selection.sort, frozenset) else sort.keys() - {""}
     for name in sort:
         if name not in known:
-            errors.add("query", "sort_by", f"knows no field {shown(name)}{suggest(name, known)}")
+            errors.add("query", "sort_by", f"knows no field {shown(name)}{suggest(name, known, errors)}")
     if known is not selection.sort and len(sort) > MAX_SORTED:
         errors.add("query", "sort_by", f"has more than {MAX_SORTED} fields")
     filters = {name: frozenset(query[name]) for name in selection.filters if name in query}

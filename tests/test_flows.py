@@ -643,6 +643,17 @@ def test_a_failure_has_the_header_that_its_status_requires_also_behind_a_call(tm
         assert [run_test(flow, test, app.outside) for test in flow.tests] == [([], 0), ([], 0)]
 
 
+def test_the_first_faults_of_a_request_alone_are_searched_for_what_was_meant() -> None:
+    """To look for similar names takes milliseconds, and a small request may have a hundred faults."""
+    of_body = body({"properties": {"city_name": {}}, "additionalProperties": False})["request"]
+    strict = {"request": of_body | {"strict": True, "parameters": {"days": {"in": "query"}}}}
+    names = [f"city_nam{n}" for n in range(9)]
+    for query, data in (("", json.dumps(dict.fromkeys(names))), ("&".join(f"day{n}=1" for n in range(9)), "{}")):
+        with pytest.raises(InputError) as caught:
+            bind(strict, query, headers={"content-type": "application/json"}, data=data.encode())
+        assert ["did you mean" in error["message"] for error in caught.value.errors] == [True] * 3 + [False] * 6
+
+
 @pytest.mark.parametrize("data", [b"a=%zz", b"a=%ff", b"\xff=1"])
 def test_a_malformed_form_is_a_fault_of_the_body(data: bytes) -> None:
     with pytest.raises(InputError) as caught:
