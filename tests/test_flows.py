@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from urllib.parse import quote, urlencode
 import pytest
 from support import ROOT, Client, FakeClock, Running, get_flow, running
 
+import astera_lite
 from astera_lite import (
     AddressPolicy,
     AsteraLite,
@@ -641,6 +643,19 @@ def test_a_failure_has_the_header_that_its_status_requires_also_behind_a_call(tm
         assert (answer.status_code, answer.headers["Content-Range"]) == (416, "bytes */5")
         flow = app.deployments.by_name["outer"]
         assert [run_test(flow, test, app.outside) for test in flow.tests] == [([], 0), ([], 0)]
+
+
+def test_an_enum_tells_true_from_1_and_is_not_walked_for_each_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    for allowed in ([True, 0], [0, True]):
+        for value, ok in ((True, True), (0, True), (0.0, True), (1, False), (False, False)):
+            with nullcontext() if ok else pytest.raises(InputError):
+                bind_json([value], {"items": {"enum": allowed}})
+    for allowed in ([True, 1], [1, True]):
+        assert bind_json([True, 1], {"items": {"enum": allowed}}) == [True, 1]
+    compared, real = Counter[int](), astera_lite.equal
+    monkeypatch.setattr(astera_lite, "equal", lambda *pair: compared.update([0]) or real(*pair))
+    bind_json(["z"] * 1000, {"items": {"enum": [*map(str, range(1000)), "z"]}})
+    assert compared[0] <= 1000
 
 
 def test_the_first_faults_of_a_request_alone_are_searched_for_what_was_meant() -> None:
