@@ -7222,11 +7222,11 @@ class Application:
 
     def read_tokens(self) -> None:
         """Read the tokens again; while the database cannot be read, the known ones stay valid."""
-        before = self.tokens
         with contextlib.suppress(StoreError):
-            self.tokens = self.store.tokens()
-        if self.tokens != before:
-            log.info("tokens: %s", ", ".join(token.name for token in self.tokens) or "none")
+            tokens = self.store.tokens()
+            if tokens != self.tokens:  # else the list stays the one that `Server.route` knows
+                self.tokens = tokens
+                log.info("tokens: %s", ", ".join(token.name for token in tokens) or "none")
 
     # --- accepting and finding jobs ---
 

@@ -178,6 +178,13 @@ def test_the_same_call_again_meets_what_changed_meanwhile(tokens: Tokens, capsys
         assert call()[0] == 401
 
 
+def test_tokens_that_did_not_change_are_not_compared_with_each_request(tokens: Tokens) -> None:
+    """The list stays the same one, or calls would take the longer, the more tokens there are."""
+    before = tokens.app.tokens
+    tokens.app.read_tokens()
+    assert tokens.app.tokens is before
+
+
 def test_flows_that_were_replaced_are_let_go_with_the_next_call(tokens: Tokens) -> None:
     for at in range(3):
         assert tokens("ada", "GET", "/api/publishing/hello", headers={"X-At": str(at)}).status_code == 200
