@@ -6645,8 +6645,7 @@ class Courier:
                 del self._leases[key]  # the outcome could not be stored
             counts = Counter(receiver for receiver, _ in self._leases.values())
             full = sum(count for receiver, count in counts.items() if receiver in self._doubtful) >= _MAX_DOUBTFUL
-            most = {receiver: 1 if receiver in self._doubtful else _MAX_PER_RECEIVER for receiver in counts}
-            busy = {receiver for receiver, count in counts.items() if count >= most[receiver]}
+            busy = {each for each in counts if each in self._doubtful or counts[each] >= _MAX_PER_RECEIVER}
             room = 0 if self._stopped else _MAX_DELIVERIES - len(self._leases)
             return room, busy | self._doubtful if full else busy, full
 
