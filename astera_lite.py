@@ -8522,8 +8522,8 @@ class Handler(BaseRequestHandler):
         server, head = self.server, x.head
         if len(reply.body) > _AHEAD and server.buffered + len(reply.body) > _MAX_BUFFERED and head.method != "HEAD":
             reply = error_response(x, Busy("The responses in memory have reached their limit.", 5))
-        if server.with_cors is not None:
-            reply = server.with_cors(x, reply)
+        if server.access.origins:
+            reply = wing("astera_lite_admin:with_cors")(x, reply)
         self.closing = self.closing or not head.keep_alive or server.stopping or reply.status == 405
         has_length = reply.status != 405 or head.method != "HEAD"  # it would have to be that of a GET
         data = response_head(reply, x.request_id, not self.closing, head.version, has_length)
@@ -8703,7 +8703,6 @@ class Server(ThreadingHTTPServer):
         if not is_loopback(host) and self.settings.callback_allow.strip().lower() == "auto":
             app.policy.hosts.clear()  # courier and http steps have the same policy
             app.policy.networks.clear()
-        self.with_cors = wing("astera_lite_admin:with_cors") if self.access.origins else None
         self.tls: ssl.SSLContext | None = None
         if self.settings.tls_cert or self.settings.tls_key:
             self.tls = wing("astera_lite_tls:tls_context")(self.settings)
