@@ -6221,7 +6221,7 @@ class Engine:
         self._changed = self.queue.changed  # guards what follows, too
         self._call_numbers = itertools.count(-(1 << 62))
         self._mean_s: dict[str, float] = {}  # mean time of a run, by flow
-        self._costly: set[int] = set()  # versions of light flows that once exceeded the budget
+        self._costly: set[int] = set()  # versions of light flows that once exceeded the budget, or the size
         self._unwritten = 0  # bytes of outcomes on their way to the disk
         #: The latest finished jobs: polls and fetches of them need not read the database. Left out are those that may
         #: still change: jobs with a callback, and those that other servers see. None: the job was deleted, perhaps
@@ -6247,18 +6247,19 @@ class Engine:
     def run_at_once(self, flow: Flow, given: Input, trace: list[dict[str, Any]] | None = None) -> Outcome | None:
         """Run a light flow on the calling thread, for a few milliseconds at most.
 
-        None if the flow needs a thread: it is not light, once took longer, or has a large body. `trace` gets the steps
-        of a job, whose end is logged only once it is on disk.
+        None if the flow needs a thread: it is not light, once took longer or had a large response, or has a large body.
+        `trace` gets the steps of a job, whose end is logged only once it is on disk.
         """
         if not flow.light or flow.version in self._costly or given.size > _LIGHT_BODY:
             return None
         run = Run(flow, given, self._outside, self._clock.monotonic() + 1, _MEASURING, trace)
         run.budget = Budget(_LIGHT_BUDGET, whole_run=True)
-        try:
-            return self._run_whole(run)
-        except BudgetExceeded:
+        outcome: Outcome | None = None
+        with contextlib.suppress(BudgetExceeded):
+            outcome = self._run_whole(run)
+        if outcome is None or len(outcome.answer.body) > PIECE:
             self._costly.add(flow.version)
-            return None
+        return outcome
 
     def _run_whole(self, run: Run) -> Outcome:
         """Run a flow to its end, because nothing can suspend the run."""

@@ -162,7 +162,7 @@ def test_a_large_body_gets_a_thread(tmp_path: Path, spy: Spy) -> None:
             assert spy.tried.pop() is light
 
 
-def test_a_large_result_is_computed_once(tmp_path: Path) -> None:
+def test_a_large_result_is_computed_once_and_later_ones_get_a_thread(tmp_path: Path, spy: Spy) -> None:
     request = {"method": "POST", "body": {}}
     with running(
         tmp_path, {"many": get_flow("/many", request=request, response={"body": "${[request.body] * 40}"})}
@@ -170,6 +170,8 @@ def test_a_large_result_is_computed_once(tmp_path: Path) -> None:
         job = run.client.finished(run.client.post("/api/publishingAsync/many", json="x" * 16_000))
         assert run.client.get(job["resultUrl"]).json() == ["x" * 16_000] * 40
         assert 'astera_run_duration_seconds_count{flow="many"} 1' in run.client.get("/metrics").text.splitlines()
+        assert run.client.post("/api/publishing/many", json="x").json() == ["x"] * 40
+        assert spy.tried == [True, False]  # to write such a response holds up other requests
 
 
 def test_its_callback_is_owed_in_the_same_transaction(tmp_path: Path, sink: Sink) -> None:
