@@ -7435,7 +7435,8 @@ class Access:
         self._open = check_exposure(settings, host, any(token.digest for token in app.tokens))
         self._setting = [] if token is None else [Token(ADMIN_TOKEN, token_digest(token), "admin")]
         self._app, self.origins = app, app.origins
-        self._own = "/".join(public_url.lower().split("/")[:3]) if public_url else None  # an origin has no path
+        origin = "/".join((public_url or "").lower().split("/")[:3])  # it has no path, nor the usual port
+        self._own = origin.removesuffix(":443" if origin.startswith("https:") else ":80") or None
         names = [host, "localhost", "127.0.0.1", "::1", *([parse_target(public_url).host] if public_url else ())]
         hosts = {f"[{name}]" if ":" in name else name for name in names}
         self._hosts = hosts if is_loopback(host) else None  # None: any host
@@ -7447,11 +7448,9 @@ class Access:
         """
         headers = head.headers
         host = headers.get("host", "").lower()
-        if self._hosts is not None and host and host not in self._hosts:
-            name, _, port = host.rpartition(":")
-            if name not in self._hosts or not port.isdecimal():
-                cure = "call it as localhost or 127.0.0.1, or let the setting public_url name it"
-                raise AccessError(421, f"This server is not {shown(host)}: {cure}.")
+        if self._hosts is not None and host and re.sub(":[0-9]+$", "", host) not in self._hosts:
+            cure = "call it as localhost or 127.0.0.1, or let the setting public_url name it"
+            raise AccessError(421, f"This server is not {shown(host)}: {cure}.")
         origin = headers.get("origin")
         if origin in self.origins:
             return
