@@ -2471,6 +2471,7 @@ CONTENT_TYPES = {
 _CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*+"?+(?!utf-?8[ \t]*"?[ \t]*(?:;|$))[^;]*', re.I)
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*+\\u0000")
 _PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
+_upper_escapes = partial(re.compile("%[0-9a-f]{2}", re.I).sub, lambda match: match[0].upper())  # RFC 3986, 6.2.2.1
 
 
 def is_json_type(media: str) -> bool:
@@ -4503,7 +4504,7 @@ def build_flow(
 
 def _route(flow: Flow) -> list[str]:
     """The segments of a flow's resource, with "" for each parameter."""
-    return ["" if segment[0] == "{" else segment for segment in flow.segments]
+    return ["" if segment[0] == "{" else _upper_escapes(segment) for segment in flow.segments]
 
 
 def _conflicts(flows: Mapping[str, Flow]) -> Iterator[tuple[Flow, str, str]]:
@@ -4547,7 +4548,7 @@ class Deployments:
     def match(self, path: str) -> list[dict[str, Flow]]:
         """The flows by method of each resource that a raw path matches; from the left, literals before parameters."""
         nodes = [self._routes]
-        for part in path.split("/")[1:]:
+        for part in (_upper_escapes(path) if "%" in path else path).split("/")[1:]:
             nodes = [node[key] for node in nodes for key in ((part, "") if part else ()) if key in node]
         return [node[None] for node in nodes if node.get(None)]
 

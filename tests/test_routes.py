@@ -219,6 +219,15 @@ def test_a_literal_beats_a_parameter(run: Running) -> None:
     assert run.client.get("/api/publishing/hello/world").json() == "literal"
 
 
+def test_escapes_in_a_resource_are_the_same_in_small_letters_and_capitals(tmp_path: Path) -> None:
+    flows = {"a": get_flow("/gr%c3%B6%c3%9fe/{x}", response={"body": "${params.x}"})}
+    with running(tmp_path, flows) as run:
+        for path in ("/gr%C3%B6%C3%9Fe/a%c3%9F", "/gr%c3%b6%c3%9fe/a%C3%9f"):
+            assert talk(run.server, f"GET /api/publishing{path} HTTP/1.0\r\n\r\n".encode()).endswith('"aß"\n'.encode())
+        with pytest.raises(FlowError, match='claimed by "a"'):
+            run.app.deploy("b", get_flow("/gr%C3%B6%C3%9Fe/{y}", response={"body": 1}))
+
+
 @pytest.mark.parametrize("part", ["%zz", "%", "%ff", "%00"])
 def test_a_path_parameter_that_does_not_decode_is_400(run: Running, part: str) -> None:
     answer = talk(run.server, f"GET /api/publishing/hello/{part} HTTP/1.0\r\n\r\n".encode())
