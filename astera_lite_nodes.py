@@ -260,15 +260,18 @@ class Node:
 
     def read_flows(self) -> None:
         """Publish flows that were deployed on another server."""
-        rows = dict(self._store.deployed())
-        if rows != self.rows:
-            before, self.rows = self.rows, rows
-            try:
-                self.app.deployer.reload()
-            except BaseException:  # the next look is to try again
-                self.rows = before
-                raise
-            log.info("read the flows again%s", optional("astera_lite_notices:on_reload", self.app.deployments))
+        if dict(self._store.deployed()) == self.rows:
+            return
+        with self.app.deployer.changing:
+            rows = dict(self._store.deployed())  # again: what was read above may have been replaced meanwhile
+            if rows != self.rows:
+                before, self.rows = self.rows, rows
+                try:
+                    self.app.deployer.reload()
+                except BaseException:  # the next look is to try again
+                    self.rows = before
+                    raise
+                log.info("read the flows again%s", optional("astera_lite_notices:on_reload", self.app.deployments))
 
     def flows(self) -> tuple[list[Flow], list[Fault]]:
         """The shared flows, and their faults; a flow whose new text is faulty stays in service."""

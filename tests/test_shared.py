@@ -276,6 +276,31 @@ def test_a_deployment_reaches_all_servers_and_wins_over_a_file(two: Two) -> None
     assert a("PUT", "/api/deployments/gate", json=HELLO).status_code == 409  # the program's own
 
 
+def test_a_deployment_that_is_deleted_while_the_news_is_read_stays_deleted(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, client = two.apps[0], two.clients[0]
+    assert client("PUT", "/api/deployments/hello", json=HELLO).status_code == 201
+    deployed, has_read, go_on = app.store.deployed, threading.Event(), threading.Event()
+    assert app.node is not None
+    reader = threading.Thread(target=app.node.read_flows)
+
+    def held() -> Any:
+        rows = deployed()
+        if threading.current_thread() is reader and not has_read.is_set():
+            has_read.set()
+            assert go_on.wait(10)
+        return rows
+
+    monkeypatch.setattr(app.store, "deployed", held)
+    reader.start()
+    assert has_read.wait(10)
+    assert client("DELETE", "/api/deployments/hello").status_code == 204
+    go_on.set()
+    reader.join(10)
+    assert client.get("/api/deployments/hello").status_code == 404
+
+
 def test_a_faulty_deployment_is_refused_and_known_by_its_tag(two: Two) -> None:
     a, b = two.clients
     assert a("PUT", "/api/deployments/hello", json={"request": 1}).status_code == 400
