@@ -7895,12 +7895,9 @@ class Exchange:
     def call(self, function: Callable[..., Reply | None], *arguments: Any) -> None:
         """Call a function, on any thread: what it returns or raises is the answer."""
         try:
-            if (reply := function(*arguments)) is None:
-                return
-            if threading.get_ident() == self._server.ident or self._server.ended(0):  # then the client has gone
-                self.answer(reply)
-            else:
-                self.post(lambda: reply)
+            reply = function(*arguments)
+            if reply is not None:
+                self._server.on_loop(self.answer, reply)
         except Exception as error:
             self._server.on_loop(self.fail, error)
 
@@ -8699,7 +8696,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, app: Application, *, host: str | None = None, port: int | None = None) -> None:
         self.app, self.settings = app, app.settings
         host = self.settings.host if host is None else host
-        port = self.settings.port if port is None else port
+        port = self.settings.port if port is None else Settings.load(port=port).port
         self.access = Access(app, host)
         if not is_loopback(host) and self.settings.callback_allow.strip().lower() == "auto":
             app.policy.hosts.clear()  # courier and http steps have the same policy
@@ -8757,10 +8754,13 @@ class Server(ThreadingHTTPServer):
     # --- start and stop ---
 
     def start(self) -> Self:
-        """Serve on a separate thread."""
-        self._ended.clear()  # here, because a stop may come before the thread has begun
-        self._thread = threading.Thread(target=self._serve, name="astera-loop", daemon=True)
-        self._thread.start()
+        """Serve on a separate thread, unless the server serves already."""
+        if self.stopping:
+            raise RuntimeError("This server has stopped: make a new one.")
+        if self._ended.is_set():
+            self._ended.clear()  # here, because a stop may come before the thread has begun
+            self._thread = threading.Thread(target=self._serve, name="astera-loop", daemon=True)
+            self._thread.start()
         return self
 
     def _serve(self) -> None:

@@ -99,7 +99,7 @@ class Context:
 
     def progress(self, done: int, total: int) -> None:
         """Show the progress of the step in the status document."""
-        self._run.progress = Progress(self._path, done, total)
+        self._run.progress = Progress(self._path, int(done), int(total))
 
     def sleep(self, seconds: float) -> None:
         """Wait so many seconds; raises an exception when the run is cancelled or exceeds its time limit."""
@@ -264,7 +264,7 @@ def _function_flow(
                 parameters[item.name] = _argument_spec(function, item, where, described.pop(item.name, {}))
             elif "body" not in options:
                 body = _argument_spec(function, item, where, {})
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # also of a description that is no object
             refuse(item.name, str(error))
     if faults:
         raise FlowError(faults)
@@ -505,10 +505,12 @@ class AsteraLite(Application):
         """
         target, request = self._request(flow, params, body)
         errors = InputErrors()
+        for name, text in {"callback_url": callback_url, "idempotency_key": idempotency_key, "base": base}.items():
+            if text is not None and not (isinstance(text, str) and re.fullmatch("[^\0\ud800-\udfff]*", text)):
+                errors.add("argument", name, "must be text, without a NUL or half of a surrogate pair")
+        errors.check()
         if callback_url is not None:
             check_callback(callback_url, self.policy, errors)
-        if idempotency_key is not None and re.search("[\0\ud800-\udfff]", idempotency_key):
-            errors.add("argument", "idempotency_key", "must not have a NUL or half of a surrogate pair")
         job = self.new_job(target, base or self.base, ANYBODY.name, callback_url)
         ready = Prepared(job, target, target.bind(request, job.id, errors))
 
@@ -546,9 +548,9 @@ class AsteraLite(Application):
             self.watchers.add(key, changed.set)  # before the look: or a job that ends in between would not be seen
             try:
                 job, left = self._job(job_id), deadline - time.monotonic()
-                if job.status is not Status.RUNNING or left <= 0:
+                if job.status is not Status.RUNNING or not left > 0:
                     return job
-                changed.wait(None if timeout is None else left)
+                changed.wait(min(left, threading.TIMEOUT_MAX))
             finally:
                 self.watchers.remove(key, changed.set)
 
@@ -589,9 +591,9 @@ class AsteraLite(Application):
 
     def _request(self, name: str, params: Mapping[str, Any] | None, body: Any) -> tuple[Flow, StoredRequest]:
         self.check_open()
-        flow = self.deployments.by_name.get(name)
+        flow = self.deployments.by_name.get(name) if isinstance(name, str) else None
         if flow is None:
-            raise NotFound(f'there is no flow "{name}"{suggest(str(name), self.deployments.by_name)}')
+            raise NotFound(f"there is no flow {shown(name)}{suggest(str(name), self.deployments.by_name)}")
         if not isinstance(params, Mapping | None):
             raise InputError([{"in": "argument", "name": "params", "message": 'are given by name, as in {"n": 1}'}])
         return flow, request_for(flow, params or {}, body)

@@ -246,7 +246,7 @@ class _IsolatedContext:
         self._say = say
 
     def progress(self, done: int, total: int) -> None:
-        self._say({"progress": [done, total]})
+        self._say({"progress": [int(done), int(total)]})
 
     sleep = staticmethod(time.sleep)
 

@@ -70,6 +70,10 @@ def open_gate(app: AsteraLite, name: str) -> None:
 # --- what it says ---
 
 
+def _of_a_day(context: Context, n: str) -> str:
+    return n
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     "call",
@@ -112,6 +116,19 @@ def test_a_database_that_is_no_file_is_refused(path: str) -> None:
         (lambda app: AsteraLite(Settings(workers="x")), ConfigError, '^workers: "x" is not a whole number$'),
         (lambda app: app.run("double", 7), InputError, r'^argument params: are given by name, as in \{"n": 1\}$'),
         (lambda app: app.submit("double", ["n"]), InputError, "^argument params: are given by name"),
+        (lambda app: app.submit("double", {"n": 1}, base=7), InputError, "^argument base: must be text, without"),
+        (lambda app: app.submit("double", {"n": 1}, base="\0"), InputError, "^argument base: must be text"),
+        (lambda app: app.submit("double", {"n": 1}, callback_url=b"x"), InputError, "^argument callback_url: must be"),
+        (lambda app: app.submit("double", {"n": 1}, idempotency_key=7), InputError, "^argument idempotency_key: must"),
+        (lambda app: app.run(["double"]), NotFound, r'^there is no flow \["double"\]'),
+        (lambda app: app.submit(app.deployments.by_name["double"]), NotFound, "^there is no flow "),
+        (lambda app: Server(app, port="x"), ConfigError, '^port: "x" is not a whole number$'),
+        (lambda app: Server(app, port=65536), ConfigError, "^port: must be at most 65535$"),
+        (
+            lambda app: app.flow("GET /f", parameters={"n": "date"})(_of_a_day),
+            FlowError,
+            "_of_a_day: n: .*not a mapping",
+        ),
         (lambda app: app.deploy({}, "name"), FlowError, "^{}: cannot be deployed: .*expected string .* got 'dict'$"),
         (lambda app: app.step(print), ConfigError, "^step: <built-in function print>: is not a new word"),
         (lambda app: app.flow("GET /f")(partial(lambda context: 1)), FlowError, r'the name "" must consist of'),
@@ -342,6 +359,36 @@ with app, Server(app, port=0) as server:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     said = "The application is not running: enter it with `with app:`, or call app.start().\n3\nCompleted 200\n"
     assert done.stdout == said, done.stderr
+
+
+def test_a_server_is_started_once(tmp_path: Path) -> None:
+    with application(tmp_path) as app, Server(app, port=0).start() as server:
+        assert server.start() is server
+        assert urllib.request.urlopen(f"{server.url}/api/publishing/double/2", timeout=10).read() == b"4\n"
+    with pytest.raises(RuntimeError, match="has stopped"):
+        server.start()
+
+
+@pytest.mark.parametrize("timeout", [None, math.inf, 1e300])
+def test_a_wait_may_take_as_long_as_the_job(tmp_path: Path, timeout: float | None) -> None:
+    with application(tmp_path) as app, ThreadPoolExecutor(1) as pool:
+        job = app.submit("gate", {"name": "a"})
+        waited = pool.submit(app.wait, job, timeout)
+        until(lambda: waited.done() or job.key in app.watchers.by_job)
+        open_gate(app, "a")
+        assert waited.result().status is Status.COMPLETED
+        assert app.wait(job, -1).status is Status.COMPLETED
+
+
+@pytest.mark.parametrize("done", [math.nan, math.inf, None, "many", {1}])
+def test_progress_that_is_no_number_fails_the_step_and_not_the_status(tmp_path: Path, done: Any) -> None:
+    with application(tmp_path) as app:
+
+        @app.flow("GET /report")
+        def report(context: Context) -> None:
+            context.progress(done, 10)
+
+        assert app.wait(app.submit("report")).status is Status.ERROR
 
 
 # --- futures ---
