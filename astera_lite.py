@@ -793,9 +793,10 @@ def problem(status: int, detail: str = "", **members: Any) -> dict[str, Any]:
 
 
 def _parse_text(value: Any) -> str:
-    if not isinstance(value, str | os.PathLike):
-        raise ValueError(f"{shown(value)} is not text")
-    return os.fspath(value)
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise ValueError(f"{shown(value)} is not text without NUL")
+    return text
 
 
 def _parse_host(value: Any) -> str:
@@ -904,7 +905,7 @@ def read_toml(path: str, faults: list[Fault]) -> dict[str, Any]:
         return tomllib.loads(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         faults.append(Fault(path, "", f"cannot be read: {reason_of(error)}"))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of a number that is too long, of lists that are too deep
         faults.append(Fault(path, "", f"is not TOML: {error}"))
     return {}
 

@@ -552,6 +552,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _flow_name(text: str) -> str:
+    if not FLOW_NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{shown(text)} must consist of letters, digits, - and _")
+    return text
+
+
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
@@ -601,7 +607,7 @@ COMMANDS = {
         jobs,
         "list the jobs in the database",
         [
-            _word("--flow", "NAME", "only jobs of this flow"),
+            _word("--flow", "NAME", "only jobs of this flow", type=_flow_name),
             ("--status", {"choices": ["Running", "Completed", "Error"], "help": "only jobs with this status"}),
             _word("--limit", "N", "the latest N jobs (default: 50)", type=_positive, default=50),
             _JSON,

@@ -20,6 +20,7 @@ if sys.version_info < (3, 11):
     this = "this is %d.%d.%d (%s)" % (sys.version_info[:3] + (sys.executable,))
     sys.exit("Astera Lite needs Python 3.11 or later; " + this)
 
+sys.excepthook = lambda *error: None if error[0] is KeyboardInterrupt else sys.__excepthook__(*error)  # Ctrl-C
 import astera_lite
 
 sys.exit(astera_lite.main())

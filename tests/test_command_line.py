@@ -236,6 +236,7 @@ def test_wrong_usage_is_2(here: Here, tmp_path: Path, arguments: list[str]) -> N
         (["--limit", "5", "jobs"], "--limit must follow its command"),
         (["try"], "the following arguments are required: NAME"),
         (["jobs", "--limit", "0"], 'argument --limit: "0" is not a whole number of 1 or more'),
+        (["jobs", "--flow", "\udcff"], 'argument --flow: "\\udcff" must consist of letters, digits, - and _'),
         (["--token", "t"], "--token would show in `ps`: set ASTERA_LITE_TOKEN, or write it into the --config file"),
     ],
 )
@@ -563,11 +564,15 @@ def test_it_serves_on_a_python_whose_json_has_no_part_in_c(tmp_path: Path) -> No
 # --- signals ---
 
 
-@pytest.mark.parametrize("program", [PROGRAM, (sys.executable, SCRIPT)], ids=["module", "script"])
+@pytest.mark.parametrize(
+    "program", [PROGRAM, (sys.executable, SCRIPT), (sys.executable, "one.pyz")], ids=["module", "script", "zipapp"]
+)
 @pytest.mark.parametrize("command", ["serve", "check"])
 def test_ctrl_c_while_the_program_loads_ends_it_without_a_traceback(
     tmp_path: Path, program: tuple[str, ...], command: str
 ) -> None:
+    if "one.pyz" in program:
+        run(tmp_path, "zipapp", "one.pyz")
     (tmp_path / "bisect.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
     )  # stands in for Python's

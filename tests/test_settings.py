@@ -130,6 +130,7 @@ def test_values(name: str, text: Any, value: Any) -> None:
         ("durability", "FULL", "is not one of full, normal"),
         ("host", 5, "is not text"),
         ("host", None, "is not text"),
+        *((name, "a\0b", "is not text without NUL") for name in ("flows", "database", "data", "tls_cert", "secrets")),
         *(("host", text, "is not a host name or an address") for text in ("", "a b", "[::1]", "\udcff", "x" * 254)),
         ("callback_retries", "5s,,x", "is not a duration"),
         ("callback_retries", 5, "is not a list of durations"),
@@ -165,7 +166,14 @@ def test_an_environment_variable_that_is_nearly_a_setting_is_a_fault(caplog: pyt
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "cannot be read"), (b"port = \n", "line 1"), (b"port = 1\nport = 2\n", "is not TOML"), (b"\xff", "cannot")],
+    [
+        (None, "cannot be read"),
+        (b"port = \n", "line 1"),
+        (b"port = 1\nport = 2\n", "is not TOML"),
+        (b"\xff", "cannot"),
+        (b"port = " + b"9" * 5000, "is not TOML"),
+        (b"port = " + b"[" * 5000, "is not TOML"),
+    ],
 )
 def test_a_file_that_cannot_be_used(tmp_path: Path, text: bytes | None, message: str) -> None:
     config = tmp_path / "a.toml"
