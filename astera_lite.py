@@ -7896,8 +7896,7 @@ class Exchange:
     def call(self, function: Callable[..., Reply | None], *arguments: Any) -> None:
         """Call a function, on any thread: what it returns or raises is the answer."""
         try:
-            reply = function(*arguments)
-            if reply is not None:
+            if (reply := function(*arguments)) is not None:
                 self._server.on_loop(self.answer, reply)
         except Exception as error:
             self._server.on_loop(self.fail, error)
