@@ -5184,13 +5184,6 @@ def _scripts(version: int) -> dict[int, str]:
     return {old + 1: upgrades[old] for old in range(version, SCHEMA_VERSION)}
 
 
-def _log_size(folder: str, max_bytes: int | None) -> int:
-    """The size at which the log of a database of at most `max_bytes` in a folder starts again."""
-    with contextlib.suppress(OSError):  # not every file system tells
-        max_bytes = min(max_bytes or sys.maxsize, shutil.disk_usage(folder).free)
-    return min(_LOG_BYTES, max((max_bytes or _LOG_BYTES) // 4, 1 << 18))
-
-
 def _open(path: str, durability: str, log_bytes: int, page_size: int) -> sqlite3.Connection:
     """Open a database for writing. Creates the file, or upgrades it to the present version of the schema."""
     with contextlib.ExitStack() as undone, errors_of_database(path):
@@ -5464,7 +5457,10 @@ class SqliteStore(SqliteReader, Writer):
         self._folder: threading.Thread | None = None
         self._took = deque[float](maxlen=8)  # seconds of commits; all but the shortest may have waited for something
         self._slow_until = 0.0  # on the monotonic clock
-        self._log_bytes = _log_size(folder, max_bytes)
+        self._max_bytes = room = max_bytes or sys.maxsize
+        with contextlib.suppress(OSError):  # not every file system tells
+            room = min(room, shutil.disk_usage(folder).free)
+        self._log_bytes = min(_LOG_BYTES, max(room // 4, 1 << 18))
         with contextlib.ExitStack() as undone:
             self._owner = _own(path)
             undone.callback(self._owner.close)
@@ -5732,6 +5728,8 @@ class SqliteStore(SqliteReader, Writer):
             free = execute("PRAGMA freelist_count", ()).fetchone()[0]
             for _ in range(min(free, _GIVE_BACK)):  # one by one: before CPython 3.13 only the first step takes place
                 execute("PRAGMA incremental_vacuum(1)", ())
+            if self.size() >= self._max_bytes:  # the file shrinks once the log is folded
+                self._unfolded = _FOLD_AFTER
             return len(expired)
 
         self._run(run, done)

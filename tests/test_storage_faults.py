@@ -361,6 +361,24 @@ def test_requests_on_their_way_to_a_slow_disk_count_for_max_database(
     assert 5 <= failures.count(None) <= 15
 
 
+def test_a_database_at_its_limit_takes_jobs_as_soon_as_its_results_expire(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with AsteraLite(database=str(tmp_path / "jobs.db"), max_database="1MiB", retention="1h", clock=clock) as app:
+        app.deploy("echo", FLOWS["echo"])
+
+        def is_taken() -> bool:
+            try:
+                app.wait(app.submit("echo", body="x" * 100_000), 10)
+            except Busy:
+                return False
+            return True
+
+        while is_taken():
+            pass
+        clock.tick(3601)
+        until(is_taken)
+
+
 def test_a_log_that_many_writes_made_long_does_not_leave_the_server_refusing(folder: Path) -> None:
     with process(folder, "--max-database", "4MiB") as (_, url, _lines):
         api = Faulty(url)
