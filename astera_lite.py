@@ -6905,7 +6905,7 @@ class Deployer:
         self.folder, self._connections = folder, connections
         self.own: dict[str, Flow] = {}  # deployed by the program
         self.shared: Callable[[], tuple[list[Flow], list[Fault]]] = lambda: ([], [])  # deployed on all servers
-        self._by_version: dict[int, Flow] = {}  # flows that are replaced or removed, but still have jobs
+        self._built = lru_cache(64)(lambda name, text: self.build(json.loads(text), name))  # replaced flows with jobs
         self.changing = threading.RLock()  # held while flows are read and put into service
         self._read = self._seen = _signature(None)
 
@@ -6964,10 +6964,10 @@ class Deployer:
 
     def flow_of(self, job: Job, stored: Callable[[int], tuple[str, str] | None]) -> Flow | None:
         """The flow that a job was accepted with, else the one of that name; `stored` reads the name and text."""
-        flow = self.deployments.by_version.get(job.version) or self._by_version.get(job.version)
+        flow = self.deployments.by_version.get(job.version)
         if flow is None and (found := stored(job.version)) is not None:
             try:
-                flow = self._by_version[job.version] = self.build(json.loads(found[1]), found[0])
+                flow = self._built(*found)
             except FlowError as error:
                 message = "job %s: the flow it was accepted with cannot be deployed any more: %s"
                 log.warning(message, job.id, error, extra=about("job", job.id, job.flow, None))

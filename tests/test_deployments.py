@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import threading
@@ -16,7 +17,17 @@ from typing import Any
 import pytest
 from support import ROOT, Client, FakeClock, database_in, get_flow
 
-from astera_lite import STEP_KINDS, AsteraLite, ConfigError, FlowError, Server, Status, build_flow, health_document
+from astera_lite import (
+    STEP_KINDS,
+    AsteraLite,
+    ConfigError,
+    Flow,
+    FlowError,
+    Server,
+    Status,
+    build_flow,
+    health_document,
+)
 from astera_lite_documents import flow_schema
 from astera_lite_steps import run_test
 
@@ -225,6 +236,20 @@ def test_a_job_keeps_the_flow_it_began_with_across_edit_and_restart(tmp_path: Pa
 
 
 # ---- PUT and DELETE --------------------------------------------------------------------------------------------------
+
+
+def test_of_flows_that_were_replaced_only_some_stay_in_memory(tmp_path: Path) -> None:
+    wait = {"name": "w", "wait": "1s"}  # whose job is read from the database, behind the wait
+    with serving(tmp_path) as app:
+        jobs = []
+        for n in range(100):
+            app.deploy("f", get_flow("/f", steps=[wait], response={"body": n}))
+            jobs.append(app.submit("f"))
+        app.deploy("f", get_flow("/f", response={"body": "new"}))
+        assert {app.wait(job.id, 10).status for job in jobs} == {Status.COMPLETED}
+        assert [app.result(job.id).json() for job in jobs] == list(range(100))
+        gc.collect()
+        assert sum(isinstance(each, Flow) and each.name == "f" for each in gc.get_objects()) < 70
 
 
 @pytest.mark.sqlite  # files are looked at; test_shared.py has the same for rows
