@@ -176,6 +176,9 @@ class AsteraError(Exception):
     headers: Pairs = ()
     members: Mapping[str, Any] = types.MappingProxyType({})
 
+    def __reduce__(self) -> Any:  # for worker processes: pickle would call the class with the message alone
+        return partial(Exception.__new__, type(self)), self.args, vars(self)
+
 
 class _FaultyError(AsteraError):
     """An error that lists every fault at once."""

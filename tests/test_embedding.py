@@ -9,6 +9,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import queue
 import sqlite3
 import subprocess
@@ -28,10 +29,13 @@ from support import ROOT, database_in, get_flow, until
 
 import astera_lite
 from astera_lite import (
+    AsteraError,
     AsteraLite,
+    Busy,
     ConfigError,
     Conflict,
     Context,
+    Fault,
     FlowError,
     InputError,
     Job,
@@ -633,3 +637,18 @@ def test_a_key_that_not_every_database_can_hold_is_a_fault_of_the_input(tmp_path
         with pytest.raises(InputError, match="idempotency_key"):
             app.submit("f", idempotency_key=key)
         assert app.submit("f", idempotency_key="é").id == app.submit("f", idempotency_key="é").id
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError([Fault("port", "", "is odd")]),
+        InputError([{"in": "query", "name": "n", "message": "is odd"}], status=422),
+        Busy("Later.", 5, 429),
+        Conflict("No.", 412),
+        NotFound("Nothing."),
+    ],
+)
+def test_an_error_reaches_the_parent_of_a_worker_process(error: AsteraError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
