@@ -5893,6 +5893,7 @@ class Queue:
         self.workers, self.busy = workers, 0  # threads that may run jobs, and that do
         self.threads, self.working = workers + max(1, workers // 4), 0  # of the pool, and those of them at work
         self.stopping = True  # begins nothing: not started, or being stopped
+        self.refused = False  # the system gave no thread when one was called last
         self.queued = 0  # jobs that were accepted and do not run yet
         self._waiting = 0  # jobs that are due later
         self._unfinished, self._running = Counter[str](), Counter[str]()  # entries, and those that run, by flow
@@ -5971,7 +5972,7 @@ class Queue:
                     self.move(entry, State.READY)
             for flow in self._held:  # whose limit may be higher by now
                 self._let_in(flow)
-            self._call_thread()  # again, if none could be had when there was work
+            self._call_thread(again=self.refused)
             return self._due[0][0] if self._due else None
 
     def move(self, entry: Entry, state: State) -> bool:
@@ -6038,15 +6039,17 @@ class Queue:
         """Whether the first in the queue may run: a call, or a job if fewer than `workers` do."""
         return bool(self._ready) and not self.stopping and (self._ready[0] < 0 or self.busy < self.workers)
 
-    def _call_thread(self) -> None:
+    def _call_thread(self, again: bool = False) -> None:
         """Let another thread work on the queue, if there is work for it.
 
         One thread is called at a time, and calls the next: threads that begin together compete for the interpreter.
         """
-        if not self._calling and self._has_work():
-            with contextlib.suppress(RuntimeError):  # no thread can be had: the pool keeps the task for the next one
+        if again or (not self._calling and self._has_work()):
+            self._calling, self.refused = True, False
+            try:
                 self._pool.submit(self._work)
-                self._calling = True
+            except RuntimeError:  # the pool keeps the task for the next thread
+                self.refused = True
 
     def _next(self) -> Entry | None:
         """The job or call that runs next, now in the state RUNNING; None if none may run."""
@@ -6064,7 +6067,7 @@ class Queue:
     def _work(self) -> None:
         """A task of the pool: run entry after entry. A task for each would cost a third of the throughput."""
         with self.changed:
-            self._calling = False
+            self._calling = self.refused = False
             self.working += 1
             while entry := self._next():
                 self._call_thread()
@@ -8260,12 +8263,14 @@ def publish(mode: str, x: Exchange) -> Reply | None:
 
 def health_document(app: Application) -> dict[str, Any]:
     """What /health tells anybody; `status` is ok or unavailable, and `reason` says why."""
-    reason = app.store.fault or ("the server is stopping" if app.engine.queue.stopping else None)
+    queue = app.engine.queue
+    starved = "no thread can be had for jobs: allow this process more" if queue.refused and not queue.working else None
+    reason = app.store.fault or starved or ("the server is stopping" if queue.stopping else None)
     return {
         "status": "ok" if reason is None else "unavailable",
         "reason": reason,
         "version": __version__,
-        "jobs": app.engine.queue.counts(),
+        "jobs": queue.counts(),
         "database": {"bytes": app.node.size if app.node else app.store.size()},
         "deployments": {"published": len(app.deployments.by_name), "faults": len(app.deployments.faults)},
     }

@@ -43,6 +43,7 @@ from astera_lite import (
     Status,
     StoredRequest,
     Watchers,
+    health_document,
 )
 from astera_lite_admin import page_of_jobs
 
@@ -762,9 +763,51 @@ def test_jobs_run_although_no_thread_can_be_started_for_a_while(
         jobs = [app.submit("f") for _ in range(5)]
         assert refused.acquire(timeout=10)
         assert {app.status(job.id).status for job in jobs} == {Status.RUNNING}  # type: ignore[union-attr]
+        assert "no thread can be had" in health_document(app)["reason"]
         monkeypatch.undo()
         assert {finished(app, job).status for job in jobs} == {Status.COMPLETED}
         assert app.run("f").json() == 1
+        assert health_document(app)["status"] == "ok"
+
+
+def test_a_server_without_threads_calls_one_again_only_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(tmp_path, {"f": get_flow("/f", steps=[python(lambda context: 1)])}, FakeClock()) as app:
+        app.housekeeper.stop(10)
+        start, called = threading.Thread.start, []
+
+        def start_none(thread: threading.Thread) -> None:
+            if thread.name.startswith("astera-worker"):
+                called.append(thread)
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_none)
+        jobs = [app.submit("f") for _ in range(20)]
+        assert len(called) == 1  # the pool keeps what each call brings
+        for job in jobs:
+            app.cancel(job)
+        app.engine.queue.release(0)
+        assert len(called) == 2
+        monkeypatch.undo()
+        app.engine.queue.release(0)  # also if nothing is left to run, or the server would stay unwell
+        until(lambda: health_document(app)["status"] == "ok")
+
+
+def test_a_submission_is_answered_although_something_fails_behind_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flows = {"f": get_flow("/f", steps=[python(lambda context: 1)])}
+    with serving(tmp_path, flows) as app, ThreadPoolExecutor(1) as pool:
+
+        def no_memory(*arguments: Any) -> None:
+            monkeypatch.undo()
+            raise MemoryError
+
+        monkeypatch.setattr(app.engine.queue, "put", no_memory)
+        job = pool.submit(app.submit, "f").result(10)
+        assert finished(app, job).status is Status.COMPLETED
 
 
 def test_a_job_whose_end_takes_more_memory_than_there_is_ends_as_failed(tmp_path: Path) -> None:
