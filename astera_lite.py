@@ -9148,8 +9148,8 @@ def notify(state: str) -> None:
         wing("astera_lite_notices:send_state")(state)
 
 
-def _set_up_process(settings: Settings) -> None:
-    """Set up the log, the switch interval and the limit of descriptors, which the whole process shares."""
+def _set_up_process(settings: Settings) -> Settings:
+    """Set up the log, the switch interval and the limit of descriptors, and fit the settings to that limit."""
     set_up_logging(settings)
     logging.captureWarnings(True)
     _warnings_log.addHandler(log.handlers[-1])
@@ -9157,12 +9157,15 @@ def _set_up_process(settings: Settings) -> None:
     try:
         import resource as rlimits  # noqa: PLC0415 (not on Windows)
     except ImportError:
-        return
+        return settings
     soft, hard = rlimits.getrlimit(rlimits.RLIMIT_NOFILE)
     wanted = settings.max_connections + 256
     if soft < wanted:
         allowed = wanted if hard == rlimits.RLIM_INFINITY else min(wanted, hard)
         rlimits.setrlimit(rlimits.RLIMIT_NOFILE, (allowed, hard))
+        if allowed < wanted:
+            return optional("astera_lite_notices:fitted", settings, allowed) or settings
+    return settings
 
 
 def _reload(app: Application) -> None:
@@ -9209,7 +9212,7 @@ def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code."""
     stderr = cast(Stderr, sys.stderr)
     stderr.detach()
-    _set_up_process(settings)
+    settings = _set_up_process(settings)
     if os.environ.get("NOTIFY_SOCKET"):
         wing("astera_lite_notices:send_state")  # if the file is missing, the start says so
     signal.signal(signal.SIGINT, lambda number, frame: leave(130))  # until the server can stop

@@ -30,6 +30,7 @@ from astera_lite import (
     JobKey,
     Reply,
     Server,
+    Settings,
     Trace,
     as_text,
     is_json_type,
@@ -131,6 +132,14 @@ def endpoint_lines(deployments: Deployments, base: str) -> list[str]:
 
 
 # --- the start and the stop ---
+
+
+def fitted(settings: Settings, files: int) -> Settings:
+    """The settings with as many connections as there may be if so many files may be open; a warning says so."""
+    most = max(files - 256, files // 2)
+    words = "only %d files may be open (ulimit -Hn): at most %d connections, not the %d of max_connections"
+    log.warning(words, files, most, settings.max_connections)
+    return settings._replace(max_connections=most)
 
 
 def announcement(server: Server) -> str:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -508,6 +508,19 @@ sys.exit(astera_lite.main(["--port", "0"]))
     assert done.returncode == 5
     told = f"{str(error) or 'out of memory'}: allow this process more threads and memory"
     assert done.stderr.splitlines()[-1] == told
+
+
+def test_a_server_that_may_open_few_files_says_so_and_takes_fewer_connections(tmp_path: Path) -> None:
+    limit = "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))"
+    code = f"import resource, sys, astera_lite; {limit}; sys.exit(astera_lite.main())"
+    with process(tmp_path, program=(sys.executable, "-c", code)) as (_, url, lines), ExitStack() as stack:
+        words = "only 300 files may be open (ulimit -Hn): at most 150 connections, not the 1000 of max_connections"
+        assert [line for line in lines if "warning" in line and line.endswith(words)]
+        port = int(url.rpartition(":")[2])
+        for _ in range(320):  # those that came first give way
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        assert get(url + "/health").status_code == 200
+    assert not any("cannot be accepted" in line for line in lines)
 
 
 def test_a_database_that_is_in_use_is_4(tmp_path: Path) -> None:
