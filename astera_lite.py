@@ -7898,7 +7898,9 @@ class Exchange:
         return self._server.base or self.origin
 
     def call(self, function: Callable[..., Reply | None], *arguments: Any) -> None:
-        """Call a function, on any thread: what it returns or raises is the answer."""
+        """Call a function, on any thread: what it returns or raises is the answer. Does nothing if that was given."""
+        if self.answered:
+            return
         try:
             if (reply := function(*arguments)) is not None:
                 self._server.on_loop(self.answer, reply)
@@ -9018,7 +9020,10 @@ class Server(ThreadingHTTPServer):
         is_read = x.flow is None and self.app.store.shared and not x.route.without_token
         if x.route.slow or is_read or (len(x.body) > _LARGE_BODY and x.flow is not None):
             self.at_work.add(x)
-            self.pool.submit(x.call, x.route.handle, x)
+            try:
+                self.pool.submit(x.call, x.route.handle, x)
+            except RuntimeError:  # the pool keeps the task, which will find the request answered
+                x.fail(Busy("The server gets no thread for this request.", 5))
         else:
             x.call(x.route.handle, x)
 

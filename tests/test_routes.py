@@ -1341,6 +1341,28 @@ def test_rerun_is_a_new_job_of_the_flow_as_it_is_now(tmp_path: Path, sink: Sink)
         assert (gone.status_code, gone.headers.get("Job-Status")) == (409, "Completed")
 
 
+def test_a_request_that_gets_no_thread_is_refused_and_not_done_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def start_or_refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("astera-slow"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with serving(tmp_path, FLOWS) as run:
+        job = run.client.post("/api/publishingAsync/echo", json=1, headers={"Prefer": "wait=2"})
+        rerun = job.headers["Content-Location"].replace("/result", "/rerun")
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", start_or_refuse)
+            answer = run.client.post(rerun)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+        assert count(run) == 1
+        assert run.client.post(rerun).status_code == 202
+        assert count(run) == 2
+
+
 def test_a_rerun_is_stored_at_once(run: Running) -> None:
     job = run.client.finished(run.client.get("/api/publishingAsync/hello/a"))
     times = []
