@@ -7295,19 +7295,21 @@ class Application:
         self._count_coming(-len(submission.request.body))
         job, ended = ready.job, submission.ended
         added = error is None and result.key == job.key
-        if added:
-            self.metrics.accepted[job.flow] += 1
-        if ended is None:
-            if not submission.owned:
-                self.node.tell("jobs")
+        try:
+            if added:
+                self.metrics.accepted[job.flow] += 1
+            if ended is None:
+                if not submission.owned:
+                    self.node.tell("jobs")
+                elif added:
+                    self.engine.queue.put(job.key.seq, job.flow, ready)
+                else:
+                    self.engine.queue.dismiss(job.key.seq)
             elif added:
-                self.engine.queue.put(job.key.seq, job.flow, ready)
-            else:
-                self.engine.queue.dismiss(job.key.seq)
-        elif added:
-            log_outcome("job", ready.flow, ready.input, ended.outcome)
-            self.engine.announce(ended)
-        done(result, error)
+                log_outcome("job", ready.flow, ready.input, ended.outcome)
+                self.engine.announce(ended)
+        finally:  # whatever fails here, the client waits for an answer
+            done(result, error)
 
     def find(self, key: JobKey, caller: Token) -> tuple[Job, Progress | None] | None:
         """A job and its progress; None if the job is unknown or expired, or belongs to another token."""
