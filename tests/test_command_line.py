@@ -519,7 +519,9 @@ def test_a_server_that_may_open_few_files_says_so_and_takes_fewer_connections(tm
         port = int(url.rpartition(":")[2])
         for _ in range(320):  # those that came first give way
             stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
-        until(lambda: get(url + "/health").status_code == 200)  # once the last of them is no newcomer any more
+        until(
+            lambda: get(url + "/health").status_code == 200, "all connections stay busy"
+        )  # once the last of them is no newcomer any more
     assert not any("cannot be accepted" in line for line in lines)
 
 
