@@ -2514,6 +2514,7 @@ def parse_query(query: str, errors: InputErrors) -> dict[str, list[str]]:
     return result
 
 
+@lru_cache(maxsize=16)
 def read_media_type(content_type: str, accepts: tuple[str, ...]) -> tuple[str, str]:
     """The media type of a request's body, and why the flow does not accept it, or ""."""
     media = content_type.partition(";")[0].strip().lower()
@@ -4741,6 +4742,10 @@ def piece_rows(key: JobKey, part: str, attempt: int, value: bytes) -> list[tuple
     return [(key.seq, part, attempt, n, value[at : at + PIECE]) for n, at in enumerate(starts)]
 
 
+_ONLY_JSON = (("Content-Type", CONTENT_TYPES["json"]),)  # the headers of most results
+_ONLY_JSON_TEXT = to_json(_ONLY_JSON)
+
+
 def end_columns(end: Finish) -> dict[str, Any]:
     """The columns of the table `jobs` that are written at the end of a job."""
     job, answer = end.job, end.outcome.answer
@@ -4752,7 +4757,7 @@ def end_columns(end: Finish) -> dict[str, Any]:
         "expires": job.expires,
         "code": answer.code,
         "size": len(answer.body),
-        "headers": to_json(answer.headers),
+        "headers": _ONLY_JSON_TEXT if answer.headers == _ONLY_JSON else to_json(answer.headers),
         "error": job.error and to_json(job.error),
         "trace": end.trace,
         "result": None if len(answer.body) > PIECE else answer.body,
