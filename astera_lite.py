@@ -7261,13 +7261,13 @@ class Application:
             self._check_room(flow)
             # A flow that only computes is run before its job is stored, so that both need one commit.
             ended = self.engine.ended_at_once(job, flow, ready.input)
-            submission = Submission(job, request, flow.text, idempotency_key, fingerprint, ended)
-            if self.node is not None:
-                submission = self.node.placed(submission, flow)
             with self.engine.queue.changed:  # a second request with the key finds room, or the job that took it
                 if ended is None:
                     self.engine.admit(job.key.seq, flow)
                 try:
+                    submission = Submission(job, request, flow.text, idempotency_key, fingerprint, ended)
+                    if self.node is not None:
+                        submission = self.node.placed(submission, flow)
                     self.store.add(submission, partial(self._accepted, ready, submission, done))
                 except BaseException:  # out of memory: the job is not on its way, and must not count for its flow
                     self.engine.queue.dismiss(job.key.seq)
