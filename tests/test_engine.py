@@ -795,6 +795,7 @@ def test_a_server_without_threads_calls_one_again_only_once_a_second(
         until(lambda: health_document(app)["status"] == "ok")
 
 
+@pytest.mark.sqlite  # a shared store looks for jobs that its server has lost only once in a while
 def test_a_submission_is_answered_although_something_fails_behind_its_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

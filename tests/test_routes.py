@@ -1341,6 +1341,7 @@ def test_rerun_is_a_new_job_of_the_flow_as_it_is_now(tmp_path: Path, sink: Sink)
         assert (gone.status_code, gone.headers.get("Job-Status")) == (409, "Completed")
 
 
+@pytest.mark.sqlite  # reads of a shared database have begun a thread already
 def test_a_request_that_gets_no_thread_is_refused_and_not_done_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
