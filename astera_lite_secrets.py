@@ -75,10 +75,8 @@ def _in_base64(data: bytes) -> Iterator[str]:
     """What the Base64 of any text has in it if the text has this; it depends on how many bytes come before."""
     yield base64.b64encode(data).decode()
     for before in range(3):
-        text = base64.b64encode(bytes(before) + data).decode()
-        text = text[
-            -(-before * 8 // 6) : (before + len(data)) * 8 // 6
-        ]  # without characters that others have a part in
+        # without the characters in which other bytes have a part
+        text = base64.b64encode(bytes(before) + data).decode()[-(-before * 8 // 6) : (before + len(data)) * 8 // 6]
         if len(text) >= 8:  # fewer characters may stand anywhere
             yield from (text, text.replace("+", "-").replace("/", "_"))
 
